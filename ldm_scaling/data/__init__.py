@@ -1,0 +1,1 @@
+"""Image-text pairs: sources, captions, caches, loaders."""

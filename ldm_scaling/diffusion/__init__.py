@@ -1,0 +1,1 @@
+"""Pure maths of diffusion: schedule, parameterisation, loss."""

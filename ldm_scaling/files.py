@@ -1,0 +1,80 @@
+"""Files written whole or not at all, hashes, and progress bars: what every room may use."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from ldm_scaling.errors import UserError
+
+
+@contextlib.contextmanager
+def atomic_path(path: epath.PathLike) -> Iterator[epath.Path]:
+    """Yields a temporary sibling of `path`; a clean exit renames it into place.
+
+    A process that is killed in between leaves `path` as it was (and a `.tmp-` file that nothing
+    reads). Raises `UserError` when the folder cannot be written.
+    """
+    path = epath.Path(path)
+    temporary = path.parent / f".tmp-{uuid.uuid4().hex[:8]}-{path.name}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.replace(path)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {os.fspath(path)}: {e.strerror or e}") from e
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def atomic_write_bytes(path: epath.PathLike, data: bytes) -> None:
+    """Writes `data` to `path` by rename: a reader sees the old file or the whole new one."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def atomic_write_text(path: epath.PathLike, text: str) -> None:
+    """Writes `text` (UTF-8) to `path` by rename."""
+    atomic_write_bytes(path, text.encode())
+
+
+def _plain(value: Any) -> Any:
+    """JSON's view of dataclasses and numpy values; floats keep every digit."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {"__class__": type(value).__name__, **dataclasses.asdict(value)}
+    if isinstance(value, np.ndarray):
+        return {"shape": value.shape, "dtype": str(value.dtype), "sha256": sha256_of(value.tobytes())}
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, (tuple, set)):
+        return list(value)
+    raise TypeError(f"cannot hash a {type(value).__name__}")
+
+
+def sha256_of(value: Any) -> str:
+    """First 16 hex digits of the SHA-256 of bytes, or of a value's canonical JSON."""
+    if not isinstance(value, bytes):
+        value = json.dumps(value, sort_keys=True, default=_plain).encode()
+    return hashlib.sha256(value).hexdigest()[:16]
+
+
+def progress(total: int, desc: str, unit: str = "it", initial: int = 0) -> tqdm:
+    """A progress bar with rate and time left on stderr; use as a context manager, `update(n)`."""
+    return tqdm(
+        total=total, desc=desc, unit=unit, initial=initial, dynamic_ncols=True, smoothing=0.1,
+        mininterval=0.5, unit_scale=False,
+    )

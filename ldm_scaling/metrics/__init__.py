@@ -1,0 +1,1 @@
+"""Moments, Frechet distance, caption agreement."""

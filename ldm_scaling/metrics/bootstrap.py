@@ -1,0 +1,140 @@
+"""Paired bootstrap over prompts: how far a score would move with other prompts and noise.
+
+A replicate scores a random half of the prompts, drawn without replacement (the m-out-of-n
+bootstrap of Bickel, Goetze and van Zwet 1997 at m = n / 2). To first order a score over half the
+prompts strays from the score over all of them as far as the latter strays from its expectation:
+for a mean, var = S^2/m (1 - m/n) = S^2/n.
+
+Why not n prompts with replacement: a resample holds only some 63% distinct images, and a Fréchet
+distance depends on that number, which is random. With fewer images than feature dimensions such
+replicates spread up to five times as far as the score does (measured on Gaussians, n = 128 to
+192, D = 320), and 2 score - replicate lies far from both the score and its expectation. Halves
+spread 1.0 to 1.4 times as far, on the safe side, and cost less.
+
+Halves are biased too (half the images, a larger distance), so `centre` removes the replicates'
+mean and keeps their spread: the interval is one for the expected score *at this number of
+images*, the only thing in which records of equal n can be compared; it is not one for the score
+of infinitely many images.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ldm_scaling.errors import UserError
+from ldm_scaling.metrics import arrays
+from ldm_scaling.metrics.frechet import ReferenceStats, check_widths
+
+
+def resample_counts(n: int, replicates: int, seed: int) -> np.ndarray:
+    """How often each replicate counts each prompt: (R, n) integers, 1 for the n // 2 drawn.
+
+    The same arguments give the same counts, so every configuration of a seed block resamples the
+    same prompts and differences between configurations are paired.
+
+    Raises:
+      UserError: when n < 4 (half of it must still have a covariance) or replicates < 1.
+    """
+    if n < 4 or replicates < 1:
+        raise UserError(
+            f"a bootstrap needs at least 4 images and 1 replicate, got {n} and {replicates}: "
+            "evaluate more images"
+        )
+    order_RN = np.random.default_rng(seed).permuted(
+        np.tile(np.arange(n), (replicates, 1)), axis=1
+    )
+    return (order_RN < n // 2).astype(np.int64)
+
+
+def _check_counts(counts_RN: np.ndarray, n: int) -> np.ndarray:
+    counts_RN = np.asarray(counts_RN)
+    if counts_RN.ndim != 2 or counts_RN.shape[1] != n or (counts_RN < 0).any():
+        raise UserError(
+            f"counts of shape {counts_RN.shape} do not fit {n} images: "
+            "they are (replicates, images) and not negative"
+        )
+    return counts_RN
+
+
+def mean_replicates(values_N: np.ndarray, counts_RN: np.ndarray) -> np.ndarray:
+    """Replicates (R,) of a metric that is a mean over images. `centre` them before storing."""
+    values_N = arrays.rows(np.asarray(values_N)[:, None], "scores")[:, 0]
+    counts_RN = _check_counts(counts_RN, len(values_N))
+    return counts_RN @ values_N / counts_RN.sum(axis=1)
+
+
+@arrays.one_blas_thread()
+def frechet_replicates(
+    features_ND: np.ndarray, reference: ReferenceStats, counts_RN: np.ndarray
+) -> np.ndarray:
+    """Replicates (R,) of `frechet_from_features`: image i counted `counts_RN[r, i]` times.
+
+    The nuclear norm comes from eigenvalues of the centred Gram matrix of the counted images, or
+    of their D x D scatter where that is smaller: agrees with the direct way to about 1e-8 of the
+    traces, at a fraction of its time. `centre` them before storing.
+
+    Raises:
+      UserError: as `frechet_from_features`, and when a replicate counts fewer than 2 images.
+    """
+    features_ND = arrays.rows(features_ND, "features")
+    n, d = features_ND.shape
+    check_widths(d, reference.moments.d)
+    counts_RN = _check_counts(counts_RN, n)
+    total_R = counts_RN.sum(axis=1)
+    if (total_R < 2).any():
+        raise UserError("a bootstrap replicate has fewer than 2 images: evaluate more images")
+
+    # About the mean of all, so that sums over replicates cancel as little as they can.
+    shift_D = features_ND.mean(axis=0)
+    x_ND = features_ND - shift_D
+    y_ND = x_ND @ reference.root_DD
+    gram_NN = y_ND @ y_ND.T
+
+    weight_RN = counts_RN / total_R[:, None]
+    mean_RD = weight_RN @ x_ND
+    trace_R = weight_RN @ (x_ND**2).sum(axis=1) - (mean_RD**2).sum(axis=1)
+    delta_RD = mean_RD + (shift_D - reference.moments.mean_D)
+    nuclear_R = np.empty(len(counts_RN))
+    for r, weight_N in enumerate(weight_RN):
+        used = np.flatnonzero(weight_N)
+        w = weight_N[used]
+        if len(used) <= d:
+            k = gram_NN[np.ix_(used, used)]
+            row = k @ w
+            k = (k - row[:, None] - row + w @ row) * np.sqrt(np.outer(w, w))
+        else:
+            y = (y_ND[used] - w @ y_ND[used]) * np.sqrt(w)[:, None]
+            k = y.T @ y
+        nuclear_R[r] = np.sqrt(np.clip(np.linalg.eigvalsh(k), 0.0, None)).sum()
+    unbiased_R = total_R / (total_R - 1)
+    value_R = (
+        (delta_RD**2).sum(axis=1) + unbiased_R * trace_R + reference.trace
+        - 2.0 * np.sqrt(unbiased_R) * nuclear_R
+    )
+    return np.clip(value_R, 0.0, None)
+
+
+def centre(value: float, replicates_R: np.ndarray) -> np.ndarray:
+    """Replicates as they are stored: value - (replicate - mean replicate), (R,).
+
+    This is the basic (reflected) bootstrap about the value itself. Percentiles of the result are
+    the score's interval, and the difference of two configurations' stored replicates is the
+    stored replicate of their paired difference.
+    """
+    replicates_R = np.asarray(replicates_R, np.float64)
+    return value - (replicates_R - replicates_R.mean())
+
+
+def percentile_interval(centred_R: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """(low, high) from stored, centred replicates or from differences of them."""
+    if not 0.0 < level < 1.0:
+        raise UserError(f"an interval's level is between 0 and 1, got {level}")
+    low, high = np.quantile(centred_R, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def basic_interval(
+    value: float, replicates_R: np.ndarray, level: float = 0.95
+) -> tuple[float, float]:
+    """(low, high) of the expected score at this number of images, from raw replicates."""
+    return percentile_interval(centre(value, replicates_R), level)

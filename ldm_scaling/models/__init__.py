@@ -1,0 +1,1 @@
+"""Networks, the family table, and weights. The only room that imports flax."""

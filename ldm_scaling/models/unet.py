@@ -1,0 +1,174 @@
+"""Stable Diffusion's U-Net (Rombach et al. 2022), its width and depth set by a `UNetSpec`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ldm_scaling.errors import UserError
+from ldm_scaling.models import blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetSpec:
+    """What fixes a U-Net. The defaults are Stable Diffusion v1's, so width alone makes the family.
+
+    Attributes:
+      base_channels: c; level i has c * channel_mults[i] channels.
+      context_dim: width of the text tokens (1024 in the paper's family, 768 in SD v1).
+      channel_mults: one entry a level.
+      attention_levels: which levels have transformers; the middle always has one.
+      blocks_per_level: residual blocks a level on the way down (one more on the way up).
+      heads: attention heads, the same at every width.
+      groups: groups of the group normalisation.
+      in_channels, out_channels: latent channels in and out.
+      sample_size: side of the latents that FLOPs are counted at.
+      context_length: tokens that FLOPs are counted at.
+    Raises:
+      UserError: when heads, groups or levels do not fit the widths.
+    """
+
+    base_channels: int
+    context_dim: int = 1024
+    channel_mults: tuple[int, ...] = (1, 2, 4, 4)
+    attention_levels: tuple[bool, ...] = (True, True, True, False)
+    blocks_per_level: int = 2
+    heads: int = 8
+    groups: int = 32
+    in_channels: int = 4
+    out_channels: int = 4
+    sample_size: int = 64
+    context_length: int = 77
+
+    def __post_init__(self):
+        for name in ("channel_mults", "attention_levels"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in (
+            "base_channels", "context_dim", "blocks_per_level", "heads", "groups", "in_channels",
+            "out_channels", "sample_size", "context_length",
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"U-Net {name}={value!r}: give a whole number of at least 1")
+        if len(self.channel_mults) != len(self.attention_levels) or not self.channel_mults:
+            raise UserError(
+                f"U-Net channel_mults={self.channel_mults} and attention_levels="
+                f"{self.attention_levels} need the same number of levels, at least 1"
+            )
+        if self.base_channels % 2:
+            raise UserError(f"U-Net base_channels={self.base_channels} must be even")
+        for mult in self.channel_mults:
+            width = self.base_channels * mult
+            if width % self.groups or width % self.heads:
+                raise UserError(
+                    f"U-Net width {width} (= {self.base_channels} x {mult}) must be a multiple of "
+                    f"groups={self.groups} and of heads={self.heads}"
+                )
+        if self.sample_size % 2 ** (len(self.channel_mults) - 1):
+            raise UserError(
+                f"U-Net sample_size={self.sample_size} must halve {len(self.channel_mults) - 1} "
+                f"times for its {len(self.channel_mults)} levels"
+            )
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of the latents that FLOPs are counted at."""
+        return (self.sample_size, self.sample_size, self.in_channels)
+
+
+class UNet(nn.Module):
+    """`UNet(spec).apply({"params": p}, x_BHWC, t_B, ctx_BLD)` -> (B, H, W, out_channels) float32.
+
+    Args:
+      spec: the network.
+      dtype: compute type; parameters are float32.
+      remat: `"none"`, or `"block"` to recompute each block in the backward pass.
+      attention: what queries, keys and values go through, see `blocks.attention`.
+    """
+
+    spec: UNetSpec
+    dtype: Any = jnp.float32
+    remat: str = "none"
+    attention: Callable = blocks.attention
+
+    @nn.compact
+    def __call__(self, x_BHWC: jax.Array, t_B: jax.Array, ctx_BLD: jax.Array) -> jax.Array:
+        spec, dtype = self.spec, self.dtype
+        if self.remat not in ("none", "block"):
+            raise UserError(f"remat={self.remat!r} is not one of none, block")
+        wrap = nn.remat if self.remat == "block" else lambda m: m
+        res_block, transformer = wrap(blocks.ResBlock), wrap(blocks.SpatialTransformer)
+
+        def res(features, name):
+            return res_block(features, spec.groups, dtype=dtype, name=name)
+
+        def attend(name):
+            return transformer(spec.heads, spec.groups, dtype, self.attention, name=name)
+
+        c = spec.base_channels
+        emb = blocks.timestep_embedding(t_B, c).astype(dtype)
+        emb = nn.Dense(4 * c, dtype=dtype, name="time_embedding_1")(emb)
+        emb = nn.Dense(4 * c, dtype=dtype, name="time_embedding_2")(nn.silu(emb))
+        ctx = ctx_BLD.astype(dtype)
+
+        h = blocks.conv(c, 3, dtype, "conv_in")(x_BHWC.astype(dtype))
+        skips = [h]
+        last = len(spec.channel_mults) - 1
+        for i, (mult, attention) in enumerate(
+            zip(spec.channel_mults, spec.attention_levels, strict=True)
+        ):
+            for j in range(spec.blocks_per_level):
+                h = res(c * mult, f"down_{i}_res_{j}")(h, emb)
+                if attention:
+                    h = attend(f"down_{i}_attn_{j}")(h, ctx)
+                skips.append(h)
+            if i != last:
+                h = blocks.conv(c * mult, 3, dtype, f"down_{i}_downsample", stride=2)(h)
+                skips.append(h)
+
+        h = res(h.shape[-1], "mid_res_0")(h, emb)
+        h = attend("mid_attn")(h, ctx)
+        h = res(h.shape[-1], "mid_res_1")(h, emb)
+
+        for i in reversed(range(len(spec.channel_mults))):
+            for j in range(spec.blocks_per_level + 1):
+                h = jnp.concatenate([h, skips.pop()], axis=-1)
+                h = res(c * spec.channel_mults[i], f"up_{i}_res_{j}")(h, emb)
+                if spec.attention_levels[i]:
+                    h = attend(f"up_{i}_attn_{j}")(h, ctx)
+            if i != 0:
+                h = blocks.upsample(h)
+                h = blocks.conv(c * spec.channel_mults[i], 3, dtype, f"up_{i}_upsample")(h)
+
+        h = nn.silu(blocks.norm(spec.groups, 1e-5, dtype, "norm_out")(h))
+        return blocks.conv(spec.out_channels, 3, dtype, "conv_out")(h).astype(jnp.float32)
+
+
+def init(spec: UNetSpec, key: jax.Array) -> dict:
+    """Random float32 parameters of a U-Net (use under `jax.eval_shape` to allocate nothing)."""
+    x, t, ctx = example_inputs(spec, batch=1)
+    return UNet(spec).init(key, x, t, ctx)["params"]
+
+
+def example_inputs(spec: UNetSpec, batch: int = 1) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Zeros of the shapes that a forward pass takes: x_BHWC, t_B, ctx_BLD."""
+    return (
+        jnp.zeros((batch, *spec.latent_shape)),
+        jnp.zeros((batch,)),
+        jnp.zeros((batch, spec.context_length, spec.context_dim)),
+    )
+
+
+def denoise_fn(spec: UNetSpec, dtype: Any = jnp.float32, remat: str = "none"):
+    """The network as `denoise(params, x_BHWC, t_B, cond) -> F_BHWC`, cond["context"] (B, L, D)."""
+    module = UNet(spec, dtype=dtype, remat=remat)
+
+    def denoise(params, x_BHWC, t_B, cond):
+        return module.apply({"params": params}, x_BHWC, t_B, cond["context"])
+
+    return denoise

@@ -1,0 +1,1 @@
+"""Samplers as tables of linear coefficients, and the one jitted loop that runs them."""

@@ -1,0 +1,1 @@
+"""Sweeps, records, curves, plots and the report."""

@@ -1,0 +1,216 @@
+"""Curves: the best guidance of every cell, and quality against cost. Pure functions on records."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from ldm_scaling.errors import UserError
+from ldm_scaling.study import labels
+from ldm_scaling.study.records import Identity, Record
+
+Cell = tuple[str, str, int]
+"""(model, sampler, steps): what has one best guidance rate."""
+
+Choice = dict[Cell, float]
+"""The guidance rate chosen for every cell."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Point:
+    """One cell of the sweep at the guidance chosen for it.
+
+    Attributes:
+      model: name of the size.
+      sampler: name of the sampler.
+      steps: sampling steps.
+      guidance: rate chosen on the selection block.
+      cost: normalised cost x steps.
+      seconds: measured seconds per image.
+      value: the measure on the report block.
+      low: lower end of its 95% interval, or None.
+      high: upper end of its 95% interval, or None.
+      chosen_by: loss on the selection block (the measure that chose the guidance, its sign such
+        that smaller is better); what later choices between cells may use without looking at the
+        report block.
+      replicates_R: paired bootstrap replicates on the report block; empty where none were drawn.
+      num_images: images behind `value`.
+    """
+
+    model: str
+    sampler: str
+    steps: int
+    guidance: float
+    cost: float
+    seconds: float
+    value: float
+    low: float | None
+    high: float | None
+    chosen_by: float
+    replicates_R: np.ndarray
+    num_images: int
+
+    def at(self, axis: str) -> float:
+        """Its place on an axis of `labels.AXES`: "cost", "seconds" or "steps"."""
+        return {"cost": self.cost, "seconds": self.seconds, "steps": float(self.steps)}[axis]
+
+
+Curves = dict[tuple[str, str], list[Point]]
+"""(model, sampler) -> points, sorted by cost."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Gap:
+    """A cell of which something has not been measured.
+
+    Attributes:
+      cell: (model, sampler, steps).
+      guidance: rates that other cells of the sampler have and this one lacks (selection block).
+      reported: whether the chosen rate was measured on the report block.
+    """
+
+    cell: Cell
+    guidance: tuple[float, ...]
+    reported: bool
+
+
+def models(records: Iterable[Record]) -> list[str]:
+    """The sizes, smallest first (by parameters, then by name)."""
+    return [m for _, m in sorted({(r.params, r.identity.model) for r in records})]
+
+
+def samplers(records: Iterable[Record]) -> list[str]:
+    """The samplers, DDIM (the paper's default) first, then by name."""
+    found = {r.identity.sampler for r in records}
+    return sorted(found, key=lambda s: (s.partition(", ")[0] != "ddim", s))
+
+
+def distinct(records: Sequence[Record]) -> list[Record]:
+    """The records with one name per arm, checked to hold each configuration once.
+
+    A sampler measured with several timestep spacings becomes several arms ("ddim, trailing").
+    Raises `UserError` when two records still share model, sampler, steps, guidance and seed block
+    (two checkpoints, two code versions): a curve through a mixture would mean nothing.
+    """
+    spacings: dict[str, set[str]] = defaultdict(set)
+    for r in records:
+        spacings[r.identity.sampler].add(r.identity.spacing)
+    out, seen = [], {}
+    for r in records:
+        i = r.identity
+        if len(spacings[i.sampler]) > 1:
+            name = f"{i.sampler}, {i.spacing}"
+            r = dataclasses.replace(r, identity=dataclasses.replace(i, sampler=name))
+            i = r.identity
+        place = (i.model, i.sampler, i.steps, i.guidance, i.seed_block)
+        if place in seen:
+            raise UserError(_clash(seen[place], i))
+        seen[place] = i
+        out.append(r)
+    return out
+
+
+def _clash(a: Identity, b: Identity) -> str:
+    other = dataclasses.asdict(b)
+    differ = [f"{k} {v!r} and {other[k]!r}" for k, v in dataclasses.asdict(a).items()
+              if v != other[k]] or ["nothing: the record was given twice"]
+    return (
+        f"two records for {b.model}, {b.sampler}, {b.steps} steps, guidance {b.guidance}, seed "
+        f"block {b.seed_block}; they differ in {'; '.join(differ)}: keep one of them in the "
+        "records folder"
+    )
+
+
+def best_guidance(records: Sequence[Record], metric: str, select_block: int = 0) -> Choice:
+    """The guidance rate with the best `metric` in every cell, on one seed block.
+
+    Ties go to the smaller rate. Report the outcome on *another* block: on the same one the
+    chosen value is biased towards the good side (the smallest of several noisy numbers).
+    """
+    sign = labels.measure(metric).sign
+    best: dict[Cell, tuple[float, float]] = {}
+    for r in records:
+        i = r.identity
+        if i.seed_block == select_block and metric in r.metrics:
+            candidate = (sign * r.metrics[metric], i.guidance)
+            cell = (i.model, i.sampler, i.steps)
+            best[cell] = min(candidate, best.get(cell, candidate))
+    return {cell: guidance for cell, (_, guidance) in sorted(best.items())}
+
+
+def quality_curves(
+    records: Sequence[Record],
+    metric: str,
+    choose_by: str | None = None,
+    select_block: int = 0,
+    report_block: int = 1,
+) -> Curves:
+    """`metric` at the chosen guidance against cost, per (model, sampler), on the report block.
+
+    Args:
+      records: of one study, see `distinct`.
+      metric: the measure to report.
+      choose_by: the measure that chooses the guidance; `metric` itself unless given.
+      select_block: seed block that chooses.
+      report_block: seed block that is reported.
+
+    Returns:
+      Points sorted by cost. A cell whose chosen rate has no record on the report block is left
+      out (`gaps` lists it), so an unfinished sweep gives partial curves.
+    """
+    choose_by = choose_by or metric
+    sign = labels.measure(choose_by).sign
+    choice = best_guidance(records, choose_by, select_block)
+    place = {(r.identity.model, r.identity.sampler, r.identity.steps, r.identity.guidance,
+              r.identity.seed_block): r for r in records}
+    curves: Curves = defaultdict(list)
+    for (model, sampler, steps), guidance in choice.items():
+        record = place.get((model, sampler, steps, guidance, report_block))
+        if record is None or metric not in record.metrics:
+            continue
+        chosen = place[model, sampler, steps, guidance, select_block].metrics[choose_by]
+        replicates_R = np.asarray(record.replicates.get(metric, ()), np.float64)
+        low, high = record.intervals.get(metric, _percentiles(replicates_R))
+        curves[model, sampler].append(
+            Point(model, sampler, steps, guidance, record.cost, record.seconds_per_image,
+                  record.metrics[metric], low, high, sign * chosen, replicates_R,
+                  record.identity.num_images)
+        )
+    return {key: sorted(points, key=lambda p: p.cost) for key, points in sorted(curves.items())}
+
+
+def _percentiles(replicates_R: np.ndarray) -> tuple[float | None, float | None]:
+    if not replicates_R.size:
+        return None, None
+    low, high = np.percentile(replicates_R, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def gaps(
+    records: Sequence[Record], metric: str, select_block: int = 0, report_block: int = 1
+) -> list[Gap]:
+    """What a full grid would hold and these records do not, sampler by sampler.
+
+    The full grid of a sampler is every size x every step count x every guidance rate that any
+    record of the sampler has. A grid that was thinned on purpose shows up here as well.
+    """
+    sizes = models(records)
+    curves = quality_curves(records, metric, None, select_block, report_block)
+    reported = {(p.model, p.sampler, p.steps) for curve in curves.values() for p in curve}
+    measured: dict[Cell, set[float]] = defaultdict(set)
+    for r in records:
+        i = r.identity
+        if i.seed_block == select_block and metric in r.metrics:
+            measured[i.model, i.sampler, i.steps].add(i.guidance)
+    out = []
+    for sampler in samplers(records):
+        steps = sorted({r.identity.steps for r in records if r.identity.sampler == sampler})
+        rates = set().union(*(g for (_, s, _), g in measured.items() if s == sampler))
+        for cell in ((m, sampler, n) for m in sizes for n in steps):
+            lacking = tuple(sorted(rates - measured.get(cell, set())))
+            if lacking or cell not in reported:
+                out.append(Gap(cell, lacking, cell in reported))
+    return out

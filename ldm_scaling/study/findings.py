@@ -1,0 +1,298 @@
+"""Findings: what the records show, in plain sentences, and the paper's claims judged."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Literal
+
+from ldm_scaling.study import curves as curves_lib
+from ldm_scaling.study import labels, winners
+from ldm_scaling.study.curves import Curves
+from ldm_scaling.study.records import Record
+
+CONFIDENCE = 0.95
+"""A claim is supported from this share of the replicates on, not supported below its rest."""
+
+# How the names of the samplers that claim 4 is about start.
+_FAMILIES = {"ddim": "DDIM", "ddpm": "DDPM", "dpmpp": "DPM-Solver++"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """One claim of the paper, judged.
+
+    Attributes:
+      number: the claim's number in the paper's list.
+      claim: the claim in a sentence.
+      outcome: the judgement.
+      headline: what happened, in one sentence.
+      because: sentences with the numbers behind it; may be empty.
+    """
+
+    number: int
+    claim: str
+    outcome: Literal["supported", "not supported", "undecided"]
+    headline: str
+    because: str = ""
+
+
+def _judge(probability: float | None) -> Literal["supported", "not supported", "undecided"]:
+    if probability is None or 1 - CONFIDENCE < probability < CONFIDENCE:
+        return "undecided"
+    return "supported" if probability >= CONFIDENCE else "not supported"
+
+
+def _sure(probability: float | None) -> str:
+    if probability is None:
+        return "unknown probability (no replicates)"
+    return f"probability {labels.probability(probability)}"
+
+
+def _value(metric: str, contender: winners.Contender) -> str:
+    point = contender.point
+    ends = "" if point.low is None else f" {labels.interval(point.low, point.high)}"
+    return f"{labels.measure(metric).short} {labels.number(point.value)}{ends}"
+
+
+def _how(contender: winners.Contender) -> str:
+    point = contender.point
+    return f"{point.steps} steps at guidance {point.guidance:g}"
+
+
+def verdicts(curves: Curves, metric: str, sizes: Sequence[str]) -> list[Verdict]:
+    """The paper's claims 3 and 4, judged from paired replicates.
+
+    Claim 3 holds in a replicate when, between the smallest budget that every size can afford and
+    the largest one measured, the winner becomes larger. Claim 4 asks the same of every sampler,
+    in the same replicates.
+    """
+    names = sorted({s for _, s in curves}, key=lambda s: (s.partition(", ")[0] != "ddim", s))
+    found, together = winners.crossovers(curves, metric, sizes, names)
+    claims = (
+        "At a small sampling budget smaller models win; at a large one larger models do.",
+        "That holds for DDIM, DDPM and DPM-Solver++ alike.",
+    )
+    unmet = "Not measured yet: no sampler has two sizes that meet at two budgets."
+    first = Verdict(3, claims[0], "undecided", unmet)
+    if found:
+        sampler, cross = next(iter(found.items()))
+        first = Verdict(3, claims[0], _judge(cross.probability), _headline(sampler, cross),
+                        _cross(metric, cross))
+    lacking = [labels.sampler(s) for s in names if s not in found]
+    lacking += [family for start, family in _FAMILIES.items()
+                if not any(s.startswith(start) for s in names)]
+    if lacking:
+        unmet = f"Not measured fully yet: {labels.listing(lacking)}."
+        return [first, Verdict(4, claims[1], "undecided", unmet)]
+    parts = [
+        f"{labels.sampler(s)} {_judge(c.probability)} ({c.low.best.model} at the smallest, "
+        f"{c.high.best.model} at the largest budget; {_sure(c.probability)})"
+        for s, c in found.items()
+    ]
+    held = sum(_judge(c.probability) == "supported" for c in found.values())
+    headline = (
+        f"The pattern is clear for {held} of {len(found)} samplers; for all of them at once: "
+        f"{_sure(together)}."
+    )
+    return [first, Verdict(4, claims[1], _judge(together), headline, f"{'; '.join(parts)}.")]
+
+
+def _headline(sampler: str, cross: winners.Crossover) -> str:
+    low, high = cross.low, cross.high
+    there = f"is best at a budget of {labels.number(low.budget)}"
+    if low.best.model == high.best.model:
+        what = f"{low.best.model} {there} and still at {labels.number(high.budget)}"
+    else:
+        what = f"{low.best.model} {there}, {high.best.model} at {labels.number(high.budget)}"
+    return (
+        f"With {labels.sampler(sampler)}, {what}: {_sure(cross.probability)} that a larger size "
+        "wins the larger budget."
+    )
+
+
+def _cross(metric: str, cross: winners.Crossover) -> str:
+    low, high = cross.low, cross.high
+    return (
+        f"The smallest budget that all {len(low.contenders)} sizes can afford is "
+        f"{labels.number(low.budget)}: {low.best.model} takes {_how(low.best)} there and reaches "
+        f"{_value(metric, low.best)} ({_sure(low.best.probability)} that it is the best size, "
+        f"{_sure(cross.small_wins)} that some size below the largest is). At the largest, "
+        f"{labels.number(high.budget)}, {high.best.model} reaches {_value(metric, high.best)} in "
+        f"{_how(high.best)} ({_sure(high.best.probability)} that it is the best size)."
+    )
+
+
+def findings(
+    records: Sequence[Record], metric: str, select_block: int = 0, report_block: int = 1
+) -> list[str]:
+    """What the records show, one sentence each, most important first.
+
+    Every sentence is made from the records alone; one that needs records which are not there yet
+    is left out, and the last ones say what is missing.
+    """
+    sizes = curves_lib.models(records)
+    blocks = (select_block, report_block)
+    curves = curves_lib.quality_curves(records, metric, None, *blocks)
+    out = []
+    if curves:
+        main = curves_lib.samplers(records)[0]
+        if any(s == main for _, s in curves):
+            out += _budgets(curves, metric, sizes, main)
+        out += _seconds(curves, metric, sizes, main)
+        out += _best_of_all(curves, metric)
+    out += _guidance(records, metric, select_block)
+    out += _trade_off(records, metric, select_block)
+    return out + _incomplete(records, metric, *blocks)
+
+
+def _budgets(curves: Curves, metric: str, sizes: Sequence[str], sampler: str) -> list[str]:
+    won = winners.winner_by_budget(curves, metric, sizes, samplers={sampler})
+    met = [w for w in won if w.complete and w.runner_up]
+    if not met:
+        return []
+    name, out = labels.sampler(sampler), []
+    if len(met) < len(won):
+        out.append(
+            f"{name}: below a budget of {labels.number(met[0].budget)} (normalised cost × steps) "
+            "the largest sizes cannot take part at all; from there on every size competes."
+        )
+    runs = winners.stretches(met)
+    out.append(
+        f"With {name} the size that is best at each budget is "
+        f"{labels.listing([_run(run) for run in runs], 'then')}."
+    )
+    first = met[0]
+    line = (
+        f"At the smallest of these budgets {first.best.model} takes {_how(first.best)} and reaches "
+        f"{_value(metric, first.best)}; {first.runner_up.model} ({_how(first.runner_up)}) is next, "
+        f"{labels.number(first.advantage)} worse"
+    )
+    if first.advantage_interval:
+        line += f" {labels.interval(*first.advantage_interval)}"
+    out.append(f"{line}.")
+    largest = met[-1].contenders[-1]
+    if not any(w.best.model == largest.model for w in met):
+        out.append(
+            f"The largest size, {largest.model}, wins at no budget up to "
+            f"{labels.number(won[-1].budget)} with {name}: the best it reaches is "
+            f"{_value(metric, largest)} against {_value(metric, met[-1].best)} of "
+            f"{met[-1].best.model}."
+        )
+    return out
+
+
+def _run(run: Sequence[winners.Winner]) -> str:
+    first, last = labels.number(run[0].budget), labels.number(run[-1].budget)
+    where = f"from {first} to {last}" if last != first else f"at {first}"
+    sure = [w.best.probability for w in run if w.best.probability is not None]
+    if not sure:
+        return f"{run[0].best.model} {where}"
+    if min(sure) >= CONFIDENCE:
+        return f"{run[0].best.model} {where} (probability {CONFIDENCE:g} or more)"
+    ends = dict.fromkeys(labels.probability(p) for p in (min(sure), max(sure)))
+    return f"{run[0].best.model} {where} (unsure: probability {' to '.join(ends)})"
+
+
+def _seconds(curves: Curves, metric: str, sizes: Sequence[str], sampler: str) -> list[str]:
+    cross = winners.crossovers(curves, metric, sizes, [sampler], axis="seconds")[0].get(sampler)
+    if cross is None:
+        return []
+    low, high = cross.low, cross.high
+    return [
+        f"In measured seconds per image instead of normalised cost, claim 3 is "
+        f"{_judge(cross.probability)} for {labels.sampler(sampler)} ({_sure(cross.probability)}): "
+        f"{low.best.model} is best at {labels.number(low.budget)} s, {high.best.model} at "
+        f"{labels.number(high.budget)} s."
+    ]
+
+
+def _best_of_all(curves: Curves, metric: str) -> list[str]:
+    points = [p for curve in curves.values() for p in curve]
+    best = min(points, key=lambda p: (p.chosen_by, p.cost))
+    least = min(points, key=lambda p: (p.cost, p.chosen_by))
+    return [
+        f"Whatever the cost, the best configuration of the sweep is {best.model} with "
+        f"{labels.sampler(best.sampler)}, {best.steps} steps and guidance {best.guidance:g}: "
+        f"{_value(metric, winners.Contender(best, None))} at a cost of "
+        f"{labels.number(best.cost)}; the cheapest is {least.model}, "
+        f"{labels.sampler(least.sampler)}, {least.steps} steps: "
+        f"{_value(metric, winners.Contender(least, None))} at {labels.number(least.cost)}."
+    ]
+
+
+def _guidance(records: Sequence[Record], metric: str, block: int) -> list[str]:
+    choice = curves_lib.best_guidance(records, metric, block)
+    series: dict[tuple[str, str], list[tuple[int, float]]] = defaultdict(list)
+    for (model, sampler, steps), guidance in choice.items():
+        series[model, sampler].append((steps, guidance))
+    moves = [sorted(s)[-1][1] - sorted(s)[0][1] for s in series.values() if len(s) > 1]
+    if not moves:
+        return []
+    falls, rises = sum(m < 0 for m in moves), sum(m > 0 for m in moves)
+    trend = "shows no common trend"
+    if max(falls, rises) > 0.75 * len(moves):
+        trend = "falls" if falls > rises else "rises"
+    rates = {r.identity.guidance for r in records if r.identity.seed_block == block}
+    edge = sum(g in (min(rates), max(rates)) for g in choice.values())
+    sentence = (
+        f"As steps increase, the best guidance rate {trend}: from the fewest steps to the most it "
+        f"falls in {falls}, rises in {rises} and stays in {len(moves) - falls - rises} of "
+        f"{len(moves)} series (one per size and sampler)."
+    )
+    if len(rates) > 1 and edge:
+        sentence += (
+            f" In {edge} of {len(choice)} cells it lies at the edge of the rates tried "
+            f"({min(rates):g} or {max(rates):g}), so the true best may lie outside them."
+        )
+    return [sentence]
+
+
+def _trade_off(records: Sequence[Record], metric: str, block: int) -> list[str]:
+    other = "caption_agreement"
+    if metric == other:
+        return []
+    cells = defaultdict(list)
+    for r in records:
+        if r.identity.seed_block == block and {metric, other} <= r.metrics.keys():
+            i = r.identity
+            cells[i.model, i.sampler, i.steps].append((i.guidance, r))
+    gains = []
+    sign, other_sign = labels.measure(metric).sign, labels.measure(other).sign
+    for cell in cells.values():
+        best = min(cell, key=lambda c: (sign * c[1].metrics[metric], c[0]))
+        last = max(cell, key=lambda c: c[0])
+        if last[0] > best[0]:
+            gains.append(other_sign * (best[1].metrics[other] - last[1].metrics[other]))
+    if not gains:
+        return []
+    return [
+        f"Guidance trades one measure for the other: going from the rate with the best "
+        f"{labels.measure(metric).short} to the highest rate raises caption agreement in "
+        f"{sum(g > 0 for g in gains)} of {len(gains)} cells, by "
+        f"{labels.number(sum(gains) / len(gains))} on average."
+    ]
+
+
+def _incomplete(records: Sequence[Record], metric: str, select: int, report: int) -> list[str]:
+    gaps = curves_lib.gaps(records, metric, select, report)
+    silent = [g for g in gaps if not g.reported]
+    thin = [g for g in gaps if g.guidance]
+    out = []
+    if silent:
+        some = labels.listing([f"{m} {labels.sampler(s)} {n} steps"
+                               for m, s, n in (g.cell for g in silent[:3])])
+        more = f" and {len(silent) - 3} more" if len(silent) > 3 else ""
+        out.append(
+            f"The sweep is not complete: {len(silent)} cell{'s' * (len(silent) > 1)} "
+            f"of the full grid ({some}{more}) "
+            f"ha{'ve' if len(silent) > 1 else 's'} no record on seed block {report} at the chosen "
+            "guidance; the curves are drawn from the rest."
+        )
+    if thin:
+        out.append(
+            f"In {len(thin)} cell{'s' * (len(thin) > 1)} not every guidance rate of the sampler "
+            "was tried; the best of those tried is used."
+        )
+    return out

@@ -1,0 +1,127 @@
+"""Names for readers: the table of measures, sampler names, axis texts, numbers in words."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+from ldm_scaling.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """One metric of the records, as a reader meets it.
+
+    Attributes:
+      name: key in `Record.metrics`.
+      label: full name, for headings and axes.
+      short: short name, for sentences and table heads.
+      better: which direction is better.
+      about: what it is, and what it is not.
+    """
+
+    name: str
+    label: str
+    short: str
+    better: Literal["lower", "higher"]
+    about: str
+
+    @property
+    def sign(self) -> int:
+        """`sign * value` is a loss: smaller is better whatever the direction."""
+        return 1 if self.better == "lower" else -1
+
+    @property
+    def axis(self) -> str:
+        """Axis text with the direction."""
+        return f"{self.label} ({self.better} is better)"
+
+
+_MEASURES = (
+    Measure(
+        "fd_effnetlite0",
+        "Fréchet distance in EfficientNet-Lite0 features",
+        "FD",
+        "lower",
+        "The Fréchet distance between two Gaussian distributions, fitted to the features that an "
+        "ImageNet-trained EfficientNet-Lite0 gives for the sampled and for the real pictures. It "
+        "sees how the two sets of pictures differ as wholes (sharpness, shapes, colours, variety) "
+        "and nothing of the captions. It is not FID: FID is defined by another network "
+        "(Inception, 2015-12-05) and usually by 30,000 pictures, so these values compare with "
+        "each other and with no published FID.",
+    ),
+    Measure(
+        "caption_agreement",
+        "caption agreement",
+        "caption agreement",
+        "higher",
+        "A score of how well each picture agrees with its own caption, averaged over pictures. It "
+        "says little about how real a picture looks, so that guidance can go on raising it past "
+        "the rate where the Fréchet distance is best: the two are read together. It is not the "
+        "CLIP score, and its values compare with no published ones.",
+    ),
+)
+MEASURES = {m.name: m for m in _MEASURES}
+
+SAMPLERS = {
+    "ddim": "DDIM",
+    "ddpm": "DDPM",
+    "dpmpp_1": "DPM-Solver++ (1)",
+    "dpmpp_2m": "DPM-Solver++ (2M)",
+}
+
+AXES = {
+    "cost": "sampling cost = normalised cost × steps",
+    "seconds": "measured seconds per image",
+    "steps": "sampling steps",
+}
+
+
+def measure(name: str) -> Measure:
+    """The measure called `name`. Raises `UserError` when the table has none."""
+    if name not in MEASURES:
+        raise UserError(
+            f"no measure is called {name!r}: known are {', '.join(MEASURES)}; add its label and "
+            "direction to the table in ldm_scaling/study/labels.py"
+        )
+    return MEASURES[name]
+
+
+def sampler(name: str) -> str:
+    """A sampler's name for readers; an unknown one keeps its own, a spacing stays behind it."""
+    base, comma, spacing = name.partition(", ")
+    return SAMPLERS.get(base, base) + comma + spacing
+
+
+def number(value: float) -> str:
+    """Three digits or so, never an exponent: 1234, 56.7, 3.21, 0.0456."""
+    size = abs(value)
+    for least, digits in ((99.95, 0), (9.995, 1), (0.9995, 2), (0.09995, 3)):
+        if size >= least:
+            return f"{value:.{digits}f}"
+    return f"{value:.4f}" if size >= 0.00005 else f"{value:.2g}" if value else "0"
+
+
+def interval(low: float, high: float) -> str:
+    """A 95% interval in brackets."""
+    return f"[{number(low)}, {number(high)}]"
+
+
+def probability(value: float) -> str:
+    """A bootstrap share; never rounded to certainty, which no finite number of replicates gives."""
+    return "above 0.99" if value > 0.99 else "below 0.01" if value < 0.01 else f"{value:.2f}"
+
+
+def count(value: float) -> str:
+    """Parameters in words: 865.9M, 412k."""
+    for least, scale, unit in ((999.5e6, 1e9, "B"), (999.5e3, 1e6, "M"), (999.5, 1e3, "k")):
+        if value >= least:
+            return f"{value / scale:.3g}{unit}"
+    return f"{value:.0f}"
+
+
+def listing(items: Sequence[str], word: str = "and") -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    items = list(items)
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} {word} {items[-1]}"

@@ -1,0 +1,44 @@
+"use strict";
+// Sorting and filtering of the record table; the rows themselves are in the page.
+{
+  const table = document.getElementById("records-table");
+  const body = table.tBodies[0], rows = [...body.rows];
+  const selects = [...document.querySelectorAll("#records-controls select")];
+  const search = document.getElementById("records-search");
+  const count = document.getElementById("records-count");
+  const text = new Map(rows.map((row) => [row, row.textContent.toLowerCase()]));
+
+  function filter() {
+    const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+    let shown = 0;
+    for (const row of rows) {
+      const fits = selects.every((s) => !s.value || row.dataset[s.dataset.column] === s.value)
+        && words.every((w) => text.get(row).includes(w));
+      row.hidden = !fits;
+      shown += fits;
+    }
+    count.textContent = `${shown} of ${rows.length} records`;
+  }
+
+  function sort(head) {
+    const k = head.cellIndex;
+    const rising = head.getAttribute("aria-sort") !== "ascending";
+    for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
+    head.setAttribute("aria-sort", rising ? "ascending" : "descending");
+    const key = (row) => row.cells[k].dataset.value ?? row.cells[k].textContent;
+    const order = (a, b) => {
+      const [x, y] = [key(a), key(b)];
+      if (x === "" || y === "") return (x === "") - (y === "");
+      const numbers = !Number.isNaN(Number(x)) && !Number.isNaN(Number(y));
+      const less = numbers ? Number(x) - Number(y) : x.localeCompare(y);
+      return rising ? less : -less;
+    };
+    body.append(...rows.sort(order));
+  }
+
+  for (const head of table.tHead.rows[0].cells) {
+    head.querySelector("button").addEventListener("click", () => sort(head));
+  }
+  for (const control of [...selects, search]) control.addEventListener("input", filter);
+  filter();
+}

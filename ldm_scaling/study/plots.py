@@ -1,0 +1,343 @@
+"""Plots: the paper's figures 8, 9 and 11 for these records, and the winner at each budget."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+
+import matplotlib
+import matplotlib.patheffects
+import numpy as np
+from etils import epath
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from ldm_scaling.study import curves as curves_lib
+from ldm_scaling.study import image_grids, labels, plot_style, winners
+from ldm_scaling.study.curves import Curves, Point
+from ldm_scaling.study.records import Record
+
+Training = Mapping[str, Sequence[Sequence[float | None]]]
+"""model -> rows [step, train loss, validation loss or None]."""
+
+
+def _sized(records: Sequence[Record]) -> dict[str, str]:
+    """Size -> its legend entry, smallest first."""
+    params = {r.identity.model: r.params for r in records}
+    return {m: f"{m} ({labels.count(params[m])})" for m in curves_lib.models(records)}
+
+
+def _legend(
+    fig: Figure, entries: Mapping[str, str], extra: Sequence[Line2D] = (), areas: bool = False
+) -> None:
+    marks = plot_style.marks(list(entries))
+    if areas:
+        marks = {m: {"color": mark["color"], "marker": "s", "ls": "", "ms": 10}
+                 for m, mark in marks.items()}
+    handles = [Line2D([], [], label=text, **marks[m]) for m, text in entries.items()]
+    fig.legend(handles=[*handles, *extra], loc="outside lower center",
+               ncols=min(len(handles) + len(extra), 7), title="size (parameters)")
+
+
+def guidance_by_steps(records: Sequence[Record], metric: str, sampler: str, block: int) -> Figure:
+    """Fig. 8: the measure over guidance x steps, one panel per size, the best rate marked."""
+    cells: dict[str, dict[tuple[int, float], float]] = defaultdict(dict)
+    for r in records:
+        i = r.identity
+        if (i.sampler, i.seed_block) == (sampler, block) and metric in r.metrics:
+            cells[i.model][i.steps, i.guidance] = r.metrics[metric]
+    sizes = [m for m in curves_lib.models(records) if m in cells]
+    choice = curves_lib.best_guidance(records, metric, block)
+    measure = labels.measure(metric)
+    steps = sorted({s for c in cells.values() for s, _ in c})
+    rates = sorted({w for c in cells.values() for _, w in c})
+    values = [v for c in cells.values() for v in c.values()]
+    norm = (LogNorm if min(values) > 0 else matplotlib.colors.Normalize)(min(values), max(values))
+    cmap = matplotlib.colormaps["viridis_r" if measure.better == "lower" else "viridis"]
+    fig = plot_style.figure(1.1 + max(len(sizes) * (0.5 + 0.47 * len(steps)), 4.4),
+                            1.7 + 0.4 * len(rates))
+    axes = fig.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
+    for ax, model in zip(axes, sizes, strict=True):
+        grid = np.full((len(rates), len(steps)), np.nan)
+        for (s, w), value in cells[model].items():
+            grid[rates.index(w), steps.index(s)] = value
+        shown = ax.pcolormesh(grid, cmap=cmap, norm=norm, edgecolors="white", linewidth=1.2)
+        for (s, w), value in cells[model].items():
+            x, y = steps.index(s) + 0.5, rates.index(w) + 0.5
+            best = choice.get((model, sampler, s)) == w
+            dark = np.dot(cmap(norm(value))[:3], (0.299, 0.587, 0.114)) < 0.55
+            ax.text(x, y, _short(value), ha="center", va="center", fontsize=7.5,
+                    color="white" if dark else plot_style.INK,
+                    fontweight="bold" if best else "normal")
+            if best:
+                ax.add_patch(matplotlib.patches.Rectangle(
+                    (x - 0.47, y - 0.47), 0.94, 0.94, fill=False, lw=2, ec="#d1184b"))
+        ax.set_title(model)
+        ax.set_xticks(np.arange(len(steps)) + 0.5, [str(s) for s in steps])
+        ax.set_yticks(np.arange(len(rates)) + 0.5, [f"{w:g}" for w in rates])
+        ax.tick_params(length=0)
+        ax.grid(False)
+        for spine in ax.spines.values():
+            spine.set_visible(False)
+    axes[0].set_ylabel("guidance rate")
+    fig.supxlabel("sampling steps", fontsize=10)
+    bar = fig.colorbar(shown, ax=axes, pad=0.012, aspect=18)
+    bar.outline.set_visible(False)
+    if isinstance(norm, LogNorm):
+        plot_style.log_ticks(bar.ax.yaxis)
+    bar.set_label(f"{measure.short} ({measure.better} is better)")
+    fig.suptitle(f"{measure.short} over guidance and steps, {labels.sampler(sampler)} "
+                 "(framed: best rate)", x=0.01, ha="left")
+    return fig
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 10 else f"{value:.2g}"
+
+
+def _curve(ax: Axes, points: Sequence[Point], axis: str, **how: object) -> None:
+    x = [p.at(axis) for p in points]
+    ax.plot(x, [p.value for p in points], **how)
+    ends = [(p.at(axis), p.low, p.high) for p in points if p.low is not None]
+    if ends:
+        ax.vlines(*zip(*ends, strict=True), color=how["color"], lw=1.3, alpha=0.55)
+
+
+def _envelope(ax: Axes, curves: Curves, metric: str, sizes: Sequence[str], axis: str,
+              sampler: str) -> None:
+    won = winners.winner_by_budget(curves, metric, sizes, axis, {sampler})
+    if won:
+        ax.step([w.budget for w in won], [w.best.point.value for w in won], where="post",
+                color="#8b95a3", lw=5, alpha=0.35, zorder=0, solid_capstyle="round")
+
+
+def _scale_y(ax: Axes, points: Sequence[Point]) -> None:
+    """Logarithmic where values span a factor of three, so that the cheap end does not hide."""
+    values = [p.value for p in points]
+    if min(values) > 0 and max(values) > 3 * min(values):
+        plot_style.log_y(ax)
+
+
+def quality_by_cost(
+    records: Sequence[Record], curves: Curves, metric: str, sampler: str, axis: str = "cost"
+) -> Figure:
+    """Fig. 9: cost against steps (left) and best-guidance quality against it (right)."""
+    entries = _sized(records)
+    marks = plot_style.marks(list(entries))
+    mine = {m: c for (m, s), c in curves.items() if s == sampler}
+    fig = plot_style.figure(11.0, 4.9)
+    left, right = fig.subplots(1, 2, width_ratios=(0.85, 1.4))
+    for model in (m for m in entries if m in mine):
+        by_steps = sorted(mine[model], key=lambda p: p.steps)
+        left.plot([p.steps for p in by_steps], [p.at(axis) for p in by_steps], **marks[model])
+        _curve(right, sorted(mine[model], key=lambda p: p.at(axis)), axis, **marks[model])
+    _envelope(right, curves, metric, list(entries), axis, sampler)
+    left.set(xscale="log", xlabel=labels.AXES["steps"], ylabel=labels.AXES[axis])
+    plot_style.step_ticks(left, sorted({p.steps for c in mine.values() for p in c}))
+    plot_style.log_y(left)
+    left.set_title("What a step count costs")
+    _scale_y(right, [p for c in mine.values() for p in c])
+    plot_style.log_x(right)
+    right.set_xlabel(labels.AXES[axis] + " (log scale)")
+    plot_style.best_arrow(right, metric)
+    right.set_title(f"What it buys: {labels.sampler(sampler)} at the best guidance")
+    band = Line2D([], [], color="#8b95a3", lw=5, alpha=0.35, label="winner within the budget")
+    _legend(fig, entries, [band])
+    return fig
+
+
+def samplers_by_cost(records: Sequence[Record], curves: Curves, metric: str) -> Figure:
+    """Fig. 11: the curves of the other samplers, those of DDIM dashed behind them."""
+    entries = _sized(records)
+    marks = plot_style.marks(list(entries))
+    first, *others = [s for s in curves_lib.samplers(records) if any(s == k for _, k in curves)]
+    fig = plot_style.figure(0.8 + 4.9 * max(len(others), 1), 4.9)
+    axes = fig.subplots(1, len(others), sharey=True, squeeze=False)[0]
+    for ax, sampler in zip(axes, others, strict=True):
+        for model in entries:
+            behind, points = curves.get((model, first)), curves.get((model, sampler))
+            if behind:
+                ax.plot([p.cost for p in behind], [p.value for p in behind], lw=1.1, ls=(0, (4, 2)),
+                        color=marks[model]["color"], alpha=0.65)
+            if points:
+                _curve(ax, points, "cost", **marks[model])
+        _scale_y(ax, [p for c in curves.values() for p in c])
+        plot_style.log_x(ax)
+        ax.set_title(labels.sampler(sampler))
+        ax.set_xlabel(labels.AXES["cost"])
+    plot_style.best_arrow(axes[0], metric)
+    dashed = Line2D([], [], color=plot_style.SOFT, lw=1.1, ls=(0, (4, 2)),
+                    label=f"{labels.sampler(first)}, for comparison")
+    _legend(fig, entries, [dashed])
+    return fig
+
+
+def winner_chart(records: Sequence[Record], curves: Curves, metric: str) -> Figure:
+    """Which size is best at each budget: its probability, stacked by size, per sampler."""
+    entries = _sized(records)
+    colours = {m: mark["color"] for m, mark in plot_style.marks(list(entries)).items()}
+    names = [s for s in curves_lib.samplers(records) if any(s == k for _, k in curves)]
+    shown = [(s, winners.winner_by_budget(curves, metric, list(entries), samplers={s}))
+             for s in names]
+    fig = plot_style.figure(10.0, 1.1 + 1.75 * len(shown))
+    axes = fig.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+    ends = [won[0].budget for _, won in shown], [won[-1].budget * 1.2 for _, won in shown]
+    for ax, (sampler, won) in zip(axes, shown, strict=True):
+        edges = [w.budget for w in won] + [won[-1].budget * 1.2]
+        base = np.zeros(len(won))
+        for model in entries:
+            share = np.array([_share(w, model) for w in won])
+            ax.stairs(base + share, edges, baseline=base, fill=True, color=colours[model])
+            base = base + share
+        met = next((w.budget for w in won if w.complete), None)
+        if met and met > won[0].budget:
+            ax.axvspan(edges[0], met, fc="none", ec="white", hatch="///", lw=0, alpha=0.55)
+        _name_stretches(ax, won, edges)
+        ax.set(xscale="log", xlim=(min(ends[0]), max(ends[1])), ylim=(0, 1), yticks=(0, 0.5, 1))
+        ax.set_title(labels.sampler(sampler))
+        ax.grid(False)
+        ax.set_ylabel("probability of\nbeing the best")
+    plot_style.log_x(axes[-1])
+    axes[-1].set_xlabel("budget: the most an image may cost (normalised cost × steps); hatched: "
+                        "not every size can afford one")
+    _legend(fig, entries, areas=True)
+    return fig
+
+
+def _share(won: winners.Winner, model: str) -> float:
+    """Probability of a size at a budget; without replicates all of it goes to the winner."""
+    for contender in won.contenders:
+        if contender.model == model:
+            sure = float(contender is won.best)
+            return sure if contender.probability is None else contender.probability
+    return 0.0
+
+
+def _name_stretches(ax: Axes, won: Sequence[winners.Winner], edges: Sequence[float]) -> None:
+    """Names the winner above its stretch, where the stretch is wide enough for the name."""
+    total = np.log(edges[-1] / edges[0])
+    place = 0
+    for run in winners.stretches(won):
+        low, high = edges[place], edges[place + len(run)]
+        place += len(run)
+        if np.log(high / low) > 0.045 * total:
+            text = ax.text(np.sqrt(low * high), 0.5, run[0].best.model, ha="center", va="center",
+                           color="white", fontsize=9, fontweight="bold")
+            outline = matplotlib.patheffects.withStroke(linewidth=2.5, foreground=plot_style.INK)
+            text.set_path_effects([outline])
+
+
+def trade_off(records: Sequence[Record], metric: str, other: str, block: int) -> Figure:
+    """The two measures against each other as guidance rises, one line per size and step count."""
+    entries = _sized(records)
+    marks = plot_style.marks(list(entries))
+    both = [r for r in records
+            if r.identity.seed_block == block and {metric, other} <= r.metrics.keys()]
+    first = curves_lib.samplers(both)[0]
+    lines: dict[tuple[str, int], list[tuple[float, float, float]]] = defaultdict(list)
+    for r in both:
+        if r.identity.sampler == first:
+            point = (r.identity.guidance, r.metrics[other], r.metrics[metric])
+            lines[r.identity.model, r.identity.steps].append(point)
+    steps = sorted({s for _, s in lines})
+    shown = sorted({steps[0], steps[len(steps) // 2], steps[-1]})
+    fig = plot_style.figure(0.9 + 3.5 * len(shown), 4.3)
+    axes = fig.subplots(1, len(shown), sharey=True, sharex=True, squeeze=False)[0]
+    for ax, n in zip(axes, shown, strict=True):
+        for model in (m for m in entries if (m, n) in lines):
+            rates, x, y = zip(*sorted(lines[model, n]), strict=True)
+            ax.plot(x, y, **marks[model])
+            ends = {0, len(rates) - 1} if model in (next(iter(entries)), list(entries)[-1]) else ()
+            for k in sorted(ends):
+                ax.annotate(f"{rates[k]:g}", (x[k], y[k]), xytext=(4, 4), fontsize=7,
+                            textcoords="offset points", color=marks[model]["color"])
+        ax.set_title(f"{n} steps")
+        ax.set_xlabel(f"{labels.measure(other).label} (→ better)")
+    plot_style.best_arrow(axes[0], metric)
+    fig.suptitle(f"Guidance trades one for the other ({labels.sampler(first)}; numbers: "
+                 "guidance rate)", x=0.01, ha="left")
+    _legend(fig, entries)
+    return fig
+
+
+def training(curves: Training, entries: Mapping[str, str]) -> Figure:
+    """Training loss (thin) and validation loss (marked) of every size against the step."""
+    marks = plot_style.marks(list(entries))
+    fig = plot_style.figure(8.6, 4.4)
+    ax = fig.subplots()
+    for model in (m for m in entries if curves.get(m)):
+        rows = [(step, np.nan if a is None else a, np.nan if b is None else b)
+                for step, a, b in curves[model]]
+        step, loss, held_out = (np.array(column, float) for column in zip(*rows, strict=True))
+        ax.plot(step, loss, color=marks[model]["color"], lw=0.9, alpha=0.45)
+        there = np.isfinite(held_out)
+        ax.plot(step[there], held_out[there], **marks[model], markevery=max(there.sum() // 8, 1))
+    ax.set(xlabel="training step", ylabel="loss (log scale)")
+    plot_style.log_y(ax)
+    ax.set_title("Training loss (thin) and validation loss (marked)")
+    _legend(fig, entries)
+    return fig
+
+
+def write_all(
+    figures_dir: epath.PathLike,
+    records: Sequence[Record],
+    metric: str,
+    *,
+    select_block: int = 0,
+    report_block: int = 1,
+    loss_curves: Training | None = None,
+    images: image_grids.Images | None = None,
+    captions: Sequence[str] = (),
+) -> list[str]:
+    """Writes every picture that these records allow, as PNG and SVG.
+
+    Args:
+      figures_dir: folder for the pictures.
+      records: of one study, finished or not; see `curves.distinct`.
+      metric: the main measure.
+      select_block: seed block that chooses the guidance.
+      report_block: seed block that is reported.
+      loss_curves: rows [step, train loss, validation loss or None] of every size.
+      images: {(model, sampler, steps): uint8 (n, H, W, 3)} for the grids at equal cost.
+      captions: of the n images.
+
+    Returns:
+      Names of the pictures written, without suffix, in reading order.
+    """
+    records = curves_lib.distinct(records)
+    curves = curves_lib.quality_curves(records, metric, None, select_block, report_block)
+    names = [s for s in curves_lib.samplers(records) if any(s == k for _, k in curves)]
+    drawings: dict[str, Callable[[], Figure]] = {}
+    if names:
+        main = names[0]
+        for axis, name in (("cost", "fig9_cost"), ("seconds", "fig9_seconds")):
+            drawings[name] = lambda axis=axis: quality_by_cost(records, curves, metric, main, axis)
+        drawings["winners"] = lambda: winner_chart(records, curves, metric)
+    if len(names) > 1:
+        drawings["fig11_samplers"] = lambda: samplers_by_cost(records, curves, metric)
+    selecting = [r for r in records if r.identity.seed_block == select_block]
+    for sampler in curves_lib.samplers(selecting):
+        name = f"fig8_guidance_{sampler.replace(', ', '_')}"
+        drawings[name] = lambda s=sampler: guidance_by_steps(records, metric, s, select_block)
+    both = {metric, "caption_agreement"}
+    if len(both) == 2 and any(both <= r.metrics.keys() for r in selecting):
+        drawings["tradeoff"] = lambda: trade_off(
+            records, metric, "caption_agreement", select_block)
+    if images:
+        cells = image_grids.costs(records, images)
+        for sampler in sorted({s for _, s, _ in cells}):
+            rows = image_grids.equal_cost(cells, sampler, curves_lib.models(records))
+            if rows:
+                drawings[f"fig10_images_{sampler.replace(', ', '_')}"] = (
+                    lambda rows=rows: image_grids.draw(rows, images, captions, curves, metric)
+                )
+    if loss_curves:
+        drawings["training"] = lambda: training(loss_curves, _sized(records))
+    for name, draw in drawings.items():
+        with plot_style.style():
+            drawn = draw()
+        plot_style.save(drawn, figures_dir, name)
+    return list(drawings)

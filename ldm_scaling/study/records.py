@@ -1,0 +1,153 @@
+"""`Record`: what one configuration scored. One JSON file each; the file's name is the resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from etils import epath
+
+from ldm_scaling import files
+from ldm_scaling.errors import UserError
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """What makes a record the one it is: everything that decides its numbers.
+
+    Attributes:
+      model: name of the family member.
+      model_hash: hash of the network's spec and of how it was trained.
+      train_step: training step of the checkpoint.
+      sampler: name of the sampler, e.g. `ddim`.
+      steps: sampling steps.
+      spacing: timestep spacing of the grid.
+      guidance: guidance rate w; 1 is no guidance.
+      seed_block: which block of prompts and noise.
+      num_images: images in the block.
+      reference_hash: hash of the reference statistics, the feature network included.
+      version: version of the code that decides numbers.
+    """
+
+    model: str
+    model_hash: str
+    train_step: int
+    sampler: str
+    steps: int
+    spacing: str
+    guidance: float
+    seed_block: int
+    num_images: int
+    reference_hash: str
+    version: str
+
+    @property
+    def key(self) -> str:
+        """16 hex digits: the record's file name."""
+        return files.sha256_of(dataclasses.asdict(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One row of the study.
+
+    Attributes:
+      identity: see `Identity`.
+      base_channels: width c of the network.
+      params: parameters of the network.
+      gflops: XLA's GFLOPs of one forward pass at batch 1 (2 per multiply-add, no guidance).
+      norm_cost: gflops over those of the family's reference member.
+      calls: network calls per image, a guided pair counted once (the paper's convention).
+      metrics: metric name -> value.
+      intervals: metric name -> (low, high), 95%; only where replicates were drawn.
+      replicates: metric name -> bootstrap replicates, already centred. Replicate r resamples the
+        same prompts in every record of a seed block, so differences between records are paired.
+      seconds_per_image: measured seconds of network and decoder for one image in a batch.
+      device: what it was measured on.
+    """
+
+    identity: Identity
+    base_channels: int
+    params: int
+    gflops: float
+    norm_cost: float
+    calls: int
+    metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    replicates: dict[str, list[float]]
+    seconds_per_image: float
+    device: str
+
+    @property
+    def cost(self) -> float:
+        """Sampling cost: normalised cost per step x steps (PAPER.md; guidance not doubled)."""
+        return self.norm_cost * self.calls
+
+    def flat(self) -> dict[str, Any]:
+        """One flat row (no replicates), for tables."""
+        row = dataclasses.asdict(self.identity) | {"key": self.identity.key, "cost": self.cost}
+        for name in ("base_channels", "params", "gflops", "norm_cost", "calls"):
+            row[name] = getattr(self, name)
+        row |= self.metrics
+        for name, (low, high) in self.intervals.items():
+            row |= {f"{name}_low": low, f"{name}_high": high}
+        return row | {"seconds_per_image": self.seconds_per_image, "device": self.device}
+
+
+def path_of(directory: epath.PathLike, key: str) -> epath.Path:
+    """Where the record with this key lies."""
+    return epath.Path(directory) / f"{key}.json"
+
+
+def write(directory: epath.PathLike, record: Record) -> None:
+    """Writes one record by atomic rename. Raises `UserError` on a value that is not finite."""
+    for name, value in record.metrics.items():
+        if not math.isfinite(value):
+            raise UserError(
+                f"{name} of {record.identity.model}, {record.identity.sampler}, "
+                f"{record.identity.steps} steps, guidance {record.identity.guidance} is {value}: "
+                "the sampled images or features are not finite; check the checkpoint"
+            )
+    payload = {"format": FORMAT, "key": record.identity.key, **dataclasses.asdict(record)}
+    text = json.dumps(payload, indent=1, sort_keys=True, allow_nan=False)
+    files.atomic_write_text(path_of(directory, record.identity.key), text + "\n")
+
+
+def read(path: epath.PathLike) -> Record:
+    """Reads one record. Raises `UserError` when the file is damaged or its key does not fit."""
+    path = epath.Path(path)
+    try:
+        payload = json.loads(path.read_text())
+        if payload.pop("format") != FORMAT:
+            raise ValueError("another format")
+        key = payload.pop("key")
+        identity = Identity(**payload.pop("identity"))
+        intervals = {k: (v[0], v[1]) for k, v in payload.pop("intervals").items()}
+        record = Record(identity=identity, intervals=intervals, **payload)
+        if not key == identity.key == path.stem:
+            raise ValueError(f"its key says {key}, its contents {identity.key}")
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as e:
+        raise UserError(
+            f"the record {path} is damaged ({e}): delete the file and run the same command "
+            "again to have it measured anew"
+        ) from e
+    return record
+
+
+def read_all(directory: epath.PathLike) -> list[Record]:
+    """All records of a folder, in a stable order. An empty or missing folder gives []."""
+    directory = epath.Path(directory)
+    if not directory.exists():
+        return []
+    found = [read(p) for p in sorted(directory.glob("*.json"))]
+    return sorted(found, key=lambda r: dataclasses.astuple(r.identity))
+
+
+def missing(directory: epath.PathLike, wanted: Iterable[Identity]) -> list[Identity]:
+    """Those of `wanted` that have no record yet."""
+    return [i for i in wanted if not path_of(directory, i.key).exists()]

@@ -1,0 +1,271 @@
+"""The report: one self-contained HTML page, made from records and the pictures beside them."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import dataclasses
+import io
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+from etils import epath
+
+from ldm_scaling import files
+from ldm_scaling.errors import UserError
+from ldm_scaling.study import curves as curves_lib
+from ldm_scaling.study import findings, labels, page_data, plot_style
+from ldm_scaling.study.records import Record
+
+_PAGE = pathlib.Path(__file__).parent / "page"
+_SCRIPTS = ("charts.js", "figures.js", "table.js")
+
+# File name's start -> (section of the page, title, what it shows).
+_PICTURES = {
+    "fig9_cost": ("quality", "Cost and quality (Fig. 9)",
+                  "Left: sampling cost against steps for every size. Right: quality at the best "
+                  "guidance against sampling cost for every size, with 95% intervals."),
+    "fig9_seconds": ("quality", "Seconds and quality (Fig. 9, measured time)",
+                     "The same as figure 9 with measured seconds per image in place of cost."),
+    "fig11_samplers": ("quality", "Other samplers (Fig. 11)",
+                       "Quality against sampling cost for the other samplers, with those of the "
+                       "first sampler dashed behind them."),
+    "winners": ("winners", "Winner by budget",
+                "Probability that each size is the best, stacked, against the budget."),
+    "fig8_guidance": ("heat", "Guidance and steps (Fig. 8)",
+                      "Quality over guidance and steps, one panel per size, best rates framed."),
+    "tradeoff": ("trade", "Both measures along guidance",
+                 "The two measures against each other as guidance rises."),
+    "fig10_images": ("images", "Images at equal cost (Fig. 10)",
+                     "Sampled images of the same captions, one row per size, grouped so that the "
+                     "rows of a group cost nearly the same."),
+    "training": ("training", "Training curves",
+                 "Training loss (thin lines) and validation loss (marked) against the step, by "
+                 "size."),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What the records do not say, told by whoever ran the study.
+
+    Attributes:
+      title: heading of the page.
+      summary: one or two sentences under it.
+      metric: the main measure.
+      select_block: seed block that chose the guidance.
+      report_block: seed block that is reported.
+      dataset: paragraphs on the data set: what it is, where from, how many pairs, the split.
+      measures: measure -> one more paragraph on how it was computed here.
+      protocol: paragraphs that follow the built-in ones.
+      limits: sentences that follow the built-in ones.
+      attribution: attributions that licences ask for; addresses become links.
+      config: the study's configuration, shown as JSON.
+      versions: package -> version.
+    """
+
+    title: str = "Quality against sampling cost"
+    summary: str = (
+        "A family of latent diffusion models that differ only in width, trained alike and compared "
+        "at equal sampling cost."
+    )
+    metric: str = "fd_effnetlite0"
+    select_block: int = 0
+    report_block: int = 1
+    dataset: Sequence[str] = ()
+    measures: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    protocol: Sequence[str] = ()
+    limits: Sequence[str] = ()
+    attribution: Sequence[str] = ()
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, payload: Mapping[str, Any]) -> Context:
+        """From a dictionary. Raises `UserError` on a key that has no place here."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        strange = sorted(set(payload) - set(known))
+        if strange:
+            raise UserError(
+                f"the report's context has unknown keys {strange}: remove them; known are {known}"
+            )
+        return cls(**payload)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Picture:
+    title: str
+    alt: str
+    uri: str
+
+
+def _uri(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _pictures(directory: epath.Path) -> dict[str, list[_Picture]]:
+    """Every picture of the folder, by section: SVG, but PNG for those that hold images."""
+    out: dict[str, list[_Picture]] = {section: [] for section, _, _ in _PICTURES.values()}
+    out["other"] = []
+    left = {}
+    if directory.exists():
+        paths = sorted(p for p in directory.iterdir() if not p.name.startswith("."))
+        left = {kind: [p for p in paths if p.suffix == f".{kind}"] for kind in ("png", "svg")}
+        left = {p.stem: p for p in (*left["png"], *left["svg"])} | {
+            p.stem: p for p in left["png"] if _section(p.stem)[0] in ("images", "other")
+        }
+    for name in sorted(left, key=_reading_order):
+        section, title, alt = _section(name)
+        kind = "image/png" if left[name].suffix == ".png" else "image/svg+xml"
+        out[section].append(_Picture(title, alt, _uri(kind, left[name].read_bytes())))
+    return out
+
+
+def _start(name: str) -> str | None:
+    return next((s for s in _PICTURES if name == s or name.startswith(f"{s}_")), None)
+
+
+def _section(name: str) -> tuple[str, str, str]:
+    """Section, title and alternative text of a picture with this file name."""
+    start = _start(name)
+    if start is None:
+        title = name.replace("_", " ")
+        return "other", title, title
+    section, title, alt = _PICTURES[start]
+    sampler = name.removeprefix(start).removeprefix("_")
+    if sampler:
+        title += f": {labels.SAMPLERS.get(sampler, sampler.replace('_', ' '))}"
+    return section, title, f"{title}. {alt}"
+
+
+def _reading_order(name: str) -> tuple[int, bool, str]:
+    start = _start(name)
+    place = list(_PICTURES).index(start) if start else len(_PICTURES)
+    return place, not name.endswith("_ddim"), name
+
+
+def _csv(records: Sequence[Record]) -> str:
+    rows = [r.flat() for r in records]
+    columns = list(dict.fromkeys(k for row in rows for k in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return _uri("text/csv;charset=utf-8", text.getvalue().encode())
+
+
+def _protocol(records: Sequence[Record], context: Context) -> list[str]:
+    images = {r.identity.seed_block: set() for r in records}
+    for r in records:
+        images[r.identity.seed_block].add(r.identity.num_images)
+    counts = "; ".join(
+        f"seed block {block}: {labels.listing([f'{n:,}' for n in sorted(images[block])], 'or')} "
+        "images per configuration"
+        for block in sorted(images)
+    )
+    draws = {len(v) for r in records for v in r.replicates.values()}
+    protocol = [
+        f"Every configuration draws images for the same prompts from the same noise ({counts}). "
+        f"The best guidance rate of each size, sampler and step count is chosen on seed block "
+        f"{context.select_block}; what is reported was sampled anew on block "
+        f"{context.report_block}, with other prompts and noise, so the choice does not flatter "
+        "the result. The step count that a size takes within a budget is chosen in the same way.",
+    ]
+    if draws:
+        number = labels.listing([str(d) for d in sorted(draws)], "or")
+        protocol.append(
+            f"Intervals and probabilities come from {number} bootstrap replicates over prompts, "
+            "centred because resampling with repetition inflates a Fréchet distance. A replicate "
+            "resamples the same prompts for every configuration, so differences between sizes are "
+            "paired."
+        )
+    return [*protocol, *context.protocol]
+
+
+def _limits(records: Sequence[Record], context: Context) -> list[str]:
+    steps = labels.listing([f"{s:,}" for s in sorted({r.identity.train_step for r in records})],
+                           "or")
+    return [
+        "Sampling cost counts the denoising network alone, one call per step; the text encoder, "
+        "the image decoder and the second call that guidance makes are left out, as in the paper. "
+        "Measured seconds include the second call and the decoder.",
+        f"Each size was trained once, for {steps} steps: the intervals cover the choice of "
+        "prompts, not the chance of another training run.",
+        "A Fréchet distance depends on the number of images; compare only values with the same "
+        "number, network and reference pictures.",
+        "The paper's claims 1, 2, 5 and 6 (training compute, fine-tuning, super-resolution, "
+        "distillation) are not tested by these records.",
+        *context.limits,
+    ]
+
+
+def write(
+    workdir: epath.PathLike,
+    records: Sequence[Record],
+    figures_dir: epath.PathLike,
+    context: Mapping[str, Any],
+) -> epath.Path:
+    """Writes `report.html` into `workdir`; the same input gives the same bytes.
+
+    Args:
+      workdir: where the page goes.
+      records: all records of one study, finished or not.
+      figures_dir: pictures of `plots.write_all`; other PNG or SVG files there are shown too.
+      context: the keys of `Context`.
+
+    Returns:
+      The page's path.
+
+    Raises:
+      UserError: without any record, on an unknown context key or measure, or when two records
+        claim the same configuration.
+    """
+    told = Context.of(context)
+    records = sorted(records, key=lambda r: (r.params, dataclasses.astuple(r.identity)))
+    if not records:
+        raise UserError(f"no records to report for {workdir}: run the sweep first")
+    measure = labels.measure(told.metric)
+    arms = curves_lib.distinct(records)
+    blocks = (told.select_block, told.report_block)
+    sizes = curves_lib.models(arms)
+    curves = curves_lib.quality_curves(arms, told.metric, None, *blocks)
+    data = page_data.charts(arms, told.metric, *blocks)
+    sentences = findings.findings(arms, told.metric, *blocks)
+    table = page_data.table(records, arms, curves, told.report_block)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_PAGE), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html.jinja").render(
+        context=told,
+        css=(_PAGE / "report.css").read_text("utf-8"),
+        js="\n".join((_PAGE / name).read_text("utf-8") for name in _SCRIPTS),
+        light=plot_style.ramp(len(sizes)),
+        dark=plot_style.ramp(len(sizes), 0.3, 1.0),
+        marks=page_data.MARKS,
+        facts=page_data.facts(arms),
+        verdicts=findings.verdicts(curves, told.metric, sizes),
+        findings=sentences,
+        confidence=f"{findings.CONFIDENCE:g}",
+        doubt=f"{1 - findings.CONFIDENCE:.2g}",
+        data=data,
+        has_curves=bool(curves),
+        measure=measure,
+        measures=[labels.measure(m["name"]) for m in data["measures"]],
+        reference=page_data.reference(arms),
+        devices=labels.listing(sorted({r.device for r in records})),
+        alt=page_data.alternatives(arms, measure, sentences),
+        pictures=_pictures(epath.Path(figures_dir)),
+        winner_rows=page_data.winner_rows(curves, told.metric, sizes, data["samplers"][0]["name"]),
+        csv=_csv(records),
+        protocol=_protocol(records, told),
+        limits=_limits(records, told),
+        config=json.dumps(told.config, indent=1, sort_keys=True, default=str),
+        **table,
+    )
+    path = epath.Path(workdir) / "report.html"
+    files.atomic_write_text(path, page)
+    return path

@@ -1,0 +1,217 @@
+"""Winners: which size is best at each sampling budget, and how sure that is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator, Sequence
+
+import numpy as np
+
+from ldm_scaling.errors import UserError
+from ldm_scaling.study import labels
+from ldm_scaling.study.curves import Curves, Point
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Contender:
+    """The best that one size can do within a budget.
+
+    Attributes:
+      point: its cell, chosen on the selection block, valued on the report block.
+      probability: share of the paired replicates in which this size is the best of the
+        contenders (ties shared); None without replicates.
+    """
+
+    point: Point
+    probability: float | None
+
+    @property
+    def model(self) -> str:
+        """The size's name."""
+        return self.point.model
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Winner:
+    """The outcome at one budget.
+
+    Attributes:
+      budget: the most that an image may cost, in units of the axis.
+      contenders: one per size that can afford anything, smallest size first.
+      best: the contender with the best value on the report block.
+      runner_up: the next best, or None.
+      advantage: how much better the best is than the runner-up (>= 0, in the measure's units).
+      advantage_interval: its 95% interval from paired replicates, or None.
+      complete: whether every size can afford at least one measured cell.
+    """
+
+    budget: float
+    contenders: tuple[Contender, ...]
+    best: Contender
+    runner_up: Contender | None
+    advantage: float | None
+    advantage_interval: tuple[float, float] | None
+    complete: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Crossover:
+    """Whether smaller sizes win small budgets and larger sizes win large ones (claim 3).
+
+    Attributes:
+      low: the outcome at the smallest budget that every size can afford. Below it the largest
+        sizes lose because they cannot take part, which says nothing.
+      high: the outcome at the largest budget measured.
+      small_wins: share of replicates in which a size other than the largest wins at `low`.
+      probability: share in which the winner at `high` is larger than the winner at `low` (so the
+        largest does not win at `low`); None without replicates.
+    """
+
+    low: Winner
+    high: Winner
+    small_wins: float | None
+    probability: float | None
+
+
+def _shares(losses_MR: np.ndarray) -> np.ndarray:
+    """In each replicate, 1 for the size with the smallest loss (split between ties): (M, R)."""
+    best_MR = losses_MR == losses_MR.min(axis=0)
+    return best_MR / best_MR.sum(axis=0)
+
+
+def _paired(points: Sequence[Point], sign: int) -> np.ndarray | None:
+    """Losses (M, R) of points whose replicates resample the same prompts; None without any."""
+    sizes = {(p.replicates_R.size, p.num_images) for p in points}
+    if any(n == 0 for n, _ in sizes):
+        return None
+    if len(sizes) > 1:
+        raise UserError(
+            "replicates cannot be paired: points of one comparison have (replicates, images) "
+            f"{sorted(sizes)}; measure all sizes with the same number of images and replicates"
+        )
+    return sign * np.stack([p.replicates_R for p in points])
+
+
+def _outcome(
+    points: Sequence[Point], sign: int, budget: float, complete: bool
+) -> tuple[Winner, np.ndarray | None]:
+    losses_MR = _paired(points, sign)
+    shares_MR = None if losses_MR is None else _shares(losses_MR)
+    contenders = tuple(
+        Contender(p, None if shares_MR is None else float(shares_MR[m].mean()))
+        for m, p in enumerate(points)
+    )
+    order = sorted(range(len(points)), key=lambda m: sign * points[m].value)
+    best, advantage, ends = order[0], None, None
+    if len(order) > 1:
+        advantage = sign * (points[order[1]].value - points[best].value)
+        if losses_MR is not None:
+            low, high = np.percentile(losses_MR[order[1]] - losses_MR[best], (2.5, 97.5))
+            ends = (float(low), float(high))
+    runner_up = contenders[order[1]] if len(order) > 1 else None
+    return Winner(budget, contenders, contenders[best], runner_up, advantage, ends,
+                  complete), shares_MR
+
+
+def _budgets(points: Sequence[Point], axis: str) -> list[float]:
+    """Every distinct place on the axis, rising; equal up to rounding counts once."""
+    out: list[float] = []
+    for x in sorted(p.at(axis) for p in points):
+        if not out or x > out[-1] * (1 + 1e-9):
+            out.append(x)
+        else:
+            out[-1] = x
+    return out
+
+
+def _walk(
+    curves: Curves,
+    metric: str,
+    sizes: Sequence[str],
+    axis: str,
+    samplers: Collection[str] | None,
+) -> Iterator[tuple[Winner, np.ndarray | None]]:
+    """The outcome at every budget, rising, with each replicate's shares (M, R)."""
+    sign = labels.measure(metric).sign
+    pool = [p for (_, s), curve in curves.items() if samplers is None or s in samplers
+            for p in curve]
+    present = [m for m in sizes if any(p.model == m for p in pool)]
+    for budget in _budgets(pool, axis):
+        chosen = []
+        for model in present:
+            affordable = [p for p in pool if p.model == model and p.at(axis) <= budget]
+            if affordable:
+                chosen.append(min(affordable, key=lambda p: (p.chosen_by, p.at(axis), p.sampler)))
+        yield _outcome(chosen, sign, budget, len(chosen) == len(present))
+
+
+def winner_by_budget(
+    curves: Curves,
+    metric: str,
+    sizes: Sequence[str],
+    axis: str = "cost",
+    samplers: Collection[str] | None = None,
+) -> list[Winner]:
+    """The best size at every distinct budget.
+
+    Within a budget each size enters with the one cell (steps, and sampler where several are
+    allowed) that was best *on the selection block*; it is then valued, and compared with the
+    other sizes, on the report block. So nothing is chosen among a size's cells by the numbers
+    that are reported.
+
+    Args:
+      curves: from `quality_curves`.
+      metric: the measure of the curves.
+      sizes: the sizes in order, smallest first.
+      axis: "cost" or "seconds": what the budget limits.
+      samplers: the samplers allowed; None for all.
+
+    Returns:
+      One `Winner` per budget, rising. Probabilities are bootstrap shares: of two equally good
+      sizes one gets 0.95 or more in about one study of ten.
+    """
+    return [winner for winner, _ in _walk(curves, metric, sizes, axis, samplers)]
+
+
+def stretches(winners: Sequence[Winner]) -> list[list[Winner]]:
+    """Neighbouring budgets with the same winning size, put together."""
+    out: list[list[Winner]] = []
+    for winner in winners:
+        if out and out[-1][-1].best.model == winner.best.model:
+            out[-1].append(winner)
+        else:
+            out.append([winner])
+    return out
+
+
+def crossovers(
+    curves: Curves,
+    metric: str,
+    sizes: Sequence[str],
+    samplers: Sequence[str],
+    axis: str = "cost",
+) -> tuple[dict[str, Crossover], float | None]:
+    """`Crossover` of every sampler that can show one, and the share in which all of them hold.
+
+    A sampler can show one when at least two sizes meet at two or more budgets that all its sizes
+    can afford. The second value is the share of replicates in which the pattern holds for every
+    one of these samplers at once (replicates are paired across samplers too); None without
+    replicates.
+    """
+    out: dict[str, Crossover] = {}
+    holds: list[np.ndarray | None] = []
+    for sampler in samplers:
+        met = [(w, s) for w, s in _walk(curves, metric, sizes, axis, {sampler}) if w.complete]
+        if len(met) < 2 or len(met[0][0].contenders) < 2:
+            continue
+        (low, low_MR), (high, high_MR) = met[0], met[-1]
+        if low_MR is None or high_MR is None:
+            out[sampler] = Crossover(low, high, None, None)
+            holds.append(None)
+            continue
+        smaller_MR = np.cumsum(low_MR, axis=0) - low_MR
+        holds_R = (high_MR * smaller_MR).sum(axis=0)
+        out[sampler] = Crossover(low, high, float(1 - low_MR[-1].mean()), float(holds_R.mean()))
+        holds.append(holds_R)
+    paired = holds and all(h is not None and h.shape == holds[0].shape for h in holds)
+    return out, float(np.prod(np.stack(holds), axis=0).mean()) if paired else None

@@ -1,0 +1,1 @@
+"""What is trained: a task supplies init, make_batch and loss."""

@@ -1,0 +1,1 @@
+"""Train state, train step, optimiser, checkpoints, the one loop."""

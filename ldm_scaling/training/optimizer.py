@@ -1,0 +1,43 @@
+"""AdamW with linear warm-up, then constant, behind clipping by global norm; and the EMA's decay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ldm_scaling.config import Train
+
+
+def decays(params: Any) -> Any:
+    """True where weight decay applies: kernels, not biases nor norms."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+
+def learning_rate(config: Train) -> optax.Schedule:
+    """Linear from 0 over `warmup_steps`, then constant (the recipe of the SD v1 model card)."""
+    if config.warmup_steps == 0:
+        return optax.constant_schedule(config.learning_rate)
+    return optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+
+
+def make(config: Train) -> optax.GradientTransformation:
+    """The optimiser of a run (Loshchilov & Hutter 2019, decay scaled by the learning rate)."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            learning_rate(config), b1=config.beta1, b2=config.beta2,
+            weight_decay=config.weight_decay, mask=decays,
+        ),
+    )
+
+
+def ema_decay(config: Train, step: jax.Array) -> jax.Array:
+    """The EMA's decay at a step, from the start shortened to about a tenth of the run so far.
+
+    min(decay, (1 + step) / (10 + step)), so that a short run's average forgets its random start.
+    """
+    step = step.astype(jnp.float32)
+    return jnp.minimum(config.ema_decay, (1.0 + step) / (10.0 + step))

@@ -1,0 +1,81 @@
+"""The train step: a pure function of (state, batch, key), jitted once with its shardings named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from ldm_scaling.config import Train
+from ldm_scaling.parallel import mesh as mesh_lib
+from ldm_scaling.parallel import rules
+from ldm_scaling.training import optimizer as optimizer_lib
+from ldm_scaling.training import state as state_lib
+from ldm_scaling.training.state import TrainState
+
+Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+def train_step(
+    state: TrainState, batch: Any, key: jax.Array, *, loss: Loss, config: Train,
+    optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimiser step.
+
+    Args:
+      state: before.
+      batch: what the task's `make_batch` gave, leading axis B.
+      key: the run's root key; the step folds its own number in.
+      loss: `loss(params, batch, key) -> (scalar, metrics)`.
+      config: the run.
+      optimizer: optax's.
+    Returns:
+      The state after, and scalar metrics: `loss`, `grad_norm` and the task's.
+    """
+    key = jax.random.fold_in(key, state.step)
+    (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    decay = optimizer_lib.ema_decay(config, state.step)
+    ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, state.ema, params)
+    metrics = {"loss": value, "grad_norm": optax.global_norm(grads), **metrics}
+    return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+
+def abstract_state(init: Callable, config: Train, mesh: Mesh) -> TrainState:
+    """Shapes, types and shardings of a run's state; nothing is allocated."""
+    optimizer = optimizer_lib.make(config)
+    shapes = jax.eval_shape(lambda k: state_lib.create(init(k), optimizer), jax.random.key(0))
+    shardings = rules.shardings(shapes, mesh)
+    return jax.tree.map(
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+        shapes, shardings,
+    )
+
+
+def init_state(init: Callable, config: Train, mesh: Mesh, key: jax.Array) -> TrainState:
+    """A run's first state, made where it will live."""
+    optimizer = optimizer_lib.make(config)
+    shardings = jax.tree.map(lambda s: s.sharding, abstract_state(init, config, mesh))
+    return jax.jit(
+        lambda k: state_lib.create(init(k), optimizer), out_shardings=shardings
+    )(key)
+
+
+def make(loss: Loss, config: Train, mesh: Mesh, abstract: TrainState) -> Callable:
+    """The jitted step `(state, batch, key) -> (state, metrics)`; the state is donated."""
+    optimizer = optimizer_lib.make(config)
+    shardings = jax.tree.map(lambda s: s.sharding, abstract)
+
+    def step(state, batch, key):
+        return train_step(state, batch, key, loss=loss, config=config, optimizer=optimizer)
+
+    return jax.jit(
+        step,
+        in_shardings=(shardings, mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh)),
+        out_shardings=(shardings, mesh_lib.replicated(mesh)),
+        donate_argnums=0,
+    )

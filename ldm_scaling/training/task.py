@@ -1,0 +1,35 @@
+"""What a task is: the three functions that the one loop trains, and what it shows on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def _nothing(params: Any, step: int) -> dict[str, Any]:
+    return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A training problem.
+
+    Attributes:
+      name: in logs and progress bars.
+      init: `init(key) -> params`.
+      make_batch: `make_batch(host_batch) -> batch`, numpy to numpy, on the host.
+      loss: `loss(params, batch, key) -> (scalar, {name: scalar})`, traced.
+      validate: `validate(params, step) -> {name: float}`.
+      show: `show(params, step) -> {name: uint8 image (H, W, 3)}`.
+    """
+
+    name: str
+    init: Callable[[jax.Array], Any]
+    make_batch: Callable[[dict[str, np.ndarray]], Any]
+    loss: Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+    validate: Callable[[Any, int], dict[str, float]] = _nothing
+    show: Callable[[Any, int], dict[str, np.ndarray]] = _nothing

@@ -1,0 +1,83 @@
+"""The schedule against its published constants, and zero terminal SNR."""
+
+import numpy as np
+import pytest
+
+from ldm_scaling.diffusion import schedule
+from ldm_scaling.errors import UserError
+
+
+def test_sd_has_the_published_constants():
+    # Printed digits of Stable Diffusion's schedule, computed by others from its config.
+    sd = schedule.get("sd")
+    assert sd.num_timesteps == 1000
+    abar = sd.alphas_cumprod
+    np.testing.assert_allclose(abar[[0, 1, 999]], [0.99915, 0.998296, 0.0046601], rtol=1e-5)
+    ve_sigma = sd.sigma / sd.alpha
+    np.testing.assert_allclose(ve_sigma[[0, -1]], [0.029167, 14.6146], rtol=1e-4)
+    np.testing.assert_allclose(sd.lam[[0, -1]], [3.5347, -2.6820], atol=5e-5)
+    np.testing.assert_allclose(sd.alpha[-1], 0.0683, atol=5e-5)
+
+
+def test_variance_preserving_and_half_log_snr():
+    for name in ("sd", "sd_zero_snr"):
+        s = schedule.get(name)
+        np.testing.assert_allclose(s.alpha**2 + s.sigma**2, 1, rtol=1e-15)
+        assert np.all(np.diff(s.lam) < 0)
+    assert schedule.get("sd").alphas_cumprod.dtype == np.float64
+
+
+def test_zero_terminal_snr_moves_the_end_and_keeps_the_start():
+    sd, zero = schedule.get("sd"), schedule.get("sd_zero_snr")
+    assert zero.alphas_cumprod[-1] == 0 and zero.lam[-1] == -np.inf and zero.zero_terminal_snr
+    assert not sd.zero_terminal_snr
+    np.testing.assert_allclose(zero.alphas_cumprod[0], sd.alphas_cumprod[0], rtol=1e-15)
+    # Affine in the signal scale: second differences shrink by one common factor.
+    ratio = np.diff(zero.alpha) / np.diff(sd.alpha)
+    np.testing.assert_allclose(ratio, ratio[0], rtol=1e-9)
+
+
+def test_both_schedules_match_diffusers():
+    pytest.importorskip("diffusers", reason="parity needs: pip install -e '.[parity]'")
+    from diffusers.schedulers import DDIMScheduler
+
+    for name, rescale in (("sd", False), ("sd_zero_snr", True)):
+        peer = DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+            rescale_betas_zero_snr=rescale,
+        )
+        ours, theirs = schedule.get(name).alphas_cumprod, peer.alphas_cumprod.double().numpy()
+        # Theirs is built in float32.
+        np.testing.assert_allclose(ours, theirs, rtol=5e-6, atol=1e-8)
+
+
+def test_is_frozen():
+    sd = schedule.get("sd")
+    with pytest.raises(ValueError):
+        sd.alphas_cumprod[0] = 0
+    with pytest.raises(AttributeError):
+        sd.name = "other"
+
+
+@pytest.mark.parametrize(
+    ("abar", "message"),
+    [
+        ([0.9, 0.5, 0.5], "from 0.5 at t=1 to 0.5 at t=2"),
+        ([1.2, 0.5], "0.5 to 1.2"),
+        ([0.5, np.nan], "nan"),
+        ([[0.5]], r"shape \(1, 1\)"),
+        ([], "shape"),
+    ],
+)
+def test_refuses_what_is_no_schedule(abar, message):
+    with pytest.raises(UserError, match=message):
+        schedule.Schedule("mine", np.array(abar))
+
+
+def test_user_errors():
+    with pytest.raises(UserError, match="choose one of sd, sd_zero_snr"):
+        schedule.get("cosine")
+    with pytest.raises(UserError, match="beta_start=0.5"):
+        schedule.sd(beta_start=0.5)
+    with pytest.raises(UserError, match="one timestep"):
+        schedule.zero_terminal_snr(schedule.sd(num_timesteps=1))

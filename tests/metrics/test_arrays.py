@@ -1,0 +1,19 @@
+"""Decompositions run in one thread, whatever the process has set."""
+
+import numpy as np
+import threadpoolctl
+
+from ldm_scaling.metrics import arrays
+
+
+def _threads():
+    return {i["num_threads"] for i in threadpoolctl.threadpool_info() if i["user_api"] == "blas"}
+
+
+def test_one_blas_thread_holds_inside_and_gives_back_outside():
+    assert np.eye(2).sum() == 2  # numpy's library is loaded.
+    with threadpoolctl.threadpool_limits(2, user_api="blas"):
+        before = _threads()
+        with arrays.one_blas_thread():
+            assert _threads() == {1}
+        assert _threads() == before

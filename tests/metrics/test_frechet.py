@@ -1,0 +1,172 @@
+"""The Fréchet distance against closed forms, named peers and its own invariances."""
+
+import ast
+import importlib.util
+import pathlib
+
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.stats
+
+from ldm_scaling.errors import UserError
+from ldm_scaling.metrics.frechet import ReferenceStats, frechet_distance, frechet_from_features
+from ldm_scaling.metrics.moments import Moments
+
+
+def _features(seed, n, d, power=0.5, offset=0.3):
+    """Correlated features with a falling spectrum."""
+    rng = np.random.default_rng(seed)
+    rotation, _ = np.linalg.qr(rng.normal(size=(d, d)))
+    return (rng.normal(size=(n, d)) * np.arange(1, d + 1.0) ** -power) @ rotation + offset
+
+
+def _of_covariance(mean_D, covariance_DD, n=1000):
+    return Moments(n, mean_D, covariance_DD * (n - 1))
+
+
+def test_commuting_gaussians_have_the_closed_form():
+    rng = np.random.default_rng(0)
+    q = scipy.stats.ortho_group.rvs(12, random_state=rng)
+    s1, s2 = rng.uniform(0.1, 3, 12), rng.uniform(0.1, 3, 12)
+    m1, m2 = rng.normal(size=12), rng.normal(size=12)
+    a, b = _of_covariance(m1, (q * s1**2) @ q.T), _of_covariance(m2, (q * s2**2) @ q.T)
+    exact = np.sum((m1 - m2) ** 2) + np.sum((s1 - s2) ** 2)
+    assert frechet_distance(a, b) == pytest.approx(exact, rel=1e-12)
+
+
+def test_two_dimensions_have_the_closed_form():
+    # tr (C1 C2)^{1/2} = sqrt(tr C1 C2 + 2 sqrt(det C1 C2)) for 2 x 2, commuting or not.
+    c1, c2 = np.array([[2.0, 0.7], [0.7, 1.0]]), np.array([[0.5, -0.3], [-0.3, 1.5]])
+    root = np.sqrt(np.trace(c1 @ c2) + 2 * np.sqrt(np.linalg.det(c1 @ c2)))
+    value = frechet_distance(_of_covariance(np.zeros(2), c1), _of_covariance(np.zeros(2), c2))
+    assert value == pytest.approx(np.trace(c1) + np.trace(c2) - 2 * root, rel=1e-12)
+
+
+@pytest.mark.parametrize("d", [1, 5, 64])
+def test_equals_scipys_sqrtm_form_where_that_is_well_conditioned(d):
+    x, y = _features(1, 10 * d + 10, d), _features(2, 12 * d + 10, d, 0.4, 0.1)
+    c1, c2 = np.atleast_2d(np.cov(x.T)), np.atleast_2d(np.cov(y.T))
+    root = scipy.linalg.sqrtm(c1 @ c2)
+    peer = np.sum((x.mean(0) - y.mean(0)) ** 2) + np.trace(c1 + c2 - 2 * root.real)
+    assert frechet_distance(Moments.of(x), Moments.of(y)) == pytest.approx(peer, rel=1e-9)
+
+
+def _torch_fidelity():
+    """torch-fidelity's own functions of statistics, read from its file.
+
+    Importing its package would import torch and torchvision, which these functions do not use.
+    """
+    spec = importlib.util.find_spec("torch_fidelity")
+    if spec is None:
+        pytest.skip("torch-fidelity is not installed: pip install -e '.[parity]'")
+    source = (pathlib.Path(spec.origin).parent / "metric_fid.py").read_text()
+    wanted = [
+        node for node in ast.parse(source).body
+        if isinstance(node, ast.Assign) or getattr(node, "name", "") == "fid_statistics_to_metric"
+    ]
+    names = {"np": np, "vprint": lambda *_: None}
+    exec(compile(ast.Module(wanted, []), "metric_fid.py", "exec"), names)
+    return lambda *stats: names["fid_statistics_to_metric"](*stats, False)[names["KEY_METRIC_FID"]]
+
+
+@pytest.mark.parametrize("n", [400, 60])
+def test_equals_torch_fidelity(n):
+    x, y = _features(3, n, 96), _features(4, 500, 96, 0.4, 0.1)
+    theirs = _torch_fidelity()(
+        *({"mu": v.mean(axis=0), "sigma": np.cov(v, rowvar=False)} for v in (x, y))
+    )
+    ours = frechet_distance(Moments.of(x), Moments.of(y))
+    # With n < d the product is singular, and the square roots of its near-null eigenvalues, which
+    # the peer takes, are off by some 1e-8 each.
+    assert ours == pytest.approx(theirs, rel=1e-9 if n > 96 else 1e-5)
+
+
+@pytest.mark.parametrize("n1,n2,d", [(150, 150, 256), (40, 1000, 128), (3, 5, 64), (2, 2, 3)])
+def test_rank_deficient_sets_against_the_nuclear_norm_of_the_features(n1, n2, d):
+    # ||C1^{1/2} C2^{1/2}||_* = ||X1 X2^T||_* / sqrt((n1 - 1)(n2 - 1)): no root is taken at all.
+    x, y = _features(5, n1, d), _features(6, n2, d, 0.3, 0.2)
+    xc, yc = x - x.mean(0), y - y.mean(0)
+    nuclear = scipy.linalg.svdvals(xc @ yc.T).sum() / np.sqrt((n1 - 1) * (n2 - 1))
+    trace = (xc**2).sum() / (n1 - 1) + (yc**2).sum() / (n2 - 1)
+    exact = np.sum((x.mean(0) - y.mean(0)) ** 2) + trace - 2 * nuclear
+    reference = ReferenceStats(Moments.of(y), "net")
+    assert frechet_distance(Moments.of(x), Moments.of(y)) == pytest.approx(exact, abs=1e-10 * trace)
+    assert frechet_from_features(x, reference) == pytest.approx(exact, abs=1e-10 * trace)
+
+
+@pytest.mark.parametrize("n,d", [(128, 320), (500, 96), (97, 96), (2, 30), (50, 1)])
+def test_the_fast_path_is_the_same_distance(n, d):
+    x, y = _features(7, n, d), _features(8, 700, d, 0.4, 0.2)
+    reference = ReferenceStats(Moments.of(y), "net")
+    direct = frechet_distance(Moments.of(x), reference.moments)
+    assert frechet_from_features(x, reference) == pytest.approx(direct, rel=1e-10)
+
+
+@pytest.mark.parametrize("n,d", [(400, 64), (40, 64), (2, 64)])
+def test_identical_sets_are_at_zero(n, d):
+    x = _features(9, n, d)
+    m = Moments.of(x)
+    scale = np.trace(m.covariance())
+    assert 0 <= frechet_distance(m, m) <= 1e-12 * scale
+    assert 0 <= frechet_from_features(x, ReferenceStats(m, "net")) <= 1e-12 * scale
+    assert 0 <= frechet_from_features(x[::-1], ReferenceStats(m, "net")) <= 1e-12 * scale
+
+
+def test_identical_images_are_a_point():
+    # A collapsed model: no covariance, the distance is to the reference's mean and spread.
+    y = _features(10, 200, 20)
+    m = Moments.of(y)
+    x = np.full((16, 20), 0.7)
+    exact = np.sum((0.7 - m.mean_D) ** 2) + np.trace(m.covariance())
+    assert frechet_from_features(x, ReferenceStats(m, "net")) == pytest.approx(exact, rel=1e-9)
+    assert frechet_distance(Moments.of(x), m) == pytest.approx(exact, rel=1e-9)
+
+
+def test_invariances():
+    x, y = _features(11, 90, 40), _features(12, 110, 40, 0.3, 0.0)
+    value = frechet_distance(Moments.of(x), Moments.of(y))
+    assert value > 0.1
+    assert frechet_distance(Moments.of(y), Moments.of(x)) == pytest.approx(value, rel=1e-9)
+    q = scipy.stats.ortho_group.rvs(40, random_state=np.random.default_rng(13))
+    moved = frechet_distance(Moments.of(x @ q + 3), Moments.of(y @ q + 3))
+    assert moved == pytest.approx(value, rel=1e-9)
+    scaled = frechet_distance(Moments.of(3 * x), Moments.of(3 * y))
+    assert scaled == pytest.approx(9 * value, rel=1e-9)
+    shift = np.linspace(-1, 1, 40)
+    translated = frechet_distance(Moments.of(x), Moments.of(x + shift))
+    assert translated == pytest.approx(shift @ shift, rel=1e-9)
+
+
+def test_the_square_root_of_the_distance_obeys_the_triangle_inequality():
+    a, b, c = (np.sqrt(frechet_distance(Moments.of(x), Moments.of(y))) for x, y in [
+        (_features(14, 90, 20), _features(15, 90, 20, 0.2, 0.0)),
+        (_features(15, 90, 20, 0.2, 0.0), _features(16, 90, 20, 1.0, -0.2)),
+        (_features(14, 90, 20), _features(16, 90, 20, 1.0, -0.2)),
+    ])
+    assert c <= a + b and a <= b + c and b <= a + c
+
+
+def test_mistakes_say_what_is_wrong():
+    reference = ReferenceStats(Moments.of(_features(17, 30, 5)), "net")
+    one = np.zeros((1, 5))
+    with pytest.raises(UserError, match="at least 2 images, there is 1"):
+        frechet_from_features(one, reference)
+    with pytest.raises(UserError, match="at least 2 images, there is 1"):
+        frechet_distance(Moments.of(one), reference.moments)
+    with pytest.raises(UserError, match="at least 2 images, there is 1"):
+        ReferenceStats(Moments.of(one), "net")
+    with pytest.raises(UserError, match="width 4"):
+        frechet_from_features(np.zeros((9, 4)), reference)
+    with pytest.raises(UserError, match="width 4"):
+        frechet_distance(Moments.zero(4), reference.moments)
+    with pytest.raises(UserError, match="not finite"):
+        frechet_from_features(np.full((9, 5), np.nan), reference)
+
+
+def test_the_references_hash_tells_networks_and_values_apart():
+    m = Moments.of(_features(18, 30, 5))
+    assert ReferenceStats(m, "net").hash == ReferenceStats(m, "net").hash
+    other = Moments.of(_features(19, 30, 5))
+    hashes = {ReferenceStats(*args).hash for args in [(m, "net"), (m, "other"), (other, "net")]}
+    assert len(hashes) == 3

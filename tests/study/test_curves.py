@@ -1,0 +1,272 @@
+"""Curves, winners and findings against a synthetic study whose truth is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import numpy as np
+import pytest
+
+from ldm_scaling.errors import UserError
+from ldm_scaling.study import curves, findings, winners
+from tests.study import fake_records as fake
+
+FD = "fd_effnetlite0"
+SIZES = tuple(fake.CHANNELS)
+
+
+@pytest.fixture(scope="module")
+def study():
+    return fake.make()
+
+
+@pytest.fixture(scope="module")
+def exact():
+    return fake.make(noise=0.0, shared=0.0)
+
+
+def test_best_guidance_is_the_rate_with_the_smallest_true_distance(exact):
+    truth = fake.Truth()
+    choice = curves.best_guidance(exact, FD)
+    assert len(choice) == 5 * (5 + 5 + 4)
+    for (model, sampler, steps), guidance in choice.items():
+        distance = {w: truth.distance(model, sampler, steps, w) for w in fake.GUIDANCE}
+        assert guidance == min(distance, key=distance.get)
+
+
+def test_best_guidance_follows_the_direction_of_the_measure(exact):
+    # In this truth agreement rises with guidance everywhere.
+    assert set(curves.best_guidance(exact, "caption_agreement").values()) == {max(fake.GUIDANCE)}
+
+
+def test_ties_go_to_the_smaller_rate():
+    tied = fake.make(fake.flat_truth(("c8",)), models=("c8",), noise=0.0, shared=0.0)
+    random.Random(0).shuffle(tied)
+    assert set(curves.best_guidance(tied, FD).values()) == {min(fake.GUIDANCE)}
+
+
+def test_an_unknown_measure_is_named():
+    with pytest.raises(UserError, match="no measure is called 'fid'.*fd_effnetlite0"):
+        curves.best_guidance([], "fid")
+
+
+def test_curves_are_sorted_by_cost_and_report_the_other_block(study):
+    found = curves.quality_curves(study, FD)
+    reported = {(r.identity.model, r.identity.sampler, r.identity.steps): r
+                for r in study if r.identity.seed_block == 1}
+    assert sum(map(len, found.values())) == len(reported)
+    for (model, sampler), points in found.items():
+        assert [p.cost for p in points] == sorted(p.cost for p in points)
+        for p in points:
+            record = reported[model, sampler, p.steps]
+            assert p.value == record.metrics[FD]
+            assert (p.low, p.high) == record.intervals[FD]
+            assert p.cost == pytest.approx(record.norm_cost * p.steps)
+
+
+def test_changing_the_report_block_changes_no_choice(study):
+    """No double dipping: guidance, and the steps taken within a budget, ignore reported values."""
+    rng = np.random.default_rng(3)
+    scrambled = [
+        dataclasses.replace(r, metrics={k: v * rng.uniform(0.2, 5) for k, v in r.metrics.items()})
+        if r.identity.seed_block == 1 else r
+        for r in study
+    ]
+
+    def choices(records):
+        found = curves.quality_curves(records, FD)
+        won = winners.winner_by_budget(found, FD, SIZES)
+        return [[(c.model, c.point.sampler, c.point.steps, c.point.guidance)
+                 for c in w.contenders] for w in won]
+
+    assert choices(study) == choices(scrambled)
+
+
+def test_reporting_on_the_other_block_removes_the_bias_of_choosing():
+    """All rates are equally good: the chosen one looks too good where it was chosen only."""
+    chosen, reported = [], []
+    for seed in range(40):
+        records = fake.make(fake.flat_truth(("c8",)), models=("c8",), noise=1.0, shared=0.0,
+                            replicates=0, seed=seed)
+        for points in curves.quality_curves(records, FD).values():
+            chosen += [p.chosen_by for p in points]
+            reported += [p.value for p in points]
+    assert np.mean(chosen) < 39.2  # the expected smallest of four standard normals is -1.03
+    assert np.mean(reported) == pytest.approx(40, abs=0.15)
+
+
+def test_an_unfinished_sweep_gives_partial_curves_and_says_so(study):
+    def is_missing(r):
+        i = r.identity
+        return (i.model, i.sampler) == ("c48", "ddim") and i.steps == 50 and i.seed_block == 1
+
+    partial = [r for r in study if not is_missing(r)]
+    points = curves.quality_curves(partial, FD)["c48", "ddim"]
+    assert [p.steps for p in points] == [4, 6, 10, 20]
+    (gap,) = curves.gaps(partial, FD)
+    assert gap.cell == ("c48", "ddim", 50) and not gap.reported and gap.guidance == ()
+    assert any("not complete: 1 cell" in s and "c48 DDIM 50 steps" in s
+               for s in findings.findings(partial, FD))
+    assert curves.gaps(study, FD) == []
+
+
+def test_a_missing_guidance_rate_is_a_gap(study):
+    partial = [r for r in study if not (r.identity.seed_block == 0 and r.identity.model == "c16"
+                                        and r.identity.sampler == "ddpm"
+                                        and r.identity.steps == 4 and r.identity.guidance == 8.0)]
+    (gap,) = curves.gaps(partial, FD)
+    assert gap.cell == ("c16", "ddpm", 4) and gap.guidance == (8.0,)
+
+
+@pytest.mark.parametrize("records", [[], fake.make(models=("c8",), samplers=("ddim",))[:3]])
+def test_next_to_no_records_are_no_error(records):
+    found = curves.quality_curves(records, FD)
+    assert winners.winner_by_budget(found, FD, SIZES) == []
+    assert [v.outcome for v in findings.verdicts(found, FD, SIZES)] == ["undecided"] * 2
+    findings.findings(records, FD)
+
+
+def test_two_records_of_one_configuration_are_refused(study):
+    again = dataclasses.replace(study[0].identity, train_step=4000)
+    with pytest.raises(UserError, match="they differ in train_step 2000 and 4000"):
+        curves.distinct([*study, dataclasses.replace(study[0], identity=again)])
+
+
+def test_two_spacings_become_two_arms(study):
+    ddim = [r for r in study if r.identity.sampler == "ddim"]
+    trailing = [dataclasses.replace(r, identity=dataclasses.replace(r.identity, spacing="trailing"))
+                for r in ddim]
+    arms = curves.distinct(ddim + trailing)
+    assert curves.samplers(arms) == ["ddim, leading", "ddim, trailing"]
+    assert len(arms) == 2 * len(ddim)
+
+
+@pytest.mark.parametrize("axis", ["cost", "seconds"])
+@pytest.mark.parametrize("samplers", [{"ddim"}, {"ddpm"}, None])
+def test_winners_without_noise_are_the_true_ones(exact, axis, samplers):
+    """Brute force over the truth: nobody within the budget does better."""
+    truth = fake.Truth()
+    found = curves.quality_curves(exact, FD)
+    names = samplers or set(fake.STEPS)
+    cells = [(min(truth.distance(p.model, p.sampler, p.steps, w) for w in fake.GUIDANCE),
+              p.at(axis), p.model)
+             for (_, s), points in found.items() if s in names for p in points]
+    won = winners.winner_by_budget(found, FD, SIZES, axis, samplers)
+    assert [w.budget for w in won] == pytest.approx(sorted({x for _, x, _ in cells}))
+    for w in won:
+        best = min((v, m) for v, x, m in cells if x <= w.budget)
+        assert (w.best.point.value, w.best.model) == (pytest.approx(best[0]), best[1])
+        assert w.best.probability == 1
+        assert w.complete == ({m for _, x, m in cells if x <= w.budget} == set(SIZES))
+
+
+def test_a_measure_where_higher_is_better_crowns_the_highest(exact, study):
+    for records in (exact, study):
+        found = curves.quality_curves(records, "caption_agreement", FD)
+        last = winners.winner_by_budget(found, "caption_agreement", SIZES, samplers={"ddim"})[-1]
+        assert last.best.point.value == max(c.point.value for c in last.contenders)
+        assert last.best.probability == max(c.probability for c in last.contenders) > 0.5
+        low, high = last.advantage_interval
+        assert 0 < last.advantage and low <= last.advantage <= high
+    # Left to itself the measure chooses the highest rate, which is its best everywhere.
+    own = curves.quality_curves(exact, "caption_agreement")
+    assert not any(p.guidance != max(fake.GUIDANCE) for c in own.values() for p in c)
+
+
+def test_probabilities_sum_to_one_and_follow_the_pairing(study):
+    found = curves.quality_curves(study, FD)
+    for w in winners.winner_by_budget(found, FD, SIZES, samplers={"ddim"}):
+        assert sum(c.probability for c in w.contenders) == pytest.approx(1)
+        if w.runner_up:
+            low, high = w.advantage_interval
+            assert low <= w.advantage <= high
+            # The error that all cells share is gone from the difference.
+            own = w.best.point.high - w.best.point.low
+            assert high - low < own
+
+
+def test_identical_arms_win_equally_often_and_rarely_for_sure():
+    """Null case: five equal sizes. Averaged over studies each gets a fifth of the probability."""
+    share, sure, supported = [], 0, 0
+    for seed in range(150):
+        records = fake.make(fake.flat_truth(SIZES), samplers=("ddim",), guidance=(3.0,),
+                            steps={"ddim": (4, 10, 50)}, replicates=100, seed=seed)
+        found = curves.quality_curves(records, FD)
+        w = winners.winner_by_budget(found, FD, SIZES)[-1]
+        share.append([c.probability for c in w.contenders])
+        sure += w.best.probability >= findings.CONFIDENCE
+        supported += findings.verdicts(found, FD, SIZES)[0].outcome == "supported"
+    np.testing.assert_allclose(np.mean(share, axis=0), 0.2, atol=0.08)
+    assert sure <= 0.1 * 150
+    assert supported <= 0.05 * 150
+
+
+def test_exact_ties_share_the_probability():
+    records = fake.make(fake.flat_truth(SIZES), samplers=("ddim",), noise=0.0)
+    found = curves.quality_curves(records, FD)
+    last = winners.winner_by_budget(found, FD, SIZES)[-1]
+    assert [c.probability for c in last.contenders] == pytest.approx([0.2] * 5)
+
+
+def test_unequal_numbers_of_replicates_are_refused(study):
+    short = [dataclasses.replace(r, replicates={k: v[:50] for k, v in r.replicates.items()})
+             if r.identity.model == "c8" else r for r in study]
+    with pytest.raises(UserError, match="cannot be paired.*50.*200"):
+        winners.winner_by_budget(curves.quality_curves(short, FD), FD, SIZES)
+
+
+def test_without_replicates_there_is_a_winner_and_no_probability():
+    records = fake.make(replicates=0)
+    found = curves.quality_curves(records, FD)
+    last = winners.winner_by_budget(found, FD, SIZES)[-1]
+    assert last.best.model == "c48"
+    assert last.best.probability is None and last.advantage_interval is None
+    assert [v.outcome for v in findings.verdicts(found, FD, SIZES)] == ["undecided"] * 2
+    assert any("c48" in s for s in findings.findings(records, FD))
+
+
+def test_the_claims_are_supported_where_they_are_true(study):
+    found = curves.quality_curves(study, FD)
+    third, fourth = findings.verdicts(found, FD, SIZES)
+    assert (third.number, third.outcome) == (3, "supported")
+    assert (fourth.number, fourth.outcome) == (4, "supported")
+    cross, together = winners.crossovers(found, FD, SIZES, ["ddim", "ddpm", "dpmpp_2m"])
+    assert cross["ddim"].low.complete and cross["ddim"].low.best.model != "c48"
+    assert cross["ddim"].high.best.model == "c48"
+    assert together <= min(c.probability for c in cross.values())
+
+
+def test_claim_3_is_not_supported_where_one_size_wins_throughout():
+    floors = {m: 40.0 + 20 * k for k, m in enumerate(SIZES)}
+    records = fake.make(fake.Truth(floors))
+    found = curves.quality_curves(records, FD)
+    third, fourth = findings.verdicts(found, FD, SIZES)
+    assert third.outcome == fourth.outcome == "not supported"
+    said = " ".join(findings.findings(records, FD))
+    assert "The largest size, c48, wins at no budget" in said
+
+
+def test_claim_4_needs_every_sampler_to_agree(study):
+    """DDPM is replaced by a study in which the smallest size always wins."""
+    floors = {m: 40.0 + 20 * k for k, m in enumerate(SIZES)}
+    other = [r for r in fake.make(fake.Truth(floors)) if r.identity.sampler == "ddpm"]
+    mixed = [r for r in study if r.identity.sampler != "ddpm"] + other
+    third, fourth = findings.verdicts(curves.quality_curves(mixed, FD), FD, SIZES)
+    assert (third.outcome, fourth.outcome) == ("supported", "not supported")
+    without = [r for r in study if r.identity.sampler != "dpmpp_2m"]
+    _, fourth = findings.verdicts(curves.quality_curves(without, FD), FD, SIZES)
+    assert fourth.outcome == "undecided" and "DPM-Solver++" in fourth.headline
+
+
+def test_the_sentences_follow_the_numbers(exact):
+    said = findings.findings(exact, FD)
+    text = " ".join(said)
+    # In this truth the best rate falls as steps grow, and agreement rises with guidance.
+    assert "As steps increase, the best guidance rate falls" in text
+    assert "raises caption agreement in 70 of 70 cells" in text
+    best = min((p for c in curves.quality_curves(exact, FD).values() for p in c),
+               key=lambda p: p.value)
+    assert f"is {best.model} with" in text and f"{best.steps} steps" in text
+    rising = fake.make(dataclasses.replace(fake.Truth(), dish=0.0), noise=0.5, shared=0.0)
+    assert "shows no common trend" in " ".join(findings.findings(rising, FD))

@@ -1,0 +1,159 @@
+"""The plots: every one is written, marks what the numbers say, and never depends on the hour."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm_scaling.study import curves, image_grids, plot_style, plots
+from tests.study import fake_records as fake
+
+FD = "fd_effnetlite0"
+SIZES = tuple(fake.CHANNELS)
+SMALL = {"models": ("c8", "c16", "c24"), "replicates": 50}
+
+
+@pytest.fixture(scope="module")
+def study():
+    return fake.make(**SMALL)
+
+
+def test_every_picture_is_written_as_png_and_svg(tmp_path, study, monkeypatch):
+    monkeypatch.setattr(plot_style, "DPI", 60)
+    names = plots.write_all(
+        tmp_path, study, FD, loss_curves=fake.training(SMALL["models"]),
+        images=fake.images(SMALL["models"], n=2, size=8), captions=fake.CAPTIONS[:2],
+    )
+    assert {"fig9_cost", "fig9_seconds", "fig11_samplers", "winners", "tradeoff", "training",
+            "fig8_guidance_ddim", "fig8_guidance_ddpm", "fig8_guidance_dpmpp_2m",
+            "fig10_images_ddim"} <= set(names)
+    assert {p.name for p in tmp_path.iterdir()} == {f"{n}.{k}" for n in names
+                                                    for k in ("png", "svg")}
+    for name in names:
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert min(picture.size) > 100
+            assert np.asarray(picture.convert("L")).std() > 5  # not blank
+        assert (tmp_path / f"{name}.svg").read_text().rstrip().endswith("</svg>")
+
+
+def test_the_same_records_give_the_same_bytes(tmp_path, study):
+    for folder in ("a", "b"):
+        with plot_style.style():
+            found = curves.quality_curves(study, FD)
+            drawn = plots.quality_by_cost(study, found, FD, "ddim")
+        plot_style.save(drawn, tmp_path / folder, "same")
+    for kind in ("png", "svg"):
+        a, b = (tmp_path / f / f"same.{kind}" for f in ("a", "b"))
+        assert a.read_bytes() == b.read_bytes()
+
+
+def _labels(fig):
+    return [text for ax in fig.axes for text in (ax.get_xlabel(), ax.get_ylabel())]
+
+
+def test_axes_say_what_they_show(study):
+    found = curves.quality_curves(study, FD)
+    with plot_style.style():
+        said = _labels(plots.quality_by_cost(study, found, FD, "ddim"))
+        timed = _labels(plots.quality_by_cost(study, found, FD, "ddim", "seconds"))
+    assert any("normalised cost × steps" in text for text in said)
+    assert any("lower is better" in text and "EfficientNet-Lite0" in text for text in said)
+    assert any("seconds per image" in text for text in timed)
+    assert not any("FID" in text for text in said + timed)
+
+
+def test_quality_is_drawn_at_its_place(study):
+    found = curves.quality_curves(study, FD)
+    with plot_style.style():
+        fig = plots.quality_by_cost(study, found, FD, "ddim")
+    right = fig.axes[1]
+    drawn = {tuple(np.round(line.get_xdata(), 9)): line.get_ydata() for line in right.lines}
+    for model in SMALL["models"]:
+        points = found[model, "ddim"]
+        np.testing.assert_allclose(drawn[tuple(np.round([p.cost for p in points], 9))],
+                                   [p.value for p in points])
+    assert right.get_xscale() == "log"
+
+
+def test_the_heat_map_frames_the_best_rate_of_each_step_count(study):
+    choice = curves.best_guidance(study, FD)
+    with plot_style.style():
+        fig = plots.guidance_by_steps(study, FD, "ddim", 0)
+    panels = {ax.get_title(loc="left"): ax for ax in fig.axes}
+    steps, rates = sorted(fake.STEPS["ddim"]), sorted(fake.GUIDANCE)
+    for model in SMALL["models"]:
+        frames = {(math.floor(p.get_x() + 0.5), math.floor(p.get_y() + 0.5))
+                  for p in panels[model].patches}
+        assert frames == {(steps.index(s), rates.index(choice[model, "ddim", s])) for s in steps}
+
+
+@pytest.mark.parametrize("keep", [
+    lambda i: i.seed_block == 0,
+    lambda i: i.model == "c8",
+    lambda i: i.sampler == "ddpm",
+    lambda i: i.steps == 4,
+    lambda i: (i.model, i.sampler) not in {("c24", "ddim"), ("c8", "ddpm")},
+    lambda i: i.guidance == 3.0,
+], ids=["no report", "one size", "one sampler", "one step count", "curves missing", "one rate"])
+def test_an_unfinished_sweep_is_drawn_as_far_as_it_goes(tmp_path, study, keep, monkeypatch):
+    monkeypatch.setattr(plot_style, "DPI", 30)
+    some = [r for r in study if keep(r.identity)]
+    names = plots.write_all(tmp_path, some, FD)
+    assert any(n.startswith("fig8") for n in names)
+    assert ("winners" in names) == any(r.identity.seed_block == 1 for r in some)
+
+
+def test_no_records_no_pictures(tmp_path):
+    assert plots.write_all(tmp_path, [], FD) == []
+
+
+def test_colours_are_ordered_in_lightness():
+    for n in (2, 5, 11):
+        for first, last in ((0.0, 0.86), (0.3, 1.0)):
+            rgb = [[int(c[k : k + 2], 16) for k in (1, 3, 5)]
+                   for c in plot_style.ramp(n, first, last)]
+            light = [float(np.dot(c, (0.2126, 0.7152, 0.0722))) for c in rgb]
+            assert light == sorted(light) and len(set(light)) == n
+    looks = plot_style.marks([f"m{k}" for k in range(11)])
+    assert len({m["marker"] for m in looks.values()}) == 11  # colour is never the only sign
+
+
+def test_rows_of_an_equal_cost_grid_cost_nearly_the_same():
+    records = fake.make(replicates=0)
+    cells = image_grids.costs(records, fake.images(n=1, size=2))
+    rows = image_grids.equal_cost(cells, "ddim", SIZES)
+    assert 2 <= len(rows) <= 4
+    assert [r.cost for r in rows] == sorted(r.cost for r in rows)
+    for row in rows:
+        models = [cell[0] for cell, _ in row.cells]
+        assert len(models) > 1 and models == [m for m in SIZES if m in models]
+        for cell, cost in row.cells:
+            assert cell[1] == "ddim"
+            assert 1 / 1.36 < cost / row.cost < 1.36
+            assert cost == pytest.approx(fake.norm_cost(cell[0]) * cell[2])
+    # All five sizes can be had at one cost with these step counts, so that cost is among them.
+    assert max(len(r.cells) for r in rows) == 5
+
+
+def test_an_image_grid_shows_the_images_themselves():
+    records = fake.make(models=("c8", "c16"), samplers=("ddim",), replicates=0)
+    rng = np.random.default_rng(0)
+    images = {(m, "ddim", n): rng.integers(0, 256, (2, 4, 4, 3)).astype(np.uint8)
+              for m in ("c8", "c16") for n in fake.STEPS["ddim"]}
+    rows = image_grids.equal_cost(image_grids.costs(records, images), "ddim", ("c8", "c16"))
+    with plot_style.style():
+        fig = image_grids.draw(rows, images, ["a $x^2", "b <i>"],
+                               curves.quality_curves(records, FD), FD)
+        fig.savefig(io.BytesIO(), format="png", dpi=40)
+    shown = [np.asarray(ax.images[0].get_array()) for ax in fig.axes]
+    wanted = [image for row in rows for cell, _ in row.cells for image in images[cell]]
+    assert len(shown) == len(wanted)
+    for a, b in zip(shown, wanted, strict=True):
+        np.testing.assert_array_equal(a, b)
+    words = " ".join(t.get_text() for t in fig.texts)
+    assert "a $x^2" in words and "b <i>" in words
+    assert words.count("★ best") == len(rows)

@@ -1,0 +1,235 @@
+"""The report: whole, self-contained, safe against its own texts, and the same every time."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import dataclasses
+import html.parser
+import io
+import json
+import random
+import re
+
+import pytest
+
+from ldm_scaling.errors import UserError
+from ldm_scaling.study import curves, findings, plots, report
+from tests.study import fake_records as fake
+
+FD = "fd_effnetlite0"
+NASTY = "</script><img src=x onerror=alert(1)>'\"&"
+CREDIT = (
+    "All emojis designed by OpenMoji – the open-source emoji and icon project "
+    "(https://openmoji.org). License: CC BY-SA 4.0"
+)
+CONTEXT = {
+    "title": f"Title {NASTY}",
+    "dataset": [f"Data {NASTY}"],
+    "measures": {"caption_agreement": f"Measured {NASTY}"},
+    "limits": [f"Limit {NASTY}"],
+    "attribution": [CREDIT],
+    "config": {"note": NASTY},
+    "versions": {"jax": NASTY},
+}
+_VOID = {"meta", "link", "img", "input", "br", "hr", "path", "rect"}
+
+
+class _Page(html.parser.HTMLParser):
+    """Elements, attributes, texts, and whether every element is closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.texts, self.open, self.broken = [], [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in _VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.broken.append(tag)
+
+    def handle_data(self, data):
+        self.texts.append((self.open[-1] if self.open else "", data))
+
+    def inside(self, tag):
+        return "".join(data for where, data in self.texts if where == tag)
+
+    def text(self):
+        return " ".join(d for where, d in self.texts if where not in ("script", "style"))
+
+    def all(self, tag):
+        return [attrs for name, attrs in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def study():
+    records = fake.make(models=("c8", "c16", "c24"), replicates=40)
+    nasty = dataclasses.replace(records[0].identity, model_hash=NASTY)
+    return [dataclasses.replace(records[0], identity=nasty, device=NASTY), *records[1:]]
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory, study):
+    folder = tmp_path_factory.mktemp("figures")
+    images = {k: v for k, v in fake.images(("c8", "c16", "c24"), n=2, size=8).items()
+              if k[1] == "ddim"}
+    plots.write_all(folder, [r for r in study if r.identity.sampler == "ddim"], FD, images=images,
+                    captions=[NASTY, "$x$"], loss_curves=fake.training(("c8", "c16", "c24")))
+    (folder / ".tmp-1234-half.png").write_bytes(b"half a picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory, study, figures):
+    path = report.write(tmp_path_factory.mktemp("work"), study, figures, CONTEXT)
+    assert path.name == "report.html"
+    return path.read_text("utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(text):
+    return _Page(text)
+
+
+def test_the_page_is_well_formed(page):
+    assert page.broken == [] and page.open == []
+    ids = [a["id"] for _, a in page.elements if "id" in a]
+    assert len(ids) == len(set(ids))
+    targets = {a["href"][1:] for a in page.all("a") if a["href"].startswith("#")}
+    assert targets <= set(ids)
+
+
+def test_nothing_is_loaded_from_anywhere(text, page):
+    for tag, attrs in page.elements:
+        for name in ("src", "srcset", "poster", "action", "data", "xlink:href"):
+            assert attrs.get(name, "data:").startswith("data:"), (tag, attrs)
+        if tag != "a":
+            assert attrs.get("href", "data:").startswith("data:"), (tag, attrs)
+    styles = page.inside("style") + " ".join(a.get("style", "") for _, a in page.elements)
+    assert "@import" not in styles and "url(" not in styles
+    scripts = page.inside("script")
+    assert not re.search(r"\b(fetch|XMLHttpRequest|importScripts|WebSocket|EventSource)\b", scripts)
+    (policy,) = [a["content"] for a in page.all("meta") if "http-equiv" in a]
+    # The browser itself refuses everything but what the page carries.
+    assert policy.startswith("default-src 'none'") and "http" not in policy
+
+
+def test_texts_cannot_become_markup(text, page):
+    assert NASTY not in text
+    assert not [a for a in page.all("img") if "onerror" in a]
+    assert page.text().count(NASTY) >= 5
+    data = json.loads(_script(text))
+    assert data["metric"] == FD
+
+
+def _script(text):
+    return re.search(r'<script type="application/json" id="study-data">(.*?)</script>', text,
+                     re.S).group(1)
+
+
+def test_every_record_is_in_the_table_and_in_the_csv(page, study):
+    rows = [a for a in page.all("tr") if "data-model" in a]
+    assert len(rows) == len(study)
+    values = {a["data-value"] for a in page.all("td") if "data-value" in a}
+    assert {r.identity.key for r in study} <= values
+    assert {str(v) for r in study for v in r.metrics.values()} <= values
+    (link,) = [a["href"] for a in page.all("a") if a.get("download")]
+    table = list(csv.DictReader(io.StringIO(base64.b64decode(link.split(",")[1]).decode())))
+    assert {row["key"]: float(row[FD]) for row in table} == {
+        r.identity.key: r.metrics[FD] for r in study}
+    assert {row["device"] for row in table} == {NASTY, "2 CPU cores"}
+
+
+def test_bold_rows_are_the_reported_ones(page, study):
+    chosen = [a for a in page.all("tr") if a.get("class") == "chosen"]
+    points = [p for c in curves.quality_curves(study, FD).values() for p in c]
+    assert sorted((a["data-model"], a["data-steps"], a["data-guidance"]) for a in chosen) == sorted(
+        (p.model, str(p.steps), f"{p.guidance:g}") for p in points)
+    assert {a["data-block"] for a in chosen} == {"1"}
+
+
+def test_it_opens_with_what_was_found(page, study):
+    said = page.text()
+    place = [said.index(s) for s in ("What was found", "Quality against sampling cost",
+                                     "All records", "What was measured")]
+    place_of_heading = said.rindex("What was measured, and what was not")
+    assert place[0] < place[1] and said.rindex("All records") < place_of_heading
+    for sentence in findings.findings(study, FD):
+        assert sentence in said
+    for verdict in findings.verdicts(curves.quality_curves(study, FD), FD,
+                                     curves.models(study)):
+        assert verdict.headline in said and verdict.outcome.capitalize() in said
+
+
+def test_it_says_what_the_measure_is_and_credits_the_pictures(page):
+    said = page.text()
+    assert "It is not FID" in said
+    assert "seed block 0" in said and "512 images per configuration" in said
+    assert "All emojis designed by OpenMoji" in said and "CC BY-SA 4.0" in said
+    assert "https://openmoji.org" in {a["href"] for a in page.all("a")}
+
+
+def test_every_picture_is_embedded_with_a_description(page, figures):
+    pictures = {p.stem for p in figures.iterdir() if not p.name.startswith(".")}
+    images = page.all("img")
+    assert len(images) == len(pictures)
+    assert all(len(a["alt"]) > 10 for a in images)
+    assert all(a["src"].startswith(("data:image/png", "data:image/svg+xml")) for a in images)
+    charts = [a for a in page.all("div") if a.get("class") == "chart"]
+    assert len(charts) == 4 and all(len(a["data-label"]) > 40 for a in charts)
+
+
+def test_the_interactive_data_hold_every_point(text, study):
+    data = json.loads(_script(text))
+    points = [p for c in curves.quality_curves(study, FD).values() for p in c]
+    shown = {(p["model"], p["sampler"], p["steps"]): p for p in data["points"]
+             if p["measure"] == FD}
+    assert len(shown) == len(points)
+    for p in points:
+        q = shown[p.model, p.sampler, p.steps]
+        assert q["value"] == pytest.approx(p.value, rel=1e-5)
+        assert (q["low"], q["high"]) == (pytest.approx(p.low, rel=1e-5),
+                                         pytest.approx(p.high, rel=1e-5))
+    assert len(data["cells"]) == sum(r.identity.seed_block == 0 for r in study)
+    for won in data["winners"]:
+        for budget in won["budgets"]:
+            assert sum(c["probability"] for c in budget["contenders"]) == pytest.approx(1, rel=1e-5)
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path, study, figures, text):
+    shuffled = list(study)
+    random.Random(1).shuffle(shuffled)
+    assert report.write(tmp_path, shuffled, figures, CONTEXT).read_text("utf-8") == text
+
+
+@pytest.mark.parametrize("keep", [
+    lambda i: i.seed_block == 0,
+    lambda i: i.model == "c8",
+    lambda i: i.steps == 4,
+    lambda i: i.guidance == 3.0,
+    lambda i: (i.model, i.sampler) != ("c24", "ddim"),
+], ids=["no report", "one size", "one step count", "one rate", "a curve missing"])
+def test_an_unfinished_study_still_gives_a_page(tmp_path, study, keep):
+    some = [r for r in study if keep(r.identity)]
+    path = report.write(tmp_path, some, tmp_path / "no figures", {})
+    found = _Page(path.read_text("utf-8"))
+    assert found.broken == [] and found.open == []
+    assert len([a for a in found.all("tr") if "data-model" in a]) == len(some)
+
+
+def test_mistakes_are_named(tmp_path, study):
+    with pytest.raises(UserError, match="no records.*run the sweep"):
+        report.write(tmp_path, [], tmp_path, {})
+    with pytest.raises(UserError, match=r"unknown keys \['titel'\]"):
+        report.write(tmp_path, study, tmp_path, {"titel": "x"})
+    with pytest.raises(UserError, match="no measure is called 'fid'"):
+        report.write(tmp_path, study, tmp_path, {"metric": "fid"})
+    assert list(tmp_path.iterdir()) == []

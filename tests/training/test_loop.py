@@ -1,0 +1,182 @@
+"""The loop: resuming is exact, sharding changes nothing, a bad loss stops the run."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_scaling.config import Train
+from ldm_scaling.diffusion import loss as loss_lib
+from ldm_scaling.diffusion import schedule as schedule_lib
+from ldm_scaling.errors import UserError
+from ldm_scaling.models import unet
+from ldm_scaling.parallel import mesh as mesh_lib
+from ldm_scaling.training import checkpoint, loop, step
+from ldm_scaling.training.events import read_curves
+from ldm_scaling.training.task import Task
+
+CONFIG = Train(
+    steps=6, batch_size=16, learning_rate=1e-2, warmup_steps=2, ema_decay=0.9,
+    compute_dtype="float32", log_every=1, validate_every=0, checkpoint_every=2, sample_every=0,
+)
+
+
+class Loader:
+    """Endless batches that depend on a counter, which is the state."""
+
+    def __init__(self, stop_after=None, size=16):
+        self.count, self.stop_after, self.size = 0, stop_after, size
+
+    def __next__(self):
+        if self.count == self.stop_after:
+            raise KeyboardInterrupt
+        rng = np.random.default_rng(self.count)
+        self.count += 1
+        return {"x": rng.normal(size=(self.size, 8)).astype(np.float32)}
+
+    def get_state(self):
+        return {"count": self.count}
+
+    def set_state(self, state):
+        self.count = state["count"]
+
+
+def _init(key):
+    return {"layer": {"kernel": jax.random.normal(key, (8, 8)), "bias": jnp.zeros(8)}}
+
+
+def _loss(params, batch, key):
+    noise = jax.random.normal(key, batch["x"].shape)
+    y = (batch["x"] + 0.1 * noise) @ params["layer"]["kernel"] + params["layer"]["bias"]
+    return jnp.mean((y - batch["x"]) ** 2), {}
+
+
+def _task(loss=_loss):
+    return Task("toy", _init, lambda b: b, loss)
+
+
+def _one_device():
+    return mesh_lib.make(devices=jax.devices()[:1])
+
+
+def _equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_resumed_run_equals_unbroken_run(tmp_path):
+    mesh = _one_device()
+    whole = loop.fit(_task(), CONFIG, Loader, tmp_path / "whole", mesh, seed=3)
+    with pytest.raises(KeyboardInterrupt):
+        loop.fit(_task(), CONFIG, lambda: Loader(stop_after=5), tmp_path / "cut", mesh, seed=3)
+    resumed = loop.fit(_task(), CONFIG, Loader, tmp_path / "cut", mesh, seed=3)
+    _equal(whole, resumed)
+    assert int(resumed.step) == 6
+    # The curves too: no row twice, none missing.
+    assert read_curves(tmp_path / "whole") == read_curves(tmp_path / "cut")
+    assert [r[0] for r in read_curves(tmp_path / "cut") if r[1] == "train/loss"] == list(range(1, 7))
+
+
+def test_finished_run_is_not_run_again(tmp_path):
+    mesh = _one_device()
+    first = loop.fit(_task(), CONFIG, Loader, tmp_path, mesh, seed=0)
+
+    def refuse():
+        raise AssertionError("a finished run asked for data")
+
+    _equal(first, loop.fit(_task(), CONFIG, refuse, tmp_path, mesh, seed=0))
+
+
+def test_loss_goes_down(tmp_path):
+    config = dataclasses.replace(CONFIG, steps=200, log_every=10, checkpoint_every=200)
+    loop.fit(_task(), config, Loader, tmp_path, _one_device(), seed=0)
+    losses = [v for _, name, v in read_curves(tmp_path) if name == "train/loss"]
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    def loss(params, batch, key):
+        value, metrics = _loss(params, batch, key)
+        return jnp.where(batch["x"][0, 0] == bad, jnp.nan, value), metrics
+
+    bad = np.random.default_rng(3).normal(size=(16, 8)).astype(np.float32)[0, 0]
+    with pytest.raises(loop.NonFiniteLossError, match="at step 4.*step 2 is kept"):
+        loop.fit(_task(loss), CONFIG, Loader, tmp_path, _one_device(), seed=0)
+    with checkpoint.Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.latest() == 2
+        state, _ = checkpoints.restore(step.abstract_state(_init, CONFIG, _one_device()))
+    assert np.isfinite(state.params["layer"]["kernel"]).all()
+
+
+def test_checkpoint_of_another_network_is_refused_with_a_diff(tmp_path):
+    mesh = _one_device()
+    loop.fit(_task(), CONFIG, Loader, tmp_path, mesh, seed=0)
+
+    def other(key):
+        return {"layer": {"kernel": jnp.zeros((8, 4)), "bias": jnp.zeros(8)}}
+
+    with checkpoint.Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        with pytest.raises(UserError, match=r"layer/kernel is \(8, 8\), should be \(8, 4\)"):
+            checkpoints.restore(step.abstract_state(other, CONFIG, mesh))
+
+
+@pytest.mark.parametrize("victim", ["state/_METADATA", "state/manifest.ocdbt", "state/d/*"])
+def test_damaged_checkpoint_is_refused(tmp_path, victim):
+    mesh = _one_device()
+    loop.fit(_task(), CONFIG, Loader, tmp_path, mesh, seed=0)
+    for path in (tmp_path / "checkpoints" / "6").glob(victim):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"checkpoints/6 is damaged.*delete"):
+        loop.fit(_task(), dataclasses.replace(CONFIG, steps=8), Loader, tmp_path, mesh, seed=0)
+
+
+def test_batch_that_does_not_split_is_refused(tmp_path):
+    config = dataclasses.replace(CONFIG, batch_size=12)
+    with pytest.raises(UserError, match="batch_size=12 does not split over 8 devices"):
+        loop.fit(_task(), config, Loader, tmp_path, mesh_lib.make(), seed=0)
+
+
+@pytest.mark.parametrize("data, fsdp", [(8, 1), (1, 8), (4, 2)])
+def test_eight_devices_train_as_one(data, fsdp):
+    """The same U-Net losses on 1 device and on 8, replicated or sharded."""
+    spec = unet.UNetSpec(
+        8, 16, (1, 2), (True, True), 1, heads=2, groups=4, sample_size=4, context_length=3
+    )
+    schedule = schedule_lib.get("sd")
+    denoise = unet.denoise_fn(spec)
+
+    def init(key):
+        return unet.init(spec, key)
+
+    def loss(params, batch, key):
+        cond = {"context": batch["context"]}
+        out = loss_lib.diffusion_loss(denoise, params, batch["x"], cond, key, schedule, "v")
+        return jnp.mean(out), {}
+
+    def run(mesh):
+        abstract = step.abstract_state(init, CONFIG, mesh)
+        state = step.init_state(init, CONFIG, mesh, jax.random.key(0))
+        train = step.make(loss, CONFIG, mesh, abstract)
+        key = jax.device_put(jax.random.key(1), mesh_lib.replicated(mesh))
+        losses = []
+        for i in range(3):
+            rng = np.random.default_rng(i)
+            batch = jax.device_put(
+                {
+                    "x": rng.normal(size=(16, 4, 4, 4)).astype(np.float32),
+                    "context": rng.normal(size=(16, 3, 16)).astype(np.float32),
+                },
+                mesh_lib.batch_sharding(mesh),
+            )
+            state, metrics = train(state, batch, key)
+            losses.append(float(metrics["loss"]))
+        return losses, state
+
+    one, _ = run(_one_device())
+    many, state = run(mesh_lib.make(data, fsdp))
+    np.testing.assert_allclose(many, one, rtol=1e-5)
+    kernel = state.params["mid_res_0"]["conv1"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape[-1] == 16 // fsdp
+    moment = state.opt_state[1][0].mu["mid_res_0"]["conv1"]["kernel"]
+    assert moment.sharding == kernel.sharding
