@@ -76,7 +76,10 @@ def _parse(arguments: list[str]):
     except UserError:
         raise
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
-        message = " ".join(str(e.args[0] if e.args else e).split())
+        message = str(e.args[0] if e.args else e).strip()
+        if "Traceback (most recent call last)" in message:  # of the config file
+            message = message.splitlines()[-1].split("Error: ", maxsplit=1)[-1]
+        message = " ".join(message.split())
         raise UserError(f"{message} (see ldm-scaling --help)") from e
     except (ImportError, SyntaxError, OSError) as e:
         raise UserError(f"the config file cannot be read: {type(e).__name__}: {e}") from e

@@ -44,8 +44,8 @@ class Data:
 
     source: str = "openmoji"
     side: int = 32
-    train_pictures: int = 10_000
-    validation_pictures: int = 2_000
+    train_pictures: int = 100_000
+    validation_pictures: int = 10_000
     seed: int = 0
     text_length: int = 20
 
@@ -169,7 +169,7 @@ class Mesh:
     def __post_init__(self):
         sizes = (self.data, self.fsdp)
         _require(all(s == -1 or s > 0 for s in sizes) and sizes.count(-1) <= 1, "mesh",
-                 dict(data=self.data, fsdp=self.fsdp), "sizes are above 0, at most one is -1")
+                 {"data": self.data, "fsdp": self.fsdp}, "sizes are above 0, at most one is -1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,11 +216,11 @@ class Sweep:
     max_steps: dict[str, int] = dataclasses.field(default_factory=lambda: {"dpmpp_2m": 20})
     guidance: tuple[float, ...] = (1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
     spacing: str = "leading"
-    num_images: int = 30_000
+    num_images: int = 5_000
     select_block: int = 0
     report_block: int = 1
     replicates: int = 200
-    batch_size: int = 512
+    batch_size: int = 500
     feature_side: int = 224
 
     def __post_init__(self):

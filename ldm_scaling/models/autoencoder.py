@@ -38,7 +38,7 @@ class AutoencoderSpec:
     def __post_init__(self):
         object.__setattr__(self, "channel_mults", tuple(self.channel_mults))
         if not self.channel_mults or min(self.channel_mults) < 1:
-            raise UserError(f"autoencoder channel_mults={self.channel_mults}: give one or more, >= 1")
+            raise UserError(f"autoencoder channel_mults={self.channel_mults}: give one or more")
         for name in ("base_channels", "blocks_per_level", "latent_channels", "groups"):
             if getattr(self, name) < 1:
                 raise UserError(f"autoencoder {name}={getattr(self, name)!r} must be at least 1")

@@ -1,4 +1,4 @@
-"""Blocks that the U-Net and the autoencoder share. NHWC, Stable Diffusion's own order of operations.
+"""Blocks that the U-Net and the autoencoder share; NHWC, the order of operations is SD's own.
 
 Shape legend: B batch, H height, W width, C channels, L tokens, D width of a token, N heads.
 """

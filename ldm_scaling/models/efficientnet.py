@@ -246,7 +246,7 @@ def load(side: int, batch: int | None = None) -> FeatureNetwork:
     Measured on 32 px pictograms: of 800, seen twice with other backgrounds, sizes and places, the
     nearest neighbour in `trunk` is the same pictogram for 26, 56, 83 and 88% at sides 32, 64, 96
     and 128 (pixels: 5%; `head`: 9, 51, 76, 85%), so 96 and `trunk` are the choice for such
-    pictures: about 1,400 of them a second on two cores.
+    pictures: about 1,100 of them a second on two cores.
 
     Raises `MissingPackageError` without the weights' package, `UserError` for a side below 32
     (the network halves it five times) or weights that do not fit.

@@ -134,7 +134,7 @@ class _TensorUnpickler(pickle._Unpickler):
 
     def persistent_load(self, pid: Any) -> _Storage:
         match pid:
-            case ("storage", _StorageType(dtype), str(key), str(), int(numel), None):
+            case ("storage", _StorageType(dtype), str(key), str(), int(numel), None) if numel >= 0:
                 return _Storage(key, dtype, numel)
         raise _Refused(f"it holds an unknown kind of storage, {str(pid)[:80]}")
 
@@ -175,7 +175,11 @@ def _read_legacy(f: io.BytesIO) -> FlatTensors:
         isinstance(name, str) and isinstance(t, _Tensor) for name, t in table.items()
     ):
         raise _Refused("it holds something other than a table of named tensors")
-    data = _read_storages(f, {t.storage.key: t.storage for t in table.values()})
+    storages: dict[str, _Storage] = {}
+    for t in table.values():  # each view was held against the storage that it named itself
+        if storages.setdefault(t.storage.key, t.storage) != t.storage:
+            raise _Refused(f"its tensors disagree about storage {t.storage.key}")
+    data = _read_storages(f, storages)
     tensors = {}
     for name, (storage, offset, size, stride) in table.items():
         strides = [s * storage.dtype.itemsize for s in stride]

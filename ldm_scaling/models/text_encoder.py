@@ -151,7 +151,8 @@ class TextEncoder:
         mask_BL = np.array([e.attention_mask for e in encodings], bool).reshape(shape)
         return ids_BL, mask_BL
 
-    def _run(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """ctx_BLD and mask_BL of `states`, and e_BD of `sentence`, from one pass."""
         ids_BL, mask_BL = self.tokenize(texts)
         ctx_BLD = np.empty((*ids_BL.shape, self.width), np.float32)
         e_BD = np.empty((len(texts), self.width), np.float32)
@@ -166,13 +167,13 @@ class TextEncoder:
 
     def states(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """ctx_BLD float32, the last hidden states, zero at padding; and mask_BL bool."""
-        return self._run(texts)[:2]
+        return self.encode(texts)[:2]
 
     def sentence(self, texts: Sequence[str]) -> np.ndarray:
         """e_BD float32 of unit length: the mean of the states over the text's tokens, normalised
         (sentence-transformers' pooling for this model).
         """
-        return self._run(texts)[2]
+        return self.encode(texts)[2]
 
 
 def load(max_length: int, batch: int = 64) -> TextEncoder:

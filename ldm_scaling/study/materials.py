@@ -14,7 +14,7 @@ import numpy as np
 
 from ldm_scaling import files
 from ldm_scaling.config import Study
-from ldm_scaling.data import builder, cache
+from ldm_scaling.data import builder, cache, loader
 from ldm_scaling.errors import UserError
 from ldm_scaling.metrics import agreement, moments
 from ldm_scaling.metrics.frechet import ReferenceStats
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation")
 LAYER = "trunk"
+SANITY = "reference/probe_sanity.json"
 # A fixed part of the validation split: for losses along the way, and for pictures.
 VALIDATION_EXAMPLES = 512
 SHOWN_EXAMPLES = 64
@@ -46,37 +47,41 @@ class Materials:
     # Data.
 
     @functools.cached_property
-    def pictures(self) -> dict[str, Any]:
-        """Split -> random access to `image`, `caption`, `concept`, prepared if need be."""
-        return builder.prepare(self.workdir / "data", self.study.data)
+    def prepared(self) -> builder.Prepared:
+        """The composed pictures, made if need be."""
+        data = self.study.data
+        spec = builder.ComposedSpec(
+            data.side, data.train_pictures, data.validation_pictures, data.seed
+        )
+        return builder.prepare(self.workdir / "data", spec)
+
+    def source(self, split: str, *fields: str) -> loader.ImageSource:
+        """Random access to a split's pictures: some of `image`, `caption`, `concept`, `index`."""
+        return loader.image_source(self.prepared, split, fields)
 
     @functools.cached_property
     def text_encoder(self) -> text_encoder.TextEncoder:
         """The frozen text encoder."""
         return text_encoder.load(self.study.data.text_length)
 
+    @functools.cache  # noqa: B019  One object a run.
     def text(self, split: str) -> cache.CacheSource:
         """Random access to `context` (L, D) float16 and `embedding` (E,) of a split's captions."""
         path = self.workdir / "data" / f"text_{split}.array_record"
-        identity = files.sha256_of([self.text_encoder.hash, self.pictures[split].hash])
+        hash = files.sha256_of([self.text_encoder.hash, self.prepared.hash])
         if not path.exists():
-            source = self.pictures[split]
+            captions = self.source(split, "caption")
 
-            def rows():
-                with files.progress(len(source), f"text states, {split}", "caption") as bar:
-                    for start in range(0, len(source), 256):
-                        stop = min(start + 256, len(source))
-                        texts = [source[i]["caption"] for i in range(start, stop)]
+            def batches():
+                with files.progress(len(captions), f"text states, {split}", "caption") as bar:
+                    for index in _slices(len(captions), 256):
+                        texts = captions.batch(index)["caption"].tolist()
                         states, _, embeddings = self.text_encoder.encode(texts)
-                        for state, embedding in zip(states, embeddings, strict=True):
-                            yield {
-                                "context": state.astype(np.float16),
-                                "embedding": embedding.astype(np.float32),
-                            }
-                        bar.update(stop - start)
+                        yield {"context": states.astype(np.float16), "embedding": embeddings}
+                        bar.update(len(index))
 
-            cache.write(path, rows(), {"hash": identity})
-        return cache.CacheSource(path, expect_hash=identity)
+            cache.write(path, cache.rows(batches()), {"hash": hash})
+        return cache.CacheSource(path, hash)
 
     @functools.cached_property
     def null_context(self) -> np.ndarray:
@@ -124,42 +129,37 @@ class Materials:
             )
         return (side // spec.downsampling, side // spec.downsampling, spec.latent_channels)
 
+    @functools.cache  # noqa: B019
     def latents(self, split: str) -> cache.CacheSource:
         """Random access to the posterior's `mean` and `logvar` of a split's pictures."""
         path = self.workdir / "latents" / f"{split}.array_record"
-        identity = self.study.training_hash(None)
+        hash = self.study.training_hash(None)
         if not path.exists():
-            spec = autoencoder_task.spec_of(self.study.autoencoder)
-            dtype = hosts.compute_dtype(self.study.autoencoder.train.compute_dtype)
-            encode = jax.jit(
-                lambda p, x: autoencoder.encode(spec, p, x.astype(jnp.float32) / 127.5 - 1, dtype)
-            )
-            source, batch = self.pictures[split], 128
-            total, count = np.zeros(2), 0
+            images, meta = self.source(split, "image"), {"hash": hash}
+            cache.write(path, cache.rows(self._encoded(images, split, meta)), meta)
+        return cache.CacheSource(path, hash)
 
-            def rows():
-                nonlocal count
-                with files.progress(len(source), f"latents, {split}", "picture") as bar:
-                    for start in range(0, len(source), batch):
-                        stop = min(start + batch, len(source))
-                        x = np.stack([source[i]["image"] for i in range(start, stop)])
-                        fill = [(0, batch - len(x))] + [(0, 0)] * 3
-                        posterior = encode(self.autoencoder_params, np.pad(x, fill, mode="edge"))
-                        mean = np.asarray(posterior.mean)[: len(x)]
-                        logvar = np.asarray(posterior.logvar)[: len(x)]
-                        total[0] += mean.sum(dtype=np.float64)
-                        total[1] += (mean.astype(np.float64) ** 2 + np.exp(logvar)).sum()
-                        count += mean.size
-                        for m, v in zip(mean, logvar, strict=True):
-                            yield {"mean": m, "logvar": v}
-                        bar.update(len(x))
-
-            def meta():
-                variance = total[1] / count - (total[0] / count) ** 2
-                return {"hash": identity, "latent_std": float(np.sqrt(variance))}
-
-            cache.write(path, rows(), meta)
-        return cache.CacheSource(path, expect_hash=identity)
+    def _encoded(self, images: loader.ImageSource, split: str, meta: dict[str, Any]):
+        """Batches of `mean` and `logvar`; at the end `meta` holds the latents' deviation."""
+        spec = autoencoder_task.spec_of(self.study.autoencoder)
+        dtype = hosts.compute_dtype(self.study.autoencoder.train.compute_dtype)
+        encode = jax.jit(
+            lambda p, x: autoencoder.encode(spec, p, x.astype(jnp.float32) / 127.5 - 1, dtype)
+        )
+        size, total, squares, count = 128, 0.0, 0.0, 0
+        with files.progress(len(images), f"latents, {split}", "picture") as bar:
+            for index in _slices(len(images), size):
+                x = images.batch(index)["image"]
+                fill = [(0, size - len(x))] + [(0, 0)] * 3
+                posterior = encode(self.autoencoder_params, np.pad(x, fill, mode="edge"))
+                mean = np.asarray(posterior.mean)[: len(x)]
+                logvar = np.asarray(posterior.logvar)[: len(x)]
+                total += mean.sum(dtype=np.float64)
+                squares += (mean.astype(np.float64) ** 2 + np.exp(logvar)).sum()
+                count += mean.size
+                yield {"mean": mean, "logvar": logvar}
+                bar.update(len(x))
+        meta["latent_std"] = float(np.sqrt(squares / count - (total / count) ** 2))
 
     @functools.cached_property
     def frozen(self) -> Frozen:
@@ -209,12 +209,11 @@ class Materials:
     @functools.cached_property
     def validation(self) -> dict[str, np.ndarray]:
         """The fixed part of the validation split that validation losses are computed on."""
-        n = min(VALIDATION_EXAMPLES, len(self.pictures["validation"]))
-        latents, text = self.latents("validation"), self.text("validation")
+        index = np.arange(min(VALIDATION_EXAMPLES, self.study.data.validation_pictures))
         return {
-            "mean": np.stack([latents[i]["mean"] for i in range(n)]),
-            "context": np.stack([text[i]["context"] for i in range(n)]),
-            "index": np.arange(n, dtype=np.int32),
+            "mean": self.latents("validation").batch(index)["mean"],
+            "context": self.text("validation").batch(index)["context"],
+            "index": index.astype(np.int32),
         }
 
     # Metrics.
@@ -238,12 +237,10 @@ class Materials:
         if not (reference_path.exists() and probe_path.exists()):
             real = {split: self._real_features(split, features) for split in SPLITS}
             embeddings = {
-                split: np.stack([self.text(split)[i]["embedding"] for i in range(len(real[split]))])
+                split: self.text(split).batch(range(len(real[split])))["embedding"]
                 for split in SPLITS
             }
-            concepts = np.array(
-                [self.pictures["train"][i]["concept"] for i in range(len(real["train"]))]
-            )
+            concepts = self.source("train", "concept").batch(range(len(real["train"])))["concept"]
             probe = agreement.fit(
                 real["train"], embeddings["train"], groups_N=concepts, extractor=extractor,
                 encoder=self.text_encoder.hash,
@@ -251,10 +248,10 @@ class Materials:
             sanity = agreement.sanity(probe, real["validation"], embeddings["validation"])
             log.info("caption probe on real validation pairs: %s", sanity)
             files.atomic_write_text(
-                folder / "probe_sanity.json", json.dumps(dataclasses.asdict(sanity), indent=1)
+                self.workdir / SANITY, json.dumps(dataclasses.asdict(sanity), indent=1)
             )
-            moments.save(reference_path, moments.Moments.of(real["validation"]), extractor)
             agreement.save(probe_path, probe)
+            moments.save(reference_path, moments.Moments.of(real["validation"]), extractor)
         return Scorer(
             features=features,
             reference=ReferenceStats(moments.load(reference_path, extractor), extractor),
@@ -263,30 +260,34 @@ class Materials:
         )
 
     def _real_features(self, split: str, features) -> np.ndarray:
-        source, out = self.pictures[split], []
-        with files.progress(len(source), f"features of real pictures, {split}", "picture") as bar:
-            for start in range(0, len(source), 256):
-                stop = min(start + 256, len(source))
-                out.append(features(np.stack([source[i]["image"] for i in range(start, stop)])))
-                bar.update(stop - start)
+        images, out = self.source(split, "image"), []
+        with files.progress(len(images), f"features of real pictures, {split}", "picture") as bar:
+            for index in _slices(len(images), 256):
+                out.append(features(images.batch(index)["image"]))
+                bar.update(len(index))
         return np.concatenate(out)
 
-    @functools.cache
+    @functools.cache  # noqa: B019
     def prompts(self, block: int) -> Prompts:
         """A seed block's captions."""
-        source = self.text("validation")
         index = block_indices(
-            block, self.study.sweep.num_images, len(source), self.study.data.seed
+            block, self.study.sweep.num_images, self.study.data.validation_pictures,
+            self.study.data.seed,
         )
-        rows = [source[int(i)] for i in index]
+        rows = self.text("validation").batch(index)
         return Prompts(
             index_N=index.astype(np.int32),
-            context_NLD=np.stack([r["context"] for r in rows]).astype(np.float32),
-            embeddings_NE=np.stack([r["embedding"] for r in rows]),
+            context_NLD=rows["context"].astype(np.float32),
+            embeddings_NE=rows["embedding"],
+            captions=tuple(self.source("validation", "caption").batch(index)["caption"].tolist()),
         )
 
-    def shown(self, split: str = "validation") -> np.ndarray:
-        """The first pictures of a split, uint8."""
-        n = min(SHOWN_EXAMPLES, len(self.pictures[split]))
-        return np.stack([self.pictures[split][i]["image"] for i in range(n)])
+    def shown(self) -> np.ndarray:
+        """The first validation pictures, uint8."""
+        n = min(SHOWN_EXAMPLES, self.study.data.validation_pictures)
+        return self.source("validation", "image").batch(range(n))["image"]
 
+
+def _slices(total: int, size: int):
+    for start in range(0, total, size):
+        yield range(start, min(start + size, total))

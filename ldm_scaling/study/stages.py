@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,7 +13,7 @@ from ldm_scaling.config import Study
 from ldm_scaling.data import loader
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import cost, zoo
-from ldm_scaling.study import image_grids, records, report, sweep
+from ldm_scaling.study import publish, sweep
 from ldm_scaling.study.materials import SPLITS, Materials
 from ldm_scaling.study.workdir import Workdir
 from ldm_scaling.tasks import autoencoder as autoencoder_task
@@ -63,7 +62,7 @@ def train(materials: Materials) -> None:
     if not _finished(workdir / "autoencoder", run.steps):
         task = autoencoder_task.make(study.autoencoder, materials.shown())
         loop.fit(
-            task, run, _loader(materials.pictures["train"], run, study.seed),
+            task, run, _loader(materials.source("train", "image"), run, study.seed),
             workdir / "autoencoder", materials.mesh, study.seed,
         )
     for split in SPLITS:
@@ -123,8 +122,9 @@ def run_sweep(materials: Materials) -> None:
     total = sum(sweep.planned(study, m) for m in study.members) * study.sweep.num_images
     with files.progress(total, "sweep", "picture") as bar:
         for member in study.members:
-            if _swept(study, member, scorer.hash, workdir):
-                bar.update(sweep.planned(study, member) * study.sweep.num_images)
+            done = sweep.existing(study, member, scorer.hash, workdir / "records")
+            if len(done) == sweep.planned(study, member):
+                bar.update(len(done) * study.sweep.num_images)
                 continue
             sweep.run_member(
                 study, member, cost.of(zoo.get(member).spec), reference_cost,
@@ -134,36 +134,19 @@ def run_sweep(materials: Materials) -> None:
             )
 
 
-def _swept(study: Study, member: str, scorer_hash: str, workdir: Workdir) -> bool:
-    """Whether no record of a member is missing."""
-    return _own_records(study, member, scorer_hash, workdir) is not None
-
-
-def _own_records(study: Study, member: str, scorer_hash: str, workdir: Workdir):
-    directory = workdir / "records"
-    first = sweep.selection(study, member, scorer_hash)
-    if records.missing(directory, first):
-        return None
-    chosen = [records.read(records.path_of(directory, i.key)) for i in first]
-    second = sweep.reporting(study, member, scorer_hash, chosen)
-    if records.missing(directory, second):
-        return None
-    return chosen + [records.read(records.path_of(directory, i.key)) for i in second]
-
-
 def run_report(materials: Materials) -> str:
-    """Plots and the page, from the records alone; returns the page's path."""
-    found = records.read_all(materials.workdir / "records")
+    """Plots and the page, from this config's records alone; returns the page's path."""
+    found = []
+    for member in materials.study.members:
+        found += sweep.existing(
+            materials.study, member, materials.scorer.hash, materials.workdir / "records"
+        )
     if not found:
         raise UserError(
             f"there are no records in {materials.workdir / 'records'}: run  ldm-scaling sweep  "
             "with the same --config and --workdir first"
         )
-    return report_context(materials, found)
-
-
-def report_context(materials: Materials, found: list) -> Any:
-    raise NotImplementedError(image_grids, report)
+    return publish.write(materials, found)
 
 
 def study_all(materials: Materials) -> str:

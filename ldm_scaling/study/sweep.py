@@ -81,11 +81,13 @@ class Prompts:
       index_N: index into the validation split; noise is drawn by it too.
       context_NLD: text states of the captions.
       embeddings_NE: their sentence embeddings.
+      captions: the captions themselves.
     """
 
     index_N: np.ndarray
     context_NLD: np.ndarray
     embeddings_NE: np.ndarray
+    captions: tuple[str, ...]
 
 
 def block_indices(block: int, size: int, total: int, seed: int) -> np.ndarray:
@@ -141,6 +143,22 @@ def planned(study: Study, member: str) -> int:
     """How many records a member gets, over both blocks."""
     cells = len(_identities(study, member, 0, "", lambda *_: (1.0,)))
     return cells * (len(study.sweep.guidance) + 1)
+
+
+def existing(
+    study: Study, member: str, reference_hash: str, directory: epath.Path
+) -> list[Record]:
+    """The records of this config that are there, of both blocks."""
+
+    def there(identities: list[Identity]) -> list[Record]:
+        paths = [records.path_of(directory, i.key) for i in identities]
+        return [records.read(p) for p in paths if p.exists()]
+
+    first = selection(study, member, reference_hash)
+    chosen = there(first)
+    if len(chosen) < len(first):
+        return chosen
+    return chosen + there(reporting(study, member, reference_hash, chosen))
 
 
 def run_member(

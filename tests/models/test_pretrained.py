@@ -31,13 +31,13 @@ def legacy_bytes(table, magic=MAGIC, protocol=1001, system=SYSTEM, rest=b"") -> 
     return b"".join(pickle.dumps(part, 2) for part in (magic, protocol, system, table)) + rest
 
 
-# Protocol 2 opcodes of {"w": a float tensor of shape (2, 3) with strides (1, 2)}, as torch writes
-# them, so that the tests of broken files need no torch. `%s` stands for the storage's class.
-TABLE = (
-    b"\x80\x02}X\x01\x00\x00\x00wctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storage"
-    b"ctorch\n%s\nX\x01\x00\x00\x007X\x03\x00\x00\x00cpuK\x06NtQK\x00K\x02K\x03\x86K\x01K\x02\x86"
-    b"\x89ccollections\nOrderedDict\n)RtRs."
+# Protocol 2 opcodes of a float tensor of shape (2, 3) with strides (1, 2) in a storage of 6, as
+# torch writes them, so that the tests of broken files need no torch. `%s`: the storage's class.
+TENSOR = (
+    b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\n%s\nX\x01\x00\x00\x007X"
+    b"\x03\x00\x00\x00cpuK\x06NtQK\x00K\x02K\x03\x86K\x01K\x02\x86\x89ccollections\nOrderedDict\n)RtR"
 )
+TABLE = b"\x80\x02}X\x01\x00\x00\x00w" + TENSOR + b"s."
 NUMBERS = np.arange(6, dtype="<f4")
 STORAGE = pickle.dumps(["7"], 2) + struct.pack("<q", 6) + NUMBERS.tobytes()
 FRAME = b"".join(pickle.dumps(part, 2) for part in (MAGIC, 1001, SYSTEM))
@@ -144,6 +144,20 @@ def test_legacy_runs_nothing(read, tmp_path, monkeypatch, place, function):
 def test_legacy_refuses(read, data, says):
     with pytest.raises(UserError, match=says):
         read(data)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(b"K\x06Nt", b"K\x60Nt"), (b"FloatStorage", b"DoubleStorage")]
+)
+def test_legacy_tensors_agree_about_their_storage(read, ours, theirs):
+    """A second tensor that thinks the storage larger must not read beyond it."""
+    tensor = TENSOR % b"FloatStorage"
+    assert ours in tensor
+    second = tensor.replace(ours, theirs)
+    for order in ((tensor, second), (second, tensor)):
+        table = b"\x80\x02}(X\x01\x00\x00\x00a%bX\x01\x00\x00\x00b%bu." % order
+        with pytest.raises(UserError, match="disagree about storage 7"):
+            read(FRAME + table + STORAGE)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))

@@ -1,0 +1,63 @@
+"""What a network costs: its parameters, and the FLOPs of one denoising step. Allocates nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+
+from ldm_scaling.models import blocks, unet
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Cost of a network.
+
+    Attributes:
+      params: number of parameters.
+      gflops: 1e9 FLOPs of one forward pass, see `gflops`.
+    """
+
+    params: int
+    gflops: float
+
+
+def _params(spec: unet.UNetSpec) -> Any:
+    """The parameter tree as shapes."""
+    return jax.eval_shape(lambda: unet.init(spec, jax.random.key(0)))
+
+
+def param_count(spec: unet.UNetSpec) -> int:
+    """Number of parameters."""
+    return of(spec).params
+
+
+def gflops(spec: unet.UNetSpec) -> float:
+    """1e9 FLOPs of one forward pass as XLA counts them, before any optimisation.
+
+    Batch 1, float32, at `spec.sample_size` and `spec.context_length`; a multiply-add is 2 FLOPs,
+    taps on a convolution's padding are left out, additions and products of single elements are
+    counted and exponentials are not; guidance does not double it. The paper's Table 1 counts so.
+    Attention is counted in its textbook form, so that a faster one does not change the cost.
+    """
+    return of(spec).gflops
+
+
+@functools.cache
+def of(spec: unet.UNetSpec) -> Cost:
+    """Both figures, in about a second, kept for the life of the process."""
+    params = _params(spec)
+    inputs = jax.eval_shape(functools.partial(unet.example_inputs, spec))
+    network = unet.UNet(spec, attention=blocks.textbook_attention)
+
+    def forward(params, x_BHWC, t_B, ctx_BLD):
+        return network.apply({"params": params}, x_BHWC, t_B, ctx_BLD)
+
+    counted = jax.jit(forward).lower(params, *inputs).cost_analysis()
+    return Cost(
+        params=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)),
+        gflops=counted["flops"] / 1e9,
+    )

