@@ -14,13 +14,13 @@ def get_config(arg: str = ""):
         raise ValueError(f"configs/demo.py:{arg}: the argument is one of: (none), tiny")
     config = config_lib.default()
     config.name = "demo"
-    config.members = ("c8", "c16", "c32", "c48")
-    config.reference = "c48"
+    config.members = ("c8", "c16", "c24", "c32")
+    config.reference = "c32"
 
     config.data.side = 32
     config.data.train_pictures = 10_000
     config.data.validation_pictures = 2_000
-    config.data.text_length = 16
+    config.data.text_length = 18
 
     config.autoencoder.base_channels = 16
     config.autoencoder.channel_mults = (1, 2, 2)
@@ -36,9 +36,9 @@ def get_config(arg: str = ""):
     config.diffusion.prediction = "v"
     run = config.train
     run.steps = 600
-    run.batch_size = 128
+    run.batch_size = 64
     run.learning_rate = 2e-3
-    run.warmup_steps = 100
+    run.warmup_steps = 50
     run.ema_decay = 0.995
 
     for run in (config.autoencoder.train, config.train):
@@ -48,13 +48,15 @@ def get_config(arg: str = ""):
         run.sample_every = 300
 
     config.sample.steps = 20
+    config.sample.spacing = "trailing"
     config.sample.guidance = 3.0
 
     config.sweep.steps = (4, 6, 10, 20, 50)
     config.sweep.guidance = (1.5, 3.0, 5.0, 8.0)
     config.sweep.num_images = 128
     config.sweep.batch_size = 128
-    config.sweep.feature_side = 64
+    config.sweep.feature_side = 96
+    config.sweep.spacing = "trailing"
 
     if arg == "tiny":
         config.members = ("c8", "c16")

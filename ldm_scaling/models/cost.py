@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import jax
 
+from ldm_scaling.errors import UserError
 from ldm_scaling.models import blocks, unet
 
 
@@ -23,11 +23,6 @@ class Cost:
 
     params: int
     gflops: float
-
-
-def _params(spec: unet.UNetSpec) -> Any:
-    """The parameter tree as shapes."""
-    return jax.eval_shape(lambda: unet.init(spec, jax.random.key(0)))
 
 
 def param_count(spec: unet.UNetSpec) -> int:
@@ -48,16 +43,31 @@ def gflops(spec: unet.UNetSpec) -> float:
 
 @functools.cache
 def of(spec: unet.UNetSpec) -> Cost:
-    """Both figures, in about a second, kept for the life of the process."""
-    params = _params(spec)
+    """Both figures, in about a second, kept for the life of the process.
+
+    Raises:
+      UserError: where JAX may not use the CPU: other platforms' plug-ins do not count.
+    """
+    params = jax.eval_shape(lambda: unet.init(spec, jax.random.key(0)))
     inputs = jax.eval_shape(functools.partial(unet.example_inputs, spec))
     network = unet.UNet(spec, attention=blocks.textbook_attention)
 
     def forward(params, x_BHWC, t_B, ctx_BLD):
         return network.apply({"params": params}, x_BHWC, t_B, ctx_BLD)
 
-    counted = jax.jit(forward).lower(params, *inputs).cost_analysis()
+    with jax.default_device(_cpu()):
+        counted = jax.jit(forward).lower(params, *inputs).cost_analysis()
     return Cost(
         params=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)),
         gflops=counted["flops"] / 1e9,
     )
+
+
+def _cpu() -> jax.Device:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError as e:
+        raise UserError(
+            f"FLOPs are counted on the CPU, which JAX_PLATFORMS={jax.config.jax_platforms} leaves "
+            f"out: set JAX_PLATFORMS={jax.config.jax_platforms},cpu"
+        ) from e

@@ -69,7 +69,8 @@ class Workdir:
                 f"{k} is {a.get(k, 'absent')!r} there, {b.get(k, 'absent')!r} here"
                 for k in sorted(a.keys() | b.keys()) if a.get(k, "absent") != b.get(k, "absent")
             ]
-            shown = "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if changed[4:] else "")
+            more = f"; and {len(changed) - 4} more" if changed[4:] else ""
+            shown = "; ".join(changed[:4]) + more
             raise UserError(
                 f"the workdir {self.path} belongs to another config ({shown}): choose another "
                 "--workdir, or give the config it was made with"
@@ -83,6 +84,8 @@ class Workdir:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         handler.setLevel(logging.INFO)
         root = logging.getLogger()
+        for other in root.handlers:  # The terminal is for progress bars and errors.
+            other.setLevel(max(other.level, logging.ERROR))
         root.addHandler(handler)
         root.setLevel(min(root.level or logging.INFO, logging.INFO))
         return handler
