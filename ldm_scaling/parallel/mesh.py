@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -44,6 +45,19 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Sharding of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def put_batch(mesh: Mesh, tree: Any) -> Any:
+    """Arrays placed with their first axis over every device; whole where it does not split.
+
+    For one process that holds the whole batch; training uses its own process-local data.
+    """
+
+    def put(leaf):
+        fits = leaf.shape[0] % mesh.size == 0
+        return jax.device_put(leaf, batch_sharding(mesh) if fits else replicated(mesh))
+
+    return jax.tree.map(put, tree)
 
 
 def check_batch(mesh: Mesh, batch_size: int, name: str) -> None:

@@ -151,7 +151,8 @@ class Materials:
             for index in _slices(len(images), size):
                 x = images.batch(index)["image"]
                 fill = [(0, size - len(x))] + [(0, 0)] * 3
-                posterior = encode(self.autoencoder_params, np.pad(x, fill, mode="edge"))
+                x_BHWC = mesh_lib.put_batch(self.mesh, np.pad(x, fill, mode="edge"))
+                posterior = encode(self.autoencoder_params, x_BHWC)
                 mean = np.asarray(posterior.mean)[: len(x)]
                 logvar = np.asarray(posterior.logvar)[: len(x)]
                 total += mean.sum(dtype=np.float64)
@@ -192,11 +193,12 @@ class Materials:
             )
         return spec
 
-    def drawer(self, member: str, batch_size: int) -> Drawer:
-        """What draws pictures with a member's network."""
+    @functools.cache  # noqa: B019
+    def drawer(self, member: str) -> Drawer:
+        """What draws pictures with a member's network; compiled once for every stage."""
         return Drawer(
-            self.spec(member), self.frozen, self.study.diffusion, batch_size, self.decode,
-            self.study.train.compute_dtype,
+            self.spec(member), self.frozen, self.study.diffusion, self.study.sweep.batch_size,
+            self.decode, self.mesh, self.study.train.compute_dtype,
         )
 
     def member_params(self, member: str) -> Any:

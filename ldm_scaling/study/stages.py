@@ -72,7 +72,7 @@ def train(materials: Materials) -> None:
         if _finished(workdir.member(member), run.steps):
             continue
         spec = materials.spec(member)
-        drawer = materials.drawer(member, study.sample.num_images)
+        drawer = materials.drawer(member)
         task = text_to_image.make(
             member, spec, run, study.diffusion, study.sample, materials.frozen, drawer,
             materials.validation,
@@ -103,7 +103,7 @@ def sample(materials: Materials, prompts: list[str] | None = None) -> list[str]:
     written = []
     for member in study.members:
         params = materials.member_params(member)
-        drawer = materials.drawer(member, len(index_N))
+        drawer = materials.drawer(member)
         table = drawer.table(config.sampler, config.steps, config.spacing)
         images = drawer.pictures(
             params, table, context_NLD, config.guidance, jax.random.key(study.seed), index_N
@@ -129,7 +129,7 @@ def run_sweep(materials: Materials) -> None:
             sweep.run_member(
                 study, member, cost.of(zoo.get(member).spec), reference_cost,
                 materials.member_params(member),
-                materials.drawer(member, study.sweep.batch_size), scorer, materials.prompts,
+                materials.drawer(member), scorer, materials.prompts,
                 workdir / "records", workdir / "strips", bar,
             )
 

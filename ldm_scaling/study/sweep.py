@@ -130,7 +130,9 @@ def selection(study: Study, member: str, reference_hash: str) -> list[Identity]:
     )
 
 
-def reporting(study: Study, member: str, reference_hash: str, chosen: list[Record]) -> list[Identity]:
+def reporting(
+    study: Study, member: str, reference_hash: str, chosen: list[Record]
+) -> list[Identity]:
     """The records that are reported: the chosen guidance of each cell on the report block."""
     best = curves.best_guidance(chosen, FRECHET, study.sweep.select_block)
     return _identities(

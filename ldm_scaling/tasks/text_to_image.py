@@ -17,6 +17,7 @@ from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import autoencoder, unet
 from ldm_scaling.parallel import hosts
+from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling import sampler, solvers
 from ldm_scaling.training.task import Task
 
@@ -77,19 +78,21 @@ class Drawer:
       diffusion: schedule and prediction.
       batch_size: pictures at a time.
       decode: `frozen.decoder()`, shared between members.
+      mesh: a batch is split over its devices.
       compute_dtype: see `config.Train`.
     """
 
     def __init__(
         self, spec: unet.UNetSpec, frozen: Frozen, diffusion: Diffusion, batch_size: int,
-        decode: Callable, compute_dtype: str = "auto",
+        decode: Callable, mesh: jax.sharding.Mesh, compute_dtype: str = "auto",
     ):
         self.frozen, self.diffusion, self.batch_size = frozen, diffusion, batch_size
-        self.width, self._decode = spec.context_dim, decode
+        self.width, self._decode, self.mesh = spec.context_dim, decode, mesh
         self.schedule = schedule_lib.get(diffusion.schedule)
         denoise = unet.denoise_fn(spec, hosts.compute_dtype(compute_dtype))
         self._sample = sampler.make_sampler(denoise, frozen.latent_shape)
-        self.uncond = {"context": pad_context(frozen.null_ctx_LD[None].astype(np.float32), self.width)}
+        null_1LD = frozen.null_ctx_LD[None].astype(np.float32)
+        self.uncond = {"context": pad_context(null_1LD, self.width)}
 
     def table(self, name: str, steps: int, spacing: str) -> Any:
         """The sampler's table on this schedule."""
@@ -97,8 +100,14 @@ class Drawer:
 
     def latents(self, params, table, ctx_BLD, guidance, key, index_B) -> jax.Array:
         """Sampled latents of `batch_size` captions; noise depends on (key, index) alone."""
-        cond = {"context": pad_context(np.asarray(ctx_BLD, np.float32), self.width)}
-        guidance_B = np.full(len(index_B), guidance, np.float32)
+        cond, guidance_B, index_B = mesh_lib.put_batch(
+            self.mesh,
+            (
+                {"context": pad_context(np.asarray(ctx_BLD, np.float32), self.width)},
+                np.full(len(index_B), guidance, np.float32),
+                index_B,
+            ),
+        )
         return self._sample(params, table.padded(), guidance_B, cond, self.uncond, key, index_B)
 
     def pictures(self, params, table, ctx_NLD, guidance, key, index_N) -> np.ndarray:
@@ -136,6 +145,7 @@ def make(
     null_LD = pad_context(frozen.null_ctx_LD.astype(np.float32), spec.context_dim)
     table = drawer.table(sample.sampler, sample.steps, sample.spacing)
     sample_key = jax.random.key(0)
+    held_out = mesh_lib.put_batch(drawer.mesh, validation)
 
     def make_batch(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {name: np.asarray(batch[name]) for name in ("mean", "logvar", "context")}
@@ -164,9 +174,7 @@ def make(
         )
 
     def validate(params: Any, step: int) -> dict[str, float]:
-        value = validation_loss(
-            params, validation["mean"], validation["context"], validation["index"]
-        )
+        value = validation_loss(params, held_out["mean"], held_out["context"], held_out["index"])
         return {"loss": float(value)}
 
     def show(params: Any, step: int) -> dict[str, np.ndarray]:

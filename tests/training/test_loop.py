@@ -75,7 +75,8 @@ def test_resumed_run_equals_unbroken_run(tmp_path):
     assert int(resumed.step) == 6
     # The curves too: no row twice, none missing.
     assert read_curves(tmp_path / "whole") == read_curves(tmp_path / "cut")
-    assert [r[0] for r in read_curves(tmp_path / "cut") if r[1] == "train/loss"] == list(range(1, 7))
+    steps = [step for step, name, _ in read_curves(tmp_path / "cut") if name == "train/loss"]
+    assert steps == list(range(1, 7))
 
 
 def test_finished_run_is_not_run_again(tmp_path):

