@@ -58,7 +58,7 @@ def main() -> None:
 
     difference = float(np.abs(ours() - theirs()).max())
     assert difference < 1e-4, f"outputs differ by {difference}"
-    print(f"largest difference {difference:.1e}; c={c}, batch {args.batch}, {args.side}x{args.side}")
+    print(f"largest difference {difference:.1e}; c={c}, batch {args.batch}, side {args.side}")
 
     seconds = {"ldm_scaling (XLA)": [], "diffusers (torch eager)": []}
     for _ in range(args.repeats):

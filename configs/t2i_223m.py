@@ -1,6 +1,6 @@
 """The 223M U-Net of arXiv 2404.01367 (base width 160), trained as there.
 
-    ldm-scaling study --config=configs/t2i_223m.py --workdir=gs://BUCKET/t2i_223m
+    ldm-scaling study --config=configs/t2i_223m.py --workdir=/mnt/disk/t2i_223m
 
 Hardware: 256 TPU v5e chips (16x16).
 Hours: about 40 for the U-Net, an optimistic estimate that nothing has measured: 500k steps of

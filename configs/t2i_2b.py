@@ -1,6 +1,6 @@
 """The 2B U-Net of arXiv 2404.01367 (base width 512), trained as there.
 
-    ldm-scaling study --config=configs/t2i_2b.py --workdir=gs://BUCKET/t2i_2b
+    ldm-scaling study --config=configs/t2i_2b.py --workdir=/mnt/disk/t2i_2b
 
 Hardware: 256 TPU v5e chips (16x16), each block recomputed in the backward pass.
 Hours: about 97 for the U-Net, an optimistic estimate that nothing has measured: 500k steps of

@@ -1,6 +1,6 @@
 """The 318M U-Net of arXiv 2404.01367 (base width 192), trained as there.
 
-    ldm-scaling study --config=configs/t2i_318m.py --workdir=gs://BUCKET/t2i_318m
+    ldm-scaling study --config=configs/t2i_318m.py --workdir=/mnt/disk/t2i_318m
 
 Hardware: 256 TPU v5e chips (16x16).
 Hours: about 42 for the U-Net, an optimistic estimate that nothing has measured: 500k steps of

@@ -1,6 +1,6 @@
 """The 430M U-Net of arXiv 2404.01367 (base width 224), trained as there.
 
-    ldm-scaling study --config=configs/t2i_430m.py --workdir=gs://BUCKET/t2i_430m
+    ldm-scaling study --config=configs/t2i_430m.py --workdir=/mnt/disk/t2i_430m
 
 Hardware: 256 TPU v5e chips (16x16).
 Hours: about 44 for the U-Net, an optimistic estimate that nothing has measured: 500k steps of

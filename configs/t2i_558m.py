@@ -1,6 +1,6 @@
 """The 558M U-Net of arXiv 2404.01367 (base width 256), trained as there.
 
-    ldm-scaling study --config=configs/t2i_558m.py --workdir=gs://BUCKET/t2i_558m
+    ldm-scaling study --config=configs/t2i_558m.py --workdir=/mnt/disk/t2i_558m
 
 Hardware: 256 TPU v5e chips (16x16).
 Hours: about 47 for the U-Net, an optimistic estimate that nothing has measured: 500k steps of

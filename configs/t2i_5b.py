@@ -1,6 +1,6 @@
 """The 5B U-Net of arXiv 2404.01367 (base width 768), trained as there.
 
-    ldm-scaling study --config=configs/t2i_5b.py --workdir=gs://BUCKET/t2i_5b
+    ldm-scaling study --config=configs/t2i_5b.py --workdir=/mnt/disk/t2i_5b
 
 Hardware: 256 TPU v5p chips (4x8x8; on 256 v5e chips its step does not fit in 16 GB).
 Hours: about 47 for the U-Net, an optimistic estimate that nothing has measured: 500k steps of

@@ -1,6 +1,6 @@
 """The 83M U-Net of arXiv 2404.01367 (base width 96), trained as there.
 
-    ldm-scaling study --config=configs/t2i_83m.py --workdir=gs://BUCKET/t2i_83m
+    ldm-scaling study --config=configs/t2i_83m.py --workdir=/mnt/disk/t2i_83m
 
 Hardware: 256 TPU v5e chips (16x16).
 Hours: about 36 for the U-Net, an optimistic estimate that nothing has measured: 500k steps of

@@ -1,6 +1,6 @@
 """The 866M U-Net of arXiv 2404.01367 (base width 320), trained as there.
 
-    ldm-scaling study --config=configs/t2i_866m.py --workdir=gs://BUCKET/t2i_866m
+    ldm-scaling study --config=configs/t2i_866m.py --workdir=/mnt/disk/t2i_866m
 
 Hardware: 256 TPU v5e chips (16x16), 13.9 GB on each.
 Hours: about 53 for the U-Net, an optimistic estimate that nothing has measured: 500k steps of

@@ -32,6 +32,15 @@ def use_cpu_cores() -> None:
     jax.config.update("jax_num_cpu_devices", count)
 
 
+def run_once_options() -> dict[str, int] | None:
+    """Compiler options for a program that runs once: on a CPU, quick to compile over quick to run.
+
+    An initialisation holds a hundred small random kernels that cost XLA:CPU twice as long at its
+    usual effort.
+    """
+    return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+
+
 def is_lead() -> bool:
     """Whether this process writes logs, pictures and records."""
     return jax.process_index() == 0

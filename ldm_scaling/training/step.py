@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from ldm_scaling.config import Train
+from ldm_scaling.parallel import hosts
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.parallel import rules
 from ldm_scaling.training import optimizer as optimizer_lib
@@ -61,7 +62,8 @@ def init_state(init: Callable, config: Train, mesh: Mesh, key: jax.Array) -> Tra
     optimizer = optimizer_lib.make(config)
     shardings = jax.tree.map(lambda s: s.sharding, abstract_state(init, config, mesh))
     return jax.jit(
-        lambda k: state_lib.create(init(k), optimizer), out_shardings=shardings
+        lambda k: state_lib.create(init(k), optimizer), out_shardings=shardings,
+        compiler_options=hosts.run_once_options(),
     )(key)
 
 
