@@ -231,8 +231,8 @@ class Sweep:
         _require(all(s >= 1 for s in self.steps), "sweep.steps", self.steps, "must be at least 1")
         _require(all(math.isfinite(g) for g in self.guidance), "sweep.guidance", self.guidance,
                  "must be finite")
-        _require(set(self.max_steps) <= set(self.samplers), "sweep.max_steps", self.max_steps,
-                 f"its keys must be among sweep.samplers={self.samplers}")
+        _require(all(n >= 1 for n in self.max_steps.values()), "sweep.max_steps", self.max_steps,
+                 "must be at least 1")
         _positive(self, "num_images", "batch_size", "feature_side", "replicates")
         _require(self.num_images % self.batch_size == 0, "sweep.batch_size", self.batch_size,
                  f"must divide sweep.num_images={self.num_images}")

@@ -91,7 +91,7 @@ def test_workdir_of_another_config(capsys, tmp_path):
     Workdir(tmp_path).bind(study)
     before = (tmp_path / "study.json").read_bytes()
     result = run(capsys, "prepare", TINY, f"--workdir={tmp_path}")
-    assert_error(result, "belongs to another config", "train_pictures is 100000 there, 128 here")
+    assert_error(result, "belongs to another config", " is 32 there, 8 here", "--workdir")
     assert (tmp_path / "study.json").read_bytes() == before
     assert os.listdir(tmp_path) == ["study.json"]
     (tmp_path / "study.json").write_text("{")

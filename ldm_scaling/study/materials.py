@@ -107,15 +107,26 @@ class Materials:
         )
 
     def _restored(self, init, config, directory, what: str) -> Any:
-        folder = directory / "checkpoints"
-        with checkpoint.Checkpoints(folder, config.keep) as checkpoints:
-            if checkpoints.latest() != config.steps:
-                raise UserError(
-                    f"{what} is not trained: {folder} holds step {checkpoints.latest() or 0} of "
-                    f"{config.steps}; run  ldm-scaling train  with the same --config and --workdir"
-                )
+        self._require(config, directory, what)
+        with checkpoint.Checkpoints(directory / "checkpoints", config.keep) as checkpoints:
             state, _ = checkpoints.restore(step.abstract_state(init, config, self.mesh))
         return state.ema
+
+    def _require(self, config, directory, what: str) -> None:
+        folder = directory / "checkpoints"
+        have = checkpoint.latest(folder)
+        if have != config.steps:
+            raise UserError(
+                f"{what} is not trained: {folder} holds step {have or 0} of {config.steps}; run  "
+                "ldm-scaling train  with the same --config and --workdir"
+            )
+
+    def require_trained(self) -> None:
+        """Raises `UserError` naming the first network of the study that is not trained."""
+        train = self.study.autoencoder.train
+        self._require(train, self.workdir / "autoencoder", "the autoencoder")
+        for member in self.study.members:
+            self._require(self.study.train, self.workdir.member(member), f"member {member}")
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

@@ -11,8 +11,10 @@ import numpy as np
 from ldm_scaling import files, pictures
 from ldm_scaling.config import Study
 from ldm_scaling.data import loader
+from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import cost, zoo
+from ldm_scaling.sampling import solvers
 from ldm_scaling.study import publish, sweep
 from ldm_scaling.study.materials import SPLITS, Materials
 from ldm_scaling.study.workdir import Workdir
@@ -29,6 +31,13 @@ def check(study: Study, workdir: Workdir) -> Materials:
     for member in (*study.members, study.reference):
         materials.spec(member)
     autoencoder_task.spec_of(study.autoencoder)
+    schedule = schedule_lib.get(study.diffusion.schedule)
+    tables = [(n, s, study.sweep.spacing) for n in study.sweep.samplers for s in study.sweep.steps]
+    tables += [(n, 1, study.sweep.spacing) for n in study.sweep.max_steps]
+    tables += [(study.sample.sampler, study.sample.steps, study.sample.spacing)]
+    for name, steps, spacing in tables:
+        if steps <= study.sweep.max_steps.get(name, steps):
+            solvers.make(name, schedule, steps, study.diffusion.prediction, spacing)
     materials.mesh  # noqa: B018  Its sizes must fit the devices.
     workdir.bind(study)
     return materials
@@ -38,13 +47,6 @@ def prepare(materials: Materials) -> None:
     """Pictures and text states."""
     for split in SPLITS:
         materials.text(split)
-
-
-def _finished(directory, steps: int) -> bool:
-    if not (directory / "checkpoints").exists():
-        return False
-    with checkpoint.Checkpoints(directory / "checkpoints") as checkpoints:
-        return checkpoints.latest() == steps
 
 
 def _loader(source, train, seed: int):
@@ -59,7 +61,7 @@ def train(materials: Materials) -> None:
     study, workdir = materials.study, materials.workdir
     prepare(materials)
     run = study.autoencoder.train
-    if not _finished(workdir / "autoencoder", run.steps):
+    if checkpoint.latest(workdir / "autoencoder" / "checkpoints") != run.steps:
         task = autoencoder_task.make(study.autoencoder, materials.shown())
         loop.fit(
             task, run, _loader(materials.source("train", "image"), run, study.seed),
@@ -69,7 +71,7 @@ def train(materials: Materials) -> None:
         materials.latents(split)
     run = study.train
     for member in study.members:
-        if _finished(workdir.member(member), run.steps):
+        if checkpoint.latest(workdir.member(member) / "checkpoints") == run.steps:
             continue
         spec = materials.spec(member)
         drawer = materials.drawer(member)
@@ -92,6 +94,7 @@ def sample(materials: Materials, prompts: list[str] | None = None) -> list[str]:
       prompts: captions; default the first validation captions.
     """
     study, config = materials.study, materials.study.sample
+    materials.require_trained()
     if prompts:
         prompts = (prompts * -(-config.num_images // len(prompts)))[: config.num_images]
         context_NLD = materials.text_encoder.states(prompts)[0]
@@ -117,6 +120,7 @@ def sample(materials: Materials, prompts: list[str] | None = None) -> list[str]:
 def run_sweep(materials: Materials) -> None:
     """Every record that is missing."""
     study, workdir = materials.study, materials.workdir
+    materials.require_trained()
     scorer = materials.scorer
     reference_cost = cost.of(zoo.get(study.reference).spec)
     total = sum(sweep.planned(study, m) for m in study.members) * study.sweep.num_images

@@ -111,6 +111,14 @@ class Checkpoints:
             )
 
 
+def latest(directory: epath.PathLike) -> int | None:
+    """The newest complete step in a folder of checkpoints, or None; makes nothing."""
+    if not epath.Path(directory).exists():
+        return None
+    steps = ocp.utils.checkpoint_steps(directory)
+    return max(steps, default=None)
+
+
 def _damaged(folder: epath.Path, error: Exception, remedy: str) -> UserError:
     return UserError(f"the checkpoint {folder} is damaged ({_first_line(error)}): {remedy}")
 

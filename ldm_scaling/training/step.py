@@ -10,9 +10,8 @@ import optax
 from jax.sharding import Mesh
 
 from ldm_scaling.config import Train
-from ldm_scaling.parallel import hosts
+from ldm_scaling.parallel import hosts, rules
 from ldm_scaling.parallel import mesh as mesh_lib
-from ldm_scaling.parallel import rules
 from ldm_scaling.training import optimizer as optimizer_lib
 from ldm_scaling.training import state as state_lib
 from ldm_scaling.training.state import TrainState
