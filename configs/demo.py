@@ -49,10 +49,10 @@ def get_config(arg: str = ""):
 
     config.sample.steps = 20
     config.sample.spacing = "trailing"
-    config.sample.guidance = 3.0
+    config.sample.guidance = 2.0
 
-    config.sweep.steps = (4, 6, 10, 20, 50)
-    config.sweep.guidance = (1.5, 3.0, 5.0, 8.0)
+    config.sweep.steps = (1, 2, 4, 10, 50)
+    config.sweep.guidance = (1.0, 2.0, 4.0, 8.0)
     config.sweep.num_images = 128
     config.sweep.batch_size = 64
     config.sweep.feature_side = 96

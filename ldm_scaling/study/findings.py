@@ -213,10 +213,10 @@ def _best_of_all(curves: Curves, metric: str) -> list[str]:
     best = min(points, key=lambda p: (p.chosen_by, p.cost))
     least = min(points, key=lambda p: (p.cost, p.chosen_by))
     return [
-        f"Whatever the cost, the best configuration of the sweep is {best.model} with "
-        f"{labels.sampler(best.sampler)}, {best.steps} steps and guidance {best.guidance:g}: "
-        f"{_value(metric, winners.Contender(best, None))} at a cost of "
-        f"{labels.number(best.cost)}; the cheapest is {least.model}, "
+        f"Whatever the cost, the best configuration on the choosing prompts is {best.model} with "
+        f"{labels.sampler(best.sampler)}, {best.steps} steps and guidance {best.guidance:g}; "
+        f"on the reporting prompts it has {_value(metric, winners.Contender(best, None))} at a "
+        f"cost of {labels.number(best.cost)}; the cheapest is {least.model}, "
         f"{labels.sampler(least.sampler)}, {least.steps} steps: "
         f"{_value(metric, winners.Contender(least, None))} at {labels.number(least.cost)}."
     ]

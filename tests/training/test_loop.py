@@ -138,11 +138,10 @@ def test_batch_that_does_not_split_is_refused(tmp_path):
         loop.fit(_task(), config, Loader, tmp_path, mesh_lib.make(), seed=0)
 
 
-@pytest.mark.parametrize("data, fsdp", [(8, 1), (1, 8), (4, 2)])
-def test_eight_devices_train_as_one(data, fsdp):
+def test_eight_devices_train_as_one():
     """The same U-Net losses on 1 device and on 8, replicated or sharded."""
     spec = unet.UNetSpec(
-        8, 16, (1, 2), (True, True), 1, heads=2, groups=4, sample_size=4, context_length=3
+        8, 16, (1,), (True,), 1, heads=2, groups=4, sample_size=4, context_length=3
     )
     schedule = schedule_lib.get("sd")
     denoise = unet.denoise_fn(spec)
@@ -175,9 +174,10 @@ def test_eight_devices_train_as_one(data, fsdp):
         return losses, state
 
     one, _ = run(_one_device())
-    many, state = run(mesh_lib.make(data, fsdp))
-    np.testing.assert_allclose(many, one, rtol=1e-5)
-    kernel = state.params["mid_res_0"]["conv1"]["kernel"]
-    assert kernel.addressable_shards[0].data.shape[-1] == 16 // fsdp
-    moment = state.opt_state[1][0].mu["mid_res_0"]["conv1"]["kernel"]
-    assert moment.sharding == kernel.sharding
+    for data, fsdp in ((8, 1), (2, 4)):
+        many, state = run(mesh_lib.make(data, fsdp))
+        np.testing.assert_allclose(many, one, rtol=1e-5)
+        kernel = state.params["mid_res_0"]["conv1"]["kernel"]
+        assert kernel.addressable_shards[0].data.shape[-1] == 8 // fsdp
+        moment = state.opt_state[1][0].mu["mid_res_0"]["conv1"]["kernel"]
+        assert moment.sharding == kernel.sharding
