@@ -22,6 +22,10 @@ COMMANDS = {
 log = logging.getLogger("ldm_scaling")
 
 
+class InternalError(Exception):
+    """Something that is not the user's doing; the message says where the traceback is."""
+
+
 def usage() -> str:
     """The help text."""
     width = max(map(len, COMMANDS))
@@ -134,16 +138,26 @@ def _run(command: str, arguments: list[str]) -> None:
         else:
             print(stages.study_all(materials))
         log.info("%s took %.1f s", command, time.perf_counter() - started)
-    except BaseException:
+    except BaseException as e:
         log.error("%s stopped:\n%s", command, traceback.format_exc())
-        raise
+        if isinstance(e, UserError) or not isinstance(e, Exception):
+            raise
+        lines = str(e).strip().splitlines() or [""]
+        raise InternalError(
+            f"{type(e).__name__}: {lines[0][:300]} (unexpected; the traceback is in "
+            f"{workdir / 'log.txt'}; what was finished is kept, the same command goes on from it)"
+        ) from e
     finally:
         logging.getLogger().removeHandler(handler)
         handler.close()
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command line; returns the exit status: 0, or 2 after a one-line error."""
+    """Runs a command line; returns the exit status.
+
+    0; 2 after a one-line error that the user can mend; 1 after one that is not the user's doing;
+    130 after Ctrl-C.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("help", "-h", "-help", "--help") or "--help" in argv:
         print(usage())
@@ -163,6 +177,9 @@ def main(argv: list[str] | None = None) -> int:
         message = "; ".join(line.strip() for line in str(e).splitlines())
         print(f"ldm-scaling: error: {message}", file=sys.stderr)
         return 2
+    except InternalError as e:
+        print(f"ldm-scaling: error: {e}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("ldm-scaling: stopped; the same command goes on from here", file=sys.stderr)
         return 130

@@ -103,6 +103,19 @@ def test_stages_say_what_must_come_first(capsys, tmp_path):
     assert_error(result, "not trained", "ldm-scaling train")
 
 
+def test_unexpected_error_is_one_line_and_its_traceback_is_logged(capsys, tmp_path, monkeypatch):
+    from ldm_scaling.study import stages
+
+    def fail(materials):
+        raise RuntimeError("the disk caught fire\nand more")
+
+    monkeypatch.setattr(stages, "prepare", fail)
+    status, _, err = run(capsys, "prepare", TINY, f"--workdir={tmp_path}/run")
+    assert status == 1 and err.count("\n") == 1
+    assert "the disk caught fire" in err and f"{tmp_path}/run/log.txt" in err
+    assert "Traceback" in (tmp_path / "run" / "log.txt").read_text()
+
+
 def test_zoo_json(capsys):
     status, out, _ = run(capsys, "zoo", "--format=json")
     rows = json.loads(out)

