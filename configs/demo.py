@@ -1,4 +1,4 @@
-"""The whole study on a laptop: four widths, three samplers, in about 12 minutes on 2 CPU cores.
+"""The whole study on a laptop: four widths, three samplers, in about 13 minutes on 2 CPU cores.
 
     ldm-scaling study --config=configs/demo.py --workdir=runs/demo
 
