@@ -87,8 +87,8 @@ def _parse(arguments: list[str]):
             message = message.splitlines()[-1].split("Error: ", maxsplit=1)[-1]
         message = " ".join(message.split())
         raise UserError(f"{message} (see ldm-scaling --help)") from e
-    except (ImportError, SyntaxError, OSError) as e:
-        raise UserError(f"the config file cannot be read: {type(e).__name__}: {e}") from e
+    except Exception as e:  # Whatever the config file raises.
+        raise UserError(f"the config file cannot be read: {_first_line(e)}") from e
     finally:
         sys.argv = argv
     if len(rest) > 1:
@@ -121,35 +121,40 @@ def _run(command: str, arguments: list[str]) -> None:
 
     study, workdir = config.parse(values.config), Workdir(values.workdir)
     materials = stages.check(study, workdir)
-    handler = workdir.log_to_file()
-    started = time.perf_counter()
-    log.info("ldm-scaling %s %s", command, " ".join(arguments))
-    try:
-        if command == "prepare":
-            stages.prepare(materials)
-        elif command == "train":
-            stages.train(materials)
-        elif command == "sample":
-            print("\n".join(stages.sample(materials, list(values.prompt))))
-        elif command == "sweep":
-            stages.run_sweep(materials)
-        elif command == "report":
-            print(stages.run_report(materials))
-        else:
-            print(stages.study_all(materials))
-        log.info("%s took %.1f s", command, time.perf_counter() - started)
-    except BaseException as e:
-        log.error("%s stopped:\n%s", command, traceback.format_exc())
-        if isinstance(e, UserError) or not isinstance(e, Exception):
+    if command == "report":
+        stages.require_records(materials)
+    workdir.bind(study)
+    with workdir.lock(), workdir.log_to_file():
+        started = time.perf_counter()
+        log.info("ldm-scaling %s %s", command, " ".join(arguments))
+        try:
+            if command == "prepare":
+                stages.prepare(materials)
+            elif command == "train":
+                stages.train(materials)
+            elif command == "sample":
+                print("\n".join(stages.sample(materials, list(values.prompt))))
+            elif command == "sweep":
+                stages.run_sweep(materials)
+            elif command == "report":
+                print(stages.run_report(materials))
+            else:
+                print(stages.study_all(materials))
+        except UserError:
+            log.error("%s stopped:\n%s", command, traceback.format_exc())
             raise
-        lines = str(e).strip().splitlines() or [""]
-        raise InternalError(
-            f"{type(e).__name__}: {lines[0][:300]} (unexpected; the traceback is in "
-            f"{workdir / 'log.txt'}; what was finished is kept, the same command goes on from it)"
-        ) from e
-    finally:
-        logging.getLogger().removeHandler(handler)
-        handler.close()
+        except Exception as e:
+            log.error("%s stopped:\n%s", command, traceback.format_exc())
+            raise InternalError(
+                f"{_first_line(e)} (unexpected; the traceback is in {workdir / 'log.txt'}; what "
+                "was finished is kept, the same command goes on from it)"
+            ) from e
+        log.info("%s took %.1f s", command, time.perf_counter() - started)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:300]}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -179,6 +184,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except InternalError as e:
         print(f"ldm-scaling: error: {e}", file=sys.stderr)
+        return 1
+    except Exception as e:  # Before there is a workdir to log to.
+        print(f"ldm-scaling: error: {_first_line(e)} (unexpected)", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("ldm-scaling: stopped; the same command goes on from here", file=sys.stderr)

@@ -52,7 +52,9 @@ class Data:
     def __post_init__(self):
         _positive(self, "side", "train_pictures", "validation_pictures")
         _require(self.source == "openmoji", "data.source", self.source, "choose openmoji")
-        _require(2 <= self.text_length <= 256, "data.text_length", self.text_length, "use 2..256")
+        _require(16 <= self.side <= 1024, "data.side", self.side, "use 16..1024")
+        _require(self.seed >= 0, "data.seed", self.seed, "not below 0")
+        _require(3 <= self.text_length <= 512, "data.text_length", self.text_length, "use 3..512")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Train:
       beta1, beta2: AdamW's.
       clip_norm: largest global norm of the gradient.
       ema_decay: of the averaged parameters; below it the average is taken over a tenth of the run.
-      caption_dropout: share of captions replaced by the empty one (diffusion only).
+      caption_dropout: share of captions replaced by the empty one (U-Nets only).
       compute_dtype: `float32`, `bfloat16`, or `auto`: bfloat16 on TPU and GPU, float32 on a CPU.
       remat: `none` or `block`.
       log_every, validate_every, checkpoint_every, sample_every: in steps; 0 is never. A run's last
@@ -207,7 +209,7 @@ class Sweep:
       num_images: pictures per configuration and block.
       select_block, report_block: two different blocks of validation prompts and noise.
       replicates: bootstrap replicates on the report block.
-      batch_size: pictures sampled at a time; divides num_images.
+      batch_size: pictures sampled at a time, over all devices.
       feature_side: side that pictures are resized to for the feature network.
     """
 
@@ -220,7 +222,7 @@ class Sweep:
     select_block: int = 0
     report_block: int = 1
     replicates: int = 200
-    batch_size: int = 500
+    batch_size: int = 512
     feature_side: int = 224
 
     def __post_init__(self):
@@ -234,8 +236,9 @@ class Sweep:
         _require(all(n >= 1 for n in self.max_steps.values()), "sweep.max_steps", self.max_steps,
                  "must be at least 1")
         _positive(self, "num_images", "batch_size", "feature_side", "replicates")
-        _require(self.num_images % self.batch_size == 0, "sweep.batch_size", self.batch_size,
-                 f"must divide sweep.num_images={self.num_images}")
+        _require(self.feature_side >= 32, "sweep.feature_side", self.feature_side, "at least 32")
+        _require(self.num_images >= 4, "sweep.num_images", self.num_images,
+                 "at least 4, or there is no interval")
         _require(self.select_block != self.report_block, "sweep.report_block", self.report_block,
                  "must differ from sweep.select_block, or the choice of guidance biases the report")
         _require(self.select_block >= 0 and self.report_block >= 0, "sweep.select_block",
@@ -270,6 +273,11 @@ class Study:
         _require(len(self.members) > 0, "members", self.members, "give at least one")
         _require(len(set(self.members)) == len(self.members), "members", self.members,
                  "has a name twice")
+        for name, run in (("autoencoder.train", self.autoencoder.train), ("train", self.train)):
+            _require(run.batch_size <= self.data.train_pictures, f"{name}.batch_size",
+                     run.batch_size, f"more than data.train_pictures={self.data.train_pictures}")
+        _require(self.autoencoder.train.remat == "none", "autoencoder.train.remat",
+                 self.autoencoder.train.remat, "the autoencoder has no blocks to recompute: none")
         blocks = max(self.sweep.select_block, self.sweep.report_block) + 1
         _require(self.sweep.num_images * blocks <= self.data.validation_pictures,
                  "data.validation_pictures", self.data.validation_pictures,
@@ -277,19 +285,24 @@ class Study:
                  f"{self.sweep.num_images * blocks}")
 
     def identity(self) -> dict[str, Any]:
-        """All that decides numbers: what a workdir is bound to. Bookkeeping is left out."""
+        """What a workdir is bound to: all that decides a trained network or a record's numbers.
+
+        Members, the sweep's grid and bookkeeping are free: a record's own key tells them apart,
+        so a sweep can be widened in the same workdir.
+        """
         tree = dataclasses.asdict(self)
         for run in (tree["train"], tree["autoencoder"]["train"]):
-            for name in ("log_every", "checkpoint_every", "sample_every", "keep"):
+            for name in ("log_every", "validate_every", "checkpoint_every", "sample_every", "keep"):
                 del run[name]
-        for name in ("mesh", "sample", "name"):
-            del tree[name]
-        return tree
+        kept = ("seed", "reference", "data", "autoencoder", "diffusion", "train")
+        sweep = {k: tree["sweep"][k] for k in ("replicates", "feature_side")}
+        return {k: tree[k] for k in kept} | {"sweep": sweep}
 
     def training_hash(self, member: str | None) -> str:
         """Hash of all that decides a trained network: the autoencoder's, or a member's."""
         tree = self.identity()
         kept = {k: tree[k] for k in ("seed", "data", "autoencoder")}
+        del kept["autoencoder"]["train"]["caption_dropout"]
         if member is not None:
             kept |= {"member": member, "diffusion": tree["diffusion"], "train": tree["train"]}
         return files.sha256_of(kept)

@@ -35,11 +35,6 @@ def tile(images_NHWC: np.ndarray, columns: int | None = None, gap: int = 2) -> n
     return out
 
 
-def enlarge(image_HWC: np.ndarray, times: int) -> np.ndarray:
-    """Each pixel as a square of `times` pixels."""
-    return image_HWC.repeat(times, axis=0).repeat(times, axis=1)
-
-
 def save_png(path: epath.PathLike, image_HWC: np.ndarray) -> None:
     """Writes a uint8 picture as PNG by atomic rename."""
     buffer = io.BytesIO()

@@ -53,7 +53,7 @@ def test_missing_flags(capsys):
         ("--config.members=('c8','c9')", ["c9", "c8"]),
         ("--config.sweep.samplers=('dimm',)", ["dimm", "ddim"]),
         ("--config.sweep.report_block=0", ["report_block", "differ"]),
-        ("--config.sweep.batch_size=5", ["sweep.batch_size=5", "divide"]),
+        ("--config.sweep.batch_size=5", ["sweep.batch_size=5", "does not split"]),
         ("--config.data.side=34", ["data.side", "34"]),
         ("--config.members=('39m',)", ["39m", "latents"]),
         ("--workdri=x", ["workdri"]),

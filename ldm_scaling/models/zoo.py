@@ -85,7 +85,7 @@ _SMALL = (
 def _small(c: int, groups: int) -> UNetSpec:
     return UNetSpec(
         c, context_dim=384, channel_mults=(1, 2), attention_levels=(True, True),
-        blocks_per_level=1, heads=4, groups=groups, sample_size=8, context_length=16,
+        blocks_per_level=1, heads=4, groups=groups, sample_size=8, context_length=18,
     )
 
 

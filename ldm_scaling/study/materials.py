@@ -157,7 +157,8 @@ class Materials:
         encode = jax.jit(
             lambda p, x: autoencoder.encode(spec, p, x.astype(jnp.float32) / 127.5 - 1, dtype)
         )
-        size, total, squares, count = 128, 0.0, 0.0, 0
+        size = -(-128 // self.mesh.size) * self.mesh.size
+        total, squares, count = 0.0, 0.0, 0
         with files.progress(len(images), f"latents, {split}", "picture") as bar:
             for index in _slices(len(images), size):
                 x = images.batch(index)["image"]
@@ -183,7 +184,6 @@ class Materials:
             latent_scale=1.0 / self.latents("train").meta["latent_std"],
             latent_shape=shape,
             null_ctx_LD=self.null_context,
-            text_hash=self.text_encoder.hash,
         )
 
     @functools.cached_property

@@ -94,8 +94,6 @@ def _context(materials: Materials) -> dict:
         ],
         "measures": measures,
         "protocol": [
-            "Intervals come from random halves of the prompts, drawn alike for every "
-            "configuration, so differences are paired.",
             f"Timestep spacing: {sweep.spacing}.",
         ],
         "attribution": [openmoji.ATTRIBUTION],

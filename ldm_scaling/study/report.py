@@ -177,10 +177,10 @@ def _protocol(records: Sequence[Record], context: Context) -> list[str]:
     if draws:
         number = labels.listing([str(d) for d in sorted(draws)], "or")
         protocol.append(
-            f"Intervals and probabilities come from {number} bootstrap replicates over prompts, "
-            "centred because resampling with repetition inflates a Fréchet distance. A replicate "
-            "resamples the same prompts for every configuration, so differences between sizes are "
-            "paired."
+            f"Intervals and probabilities come from {number} bootstrap replicates, each a random "
+            "half of the prompts, centred because fewer images give a larger Fréchet distance. A "
+            "replicate takes the same prompts for every configuration, so differences between "
+            "sizes are paired."
         )
     return [*protocol, *context.protocol]
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 
 import jax
 import numpy as np
 
 from ldm_scaling import files, pictures
 from ldm_scaling.config import Study
-from ldm_scaling.data import loader
+from ldm_scaling.data import loader, openmoji
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import cost, zoo
+from ldm_scaling.models import cost, efficientnet, text_encoder, zoo
+from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling import solvers
+from ldm_scaling.sampling.solvers import SOLVERS
 from ldm_scaling.study import publish, sweep
 from ldm_scaling.study.materials import SPLITS, Materials
 from ldm_scaling.study.workdir import Workdir
@@ -26,20 +29,35 @@ log = logging.getLogger(__name__)
 
 
 def check(study: Study, workdir: Workdir) -> Materials:
-    """Binds the workdir and finds a config's contradictions before anything is computed."""
+    """Finds a config's contradictions before anything is computed or written.
+
+    Raises:
+      UserError: naming what does not fit, or a package that is missing.
+    """
+    if jax.process_count() > 1:
+        raise UserError(
+            f"this runs on one host, with all its devices; here are {jax.process_count()} processes"
+        )
     materials = Materials(study, workdir)
     for member in (*study.members, study.reference):
         materials.spec(member)
     autoencoder_task.spec_of(study.autoencoder)
+    for name, size in (
+        ("autoencoder.train.batch_size", study.autoencoder.train.batch_size),
+        ("train.batch_size", study.train.batch_size),
+        ("sweep.batch_size", study.sweep.batch_size),
+    ):
+        mesh_lib.check_batch(materials.mesh, size, f"config: {name}")
     schedule = schedule_lib.get(study.diffusion.schedule)
     tables = [(n, s, study.sweep.spacing) for n in study.sweep.samplers for s in study.sweep.steps]
-    tables += [(n, 1, study.sweep.spacing) for n in study.sweep.max_steps]
+    tables += [(n, 1, study.sweep.spacing) for n in study.sweep.max_steps if n not in SOLVERS]
     tables += [(study.sample.sampler, study.sample.steps, study.sample.spacing)]
     for name, steps, spacing in tables:
         if steps <= study.sweep.max_steps.get(name, steps):
             solvers.make(name, schedule, steps, study.diffusion.prediction, spacing)
-    materials.mesh  # noqa: B018  Its sizes must fit the devices.
-    workdir.bind(study)
+    openmoji.load()
+    text_encoder.load(study.data.text_length)
+    efficientnet.load(study.sweep.feature_side)
     return materials
 
 
@@ -87,32 +105,40 @@ def train(materials: Materials) -> None:
 
 
 def sample(materials: Materials, prompts: list[str] | None = None) -> list[str]:
-    """A grid of every trained member, same captions and noise; returns the files written.
+    """A grid of every member, same captions and noise; returns the files.
+
+    A file that is there already, of the same captions and settings, is not drawn again.
 
     Args:
       materials: of the study.
-      prompts: captions; default the first validation captions.
+      prompts: captions, repeated up to `sample.num_images`; default validation captions.
+    Raises:
+      UserError: when a member is not trained.
     """
     study, config = materials.study, materials.study.sample
     materials.require_trained()
     if prompts:
-        prompts = (prompts * -(-config.num_images // len(prompts)))[: config.num_images]
+        count = max(config.num_images, len(prompts))
+        prompts = (prompts * -(-count // len(prompts)))[:count]
         context_NLD = materials.text_encoder.states(prompts)[0]
-        index_N, stem = np.arange(len(prompts)), f"prompt_{files.sha256_of(prompts)}"
+        index_N = np.arange(count)
+        words = re.sub(r"\W+", "-", prompts[0]).strip("-").lower()[:40] or "empty"
+        stem = f"{words}_{files.sha256_of(prompts)[:6]}"
     else:
         block = materials.prompts(study.sweep.report_block)
         n = min(config.num_images, len(block.index_N))
         context_NLD, index_N, stem = block.context_NLD[:n], block.index_N[:n], "validation"
+    how = f"{config.sampler}_{config.steps}steps_{config.spacing}_w{config.guidance:g}"
     written = []
     for member in study.members:
-        params = materials.member_params(member)
-        drawer = materials.drawer(member)
-        table = drawer.table(config.sampler, config.steps, config.spacing)
-        images = drawer.pictures(
-            params, table, context_NLD, config.guidance, jax.random.key(study.seed), index_N
-        )
-        path = materials.workdir / "samples" / f"{stem}_{member}.png"
-        pictures.save_png(path, pictures.tile(images))
+        path = materials.workdir / "samples" / f"{stem}_{how}_{member}.png"
+        if not path.exists():
+            params, drawer = materials.member_params(member), materials.drawer(member)
+            table = drawer.table(config.sampler, config.steps, config.spacing)
+            images = drawer.pictures(
+                params, table, context_NLD, config.guidance, jax.random.key(study.seed), index_N
+            )
+            pictures.save_png(path, pictures.tile(images))
         written.append(str(path))
     return written
 
@@ -123,23 +149,34 @@ def run_sweep(materials: Materials) -> None:
     materials.require_trained()
     scorer = materials.scorer
     reference_cost = cost.of(zoo.get(study.reference).spec)
-    total = sum(sweep.planned(study, m) for m in study.members) * study.sweep.num_images
-    with files.progress(total, "sweep", "picture") as bar:
+    directory = workdir / "records"
+    done = {m: sweep.existing(study, m, scorer.hash, directory) for m in study.members}
+    costs = {m: cost.of(zoo.get(m).spec) for m in study.members}
+    total = sum(sweep.planned_work(study, m, costs[m]) for m in study.members)
+    before = sum(sweep.work(study, costs[m], r.identity) for m in done for r in done[m])
+    with files.progress(round(total), "sweep", "GFLOP", initial=round(before)) as bar:
         for member in study.members:
-            done = sweep.existing(study, member, scorer.hash, workdir / "records")
-            if len(done) == sweep.planned(study, member):
-                bar.update(len(done) * study.sweep.num_images)
-                continue
-            sweep.run_member(
-                study, member, cost.of(zoo.get(member).spec), reference_cost,
-                materials.member_params(member),
-                materials.drawer(member), scorer, materials.prompts,
-                workdir / "records", workdir / "strips", bar,
-            )
+            if len(done[member]) < sweep.planned(study, member):
+                sweep.run_member(
+                    study, member, costs[member], reference_cost, materials.member_params(member),
+                    materials.drawer(member), scorer, materials.prompts, directory,
+                    workdir / "strips", bar,
+                )
+
+
+def require_records(materials: Materials) -> None:
+    """Raises `UserError` when there is nothing to report."""
+    directory = materials.workdir / "records"
+    if not directory.exists() or not any(directory.glob("*.json")):
+        raise UserError(
+            f"there are no records in {directory}: run  ldm-scaling sweep  with the same --config "
+            "and --workdir first"
+        )
 
 
 def run_report(materials: Materials) -> str:
     """Plots and the page, from this config's records alone; returns the page's path."""
+    require_records(materials)
     found = []
     for member in materials.study.members:
         found += sweep.existing(
@@ -147,8 +184,8 @@ def run_report(materials: Materials) -> str:
         )
     if not found:
         raise UserError(
-            f"there are no records in {materials.workdir / 'records'}: run  ldm-scaling sweep  "
-            "with the same --config and --workdir first"
+            f"no record in {materials.workdir / 'records'} is of this config's sweep: run  "
+            "ldm-scaling sweep  with the same --config and --workdir first"
         )
     return publish.write(materials, found)
 

@@ -108,7 +108,9 @@ def _identities(
                 out.append(
                     Identity(
                         model=member,
-                        model_hash=study.training_hash(member),
+                        model_hash=files.sha256_of(
+                            [study.training_hash(member), zoo.get(member).spec]
+                        ),
                         train_step=study.train.steps,
                         sampler=name,
                         steps=steps,
@@ -147,6 +149,18 @@ def planned(study: Study, member: str) -> int:
     return cells * (len(study.sweep.guidance) + 1)
 
 
+def work(study: Study, cost: Cost, identity: Identity) -> float:
+    """GFLOPs of a record: every picture's steps, about doubled by guidance, and one step's worth
+    of decoding and scoring. What time left is reckoned by."""
+    return (2 * identity.steps + 1) * cost.gflops * study.sweep.num_images
+
+
+def planned_work(study: Study, member: str, cost: Cost) -> float:
+    """`work` of all records that a member gets."""
+    cells = _identities(study, member, 0, "", lambda *_: (1.0,))
+    return (len(study.sweep.guidance) + 1) * sum(work(study, cost, i) for i in cells)
+
+
 def existing(
     study: Study, member: str, reference_hash: str, directory: epath.Path
 ) -> list[Record]:
@@ -180,7 +194,7 @@ def run_member(
       prompts: block -> prompts.
       directory: where records lie.
       strips: where the first pictures of each configuration go.
-      bar: progress in pictures.
+      bar: progress in GFLOPs, see `work`.
     """
     key = jax.random.key(study.seed)
     first = selection(study, member, scorer.hash)
@@ -193,8 +207,7 @@ def run_member(
         if not warm:  # Compilation is not part of the measured seconds.
             n = drawer.batch_size
             drawer.pictures(
-                params, drawer.table("ddim", 1, identity.spacing), block.context_NLD[:n],
-                identity.guidance, key, block.index_N[:n],
+                params, table, block.context_NLD[:n], identity.guidance, key, block.index_N[:n]
             )
             warm = True
         start = time.perf_counter()
@@ -224,15 +237,13 @@ def run_member(
         )
 
     def complete(identities: list[Identity]) -> list[Record]:
-        todo = records.missing(directory, identities)
-        bar.update((len(identities) - len(todo)) * study.sweep.num_images)
-        for identity in todo:
+        for identity in records.missing(directory, identities):
             bar.set_postfix_str(
                 f"{member} {identity.sampler} {identity.steps} steps w={identity.guidance:g}",
                 refresh=False,
             )
             measure(identity)
-            bar.update(study.sweep.num_images)
+            bar.update(round(work(study, cost, identity)))
         return [records.read(records.path_of(directory, i.key)) for i in identities]
 
     chosen = complete(first)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
+from collections.abc import Iterator
+from typing import IO
 
 from etils import epath
 
 from ldm_scaling import files
 from ldm_scaling.config import Study
 from ldm_scaling.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class Workdir:
@@ -31,7 +37,7 @@ class Workdir:
     """
 
     def __init__(self, path: epath.PathLike):
-        self.path = epath.Path(path)
+        self.path = epath.Path(path).expanduser()
 
     def __truediv__(self, name: str) -> epath.Path:
         return self.path / name
@@ -61,6 +67,12 @@ class Workdir:
                 f"{marker} is damaged ({e}): restore it, or choose another --workdir"
             ) from e
         if have is None:
+            for name in ("autoencoder", "models", "latents", "records"):
+                if (self.path / name).exists():
+                    raise UserError(
+                        f"{marker} is missing but {self.path / name} is there, of an unknown "
+                        "config: restore the file, or choose another --workdir"
+                    )
             body = {"name": study.name, "identity": want}
             files.atomic_write_text(marker, json.dumps(body, indent=1, sort_keys=True) + "\n")
         elif have != want:
@@ -78,17 +90,44 @@ class Workdir:
         if not os.access(self.path, os.W_OK):
             raise UserError(f"cannot write to the workdir {self.path}: choose another --workdir")
 
-    def log_to_file(self) -> logging.Handler:
-        """Adds `log.txt` to the root logger; returns the handler."""
+    def lock(self) -> IO[str]:
+        """Holds the workdir for this process while the returned file is open.
+
+        Then removes what killed runs left half-written. A lock ends with its process, however.
+
+        Raises:
+          UserError: when another process holds it.
+        """
+        file = open(os.fspath(self.path / ".lock"), "w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise UserError(
+                f"another process works in {self.path}: wait for it, or choose another --workdir"
+            ) from e
+        except OSError:  # A file system without locks.
+            log.warning("%s cannot be locked; run one process at a time", self.path)
+        for folder in (".", "data", "latents", "reference", "records", "strips", "figures"):
+            for leftover in (self.path / folder).glob(".tmp-*"):
+                leftover.unlink(missing_ok=True)
+        return file
+
+    @contextlib.contextmanager
+    def log_to_file(self) -> Iterator[None]:
+        """Logs everything to `log.txt`, and nothing to the terminal, inside the context."""
         handler = logging.FileHandler(os.fspath(self.path / "log.txt"))
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         handler.setLevel(logging.INFO)
         root = logging.getLogger()
-        for other in root.handlers:  # The terminal is for progress bars and errors.
-            other.setLevel(max(other.level, logging.ERROR))
+        for other in root.handlers:  # The terminal is for progress bars and one-line errors.
+            other.setLevel(logging.CRITICAL + 1)
         root.addHandler(handler)
         root.setLevel(min(root.level or logging.INFO, logging.INFO))
-        return handler
+        try:
+            yield
+        finally:
+            root.removeHandler(handler)
+            handler.close()
 
 
 def _flat(tree, prefix: str = "") -> dict[str, object]:

@@ -75,9 +75,17 @@ def make(config: Autoencoder, validation_images: np.ndarray) -> Task:
         return total, {"l1": l1, "structure": structure, "kl": kl}
 
     @jax.jit
-    def reconstruct(params, x_BHWC):
+    def through(params, x_BHWC):
         mean = autoencoder.encode(spec, params, x_BHWC, dtype).mean
         return autoencoder.decode(spec, params, mean, dtype)
+
+    def reconstruct(params, x_NHWC):
+        # In parts of one shape, so that large pictures fit.
+        part = min(8, len(x_NHWC))
+        fill = -len(x_NHWC) % part
+        padded = np.concatenate([x_NHWC, x_NHWC[:1].repeat(fill, axis=0)])
+        parts = [through(params, padded[i : i + part]) for i in range(0, len(padded), part)]
+        return np.concatenate([np.asarray(y) for y in parts])[: len(x_NHWC)]
 
     def validate(params: Any, step: int) -> dict[str, float]:
         y_BHWC = np.clip(reconstruct(params, x_val_BHWC), -1.0, 1.0)
@@ -89,7 +97,7 @@ def make(config: Autoencoder, validation_images: np.ndarray) -> Task:
 
     def show(params: Any, step: int) -> dict[str, np.ndarray]:
         n = min(16, len(validation_images))
-        out = pictures.to_uint8(reconstruct(params, x_val_BHWC))[:n]
+        out = pictures.to_uint8(reconstruct(params, x_val_BHWC[:n]))
         pairs = np.concatenate([validation_images[:n], out], axis=1)
         return {"reconstruction": pictures.tile(pairs, columns=8)}
 

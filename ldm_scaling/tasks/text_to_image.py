@@ -48,7 +48,6 @@ class Frozen:
       latent_scale: latents are multiplied by it (1 / their standard deviation).
       latent_shape: (H, W, C) of the latents.
       null_ctx_LD: text states of the empty caption.
-      text_hash: hash of the text encoder.
     """
 
     autoencoder_spec: autoencoder.AutoencoderSpec
@@ -56,7 +55,6 @@ class Frozen:
     latent_scale: float
     latent_shape: tuple[int, int, int]
     null_ctx_LD: np.ndarray
-    text_hash: str
 
     def decoder(self) -> Callable[[Any, Any], jax.Array]:
         """Jitted `decode(params, latents_BHWC) -> pictures`, about [-1, 1]."""
@@ -111,7 +109,11 @@ class Drawer:
         return self._sample(params, table.padded(), guidance_B, cond, self.uncond, key, index_B)
 
     def pictures(self, params, table, ctx_NLD, guidance, key, index_N) -> np.ndarray:
-        """uint8 pictures of N captions, in batches, the last one filled up and cut."""
+        """uint8 pictures of N captions, in batches, the last one filled up and cut.
+
+        Raises:
+          UserError: when a pixel is not finite; nothing is made of such pictures.
+        """
         out = []
         for start in range(0, len(index_N), self.batch_size):
             ctx = ctx_NLD[start : start + self.batch_size]
@@ -121,7 +123,12 @@ class Drawer:
                 params, table, np.concatenate([ctx, ctx[:1].repeat(fill, 0)]), guidance, key,
                 np.concatenate([index, index[:1].repeat(fill)]),
             )
-            x = self._decode(self.frozen.autoencoder_params, z)
+            x = np.asarray(self._decode(self.frozen.autoencoder_params, z))
+            if not np.isfinite(x).all():
+                raise UserError(
+                    f"{table.name} at guidance {guidance:g} draws pictures that are not finite: "
+                    "lower the guidance, use train.compute_dtype=float32, or train anew"
+                )
             out.append(pictures.to_uint8(x)[: len(index)])
         return np.concatenate(out)
 

@@ -12,6 +12,9 @@ from etils import epath
 from ldm_scaling.errors import UserError
 from ldm_scaling.training.state import TrainState
 
+# What a full disk becomes on its way through tensorstore and Orbax's threads.
+_WRITE_ERRORS = (OSError, ValueError, RuntimeError)
+
 
 class Checkpoints:
     """A run's folder of checkpoints, one subfolder a step, complete or absent.
@@ -34,8 +37,12 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *unused) -> None:
-        self._manager.close()
+    def __exit__(self, kind, *unused) -> None:
+        try:
+            self._manager.close()
+        except _WRITE_ERRORS as e:
+            if kind is None:  # Otherwise the first error is the one to tell.
+                raise self._unwritten(e) from e
 
     def latest(self) -> int | None:
         """The newest step that is there, or None."""
@@ -56,15 +63,21 @@ class Checkpoints:
                     state=ocp.args.StandardSave(state), iterator=ocp.args.JsonSave(iterator)
                 ),
             )
-        except OSError as e:
-            raise UserError(
-                f"cannot write the checkpoint {self.directory}/{step}: {e}; free space or choose "
-                "another --workdir, then run the same command again"
-            ) from e
+        except _WRITE_ERRORS as e:
+            raise self._unwritten(e) from e
 
     def wait(self) -> None:
-        """Returns when every save so far is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when every save so far is on disk. Raises `UserError` when one is not."""
+        try:
+            self._manager.wait_until_finished()
+        except _WRITE_ERRORS as e:
+            raise self._unwritten(e) from e
+
+    def _unwritten(self, error: Exception) -> UserError:
+        return UserError(
+            f"cannot write a checkpoint in {self.directory}: {_first_line(error)}; free space or "
+            "choose another --workdir, then run the same command again"
+        )
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The newest checkpoint: its state, placed as `abstract` says, and its iterator's state.

@@ -55,7 +55,7 @@ def fit(
       NonFiniteLossError: naming the step; the last good checkpoint stays.
       UserError: for a batch that does not split over the mesh, or a checkpoint that does not fit.
     """
-    mesh_lib.check_batch(mesh, config.batch_size, "train.batch_size")
+    mesh_lib.check_batch(mesh, config.batch_size, f"{task.name}: batch_size")
     directory = epath.Path(directory)
     root = jax.random.key(seed)
     abstract = step.abstract_state(task.init, config, mesh)

@@ -46,7 +46,7 @@ def test_context_is_padded_with_zeros_or_refused():
 def _task(dropout):
     frozen = text_to_image.Frozen(
         autoencoder.AutoencoderSpec(8, (1,), 1, groups=4), None, 2.0, (4, 4, 4),
-        np.full((3, 16), 0.5, np.float32), "",
+        np.full((3, 16), 0.5, np.float32),
     )
     mesh = mesh_lib.make(devices=jax.devices()[:1])
     drawer = text_to_image.Drawer(SPEC, frozen, Diffusion(), 4, None, mesh)
