@@ -83,6 +83,8 @@ def _parse(arguments: list[str]):
         raise
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
         message = str(e.args[0] if e.args else e).strip()
+        if message.startswith(("'", '"')):  # A KeyError shows the repr of its message.
+            message = message[1:-1].replace("\\n", ": ").replace("\\'", "'")
         if "Traceback (most recent call last)" in message:  # of the config file
             message = message.splitlines()[-1].split("Error: ", maxsplit=1)[-1]
         message = " ".join(message.split())

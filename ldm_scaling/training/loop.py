@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable
@@ -47,7 +48,8 @@ def fit(
     Args:
       task: what is trained.
       config: for how long and how.
-      make_loader: returns an iterator of host batches with `get_state()` and `set_state()`.
+      make_loader: returns an iterator of host batches with `get_state()`,
+        `set_state()` and `close()`.
       directory: holds `checkpoints/`, `events/`, `samples/` and `curves.csv`.
       mesh: where it runs.
       seed: of initialisation and training noise.
@@ -71,7 +73,8 @@ def fit(
             loader.set_state(iterator)
             log.info("%s goes on from step %d", task.name, int(state.step))
         loader = make_loader() if loader is None else loader
-        return _run(task, config, loader, directory, mesh, root, abstract, state, checkpoints)
+        with contextlib.closing(loader):  # Ends the threads that read ahead.
+            return _run(task, config, loader, directory, mesh, root, abstract, state, checkpoints)
 
 
 def _run(task, config, loader, directory, mesh, root, abstract, state, checkpoints) -> TrainState:

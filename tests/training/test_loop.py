@@ -42,6 +42,9 @@ class Loader:
     def set_state(self, state):
         self.count = state["count"]
 
+    def close(self):
+        pass
+
 
 def _init(key):
     return {"layer": {"kernel": jax.random.normal(key, (8, 8)), "bias": jnp.zeros(8)}}
