@@ -295,7 +295,9 @@ class Study:
             for name in ("log_every", "validate_every", "checkpoint_every", "sample_every", "keep"):
                 del run[name]
         kept = ("seed", "reference", "data", "autoencoder", "diffusion", "train")
-        sweep = {k: tree["sweep"][k] for k in ("replicates", "feature_side")}
+        # The roles of the blocks too: only the reported one's records hold intervals.
+        fixed = ("replicates", "feature_side", "select_block", "report_block")
+        sweep = {k: tree["sweep"][k] for k in fixed}
         return {k: tree[k] for k in kept} | {"sweep": sweep}
 
     def training_hash(self, member: str | None) -> str:
