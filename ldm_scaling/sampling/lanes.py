@@ -47,12 +47,14 @@ class Finished(NamedTuple):
         position: (J,) int, their places in these.
         latents_JHWC: the samples, float32, on the host.
         rows: rows that samples needed, run since the last one of these.
+        guided: whether each row was two evaluations of the network.
     """
 
     configuration: np.ndarray
     position: np.ndarray
     latents_JHWC: np.ndarray
     rows: int
+    guided: bool
 
 
 def _pick(flag_B: Array, new: Any, old: Any) -> Any:
@@ -230,9 +232,9 @@ class Lanes:
                 out_BKHWC.copy_to_host_async()
             waiting.append((chunk, out_BKHWC))
             if len(waiting) > in_flight:
-                yield _finished(*waiting.popleft())
+                yield _finished(*waiting.popleft(), guided)
         while waiting:
-            yield _finished(*waiting.popleft())
+            yield _finished(*waiting.popleft(), guided)
 
     def _arrays(self, chunk: Chunk) -> dict[str, Any]:
         split = {
@@ -261,11 +263,11 @@ def _conditioning(chunk: Chunk, cond_of: Callable[[np.ndarray], Any], example: A
     return jax.tree.map(place, example, *([] if some is None else [some]))
 
 
-def _finished(chunk: Chunk, out_BKHWC: Array) -> Finished:
+def _finished(chunk: Chunk, out_BKHWC: Array, guided: bool) -> Finished:
     lane_J, k_J, configuration_J, position_J = chunk.finished.T
     out_BKHWC.block_until_ready()
     if len(lane_J):
         latents = np.asarray(out_BKHWC)[lane_J, k_J]
     else:
         latents = np.zeros((0, *out_BKHWC.shape[2:]), np.float32)
-    return Finished(configuration_J, position_J, latents, chunk.useful_rows)
+    return Finished(configuration_J, position_J, latents, chunk.useful_rows, guided)

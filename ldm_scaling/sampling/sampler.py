@@ -3,92 +3,87 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from ldm_scaling.errors import UserError
+from ldm_scaling.sampling import guidance
+from ldm_scaling.sampling.guidance import Correction, Denoise
 from ldm_scaling.sampling.table import COLUMNS
 
-Denoise = Callable[[Any, Array, Array, Any], Array]
+
+class State(NamedTuple):
+    """What a row leaves to the next: the sample, the last corrected one, three x0 before."""
+
+    x: Any
+    y: Any
+    m1: Any
+    m2: Any
+    m3: Any
+
+    @classmethod
+    def start(cls, x: Any) -> State:
+        """A sample at its first node."""
+        zero = jnp.zeros_like(x)
+        return cls(x, zero, zero, zero, zero)
 
 
-def update(row: Mapping[str, Any], x: Any, F: Any, m1: Any, m2: Any, noise: Any) -> tuple:
-    """One row of a table: (x', m0) from x, the network's output and the two x0 before.
+def columns(rows: Any, ndim: int = 0) -> dict[str, Any]:
+    """The columns of rows (..., len(COLUMNS)) by name, each (..., 1, 1, ...) with `ndim` ones."""
+    ones = (1,) * ndim
+    return {
+        name: rows[..., i].reshape(*rows.shape[:-1], *ones) for i, name in enumerate(COLUMNS)
+    }
+
+
+def update(
+    row: Mapping[str, Any], state: State, F: Any, noise: Any, correction: Correction = guidance.NONE
+) -> State:
+    """One row of a table, from the network's output F. See `SamplerTable` for the equations.
 
     Works on arrays of any shape and library in their own precision; `row` maps the column names
-    to numbers. See `SamplerTable` for the equations.
+    to numbers or to arrays that broadcast.
     """
-    m0 = row["p"] * x + row["q"] * F
-    x = row["a"] * x + row["b0"] * m0 + row["b1"] * m1 + row["b2"] * m2 + row["c"] * noise
-    return x, m0
+    x, y1, m1, m2, m3 = state
+    m0 = correction.x0(row["p"] * x + row["q"] * F)
+    y = (
+        row["kx"] * x + row["ky"] * y1 + row["k0"] * m0 + row["k1"] * m1 + row["k2"] * m2
+        + row["k3"] * m3
+    )
+    x = row["a"] * y + row["b0"] * m0 + row["b1"] * m1 + row["b2"] * m2 + row["c"] * noise
+    return State(x, y, m0, m1, m2)
 
 
-def _normal(key: Array, index_B: Array, stream: Array | int, shape: tuple[int, ...]) -> Array:
-    def one(index):
+def normal(key: Array, index_B: Array, stream: Array | int, shape: tuple[int, ...]) -> Array:
+    """Standard normal noise: a function of (key, index, stream) alone, sample by sample.
+
+    Args:
+        key: a JAX random key.
+        index_B: the samples' numbers.
+        stream: one whole number, or one a sample.
+        shape: of one sample's noise.
+    """
+
+    def one(index, stream):
         sample_key = jax.random.fold_in(jax.random.fold_in(key, index), stream)
         return jax.random.normal(sample_key, shape, jnp.float32)
 
-    return jax.vmap(one)(index_B)
+    return jax.vmap(one)(index_B, jnp.broadcast_to(stream, index_B.shape))
 
 
 def initial_noise(key: Array, index_B: Array, latent_shape: tuple[int, ...]) -> Array:
     """The noise x_BHWC that samples start from: a function of (key, sample index) alone."""
-    return _normal(key, index_B, 0, latent_shape)
+    return normal(key, index_B, 0, latent_shape)
 
 
 def row_noise(
     key: Array, index_B: Array, row: Array | int, latent_shape: tuple[int, ...]
 ) -> Array:
     """The noise z_BHWC that row `row` adds: a function of (key, sample index, row) alone."""
-    return _normal(key, index_B, row + 1, latent_shape)
-
-
-def with_unconditional(cond: Any, uncond: Any) -> Any:
-    """The pytree of a batch of 2B that holds each sample's conditioning, then its `uncond`.
-
-    Interleaved, not stacked, so that a batch split over devices stays where it is.
-
-    Raises:
-        UserError: if a leaf of `uncond` does not broadcast to `cond`'s.
-    """
-
-    def pair(path, leaf, empty):
-        if leaf.shape[1:] != empty.shape[1:] or empty.shape[0] not in (1, leaf.shape[0]):
-            raise UserError(
-                f"guidance: cond{jax.tree_util.keystr(path)} has shape {leaf.shape}, but uncond's "
-                f"has {empty.shape}: give (1, {', '.join(map(str, leaf.shape[1:]))})"
-            )
-        both = jnp.stack([leaf, jnp.broadcast_to(empty, leaf.shape)], axis=1)
-        return both.reshape(-1, *leaf.shape[1:])
-
-    return jax.tree_util.tree_map_with_path(pair, cond, uncond)
-
-
-def guided(
-    denoise: Denoise, params: Any, x_BHWC: Array, t: Array, both: Any, guidance_B: Array
-) -> Array:
-    """F_u + w (F_c - F_u) in float32, from one call of the network on a batch of 2B.
-
-    w = 1 is no guidance (Stable Diffusion's convention; Ho & Salimans 2022, eq. 6, call that 0).
-
-    Args:
-        denoise: `denoise(params, x_BHWC, t_B, cond) -> F_BHWC`.
-        params: its parameters.
-        x_BHWC: noisy latents.
-        t: the timestep, a scalar.
-        both: conditioning of the doubled batch, see `with_unconditional`.
-        guidance_B: w of each sample.
-    """
-    batch = x_BHWC.shape[0]
-    t_N = jnp.broadcast_to(t, (2 * batch,))
-    F_NHWC = denoise(params, jnp.repeat(x_BHWC, 2, axis=0), t_N, both).astype(jnp.float32)
-    F_B2HWC = F_NHWC.reshape(batch, 2, *F_NHWC.shape[1:])
-    conditional, unconditional = F_B2HWC[:, 0], F_B2HWC[:, 1]
-    w_B111 = guidance_B.astype(jnp.float32).reshape(-1, *(1,) * (x_BHWC.ndim - 1))
-    return unconditional + w_B111 * (conditional - unconditional)
+    return normal(key, index_B, row + 1, latent_shape)
 
 
 def _check_batch(index_B: Array, guidance_B: Array | None, cond: Any) -> None:
@@ -104,7 +99,9 @@ def _check_batch(index_B: Array, guidance_B: Array | None, cond: Any) -> None:
             )
 
 
-def make_sampler(denoise: Denoise, latent_shape: tuple[int, ...]) -> Callable[..., Array]:
+def make_sampler(
+    denoise: Denoise, latent_shape: tuple[int, ...], correction: Correction = guidance.NONE
+) -> Callable[..., Array]:
     """The jitted function that runs any table with this network.
 
     The row count is a traced number, so tables padded to one length, any step count and any
@@ -113,6 +110,7 @@ def make_sampler(denoise: Denoise, latent_shape: tuple[int, ...]) -> Callable[..
     Args:
         denoise: `denoise(params, x_BHWC, t_B, cond) -> F_BHWC`.
         latent_shape: (H, W, C).
+        correction: what no table can say; off by default.
 
     Returns:
         `sample(params, table, guidance_B, cond, uncond, key, index_B) -> x_BHWC`, float32, where
@@ -140,29 +138,25 @@ def make_sampler(denoise: Denoise, latent_shape: tuple[int, ...]) -> Callable[..
         if (guidance_B is None) != (uncond is None):
             raise UserError("guidance needs both guidance_B and uncond: give both or neither")
         _check_batch(index_B, guidance_B, cond)
-        both = None if uncond is None else with_unconditional(cond, uncond)
+        both = None if uncond is None else guidance.with_unconditional(cond, uncond)
 
-        def body(r: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            x_BHWC, m1_BHWC, m2_BHWC = carry
-            row = {column: table[column][r] for column in COLUMNS}
+        def body(r: Array, state: State) -> State:
+            row = columns(table["rows"][r])
+            t_B = jnp.broadcast_to(row["t"], index_B.shape)
             if uncond is None:
-                t_B = jnp.broadcast_to(row["t"], index_B.shape)
-                F_BHWC = denoise(params, x_BHWC, t_B, cond).astype(jnp.float32)
+                F_BHWC = denoise(params, state.x, t_B, cond).astype(jnp.float32)
             else:
-                F_BHWC = guided(denoise, params, x_BHWC, row["t"], both, guidance_B)
-            # Deterministic rows draw nothing.
-            noise_BHWC = lax.cond(
-                row["c"] > 0,
+                w_B = 1 + row["g"] * (guidance_B.astype(jnp.float32) - 1)
+                F_BHWC = guidance.guided(denoise, params, state.x, t_B, both, w_B, correction)
+            noise = lax.cond(
+                row["c"] != 0,
                 lambda: row_noise(key, index_B, r, latent_shape),
-                lambda: jnp.zeros_like(x_BHWC),
+                lambda: jnp.zeros_like(state.x),
             )
-            x_BHWC, m0_BHWC = update(row, x_BHWC, F_BHWC, m1_BHWC, m2_BHWC, noise_BHWC)
-            return x_BHWC, m0_BHWC, m1_BHWC
+            return update(row, state, F_BHWC, noise, correction)
 
-        x_BHWC = initial_noise(key, index_B, latent_shape)
-        history = jnp.zeros_like(x_BHWC)
+        start = State.start(initial_noise(key, index_B, latent_shape))
         # The trip count is an array: XLA compiles a while loop, once for every table.
-        x_BHWC, _, _ = lax.fori_loop(0, table["n"], body, (x_BHWC, history, history))
-        return x_BHWC
+        return lax.fori_loop(0, table["n"], body, start).x
 
     return sample

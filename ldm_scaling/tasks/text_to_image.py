@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,123 +12,12 @@ from ldm_scaling import pictures
 from ldm_scaling.config import Diffusion, Sample, Train
 from ldm_scaling.diffusion import loss as loss_lib
 from ldm_scaling.diffusion import schedule as schedule_lib
-from ldm_scaling.errors import UserError
 from ldm_scaling.models import autoencoder, unet
 from ldm_scaling.parallel import hosts
 from ldm_scaling.parallel import mesh as mesh_lib
-from ldm_scaling.sampling import sampler, solvers
+from ldm_scaling.sampling.packing import Configuration
+from ldm_scaling.tasks.drawing import Drawer, Frozen, pad_context
 from ldm_scaling.training.task import Task
-
-
-def pad_context(ctx: Any, width: int) -> Any:
-    """Token states (..., L, D) with zeros appended up to `width`, so that any frozen text encoder
-    no wider than the network's cross-attention feeds it.
-
-    Raises:
-      UserError: when the states are wider than the network takes.
-    """
-    have = ctx.shape[-1]
-    if have > width:
-        raise UserError(
-            f"text states of width {have} do not fit a network with context_dim={width}: choose "
-            "a member with a wider context"
-        )
-    xp = jnp if isinstance(ctx, jax.Array) else np
-    return xp.pad(ctx, [(0, 0)] * (ctx.ndim - 1) + [(0, width - have)])
-
-
-@dataclasses.dataclass(frozen=True)
-class Frozen:
-    """What stays fixed under every member of the family.
-
-    Attributes:
-      autoencoder_spec, autoencoder_params: the first stage.
-      latent_scale: latents are multiplied by it (1 / their standard deviation).
-      latent_shape: (H, W, C) of the latents.
-      null_ctx_LD: text states of the empty caption.
-    """
-
-    autoencoder_spec: autoencoder.AutoencoderSpec
-    autoencoder_params: Any
-    latent_scale: float
-    latent_shape: tuple[int, int, int]
-    null_ctx_LD: np.ndarray
-
-    def decoder(self) -> Callable[[Any, Any], jax.Array]:
-        """Jitted `decode(params, latents_BHWC) -> pictures`, about [-1, 1]."""
-        spec, scale = self.autoencoder_spec, self.latent_scale
-
-        @jax.jit
-        def decode(params, z_BHWC):
-            return autoencoder.decode(spec, params, z_BHWC / scale)
-
-        return decode
-
-
-class Drawer:
-    """Draws pictures with one network: every table and guidance rate through one compilation.
-
-    Args:
-      spec: the network.
-      frozen: autoencoder and empty caption.
-      diffusion: schedule and prediction.
-      batch_size: pictures at a time.
-      decode: `frozen.decoder()`, shared between members.
-      mesh: a batch is split over its devices.
-      compute_dtype: see `config.Train`.
-    """
-
-    def __init__(
-        self, spec: unet.UNetSpec, frozen: Frozen, diffusion: Diffusion, batch_size: int,
-        decode: Callable, mesh: jax.sharding.Mesh, compute_dtype: str = "auto",
-    ):
-        self.frozen, self.diffusion, self.batch_size = frozen, diffusion, batch_size
-        self.width, self._decode, self.mesh = spec.context_dim, decode, mesh
-        self.schedule = schedule_lib.get(diffusion.schedule)
-        denoise = unet.denoise_fn(spec, hosts.compute_dtype(compute_dtype))
-        self._sample = sampler.make_sampler(denoise, frozen.latent_shape)
-        null_1LD = frozen.null_ctx_LD[None].astype(np.float32)
-        self.uncond = {"context": pad_context(null_1LD, self.width)}
-
-    def table(self, name: str, steps: int, spacing: str) -> Any:
-        """The sampler's table on this schedule."""
-        return solvers.make(name, self.schedule, steps, self.diffusion.prediction, spacing)
-
-    def latents(self, params, table, ctx_BLD, guidance, key, index_B) -> jax.Array:
-        """Sampled latents of `batch_size` captions; noise depends on (key, index) alone."""
-        cond, guidance_B, index_B = mesh_lib.put_batch(
-            self.mesh,
-            (
-                {"context": pad_context(np.asarray(ctx_BLD, np.float32), self.width)},
-                np.full(len(index_B), guidance, np.float32),
-                index_B,
-            ),
-        )
-        return self._sample(params, table.padded(), guidance_B, cond, self.uncond, key, index_B)
-
-    def pictures(self, params, table, ctx_NLD, guidance, key, index_N) -> np.ndarray:
-        """uint8 pictures of N captions, in batches, the last one filled up and cut.
-
-        Raises:
-          UserError: when a pixel is not finite; nothing is made of such pictures.
-        """
-        out = []
-        for start in range(0, len(index_N), self.batch_size):
-            ctx = ctx_NLD[start : start + self.batch_size]
-            index = np.asarray(index_N[start : start + self.batch_size], np.int32)
-            fill = self.batch_size - len(index)
-            z = self.latents(
-                params, table, np.concatenate([ctx, ctx[:1].repeat(fill, 0)]), guidance, key,
-                np.concatenate([index, index[:1].repeat(fill)]),
-            )
-            x = np.asarray(self._decode(self.frozen.autoencoder_params, z))
-            if not np.isfinite(x).all():
-                raise UserError(
-                    f"{table.name} at guidance {guidance:g} draws pictures that are not finite: "
-                    "lower the guidance, use train.compute_dtype=float32, or train anew"
-                )
-            out.append(pictures.to_uint8(x)[: len(index)])
-        return np.concatenate(out)
 
 
 def make(
@@ -186,10 +73,8 @@ def make(
 
     def show(params: Any, step: int) -> dict[str, np.ndarray]:
         n = min(sample.num_images, len(validation["index"]))
-        images = drawer.pictures(
-            params, table, validation["context"][:n], sample.guidance, sample_key,
-            validation["index"][:n],
-        )
+        shown = Configuration(table, sample.guidance, validation["index"][:n], np.arange(n))
+        (images,) = drawer.pictures(params, [shown], validation["context"], sample_key)
         return {"samples": pictures.tile(images)}
 
     def init(key: jax.Array) -> Any:

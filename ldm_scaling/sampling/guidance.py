@@ -1,0 +1,121 @@
+"""Guidance: two calls of the network in one, and the corrections that are not linear."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ldm_scaling.errors import UserError
+
+Denoise = Callable[[Any, Array, Array, Any], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Correction:
+    """What no table of linear coefficients can say. Each is compiled into the sampler.
+
+    Attributes:
+        rescale: pulls the guided output's standard deviation back towards the conditional one's,
+            0 not at all, 1 wholly. Source: Lin et al. 2023 (Common Diffusion Noise Schedules),
+            eq. 15 and 16, there phi = 0.7.
+        threshold: dynamic thresholding: the quantile of |x0|, per sample, that x0 is clipped to
+            and divided by; 0 is off, Imagen's is 0.995. Meant for pixels: latents have no known
+            range. Source: Saharia et al. 2022 (Imagen), section 2.3.
+        threshold_max: the clipping value is held between 1 and this, as in diffusers.
+
+    Raises:
+        UserError: for values outside those ranges.
+    """
+
+    rescale: float = 0.0
+    threshold: float = 0.0
+    threshold_max: float = 1.0
+
+    def __post_init__(self):
+        if not 0 <= self.rescale <= 1:
+            raise UserError(f"rescale={self.rescale}: give 0 (off) to 1")
+        if not 0 <= self.threshold <= 1:
+            raise UserError(f"threshold={self.threshold}: give 0 (off) to 1, a quantile")
+        if self.threshold_max < 1:
+            raise UserError(f"threshold_max={self.threshold_max}: give 1 or more")
+
+    @property
+    def suffix(self) -> str:
+        """What it adds to a sampler's name."""
+        out = f"_rescale{self.rescale:g}" if self.rescale else ""
+        if self.threshold:
+            out += f"_threshold{self.threshold:g}"
+            out += f"_max{self.threshold_max:g}" if self.threshold_max != 1 else ""
+        return out
+
+    def x0(self, m0: Array) -> Array:
+        """The network's x0 after thresholding."""
+        if not self.threshold:
+            return m0
+        axes = tuple(range(1, m0.ndim))
+        s = jnp.quantile(jnp.abs(m0), self.threshold, axis=axes, keepdims=True)
+        s = jnp.clip(s, 1.0, self.threshold_max)
+        return jnp.clip(m0, -s, s) / s
+
+    def output(self, guided: Array, conditional: Array) -> Array:
+        """The guided output after rescaling."""
+        if not self.rescale:
+            return guided
+        axes = tuple(range(1, guided.ndim))
+        std = jnp.std(conditional, axes, keepdims=True) / jnp.std(guided, axes, keepdims=True)
+        return guided * (self.rescale * std + (1 - self.rescale))
+
+
+NONE = Correction()
+
+
+def with_unconditional(cond: Any, uncond: Any) -> Any:
+    """The pytree of a batch of 2B that holds each sample's conditioning, then its `uncond`.
+
+    Interleaved, not stacked, so that a batch split over devices stays where it is.
+
+    Raises:
+        UserError: if a leaf of `uncond` does not broadcast to `cond`'s.
+    """
+
+    def pair(path, leaf, empty):
+        if leaf.shape[1:] != empty.shape[1:] or empty.shape[0] not in (1, leaf.shape[0]):
+            raise UserError(
+                f"guidance: cond{jax.tree_util.keystr(path)} has shape {leaf.shape}, but uncond's "
+                f"has {empty.shape}: give (1, {', '.join(map(str, leaf.shape[1:]))})"
+            )
+        both = jnp.stack([leaf, jnp.broadcast_to(empty, leaf.shape).astype(leaf.dtype)], axis=1)
+        return both.reshape(-1, *leaf.shape[1:])
+
+    return jax.tree_util.tree_map_with_path(pair, cond, uncond)
+
+
+def guided(
+    denoise: Denoise, params: Any, x_BHWC: Array, t_B: Array, both: Any, w_B: Array,
+    correction: Correction = NONE,
+) -> Array:
+    """F_u + w (F_c - F_u) in float32, from one call of the network on a batch of 2B.
+
+    w = 1 is no guidance (Stable Diffusion's convention; Ho & Salimans 2022, eq. 6, call that 0).
+
+    Args:
+        denoise: `denoise(params, x_BHWC, t_B, cond) -> F_BHWC`.
+        params: its parameters.
+        x_BHWC: noisy latents.
+        t_B: the timestep of each sample.
+        both: conditioning of the doubled batch, see `with_unconditional`.
+        w_B: the guidance rate of each sample.
+        correction: of the output.
+    """
+    batch = x_BHWC.shape[0]
+    F_NHWC = denoise(params, jnp.repeat(x_BHWC, 2, axis=0), jnp.repeat(t_B, 2), both)
+    F_B2HWC = F_NHWC.astype(jnp.float32).reshape(batch, 2, *F_NHWC.shape[1:])
+    conditional, unconditional = F_B2HWC[:, 0], F_B2HWC[:, 1]
+    w_B111 = w_B.astype(jnp.float32).reshape(-1, *(1,) * (x_BHWC.ndim - 1))
+    F_BHWC = unconditional + w_B111 * (conditional - unconditional)
+    return correction.output(F_BHWC, conditional)

@@ -1,0 +1,214 @@
+"""Drawing pictures with a network of the family: prompts in, uint8 pictures out."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ldm_scaling import pictures
+from ldm_scaling.config import Diffusion
+from ldm_scaling.diffusion import schedule as schedule_lib
+from ldm_scaling.errors import UserError
+from ldm_scaling.models import autoencoder, unet
+from ldm_scaling.parallel import hosts
+from ldm_scaling.parallel import mesh as mesh_lib
+from ldm_scaling.sampling import solvers
+from ldm_scaling.sampling.lanes import Finished, Lanes
+from ldm_scaling.sampling.packing import Configuration
+from ldm_scaling.sampling.table import SamplerTable
+
+# Sampling's own stream under a study's seed; training's are 0 and 1.
+_STREAM = 2
+_TIMED_ROWS, _TIMES = 4, 3
+
+
+def sampling_key(seed: int) -> jax.Array:
+    """The key that a study's pictures are drawn with; a sample's number and row are folded in."""
+    return jax.random.fold_in(jax.random.key(seed), _STREAM)
+
+
+def pad_context(ctx: Any, width: int) -> Any:
+    """Token states (..., L, D) with zeros appended up to `width`, so that any frozen text encoder
+    no wider than the network's cross-attention feeds it.
+
+    Raises:
+      UserError: when the states are wider than the network takes.
+    """
+    have = ctx.shape[-1]
+    if have > width:
+        raise UserError(
+            f"text states of width {have} do not fit a network with context_dim={width}: choose "
+            "a member with a wider context"
+        )
+    xp = jnp if isinstance(ctx, jax.Array) else np
+    return xp.pad(ctx, [(0, 0)] * (ctx.ndim - 1) + [(0, width - have)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """What stays fixed under every member of the family.
+
+    Attributes:
+      autoencoder_spec, autoencoder_params: the first stage.
+      latent_scale: latents are multiplied by it (1 / their standard deviation).
+      latent_shape: (H, W, C) of the latents.
+      null_ctx_LD: text states of the empty caption.
+    """
+
+    autoencoder_spec: autoencoder.AutoencoderSpec
+    autoencoder_params: Any
+    latent_scale: float
+    latent_shape: tuple[int, int, int]
+    null_ctx_LD: np.ndarray
+
+    def decoder(self) -> Callable[[Any, Any], jax.Array]:
+        """Jitted `decode(params, latents_BHWC) -> pictures`, about [-1, 1]."""
+        spec, scale = self.autoencoder_spec, self.latent_scale
+
+        @jax.jit
+        def decode(params, z_BHWC):
+            return autoencoder.decode(spec, params, z_BHWC / scale)
+
+        return decode
+
+
+class Drawer:
+    """Draws pictures with one network: every table and guidance rate through one program, or two
+    where some configurations are guided and others not.
+
+    Args:
+      spec: the network.
+      frozen: autoencoder and empty caption.
+      diffusion: schedule and prediction.
+      batch_size: lanes, and pictures decoded at a time.
+      decode: `frozen.decoder()`, shared between members.
+      mesh: lanes and batches are split over its devices.
+      compute_dtype: see `config.Train`.
+    """
+
+    def __init__(
+        self, spec: unet.UNetSpec, frozen: Frozen, diffusion: Diffusion, batch_size: int,
+        decode: Callable, mesh: jax.sharding.Mesh, compute_dtype: str = "auto",
+    ):
+        self.frozen, self.diffusion, self.batch_size = frozen, diffusion, batch_size
+        self._decode, self.mesh = decode, mesh
+        self.schedule = schedule_lib.get(diffusion.schedule)
+        denoise = unet.denoise_fn(spec, hosts.compute_dtype(compute_dtype))
+
+        def admit(cond: Any) -> Any:
+            return {"context": pad_context(cond["context"].astype(jnp.float32), spec.context_dim)}
+
+        self.lanes = Lanes(denoise, frozen.latent_shape, batch_size, mesh, admit)
+        self._uncond = {"context": frozen.null_ctx_LD[None]}
+
+    def table(self, name: str, steps: int, spacing: str | None = None) -> SamplerTable:
+        """The sampler's table on this schedule, see `solvers.make`."""
+        return solvers.make(name, self.schedule, steps, self.diffusion.prediction, spacing)
+
+    def draw(
+        self, params: Any, configurations: Sequence[Configuration], ctx_PLD: np.ndarray,
+        key: jax.Array,
+    ) -> Iterator[Finished]:
+        """Sampled latents as they end, see `Lanes.run`.
+
+        Args:
+          params: of the network.
+          configurations: what to draw.
+          ctx_PLD: text states of all prompts, which `Configuration.prompt_N` counts.
+          key: see `sampling_key`.
+        """
+        yield from self.lanes.run(
+            params, configurations, lambda prompt_M: {"context": ctx_PLD[prompt_M]},
+            self._uncond, key,
+        )
+
+    def decode(self, z_JHWC: np.ndarray, name: Callable[[int], str]) -> np.ndarray:
+        """uint8 pictures of J latents, in batches, the last one filled up and cut.
+
+        Args:
+          z_JHWC: latents.
+          name: says what latent j was drawn with, for the message.
+        Raises:
+          UserError: when a pixel is not finite; nothing is made of such pictures.
+        """
+        out = []
+        for start in range(0, len(z_JHWC), self.batch_size):
+            z_BHWC = z_JHWC[start : start + self.batch_size]
+            fill = [(0, self.batch_size - len(z_BHWC))] + [(0, 0)] * 3
+            put = mesh_lib.put_batch(self.mesh, np.pad(z_BHWC, fill, mode="edge"))
+            x = np.asarray(self._decode(self.frozen.autoencoder_params, put))[: len(z_BHWC)]
+            wrong = np.flatnonzero(~np.isfinite(x).all((1, 2, 3)))
+            if wrong.size:
+                raise UserError(
+                    f"{name(start + int(wrong[0]))} draws pictures that are not finite: lower "
+                    "the guidance, use train.compute_dtype=float32, or train anew"
+                )
+            out.append(pictures.to_uint8(x))
+        return np.concatenate(out)
+
+    def pictures(
+        self, params: Any, configurations: Sequence[Configuration], ctx_PLD: np.ndarray,
+        key: jax.Array, on_rows: Callable[[int], Any] = lambda rows: None,
+    ) -> list[np.ndarray]:
+        """All pictures of few configurations, (N, H, W, 3) uint8 each; `draw` has the arguments.
+
+        Args:
+          params, configurations, ctx_PLD, key: see `draw`.
+          on_rows: told how many rows are done, for a progress bar.
+        Raises:
+          UserError: as `decode`.
+        """
+        shape = self.frozen.latent_shape
+        latents = [np.zeros((len(c.index_N), *shape), np.float32) for c in configurations]
+        for finished in self.draw(params, configurations, ctx_PLD, key):
+            places = zip(finished.configuration, finished.position, finished.latents_JHWC)
+            for i, j, z_HWC in places:
+                latents[i][j] = z_HWC
+            on_rows(finished.rows)
+        return [
+            self.decode(z, lambda j, c=c: f"{c.table.name} at guidance {c.guidance:g}")
+            for z, c in zip(latents, configurations)
+        ]
+
+    def seconds(
+        self, params: Any, configuration: Configuration, ctx_PLD: np.ndarray, key: jax.Array
+    ) -> tuple[float, float]:
+        """Measured seconds of one row of one sample, with all lanes full, and of decoding one.
+
+        The median of three, after a run that compiles.
+
+        Args:
+          params, ctx_PLD, key: see `draw`.
+          configuration: one that runs in the program to be timed (guided or not, correction).
+        """
+        calls = configuration.table.calls
+        samples = self.batch_size * max(1, -(-_TIMED_ROWS // calls))
+        full = dataclasses.replace(
+            configuration, index_N=np.resize(configuration.index_N, samples),
+            prompt_N=np.resize(configuration.prompt_N, samples),
+        )
+        z_BHWC = np.zeros((self.batch_size, *self.frozen.latent_shape), np.float32)
+
+        def rows() -> None:
+            for _ in self.draw(params, [full], ctx_PLD, key):
+                pass
+
+        runs = (rows, functools.partial(self.decode, z_BHWC, lambda j: "a trial"))
+        times = []
+        for run in runs:
+            run()
+            seconds = []
+            for _ in range(_TIMES):
+                start = time.perf_counter()
+                run()
+                seconds.append(time.perf_counter() - start)
+            times.append(statistics.median(seconds))
+        return times[0] / (calls * samples), times[1] / self.batch_size
