@@ -1,0 +1,162 @@
+"""Lanes: whatever the batch, lane, devices or order, a sample is the plain sampler's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_scaling.diffusion import schedule
+from ldm_scaling.errors import UserError
+from ldm_scaling.parallel import mesh as mesh_lib
+from ldm_scaling.sampling import sampler, solvers
+from ldm_scaling.sampling.lanes import Lanes
+from ldm_scaling.sampling.packing import Configuration
+
+SD = schedule.get("sd")
+SHAPE = (3, 3, 4)
+RNG = np.random.default_rng(0)
+MIX = RNG.standard_normal((4, 4)).astype("f4") / 2
+CONTEXT = RNG.standard_normal((60, 2, 3)).astype("f2")
+EMPTY = {"context": RNG.standard_normal((1, 2, 3)).astype("f4")}
+KEY = jax.random.key(7)
+
+
+def denoise(params, x_BHWC, t_B, cond):
+    """Depends on everything: the sample, its neighbours, the time and the prompt."""
+    c_B4 = jnp.pad(cond["context"].mean(1), ((0, 0), (0, 1)))
+    wave_B = jnp.sin(t_B / 300.0)[:, None, None, None]
+    return jnp.tanh(x_BHWC @ params + c_B4[:, None, None]) + 0.3 * wave_B * x_BHWC.mean((1, 2, 3),
+                                                                                      keepdims=True)
+
+
+def admit(cond):
+    return {"context": cond["context"].astype(jnp.float32)}
+
+
+def make_lanes(size, devices=1, **options):
+    mesh = mesh_lib.make(devices=jax.devices()[:devices])
+    return Lanes(denoise, SHAPE, size, mesh, admit, **options)
+
+
+def cond_of(prompt_M):
+    return {"context": CONTEXT[prompt_M]}
+
+
+def grid(samples=5):
+    """Every registered solver, several step counts, with guidance and without."""
+    out = []
+    for k, name in enumerate(n for n in solvers.SOLVERS if n not in ("lcm", "codi")):
+        for steps in (1, 2, 7):
+            index = 3 * k + np.arange(samples)
+            table = solvers.make(name, SD, steps, spacing="trailing")
+            out.append(Configuration(table, 1.0 if steps == 2 else 1.5 + k, index, index % 60))
+    limited = solvers.make("ddim", SD, 6, spacing="trailing", guidance_low=0.3, guidance_high=6)
+    rescaled = solvers.make("ddim", SD, 6, spacing="trailing", rescale=0.7)
+    return [*out, Configuration(limited, 4.0, np.arange(7)), Configuration(rescaled, 4.0, [3, 1])]
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Each configuration by itself, with the plain sampler."""
+    plain, out = {}, []
+    for c in grid():
+        if c.table.correction not in plain:
+            plain[c.table.correction] = sampler.make_sampler(denoise, SHAPE, c.table.correction)
+        guidance = None if c.guidance == 1 else jnp.full(len(c.index_N), c.guidance)
+        uncond = None if c.guidance == 1 else EMPTY
+        out.append(np.asarray(plain[c.table.correction](
+            MIX, c.table.padded(30), guidance, admit(cond_of(c.prompt_N)), uncond, KEY, c.index_N
+        )))
+    return out
+
+
+def gather(finished, configurations):
+    out = [np.full((len(c.index_N), *SHAPE), np.nan, "f4") for c in configurations]
+    for some in finished:
+        for i, j, z in zip(some.configuration, some.position, some.latents_JHWC):
+            assert np.isnan(out[i][j]).all(), "drawn twice"
+            out[i][j] = z
+    return out
+
+
+@pytest.mark.parametrize("size, devices, max_rows", [(4, 1, 32), (24, 8, 5), (64, 4, 16)])
+def test_a_sample_is_the_plain_samplers(size, devices, max_rows, expected):
+    configurations, lanes = grid(), make_lanes(size, devices, max_rows=max_rows)
+    got = gather(lanes.run(MIX, configurations, cond_of, EMPTY, KEY), configurations)
+    for c, ours, plain in zip(configurations, got, expected):
+        assert np.abs(ours - plain).max() <= 1e-5 * np.abs(plain).max(), (c.table.name, size)
+
+
+def test_order_of_jobs_does_not_matter(expected):
+    order = np.random.default_rng(1).permutation(len(expected))
+    configurations = [grid()[i] for i in order]
+    got = gather(make_lanes(16, 2).run(MIX, configurations, cond_of, EMPTY, KEY), configurations)
+    for i, ours in zip(order, got):
+        assert np.abs(ours - expected[i]).max() <= 1e-5 * np.abs(expected[i]).max()
+
+
+def compilations(run):
+    """How many programs XLA compiles in a call."""
+    count = []
+
+    def listen(name, duration, **_):
+        if name == "/jax/core/compile/backend_compile_duration":
+            count.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        run()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    return len(count)
+
+
+def test_one_compilation_for_each_kind_of_guidance():
+    lanes = make_lanes(8, 8)
+    plain = [c for c in grid() if c.table.correction.rescale == 0]
+    jax.block_until_ready(KEY)
+
+    def run(configurations):
+        return compilations(
+            lambda: list(lanes.run(MIX, configurations, cond_of, EMPTY, KEY, in_flight=1))
+        )
+
+    assert run([c for c in plain if c.guidance == 1]) == 1
+    assert run([c for c in plain if c.guidance != 1]) == 1
+    other = [Configuration(solvers.make("heun", SD, n), w, np.arange(9))
+             for n in (3, 50) for w in (1.0, 2.5)]
+    assert run(other) == 0
+
+
+def test_the_host_stays_a_bounded_number_of_chunks_ahead():
+    asked = []
+
+    def counting(prompt_M):
+        asked.append(len(prompt_M))
+        return cond_of(prompt_M)
+
+    table = solvers.make("ddim", SD, 4)
+    many = [Configuration(table, 1.0, np.arange(400), np.arange(400) % 60)]
+    lanes = make_lanes(8, max_rows=4)
+    for k, finished in enumerate(lanes.run(MIX, many, counting, None, KEY, in_flight=2)):
+        assert len(finished.position) == 8 and finished.rows == 32 and not finished.guided
+        assert len(asked) <= 1 + k + 3  # the example's, then chunk by chunk
+    assert sum(asked) == 1 + 400  # nobody's prompt is looked up twice
+
+
+def test_a_lane_forgets_what_ran_in_it_before():
+    """A sample that overflows leaves nothing to the next one in its lane."""
+    wild = Configuration(solvers.make("ddim", SD, 20), 3e38, np.arange(4))
+    tame = Configuration(solvers.make("dpmpp_2m", SD, 3), 2.0, np.arange(4))
+    got = gather(make_lanes(4).run(MIX, [wild, tame], cond_of, EMPTY, KEY), [wild, tame])
+    alone = gather(make_lanes(4).run(MIX, [tame], cond_of, EMPTY, KEY), [tame])
+    assert not np.isfinite(got[0]).all()
+    np.testing.assert_array_equal(got[1], alone[0])
+
+
+def test_errors():
+    with pytest.raises(UserError, match="lanes=3 does not split over 2 devices"):
+        make_lanes(3, 2)
+    guided = [Configuration(solvers.make("ddim", SD, 2), 2.0, np.arange(2))]
+    with pytest.raises(UserError, match="give uncond"):
+        next(make_lanes(2).run(MIX, guided, cond_of, None, KEY))
