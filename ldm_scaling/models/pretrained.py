@@ -1,33 +1,33 @@
 """Weights of other people: readers that need no torch, and a filler that accepts only a whole fit.
 
-Files are read as `{name: array}` (`read_safetensors`, `read_legacy_pth`); `fill` then maps these
-names to a parameter tree by regex rules and stops with a diff unless every tensor on both sides
-has found its partner.
+Files are read as `{name: array}` (`read_weights` takes any of them); `fill` then maps these names
+to a parameter tree by regex rules and stops with a diff unless every tensor on both sides has
+found its partner.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
-import io
 import itertools
-import math
+import json
 import os
-import pickle
 import re
-import struct
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import safetensors
 
 from ldm_scaling.errors import MissingPackageError, UserError
+from ldm_scaling.models.torch_files import FlatTensors, read_legacy_pth, read_pth
 
-FlatTensors = dict[str, np.ndarray]
+__all__ = [
+    "FlatTensors", "Rule", "conv", "fill", "hash_of", "linear", "package_file", "read_legacy_pth",
+    "read_safetensors", "read_safetensors_folder", "read_torch", "read_weights", "same",
+]  # fmt: skip
 
 
 def package_file(package: str, relative: str, needed_for: str, extra: str = "demo") -> Path:
@@ -47,14 +47,19 @@ def package_file(package: str, relative: str, needed_for: str, extra: str = "dem
     return folder / relative
 
 
-def read_safetensors(path: str | os.PathLike[str]) -> FlatTensors:
-    """Every tensor of a safetensors file, by its name, in its own shape and dtype.
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
+def read_safetensors(path: str | os.PathLike[str], ignore: Sequence[str] = ()) -> FlatTensors:
+    """Every tensor of a safetensors file, by its name, in its own shape and dtype; those whose
+    whole name matches a pattern of `ignore` are not read.
 
     Raises `UserError` when the file cannot be read or is not whole.
     """
     try:
         with safetensors.safe_open(os.fspath(path), framework="numpy") as f:
-            return {name: f.get_tensor(name) for name in f.keys()}
+            return {name: f.get_tensor(name) for name in f.keys() if not _matches(name, ignore)}
     except OSError as e:
         raise UserError(f"cannot read the weights {path}: {e.strerror or e}") from e
     except safetensors.SafetensorError as e:
@@ -63,151 +68,82 @@ def read_safetensors(path: str | os.PathLike[str]) -> FlatTensors:
         ) from e
 
 
-# --- the pickle format of torch before 1.6 ----------------------------------------------------
+def read_torch(path: str | os.PathLike[str], ignore: Sequence[str] = ()) -> FlatTensors:
+    """The tensors of one file, .safetensors or torch's own (see `torch_files.read_pth`), but those
+    whose whole name matches a pattern of `ignore`.
 
-_MAGIC = 0x1950A86A20F9469CFC6C
-_PROTOCOL = 1001
-
-_STORAGES = {
-    "FloatStorage": np.dtype("<f4"),
-    "DoubleStorage": np.dtype("<f8"),
-    "HalfStorage": np.dtype("<f2"),
-    "BFloat16Storage": np.dtype(jnp.bfloat16),
-    "LongStorage": np.dtype("<i8"),
-    "IntStorage": np.dtype("<i4"),
-    "ShortStorage": np.dtype("<i2"),
-    "CharStorage": np.dtype("i1"),
-    "ByteStorage": np.dtype("u1"),
-    "BoolStorage": np.dtype("?"),
-}
-
-
-class _Refused(Exception):
-    """The file asks for something that a table of tensors does not need, or is broken."""
-
-
-class _Storage(NamedTuple):
-    key: str
-    dtype: np.dtype
-    numel: int
-
-
-class _Tensor(NamedTuple):
-    """A view that waits for its bytes: they come after the pickle."""
-
-    storage: _Storage
-    offset: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-
-
-class _StorageType(NamedTuple):
-    dtype: np.dtype
-
-
-def _rebuild_tensor(storage, offset, size, stride, requires_grad=False, hooks=None, meta=None):
-    numbers = (offset, *size, *stride)
-    if not isinstance(storage, _Storage) or not all(type(n) is int and n >= 0 for n in numbers):
-        raise _Refused("it describes a tensor that is none")
-    last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-    if math.prod(size) > storage.numel or (math.prod(size) and last >= storage.numel):
-        raise _Refused(f"a tensor of shape {tuple(size)} reaches beyond its storage")
-    return _Tensor(storage, offset, tuple(size), tuple(stride))
-
-
-class _TensorUnpickler(pickle._Unpickler):
-    """Unpickles tables of tensors; a pickle can name nothing else, so it can run nothing else.
-
-    The unpickler in Python, for the one in C sets memory aside for any memo index that a broken
-    file names.
+    Raises `UserError` for a file that is missing, broken or of another kind.
     """
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            # A function of its own for each: a pickle may set attributes on what it is given.
-            return lambda *args: _rebuild_tensor(*args)
-        if module == "torch" and name in _STORAGES:
-            return _StorageType(_STORAGES[name])
-        raise _Refused(f"it asks to load {module}.{name}, which is not a tensor")
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        match pid:
-            case ("storage", _StorageType(dtype), str(key), str(), int(numel), None) if numel >= 0:
-                return _Storage(key, dtype, numel)
-        raise _Refused(f"it holds an unknown kind of storage, {str(pid)[:80]}")
+    if Path(path).suffix == ".safetensors":
+        return read_safetensors(path, ignore)
+    return {name: t for name, t in read_pth(path).items() if not _matches(name, ignore)}
 
 
-def _read_storages(f: io.BytesIO, storages: Mapping[str, _Storage]) -> dict[str, np.ndarray]:
-    keys = _TensorUnpickler(f).load()
-    if not isinstance(keys, list) or set(keys) != set(storages) or len(keys) != len(storages):
-        raise _Refused("its list of storages does not agree with its tensors")
-    flat = {}
-    for key in keys:
-        _, dtype, numel = storages[key]
-        header = f.read(8)
-        if len(header) < 8 or struct.unpack("<q", header) != (numel,):
-            raise _Refused(f"storage {key} does not hold the {numel} numbers announced")
-        data = f.read(numel * dtype.itemsize)
-        if len(data) < numel * dtype.itemsize:
-            raise _Refused(f"it ends inside storage {key}")
-        flat[key] = np.frombuffer(data, dtype)
-    if f.read(1):
-        raise _Refused("bytes follow its last storage")
-    return flat
+def read_safetensors_folder(
+    folder: str | os.PathLike[str], stem: str = "model", ignore: Sequence[str] = ()
+) -> FlatTensors:
+    """The tensors of STEM.safetensors, or of all the parts that STEM.safetensors.index.json names.
+
+    Args:
+      folder: as transformers or diffusers saved it.
+      stem: "model", or "diffusion_pytorch_model" for diffusers.
+      ignore: patterns of whole names that are not read.
+    Raises:
+      UserError: when there is neither file, or the parts are not what the index says.
+    """
+    return _read_parts(Path(folder), f"{stem}.safetensors", ignore)
 
 
-def _read_legacy(f: io.BytesIO) -> FlatTensors:
-    start = f.read(4)
-    f.seek(0)
-    if start == b"PK\x03\x04":
-        raise _Refused("it is a zip archive, the format of torch 1.6 and later")
-    if _TensorUnpickler(f).load() != _MAGIC:
-        raise _Refused("its magic number is not torch's")
-    if (protocol := _TensorUnpickler(f).load()) != _PROTOCOL:
-        raise _Refused(f"its protocol is {protocol}, not {_PROTOCOL}")
-    system = _TensorUnpickler(f).load()
-    if not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise _Refused("its bytes are big-endian")
-    table = _TensorUnpickler(f).load()
-    if not isinstance(table, dict) or not all(
-        isinstance(name, str) and isinstance(t, _Tensor) for name, t in table.items()
-    ):
-        raise _Refused("it holds something other than a table of named tensors")
-    storages: dict[str, _Storage] = {}
-    for t in table.values():  # each view was held against the storage that it named itself
-        if storages.setdefault(t.storage.key, t.storage) != t.storage:
-            raise _Refused(f"its tensors disagree about storage {t.storage.key}")
-    data = _read_storages(f, storages)
-    tensors = {}
-    for name, (storage, offset, size, stride) in table.items():
-        strides = [s * storage.dtype.itemsize for s in stride]
-        view = np.lib.stride_tricks.as_strided(data[storage.key][offset:], size, strides)
-        tensors[name] = np.ascontiguousarray(view).reshape(size)
+def read_weights(path: str | os.PathLike[str], ignore: Sequence[str] = ()) -> FlatTensors:
+    """The tensors of a file, or of a folder as transformers saves it: of its model.safetensors,
+    else of its pytorch_model.bin, whole or in parts.
+
+    Raises `UserError` for what is missing or cannot be read.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return read_torch(path, ignore)
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path / name).is_file() or (path / f"{name}.index.json").is_file():
+            return _read_parts(path, name, ignore)
+    raise UserError(f"no weights in {path}: it needs model.safetensors or pytorch_model.bin")
+
+
+def _read_parts(folder: Path, name: str, ignore: Sequence[str]) -> FlatTensors:
+    """The file `name`, or its parts; a part of which every tensor is ignored is not opened."""
+    index = folder / f"{name}.index.json"
+    if (folder / name).is_file() or not index.is_file():
+        return read_torch(folder / name, ignore)
+    try:
+        part_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        wanted = {k: part for k, part in part_of.items() if not _matches(k, ignore)}
+        outside = [part for part in wanted.values() if Path(part).name != part]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"cannot read the index {index} ({e!r}): fetch it again") from e
+    if outside:
+        raise UserError(f"{index} names {outside[0]!r}, which is no file beside it: fetch it again")
+    tensors: FlatTensors = {}
+    for part in sorted({*wanted.values()}):
+        tensors |= read_torch(folder / part, ignore)
+    if wrong := {*tensors} ^ {*wanted}:
+        raise UserError(
+            f"{index} and the parts that it names disagree about {len(wrong)} tensors, among them "
+            f"{min(wrong)!r}: fetch them again"
+        )
     return tensors
 
 
-def read_legacy_pth(path: str | os.PathLike[str]) -> FlatTensors:
-    """The state dict in a .pth file as torch wrote it before 1.6, read without torch.
-
-    Only tensors are admitted: any other name in the pickle (it could run code) is refused, as are
-    other magic numbers, zip archives, tensors that leave their storage, and files cut short.
-    Raises `UserError`. Format: torch/serialization.py, `_legacy_save`.
+def hash_of(params: Any) -> str:
+    """Hash of the values of a parameter tree (16 hex digits): the same from whatever file they
+    came.
     """
-    try:
-        return _read_legacy(io.BytesIO(Path(path).read_bytes()))
-    except OSError as e:
-        raise UserError(f"cannot read the weights {path}: {e.strerror or e}") from e
-    except _Refused as e:
-        raise UserError(
-            f"refused to read {path} as a legacy torch file: {e}; fetch or install it again"
-        ) from e
-    except Exception as e:  # a pickle of arbitrary bytes can raise any exception whatever
-        raise UserError(
-            f"{path} is not a whole legacy torch file ({type(e).__name__}: {str(e)[:200]}): fetch "
-            "or install it again"
-        ) from e
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        leaf = np.ascontiguousarray(leaf)
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        digest.update(f"{name} {leaf.shape} {leaf.dtype};".encode())
+        digest.update(leaf.reshape(-1).view(np.uint8))
+    return digest.hexdigest()[:16]
 
 
 # --- the strict filler ------------------------------------------------------------------------
@@ -271,7 +207,7 @@ def fill(
     came_from: dict[str, str] = {}
     surplus, misshapen = [], []
     for name, tensor in tensors.items():
-        if any(re.fullmatch(pattern, name) for pattern in ignore):
+        if _matches(name, ignore):
             continue
         matches = ((re.fullmatch(rule.pattern, name), rule) for rule in rules)
         match, rule = next((pair for pair in matches if pair[0]), (None, None))
