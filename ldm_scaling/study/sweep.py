@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -51,13 +52,21 @@ def block_indices(block: int, size: int, total: int, seed: int) -> np.ndarray:
     return order[block * size : (block + 1) * size]
 
 
+def most_steps(study: Study, sampler: str) -> float:
+    """The most steps that a sampler is run with: its own limit, or else that of its kind, which
+    is its name without options."""
+    limits = {solvers.canonical(name): most for name, most in study.sweep.max_steps.items()}
+    name, _ = solvers.parse(sampler)
+    return limits.get(solvers.canonical(sampler), limits.get(name, math.inf))
+
+
 def _identities(
     study: Study, member: str, block: int, reference_hash: str, guidance: Callable
 ) -> list[Identity]:
     out = []
     for name in study.sweep.samplers:
         for steps in study.sweep.steps:
-            if steps > study.sweep.max_steps.get(name, steps):
+            if steps > most_steps(study, name):
                 continue
             for w in guidance(name, steps):
                 out.append(
@@ -67,7 +76,7 @@ def _identities(
                             [study.training_hash(member), zoo.get(member).spec]
                         ),
                         train_step=study.train.steps,
-                        sampler=name,
+                        sampler=solvers.canonical(name),
                         steps=steps,
                         spacing=study.sweep.spacing,
                         guidance=w,
@@ -94,7 +103,7 @@ def reporting(
     best = curves.best_guidance(chosen, FRECHET, study.sweep.select_block)
     return _identities(
         study, member, study.sweep.report_block, reference_hash,
-        lambda name, steps: (best[member, name, steps],),
+        lambda name, steps: (best[member, solvers.canonical(name), steps],),
     )
 
 
@@ -108,7 +117,9 @@ def calls(study: Study, identity: Identity) -> int:
 
 @functools.cache
 def _calls(sampler: str, schedule: str, steps: int, prediction: str, spacing: str) -> int:
-    return solvers.make(sampler, schedule_lib.get(schedule), steps, prediction, spacing).calls
+    return solvers.make(
+        sampler, schedule_lib.get(schedule), steps, prediction, spacing or None
+    ).calls
 
 
 def work(study: Study, cost: Cost, identity: Identity) -> float:

@@ -111,7 +111,7 @@ class Drawer:
 
     def table(self, name: str, steps: int, spacing: str | None = None) -> SamplerTable:
         """The sampler's table on this schedule, see `solvers.make`."""
-        return solvers.make(name, self.schedule, steps, self.diffusion.prediction, spacing)
+        return solvers.make(name, self.schedule, steps, self.diffusion.prediction, spacing or None)
 
     def draw(
         self, params: Any, configurations: Sequence[Configuration], ctx_PLD: np.ndarray,

@@ -1,12 +1,14 @@
 """The sweep's plan: blocks share no prompt, and every cell is planned once."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
 
 from ldm_scaling.config import Data, Study, Sweep
 from ldm_scaling.errors import UserError
+from ldm_scaling.models.cost import Cost
 from ldm_scaling.study import records, sweep
 from tests.study import fake_records
 
@@ -28,7 +30,28 @@ def test_selection_is_the_whole_grid_under_the_step_limits():
     assert len({i.key for i in found}) == len(found) == (3 + 3 + 2) * 2
     assert not [i for i in found if i.sampler == "dpmpp_2m" and i.steps > 20]
     assert {i.seed_block for i in found} == {0}
-    assert sweep.planned(STUDY, "c8") == len(found) + 8
+    planned = sweep.planned(STUDY, "c8")
+    assert len(planned) == len(found) + 8
+
+
+def test_a_sampler_with_options_has_one_name_and_its_kinds_limit():
+    names = ("ddim:final=zero,eta=0.50", "ddim:eta=0", "dpmpp_2m:solver_type=heun")
+    study = dataclasses.replace(STUDY, sweep=dataclasses.replace(STUDY.sweep, samplers=names))
+    found = sweep.selection(study, "c8", "r")
+    assert {i.sampler for i in found} == {
+        "ddim:eta=0.5,final=zero", "ddim", "dpmpp_2m:solver_type=heun"
+    }
+    assert max(i.steps for i in found if i.sampler.startswith("dpmpp_2m")) == 20
+    assert sweep.most_steps(study, "ddim:eta=0.3") == math.inf
+
+
+def test_work_counts_calls_and_evaluations():
+    """Heun calls the network 2N - 1 times; guidance evaluates it twice."""
+    base = sweep.selection(STUDY, "c8", "r")[0]
+    cost = Cost(params=1, gflops=2.0)
+    for sampler, guidance, evaluations in (("ddim", 1.0, 5), ("ddim", 2.0, 10), ("heun", 1.0, 9)):
+        identity = dataclasses.replace(base, sampler=sampler, guidance=guidance, steps=5)
+        assert sweep.work(STUDY, cost, identity) == (evaluations + 1) * 2.0 * 40
 
 
 def test_identity_follows_what_decides_numbers():

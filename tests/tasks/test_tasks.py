@@ -12,7 +12,8 @@ from ldm_scaling.config import Diffusion, Sample, Train
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import autoencoder, unet
 from ldm_scaling.parallel import mesh as mesh_lib
-from ldm_scaling.tasks import text_to_image
+from ldm_scaling.sampling.packing import Configuration
+from ldm_scaling.tasks import drawing, text_to_image
 from ldm_scaling.tasks.autoencoder import laplacian_pyramid_l1
 
 SPEC = unet.UNetSpec(
@@ -81,24 +82,58 @@ def test_dropout_replaces_captions_by_the_empty_one():
     assert _spread(_task(0.999), params) < 0.1 * _spread(_task(0.0), params)
 
 
-def test_captions_are_drawn_with_the_latents(monkeypatch):
-    """`pictures` fills up a short batch and cuts it again: N captions give N pictures."""
-    task = _task(0.0)
-    assert isinstance(task.make_batch({"mean": 0, "logvar": 0, "context": 0, "x": 1}), dict)
-    calls = []
-
-    def sample(params, table, guidance_B, cond, uncond, key, index_B):
-        calls.append(len(index_B))
-        return jnp.broadcast_to(index_B[:, None, None, None] / 10.0, (len(index_B), 2, 2, 3))
-
+def _drawer(decode):
     mesh = mesh_lib.make(devices=jax.devices()[:1])
     frozen = types.SimpleNamespace(
-        null_ctx_LD=np.zeros((3, 16), np.float32), latent_shape=(2, 2, 3), autoencoder_params=None
+        null_ctx_LD=np.zeros((3, 16), np.float32), latent_shape=(4, 4, 4), autoencoder_params=None
     )
-    drawer = text_to_image.Drawer(SPEC, frozen, Diffusion(), 4, lambda p, z: z, mesh)
-    monkeypatch.setattr(drawer, "_sample", sample)
-    out = drawer.pictures(
-        None, drawer.table("ddim", 2, "leading"), np.zeros((6, 3, 16)), 1.0, None, np.arange(6)
-    )
-    assert calls == [4, 4] and out.shape == (6, 2, 2, 3)
+    return drawing.Drawer(SPEC, frozen, Diffusion(), 4, decode, mesh)
+
+
+def test_batches_are_what_the_loss_needs():
+    assert set(_task(0.0).make_batch({"mean": 0, "logvar": 0, "context": 0, "x": 1})) == {
+        "mean", "logvar", "context"
+    }
+
+
+def test_latents_are_decoded_in_full_batches_and_cut():
+    sizes = []
+
+    def decode(params, z_BHWC):
+        sizes.append(len(z_BHWC))
+        return z_BHWC[..., :3]
+
+    z = np.broadcast_to(np.arange(6)[:, None, None, None] / 10.0, (6, 4, 4, 4)).astype(np.float32)
+    out = _drawer(decode).decode(z, str)
+    assert sizes == [4, 4] and out.shape == (6, 4, 4, 3)
     np.testing.assert_array_equal(out[:, 0, 0, 0], np.rint((np.arange(6) / 10 + 1) * 127.5))
+    z = z.copy()
+    z[5, 1, 2, 0] = np.inf
+    with pytest.raises(UserError, match="picture 5 draws .* not finite"):
+        _drawer(decode).decode(z, lambda j: f"picture {j}")
+
+
+def test_pictures_follow_their_prompt_noise_and_rate_only():
+    """Each picture is that of its own prompt and number, whatever it is drawn with."""
+    params, key = unet.init(SPEC, jax.random.key(0)), drawing.sampling_key(3)
+    ctx = np.random.default_rng(0).normal(size=(5, 3, 16)).astype(np.float16)
+    drawer, rows = _drawer(lambda p, z: z[..., :3]), []
+    one = Configuration(drawer.table("ddim", 3, "leading"), 2.0, [7, 8, 9], [0, 4, 1])
+    two = Configuration(drawer.table("ddpm", 2, "leading"), 1.0, [8, 7], [4, 0])
+    first, second = drawer.pictures(params, [one, two], ctx, key, rows.append)
+    assert first.shape == (3, 4, 4, 3) and second.shape == (2, 4, 4, 3) and sum(rows) == 3 * 3 + 4
+    reverse = Configuration(one.table, 2.0, [9, 8, 7], [1, 4, 0])
+    (again,) = drawer.pictures(params, [reverse], ctx, key)
+    np.testing.assert_allclose(again[::-1].astype(int), first.astype(int), atol=1)
+    other = dataclasses.replace(one, prompt_N=np.array([2, 4, 1]))
+    (moved,) = drawer.pictures(params, [other], ctx, key)
+    assert (moved[0] != first[0]).any()
+    np.testing.assert_allclose(moved[1:].astype(int), first[1:].astype(int), atol=1)
+
+
+def test_seconds_of_a_row_and_of_a_decoded_picture_are_measured():
+    params = unet.init(SPEC, jax.random.key(0))
+    drawer = _drawer(lambda p, z: z[..., :3])
+    trial = Configuration(drawer.table("ddim", 2, "leading"), 2.0, [1])
+    row, decode = drawer.seconds(params, trial, np.zeros((2, 3, 16)), jax.random.key(0))
+    assert 0 < row < 10 and 0 < decode < 10
