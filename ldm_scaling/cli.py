@@ -1,19 +1,22 @@
-"""The command line: `ldm-scaling COMMAND --config=FILE[:argument] --workdir=DIR [overrides]`."""
+"""The command line: `ldm-scaling COMMAND --workdir=DIR [--config=FILE[:argument] [overrides]]`."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import re
 import sys
+import textwrap
 import time
 import traceback
+from collections.abc import Iterable
 
 COMMANDS = {
     "zoo": "print the family: parameters, GFLOPs and cost, the published figures beside them",
     "prepare": "render and caption the pictures, encode the captions",
     "train": "train the autoencoder, encode the pictures, train every member",
-    "sample": "draw a grid of pictures with every trained member",
+    "sample": "draw a labelled grid of pictures with trained members",
     "sweep": "measure every sampler, step count and guidance rate",
     "report": "draw the plots and write report.html from the records",
     "study": "all of these in order; started again, it goes on where it was",
@@ -26,26 +29,70 @@ class InternalError(Exception):
     """Something that is not the user's doing; the message says where the traceback is."""
 
 
+STAGES = tuple(command for command in COMMANDS if command != "zoo")
+# Flags: the commands that take them, how they are written, what they are.
+FLAGS = {
+    "config": (
+        STAGES, "--config=FILE[:argument]",
+        "a file of configs/, e.g. configs/demo.py or configs/t2i_866m.py:local; a workdir knows "
+        "the one that was last used in it",
+    ),
+    "workdir": (
+        STAGES, "--workdir=DIR",
+        "where everything is written; the same command goes on from what is there",
+    ),
+    "prompt": (
+        ("sample",), "--prompt=TEXT",
+        "a caption, may be given several times; validation captions if not given",
+    ),
+    "sampler": (("sample",), "--sampler=dpmpp_2m,ddim:eta=1", "samplers, with their options"),
+    "steps": (("sample",), "--steps=4,12,50", "step counts"),
+    "guidance": (("sample",), "--guidance=1,3,5", "guidance rates; 1 is none"),
+    "seeds": (
+        ("sample",), "--seeds=0:8 | 0,3,5 | 4", "the seeds 0 to 7; these three; the one seed 4"
+    ),
+    "spacing": (("sample",), "--spacing=trailing", "timestep spacing"),
+    "member": (("sample",), "--member=NAME", "networks; all of the config's if not given"),
+    "format": (("zoo",), "--format=text|json", "how to print"),
+}
+
+
+def _table(rows: Iterable[tuple[str, str]], width: int = 29) -> list[str]:
+    """Two columns of text, the right one broken so that lines stay under 100 characters."""
+    out = []
+    for left, right in rows:
+        first, *rest = textwrap.wrap(right, 92 - width)
+        out += [f"  {left:<{width}}  {first}", *(f"  {'':<{width}}  {line}" for line in rest)]
+    return out
+
+
 def usage() -> str:
     """The help text."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
+    flags = {
+        name: _table([(written, text)]) for name, (_, written, text) in FLAGS.items()
+    }
+    of_sample = [line for name in FLAGS if FLAGS[name][0] == ("sample",) for line in flags[name]]
     return "\n".join(
         [
-            "ldm-scaling COMMAND --config=FILE[:argument] --workdir=DIR [--config.KEY=VALUE ...]",
+            "ldm-scaling COMMAND --workdir=DIR [--config=FILE[:argument] [--config.KEY=VALUE ...]]",
             "",
             "A scaling study of latent diffusion models. The commands:",
             "",
-            *lines,
+            *_table(COMMANDS.items(), max(map(len, COMMANDS))),
             "",
-            "  --config=FILE[:argument]   a file of configs/, e.g. configs/demo.py or",
-            "                             configs/t2i_866m.py:local",
-            "  --config.KEY=VALUE         changes one key, e.g. --config.train.steps=200",
-            "  --workdir=DIR              where everything is written; the same command goes on",
-            "                             from what is there",
-            "  --prompt=TEXT              sample: a caption to draw, may be given several times",
-            "  --format=text|json         zoo: how to print",
-            "  --help                     this text",
+            *flags["config"],
+            *_table([("--config.KEY=VALUE", "changes a key of it, e.g. --config.train.steps=200")]),
+            *flags["workdir"],
+            *_table([("--help", "this text")]),
+            "",
+            "sample draws one labelled grid. Several values, with commas or in a flag given again,",
+            "make its axes; what is not given is as the config's sample says:",
+            "",
+            *of_sample,
+            "",
+            "zoo needs neither config nor workdir:",
+            "",
+            *flags["format"],
         ]
     )
 
@@ -56,10 +103,82 @@ def _define_flags():
 
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "config file", flag_values=values)
-    flags.DEFINE_string("workdir", None, "workdir", flag_values=values)
-    flags.DEFINE_multi_string("prompt", [], "captions", flag_values=values)
+    for name in ("workdir", "spacing"):
+        flags.DEFINE_string(name, None, name, flag_values=values)
+    for name in ("prompt", "sampler", "steps", "guidance", "seeds", "member"):
+        flags.DEFINE_multi_string(name, [], name, flag_values=values)
     flags.DEFINE_enum("format", "text", ["text", "json"], "of the zoo", flag_values=values)
     return values
+
+
+def _check_flags(command: str, values) -> None:
+    """Raises `UserError` for a flag that the command does not take."""
+    from ldm_scaling.errors import UserError
+
+    for name, (commands, *_) in FLAGS.items():
+        if values[name].present and command not in commands:
+            raise UserError(
+                f"ldm-scaling {command} takes no --{name}: it belongs to {', '.join(commands)}"
+            )
+
+
+def _pieces(name: str, texts: list[str]) -> list[str]:
+    """The values of a flag that takes a list, given once or several times.
+
+    A comma parts samplers except before `option=`: `ddim:eta=0.5,final=zero,heun` are two.
+    """
+    from ldm_scaling.errors import UserError
+
+    comma = r",(?!\s*\w+=)" if name == "sampler" else ","
+    out = [piece.strip() for text in texts for piece in re.split(comma, text)]
+    if "" in out:
+        raise UserError(f"--{name}={','.join(texts)}: a value is missing")
+    return out
+
+
+def _number(name: str, piece: str, kind: type, example: str):
+    from ldm_scaling.errors import UserError
+
+    try:
+        return kind(piece)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise UserError(f"--{name}: {piece!r} is not {what}; write  {example}") from None
+
+
+def _seeds(texts: list[str]) -> list[int]:
+    """`0:8` is 0 to 7, as a Python slice; a single number is that one seed."""
+    from ldm_scaling.errors import UserError
+
+    example, out = "--seeds=0:8, --seeds=0,3,5 or --seeds=4", []
+    for piece in _pieces("seeds", texts):
+        start, *stop = (_number("seeds", part, int, example) for part in piece.split(":"))
+        if len(stop) > 1 or (stop and not 0 <= start < stop[0]):
+            raise UserError(f"--seeds: {piece!r} is no range of seeds; write  {example}")
+        if stop and stop[0] - start > 10**6:
+            raise UserError(f"--seeds: {piece!r} are too many; write  {example}")
+        out += range(start, stop[0]) if stop else [start]
+    return out
+
+
+def _sample_values(values) -> dict[str, object]:
+    """The flags of `sample`, typed; those that are not given are None."""
+    readers = {
+        "sampler": lambda texts: _pieces("sampler", texts),
+        "member": lambda texts: _pieces("member", texts),
+        "seeds": _seeds,
+        "steps": lambda texts: [
+            _number("steps", piece, int, "--steps=12 or --steps=4,8,12")
+            for piece in _pieces("steps", texts)
+        ],
+        "guidance": lambda texts: [
+            _number("guidance", piece, float, "--guidance=5 or --guidance=1,3,5")
+            for piece in _pieces("guidance", texts)
+        ],
+    }
+    out = {name: read(values[name].value) if values[name].present else None
+           for name, read in readers.items()}
+    return {"prompts": values.prompt, "spacing": values.spacing, **out}
 
 
 def _parse(arguments: list[str]):
@@ -69,6 +188,13 @@ def _parse(arguments: list[str]):
     from ldm_scaling.errors import UserError
 
     values = _define_flags()
+    names = [argument.lstrip("-").split("=", 1)[0] for argument in arguments]
+    overrides = [name for name in names if name.startswith("config.")]
+    if overrides and "config" not in names:
+        raise UserError(
+            f"--{overrides[0]} changes a key of --config=FILE: give that too (what the workdir "
+            "keeps is changed by no other way)"
+        )
     for argument in arguments:
         # The config file is imported while flags are parsed: say first if it is not there.
         if argument.startswith("--config=") or argument.startswith("-config="):
@@ -102,6 +228,7 @@ def _run(command: str, arguments: list[str]) -> None:
     from ldm_scaling.errors import UserError
 
     values = _parse(arguments)
+    _check_flags(command, values)
     if command == "zoo":
         from ldm_scaling.models import zoo_table
 
@@ -110,9 +237,9 @@ def _run(command: str, arguments: list[str]) -> None:
         else:
             print(zoo_table.text())
         return
-    for name in ("config", "workdir"):
-        if not values[name].value:
-            raise UserError(f"ldm-scaling {command} needs --{name}; see  ldm-scaling --help")
+    if not values.workdir:
+        raise UserError(f"ldm-scaling {command} needs --workdir; see  ldm-scaling --help")
+    sample_values = _sample_values(values)
 
     from ldm_scaling import config
     from ldm_scaling.parallel import hosts
@@ -121,7 +248,8 @@ def _run(command: str, arguments: list[str]) -> None:
     from ldm_scaling.study import stages
     from ldm_scaling.study.workdir import Workdir
 
-    study, workdir = config.parse(values.config), Workdir(values.workdir)
+    workdir = Workdir(values.workdir)
+    study = config.parse(values.config) if values.config else workdir.last_config()
     materials = stages.check(study, workdir)
     if command == "report":
         stages.require_records(materials)
@@ -135,7 +263,7 @@ def _run(command: str, arguments: list[str]) -> None:
             elif command == "train":
                 stages.train(materials)
             elif command == "sample":
-                print("\n".join(stages.sample(materials, list(values.prompt))))
+                print("\n".join(stages.sample(materials, **sample_values)))
             elif command == "sweep":
                 stages.run_sweep(materials)
             elif command == "report":

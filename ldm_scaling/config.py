@@ -201,15 +201,16 @@ class Sweep:
     run, and reported on `report_block`, where only the chosen one does: no figure needs the rest.
 
     Attributes:
-      samplers: names known to `sampling.solvers`.
+      samplers: as `sampling.solvers` knows them, with options or without: `ddim:eta=0.5`.
       steps: step counts.
-      max_steps: sampler -> most steps it is run with (the paper stops DPM-Solver++ at 20).
+      max_steps: sampler, with options or without -> most steps it is run with (the paper stops
+        DPM-Solver++ at 20).
       guidance: guidance rates.
-      spacing: timestep spacing.
+      spacing: timestep spacing, see `sampling.grid`; empty is each sampler's own.
       num_images: pictures per configuration and block.
       select_block, report_block: two different blocks of validation prompts and noise.
       replicates: bootstrap replicates on the report block.
-      batch_size: pictures sampled at a time, over all devices.
+      batch_size: lanes: pictures that are sampled at a time, over all devices.
       feature_side: side that pictures are resized to for the feature network.
     """
 

@@ -37,10 +37,26 @@ def test_unknown_command_names_the_nearest(capsys):
     assert_error(run(capsys, "swep"), "'swep'", "did you mean sweep?")
 
 
-def test_missing_flags(capsys):
-    assert_error(run(capsys, "study", "--workdir=x"), "needs --config")
+def test_missing_flags(capsys, tmp_path):
     assert_error(run(capsys, "study", TINY), "needs --workdir")
     assert_error(run(capsys, "study", "--config=nowhere.py", "--workdir=x"), "no such file")
+    new = tmp_path / "new"
+    for command in ("study", "sample"):
+        result = run(capsys, command, f"--workdir={new}")
+        assert_error(result, f"{new}/study.json is not there", "give --config=FILE once")
+    assert not new.exists()
+    result = run(capsys, "train", f"--workdir={new}", "--config.train.steps=3")
+    assert_error(result, "--config.train.steps", "--config=FILE", "give that too")
+
+
+@pytest.mark.parametrize("arguments, parts", [
+    (["sweep", "--prompt=x"], ["sweep takes no --prompt", "belongs to sample"]),
+    (["study", "--seeds=0:8"], ["study takes no --seeds", "belongs to sample"]),
+    (["sample", "--format=json"], ["sample takes no --format", "belongs to zoo"]),
+    (["zoo", "--workdir=x"], ["zoo takes no --workdir", "prepare, train"]),
+])  # fmt: skip
+def test_flag_of_another_command(capsys, arguments, parts):
+    assert_error(run(capsys, *arguments), *parts)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +117,86 @@ def test_workdir_of_another_config(capsys, tmp_path):
 def test_stages_say_what_must_come_first(capsys, tmp_path):
     result = run(capsys, "sample", TINY, f"--workdir={tmp_path}/run")
     assert_error(result, "not trained", "ldm-scaling train")
+
+
+def test_config_is_kept_in_the_workdir(capsys, tmp_path, monkeypatch):
+    from ldm_scaling.study import stages
+
+    seen = []
+    monkeypatch.setattr(stages, "prepare", lambda materials: seen.append(materials.study))
+    where = f"--workdir={tmp_path}/run"
+    for arguments in ([TINY], [], [TINY, "--config.sweep.guidance=(2.5,)"], []):
+        assert run(capsys, "prepare", where, *arguments)[0] == 0
+    assert seen[0] == seen[1] != seen[2] == seen[3]
+    assert seen[3].sweep.guidance == (2.5,)
+    # A workdir of before there was a config in it.
+    marker = tmp_path / "run" / "study.json"
+    body = json.loads(marker.read_text())
+    del body["config"]
+    marker.write_text(json.dumps(body))
+    assert_error(run(capsys, "prepare", where), f"{marker} holds no config", "give --config=FILE")
+    assert run(capsys, "prepare", where, TINY)[0] == run(capsys, "prepare", where)[0] == 0
+
+
+@pytest.fixture(scope="module")
+def bound(tmp_path_factory):
+    """The flag of a workdir that knows its config."""
+    import runpy
+
+    from ldm_scaling.config import parse
+    from ldm_scaling.study.workdir import Workdir
+
+    path = tmp_path_factory.mktemp("bound")
+    Workdir(path).bind(parse(runpy.run_path("configs/demo.py")["get_config"]("tiny")))
+    return f"--workdir={path}"
+
+
+def test_flags_of_sample(capsys, bound, monkeypatch):
+    from ldm_scaling.study import stages
+
+    seen = []
+    monkeypatch.setattr(
+        stages, "sample", lambda materials, **values: seen.append(values) or ["a.png"]
+    )
+    status, out, _ = run(
+        capsys, "sample", bound, "--prompt=a red, shiny apple", "--prompt", "two dogs",
+        "--sampler=ddim:eta=0.5,final=zero,dpmpp_2m:solver_type=heun,heun", "--sampler=ddpm",
+        "--steps=4, 8", "--steps=12", "--guidance=1,3.5", "--seeds=0:3,7", "--seeds=9",
+        "--spacing=timesteps:999,500", "--member=c8,c16",
+    )
+    assert status == 0 and out == "a.png\n"
+    assert run(capsys, "sample", bound, "--seeds=4", "--guidance=5")[0] == 0
+    nothing = dict.fromkeys(("sampler", "steps", "guidance", "seeds", "spacing", "member"))
+    assert seen == [
+        {
+            "prompts": ["a red, shiny apple", "two dogs"],
+            "sampler": ["ddim:eta=0.5,final=zero", "dpmpp_2m:solver_type=heun", "heun", "ddpm"],
+            "steps": [4, 8, 12], "guidance": [1.0, 3.5], "seeds": [0, 1, 2, 7, 9],
+            "spacing": "timesteps:999,500", "member": ["c8", "c16"],
+        },
+        {**nothing, "prompts": [], "seeds": [4], "guidance": [5.0]},
+    ]
+
+
+@pytest.mark.parametrize("flag, parts", [
+    ("--steps=many", ["--steps", "'many' is not a whole number", "--steps=4,8,12"]),
+    ("--steps=4,,8", ["--steps=4,,8", "a value is missing"]),
+    ("--steps=2.5", ["'2.5' is not a whole number"]),
+    ("--steps=0", ["0 steps", "1 or more"]),
+    ("--steps=5000", ["ddim", "5000 steps", "1000"]),
+    ("--guidance=high", ["'high' is not a number", "--guidance=1,3,5"]),
+    ("--guidance=nan", ["guidance: nan", "finite"]),
+    ("--seeds=8:0", ["'8:0' is no range of seeds", "--seeds=0:8"]),
+    ("--seeds=0:8:2", ["'0:8:2' is no range of seeds", "--seeds=0:8"]),
+    ("--seeds=a", ["'a' is not a whole number", "--seeds=0:8"]),
+    ("--seeds=-1", ["seeds: -1", "from 0"]),
+    ("--sampler=dimm", ["'dimm'", "did you mean 'ddim'"]),
+    ("--sampler=ddim:eat=1", ["'eat'", "did you mean 'eta'"]),
+    ("--spacing=trialing", ["trialing", "trailing"]),
+    ("--member=c9", ["member: 'c9'", "choose from c8, c16"]),
+])  # fmt: skip
+def test_value_that_sample_cannot_take(capsys, bound, flag, parts):
+    assert_error(run(capsys, "sample", bound, "--prompt=x", flag), *parts)
 
 
 def test_unexpected_error_is_one_line_and_its_traceback_is_logged(capsys, tmp_path, monkeypatch):

@@ -64,11 +64,24 @@ _MEASURES = (
 )
 MEASURES = {m.name: m for m in _MEASURES}
 
+# As their papers write them.
 SAMPLERS = {
     "ddim": "DDIM",
     "ddpm": "DDPM",
-    "dpmpp_1": "DPM-Solver++ (1)",
+    "ddpm_large": "DDPM (large variance)",
+    "euler": "Euler",
+    "euler_ancestral": "Euler ancestral",
+    "heun": "Heun",
+    "dpmpp_1s": "DPM-Solver++ (1S)",
+    "dpmpp_2s": "DPM-Solver++ (2S)",
     "dpmpp_2m": "DPM-Solver++ (2M)",
+    "dpmpp_3m": "DPM-Solver++ (3M)",
+    "dpmpp_sde": "SDE-DPM-Solver++ (1S)",
+    "dpmpp_2m_sde": "SDE-DPM-Solver++ (2M)",
+    "dpmpp_3m_sde": "SDE-DPM-Solver++ (3M)",
+    "unipc": "UniPC",
+    "lcm": "LCM",
+    "codi": "CoDi",
 }
 
 AXES = {
@@ -89,9 +102,18 @@ def measure(name: str) -> Measure:
 
 
 def sampler(name: str) -> str:
-    """A sampler's name for readers; an unknown one keeps its own, a spacing stays behind it."""
-    base, comma, spacing = name.partition(", ")
-    return SAMPLERS.get(base, base) + comma + spacing
+    """A sampler's name for readers; an unknown one keeps its own, a spacing stays behind it.
+
+    `ddim:eta=0.5,final=zero` is DDIM with eta 0.5, final zero.
+    """
+    spec, comma, spacing = name.partition(", ")
+    base, _, options = spec.partition(":")
+    text = SAMPLERS.get(base, base)
+    if options:
+        text += " with " + ", ".join(
+            option.replace("=", " ", 1).replace("_", " ") for option in options.split(",")
+        )
+    return text + comma + spacing
 
 
 def number(value: float) -> str:

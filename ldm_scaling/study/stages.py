@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
-import re
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
-import numpy as np
 
-from ldm_scaling import files, pictures
 from ldm_scaling.config import Study
 from ldm_scaling.data import loader, openmoji
 from ldm_scaling.diffusion import schedule as schedule_lib
@@ -17,15 +17,14 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.models import cost, efficientnet, text_encoder, zoo
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling import solvers
-from ldm_scaling.sampling.packing import Configuration
-from ldm_scaling.sampling.solvers import SOLVERS
-from ldm_scaling.study import publish, sweep
+from ldm_scaling.study import gallery, publish, sweep
+from ldm_scaling.study import request as request_lib
 from ldm_scaling.study.materials import SPLITS, Materials
 from ldm_scaling.study.progress import Progress
 from ldm_scaling.study.workdir import Workdir
 from ldm_scaling.tasks import autoencoder as autoencoder_task
 from ldm_scaling.tasks import text_to_image
-from ldm_scaling.tasks.drawing import sampling_key
+from ldm_scaling.tasks.drawing import Drawer
 from ldm_scaling.training import checkpoint, loop
 
 log = logging.getLogger(__name__)
@@ -52,12 +51,14 @@ def check(study: Study, workdir: Workdir) -> Materials:
     ):
         mesh_lib.check_batch(materials.mesh, size, f"config: {name}")
     schedule = schedule_lib.get(study.diffusion.schedule)
-    tables = [(n, s, study.sweep.spacing) for n in study.sweep.samplers for s in study.sweep.steps]
-    tables += [(n, 1, study.sweep.spacing) for n in study.sweep.max_steps if n not in SOLVERS]
+    names = [solvers.canonical(name) for name in study.sweep.samplers]
+    if len(set(names)) < len(names):
+        raise UserError(f"config: sweep.samplers={study.sweep.samplers} names one of them twice")
+    tables = [(n, s, study.sweep.spacing) for n in study.sweep.samplers for s in study.sweep.steps
+              if s <= sweep.most_steps(study, n)]
     tables += [(study.sample.sampler, study.sample.steps, study.sample.spacing)]
     for name, steps, spacing in tables:
-        if steps <= study.sweep.max_steps.get(name, steps):
-            solvers.make(name, schedule, steps, study.diffusion.prediction, spacing)
+        solvers.make(name, schedule, steps, study.diffusion.prediction, spacing or None)
     openmoji.load()
     text_encoder.load(study.data.text_length)
     efficientnet.load(study.sweep.feature_side)
@@ -107,43 +108,40 @@ def train(materials: Materials) -> None:
         )
 
 
-def sample(materials: Materials, prompts: list[str] | None = None) -> list[str]:
-    """A grid of every member, same captions and noise; returns the files.
+def sample(
+    materials: Materials, prompts: Sequence[str] = (),
+    drawer: Callable[[str], Drawer] | None = None, **values: Any,
+) -> list[str]:
+    """A labelled grid of what members draw; returns the files.
 
-    A file that is there already, of the same captions and settings, is not drawn again.
+    A file that is there already, of the same settings, is not drawn again.
 
     Args:
       materials: of the study.
-      prompts: captions, repeated up to `sample.num_images`; default validation captions.
+      prompts: captions; without any `sample.num_images` validation captions, each with the noise
+        of its own number unless seeds are given.
+      drawer: see `gallery.draw`.
+      **values: sampler, steps, guidance, seeds, spacing, member, see `request.of`.
     Raises:
-      UserError: when a member is not trained.
+      UserError: as `gallery.sample`.
     """
-    study, config = materials.study, materials.study.sample
-    materials.require_trained()
-    if prompts:
-        count = max(config.num_images, len(prompts))
-        prompts = (prompts * -(-count // len(prompts)))[:count]
-        context_NLD = materials.text_encoder.states(prompts)[0]
-        index_N = np.arange(count)
-        words = re.sub(r"\W+", "-", prompts[0]).strip("-").lower()[:40] or "empty"
-        stem = f"{words}_{files.sha256_of(prompts)[:6]}"
-    else:
+    study = materials.study
+    wanted = request_lib.of(study, prompts or ("",), **values)
+    gallery.require_trained(materials, wanted.member)
+    stem, context_PLD = wanted.name, None
+    if not prompts:
         block = materials.prompts(study.sweep.report_block)
-        n = min(config.num_images, len(block.index_N))
-        context_NLD, index_N, stem = block.context_NLD[:n], block.index_N[:n], "validation"
-    how = f"{config.sampler}_{config.steps}steps_{config.spacing}_w{config.guidance:g}"
-    written = []
-    for member in study.members:
-        path = materials.workdir / "samples" / f"{stem}_{how}_{member}.png"
-        if not path.exists():
-            params, drawer = materials.member_params(member), materials.drawer(member)
-            table = drawer.table(config.sampler, config.steps, config.spacing)
-            drawn = Configuration(table, config.guidance, index_N, np.arange(len(index_N)))
-            key = sampling_key(study.seed)
-            (images,) = drawer.pictures(params, [drawn], context_NLD, key)
-            pictures.save_png(path, pictures.tile(images))
-        written.append(str(path))
-    return written
+        n = min(study.sample.num_images, len(block.index_N))
+        own = [(seed,) for seed in block.index_N[:n].tolist()]
+        seeds = own if values.get("seeds") is None else wanted.seeds * n
+        wanted = dataclasses.replace(wanted, prompt=block.captions[:n], seeds=tuple(seeds))
+        stem, context_PLD = f"validation_{wanted.name}", block.context_NLD[:n]
+    path = materials.workdir / "samples" / f"{stem}.png"
+    if not path.exists():
+        if context_PLD is None:
+            context_PLD = gallery.text_states(materials, wanted.prompt)
+        gallery.draw(materials, wanted, context_PLD, drawer).save(path)
+    return [str(path)]
 
 
 def run_sweep(materials: Materials) -> None:
@@ -202,6 +200,6 @@ def study_all(materials: Materials) -> str:
     """All stages, in order."""
     prepare(materials)
     train(materials)
-    sample(materials)
+    sample(materials, drawer=materials.drawer)
     run_sweep(materials)
     return run_report(materials)

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import logging
 import os
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Any
 
 from etils import epath
 
-from ldm_scaling import files
+from ldm_scaling import config, files
 from ldm_scaling.config import Study
 from ldm_scaling.errors import UserError
 
 log = logging.getLogger(__name__)
 
+MARKER = "study.json"
+
 
 class Workdir:
     """Paths of a study.
 
-        study.json            the config that the workdir is bound to
+        study.json            what the workdir is bound to, and the config that was used last
         log.txt               everything that was logged, tracebacks too
         data/                 the prepared pictures, and the text states
         autoencoder/          checkpoints/, events/, samples/, curves.csv
@@ -46,37 +49,47 @@ class Workdir:
         """Folder of a member's training run."""
         return self.path / "models" / name
 
+    def last_config(self) -> Study:
+        """The config that was used last here, as `bind` kept it.
+
+        Raises:
+          UserError: when the workdir holds none: it is not there, or older than this.
+        """
+        body = self._marker()
+        if body is None or "config" not in body:
+            what = "holds no config" if body else "is not there"
+            raise UserError(
+                f"{self.path / MARKER} {what}: give --config=FILE once, the workdir keeps it"
+            )
+        try:
+            return config.parse(body["config"])
+        except UserError as e:
+            raise UserError(f"{self.path / MARKER}: {e}; give --config=FILE anew") from e
+
     def bind(self, study: Study) -> None:
-        """Ties the workdir to a config, or checks that it is tied to this one.
+        """Ties the workdir to a config, or checks that it is tied to this one; keeps the config.
 
         Raises:
           UserError: when the folder cannot be used, or belongs to another config; it names the
             keys that differ. Nothing is written then.
         """
-        marker = self.path / "study.json"
-        want = json.loads(json.dumps(study.identity()))
+        body = self._marker()
+        want = json.loads(json.dumps(
+            {"name": study.name, "identity": study.identity(), "config": dataclasses.asdict(study)}
+        ))
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            have = json.loads(marker.read_text())["identity"] if marker.exists() else None
         except OSError as e:
-            raise UserError(
-                f"cannot use the workdir {self.path}: {e.strerror or e}; choose another --workdir"
-            ) from e
-        except (ValueError, KeyError, TypeError) as e:
-            raise UserError(
-                f"{marker} is damaged ({e}): restore it, or choose another --workdir"
-            ) from e
-        if have is None:
+            raise self._unusable(e) from e
+        if body is None:
             for name in ("autoencoder", "models", "latents", "records"):
                 if (self.path / name).exists():
                     raise UserError(
-                        f"{marker} is missing but {self.path / name} is there, of an unknown "
-                        "config: restore the file, or choose another --workdir"
+                        f"{self.path / MARKER} is missing but {self.path / name} is there, of an "
+                        "unknown config: restore the file, or choose another --workdir"
                     )
-            body = {"name": study.name, "identity": want}
-            files.atomic_write_text(marker, json.dumps(body, indent=1, sort_keys=True) + "\n")
-        elif have != want:
-            a, b = _flat(have), _flat(want)
+        elif body["identity"] != want["identity"]:
+            a, b = _flat(body["identity"]), _flat(want["identity"])
             changed = [
                 f"{k} is {a.get(k, 'absent')!r} there, {b.get(k, 'absent')!r} here"
                 for k in sorted(a.keys() | b.keys()) if a.get(k, "absent") != b.get(k, "absent")
@@ -89,6 +102,29 @@ class Workdir:
             )
         if not os.access(self.path, os.W_OK):
             raise UserError(f"cannot write to the workdir {self.path}: choose another --workdir")
+        if body != want:
+            text = json.dumps(want, indent=1, sort_keys=True) + "\n"
+            files.atomic_write_text(self.path / MARKER, text)
+
+    def _marker(self) -> dict[str, Any] | None:
+        """What study.json holds; None where there is none."""
+        marker = self.path / MARKER
+        try:
+            body = json.loads(marker.read_text()) if marker.exists() else None
+            if body is not None and not isinstance(body.get("identity"), dict):
+                raise ValueError("it has no identity")
+        except OSError as e:
+            raise self._unusable(e) from e
+        except (ValueError, AttributeError) as e:
+            raise UserError(
+                f"{marker} is damaged ({e}): restore it, or choose another --workdir"
+            ) from e
+        return body
+
+    def _unusable(self, e: OSError) -> UserError:
+        return UserError(
+            f"cannot use the workdir {self.path}: {e.strerror or e}; choose another --workdir"
+        )
 
     def lock(self) -> IO[str]:
         """Holds the workdir for this process while the returned file is open.

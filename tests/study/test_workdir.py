@@ -1,0 +1,44 @@
+"""The workdir keeps its config whole."""
+
+import json
+import runpy
+
+import pytest
+
+from ldm_scaling import config
+from ldm_scaling.errors import UserError
+from ldm_scaling.study.workdir import Workdir
+
+STUDIES = {
+    "default": lambda: config.default(),
+    "tiny": lambda: runpy.run_path("configs/demo.py")["get_config"]("tiny"),
+    "paper": lambda: runpy.run_path("configs/t2i_866m.py")["get_config"](""),
+    "odd": lambda: {
+        "name": "Größe", "sweep": {"guidance": [1.1, 1e-3], "max_steps": {"ddim": 7}},
+        "train": {"learning_rate": 3e-05, "compute_dtype": "bfloat16"},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_last_config_is_the_one_that_was_bound(name, tmp_path):
+    study = config.parse(STUDIES[name]())
+    Workdir(tmp_path).bind(study)
+    assert Workdir(tmp_path).last_config() == study
+    before = (tmp_path / "study.json").stat().st_mtime_ns
+    Workdir(tmp_path).bind(study)
+    assert (tmp_path / "study.json").stat().st_mtime_ns == before
+
+
+def test_config_that_cannot_be_read_again(tmp_path):
+    Workdir(tmp_path).bind(config.parse({}))
+    marker = tmp_path / "study.json"
+    body = json.loads(marker.read_text())
+    body["config"]["train"]["stepz"] = 3  # of another version
+    marker.write_text(json.dumps(body))
+    with pytest.raises(UserError, match=r"study.json: .*train.stepz.*give --config=FILE anew"):
+        Workdir(tmp_path).last_config()
+    for broken in ("{", "[]", "{}", '{"identity": 3}'):
+        marker.write_text(broken)
+        with pytest.raises(UserError, match="study.json is damaged"):
+            Workdir(tmp_path).last_config()
