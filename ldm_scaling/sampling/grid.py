@@ -1,8 +1,8 @@
 """The nodes that a sampler visits: N timesteps to call the network at, and where it ends.
 
-Two conventions of placing N nodes on T timesteps are in use, and they differ in all but trailing:
-"ddim" (DDIM, DDPM, Euler) and "dpm" (DPM-Solver, UniPC), as in diffusers. At few steps the spacing
-decides the result, so it is part of the grid's name.
+At few steps the spacing decides the result, so it is part of the grid's name. Three conventions of
+placing N nodes on T timesteps are in use, as in diffusers: "ddim" (DDIM, DDPM), "dpm" (DPM-Solver,
+UniPC) and "euler" (Euler, Heun); they differ in leading and linspace spacing.
 """
 
 from __future__ import annotations
@@ -15,8 +15,15 @@ import numpy as np
 from ldm_scaling.diffusion.schedule import Schedule
 from ldm_scaling.errors import UserError
 
-CONVENTIONS = ("ddim", "dpm")
+CONVENTIONS = ("ddim", "dpm", "euler")
 FINALS = ("abar_0", "zero")
+
+# Sabour et al. 2024 (Align Your Steps), Stable Diffusion 1.5, 10 steps and their end. Published as
+# noise levels (14.6146, 6.4746, ..., 0.0292: research.nvidia.com/labs/toronto-ai/AlignYourSteps),
+# which are the SD schedule's own at these timesteps, as diffusers' AysSchedules has them.
+AYS_TIMESTEPS = (999, 850, 736, 645, 545, 455, 343, 233, 124, 24, 0)
+# Timesteps that consistency models are distilled at, evenly out of T.
+_DISTILLED = 50
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,6 +37,8 @@ class Grid:
         alpha: (N+1,) float64 signal scale, not falling.
         sigma: (N+1,) float64 noise scale, alpha^2 + sigma^2 = 1.
         name: how the nodes were placed.
+        schedule: tells the timestep of noise levels between the nodes; a grid without one
+            interpolates between its own, its end taken for t = 0.
 
     Raises:
         UserError: if the nodes are not such.
@@ -39,6 +48,7 @@ class Grid:
     alpha: np.ndarray
     sigma: np.ndarray
     name: str
+    schedule: Schedule | None = None
 
     def __post_init__(self):
         for field in ("timesteps", "alpha", "sigma"):
@@ -75,15 +85,72 @@ class Grid:
         """N, the number of network calls of a one-call-a-step solver."""
         return len(self.timesteps)
 
+    @property
+    def noise(self) -> np.ndarray:
+        """(N+1,) noise levels sigma / alpha, infinite without signal."""
+        return _noise(self.alpha, self.sigma)
+
+    def timestep_at(self, noise: np.ndarray) -> np.ndarray:
+        """The timesteps at these noise levels sigma / alpha, linear in log between known ones."""
+        if self.schedule is not None:
+            return _timestep_at(self.schedule, noise)
+        known, t = self.noise[::-1], np.append(self.timesteps, 0.0)[::-1]
+        return np.interp(_log(noise), _log(known), t)
+
+    @property
+    def timestep_at_end(self) -> float:
+        """The timestep of the last node; 0 where that has no noise."""
+        return float(self.timestep_at(self.noise[-1:])[0]) if self.sigma[-1] else 0.0
+
+    def with_midpoints(self) -> Grid:
+        """The grid with a node halfway in log-SNR on every step of finite length but zero."""
+        noise = self.noise
+        k = np.flatnonzero(np.isfinite(noise[:-1]) & (noise[1:] > 0) & (noise[1:] < noise[:-1]))
+        middle = np.sqrt(noise[k] * noise[k + 1])
+        alpha, sigma = _from_noise(middle)
+        return dataclasses.replace(
+            self,
+            timesteps=np.insert(self.timesteps, k + 1, self.timestep_at(middle)),
+            alpha=np.insert(self.alpha, k + 1, alpha), sigma=np.insert(self.sigma, k + 1, sigma),
+            name=f"{self.name}-midpoints",
+        )
+
+
+def _log(noise: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore"):
+        return np.log(noise)
+
+
+def _noise(alpha: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore"):
+        return sigma / alpha
+
+
+def _from_noise(noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    alpha = 1 / np.hypot(1, noise)
+    return alpha, noise * alpha
+
+
+def _timestep_at(schedule: Schedule, noise: np.ndarray) -> np.ndarray:
+    known = _noise(schedule.alpha, schedule.sigma)
+    return np.interp(_log(noise), _log(known), np.arange(schedule.num_timesteps))
+
+
+def _end(schedule: Schedule, final: str) -> tuple[float, float]:
+    if final not in FINALS:
+        raise UserError(f"unknown final node {final!r}: choose one of {', '.join(FINALS)}")
+    return (schedule.alpha[0], schedule.sigma[0]) if final == "abar_0" else (1.0, 0.0)
+
 
 def from_timesteps(
-    schedule: Schedule, timesteps: Sequence[int], final: str = "abar_0", name: str = "custom"
+    schedule: Schedule, timesteps: Sequence[float], final: str = "abar_0", name: str = "custom"
 ) -> Grid:
     """The grid that visits the given timesteps, first to last, and ends at `final`.
 
     Args:
         schedule: the noise schedule.
-        timesteps: whole numbers in [0, T), strictly falling.
+        timesteps: in [0, T-1], strictly falling. Between whole numbers sigma / alpha is linear,
+            as in diffusers' Euler.
         final: where the last step ends: "abar_0" at the schedule's first node (CompVis's, and
             diffusers' set_alpha_to_one=False and final_sigmas_type="sigma_min"), "zero" without
             noise.
@@ -92,42 +159,110 @@ def from_timesteps(
     Raises:
         UserError: for other timesteps or another `final`.
     """
-    if final not in FINALS:
-        raise UserError(f"unknown final node {final!r}: choose one of {', '.join(FINALS)}")
+    end = _end(schedule, final)
     t_N = np.asarray(timesteps, np.float64)
     last = schedule.num_timesteps - 1
-    wrong = t_N[(t_N != np.round(t_N)) | (t_N < 0) | (t_N > last)]
+    wrong = t_N[~((t_N >= 0) & (t_N <= last))]
     if wrong.size:
-        raise UserError(f"timestep {wrong.flat[0]:g}: give whole numbers from {last} down to 0")
-    nodes = t_N.astype(np.int64)
-    abar = schedule.alphas_cumprod
-    end = abar[0] if final == "abar_0" else 1.0
-    abar = np.append(abar[nodes], end)
-    return Grid(t_N, np.sqrt(abar), np.sqrt(1 - abar), f"{name}-{final}")
+        raise UserError(f"timestep {wrong.flat[0]:g}: give numbers from {last} down to 0")
+    nodes = np.floor(t_N).astype(np.int64)
+    alpha, sigma = schedule.alpha[nodes], schedule.sigma[nodes]
+    between = nodes != t_N
+    if np.any(between):
+        noise = _noise(schedule.alpha, schedule.sigma)
+        noise = np.interp(t_N[between], np.arange(last + 1), noise)
+        alpha[between], sigma[between] = _from_noise(noise)
+    alpha, sigma = np.append(alpha, end[0]), np.append(sigma, end[1])
+    return Grid(t_N, alpha, sigma, f"{name}-{final}", schedule)
 
 
-def _leading(steps: int, num_timesteps: int, convention: str, offset: int) -> np.ndarray:
+def from_sigmas(
+    schedule: Schedule, sigmas: Sequence[float], final: str = "abar_0", name: str = "custom"
+) -> Grid:
+    """The grid that visits the given noise levels sigma / alpha, first to last.
+
+    The network is told fractional timesteps, linear in the logarithm of the noise level.
+
+    Args:
+        schedule: the noise schedule.
+        sigmas: strictly falling, within the schedule's range but for 1% that published lists are
+            rounded by.
+        final: see `from_timesteps`.
+        name: for the grid's name.
+
+    Raises:
+        UserError: for other noise levels or another `final`.
+    """
+    end = _end(schedule, final)
+    noise_N = np.asarray(sigmas, np.float64)
+    low, high = _noise(schedule.alpha, schedule.sigma)[[0, -1]]
+    wrong = noise_N[~((noise_N >= 0.99 * low) & (noise_N <= 1.01 * high) & (noise_N < np.inf))]
+    if wrong.size:
+        raise UserError(
+            f"sigma {wrong.flat[0]:g}: schedule {schedule.name!r} has noise levels sigma / alpha "
+            f"from {high:.6g} down to {low:.6g}"
+        )
+    inside = np.clip(noise_N, low, high)
+    alpha, sigma = _from_noise(inside)
+    if final == "abar_0" and inside.size and np.isclose(inside[-1], low, rtol=1e-9):
+        alpha[-1], sigma[-1] = end  # the end itself, to the last bit
+    alpha, sigma = np.append(alpha, end[0]), np.append(sigma, end[1])
+    return Grid(_timestep_at(schedule, inside), alpha, sigma, f"{name}-{final}", schedule)
+
+
+def _leading(steps: int, T: int, convention: str, offset: int) -> np.ndarray:
     dpm = convention == "dpm"
-    stride = num_timesteps // (steps + dpm)
+    stride = T // (steps + dpm)
     return (np.arange(steps) + dpm)[::-1] * stride + offset
 
 
-def _trailing(steps: int, num_timesteps: int, convention: str) -> np.ndarray:
+def _trailing(steps: int, T: int, convention: str) -> np.ndarray:
     # As diffusers rounds it (halves to even, after float error); arange may yield one node too
     # many, at -1, for instance at 61 steps.
-    t = np.round(np.arange(num_timesteps, 0, -num_timesteps / steps))
-    return t[:steps] - 1
+    return np.round(np.arange(T, 0, -T / steps))[:steps] - 1
 
 
-def _linspace(steps: int, num_timesteps: int, convention: str) -> np.ndarray:
+def _linspace(steps: int, T: int, convention: str) -> np.ndarray:
     dpm = convention == "dpm"
-    return np.round(np.linspace(0, num_timesteps - 1, steps + dpm))[::-1][:steps]
+    t_N = np.linspace(0, T - 1, steps + dpm)[::-1][:steps]
+    return t_N if convention == "euler" else np.round(t_N)
 
 
-_NODES: dict[str, Callable[..., np.ndarray]] = {
-    "leading": _leading, "trailing": _trailing, "linspace": _linspace,
+def _lcm(steps: int, T: int, convention: str) -> np.ndarray:
+    distilled = np.arange(_DISTILLED, 0, -1) * (T // _DISTILLED) - 1
+    return distilled[np.floor(np.linspace(0, _DISTILLED, steps, endpoint=False)).astype(int)]
+
+
+def _codi(steps: int, T: int, convention: str) -> np.ndarray:
+    distilled = np.arange(_DISTILLED - 1, -1, -1) * (T // _DISTILLED)
+    return distilled[:: -(-_DISTILLED // steps)]
+
+
+_TIMESTEPS: dict[str, Callable[..., np.ndarray]] = {
+    "leading": _leading, "trailing": _trailing, "linspace": _linspace, "lcm": _lcm, "codi": _codi,
 }
-SPACINGS = tuple(_NODES)
+
+
+def _karras(steps: int, noise_T: np.ndarray, rho: float = 7.0) -> np.ndarray:
+    high, low = noise_T[-1] ** (1 / rho), noise_T[0] ** (1 / rho)
+    return np.linspace(high, low, steps) ** rho
+
+
+def _exponential(steps: int, noise_T: np.ndarray) -> np.ndarray:
+    return np.exp(np.linspace(np.log(noise_T[-1]), np.log(noise_T[0]), steps))
+
+
+def _ays(steps: int, noise_T: np.ndarray) -> np.ndarray:
+    t = np.round(np.array(AYS_TIMESTEPS) * (len(noise_T) - 1) / AYS_TIMESTEPS[0]).astype(int)
+    x = np.linspace(0, len(t) - 1, steps + 1)[:-1]
+    return np.exp(np.interp(x, np.arange(len(t)), np.log(noise_T[t])))
+
+
+_SIGMAS: dict[str, Callable[..., np.ndarray]] = {
+    "karras": _karras, "exponential": _exponential, "ays": _ays,
+}
+_LISTS = {"timesteps": from_timesteps, "sigmas": from_sigmas}
+SPACINGS = (*_TIMESTEPS, *_SIGMAS)
 
 
 def build(
@@ -138,14 +273,27 @@ def build(
 
     With T timesteps and N steps the nodes are (half-integers round to even)
 
-    | spacing  | "ddim" convention             | "dpm" convention                         |
-    |----------|-------------------------------|------------------------------------------|
-    | leading  | (T // N) i + offset, i < N    | (T // (N+1)) i + offset, 1 <= i <= N     |
-    | trailing | round(T - i T / N) - 1        | the same                                 |
-    | linspace | round(linspace(0, T-1, N))    | round(linspace(0, T-1, N+1)) without 0   |
+    | spacing       | nodes                                                                     |
+    |---------------|---------------------------------------------------------------------------|
+    | leading       | (T // N) i + offset, i < N; "dpm": (T // (N+1)) i + offset, 1 <= i <= N   |
+    | trailing      | round(T - i T / N) - 1                                                    |
+    | linspace      | linspace(0, T-1, N), rounded but in "euler"; "dpm": N+1 of them without 0 |
+    | lcm           | N out of the 50 of which the last is T-1                                  |
+    | codi          | N out of the 50 of which the first is 0                                   |
+    | karras        | even in (sigma / alpha)^(1/7) over all noise levels; "karras:rho=5"       |
+    | exponential   | even in log(sigma / alpha) over all noise levels                          |
+    | ays           | Align Your Steps' 10 for Stable Diffusion, log-linear between them        |
+    | timesteps:... | the N that are given: "timesteps:999,759,499,259"                         |
+    | sigmas:...    | the N noise levels sigma / alpha that are given: "sigmas:14.6,6.5,3.9"    |
+
+    At the noise levels of karras, exponential, ays and sigmas the network is told fractional
+    timesteps. With `final="abar_0"` karras and exponential end where their last node is.
+
+    Sources: diffusers (leading, trailing, linspace by convention; lcm from scheduling_lcm.py);
+    CoDi's public pipeline; Karras et al. 2022, eq. 5; Sabour et al. 2024.
 
     Args:
-        spacing: one of `SPACINGS`.
+        spacing: one of `SPACINGS`, or a list as above.
         schedule: the noise schedule.
         steps: N.
         convention: one of `CONVENTIONS`.
@@ -153,62 +301,90 @@ def build(
         offset: for leading only; 1 (Stable Diffusion's) if not given.
 
     Raises:
-        UserError: for an unknown name, an offset that does not belong, or more steps than the
-            spacing can make.
+        UserError: for an unknown name, an offset that does not belong, or a number of steps that
+            the spacing cannot make; it says which it can.
     """
-    if spacing not in _NODES:
-        raise UserError(f"unknown spacing {spacing!r}: choose one of {', '.join(SPACINGS)}")
+    kind, colon, text = spacing.partition(":")
+    if kind not in (*SPACINGS, *_LISTS) or (colon and kind not in ("karras", *_LISTS)):
+        raise UserError(
+            f"unknown spacing {spacing!r}: choose one of {', '.join(SPACINGS)}, or a list such as "
+            "timesteps:999,759,499,259 or sigmas:14.6,3.9,1.4"
+        )
     if convention not in CONVENTIONS:
         raise UserError(
             f"unknown grid convention {convention!r}: choose one of {', '.join(CONVENTIONS)}"
         )
     if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
         raise UserError(f"steps={steps!r}: give a whole number of 1 or more")
-    options = {}
-    name = f"{spacing}-{convention}"
-    if spacing == "leading":
-        options["offset"] = 1 if offset is None else offset
-        if offset not in (None, 1):
-            name = f"{spacing}+{offset}-{convention}"
-    elif offset is not None:
+    if offset is not None and kind != "leading":
         raise UserError(f"offset={offset} does not belong to {spacing} spacing: leave it out, or "
                         "use spacing 'leading'")
+    if kind in _LISTS:
+        values = _numbers(spacing, text)
+        if len(values) != steps:
+            raise UserError(
+                f"spacing {spacing!r} places {len(values)} steps, but steps={steps}: make them "
+                "agree"
+            )
+        return _LISTS[kind](schedule, values, final, spacing)
+    if kind in _SIGMAS:
+        options = {}
+        if colon:
+            key, _, value = text.partition("=")
+            options["rho"] = rho = _numbers(spacing, value)[0] if key == "rho" else 0.0
+            if not 0 < rho < np.inf:
+                raise UserError(f"spacing {spacing!r}: write karras:rho=7, with rho above 0")
+        if schedule.zero_terminal_snr:
+            raise UserError(
+                f"{spacing} spacing goes by noise levels sigma / alpha, which have no highest on "
+                f"schedule {schedule.name!r}, that ends in pure noise: use spacing 'trailing'"
+            )
+        noise_T = _noise(schedule.alpha, schedule.sigma)
+        return from_sigmas(schedule, _SIGMAS[kind](steps, noise_T, **options), final, spacing)
+    return _build_timesteps(kind, schedule, steps, convention, final, offset)
 
-    last = schedule.num_timesteps - 1
 
-    def nodes(n: int) -> np.ndarray:
-        return _NODES[spacing](n, schedule.num_timesteps, convention, **options)
-
-    def fits(t: np.ndarray) -> bool:
-        return t[0] <= last and t[-1] >= 0 and bool(np.all(np.diff(t) < 0))
-
-    t_N = nodes(steps)
-    if not fits(t_N):
-        most = next((n for n in range(min(steps - 1, last + 1), 0, -1) if fits(nodes(n))), 0)
+def _numbers(spacing: str, text: str) -> list[float]:
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
         raise UserError(
-            f"{name} spacing cannot place {steps} steps on {last + 1} timesteps: use at most "
-            f"{most} steps, or another spacing ({', '.join(SPACINGS)})"
+            f"spacing {spacing!r}: {text!r} is not a list of numbers with commas between"
+        ) from None
+
+
+def _build_timesteps(
+    spacing: str, schedule: Schedule, steps: int, convention: str, final: str, offset: int | None
+) -> Grid:
+    name, options = spacing, {}
+    if spacing == "leading":
+        options["offset"] = 1 if offset is None else offset
+        name += f"+{offset}" if offset not in (None, 1) else ""
+    if spacing in ("leading", "linspace"):
+        name += f"-{convention}"
+    T = schedule.num_timesteps
+
+    def place(n: int) -> np.ndarray | None:
+        t = _TIMESTEPS[spacing](n, T, convention, **options)
+        fits = len(t) == n and t[0] < T and t[-1] >= 0 and np.all(np.diff(t) < 0)
+        return t if fits else None
+
+    t_N = place(steps)
+    if t_N is None:
+        can = [n for n in range(1, T + 1) if place(n) is not None]
+        raise UserError(
+            f"{name} spacing cannot place {steps} steps on {T} timesteps: it can place "
+            f"{_ranges(can) or 'none'}; or use another spacing ({', '.join(SPACINGS)})"
         )
     return from_timesteps(schedule, t_N, final, name)
 
 
-def leading(
-    schedule: Schedule, steps: int, convention: str = "ddim", final: str = "abar_0",
-    offset: int = 1,
-) -> Grid:
-    """Stable Diffusion's spacing: starts below T-1 (t=751 at 4 steps), see `build`."""
-    return build("leading", schedule, steps, convention, final, offset)
-
-
-def trailing(
-    schedule: Schedule, steps: int, convention: str = "ddim", final: str = "abar_0"
-) -> Grid:
-    """Starts at T-1, whatever N; see `build`. Source: Lin et al. 2023, section 3.3."""
-    return build("trailing", schedule, steps, convention, final)
-
-
-def linspace(
-    schedule: Schedule, steps: int, convention: str = "ddim", final: str = "abar_0"
-) -> Grid:
-    """Both ends of [0, T-1] in the "ddim" convention, all but 0 in "dpm"; see `build`."""
-    return build("linspace", schedule, steps, convention, final)
+def _ranges(numbers: Sequence[int]) -> str:
+    """1, 2, 3, 5 as "1 to 3, 5"."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and runs[-1][-1] == n - 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ", ".join(f"{r[0]} to {r[-1]}" if len(r) > 1 else f"{r[0]}" for r in runs)

@@ -126,6 +126,44 @@ class SamplerTable:
         """R, the number of network calls per sample (guidance, two at once, counts as one)."""
         return len(self.t)
 
+    def with_guidance(self, weights_R: np.ndarray, suffix: str = "weighted") -> SamplerTable:
+        """The table whose rows take these shares of the guidance, times those they took before.
+
+        Args:
+            weights_R: one a row: 0 is no guidance, 1 the rate that is asked for. A row's rate is
+                1 + weight (rate - 1).
+            suffix: for the table's name.
+
+        Raises:
+            UserError: for another number of them, or one that is not finite.
+        """
+        weights_R = np.asarray(weights_R, np.float64)
+        if weights_R.shape != self.g.shape:
+            raise UserError(
+                f"table {self.name!r}: guidance weights of shape {weights_R.shape}: give one for "
+                f"each of the {self.calls} rows"
+            )
+        g = self.g * weights_R
+        return dataclasses.replace(self, name=f"{self.name}-{suffix}", g=g)
+
+    def with_guidance_interval(self, low: float = 0.0, high: float = np.inf) -> SamplerTable:
+        """The table with guidance only where low <= sigma / alpha <= high.
+
+        Source: Kynkäänniemi et al. 2024 (Applying Guidance in a Limited Interval).
+
+        Raises:
+            UserError: unless 0 <= low <= high.
+        """
+        if not 0 <= low <= high:
+            raise UserError(
+                f"guidance_low={low}, guidance_high={high}: give two noise levels sigma / alpha, "
+                "the lower first"
+            )
+        with np.errstate(divide="ignore"):
+            noise_R = self.sigma[:-1] / self.alpha[:-1]
+        inside_R = (low <= noise_R) & (noise_R <= high)
+        return self if inside_R.all() else self.with_guidance(inside_R, f"guided{low:g}-{high:g}")
+
     def rows(self) -> np.ndarray:
         """The rows as a sampler takes them: (R, len(COLUMNS)) float32, cast once, here."""
         return np.stack([getattr(self, column) for column in COLUMNS], axis=1).astype(np.float32)

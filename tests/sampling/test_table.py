@@ -47,10 +47,52 @@ def test_is_frozen():
 
 def test_padded():
     arrays = TABLE.padded(10)
+    assert set(arrays) == {"rows", "n"} and arrays["rows"].dtype == np.float32
     assert arrays["n"] == 7 == TABLE.calls and arrays["n"].dtype == np.int32
-    for column in COLUMNS:
-        assert arrays[column].shape == (10,) and arrays[column].dtype == np.float32
-        np.testing.assert_array_equal(arrays[column][:7], getattr(TABLE, column).astype("f4"))
-    assert TABLE.padded(7)["t"].shape == (7,)
+    assert arrays["rows"].shape == (10, len(COLUMNS)) and not arrays["rows"][7:].any()
+    for i, column in enumerate(COLUMNS):
+        wanted = getattr(TABLE, column).astype("f4")
+        np.testing.assert_array_equal(arrays["rows"][:7, i], wanted)
+    assert TABLE.padded(7)["rows"].shape == (7, len(COLUMNS))
     with pytest.raises(UserError, match="7 rows, more than max_rows=6"):
         TABLE.padded(6)
+
+
+def test_one_number_serves_all_rows():
+    assert TABLE.g.tolist() == [1] * 7 and TABLE.k3.tolist() == [0] * 7
+    with pytest.raises(UserError, match="alpha has shape"):
+        dataclasses.replace(TABLE, alpha=1.0)
+
+
+def test_a_wrong_correction_is_found():
+    unipc = solvers.make("unipc", SD, 7)
+    for column, what in (("k0", "signal"), ("k2", "signal"), ("ky", "signal"), ("kx", "signal")):
+        array = np.array(getattr(unipc, column))
+        array[4] += 1e-6
+        with pytest.raises(UserError, match=f"row 4 of 7 leaves {what}"):
+            dataclasses.replace(unipc, **{column: array})
+    ky, k0 = np.array(unipc.ky), np.array(unipc.k0)
+    ky[4] += 1e-6
+    k0[4] -= 1e-6 * unipc.alpha[3]  # the signal is right, the noise is not
+    with pytest.raises(UserError, match="row 4 of 7 leaves noise"):
+        dataclasses.replace(unipc, ky=ky, k0=k0)
+
+
+def test_guidance_of_rows():
+    noise = TABLE.sigma[:-1] / TABLE.alpha[:-1]
+    table = TABLE.with_guidance_interval(noise[4], noise[2])
+    assert table.g.tolist() == [0, 0, 1, 1, 1, 0, 0] and table.name != TABLE.name
+    assert TABLE.with_guidance_interval() is TABLE
+    both = table.with_guidance(np.arange(7) / 2)
+    assert both.g.tolist() == [0, 0, 1, 1.5, 2, 0, 0]
+    np.testing.assert_array_equal(both.a, TABLE.a)
+    pure = solvers.make("ddim", schedule.get("sd_zero_snr"), 3, "v", "trailing")
+    assert pure.with_guidance_interval(high=100.0).g.tolist() == [0, 1, 1]
+    assert pure.with_guidance_interval(low=1.0).g.tolist() == [1, 1, 0]
+    for low, high in ((2.0, 1.0), (-1.0, 1.0), (np.nan, 1.0)):
+        with pytest.raises(UserError, match="the lower first"):
+            TABLE.with_guidance_interval(low, high)
+    with pytest.raises(UserError, match="one for each of the 7 rows"):
+        TABLE.with_guidance(np.ones(6))
+    with pytest.raises(UserError, match="g is nan in row 1"):
+        TABLE.with_guidance([1, np.nan, 1, 1, 1, 1, 1])
