@@ -1,1 +1,1 @@
-"""Moments, Frechet distance, caption agreement."""
+"""Distances between sets of pictures, scores of single pictures, and how sure each one is."""

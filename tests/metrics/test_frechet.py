@@ -1,9 +1,5 @@
 """The Fréchet distance against closed forms, named peers and its own invariances."""
 
-import ast
-import importlib.util
-import pathlib
-
 import numpy as np
 import pytest
 import scipy.linalg
@@ -12,13 +8,8 @@ import scipy.stats
 from ldm_scaling.errors import UserError
 from ldm_scaling.metrics.frechet import ReferenceStats, frechet_distance, frechet_from_features
 from ldm_scaling.metrics.moments import Moments
-
-
-def _features(seed, n, d, power=0.5, offset=0.3):
-    """Correlated features with a falling spectrum."""
-    rng = np.random.default_rng(seed)
-    rotation, _ = np.linalg.qr(rng.normal(size=(d, d)))
-    return (rng.normal(size=(n, d)) * np.arange(1, d + 1.0) ** -power) @ rotation + offset
+from tests.metrics import peers
+from tests.metrics.peers import features as _features
 
 
 def _of_covariance(mean_D, covariance_DD, n=1000):
@@ -52,34 +43,64 @@ def test_equals_scipys_sqrtm_form_where_that_is_well_conditioned(d):
     assert frechet_distance(Moments.of(x), Moments.of(y)) == pytest.approx(peer, rel=1e-9)
 
 
-def _torch_fidelity():
-    """torch-fidelity's own functions of statistics, read from its file.
-
-    Importing its package would import torch and torchvision, which these functions do not use.
-    """
-    spec = importlib.util.find_spec("torch_fidelity")
-    if spec is None:
-        pytest.skip("torch-fidelity is not installed: pip install -e '.[parity]'")
-    source = (pathlib.Path(spec.origin).parent / "metric_fid.py").read_text()
-    wanted = [
-        node for node in ast.parse(source).body
-        if isinstance(node, ast.Assign) or getattr(node, "name", "") == "fid_statistics_to_metric"
-    ]
-    names = {"np": np, "vprint": lambda *_: None}
-    exec(compile(ast.Module(wanted, []), "metric_fid.py", "exec"), names)
-    return lambda *stats: names["fid_statistics_to_metric"](*stats, False)[names["KEY_METRIC_FID"]]
-
-
 @pytest.mark.parametrize("n", [400, 60])
-def test_equals_torch_fidelity(n):
+def test_equals_the_peers(n):
+    # Needs pip install -e '.[parity]'; see peers.py.
     x, y = _features(3, n, 96), _features(4, 500, 96, 0.4, 0.1)
-    theirs = _torch_fidelity()(
-        *({"mu": v.mean(axis=0), "sigma": np.cov(v, rowvar=False)} for v in (x, y))
-    )
+    (m1, c1), (m2, c2) = ((v.mean(axis=0), np.cov(v, rowvar=False)) for v in (x, y))
+    fidelity = peers.torch_fidelity("metric_fid.py")
+    theirs = fidelity.fid_statistics_to_metric(
+        {"mu": m1, "sigma": c1}, {"mu": m2, "sigma": c2}, False
+    )[fidelity.KEY_METRIC_FID]
     ours = frechet_distance(Moments.of(x), Moments.of(y))
     # With n < d the product is singular, and the square roots of its near-null eigenvalues, which
-    # the peer takes, are off by some 1e-8 each.
-    assert ours == pytest.approx(theirs, rel=1e-9 if n > 96 else 1e-5)
+    # the peers take, are off by some 1e-8 each.
+    close = pytest.approx(ours, rel=1e-9 if n > 96 else 1e-5)
+    assert theirs == close
+    assert peers.clean_fid().frechet_distance(m1, c1, m2, c2) == close
+    torch = pytest.importorskip("torch")
+    compute = peers.torchmetrics("image/fid.py")._compute_fid
+    assert float(compute(*map(torch.from_numpy, (m1, c1, m2, c2)))) == close
+
+
+def test_more_digits_than_the_peers_where_the_truth_is_known():
+    # Commuting covariances over eight orders of magnitude: tr (C1 C2)^{1/2} = sum of roots, which
+    # in float64 is the truth up to the rounding of the covariances themselves.
+    d = 256
+    q = scipy.stats.ortho_group.rvs(d, random_state=np.random.default_rng(20))
+    s1, s2 = np.logspace(0, -8, d), np.logspace(0, -7, d)
+    c1, c2 = (q * s1) @ q.T, (q * s2) @ q.T
+    exact = np.sum((np.sqrt(s1) - np.sqrt(s2)) ** 2)
+    a, b = (_of_covariance(np.zeros(d), (c + c.T) / 2) for c in (c1, c2))
+    ours = abs(frechet_distance(a, b) - exact)
+    peer = np.sqrt(np.linalg.eigvals(c1 @ c2).astype(complex)).real.sum()
+    assert ours < 1e-12 * np.sum(s1 + s2)
+    assert ours <= abs(np.sum(s1 + s2) - 2 * peer - exact)
+
+
+def test_statistics_stored_in_float32_still_have_a_root():
+    # Rounded to float32 a covariance has negative eigenvalues, which Cholesky cannot bear.
+    x, y = _features(21, 4000, 64, 2.5), _features(22, 4000, 64, 2.0)
+    a, b = Moments.of(x), Moments.of(y)
+    rough = _of_covariance(a.mean_D, a.covariance().astype(np.float32).astype(np.float64))
+    assert np.linalg.eigvalsh(rough.covariance())[0] < -1e-9
+    value = frechet_distance(a, b)
+    assert frechet_distance(rough, b) == pytest.approx(value, rel=1e-4)
+    assert frechet_distance(b, rough) == pytest.approx(value, rel=1e-4)
+
+
+def test_sets_of_few_directions_in_common():
+    # Supports that hardly overlap: the product is singular in more directions than either side.
+    rng = np.random.default_rng(23)
+    x, y = np.zeros((400, 60)), np.zeros((500, 60))
+    x[:, :35], y[:, 25:] = rng.normal(size=(400, 35)), rng.normal(size=(500, 35))
+    xc, yc = x - x.mean(0), y - y.mean(0)
+    nuclear = scipy.linalg.svdvals(xc @ yc.T).sum() / np.sqrt(399 * 499)
+    trace = (xc**2).sum() / 399 + (yc**2).sum() / 499
+    exact = np.sum((x.mean(0) - y.mean(0)) ** 2) + trace - 2 * nuclear
+    m = Moments.of(y)
+    assert frechet_distance(Moments.of(x), m) == pytest.approx(exact, rel=1e-11)
+    assert frechet_from_features(x, ReferenceStats(m, "net")) == pytest.approx(exact, rel=1e-11)
 
 
 @pytest.mark.parametrize("n1,n2,d", [(150, 150, 256), (40, 1000, 128), (3, 5, 64), (2, 2, 3)])

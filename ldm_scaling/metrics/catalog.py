@@ -1,0 +1,194 @@
+"""The table of metrics: what each needs, which way is better, where it comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from ldm_scaling.errors import UserError
+from ldm_scaling.metrics import (
+    bootstrap,
+    frechet,
+    inception_score,
+    infinity,
+    kernel,
+    prdc,
+    similarity,
+)
+
+# What a metric holds the generated images against.
+Against = Literal["nothing", "statistics", "features", "captions", "subjects"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """One metric.
+
+    Attributes:
+      name: key in records and on the command line.
+      label: full name, for headings and axes.
+      better: which direction is better.
+      needs: what is extracted from the generated images, a name in `FEATURES`.
+      against: "statistics" (`ReferenceStats`) or "features" (M, D) of real images, "captions":
+        text embeddings (N, E) in the images' order, "subjects": features (M, D) of real images
+        and the subject of each generated (N,) and real (M,) image, or "nothing".
+      function: `function(generated, against)`: a number, or an object that has it.
+      replicates: `replicates(generated, against, counts_RN)`: raw replicates, or their object.
+      field: name of the number in such an object; "" where there is none.
+      source: paper, and the code whose number it is.
+    """
+
+    name: str
+    label: str
+    better: Literal["lower", "higher"]
+    needs: str
+    against: Against
+    function: Callable[[np.ndarray, Any], Any]
+    replicates: Callable[[np.ndarray, Any, np.ndarray], Any]
+    field: str
+    source: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Score:
+    """A metric's value and, where replicates were asked for, its interval.
+
+    Attributes:
+      value: the metric.
+      interval: (low, high) of the expected value at this number of images, or None.
+      replicates_R: raw replicates for `compare.distributions`, or None.
+    """
+
+    value: float
+    interval: tuple[float, float] | None = None
+    replicates_R: np.ndarray | None = None
+
+
+FEATURES = {
+    "inception_pool": "2048 means of the 2015-12-05 Inception graph's last block",
+    "inception_logits": "its 1008 class logits, the bias left out",
+    "dinov2_l14": "class token of DINOv2 ViT-L/14, 1024 numbers",
+    "clip_l14_336": "image embedding of CLIP ViT-L/14 at 336 pixels",
+    "clip": "image embedding of the CLIP network that also embeds the captions",
+    "clip_b32": "image embedding of CLIP ViT-B/32",
+    "dino_s16": "class token of DINO ViT-S/16",
+    "lpips": "LPIPS distance of each generated image from its real one (N, 1)",
+}
+
+
+def _alone(function: Callable) -> Callable:
+    return lambda x, _, *rest: function(x, *rest)
+
+
+def _mean_of(values: Callable[[np.ndarray, Any], np.ndarray]) -> tuple[Callable, Callable]:
+    """A metric that is a mean of values per image, and its replicates."""
+    return (
+        lambda x, y: float(np.mean(values(x, y))),
+        lambda x, y, counts_RN: bootstrap.mean_replicates(values(x, y), counts_RN),
+    )
+
+
+_FRECHET = (frechet.frechet_from_features, bootstrap.frechet_replicates)
+_INFINITY = (infinity.frechet_infinity, infinity.infinity_replicates)
+_KID = (kernel.kid, kernel.kid_replicates)
+_CMMD = (kernel.cmmd, kernel.cmmd_replicates)
+_IS = (_alone(inception_score.inception_score), _alone(inception_score.inception_score_replicates))
+_CLIP = _mean_of(similarity.pair_cosines)
+_SUBJECT = _mean_of(lambda x, y: similarity.subject_cosines(x, *y))
+_LPIPS = _mean_of(lambda x, _: np.asarray(x).reshape(len(x)))
+_K3, _K5 = (
+    tuple(functools.partial(f, k=k) for f in (prdc.prdc, prdc.prdc_replicates)) for k in (3, 5)
+)
+
+# fmt: off
+_TABLE = (
+    ("fid", "FID", "lower", "inception_pool", "statistics", _FRECHET, "",
+     "Heusel et al. 2017; pytorch-fid, torch-fidelity, clean-fid"),
+    ("fid_infinity", "FID-infinity", "lower", "inception_pool", "statistics", _INFINITY, "value",
+     "Chong and Forsyth 2020"),
+    ("fd_dinov2", "FD-DINOv2", "lower", "dinov2_l14", "statistics", _FRECHET, "",
+     "Stein et al. 2023"),
+    ("kid", "KID", "lower", "inception_pool", "features", _KID, "value",
+     "Binkowski et al. 2018; torch-fidelity"),
+    ("cmmd", "CMMD", "lower", "clip_l14_336", "features", _CMMD, "",
+     "Jayasumana et al. 2024"),
+    ("inception_score", "inception score", "higher", "inception_logits", "nothing", _IS, "value",
+     "Salimans et al. 2016; torch-fidelity"),
+    ("precision", "precision", "higher", "inception_pool", "features", _K3, "precision",
+     "Kynkäänniemi et al. 2019, k = 3; torch-fidelity"),
+    ("recall", "recall", "higher", "inception_pool", "features", _K3, "recall",
+     "Kynkäänniemi et al. 2019, k = 3; torch-fidelity"),
+    ("density", "density", "higher", "inception_pool", "features", _K5, "density",
+     "Naeem et al. 2020, k = 5; prdc"),
+    ("coverage", "coverage", "higher", "inception_pool", "features", _K5, "coverage",
+     "Naeem et al. 2020, k = 5; prdc"),
+    ("clip_score", "CLIP score", "higher", "clip", "captions", _CLIP, "",
+     "Hessel et al. 2021, cosine; torchmetrics is 100 times it"),
+    ("clip_t", "CLIP-T", "higher", "clip_b32", "captions", _CLIP, "",
+     "Ruiz et al. 2023 (DreamBooth)"),
+    ("clip_i", "CLIP-I", "higher", "clip_b32", "subjects", _SUBJECT, "",
+     "Ruiz et al. 2023 (DreamBooth)"),
+    ("dino", "DINO", "higher", "dino_s16", "subjects", _SUBJECT, "",
+     "Ruiz et al. 2023 (DreamBooth)"),
+    ("lpips", "LPIPS", "lower", "lpips", "nothing", _LPIPS, "",
+     "Zhang et al. 2018, v0.1"),
+)
+# fmt: on
+METRICS: dict[str, Metric] = {
+    row[0]: Metric(*row[:5], *row[5], *row[6:]) for row in _TABLE
+}
+
+
+def metric(name: str) -> Metric:
+    """The metric of a name. Raises `UserError` that lists the names there are."""
+    if name not in METRICS:
+        raise UserError(f"there is no metric {name!r}: choose of {', '.join(METRICS)}")
+    return METRICS[name]
+
+
+def _part(result: Any, field: str) -> Any:
+    return result if not field or isinstance(result, np.ndarray) else getattr(result, field)
+
+
+def evaluate(
+    names: Sequence[str],
+    generated: Mapping[str, np.ndarray],
+    against: Mapping[str, Any],
+    counts_RN: np.ndarray | None = None,
+    level: float = 0.95,
+) -> dict[str, Score]:
+    """Metrics of a set of generated images, with intervals where counts are given.
+
+    Args:
+      names: which, of `METRICS`. Those that share their work do it once.
+      generated: `Metric.needs` to features of the generated images.
+      against: metric's name to what it is held against; see `Metric.against`.
+      counts_RN: from `bootstrap.resample_counts`, for intervals.
+      level: of the intervals.
+
+    Raises:
+      UserError: for an unknown name, or features or a reference that are missing.
+    """
+    values, drawn, scores = {}, {}, {}
+    for one in map(metric, names):
+        if one.needs not in generated:
+            raise UserError(f"{one.label} needs {one.needs}: {FEATURES[one.needs]}")
+        if one.against != "nothing" and one.name not in against:
+            raise UserError(f"{one.label} is held against {one.against}: name it for {one.name!r}")
+        x, y = generated[one.needs], against.get(one.name)
+        key = (one.function, one.needs, id(y))
+        if key not in values:
+            values[key] = one.function(x, y)
+        value = float(_part(values[key], one.field))
+        if counts_RN is None:
+            scores[one.name] = Score(value)
+            continue
+        if key not in drawn:
+            drawn[key] = one.replicates(x, y, counts_RN)
+        raw_R = np.asarray(_part(drawn[key], one.field))
+        scores[one.name] = Score(value, bootstrap.basic_interval(value, raw_R, level), raw_R)
+    return scores

@@ -1,0 +1,93 @@
+"""The table lists what there is, and every row of it can be worked out."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from ldm_scaling.errors import UserError
+from ldm_scaling.metrics import bootstrap, catalog, prdc
+from ldm_scaling.metrics.frechet import ReferenceStats
+from ldm_scaling.metrics.moments import Moments
+from tests.metrics.peers import features
+
+N, D = 40, 8
+X, Y = features(0, N, D), features(1, 50, D)
+AGAINST = {
+    "statistics": ReferenceStats(Moments.of(Y), "net"),
+    "features": Y,
+    "captions": features(2, N, D),
+    "subjects": (Y, np.zeros(N), np.zeros(50)),
+    "nothing": None,
+}
+
+
+def _given(names):
+    needs = {catalog.METRICS[n].needs: X for n in names}
+    return needs, {n: AGAINST[catalog.METRICS[n].against] for n in names}
+
+
+# FID-infinity alone wants thousands of images; test_infinity.py has it with fewer.
+NAMES = [name for name in catalog.METRICS if name not in ("fid_infinity", "lpips")]
+
+
+def test_every_metric_has_a_value_an_interval_and_replicates():
+    counts_RN = bootstrap.resample_counts(N, 12, 0)
+    scores = catalog.evaluate(NAMES, *_given(NAMES), counts_RN)
+    assert list(scores) == NAMES
+    for name, score in scores.items():
+        assert np.isfinite(score.value), name
+        assert score.replicates_R.shape == (12,), name
+        assert score.interval[0] <= score.interval[1], name
+    plain = catalog.evaluate(NAMES, *_given(NAMES))
+    assert {n: s.value for n, s in plain.items()} == {n: s.value for n, s in scores.items()}
+    assert plain["fid"].interval is None
+    distances = {"lpips": np.arange(N)[:, None]}
+    assert catalog.evaluate(["lpips"], distances, {}, counts_RN)["lpips"].value == (N - 1) / 2
+
+
+@pytest.mark.parametrize("name,better", [
+    ("fid", -1), ("kid", -1), ("cmmd", -1), ("fd_dinov2", -1), ("precision", 1), ("recall", 1),
+    ("density", 1), ("coverage", 1), ("clip_i", 1), ("dino", 1), ("clip_t", 1), ("clip_score", 1),
+])
+def test_better_says_which_way_is_better(name, better):
+    metric = catalog.metric(name)
+    assert metric.better == ("higher" if better > 0 else "lower")
+    against = AGAINST[metric.against]
+    near = AGAINST["captions"] if metric.against == "captions" else Y[:N] + 1e-3
+    values = [
+        catalog.evaluate([name], {metric.needs: x}, {name: against})[name].value
+        for x in (near, features(3, N, D) - 3)
+    ]
+    assert better * values[0] > better * values[1]
+
+
+def test_what_metrics_share_is_worked_out_once(monkeypatch):
+    calls = []
+
+    def counted(x, y):
+        calls.append(len(x))
+        return prdc.prdc(x, y, k=3)
+
+    names = ["precision", "recall"]
+    for name in names:
+        row = dataclasses.replace(catalog.METRICS[name], function=counted)
+        monkeypatch.setitem(catalog.METRICS, name, row)
+    assert catalog.METRICS["density"].function is catalog.METRICS["coverage"].function
+    catalog.evaluate(names, *_given(names))
+    assert calls == [N]
+
+
+def test_mistakes_say_what_is_wrong():
+    with pytest.raises(UserError, match="no metric 'FID': choose of fid, fid_infinity"):
+        catalog.metric("FID")
+    with pytest.raises(UserError, match="FID needs inception_pool: 2048 means"):
+        catalog.evaluate(["fid"], {}, {})
+    with pytest.raises(UserError, match="KID is held against features: name it for 'kid'"):
+        catalog.evaluate(["kid"], {"inception_pool": X}, {})
+
+
+def test_every_row_is_whole():
+    for name, metric in catalog.METRICS.items():
+        assert metric.name == name and metric.label and metric.source
+        assert metric.needs in catalog.FEATURES
