@@ -25,14 +25,12 @@ from ldm_scaling.sampling.lanes import Finished, Lanes
 from ldm_scaling.sampling.packing import Configuration
 from ldm_scaling.sampling.table import SamplerTable
 
-# Sampling's own stream under a study's seed; training's are 0 and 1.
-_STREAM = 2
 _TIMED_ROWS, _TIMES = 4, 3
 
 
 def sampling_key(seed: int) -> jax.Array:
     """The key that a study's pictures are drawn with; a sample's number and row are folded in."""
-    return jax.random.fold_in(jax.random.key(seed), _STREAM)
+    return jax.random.key(seed)
 
 
 def pad_context(ctx: Any, width: int) -> Any:
