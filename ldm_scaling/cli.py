@@ -253,8 +253,9 @@ def _run(command: str, arguments: list[str]) -> None:
     materials = stages.check(study, workdir)
     if command == "report":
         stages.require_records(materials)
+    lock = workdir.lock()
     workdir.bind(study)
-    with workdir.lock(), workdir.log_to_file():
+    with lock, workdir.log_to_file():
         started = time.perf_counter()
         log.info("ldm-scaling %s %s", command, " ".join(arguments))
         try:

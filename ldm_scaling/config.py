@@ -185,7 +185,7 @@ class Sample:
 
     sampler: str = "ddim"
     steps: int = 50
-    spacing: str = "leading"
+    spacing: str = ""
     guidance: float = 7.5
     num_images: int = 16
 
@@ -218,7 +218,7 @@ class Sweep:
     steps: tuple[int, ...] = (4, 6, 8, 10, 20, 50)
     max_steps: dict[str, int] = dataclasses.field(default_factory=lambda: {"dpmpp_2m": 20})
     guidance: tuple[float, ...] = (1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
-    spacing: str = "leading"
+    spacing: str = ""
     num_images: int = 5_000
     select_block: int = 0
     report_block: int = 1

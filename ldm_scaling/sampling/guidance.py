@@ -41,7 +41,7 @@ class Correction:
             raise UserError(f"rescale={self.rescale}: give 0 (off) to 1")
         if not 0 <= self.threshold <= 1:
             raise UserError(f"threshold={self.threshold}: give 0 (off) to 1, a quantile")
-        if self.threshold_max < 1:
+        if not self.threshold_max >= 1:
             raise UserError(f"threshold_max={self.threshold_max}: give 1 or more")
 
     @property

@@ -104,12 +104,14 @@ class Lanes:
         mesh_lib.check_batch(mesh, size, "lanes")
         self.denoise, self.latent_shape, self.size, self.mesh = denoise, latent_shape, size, mesh
         self.admit, self.max_rows = admit, max_rows
+        self._programs: dict[tuple[Correction, bool], Callable] = {}
 
-    @functools.lru_cache  # noqa: B019  One object a network.
     def _program(self, correction: Correction, guided: bool) -> Callable:
-        return jax.jit(
-            functools.partial(self._run_chunk, correction, guided), donate_argnames="lane"
-        )
+        kind = (correction, guided)
+        if kind not in self._programs:
+            run = functools.partial(self._run_chunk, correction, guided)
+            self._programs[kind] = jax.jit(run, donate_argnames="lane")
+        return self._programs[kind]
 
     def _run_chunk(
         self, correction: Correction, guided: bool, params: Any, lane: Lane, cond_BK: Any,
@@ -218,7 +220,7 @@ class Lanes:
         self, params: Any, plan: Plan, guided: bool, cond_of: Callable[[np.ndarray], Any],
         uncond: Any, key: Array, in_flight: int,
     ) -> Iterator[Finished]:
-        program = self._program(plan.configurations[0].table.correction, guided)
+        program = self._program(plan.correction, guided)
         example = cond_of(next(c for c in plan.configurations if len(c.prompt_N)).prompt_N[:1])
         size = self.size * max(1, sum(leaf.nbytes for leaf in jax.tree.leaves(example)))
         max_jobs = int(np.clip(_COND_BYTES // size, 1, _MAX_JOBS))

@@ -8,6 +8,7 @@ configuration is finished soon after it is begun, and few are under way at a tim
 
 from __future__ import annotations
 
+import array
 import dataclasses
 import heapq
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from ldm_scaling.errors import UserError
+from ldm_scaling.sampling.guidance import Correction
 from ldm_scaling.sampling.table import COLUMNS, SamplerTable
 
 
@@ -92,7 +94,7 @@ class Plan:
         lanes: B, how many samples are under way at a time.
 
     Attributes:
-        jobs: for every lane its jobs in order, (configuration, position in it).
+        jobs: for every lane its jobs in order, (2, J) int32: configurations, places in them.
         rows: R, the length of the longest lane.
         useful_rows: rows that a sample needs; the rest of the B R are run by idle lanes.
 
@@ -108,13 +110,14 @@ class Plan:
             range(len(self.configurations)), key=lambda i: -self.configurations[i].table.calls
         )
         free = [(0, lane) for lane in range(lanes)]
-        self.jobs: list[list[tuple[int, int]]] = [[] for _ in range(lanes)]
+        jobs = [array.array("i") for _ in range(lanes)]
         for i in order:
             configuration = self.configurations[i]
             for j in range(len(configuration.index_N)):
                 start, lane = free[0]
-                self.jobs[lane].append((i, j))
+                jobs[lane].extend((i, j))
                 heapq.heapreplace(free, (start + configuration.table.calls, lane))
+        self.jobs = [np.array(some, np.int32).reshape(-1, 2).T for some in jobs]
         self.rows = max(end for end, _ in free)
         self.useful_rows = sum(c.table.calls * len(c.index_N) for c in self.configurations)
         if not self.rows:
@@ -126,6 +129,11 @@ class Plan:
         return self.useful_rows / (self.lanes * self.rows)
 
     @property
+    def correction(self) -> Correction:
+        """What the plan's program is compiled for."""
+        return _program(self.configurations[0])[1]
+
+    @property
     def samples(self) -> int:
         """How many samples the plan draws."""
         return sum(len(c.index_N) for c in self.configurations)
@@ -133,16 +141,14 @@ class Plan:
     def chunks(self, max_rows: int, max_jobs: int) -> Iterator[Chunk]:
         """The timeline in stretches of at most S = max_rows rows and K = max_jobs jobs a lane."""
         tables = [c.table.rows() for c in self.configurations]
-        calls = [len(rows) for rows in tables]
+        calls = np.array([len(rows) for rows in tables])
         at = [[0, 0] for _ in self.jobs]  # in each lane: the job under way, its rows done
 
         def until(lane: int) -> int:
             """Rows until as many jobs of a lane have ended as a chunk has room for."""
             job, done = at[lane]
-            some = self.jobs[lane][job : job + max_jobs]
-            if len(some) < max_jobs:
-                return max_rows
-            return sum(calls[i] for i, _ in some) - done
+            some = self.jobs[lane][0, job : job + max_jobs]
+            return int(calls[some].sum()) - done if len(some) == max_jobs else max_rows
 
         left = self.rows
         while left:
@@ -162,8 +168,8 @@ class Plan:
         for lane, jobs in enumerate(self.jobs):
             job, done = at[lane]
             s = new = ended = 0
-            while s < n and job < len(jobs):
-                i, j = jobs[job]
+            while s < n and job < jobs.shape[1]:
+                i, j = jobs[:, job].tolist()
                 if done == 0:
                     configuration = self.configurations[i]
                     start_BS[lane, s] = new
@@ -172,7 +178,7 @@ class Plan:
                     prompt_BK[lane, new] = configuration.prompt_N[j]
                     started.append((lane, new))
                     new += 1
-                take = min(n - s, calls[i] - done)
+                take = min(n - s, int(calls[i]) - done)
                 rows_BSC[lane, s : s + take] = tables[i][done : done + take]
                 stream_BS[lane, s : s + take] = np.arange(done, done + take)
                 s, done = s + take, done + take
@@ -193,12 +199,20 @@ class Plan:
         )
 
 
+def _program(c: Configuration) -> tuple[bool, Correction]:
+    """What a configuration must be compiled for."""
+    guided = c.guidance != 1 and bool(c.table.g.any())
+    correction = c.table.correction
+    # Only a guided output is rescaled.
+    return guided, correction if guided else dataclasses.replace(correction, rescale=0.0)
+
+
 def split(configurations: Sequence[Configuration]) -> list[tuple[bool, list[int]]]:
     """What one program can run together: (whether guided, the configurations' numbers).
 
     Guidance costs a second evaluation and a `Correction` is compiled in, so these part.
     """
-    groups: dict[tuple, list[int]] = {}
+    groups: dict[tuple[bool, Correction], list[int]] = {}
     for i, c in enumerate(configurations):
-        groups.setdefault((c.guidance != 1, c.table.correction), []).append(i)
+        groups.setdefault(_program(c), []).append(i)
     return [(guided, members) for (guided, _), members in groups.items()]

@@ -104,7 +104,7 @@ def options_of(name: str) -> dict[str, object]:
 
 
 def _nearest(word: str, words: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(words), 1)
+    close = difflib.get_close_matches(word.lower(), list(words), 1)
     return f", did you mean {close[0]!r}?" if close else ":"
 
 
@@ -184,9 +184,18 @@ def canonical(spec: str) -> str:
     return _spell(*parse(spec))
 
 
+def spacing_of(spec: str, spacing: str | None = None) -> str:
+    """The spacing that is asked for, or else the solver's own.
+
+    Raises:
+        UserError: as `parse`.
+    """
+    return spacing or SOLVERS[parse(spec)[0]].spacing
+
+
 def make(
     spec: str, schedule: Schedule, steps: int, prediction: str = "epsilon",
-    spacing: str | None = "leading", *, final: str | None = None, offset: int | None = None,
+    spacing: str | None = None, *, final: str | None = None, offset: int | None = None,
     **options: object,
 ) -> SamplerTable:
     """The table of a registered solver.
@@ -197,7 +206,7 @@ def make(
         steps: the number of steps; `SamplerTable.calls` says how many calls of the network that
             is (one each, but for heun and for dpmpp_2s with midpoints).
         prediction: what the network outputs, one of `parameterization.PREDICTIONS`.
-        spacing: see `grid.build`; the solver's own if None.
+        spacing: see `grid.build`; the solver's own if None or empty.
         final: "abar_0" or "zero", see `grid.from_timesteps`; the solver's own if not given.
         offset: for leading spacing, see `grid.build`.
         **options: more options, see `options_of`.
@@ -217,7 +226,7 @@ def make(
     table_name = _spell(name, told)
     solver = SOLVERS[name]
     parameterization.check(prediction, schedule)
-    spacing = solver.spacing if spacing is None else spacing
+    spacing = spacing or solver.spacing
     grid = grids.build(
         spacing, schedule, steps, solver.convention, told.pop("final", solver.final),
         told.pop("offset", None),

@@ -28,7 +28,7 @@ class Point:
       sampler: name of the sampler.
       steps: sampling steps.
       guidance: rate chosen on the selection block.
-      cost: normalised cost x steps.
+      cost: normalised cost x network calls.
       seconds: measured seconds per image.
       value: the measure on the report block.
       low: lower end of its 95% interval, or None.

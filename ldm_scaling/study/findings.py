@@ -155,8 +155,8 @@ def _budgets(curves: Curves, metric: str, sizes: Sequence[str], sampler: str) ->
     name, out = labels.sampler(sampler), []
     if len(met) < len(won):
         out.append(
-            f"{name}: below a budget of {labels.number(met[0].budget)} (normalised cost × steps) "
-            "the largest sizes cannot take part at all; from there on every size competes."
+            f"{name}: below a budget of {labels.number(met[0].budget)} (normalised cost × network "
+            "calls) the largest sizes cannot take part at all; from there on every size competes."
         )
     runs = winners.stretches(met)
     out.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Literal
 
@@ -85,7 +86,7 @@ SAMPLERS = {
 }
 
 AXES = {
-    "cost": "sampling cost = normalised cost × steps",
+    "cost": "sampling cost = normalised cost × network calls",
     "seconds": "measured seconds per image",
     "steps": "sampling steps",
 }
@@ -114,6 +115,12 @@ def sampler(name: str) -> str:
             option.replace("=", " ", 1).replace("_", " ") for option in options.split(",")
         )
     return text + comma + spacing
+
+
+def file_name(sampler: str) -> str:
+    """A sampler's name as part of a file's: `dpmpp_2m:solver_type=heun` is
+    `dpmpp_2m-solver_type-heun`."""
+    return re.sub(r"[^\w.+-]+", "-", sampler.replace(", ", "_"))
 
 
 def number(value: float) -> str:

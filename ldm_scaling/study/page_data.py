@@ -82,7 +82,7 @@ def charts(records: Sequence[Record], metric: str, select: int, report: int) -> 
         "winners": [
             {"axis": axis, "sampler": sampler or "", "unit": unit,
              "budgets": [_budget(w) for w in won]}
-            for axis, unit in (("cost", "normalised cost × steps"), ("seconds", "seconds"))
+            for axis, unit in (("cost", "normalised cost × network calls"), ("seconds", "seconds"))
             for sampler in (*arms, None)
             if (won := winners.winner_by_budget(
                 main, metric, sizes, axis, None if sampler is None else {sampler}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
@@ -200,8 +201,8 @@ def winner_chart(records: Sequence[Record], curves: Curves, metric: str) -> Figu
         ax.grid(False)
         ax.set_ylabel("probability of\nbeing the best")
     plot_style.log_x(axes[-1])
-    axes[-1].set_xlabel("budget: the most an image may cost (normalised cost × steps); hatched: "
-                        "not every size can afford one")
+    axes[-1].set_xlabel("budget: the most an image may cost (normalised cost × network calls); "
+                        "hatched: not every size can afford one")
     _legend(fig, entries, areas=True)
     return fig
 
@@ -320,7 +321,7 @@ def write_all(
         drawings["fig11_samplers"] = lambda: samplers_by_cost(records, curves, metric)
     selecting = [r for r in records if r.identity.seed_block == select_block]
     for sampler in curves_lib.samplers(selecting):
-        name = f"fig8_guidance_{sampler.replace(', ', '_')}"
+        name = f"fig8_guidance_{labels.file_name(sampler)}"
         drawings[name] = lambda s=sampler: guidance_by_steps(records, metric, s, select_block)
     both = {metric, "caption_agreement"}
     if len(both) == 2 and any(both <= r.metrics.keys() for r in selecting):
@@ -331,11 +332,15 @@ def write_all(
         for sampler in sorted({s for _, s, _ in cells}):
             rows = image_grids.equal_cost(cells, sampler, curves_lib.models(records))
             if rows:
-                drawings[f"fig10_images_{sampler.replace(', ', '_')}"] = (
+                drawings[f"fig10_images_{labels.file_name(sampler)}"] = (
                     lambda rows=rows: image_grids.draw(rows, images, captions, curves, metric)
                 )
     if loss_curves:
         drawings["training"] = lambda: training(loss_curves, _sized(records))
+    for old in epath.Path(figures_dir).glob("*.*"):  # of samplers that are no longer asked for
+        start = re.match(r"(fig\d+_[a-z]+)", old.stem)
+        if start and old.stem not in drawings and old.suffix in (".png", ".svg"):
+            old.unlink()
     for name, draw in drawings.items():
         with plot_style.style():
             drawn = draw()

@@ -85,7 +85,9 @@ class Record:
 
     @property
     def cost(self) -> float:
-        """Sampling cost: normalised cost per step x steps (PAPER.md; guidance not doubled)."""
+        """Sampling cost: normalised cost per call x calls of the network, guidance not doubled.
+        For all samplers of the paper a call is a step.
+        """
         return self.norm_cost * self.calls
 
     def flat(self) -> dict[str, Any]:

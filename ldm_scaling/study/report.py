@@ -106,8 +106,10 @@ def _uri(kind: str, data: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _pictures(directory: epath.Path) -> dict[str, list[_Picture]]:
+def _pictures(directory: epath.Path, records: Sequence[Record]) -> dict[str, list[_Picture]]:
     """Every picture of the folder, by section: SVG, but PNG for those that hold images."""
+    arms = curves_lib.samplers(curves_lib.distinct(records))
+    samplers = {labels.file_name(name): name for name in arms}
     out: dict[str, list[_Picture]] = {section: [] for section, _, _ in _PICTURES.values()}
     out["other"] = []
     left = {}
@@ -115,10 +117,10 @@ def _pictures(directory: epath.Path) -> dict[str, list[_Picture]]:
         paths = sorted(p for p in directory.iterdir() if not p.name.startswith("."))
         left = {kind: [p for p in paths if p.suffix == f".{kind}"] for kind in ("png", "svg")}
         left = {p.stem: p for p in (*left["png"], *left["svg"])} | {
-            p.stem: p for p in left["png"] if _section(p.stem)[0] in ("images", "other")
+            p.stem: p for p in left["png"] if _section(p.stem, samplers)[0] in ("images", "other")
         }
     for name in sorted(left, key=_reading_order):
-        section, title, alt = _section(name)
+        section, title, alt = _section(name, samplers)
         kind = "image/png" if left[name].suffix == ".png" else "image/svg+xml"
         out[section].append(_Picture(title, alt, _uri(kind, left[name].read_bytes())))
     return out
@@ -128,7 +130,7 @@ def _start(name: str) -> str | None:
     return next((s for s in _PICTURES if name == s or name.startswith(f"{s}_")), None)
 
 
-def _section(name: str) -> tuple[str, str, str]:
+def _section(name: str, samplers: Mapping[str, str]) -> tuple[str, str, str]:
     """Section, title and alternative text of a picture with this file name."""
     start = _start(name)
     if start is None:
@@ -137,7 +139,7 @@ def _section(name: str) -> tuple[str, str, str]:
     section, title, alt = _PICTURES[start]
     sampler = name.removeprefix(start).removeprefix("_")
     if sampler:
-        title += f": {labels.SAMPLERS.get(sampler, sampler.replace('_', ' '))}"
+        title += f": {labels.sampler(samplers.get(sampler, sampler))}"
     return section, title, f"{title}. {alt}"
 
 
@@ -258,7 +260,7 @@ def write(
         reference=page_data.reference(arms),
         devices=labels.listing(sorted({r.device for r in records})),
         alt=page_data.alternatives(arms, measure, sentences),
-        pictures=_pictures(epath.Path(figures_dir)),
+        pictures=_pictures(epath.Path(figures_dir), records),
         winner_rows=page_data.winner_rows(curves, told.metric, sizes, data["samplers"][0]["name"]),
         csv=_csv(records),
         protocol=_protocol(records, told),

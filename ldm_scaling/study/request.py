@@ -100,7 +100,8 @@ class Request:
                     name, schedule, steps, study.diffusion.prediction, self.spacing
                 )
             except UserError as e:
-                raise UserError(f"sampler {name}, {steps} steps, {self.spacing}: {e}") from e
+                where = f"{self.spacing or 'its own'} spacing"
+                raise UserError(f"sampler {name}, {steps} steps, {where}: {e}") from e
         return out
 
 

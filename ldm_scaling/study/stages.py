@@ -58,7 +58,7 @@ def check(study: Study, workdir: Workdir) -> Materials:
               if s <= sweep.most_steps(study, n)]
     tables += [(study.sample.sampler, study.sample.steps, study.sample.spacing)]
     for name, steps, spacing in tables:
-        solvers.make(name, schedule, steps, study.diffusion.prediction, spacing or None)
+        solvers.make(name, schedule, steps, study.diffusion.prediction, spacing)
     openmoji.load()
     text_encoder.load(study.data.text_length)
     efficientnet.load(study.sweep.feature_side)

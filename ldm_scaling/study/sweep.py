@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from etils import epath
 from ldm_scaling import __version__, files, pictures
 from ldm_scaling.config import Study
 from ldm_scaling.diffusion import schedule as schedule_lib
+from ldm_scaling.errors import UserError
 from ldm_scaling.models import zoo
 from ldm_scaling.models.cost import Cost
 from ldm_scaling.parallel import hosts
@@ -25,6 +27,8 @@ from ldm_scaling.study.progress import Progress
 from ldm_scaling.study.records import Identity, Record
 from ldm_scaling.study.scorer import FRECHET, Scorer
 from ldm_scaling.tasks.drawing import Drawer, sampling_key
+
+log = logging.getLogger(__name__)
 
 STRIP = 8
 
@@ -78,7 +82,7 @@ def _identities(
                         train_step=study.train.steps,
                         sampler=solvers.canonical(name),
                         steps=steps,
-                        spacing=study.sweep.spacing,
+                        spacing=solvers.spacing_of(name, study.sweep.spacing),
                         guidance=w,
                         seed_block=block,
                         num_images=study.sweep.num_images,
@@ -118,7 +122,7 @@ def calls(study: Study, identity: Identity) -> int:
 @functools.cache
 def _calls(sampler: str, schedule: str, steps: int, prediction: str, spacing: str) -> int:
     return solvers.make(
-        sampler, schedule_lib.get(schedule), steps, prediction, spacing or None
+        sampler, schedule_lib.get(schedule), steps, prediction, spacing
     ).calls
 
 
@@ -165,6 +169,7 @@ class Bench:
       prompts: block -> prompts.
       directory: where records lie.
       strips: where the first pictures of each configuration go.
+      seconds: measured seconds of a row and of decoding a picture, by program.
     """
 
     drawer: Drawer
@@ -175,6 +180,7 @@ class Bench:
     prompts: Callable[[int], Prompts]
     directory: epath.Path
     strips: epath.Path
+    seconds: dict[Any, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
 
 def run_member(study: Study, member: str, bench: Bench, progress: Progress) -> list[Record]:
@@ -206,9 +212,20 @@ def _complete(study: Study, wanted: list[Identity], bench: Bench, progress: Prog
         )
         for i in missing
     ]
-    seconds = _seconds(drawer, bench.params, configurations, block, key)
+    plans = drawer.lanes.plans(configurations)
+    rows, useful = (sum(p.lanes * p.rows for p in plans), sum(p.useful_rows for p in plans))
+    log.info(
+        "%s: %d configurations of %d pictures in %d lanes and %d programs: %d rows, %.2f%% useful",
+        missing[0].model, len(missing), len(places), drawer.batch_size, len(plans), rows,
+        100 * useful / rows,
+    )
+    seconds = _seconds(bench, configurations, block, key)
+
+    broken: set[int] = set()
 
     def write(number: int, images_NHWC: np.ndarray, features_ND: np.ndarray) -> None:
+        if number in broken:
+            return
         identity, configuration = missing[number], configurations[number]
         seed = identity.seed_block if identity.seed_block == study.sweep.report_block else None
         metrics, intervals, replicates = bench.scorer.score(features_ND, block.embeddings_NE, seed)
@@ -233,11 +250,7 @@ def _complete(study: Study, wanted: list[Identity], bench: Bench, progress: Prog
         )
 
     def decode(latents_JHWC: np.ndarray, number_J: list[int]) -> np.ndarray:
-        def name(j: int) -> str:
-            i = missing[number_J[j]]
-            return f"{i.model}, {i.sampler}, {i.steps} steps at guidance {i.guidance:g}"
-
-        return drawer.decode(latents_JHWC, name)
+        return drawer.decode(latents_JHWC, str, lambda j: broken.add(number_J[j]))
 
     drawn = drawer.draw(bench.params, configurations, block.context_NLD, key)
     with Behind(
@@ -248,20 +261,33 @@ def _complete(study: Study, wanted: list[Identity], bench: Bench, progress: Prog
             rows, images = finished.rows, len(finished.position)
             evaluations = rows * (2 if finished.guided else 1) + images
             progress.update(rows, images, evaluations * bench.cost.gflops)
+    if broken:
+        i = missing[min(broken)]
+        raise UserError(
+            f"{len(broken)} of {len(missing)} configurations draw pictures that are not finite, "
+            f"such as {i.model}, {i.sampler}, {i.steps} steps at guidance {i.guidance:g}; the "
+            "others are measured. Take such guidance rates, steps or samplers out of the config, "
+            "use train.compute_dtype=float32, or train anew"
+        )
 
 
 def _seconds(
-    drawer: Drawer, params: Any, configurations: list[Configuration], block: Prompts, key: Any
+    bench: Bench, configurations: list[Configuration], block: Prompts, key: Any
 ) -> list[float]:
     """Measured seconds per image of each configuration: of its rows, and of decoding it.
 
-    Rows are timed once for each program, with all lanes full: in lanes, configurations share a
-    batch, so none has a time of its own.
+    Rows are timed once for each program of a member, with all lanes full: in lanes,
+    configurations share a batch, so none has a time of its own.
     """
     out = [0.0] * len(configurations)
-    for _, group in packing.split(configurations):
+    for guided, group in packing.split(configurations):
         shortest = min((configurations[i] for i in group), key=lambda c: c.table.calls)
-        row, decode = drawer.seconds(params, shortest, block.context_NLD, key)
+        kind = (guided, shortest.table.correction)
+        if kind not in bench.seconds:
+            bench.seconds[kind] = bench.drawer.seconds(
+                bench.params, shortest, block.context_NLD, key
+            )
+        row, decode = bench.seconds[kind]
         for i in group:
             out[i] = configurations[i].table.calls * row + decode
     return out

@@ -134,7 +134,11 @@ class Workdir:
         Raises:
           UserError: when another process holds it.
         """
-        file = open(os.fspath(self.path / ".lock"), "w")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = open(os.fspath(self.path / ".lock"), "w")
+        except OSError as e:
+            raise self._unusable(e) from e
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:

@@ -109,7 +109,7 @@ class Drawer:
 
     def table(self, name: str, steps: int, spacing: str | None = None) -> SamplerTable:
         """The sampler's table on this schedule, see `solvers.make`."""
-        return solvers.make(name, self.schedule, steps, self.diffusion.prediction, spacing or None)
+        return solvers.make(name, self.schedule, steps, self.diffusion.prediction, spacing)
 
     def draw(
         self, params: Any, configurations: Sequence[Configuration], ctx_PLD: np.ndarray,
@@ -128,14 +128,18 @@ class Drawer:
             self._uncond, key,
         )
 
-    def decode(self, z_JHWC: np.ndarray, name: Callable[[int], str]) -> np.ndarray:
+    def decode(
+        self, z_JHWC: np.ndarray, name: Callable[[int], str],
+        on_broken: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
         """uint8 pictures of J latents, in batches, the last one filled up and cut.
 
         Args:
           z_JHWC: latents.
           name: says what latent j was drawn with, for the message.
+          on_broken: told j where a pixel is not finite; such a picture is grey.
         Raises:
-          UserError: when a pixel is not finite; nothing is made of such pictures.
+          UserError: when a pixel is not finite and there is no `on_broken`.
         """
         out = []
         for start in range(0, len(z_JHWC), self.batch_size):
@@ -144,11 +148,15 @@ class Drawer:
             put = mesh_lib.put_batch(self.mesh, np.pad(z_BHWC, fill, mode="edge"))
             x = np.asarray(self._decode(self.frozen.autoencoder_params, put))[: len(z_BHWC)]
             wrong = np.flatnonzero(~np.isfinite(x).all((1, 2, 3)))
-            if wrong.size:
+            if wrong.size and on_broken is None:
                 raise UserError(
                     f"{name(start + int(wrong[0]))} draws pictures that are not finite: lower "
                     "the guidance, use train.compute_dtype=float32, or train anew"
                 )
+            for j in wrong:
+                on_broken(start + int(j))
+            if wrong.size:
+                x = np.where(np.isin(np.arange(len(x)), wrong)[:, None, None, None], 0, x)
             out.append(pictures.to_uint8(x))
         return np.concatenate(out)
 

@@ -45,13 +45,19 @@ def cond_of(prompt_M):
 def grid(samples=5):
     """Every registered solver, several step counts, with guidance and without."""
     out = []
-    for k, name in enumerate(n for n in solvers.SOLVERS if n not in ("lcm", "codi")):
+    more = ("heun:final=abar_0", "dpmpp_2s:midpoints=true", "unipc:order=3")
+    for k, name in enumerate((*solvers.SOLVERS, *more)):
         for steps in (1, 2, 7):
             index = 3 * k + np.arange(samples)
-            table = solvers.make(name, SD, steps, spacing="trailing")
+            own = solvers.spacing_of(name) != "leading"
+            table = solvers.make(name, SD, steps, spacing=None if own else "trailing")
             out.append(Configuration(table, 1.0 if steps == 2 else 1.5 + k, index, index % 60))
     limited = solvers.make("ddim", SD, 6, spacing="trailing", guidance_low=0.3, guidance_high=6)
     rescaled = solvers.make("ddim", SD, 6, spacing="trailing", rescale=0.7)
+    for spacing in ("karras", "timesteps:999,850,400,30"):
+        steps = 4
+        table = solvers.make("dpmpp_2m", SD, steps, spacing=spacing)
+        out.append(Configuration(table, 3.0, np.arange(2)))
     return [*out, Configuration(limited, 4.0, np.arange(7)), Configuration(rescaled, 4.0, [3, 1])]
 
 

@@ -97,10 +97,13 @@ def test_few_configurations_are_under_way_at_a_time():
 
 
 def test_guided_and_unguided_part():
+    """Rescaling is of guided outputs only, and a table without guidance is not guided."""
     rescaled = solvers.make("ddim", SD, 3, rescale=0.7)
+    nowhere = solvers.make("ddim", SD, 3, guidance_low=100.0)
     some = [Configuration(TABLES[0], w, np.arange(2)) for w in (1.0, 2.0, 0.0, 1)]
-    some.append(Configuration(rescaled, 2.0, np.arange(2)))
-    assert packing.split(some) == [(False, [0, 3]), (True, [1, 2]), (True, [4])]
+    some += [Configuration(rescaled, w, np.arange(2)) for w in (2.0, 1.0)]
+    some.append(Configuration(nowhere, 3.0, np.arange(2)))
+    assert packing.split(some) == [(False, [0, 3, 5, 6]), (True, [1, 2]), (True, [4])]
 
 
 def test_errors():

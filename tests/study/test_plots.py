@@ -60,7 +60,7 @@ def test_axes_say_what_they_show(study):
     with plot_style.style():
         said = _labels(plots.quality_by_cost(study, found, FD, "ddim"))
         timed = _labels(plots.quality_by_cost(study, found, FD, "ddim", "seconds"))
-    assert any("normalised cost × steps" in text for text in said)
+    assert any("normalised cost × network calls" in text for text in said)
     assert any("lower is better" in text and "EfficientNet-Lite0" in text for text in said)
     assert any("seconds per image" in text for text in timed)
     assert not any("FID" in text for text in said + timed)

@@ -111,6 +111,9 @@ def test_latents_are_decoded_in_full_batches_and_cut():
     z[5, 1, 2, 0] = np.inf
     with pytest.raises(UserError, match="picture 5 draws .* not finite"):
         _drawer(decode).decode(z, lambda j: f"picture {j}")
+    broken = []
+    out = _drawer(decode).decode(z, str, broken.append)
+    assert broken == [5] and (out[5] == 128).all() and (out[:5] != 128).any()
 
 
 def test_pictures_follow_their_prompt_noise_and_rate_only():
