@@ -56,8 +56,8 @@ def test_options_that_every_solver_has():
     assert solvers.options_of("ddpm") == {"final": "zero", **COMMON}
     for name in solvers.SOLVERS:
         table = solvers.make(
-            name, SD, 5, spacing="leading", final="abar_0", offset=0, guidance_low=0.3, guidance_high=3.0,
-            rescale=0.7, threshold=0.99, threshold_max=2.0,
+            name, SD, 5, spacing="leading", final="abar_0", offset=0, guidance_low=0.3,
+            guidance_high=3.0, rescale=0.7, threshold=0.99, threshold_max=2.0,
         )
         assert table.correction == Correction(0.7, 0.99, 2.0) != NONE
         noise = table.sigma[:-1] / table.alpha[:-1]
