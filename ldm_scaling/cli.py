@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -20,6 +21,8 @@ COMMANDS = {
     "sweep": "measure every sampler, step count and guidance rate",
     "report": "draw the plots and write report.html from the records",
     "study": "all of these in order; started again, it goes on where it was",
+    "convert": "turn published weights into an Orbax checkpoint that tells where it is from",
+    "evaluate": "score any folder of images by FID and others, or by a published protocol",
 }
 
 log = logging.getLogger("ldm_scaling")
@@ -29,7 +32,7 @@ class InternalError(Exception):
     """Something that is not the user's doing; the message says where the traceback is."""
 
 
-STAGES = tuple(command for command in COMMANDS if command != "zoo")
+STAGES = tuple(command for command in COMMANDS if command not in ("zoo", "convert"))
 # Flags: the commands that take them, how they are written, what they are.
 FLAGS = {
     "config": (
@@ -53,6 +56,19 @@ FLAGS = {
     ),
     "spacing": (("sample",), "--spacing=trailing", "timestep spacing"),
     "member": (("sample",), "--member=NAME", "networks; all of the config's if not given"),
+    "kind": (
+        ("convert",), "--kind=NAME",
+        "sd_unet, sd_autoencoder, sd_text, tiny_decoder, clip_text, clip_image, t5, dino",
+    ),
+    "from": (
+        ("convert",), "--from=PATH",
+        "the published folder or file: .safetensors, or .ckpt, .pth, .bin, which torch reads",
+    ),
+    "to": (("convert",), "--to=PATH", "a folder that is not there yet"),
+    "ema": (("convert",), "--ema", "sd_unet of an original file: its average over training"),
+    "model": (
+        ("convert",), "--model=NAME", "clip_*, dino: which one, where the weights do not tell"
+    ),
     "format": (("zoo",), "--format=text|json", "how to print"),
 }
 
@@ -71,7 +87,10 @@ def usage() -> str:
     flags = {
         name: _table([(written, text)]) for name, (_, written, text) in FLAGS.items()
     }
-    of_sample = [line for name in FLAGS if FLAGS[name][0] == ("sample",) for line in flags[name]]
+    of = {
+        command: [line for name in FLAGS if FLAGS[name][0] == (command,) for line in flags[name]]
+        for command in ("sample", "convert", "zoo")
+    }
     return "\n".join(
         [
             "ldm-scaling COMMAND --workdir=DIR [--config=FILE[:argument] [--config.KEY=VALUE ...]]",
@@ -88,11 +107,14 @@ def usage() -> str:
             "sample draws one labelled grid. Several values, with commas or in a flag given again,",
             "make its axes; what is not given is as the config's sample says:",
             "",
-            *of_sample,
+            *of["sample"],
             "",
-            "zoo needs neither config nor workdir:",
+            "zoo and convert need neither config nor workdir:",
             "",
-            *flags["format"],
+            *of["zoo"],
+            *of["convert"],
+            "",
+            "evaluate has flags of its own: ldm-scaling evaluate --help",
         ]
     )
 
@@ -103,23 +125,26 @@ def _define_flags():
 
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "config file", flag_values=values)
-    for name in ("workdir", "spacing"):
+    for name in ("workdir", "spacing", "kind", "from", "to", "model"):
         flags.DEFINE_string(name, None, name, flag_values=values)
     for name in ("prompt", "sampler", "steps", "guidance", "seeds", "member"):
         flags.DEFINE_multi_string(name, [], name, flag_values=values)
+    flags.DEFINE_boolean("ema", False, "ema", flag_values=values)
     flags.DEFINE_enum("format", "text", ["text", "json"], "of the zoo", flag_values=values)
     return values
 
 
-def _check_flags(command: str, values) -> None:
-    """Raises `UserError` for a flag that the command does not take."""
+def _values(command: str, arguments: list[str]):
+    """A command's flags, parsed. Raises `UserError` for one that it does not take."""
     from ldm_scaling.errors import UserError
 
+    values = _parse(arguments)
     for name, (commands, *_) in FLAGS.items():
         if values[name].present and command not in commands:
             raise UserError(
                 f"ldm-scaling {command} takes no --{name}: it belongs to {', '.join(commands)}"
             )
+    return values
 
 
 def _pieces(name: str, texts: list[str]) -> list[str]:
@@ -227,8 +252,12 @@ def _parse(arguments: list[str]):
 def _run(command: str, arguments: list[str]) -> None:
     from ldm_scaling.errors import UserError
 
-    values = _parse(arguments)
-    _check_flags(command, values)
+    if command == "evaluate":
+        from ldm_scaling.study import evaluate_cli
+
+        evaluate_cli.run(arguments, functools.partial(_values, command))
+        return
+    values = _values(command, arguments)
     if command == "zoo":
         from ldm_scaling.models import zoo_table
 
@@ -236,6 +265,15 @@ def _run(command: str, arguments: list[str]) -> None:
             print(json.dumps(zoo_table.rows(), indent=1))
         else:
             print(zoo_table.text())
+        return
+    if command == "convert":
+        from ldm_scaling.models import converted
+
+        missing = [name for name in ("kind", "from", "to") if not values[name].value]
+        if missing:
+            raise UserError(f"ldm-scaling convert needs --{missing[0]}; see  ldm-scaling --help")
+        place = values["from"].value, values["to"].value
+        print(converted.write(values.kind, *place, ema=values.ema, model=values.model))
         return
     if not values.workdir:
         raise UserError(f"ldm-scaling {command} needs --workdir; see  ldm-scaling --help")
@@ -254,7 +292,7 @@ def _run(command: str, arguments: list[str]) -> None:
     if command == "report":
         stages.require_records(materials)
     lock = workdir.lock()
-    workdir.bind(study)
+    workdir.bind(materials.study)
     with lock, workdir.log_to_file():
         started = time.perf_counter()
         log.info("ldm-scaling %s %s", command, " ".join(arguments))
@@ -295,7 +333,8 @@ def main(argv: list[str] | None = None) -> int:
     130 after Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("help", "-h", "-help", "--help") or "--help" in argv:
+    asked = "--help" in argv and argv[0] != "evaluate"
+    if not argv or argv[0] in ("help", "-h", "-help") or asked:
         print(usage())
         return 0 if argv else 2
     command, arguments = argv[0], argv[1:]

@@ -18,6 +18,9 @@ import ml_collections
 from ldm_scaling import files
 from ldm_scaling.errors import UserError
 
+# A value of `Diffusion` that the weights of a published model decide.
+AUTO = "auto"
+
 
 def _require(condition: bool, name: str, value: Any, remedy: str) -> None:
     if not condition:
@@ -142,18 +145,18 @@ class Diffusion:
     """The noise and what the network predicts.
 
     Attributes:
-      schedule: `sd` (Stable Diffusion's) or `sd_zero_snr`.
-      prediction: `epsilon`, `v` or `x0`.
+      schedule: `sd` (Stable Diffusion's) or `sd_zero_snr`; `auto` is what `Study.weights` says.
+      prediction: `epsilon`, `v` or `x0`; `auto` likewise.
     """
 
     schedule: str = "sd"
     prediction: str = "epsilon"
 
     def __post_init__(self):
-        _require(self.schedule in ("sd", "sd_zero_snr"), "diffusion.schedule", self.schedule,
-                 "choose sd or sd_zero_snr")
-        _require(self.prediction in ("epsilon", "v", "x0"), "diffusion.prediction",
-                 self.prediction, "choose epsilon, v or x0")
+        _require(self.schedule in ("sd", "sd_zero_snr", AUTO), "diffusion.schedule", self.schedule,
+                 "choose sd or sd_zero_snr, or auto with weights")
+        _require(self.prediction in ("epsilon", "v", "x0", AUTO), "diffusion.prediction",
+                 self.prediction, "choose epsilon, v or x0, or auto with weights")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,6 +258,10 @@ class Study:
       seed: of every training run.
       members: names of the family's members, see `ldm-scaling zoo`.
       reference: the member whose cost is 1.
+      weights: folder of a published Stable Diffusion, see `models.sd_folder`: it is the only
+        member, under any name, and nothing is trained. Empty where members are trained.
+      weights_hash: of the folder's files. Filled in when the folder is read; given, it is what
+        they must have.
       data, autoencoder, diffusion, train, mesh, sample, sweep: see their classes.
     """
 
@@ -262,6 +269,8 @@ class Study:
     seed: int = 0
     members: tuple[str, ...] = ("866m",)
     reference: str = "866m"
+    weights: str = ""
+    weights_hash: str = ""
     data: Data = dataclasses.field(default_factory=Data)
     autoencoder: Autoencoder = dataclasses.field(default_factory=Autoencoder)
     diffusion: Diffusion = dataclasses.field(default_factory=Diffusion)
@@ -274,9 +283,19 @@ class Study:
         _require(len(self.members) > 0, "members", self.members, "give at least one")
         _require(len(set(self.members)) == len(self.members), "members", self.members,
                  "has a name twice")
+        if self.weights:
+            _require(len(self.members) == 1, "members", self.members,
+                     f"weights={self.weights!r} is one network: give one name for it")
+        for name in ("schedule", "prediction"):
+            value = getattr(self.diffusion, name)
+            _require(bool(self.weights) or value != AUTO, f"diffusion.{name}", value,
+                     "only weights decide it: give a value, or --config.weights=DIR, the folder of "
+                     "a published model, such as that of https://huggingface.co/"
+                     "stable-diffusion-v1-5/stable-diffusion-v1-5")
         for name, run in (("autoencoder.train", self.autoencoder.train), ("train", self.train)):
-            _require(run.batch_size <= self.data.train_pictures, f"{name}.batch_size",
-                     run.batch_size, f"more than data.train_pictures={self.data.train_pictures}")
+            fits = bool(self.weights) or run.batch_size <= self.data.train_pictures
+            _require(fits, f"{name}.batch_size", run.batch_size,
+                     f"more than data.train_pictures={self.data.train_pictures}")
         _require(self.autoencoder.train.remat == "none", "autoencoder.train.remat",
                  self.autoencoder.train.remat, "the autoencoder has no blocks to recompute: none")
         blocks = max(self.sweep.select_block, self.sweep.report_block) + 1
@@ -295,15 +314,21 @@ class Study:
         for run in (tree["train"], tree["autoencoder"]["train"]):
             for name in ("log_every", "validate_every", "checkpoint_every", "sample_every", "keep"):
                 del run[name]
-        kept = ("seed", "reference", "data", "autoencoder", "diffusion", "train")
+        kept = ["seed", "reference", "data", "autoencoder", "diffusion", "train"]
+        if self.weights:  # Nothing is trained.
+            tree["train"] = {"compute_dtype": self.train.compute_dtype}
+            kept = ["weights_hash", *(key for key in kept if key != "autoencoder")]
         # The roles of the blocks too: only the reported one's records hold intervals.
         fixed = ("replicates", "feature_side", "select_block", "report_block")
         sweep = {k: tree["sweep"][k] for k in fixed}
         return {k: tree[k] for k in kept} | {"sweep": sweep}
 
     def training_hash(self, member: str | None) -> str:
-        """Hash of all that decides a trained network: the autoencoder's, or a member's."""
+        """Hash of all that decides a network: the autoencoder's, or a member's."""
         tree = self.identity()
+        if self.weights:
+            kept = ("seed", "data", "diffusion", "train", "weights_hash")
+            return files.sha256_of({k: tree[k] for k in kept})
         kept = {k: tree[k] for k in ("seed", "data", "autoencoder")}
         del kept["autoencoder"]["train"]["caption_dropout"]
         if member is not None:

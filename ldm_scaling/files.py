@@ -41,6 +41,31 @@ def atomic_path(path: epath.PathLike) -> Iterator[epath.Path]:
         raise
 
 
+@contextlib.contextmanager
+def atomic_folder(path: epath.PathLike) -> Iterator[epath.Path]:
+    """Yields a temporary sibling folder of `path`; a clean exit renames it into place.
+
+    A process that is killed in between leaves no `path`, and a `.tmp-` folder that the next call
+    removes. Raises `UserError` when `path` is there already or cannot be written.
+    """
+    path = epath.Path(path)
+    if path.exists():
+        raise UserError(f"{os.fspath(path)} is there already: remove it, or choose another place")
+    temporary = path.parent / f".tmp-{path.name}"
+    try:
+        if temporary.exists():
+            temporary.rmtree()
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.replace(path)
+    except OSError as e:
+        raise UserError(f"cannot write {os.fspath(path)}: {e.strerror or e}") from e
+    finally:
+        with contextlib.suppress(OSError):
+            if temporary.exists():
+                temporary.rmtree()
+
+
 def atomic_write_bytes(path: epath.PathLike, data: bytes) -> None:
     """Writes `data` to `path` by rename: a reader sees the old file or the whole new one."""
     with atomic_path(path) as temporary:
@@ -71,6 +96,18 @@ def sha256_of(value: Any) -> str:
     if not isinstance(value, bytes):
         value = json.dumps(value, sort_keys=True, default=_plain).encode()
     return hashlib.sha256(value).hexdigest()[:16]
+
+
+def sha256_of_file(path: epath.PathLike) -> str:
+    """The SHA-256 of a file, as `sha256sum` and the sites that publish weights print it.
+
+    Raises `UserError` when the file cannot be read.
+    """
+    try:
+        with open(os.fspath(path), "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as e:
+        raise UserError(f"cannot read {os.fspath(path)}: {e.strerror or e}") from e
 
 
 def progress(total: int, desc: str, unit: str = "it", initial: int = 0) -> tqdm:

@@ -20,10 +20,8 @@ from ldm_scaling.models.clip import PUBLISHED, ImageSpec, TextSpec
 from ldm_scaling.models.pretrained import FlatTensors
 
 # In the order in which they are looked for in a folder; in parts too where transformers wrote it.
-_FILES = (
-    "model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors",
-    "open_clip_pytorch_model.bin",
-)  # fmt: skip
+OPEN_CLIP = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+_FILES = (*pretrained.TRANSFORMERS, *OPEN_CLIP)
 _PROJECTIONS = {
     "text": {"text_projection.weight", "text_projection"},
     "image": {"visual_projection.weight", "visual.proj"},
@@ -74,14 +72,14 @@ def read(
         raise UserError(f"there are no CLIP weights at {path}: {remedy}")
     tensors = pretrained.read_weights(path, ignore)
     if any(".resblocks." in name for name in tensors):
-        return Checkpoint(path, "open_clip", _split_products(tensors))
+        return Checkpoint(path, "open_clip", split_products(tensors))
     if any("encoder.layers." in name for name in tensors):
         return Checkpoint(path, "transformers", tensors)
     holds = f", but {', '.join(list(tensors)[:3])}, ..." if tensors else ""
     raise UserError(f"{path} holds no CLIP {tower} tower{holds}: {remedy}")
 
 
-def _split_products(tensors: FlatTensors) -> FlatTensors:
+def split_products(tensors: FlatTensors) -> FlatTensors:
     """OpenCLIP keeps the three products before attention in one tensor: three, each by name."""
     split = {}
     for name, t in tensors.items():
@@ -191,7 +189,7 @@ def transformers_spec(
     return TextSpec(eot=eot, vocabulary=vocabulary, positions=positions, **shared)
 
 
-_OPEN_CLIP = {
+_OPTIONS = {
     "model": {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg"},
     "text": {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"},
     "image": {"image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size",
@@ -209,7 +207,7 @@ def open_clip_spec(
     """
     model = config.get("model_cfg", config)
     c = model.get({"text": "text_cfg", "image": "vision_cfg"}[tower], {})
-    for options, known in ((model, _OPEN_CLIP["model"]), (c, _OPEN_CLIP[tower])):
+    for options, known in ((model, _OPTIONS["model"]), (c, _OPTIONS[tower])):
         if unknown := {k: v for k, v in options.items() if k not in known and v}:
             raise UserError(f"{source}: {unknown} is not supported in a CLIP {tower} tower")
     try:

@@ -250,6 +250,12 @@ class ClipImage:
             raise UserError(f"this CLIP has the layers {', '.join(self.layers)}, not {layer!r}")
 
 
+def abstract_params(spec: ImageSpec) -> Any:
+    """Shapes of a tower's parameters."""
+    picture = jax.ShapeDtypeStruct((1, spec.side, spec.side, 3), jnp.float32)
+    return jax.eval_shape(ImageTower(spec).init, jax.random.key(0), picture)["params"]
+
+
 def load_image(
     path: str | os.PathLike[str],
     *,
@@ -273,9 +279,9 @@ def load_image(
     spec = clip_checkpoint.spec_of(checkpoint, "image", model)
     preprocess = _preprocess(checkpoint, spec.side, fit)
     tower = ImageTower(spec)
-    picture = jax.ShapeDtypeStruct((1, spec.side, spec.side, 3), jnp.float32)
-    expected = jax.eval_shape(tower.init, jax.random.key(0), picture)["params"]
-    params = pretrained.fill(expected, checkpoint.tensors, RULES, source=checkpoint.path)
+    params = pretrained.fill(
+        abstract_params(spec), checkpoint.tensors, RULES, source=checkpoint.path
+    )
 
     def apply(params, x_BHWC, layers):
         out = tower.apply({"params": params}, x_BHWC)

@@ -182,16 +182,34 @@ def load_text(
       UserError: for files that are missing, broken or of something else, with what to fetch from
         where; for tensors that do not fit, with a diff.
     """
-    if layer not in LAYERS:
-        raise UserError(f"a text's states are those of layer {' or '.join(LAYERS)}, not {layer!r}")
     checkpoint = clip_checkpoint.read(path, "text", IGNORE, model)
     spec = clip_checkpoint.spec_of(checkpoint, "text", model)
-    tower = TextTower(spec, dtype)
-    ids = jax.ShapeDtypeStruct((1, spec.positions), jnp.int32)
-    expected = jax.eval_shape(tower.init, jax.random.key(0), ids)["params"]
-    params = pretrained.fill(expected, checkpoint.tensors, RULES, source=checkpoint.path)
+    params = pretrained.fill(
+        abstract_params(spec), checkpoint.tensors, RULES, source=checkpoint.path
+    )
     vocabulary = vocabulary or _vocabulary(checkpoint.folder)
     tokenizer = clip_tokenizer.load(vocabulary, behaviour, spec.positions)
+    return assemble(spec, params, tokenizer, layer=layer, dtype=dtype, batch=batch)
+
+
+def abstract_params(spec: TextSpec) -> Any:
+    """Shapes of a tower's parameters."""
+    ids = jax.ShapeDtypeStruct((1, spec.positions), jnp.int32)
+    return jax.eval_shape(TextTower(spec).init, jax.random.key(0), ids)["params"]
+
+
+def assemble(
+    spec: TextSpec, params: Any, tokenizer: clip_tokenizer.ClipTokenizer, *, layer: str = "last",
+    dtype: Any = jnp.float32, batch: int = 32,
+) -> ClipText:
+    """A text tower of its parts; the other arguments are `load_text`'s.
+
+    Raises:
+      UserError: for a layer that is none of `LAYERS`.
+    """
+    if layer not in LAYERS:
+        raise UserError(f"a text's states are those of layer {' or '.join(LAYERS)}, not {layer!r}")
+    tower = TextTower(spec, dtype)
 
     def apply(params, ids_BL, names):
         out = tower.apply({"params": params}, ids_BL)

@@ -1,8 +1,8 @@
 """Checkpoints of diffusers as our networks: `UNet2DConditionModel` and `AutoencoderKL`.
 
-A model saved there is a folder of `config.json` and `diffusion_pytorch_model.safetensors`. The
-config becomes a spec, or an error that names the option we do not have; the tensors fill the tree
-strictly (see `pretrained.fill`). Neither torch nor diffusers is needed.
+A model saved there is a folder of `config.json` and `diffusion_pytorch_model.safetensors` (or .bin,
+which torch reads). The config becomes a spec, or an error that names the option we do not have; the
+tensors fill the tree strictly (see `pretrained.fill`). diffusers is not needed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.models import autoencoder, pretrained, unet
 from ldm_scaling.models.pretrained import FlatTensors, Rule, conv, linear, same
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+WEIGHTS = pretrained.DIFFUSERS[0]
+# What Stable Diffusion's latents are multiplied by, where a checkpoint does not say.
+SCALE = 0.18215
 
 
 def load_unet(folder: str | os.PathLike[str]) -> tuple[unet.UNetSpec, dict]:
@@ -31,8 +33,8 @@ def load_unet(folder: str | os.PathLike[str]) -> tuple[unet.UNetSpec, dict]:
       UserError: for files that cannot be read, an option that our network does not have, or
         tensors that do not fit (with a diff).
     """
-    config, tensors = _read(folder)
-    spec = unet_spec(config, source=folder)
+    spec = unet_spec(read_config(folder), source=folder)
+    tensors = pretrained.read_weights(folder, names=pretrained.DIFFUSERS)
     return spec, unet_params(spec, tensors, source=folder)
 
 
@@ -44,13 +46,15 @@ def load_autoencoder(
     Raises:
       UserError: as `load_unet`.
     """
-    config, tensors = _read(folder)
+    config = read_config(folder)
     spec = autoencoder_spec(config, source=folder)
+    tensors = pretrained.read_weights(folder, names=pretrained.DIFFUSERS)
     params = autoencoder_params(spec, tensors, source=folder)
-    return spec, params, float(config.get("scaling_factor", 0.18215))
+    return spec, params, float(config.get("scaling_factor", SCALE))
 
 
-def _read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], FlatTensors]:
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The config.json of a model that diffusers saved. Raises `UserError`."""
     path = Path(folder) / "config.json"
     try:
         config = json.loads(path.read_text())
@@ -61,7 +65,7 @@ def _read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], FlatTensors]:
         ) from e
     if not isinstance(config, dict):
         raise UserError(f"{path} holds no table of options: fetch the checkpoint again")
-    return config, pretrained.read_safetensors(Path(folder) / WEIGHTS)
+    return config
 
 
 # --- configs ----------------------------------------------------------------------------------
@@ -133,6 +137,14 @@ def _whole(config: Mapping, key: str, source) -> int:
     return value
 
 
+def _heads(config: Mapping, key: str, source) -> int | tuple[int, ...]:
+    """One number of heads, or one a level (SD v2)."""
+    value = config[key]
+    if not isinstance(value, list | tuple):
+        return _whole(config, key, source)
+    return value[0] if len(set(value)) == 1 else tuple(value)
+
+
 def _needs(config: Mapping, keys: Sequence[str], source) -> None:
     missing = [key for key in keys if key not in config]
     if missing:
@@ -171,7 +183,7 @@ def unet_spec(
         channel_mults=mults,
         attention_levels=down,
         blocks_per_level=number("layers_per_block"),
-        heads=number("num_attention_heads" if named else "attention_head_dim"),
+        heads=_heads(config, "num_attention_heads" if named else "attention_head_dim", source),
         groups=number("norm_num_groups"),
         in_channels=number("in_channels"),
         out_channels=number("out_channels"),
@@ -212,46 +224,48 @@ def _pointwise(t: np.ndarray) -> np.ndarray:
     return linear(t.reshape(t.shape[:2]))
 
 
-_NORM = ("scale", same)
-_DENSE = ("kernel", linear)
-_CONV = ("kernel", conv)
-_POINTWISE = ("kernel", _pointwise)
+NORM = ("scale", same)
+DENSE = ("kernel", linear)
+CONV = ("kernel", conv)
+POINTWISE = ("kernel", _pointwise)
 
-# (layer there, layer here, its weight); a layer without a bias has no such tensor to match.
+# (layer there, layer here, its weight); a layer without a bias has no such tensor to match. The
+# transformer's are those of the original checkpoints too.
 _RESNET = (
-    (r"norm(?P<k>[12])", r"norm\g<k>", _NORM),
-    (r"conv(?P<k>[12])", r"conv\g<k>", _CONV),
-    (r"time_emb_proj", r"time_emb_proj", _DENSE),
-    (r"conv_shortcut", r"conv_shortcut", _CONV),
+    (r"norm(?P<k>[12])", r"norm\g<k>", NORM),
+    (r"conv(?P<k>[12])", r"conv\g<k>", CONV),
+    (r"time_emb_proj", r"time_emb_proj", DENSE),
+    (r"conv_shortcut", r"conv_shortcut", CONV),
 )
 _BLOCK = r"transformer_blocks\.0\."
-_TRANSFORMER = (
-    (r"norm", r"norm", _NORM),
-    (r"proj_(?P<k>in|out)", r"proj_\g<k>", _POINTWISE),
-    (_BLOCK + r"norm(?P<k>[123])", r"block/norm\g<k>", _NORM),
-    (_BLOCK + r"attn(?P<k>[12])\.to_(?P<q>[qkv])", r"block/attn\g<k>/to_\g<q>", _DENSE),
-    (_BLOCK + r"attn(?P<k>[12])\.to_out\.0", r"block/attn\g<k>/to_out", _DENSE),
-    (_BLOCK + r"ff\.net\.0\.proj\[in\]", r"block/ff_in", _DENSE),
-    (_BLOCK + r"ff\.net\.0\.proj\[gate\]", r"block/ff_gate", _DENSE),
-    (_BLOCK + r"ff\.net\.2", r"block/ff_out", _DENSE),
+TRANSFORMER = (
+    (r"norm", r"norm", NORM),
+    (r"proj_(?P<k>in|out)", r"proj_\g<k>", POINTWISE),
+    (_BLOCK + r"norm(?P<k>[123])", r"block/norm\g<k>", NORM),
+    (_BLOCK + r"attn(?P<k>[12])\.to_(?P<q>[qkv])", r"block/attn\g<k>/to_\g<q>", DENSE),
+    (_BLOCK + r"attn(?P<k>[12])\.to_out\.0", r"block/attn\g<k>/to_out", DENSE),
+    (_BLOCK + r"ff\.net\.0\.proj\[in\]", r"block/ff_in", DENSE),
+    (_BLOCK + r"ff\.net\.0\.proj\[gate\]", r"block/ff_gate", DENSE),
+    (_BLOCK + r"ff\.net\.2", r"block/ff_out", DENSE),
 )
 # The autoencoder's attention, under the names of today and those of older checkpoints.
 _ATTENTION = (
-    (r"group_norm", r"attn_norm", _NORM),
-    (r"to_(?P<k>[qkv])", r"attn/to_\g<k>", _POINTWISE),
-    (r"to_out\.0", r"attn/to_out", _POINTWISE),
-    (r"query", r"attn/to_q", _POINTWISE),
-    (r"key", r"attn/to_k", _POINTWISE),
-    (r"value", r"attn/to_v", _POINTWISE),
-    (r"proj_attn", r"attn/to_out", _POINTWISE),
+    (r"group_norm", r"attn_norm", NORM),
+    (r"to_(?P<k>[qkv])", r"attn/to_\g<k>", POINTWISE),
+    (r"to_out\.0", r"attn/to_out", POINTWISE),
+    (r"query", r"attn/to_q", POINTWISE),
+    (r"key", r"attn/to_k", POINTWISE),
+    (r"value", r"attn/to_v", POINTWISE),
+    (r"proj_attn", r"attn/to_out", POINTWISE),
 )
 
 
-def _one(weight: tuple) -> tuple:
+def one(weight: tuple) -> tuple:
+    """A place that is a single layer."""
     return ((r"", r"", weight),)
 
 
-def _rules(source: str, target: str, layers: Sequence[tuple]) -> list[Rule]:
+def rules_of(source: str, target: str, layers: Sequence[tuple]) -> list[Rule]:
     """Rules for the weights and biases of `layers` at one place."""
     rules = []
     for there, here, (leaf, layout) in layers:
@@ -262,28 +276,28 @@ def _rules(source: str, target: str, layers: Sequence[tuple]) -> list[Rule]:
 
 
 def _unet_rules(spec: unet.UNetSpec) -> list[Rule]:
-    rules = _rules(r"conv_in", r"conv_in", _one(_CONV))
-    rules += _rules(r"time_embedding\.linear_(?P<k>[12])", r"time_embedding_\g<k>", _one(_DENSE))
-    rules += _rules(r"mid_block\.resnets\.(?P<j>\d+)\.", r"mid_res_\g<j>/", _RESNET)
-    rules += _rules(r"mid_block\.attentions\.0\.", r"mid_attn/", _TRANSFORMER)
-    rules += _rules(r"conv_norm_out", r"norm_out", _one(_NORM))
-    rules += _rules(r"conv_out", r"conv_out", _one(_CONV))
+    rules = rules_of(r"conv_in", r"conv_in", one(CONV))
+    rules += rules_of(r"time_embedding\.linear_(?P<k>[12])", r"time_embedding_\g<k>", one(DENSE))
+    rules += rules_of(r"mid_block\.resnets\.(?P<j>\d+)\.", r"mid_res_\g<j>/", _RESNET)
+    rules += rules_of(r"mid_block\.attentions\.0\.", r"mid_attn/", TRANSFORMER)
+    rules += rules_of(r"conv_norm_out", r"norm_out", one(NORM))
+    rules += rules_of(r"conv_out", r"conv_out", one(CONV))
     levels = len(spec.channel_mults)
     for i in range(levels):
         # diffusers counts the way up from the bottom, we count levels.
         for there, here in ((rf"down_blocks\.{i}", f"down_{i}"),
                             (rf"up_blocks\.{levels - 1 - i}", f"up_{i}")):
-            rules += _rules(there + r"\.resnets\.(?P<j>\d+)\.", here + r"_res_\g<j>/", _RESNET)
-            rules += _rules(
-                there + r"\.attentions\.(?P<j>\d+)\.", here + r"_attn_\g<j>/", _TRANSFORMER
+            rules += rules_of(there + r"\.resnets\.(?P<j>\d+)\.", here + r"_res_\g<j>/", _RESNET)
+            rules += rules_of(
+                there + r"\.attentions\.(?P<j>\d+)\.", here + r"_attn_\g<j>/", TRANSFORMER
             )
-            rules += _rules(
-                there + r"\.(?P<j>down|up)samplers\.0\.conv", here + r"_\g<j>sample", _one(_CONV)
+            rules += rules_of(
+                there + r"\.(?P<j>down|up)samplers\.0\.conv", here + r"_\g<j>sample", one(CONV)
             )
     return rules
 
 
-def _split_gates(tensors: Mapping[str, np.ndarray]) -> FlatTensors:
+def split_gates(tensors: Mapping[str, np.ndarray]) -> FlatTensors:
     """GEGLU's one tensor of twice the width as two, values first: `proj[in]`, `proj[gate]`."""
     out = {}
     for name, tensor in tensors.items():
@@ -309,29 +323,29 @@ def unet_params(
       UserError: with a diff, unless every tensor and every parameter finds its partner.
     """
     expected = jax.eval_shape(lambda: unet.init(spec, jax.random.key(0)))
-    return pretrained.fill(expected, _split_gates(tensors), _unet_rules(spec), source=source)
+    return pretrained.fill(expected, split_gates(tensors), _unet_rules(spec), source=source)
 
 
 def _autoencoder_rules(spec: autoencoder.AutoencoderSpec) -> list[Rule]:
-    rules = _rules(r"quant_conv", r"encoder/quant_conv", _one(_CONV))
-    rules += _rules(r"post_quant_conv", r"decoder/post_quant_conv", _one(_CONV))
+    rules = rules_of(r"quant_conv", r"encoder/quant_conv", one(CONV))
+    rules += rules_of(r"post_quant_conv", r"decoder/post_quant_conv", one(CONV))
     levels = len(spec.channel_mults)
     for half in ("encoder", "decoder"):
         there, here = rf"{half}\.", f"{half}/"
-        rules += _rules(there + r"conv_(?P<k>in|out)", here + r"conv_\g<k>", _one(_CONV))
-        rules += _rules(there + r"conv_norm_out", here + r"norm_out", _one(_NORM))
-        rules += _rules(
+        rules += rules_of(there + r"conv_(?P<k>in|out)", here + r"conv_\g<k>", one(CONV))
+        rules += rules_of(there + r"conv_norm_out", here + r"norm_out", one(NORM))
+        rules += rules_of(
             there + r"mid_block\.resnets\.(?P<j>\d+)\.", here + r"mid/res_\g<j>/", _RESNET
         )
-        rules += _rules(there + r"mid_block\.attentions\.0\.", here + r"mid/", _ATTENTION)
+        rules += rules_of(there + r"mid_block\.attentions\.0\.", here + r"mid/", _ATTENTION)
     for i in range(levels):
         for there, here in (
             (rf"encoder\.down_blocks\.{i}", f"encoder/down_{i}"),
             (rf"decoder\.up_blocks\.{levels - 1 - i}", f"decoder/up_{i}"),
         ):
-            rules += _rules(there + r"\.resnets\.(?P<j>\d+)\.", here + r"_res_\g<j>/", _RESNET)
-            rules += _rules(
-                there + r"\.(?P<j>down|up)samplers\.0\.conv", here + r"_\g<j>sample", _one(_CONV)
+            rules += rules_of(there + r"\.resnets\.(?P<j>\d+)\.", here + r"_res_\g<j>/", _RESNET)
+            rules += rules_of(
+                there + r"\.(?P<j>down|up)samplers\.0\.conv", here + r"_\g<j>sample", one(CONV)
             )
     return rules
 

@@ -25,9 +25,16 @@ from ldm_scaling.errors import MissingPackageError, UserError
 from ldm_scaling.models.torch_files import FlatTensors, read_legacy_pth, read_pth
 
 __all__ = [
-    "FlatTensors", "Rule", "conv", "fill", "hash_of", "linear", "package_file", "read_legacy_pth",
-    "read_safetensors", "read_safetensors_folder", "read_torch", "read_weights", "same",
+    "DIFFUSERS", "TRANSFORMERS", "FlatTensors", "Rule", "conv", "fill", "hash_of", "linear",
+    "package_file", "read_legacy_pth", "read_safetensors", "read_safetensors_folder", "read_torch",
+    "read_weights", "same", "weights_files",
 ]  # fmt: skip
+
+# Files of weights as transformers and diffusers name them, in the order they are looked for.
+TRANSFORMERS = ("model.safetensors", "model.fp16.safetensors", "pytorch_model.bin")
+DIFFUSERS = tuple(
+    f"diffusion_pytorch_model.{end}" for end in ("safetensors", "fp16.safetensors", "bin")
+)
 
 
 def package_file(package: str, relative: str, needed_for: str, extra: str = "demo") -> Path:
@@ -94,19 +101,42 @@ def read_safetensors_folder(
     return _read_parts(Path(folder), f"{stem}.safetensors", ignore)
 
 
-def read_weights(path: str | os.PathLike[str], ignore: Sequence[str] = ()) -> FlatTensors:
-    """The tensors of a file, or of a folder as transformers saves it: of its model.safetensors,
-    else of its pytorch_model.bin, whole or in parts.
+def read_weights(
+    path: str | os.PathLike[str], ignore: Sequence[str] = (), names: Sequence[str] = TRANSFORMERS
+) -> FlatTensors:
+    """The tensors of a file, or of a folder as a library saves it: of the first of `names` that is
+    there, whole or in parts.
 
     Raises `UserError` for what is missing or cannot be read.
     """
     path = Path(path)
     if not path.is_dir():
         return read_torch(path, ignore)
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (path / name).is_file() or (path / f"{name}.index.json").is_file():
-            return _read_parts(path, name, ignore)
-    raise UserError(f"no weights in {path}: it needs model.safetensors or pytorch_model.bin")
+    return _read_parts(path, _first(path, names), ignore)
+
+
+def _first(folder: Path, names: Sequence[str]) -> str:
+    for name in names:
+        if (folder / name).is_file() or (folder / f"{name}.index.json").is_file():
+            return name
+    raise UserError(f"no weights in {folder}: it needs {names[0]} or {names[-1]}")
+
+
+def weights_files(
+    path: str | os.PathLike[str], names: Sequence[str] = TRANSFORMERS
+) -> list[Path]:
+    """The files that `read_weights` reads with the same arguments.
+
+    Raises `UserError` for what is missing or cannot be read.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    name = _first(path, names)
+    if (path / name).is_file():
+        return [path / name]
+    index = path / f"{name}.index.json"
+    return [index, *(path / part for part in sorted(set(_part_of(index).values())))]
 
 
 def _read_parts(folder: Path, name: str, ignore: Sequence[str]) -> FlatTensors:
@@ -114,14 +144,7 @@ def _read_parts(folder: Path, name: str, ignore: Sequence[str]) -> FlatTensors:
     index = folder / f"{name}.index.json"
     if (folder / name).is_file() or not index.is_file():
         return read_torch(folder / name, ignore)
-    try:
-        part_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        wanted = {k: part for k, part in part_of.items() if not _matches(k, ignore)}
-        outside = [part for part in wanted.values() if Path(part).name != part]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"cannot read the index {index} ({e!r}): fetch it again") from e
-    if outside:
-        raise UserError(f"{index} names {outside[0]!r}, which is no file beside it: fetch it again")
+    wanted = {k: part for k, part in _part_of(index).items() if not _matches(k, ignore)}
     tensors: FlatTensors = {}
     for part in sorted({*wanted.values()}):
         tensors |= read_torch(folder / part, ignore)
@@ -131,6 +154,18 @@ def _read_parts(folder: Path, name: str, ignore: Sequence[str]) -> FlatTensors:
             f"{min(wrong)!r}: fetch them again"
         )
     return tensors
+
+
+def _part_of(index: Path) -> dict[str, str]:
+    """Tensor -> the file that holds it."""
+    try:
+        part_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        outside = [part for part in part_of.values() if Path(part).name != part]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"cannot read the index {index} ({e!r}): fetch it again") from e
+    if outside:
+        raise UserError(f"{index} names {outside[0]!r}, which is no file beside it: fetch it again")
+    return part_of
 
 
 def hash_of(params: Any) -> str:

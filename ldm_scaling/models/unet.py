@@ -24,7 +24,7 @@ class UNetSpec:
       channel_mults: one entry a level.
       attention_levels: which levels have transformers; the middle always has one.
       blocks_per_level: residual blocks a level on the way down (one more on the way up).
-      heads: attention heads, the same at every width.
+      heads: attention heads, the same at every width, or one entry a level as in SD v2.
       groups: groups of the group normalisation.
       in_channels, out_channels: latent channels in and out.
       sample_size: side of the latents that FLOPs are counted at.
@@ -38,7 +38,7 @@ class UNetSpec:
     channel_mults: tuple[int, ...] = (1, 2, 4, 4)
     attention_levels: tuple[bool, ...] = (True, True, True, False)
     blocks_per_level: int = 2
-    heads: int = 8
+    heads: int | tuple[int, ...] = 8
     groups: int = 32
     in_channels: int = 4
     out_channels: int = 4
@@ -46,13 +46,17 @@ class UNetSpec:
     context_length: int = 77
 
     def __post_init__(self):
-        for name in ("channel_mults", "attention_levels"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in (
-            "base_channels", "context_dim", "blocks_per_level", "heads", "groups", "in_channels",
-            "out_channels", "sample_size", "context_length",
-        ):
+        for name in ("channel_mults", "attention_levels", "heads"):
             value = getattr(self, name)
+            if name != "heads" or isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+        heads = self.heads if isinstance(self.heads, tuple) else (self.heads,)
+        numbers = [(name, getattr(self, name)) for name in (
+            "base_channels", "context_dim", "blocks_per_level", "groups", "in_channels",
+            "out_channels", "sample_size", "context_length",
+        )]
+        numbers += [("heads", n) for n in heads]
+        for name, value in numbers:
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"U-Net {name}={value!r}: give a whole number of at least 1")
         if len(self.channel_mults) != len(self.attention_levels) or not self.channel_mults:
@@ -60,20 +64,29 @@ class UNetSpec:
                 f"U-Net channel_mults={self.channel_mults} and attention_levels="
                 f"{self.attention_levels} need the same number of levels, at least 1"
             )
+        if isinstance(self.heads, tuple) and len(heads) != len(self.channel_mults):
+            raise UserError(
+                f"U-Net heads={heads}: give one number, or one for each of the "
+                f"{len(self.channel_mults)} levels"
+            )
         if self.base_channels % 2:
             raise UserError(f"U-Net base_channels={self.base_channels} must be even")
-        for mult in self.channel_mults:
+        for level, mult in enumerate(self.channel_mults):
             width = self.base_channels * mult
-            if width % self.groups or width % self.heads:
+            if width % self.groups or width % self.heads_at(level):
                 raise UserError(
                     f"U-Net width {width} (= {self.base_channels} x {mult}) must be a multiple of "
-                    f"groups={self.groups} and of heads={self.heads}"
+                    f"groups={self.groups} and of heads={self.heads_at(level)}"
                 )
         if self.sample_size % 2 ** (len(self.channel_mults) - 1):
             raise UserError(
                 f"U-Net sample_size={self.sample_size} must halve {len(self.channel_mults) - 1} "
                 f"times for its {len(self.channel_mults)} levels"
             )
+
+    def heads_at(self, level: int) -> int:
+        """Attention heads of a level; the middle has those of the last."""
+        return self.heads if isinstance(self.heads, int) else self.heads[level]
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -108,8 +121,9 @@ class UNet(nn.Module):
         def res(features, name):
             return res_block(features, spec.groups, dtype=dtype, name=name)
 
-        def attend(name):
-            return transformer(spec.heads, spec.groups, dtype, self.attention, name=name)
+        def attend(level, name):
+            heads = spec.heads_at(level)
+            return transformer(heads, spec.groups, dtype, self.attention, name=name)
 
         c = spec.base_channels
         emb = blocks.timestep_embedding(t_B, c).astype(dtype)
@@ -126,14 +140,14 @@ class UNet(nn.Module):
             for j in range(spec.blocks_per_level):
                 h = res(c * mult, f"down_{i}_res_{j}")(h, emb)
                 if attention:
-                    h = attend(f"down_{i}_attn_{j}")(h, ctx)
+                    h = attend(i, f"down_{i}_attn_{j}")(h, ctx)
                 skips.append(h)
             if i != last:
                 h = blocks.conv(c * mult, 3, dtype, f"down_{i}_downsample", stride=2)(h)
                 skips.append(h)
 
         h = res(h.shape[-1], "mid_res_0")(h, emb)
-        h = attend("mid_attn")(h, ctx)
+        h = attend(last, "mid_attn")(h, ctx)
         h = res(h.shape[-1], "mid_res_1")(h, emb)
 
         for i in reversed(range(len(spec.channel_mults))):
@@ -141,7 +155,7 @@ class UNet(nn.Module):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
                 h = res(c * spec.channel_mults[i], f"up_{i}_res_{j}")(h, emb)
                 if spec.attention_levels[i]:
-                    h = attend(f"up_{i}_attn_{j}")(h, ctx)
+                    h = attend(i, f"up_{i}_attn_{j}")(h, ctx)
             if i != 0:
                 h = blocks.upsample(h)
                 h = blocks.conv(c * spec.channel_mults[i], 3, dtype, f"up_{i}_upsample")(h)

@@ -195,8 +195,7 @@ def lanes(configurations: list[Configuration], devices: int, most: int) -> int:
 
 def require_trained(materials: Materials, members: Iterable[str]) -> None:
     """Raises `UserError` naming the first network that these members need and is not trained."""
-    study = dataclasses.replace(materials.study, members=tuple(members))
-    dataclasses.replace(materials, study=study).require_trained()
+    materials.require_trained(members)
 
 
 def draw(
@@ -254,7 +253,7 @@ def _drawer(materials: Materials, count: int, member: str) -> Drawer:
 
 def text_states(materials: Materials, prompts: Iterable[str]) -> np.ndarray:
     """Text states of captions, (P, L, D), in the precision that prepared ones are kept in."""
-    return materials.text_encoder.states(list(prompts))[0].astype(np.float16)
+    return materials.states(list(prompts))
 
 
 # A notebook asks again and again: what a workdir holds is loaded once, and so is the last network.

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import logging
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -18,15 +19,16 @@ from ldm_scaling.data import builder, cache, loader
 from ldm_scaling.errors import UserError
 from ldm_scaling.metrics import agreement, moments
 from ldm_scaling.metrics.frechet import ReferenceStats
-from ldm_scaling.models import autoencoder, efficientnet, text_encoder, unet, zoo
+from ldm_scaling.models import autoencoder, efficientnet, text_encoder, unet
 from ldm_scaling.parallel import hosts
 from ldm_scaling.parallel import mesh as mesh_lib
+from ldm_scaling.study import networks as networks_lib
+from ldm_scaling.study import published
 from ldm_scaling.study.scorer import Scorer
 from ldm_scaling.study.sweep import Prompts, block_indices
 from ldm_scaling.study.workdir import Workdir
 from ldm_scaling.tasks import autoencoder as autoencoder_task
 from ldm_scaling.tasks.drawing import Drawer, Frozen
-from ldm_scaling.training import checkpoint, step
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +64,7 @@ class Materials:
 
     @functools.cached_property
     def text_encoder(self) -> text_encoder.TextEncoder:
-        """The frozen text encoder."""
+        """The study's own text encoder: its states train networks, its sentences are scored by."""
         return text_encoder.load(self.study.data.text_length)
 
     @functools.cache  # noqa: B019  One object a run.
@@ -84,10 +86,24 @@ class Materials:
             cache.write(path, cache.rows(batches()), {"hash": hash})
         return cache.CacheSource(path, hash)
 
-    @functools.cached_property
-    def null_context(self) -> np.ndarray:
-        """Text states of the empty caption, (L, D)."""
-        return self.text_encoder.states([""])[0][0]
+    def states(self, texts: Sequence[str]) -> np.ndarray:
+        """Text states of captions for the networks, (P, L, D), as exact as they are kept."""
+        return self.networks.states(texts).astype(self.networks.states_dtype)
+
+    def _contexts(self, captions: tuple[str, ...]) -> np.ndarray:
+        """Text states by published networks' own encoder, (N, L, D), kept in the workdir."""
+        hash = files.sha256_of([self.networks.text_hash(), captions])
+        path = self.workdir / "data" / f"context_{hash}.array_record"
+        if not path.exists():
+
+            def batches():
+                with files.progress(len(captions), "text states", "caption") as bar:
+                    for index in _slices(len(captions), 64):
+                        yield {"context": self.states([captions[i] for i in index])}
+                        bar.update(len(index))
+
+            cache.write(path, cache.rows(batches()), {"hash": hash})
+        return cache.CacheSource(path, hash).batch(range(len(captions)))["context"]
 
     # Devices.
 
@@ -96,43 +112,24 @@ class Materials:
         """The device mesh of the config."""
         return mesh_lib.make(self.study.mesh.data, self.study.mesh.fsdp)
 
-    # First stage.
+    # Networks.
 
     @functools.cached_property
-    def autoencoder_params(self) -> Any:
-        """The trained autoencoder's averaged parameters."""
-        spec = autoencoder_task.spec_of(self.study.autoencoder)
-        return self._restored(
-            functools.partial(autoencoder.init, spec), self.study.autoencoder.train,
-            self.workdir / "autoencoder", "the autoencoder",
-        )
+    def networks(self) -> networks_lib.Networks:
+        """What draws pictures: the networks that the study trains, or published ones."""
+        if self.study.weights:
+            return published.networks(self.study, self.workdir, self.mesh)
+        return networks_lib.trained(self)
 
-    def _restored(self, init, config, directory, what: str) -> Any:
-        self._require(config, directory, what)
-        with checkpoint.Checkpoints(directory / "checkpoints", config.keep) as checkpoints:
-            state, _ = checkpoints.restore(step.abstract_state(init, config, self.mesh))
-        return state.ema
-
-    def _require(self, config, directory, what: str) -> None:
-        folder = directory / "checkpoints"
-        have = checkpoint.latest(folder)
-        if have != config.steps:
-            raise UserError(
-                f"{what} is not trained: {folder} holds step {have or 0} of {config.steps}; run  "
-                "ldm-scaling train  with the same --config and --workdir"
-            )
-
-    def require_trained(self) -> None:
-        """Raises `UserError` naming the first network of the study that is not trained."""
-        train = self.study.autoencoder.train
-        self._require(train, self.workdir / "autoencoder", "the autoencoder")
-        for member in self.study.members:
-            self._require(self.study.train, self.workdir.member(member), f"member {member}")
+    def require_trained(self, members: Iterable[str] | None = None) -> None:
+        """Raises `UserError` naming the first network, of all members or of these, that is not
+        trained."""
+        self.networks.require(self.study.members if members is None else members)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(H, W, C) of the latents. Raises `UserError` when a picture does not halve that often."""
-        spec = autoencoder_task.spec_of(self.study.autoencoder)
+        spec = self.networks.decoder_spec
         side = self.study.data.side
         if side % spec.downsampling:
             raise UserError(
@@ -165,7 +162,7 @@ class Materials:
                 x = images.batch(index)["image"]
                 fill = [(0, size - len(x))] + [(0, 0)] * 3
                 x_BHWC = mesh_lib.put_batch(self.mesh, np.pad(x, fill, mode="edge"))
-                posterior = encode(self.autoencoder_params, x_BHWC)
+                posterior = encode(self.networks.decoder(), x_BHWC)
                 mean = np.asarray(posterior.mean)[: len(x)]
                 logvar = np.asarray(posterior.logvar)[: len(x)]
                 total += mean.sum(dtype=np.float64)
@@ -177,14 +174,13 @@ class Materials:
 
     @functools.cached_property
     def frozen(self) -> Frozen:
-        """The trained first stage with its measured latent scale."""
-        shape = self.latent_shape
+        """What is the same under every member."""
         return Frozen(
-            autoencoder_spec=autoencoder_task.spec_of(self.study.autoencoder),
-            autoencoder_params=self.autoencoder_params,
-            latent_scale=1.0 / self.latents("train").meta["latent_std"],
-            latent_shape=shape,
-            null_ctx_LD=self.null_context,
+            decoder_spec=self.networks.decoder_spec,
+            decoder_params=self.networks.decoder(),
+            latent_scale=self.networks.latent_scale(),
+            latent_shape=self.latent_shape,
+            null_ctx_LD=self.networks.states([""])[0],
         )
 
     @functools.cached_property
@@ -196,7 +192,7 @@ class Materials:
 
     def spec(self, member: str) -> unet.UNetSpec:
         """A member's network. Raises `UserError` when it does not take these latents."""
-        spec = zoo.get(member).spec
+        spec = self.networks.spec(member)
         if spec.latent_shape != self.latent_shape:
             raise UserError(
                 f"member {member} takes latents of {spec.latent_shape}, but data.side="
@@ -214,11 +210,8 @@ class Materials:
         )
 
     def member_params(self, member: str) -> Any:
-        """A trained member's averaged parameters."""
-        return self._restored(
-            functools.partial(unet.init, self.spec(member)), self.study.train,
-            self.workdir.member(member), f"member {member}",
-        )
+        """A member's parameters, averaged over its training."""
+        return self.networks.params(member)
 
     @functools.cached_property
     def validation(self) -> dict[str, np.ndarray]:
@@ -289,11 +282,13 @@ class Materials:
             self.study.data.seed,
         )
         rows = self.text("validation").batch(index)
+        captions = tuple(self.source("validation", "caption").batch(index)["caption"].tolist())
+        own = self.networks.text_hash is None
         return Prompts(
             index_N=index.astype(np.int32),
-            context_NLD=rows["context"],
+            context_NLD=rows["context"] if own else self._contexts(captions),
             embeddings_NE=rows["embedding"],
-            captions=tuple(self.source("validation", "caption").batch(index)["caption"].tolist()),
+            captions=captions,
         )
 
     def shown(self) -> np.ndarray:

@@ -82,16 +82,15 @@ def _context(materials: Materials) -> dict:
         )
     return {
         "title": f"{study.name}: quality against sampling cost",
+        **({"summary": materials.networks.summary} if materials.networks.summary else {}),
         "metric": FRECHET,
         "select_block": sweep.select_block,
         "report_block": sweep.report_block,
         "dataset": [
             f"OpenMoji pictograms composed into {data.side} x {data.side} pictures with captions "
             f"that are true by construction: {data.train_pictures:,} for training and "
-            f"{data.validation_pictures:,} for validation, which share no concept. The networks "
-            "are asked for things that they have never seen, by words that they may have.",
-            f"The pictures pass through an autoencoder trained in this study (latents of "
-            f"{' x '.join(map(str, materials.latent_shape))}); captions through a frozen MiniLM.",
+            f"{data.validation_pictures:,} for validation, which share no concept.",
+            *materials.networks.about,
         ],
         "measures": measures,
         "protocol": [

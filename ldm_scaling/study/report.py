@@ -188,14 +188,14 @@ def _protocol(records: Sequence[Record], context: Context) -> list[str]:
 
 
 def _limits(records: Sequence[Record], context: Context) -> list[str]:
-    steps = labels.listing([f"{s:,}" for s in sorted({r.identity.train_step for r in records})],
-                           "or")
+    trained = sorted({r.identity.train_step for r in records} - {0})  # 0 is a published model.
+    steps = [labels.listing([f"{s:,}" for s in trained], "or")] if trained else []
     return [
         "Sampling cost counts the denoising network alone, one call per step; the text encoder, "
         "the image decoder and the second call that guidance makes are left out, as in the paper. "
         "Measured seconds include the second call and the decoder.",
-        f"Each size was trained once, for {steps} steps: the intervals cover the choice of "
-        "prompts, not the chance of another training run.",
+        *(f"Each size was trained once, for {s} steps: the intervals cover the choice of "
+          "prompts, not the chance of another training run." for s in steps),
         "A Fréchet distance depends on the number of images; compare only values with the same "
         "number, network and reference pictures.",
         "The paper's claims 1, 2, 5 and 6 (training compute, fine-tuning, super-resolution, "

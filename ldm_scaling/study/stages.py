@@ -14,10 +14,10 @@ from ldm_scaling.config import Study
 from ldm_scaling.data import loader, openmoji
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import cost, efficientnet, text_encoder, zoo
+from ldm_scaling.models import cost, efficientnet, text_encoder
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling import solvers
-from ldm_scaling.study import gallery, publish, sweep
+from ldm_scaling.study import gallery, publish, published, sweep
 from ldm_scaling.study import request as request_lib
 from ldm_scaling.study.materials import SPLITS, Materials
 from ldm_scaling.study.progress import Progress
@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 
 
 def check(study: Study, workdir: Workdir) -> Materials:
-    """Finds a config's contradictions before anything is computed or written.
+    """Finds a config's contradictions before anything is computed or written. The study of what is
+    returned is the config with what its weights decide, see `published.resolved`.
 
     Raises:
       UserError: naming what does not fit, or a package that is missing.
@@ -40,6 +41,7 @@ def check(study: Study, workdir: Workdir) -> Materials:
         raise UserError(
             f"this runs on one host, with all its devices; here are {jax.process_count()} processes"
         )
+    study = published.resolved(study, workdir)
     materials = Materials(study, workdir)
     for member in (*study.members, study.reference):
         materials.spec(member)
@@ -81,6 +83,9 @@ def _loader(source, train, seed: int):
 def train(materials: Materials) -> None:
     """The autoencoder, its latents, then every member."""
     study, workdir = materials.study, materials.workdir
+    if study.weights:
+        print(f"nothing to train: {study.members[0]} is the published model in {study.weights}")
+        return
     prepare(materials)
     run = study.autoencoder.train
     if checkpoint.latest(workdir / "autoencoder" / "checkpoints") != run.steps:
@@ -149,10 +154,10 @@ def run_sweep(materials: Materials) -> None:
     study, workdir = materials.study, materials.workdir
     materials.require_trained()
     scorer = materials.scorer
-    reference_cost = cost.of(zoo.get(study.reference).spec)
+    reference_cost = cost.of(materials.spec(study.reference))
     directory = workdir / "records"
     done = {m: sweep.existing(study, m, scorer.hash, directory) for m in study.members}
-    costs = {m: cost.of(zoo.get(m).spec) for m in study.members}
+    costs = {m: cost.of(materials.spec(m)) for m in study.members}
     total = before = 0.0
     for m in study.members:
         total += sum(sweep.work(study, costs[m], i) for i in sweep.planned(study, m))
@@ -163,7 +168,8 @@ def run_sweep(materials: Materials) -> None:
                 continue
             progress.show(m)
             bench = sweep.Bench(
-                drawer=materials.drawer(m), params=materials.member_params(m), cost=costs[m],
+                spec=materials.spec(m), drawer=materials.drawer(m),
+                params=materials.member_params(m), cost=costs[m],
                 reference_cost=reference_cost, scorer=scorer, prompts=materials.prompts,
                 directory=directory, strips=workdir / "strips",
             )

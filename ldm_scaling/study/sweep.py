@@ -12,17 +12,18 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from ldm_scaling import __version__, files, pictures
+from ldm_scaling import __version__, pictures
 from ldm_scaling.config import Study
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import zoo
 from ldm_scaling.models.cost import Cost
+from ldm_scaling.models.unet import UNetSpec
 from ldm_scaling.parallel import hosts
 from ldm_scaling.sampling import packing, solvers
 from ldm_scaling.sampling.packing import Configuration
 from ldm_scaling.study import curves, records
 from ldm_scaling.study.behind import Behind
+from ldm_scaling.study.networks import model_hash
 from ldm_scaling.study.progress import Progress
 from ldm_scaling.study.records import Identity, Record
 from ldm_scaling.study.scorer import FRECHET, Scorer
@@ -76,10 +77,8 @@ def _identities(
                 out.append(
                     Identity(
                         model=member,
-                        model_hash=files.sha256_of(
-                            [study.training_hash(member), zoo.get(member).spec]
-                        ),
-                        train_step=study.train.steps,
+                        model_hash=model_hash(study, member),
+                        train_step=0 if study.weights else study.train.steps,
                         sampler=solvers.canonical(name),
                         steps=steps,
                         spacing=solvers.spacing_of(name, study.sweep.spacing),
@@ -162,7 +161,8 @@ class Bench:
     """What a member is measured with.
 
     Attributes:
-      drawer: draws with its network.
+      spec: its network.
+      drawer: draws with it.
       params: its averaged parameters.
       cost, reference_cost: of the member, and of the member whose cost is 1.
       scorer: scores pictures.
@@ -172,6 +172,7 @@ class Bench:
       seconds: measured seconds of a row and of decoding a picture, by program.
     """
 
+    spec: UNetSpec
     drawer: Drawer
     params: Any
     cost: Cost
@@ -236,7 +237,7 @@ def _complete(study: Study, wanted: list[Identity], bench: Bench, progress: Prog
             bench.directory,
             Record(
                 identity=identity,
-                base_channels=zoo.get(identity.model).spec.base_channels,
+                base_channels=bench.spec.base_channels,
                 params=bench.cost.params,
                 gflops=bench.cost.gflops,
                 norm_cost=bench.cost.gflops / bench.reference_cost.gflops,

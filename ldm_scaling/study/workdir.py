@@ -28,6 +28,7 @@ class Workdir:
         study.json            what the workdir is bound to, and the config that was used last
         log.txt               everything that was logged, tracebacks too
         data/                 the prepared pictures, and the text states
+        weights.json          hashes of a published model's files, of config.weights
         autoencoder/          checkpoints/, events/, samples/, curves.csv
         latents/              the training and validation latents
         models/NAME/          as autoencoder/, one folder a member

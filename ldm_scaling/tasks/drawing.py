@@ -17,7 +17,7 @@ from ldm_scaling import pictures
 from ldm_scaling.config import Diffusion
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import autoencoder, unet
+from ldm_scaling.models import autoencoder, tiny_decoder, unet
 from ldm_scaling.parallel import hosts
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling import solvers
@@ -26,6 +26,10 @@ from ldm_scaling.sampling.packing import Configuration
 from ldm_scaling.sampling.table import SamplerTable
 
 _TIMED_ROWS, _TIMES = 4, 3
+_DECODERS = {
+    autoencoder.AutoencoderSpec: autoencoder.decode,
+    tiny_decoder.TinyDecoderSpec: tiny_decoder.decode,
+}
 
 
 def sampling_key(seed: int) -> jax.Array:
@@ -55,25 +59,26 @@ class Frozen:
     """What stays fixed under every member of the family.
 
     Attributes:
-      autoencoder_spec, autoencoder_params: the first stage.
+      decoder_spec, decoder_params: what makes pictures of latents.
       latent_scale: latents are multiplied by it (1 / their standard deviation).
       latent_shape: (H, W, C) of the latents.
       null_ctx_LD: text states of the empty caption.
     """
 
-    autoencoder_spec: autoencoder.AutoencoderSpec
-    autoencoder_params: Any
+    decoder_spec: autoencoder.AutoencoderSpec | tiny_decoder.TinyDecoderSpec
+    decoder_params: Any
     latent_scale: float
     latent_shape: tuple[int, int, int]
     null_ctx_LD: np.ndarray
 
     def decoder(self) -> Callable[[Any, Any], jax.Array]:
         """Jitted `decode(params, latents_BHWC) -> pictures`, about [-1, 1]."""
-        spec, scale = self.autoencoder_spec, self.latent_scale
+        spec, scale = self.decoder_spec, self.latent_scale
+        network = _DECODERS[type(spec)]
 
         @jax.jit
         def decode(params, z_BHWC):
-            return autoencoder.decode(spec, params, z_BHWC / scale)
+            return network(spec, params, z_BHWC / scale)
 
         return decode
 
@@ -146,7 +151,7 @@ class Drawer:
             z_BHWC = z_JHWC[start : start + self.batch_size]
             fill = [(0, self.batch_size - len(z_BHWC))] + [(0, 0)] * 3
             put = mesh_lib.put_batch(self.mesh, np.pad(z_BHWC, fill, mode="edge"))
-            x = np.asarray(self._decode(self.frozen.autoencoder_params, put))[: len(z_BHWC)]
+            x = np.asarray(self._decode(self.frozen.decoder_params, put))[: len(z_BHWC)]
             wrong = np.flatnonzero(~np.isfinite(x).all((1, 2, 3)))
             if wrong.size and on_broken is None:
                 raise UserError(

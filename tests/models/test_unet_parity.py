@@ -148,6 +148,17 @@ def test_parameters_of_stable_diffusion():
     want = sum(p.numel() for p in peer.parameters())
     assert cost.param_count(zoo.get("sd15").spec) == want == 859_520_964
     assert convert.unet_spec(dict(peer.config)) == zoo.get("sd15").spec
+    with torch.device("meta"):
+        peer = diffusers.UNet2DConditionModel(
+            sample_size=96, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20),
+            use_linear_projection=True, upcast_attention=True,
+        )
+    spec = convert.unet_spec(dict(peer.config))
+    assert spec == unet.UNetSpec(320, heads=(5, 10, 20, 20), sample_size=96)
+    ours = jax.eval_shape(lambda: unet.init(spec, jax.random.key(0)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(ours)) == sum(
+        p.numel() for p in peer.parameters()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +193,9 @@ def test_reads_without_torch_or_diffusers(saved):
         ("act_fn", "gelu", "act_fn='gelu'"),
         ("time_cond_proj_dim", 256, "time_cond_proj_dim=256"),
         ("transformer_layers_per_block", 2, "transformer_layers_per_block=2"),
-        ("attention_head_dim", [4, 8], r"attention_head_dim=\[4, 8\]"),
+        ("attention_head_dim", [4, 8, 8], r"heads=\(4, 8, 8\).* each of the 2 levels"),
+        ("attention_head_dim", [4, 3], "width 16 .* heads=3"),
+        ("layers_per_block", [1, 2], r"layers_per_block=\[1, 2\]"),
         ("block_out_channels", [8, 12], "block_out_channels"),
         ("down_block_types", ["SimpleCrossAttnDownBlock2D", "DownBlock2D"], "SimpleCrossAttn"),
         ("up_block_types", ["CrossAttnUpBlock2D", "UpBlock2D"], "do not mirror"),

@@ -77,7 +77,7 @@ def materials(tmp_path_factory):
     return Stub(
         study=STUDY, workdir=Workdir(tmp_path_factory.mktemp("gallery")), mesh=mesh,
         spec=lambda member: SPEC, frozen=frozen, decode=frozen.decoder(),
-        text_encoder=types.SimpleNamespace(states=lambda prompts: (states(prompts), None)),
+        states=lambda prompts: states(prompts).astype(np.float16),
         member_params=member_params,
         drawer=functools.cache(lambda member: Drawer(
             SPEC, frozen, STUDY.diffusion, 6, frozen.decoder(), mesh

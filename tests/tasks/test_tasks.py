@@ -85,7 +85,7 @@ def test_dropout_replaces_captions_by_the_empty_one():
 def _drawer(decode):
     mesh = mesh_lib.make(devices=jax.devices()[:1])
     frozen = types.SimpleNamespace(
-        null_ctx_LD=np.zeros((3, 16), np.float32), latent_shape=(4, 4, 4), autoencoder_params=None
+        null_ctx_LD=np.zeros((3, 16), np.float32), latent_shape=(4, 4, 4), decoder_params=None
     )
     return drawing.Drawer(SPEC, frozen, Diffusion(), 4, decode, mesh)
 

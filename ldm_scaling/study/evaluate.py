@@ -1,0 +1,386 @@
+"""From images and what they are held against to scores, each with all that decides its number."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldm_scaling import files
+from ldm_scaling.data import pairs
+from ldm_scaling.errors import UserError
+from ldm_scaling.files import sha256_of
+from ldm_scaling.metrics import bootstrap, catalog, compare, reference
+from ldm_scaling.metrics.compare import Comparison
+from ldm_scaling.metrics.frechet import ReferenceStats
+from ldm_scaling.metrics.moments import Moments
+from ldm_scaling.study import extractors, features, references, weights
+from ldm_scaling.study import scores as scores_lib
+from ldm_scaling.study.extractors import EXTRACTORS, Network
+from ldm_scaling.study.features import ImageSet, PairSet
+from ldm_scaling.study.scores import Row
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is scored.
+
+    Attributes:
+      generated: the images.
+      real: real images, a file of their statistics or features, or None.
+      captions: of the generated images, in their order, or None.
+      subjects: the subject of each generated and of each real image, or None.
+      real_count: how many images the statistics in a file should be of; None where that is free.
+    """
+
+    generated: ImageSet
+    real: ImageSet | Path | None = None
+    captions: tuple[str, ...] | None = None
+    subjects: tuple[tuple[str, ...], tuple[str, ...]] | None = None
+    real_count: int | None = None
+
+    def __post_init__(self):
+        if self.captions is not None and len(self.captions) != len(self.generated):
+            raise UserError(
+                f"{len(self.captions)} captions for {len(self.generated)} images in "
+                f"{self.generated.folder.root}: give one for each, in the order of names"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How it is scored.
+
+    Attributes:
+      weights: the folder of published weights, or None.
+      cache: where features are kept.
+      replicates: bootstrap replicates, 0 for no intervals.
+      seed: of their drawing: the same for two sets of images pairs them.
+      level: of the intervals.
+      prefix: what is put before every caption for CLIP scores.
+    """
+
+    weights: Path | None
+    cache: Path
+    replicates: int = 100
+    seed: int = 0
+    level: float = 0.95
+    prefix: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """One number.
+
+    Attributes:
+      name, label, better, source: see `Row` and `catalog.Metric`.
+      value: the score.
+      interval: (low, high) of its expectation at this number of images, or None.
+      n: generated images.
+      extractor: hash of network, weights, layer and preprocessing.
+      features: the same in words.
+      resizer: how images are brought to the network's side.
+      against: what the images are held against, in words.
+      reference: hash of it; None where there is nothing.
+      reference_n: how many images that is, None where there is nothing or it is not known.
+      remark: what else decides the number, or why there is no interval.
+    """
+
+    name: str
+    label: str
+    better: str
+    value: float
+    interval: tuple[float, float] | None
+    n: int
+    extractor: str
+    features: str
+    resizer: str
+    against: str
+    reference: str | None
+    reference_n: int | None
+    remark: str
+    source: str
+    replicates_R: np.ndarray | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON; the replicates are left out."""
+        return {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self)
+            if f.name != "replicates_R"
+        }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Against:
+    """What one metric takes as its other side, with its hash, count and words."""
+
+    value: Any = None
+    hash: str | None = None
+    count: int | None = None
+    text: str = ""
+
+
+def score(rows: Sequence[Row], task: Task, options: Options) -> list[Score]:
+    """The scores of these rows, in their order.
+
+    Raises:
+      UserError: when something that they need is missing, before anything is computed; for a
+        reference that is of something else, with both values; for broken images.
+    """
+    _check(rows, task)
+    found = weights.require(options.weights, _needed(rows), scores_lib.free())
+    for images in (task.generated, task.real):
+        if isinstance(images, ImageSet):
+            images.remember(options.cache)
+    out = {}
+    for name, group in _groups(rows):
+        network = _load(name, found)
+        out |= _group(name, network, group, task, options, found)
+    return [out[row.name] for row in rows]
+
+
+def compared(a: Sequence[Score], b: Sequence[Score], level: float) -> dict[str, Comparison]:
+    """Score name to a's less b's, paired over images; those without replicates are left out.
+
+    Raises `UserError` when the two are of different numbers of images.
+    """
+    if a and b and a[0].n != b[0].n:
+        raise UserError(
+            f"{a[0].n} and {b[0].n} images: a paired comparison needs as many of both, drawn for "
+            "the same captions and noise in the same order of names"
+        )
+    return {
+        one.name: compare.distributions(
+            one.value, other.value, one.replicates_R, other.replicates_R, level=level
+        )
+        for one, other in zip(a, b)
+        if one.replicates_R is not None and other.replicates_R is not None
+    }
+
+
+def make_reference(
+    rows: Sequence[Row], images: ImageSet, options: Options, path: Path
+) -> list[Path]:
+    """Writes the statistics that these scores hold images against; returns the files.
+
+    One network's go to `path`, those of several beside it, see `references.file_of`.
+    """
+    wrong = [row.name for row in rows if row.definition.against != "statistics"]
+    if wrong:
+        raise UserError(f"{', '.join(wrong)} hold images against no statistics: name others")
+    found, out = weights.require(options.weights, _needed(rows), scores_lib.free()), []
+    images.remember(options.cache)
+    groups = _groups(rows)
+    for name, (row, *_) in groups:
+        network = _load(name, found)
+        values = _extract(name, network, images, [row], options, "real")
+        target = path if len(groups) == 1 else references.file_of(path, name)
+        origin = references.origin_of(name, network.hash_of(row.layer), images)
+        reference.save(target, Moments.of(values[row.layer]), origin)
+        out.append(target)
+    return out
+
+
+# --- what is needed ---------------------------------------------------------------------------
+
+# The fewest generated images with which a metric has a value; 1 for those that are not here.
+_LEAST = {"fid_infinity": 5001, "inception_score": 10, "precision": 4, "recall": 4, "density": 6,
+          "coverage": 6, "fid": 2, "fd_dinov2": 2, "kid": 2}  # fmt: skip
+
+
+def _check(rows: Sequence[Row], task: Task) -> None:
+    for row in rows:
+        against, real = row.definition.against, task.real
+        paired = row.definition.needs == "lpips"
+        least = _LEAST.get(row.metric, 1)
+        if len(task.generated) < least:
+            raise UserError(
+                f"{row.name} needs {least:,} images, there are {len(task.generated):,} in "
+                f"{task.generated.folder.root}: give more, or ask for other scores"
+            )
+        if real is None and (paired or against in ("statistics", "features", "subjects")):
+            raise UserError(
+                f"{row.name} holds images against others: give a second folder, or a file of "
+                "reference statistics where it takes one"
+            )
+        if against == "captions" and task.captions is None:
+            raise UserError(
+                f"{row.name} needs the images' captions: name them with --captions=FILE, one line "
+                "for each image in the order of names, or a .json of names and captions"
+            )
+        if against == "subjects" and task.subjects is None:
+            raise UserError(
+                f"{row.name} needs images of known subjects: use --protocol=dreambench"
+            )
+        if isinstance(real, Path):
+            none = against == "features" and references.is_ours(real)
+            if paired or none or against == "subjects":
+                raise UserError(
+                    f"{row.name} needs the real images themselves, not the statistics in {real}: "
+                    "give their folder"
+                )
+    named = {row.extractor for row in rows if row.definition.against == "statistics"}
+    if isinstance(task.real, Path) and len(named) > 1 and task.real.exists():
+        ours = references.is_ours(task.real)
+        what = "are of one network" if ours else "do not say how they were made"
+        raise UserError(
+            f"the statistics in {task.real} {what}, and {', '.join(sorted(named))} are asked for: "
+            "name the one score that they are for, e.g. --metrics=fid_pytorch for pytorch-fid's "
+            "files, fid_clean for clean-fid's, fid_tf2015 for those of ADM and EDM2"
+        )
+
+
+def _needed(rows: Sequence[Row]) -> dict[str, list[str]]:
+    needed: dict[str, list[str]] = {}
+    for row in rows:
+        for name in row.weights:
+            needed.setdefault(name, []).append(row.name)
+    return needed
+
+
+def _groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """Rows by extractor: each network is loaded once, and one is in memory at a time."""
+    key = [row.extractor for row in rows]
+    ordered = sorted(rows, key=lambda row: key.index(row.extractor))
+    return [(k, list(g)) for k, g in itertools.groupby(ordered, lambda row: row.extractor)]
+
+
+def _load(name: str, found: Mapping[str, Path]) -> Network:
+    extractor = EXTRACTORS[name]
+    return extractor.load(*(found[w] for w in extractor.weights))
+
+
+# --- one network ------------------------------------------------------------------------------
+
+
+def _extract(
+    name: str, network: Network, images: ImageSet | PairSet, rows: Sequence[Row], options: Options,
+    what: str,
+) -> dict[str, np.ndarray]:
+    hashes = {row.layer: network.hash_of(row.layer) for row in rows}
+    return features.of_images(images, network.run, hashes, options.cache, f"{name}, {what}")
+
+
+def _group(
+    name: str, network: Network, rows: Sequence[Row], task: Task, options: Options,
+    found: Mapping[str, Path],
+) -> dict[str, Score]:
+    images, real, against = task.generated, {}, {}
+    if rows[0].definition.needs == "lpips":
+        # In the generated images' order.
+        folder = pairs.match(task.real.folder, images.folder)
+        images = PairSet(images, dataclasses.replace(task.real, folder=folder))
+        same = _Against(None, images.second.list_hash, len(images), str(folder.root))
+        against = {row.metric: same for row in rows}
+    else:
+        with_real = [r for r in rows if r.definition.against in _REAL]
+        for row in with_real if isinstance(task.real, Path) else ():
+            if row.definition.against == "statistics":  # Refused before the images are looked at.
+                file = references.load(
+                    task.real, row.extractor, network.hash_of(row.layer), task.generated,
+                    task.real_count,
+                )
+                against[row.metric] = _Against(*file)
+        if with_real and isinstance(task.real, ImageSet):
+            real = _extract(name, network, task.real, with_real, options, "real")
+    x = _extract(name, network, images, rows, options, "generated")
+    statistics = {
+        layer: ReferenceStats(Moments.of(value), network.hash_of(layer))
+        for layer, value in real.items()
+        if any(r.layer == layer and r.definition.against == "statistics" for r in rows)
+    }
+    for row in rows:
+        if row.metric not in against:
+            against[row.metric] = _other_side(
+                row, network, task, options, found, real, statistics.get(row.layer)
+            )
+    counts_RN = None
+    if options.replicates and len(images) >= 4:
+        counts_RN = bootstrap.resample_counts(len(images), options.replicates, options.seed)
+    values, notes = _evaluate(name, rows, x, against, counts_RN, options.level)
+    for row in rows:
+        n, d = x[row.layer].shape
+        if row.definition.against == "statistics" and n <= d:
+            notes.setdefault(row.metric, []).append(
+                f"{n} images are no more than the {d} features: the distance is far too large, "
+                "compare it at this number of images only"
+            )
+    return {row.name: _score(row, network, values, against, notes, len(images)) for row in rows}
+
+
+_REAL = ("statistics", "features", "subjects")
+
+
+def _other_side(
+    row: Row, network: Network, task: Task, options: Options, found: Mapping[str, Path],
+    real: Mapping[str, np.ndarray], statistics: ReferenceStats | None,
+) -> _Against:
+    """What a row's metric takes beside the generated images' features."""
+    kind = row.definition.against
+    if kind == "captions":
+        tower = extractors.text_tower(found[row.weights[0]])
+        prefix = options.prefix if row.metric == "clip_score" else ""
+        texts = [prefix + caption for caption in task.captions]
+        value = features.of_texts(
+            texts, tower.sentence, tower.hash, options.cache, f"{row.extractor}, captions"
+        )
+        words = f"their captions, {'prefix ' + repr(prefix) if prefix else 'without a prefix'}"
+        return _Against(value, sha256_of([texts, tower.hash]), len(texts), words)
+    if kind == "nothing":
+        return _Against()
+    if isinstance(task.real, Path):  # Statistics were read before.
+        value = reference.load_features(task.real)
+        return _Against(value, sha256_of(value), len(value), str(task.real))
+    origin = references.origin_of(row.extractor, network.hash_of(row.layer), task.real)
+    said = (references.hash_of(origin), origin.count, str(task.real.folder.root))
+    if kind == "statistics":
+        return _Against(statistics, *said)
+    value = real[row.layer]
+    return _Against((value, *task.subjects) if kind == "subjects" else value, *said)
+
+
+def _evaluate(
+    name: str, rows: Sequence[Row], x: Mapping[str, np.ndarray], against: Mapping[str, _Against],
+    counts_RN: np.ndarray | None, level: float,
+) -> tuple[dict[str, catalog.Score], dict[str, list[str]]]:
+    """Values with intervals, and remarks on those that can have none."""
+    generated = {row.definition.needs: x[row.layer] for row in rows}
+    others = {metric: side.value for metric, side in against.items() if side.value is not None}
+
+    def run(metrics: list[str], counts_RN: np.ndarray | None) -> dict[str, catalog.Score]:
+        return catalog.evaluate(metrics, generated, others, counts_RN, level)
+
+    metrics, notes = [row.metric for row in rows], {}
+    with files.progress(len(rows), f"{name}, scores", "score") as bar:
+        try:
+            values = run(metrics, counts_RN)
+        except UserError:
+            values = {}
+            for metric in metrics:
+                try:
+                    values |= run([metric], counts_RN)
+                except UserError as e:
+                    values |= run([metric], None)
+                    notes[metric] = [f"no interval: {e}"]
+        bar.update(len(rows))
+    return values, notes
+
+
+def _score(
+    row: Row, network: Network, values: Mapping[str, catalog.Score],
+    against: Mapping[str, _Against], notes: Mapping[str, list[str]], n: int,
+) -> Score:
+    value, side = values[row.metric], against[row.metric]
+    remarks = [row.remark, *notes.get(row.metric, ())]
+    return Score(
+        name=row.name, label=row.label, better=row.definition.better, value=value.value,
+        interval=value.interval, n=n, extractor=network.hash_of(row.layer),
+        features=network.describe(row.layer), resizer=EXTRACTORS[row.extractor].resizer,
+        against=side.text, reference=side.hash, reference_n=side.count,
+        remark="; ".join(filter(None, remarks)), source=row.definition.source,
+        replicates_R=value.replicates_R,
+    )

@@ -1,0 +1,157 @@
+"""The feature networks that scores are computed with, each from the weights on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ldm_scaling.errors import UserError
+from ldm_scaling.files import sha256_of
+from ldm_scaling.models import clip_image, clip_text, dino, efficientnet, inception, lpips
+
+# What EfficientNet-Lite0 sees here: its own side, whatever the image's.
+EFFNET_SIDE = 224
+EFFNET_RESIZER = f"Pillow's bicubic to {EFFNET_SIDE} px, proportions lost, 8 bits"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Network:
+    """A network in memory.
+
+    Attributes:
+      run: uint8 images [H, W, 3], of any sizes, to layer -> features [N, D]; of LPIPS pairs
+        [2, H, W, 3].
+      hash_of: hash of all that decides a layer's features.
+      describe: a layer's name, for people.
+    """
+
+    run: Callable[[Sequence[np.ndarray]], Mapping[str, np.ndarray]]
+    hash_of: Callable[[str], str]
+    describe: Callable[[str], str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Extractor:
+    """A network that can be had.
+
+    Attributes:
+      weights: names in `weights.PUBLISHED`; none where a package of Python brings them.
+      resizer: how an image is brought to the network's side.
+      load: their paths to the network.
+    """
+
+    weights: tuple[str, ...]
+    resizer: str
+    load: Callable[..., Network]
+
+
+def _by_size(
+    run: Callable[[np.ndarray], Mapping[str, np.ndarray]], images: Sequence[np.ndarray]
+) -> dict[str, np.ndarray]:
+    """`run`, which takes one array, on images of any sizes."""
+    places: dict[tuple[int, ...], list[int]] = {}
+    for i, image in enumerate(images):
+        places.setdefault(image.shape, []).append(i)
+    out: dict[str, np.ndarray] = {}
+    for some in places.values():
+        for layer, value_ND in run(np.stack([images[i] for i in some])).items():
+            whole = out.setdefault(layer, np.empty((len(images), value_ND.shape[1]), np.float32))
+            whole[some] = value_ND
+    return out
+
+
+def _inception(convention: str, path: Path) -> Network:
+    network = inception.load(path, convention)
+    run = functools.partial(_by_size, network.features)
+    return Network(run, network.layer_hash, network.describe)
+
+
+def _effnet() -> Network:
+    network = efficientnet.load(EFFNET_SIDE)
+
+    def fit(image_HWC: np.ndarray) -> np.ndarray:
+        if image_HWC.shape[:2] == (EFFNET_SIDE, EFFNET_SIDE):
+            return image_HWC
+        image = Image.fromarray(image_HWC)
+        return np.asarray(image.resize((EFFNET_SIDE,) * 2, Image.Resampling.BICUBIC))
+
+    return Network(
+        lambda images: network.features(np.stack([fit(image) for image in images])),
+        lambda layer: sha256_of([network.layer_hash(layer), EFFNET_RESIZER]),
+        lambda layer: f"{network.describe(layer)}, {EFFNET_RESIZER}",
+    )
+
+
+def _clip(path: Path) -> Network:
+    network = clip_image.load_image(path)
+    run = functools.partial(network.features, layers=("projected",))
+    return Network(run, network.layer_hash, network.describe)
+
+
+def _dino(model: str, preprocessing: str, path: Path) -> Network:
+    network = dino.load(path, model, preprocessing)
+    return Network(network.features, network.layer_hash, network.describe)
+
+
+def _lpips(name: str, path: Path | None = None) -> Network:
+    network = lpips.load(name, path)
+
+    def run(pairs_BPHWC: np.ndarray) -> dict[str, np.ndarray]:
+        return {"distance": network.distance(pairs_BPHWC[:, 0], pairs_BPHWC[:, 1])[:, None]}
+
+    return Network(
+        functools.partial(_by_size, run), lambda layer: network.hash(),
+        lambda layer: network.describe(),
+    )  # fmt: skip
+
+
+_CLIP_RESIZER = "Pillow's bicubic, short side, centre, 8 bits"
+EXTRACTORS: dict[str, Extractor] = {
+    **{
+        f"inception_{short}": Extractor(
+            ("inception",), inception.CONVENTIONS[convention].resizer,
+            functools.partial(_inception, convention),
+        )
+        for short, convention in (
+            ("tf2015", "fid_tf2015"), ("clean", "clean_fid"), ("pytorch", "pytorch_fid")
+        )
+    },
+    "effnetlite0": Extractor((), EFFNET_RESIZER, _effnet),
+    **{
+        name: Extractor((name,), _CLIP_RESIZER, _clip)
+        for name in ("clip_b32", "clip_l14", "clip_l14_336", "clip_g14")
+    },
+    "dinov2_l14": Extractor(
+        ("dinov2_l14",), "Pillow's bicubic, proportions lost, 8 bits",
+        functools.partial(_dino, "dinov2_vitl14", "squeeze"),
+    ),
+    "dino_s16": Extractor(
+        ("dino_s16",), _CLIP_RESIZER, functools.partial(_dino, "dino_vits16", "crop")
+    ),
+    **{
+        f"lpips_{name}": Extractor(needs, "none", functools.partial(_lpips, name))
+        for name, needs in (
+            ("alex", ("alexnet",)), ("vgg", ("vgg16",)), ("alex_shift_tolerant", ()),
+            ("vgg_shift_tolerant", ()),
+        )
+    },
+}  # fmt: skip
+
+
+def text_tower(path: Path) -> Any:
+    """The text tower beside CLIP's image tower; texts become tokens as OpenAI and OpenCLIP do it.
+
+    Raises `UserError` as `clip_text.load_text`, and for weights without the projection.
+    """
+    tower = clip_text.load_text(path, behaviour="open_clip")
+    if tower.spec.projection is None:
+        raise UserError(
+            f"{path} holds no projection of texts: CLIP scores need the whole checkpoint"
+        )
+    return tower

@@ -1,0 +1,115 @@
+"""The networks that draw a study's pictures: those that it trains, see `published` for others."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ldm_scaling import files
+from ldm_scaling.config import Study, Train
+from ldm_scaling.errors import UserError
+from ldm_scaling.models import autoencoder, unet, zoo
+from ldm_scaling.models.tiny_decoder import TinyDecoderSpec
+from ldm_scaling.tasks import autoencoder as autoencoder_task
+from ldm_scaling.training import checkpoint, step
+
+if TYPE_CHECKING:
+    from ldm_scaling.study.materials import Materials
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Networks:
+    """The networks of a study. What is a function loads weights, when called.
+
+    Attributes:
+      spec: name of a member, or of another network of the zoo -> the U-Net.
+      params: member -> its parameters.
+      decoder_spec: the autoencoder, or another network that makes pictures of latents.
+      decoder: -> its parameters.
+      latent_scale: -> what latents were multiplied by.
+      states: captions -> text states (P, L, D), float32.
+      states_dtype: in which text states are kept.
+      text_hash: -> hash of what makes text states; None where that is the study's own encoder.
+      require: members -> raises `UserError` naming the first that is not trained.
+      summary: what they are, in a sentence under a report's heading; None for the report's own.
+      about: what a report says of them further.
+    """
+
+    spec: Callable[[str], unet.UNetSpec]
+    params: Callable[[str], Any]
+    decoder_spec: autoencoder.AutoencoderSpec | TinyDecoderSpec
+    decoder: Callable[[], Any]
+    latent_scale: Callable[[], float]
+    states: Callable[[Sequence[str]], np.ndarray]
+    states_dtype: type
+    text_hash: Callable[[], str] | None
+    require: Callable[[Iterable[str]], None]
+    summary: str | None
+    about: Sequence[str]
+
+
+def model_hash(study: Study, member: str) -> str:
+    """Hash of all that decides a member's parameters, and of its network."""
+    # The sizes of published networks are among their files.
+    spec = None if study.weights else zoo.get(member).spec
+    return files.sha256_of([study.training_hash(member), spec])
+
+
+def trained(materials: Materials) -> Networks:
+    """The networks that a study trains, read from its workdir."""
+    study, workdir = materials.study, materials.workdir
+    spec = autoencoder_task.spec_of(study.autoencoder)
+
+    def require(members: Iterable[str]) -> None:
+        _require(study.autoencoder.train, workdir / "autoencoder", "the autoencoder")
+        for member in members:
+            _require(study.train, workdir.member(member), f"member {member}")
+
+    def restored(init: Callable, config: Train, directory, what: str) -> Any:
+        _require(config, directory, what)
+        with checkpoint.Checkpoints(directory / "checkpoints", config.keep) as checkpoints:
+            state, _ = checkpoints.restore(step.abstract_state(init, config, materials.mesh))
+        return state.ema
+
+    def params(member: str) -> Any:
+        init = functools.partial(unet.init, zoo.get(member).spec)
+        return restored(init, study.train, workdir.member(member), f"member {member}")
+
+    def decoder() -> Any:
+        init = functools.partial(autoencoder.init, spec)
+        run = study.autoencoder.train
+        return restored(init, run, workdir / "autoencoder", "the autoencoder")
+
+    return Networks(
+        spec=lambda member: zoo.get(member).spec,
+        params=params,
+        decoder_spec=spec,
+        decoder=functools.cache(decoder),
+        latent_scale=lambda: 1.0 / materials.latents("train").meta["latent_std"],
+        states=lambda texts: materials.text_encoder.states(list(texts))[0],
+        states_dtype=np.float16,
+        text_hash=None,
+        require=require,
+        summary=None,
+        about=(
+            "The networks are asked for things that they have never seen, by words that they may "
+            "have.",
+            "The pictures pass through an autoencoder trained in this study (latents of "
+            f"1/{spec.downsampling} of their side, {spec.latent_channels} channels); captions "
+            "through a frozen MiniLM.",
+        ),
+    )
+
+
+def _require(config: Train, directory, what: str) -> None:
+    folder = directory / "checkpoints"
+    have = checkpoint.latest(folder)
+    if have != config.steps:
+        raise UserError(
+            f"{what} is not trained: {folder} holds step {have or 0} of {config.steps}; run  "
+            "ldm-scaling train  with the same --config and --workdir"
+        )

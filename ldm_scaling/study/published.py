@@ -1,0 +1,137 @@
+"""A published Stable Diffusion in the place of the networks that a study trains.
+
+`config.weights` names its folder. The noise and what the U-Net predicts come from there too, and a
+hash of its files stands for all training in the identity of a workdir and of its records.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from ldm_scaling import files
+from ldm_scaling.config import AUTO, Diffusion, Study
+from ldm_scaling.errors import UserError
+from ldm_scaling.models import clip_text, sd_folder, zoo
+from ldm_scaling.parallel import rules
+from ldm_scaling.study.networks import Networks
+from ldm_scaling.study.workdir import MARKER, Workdir
+
+_HASHES = "weights.json"
+
+
+def resolved(study: Study, workdir: Workdir) -> Study:
+    """The study with what its weights decide: their hash, the noise, the prediction. One without
+    weights is returned as it is.
+
+    Raises:
+      UserError: for a folder that is not whole or not supported, a config that contradicts it, or
+        files that are not those of the hash that the config gives.
+    """
+    if not study.weights:
+        return study
+    folder = Path(study.weights).expanduser().absolute()
+    found = sd_folder.read(folder)
+    for key in ("schedule", "prediction"):
+        have, given = getattr(found, key), getattr(study.diffusion, key)
+        if given not in (AUTO, have):
+            raise UserError(
+                f"config: diffusion.{key}={given!r}, but the model in {folder} has {have!r}: give "
+                f"{have!r}, or {AUTO!r} for what the weights say"
+            )
+    have = _hash(folder, workdir)
+    if study.weights_hash not in ("", have):
+        raise UserError(
+            f"the weights in {folder} have the hash {have}, but the config wants those of "
+            f"{study.weights_hash}: restore them, or leave out weights_hash and choose another "
+            "--workdir"
+        )
+    diffusion = Diffusion(schedule=found.schedule, prediction=found.prediction)
+    return dataclasses.replace(
+        study, weights=os.fspath(folder), weights_hash=have, diffusion=diffusion
+    )
+
+
+def networks(study: Study, workdir: Workdir, mesh: Mesh) -> Networks:
+    """The networks in the folder of a study's weights.
+
+    Raises:
+      UserError: as `resolved`, which must have been here before.
+    """
+    study = resolved(study, workdir)
+    folder, (name,) = sd_folder.read(study.weights), study.members
+
+    def place(params: Any) -> Any:
+        return jax.device_put(params, rules.shardings(params, mesh))
+
+    @functools.cache
+    def decoder() -> tuple[Any, float]:
+        params, scale = folder.decoder()
+        return place(params), scale
+
+    @functools.cache
+    def encoder() -> clip_text.ClipText:
+        return folder.text_encoder()
+
+    def states(texts: Sequence[str]) -> np.ndarray:
+        return encoder().states(list(texts))[0]
+
+    return Networks(
+        spec=lambda member: folder.unet_spec if member == name else zoo.get(member).spec,
+        params=lambda member: place(folder.unet_params()),
+        decoder_spec=folder.decoder_spec,
+        decoder=lambda: decoder()[0],
+        latent_scale=lambda: decoder()[1],
+        states=states,
+        # As its own pipeline has them; there are as many as prompts, not as training captions.
+        states_dtype=np.float32,
+        text_hash=lambda: encoder().hash,
+        require=lambda members: None,
+        summary="A published latent diffusion model, its samplers compared at equal sampling cost.",
+        about=(
+            f"Nothing was trained here: the U-Net, the autoencoder and the text encoder of {name} "
+            f"are published weights (hash of their files {study.weights_hash}); none of them was "
+            "trained on these pictures.",
+        ),
+    )
+
+
+# --- the hash of the files --------------------------------------------------------------------
+
+
+@functools.cache
+def _sha256(file: str, size: int, changed: int) -> str:
+    return files.sha256_of_file(file)
+
+
+def _hash(folder: Path, workdir: Workdir) -> str:
+    """Hash of the names and contents of a folder's files. Contents are read again only where a
+    file's size or time is not what the workdir remembers.
+    """
+    cache = workdir / _HASHES
+    known: dict[str, list] = {}
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        known = dict(json.loads(cache.read_text()))
+    found: dict[str, list] = {}
+    for file in sd_folder.files(folder):
+        stat = file.stat()
+        stamp = [stat.st_size, stat.st_mtime_ns]
+        *before, digest = known.get(os.fspath(file)) or [None]
+        if before != stamp:
+            digest = _sha256(os.fspath(file), *stamp)
+        found[os.fspath(file)] = [*stamp, digest]
+    if found != known and (workdir / MARKER).exists():
+        files.atomic_write_text(cache, json.dumps(found, indent=1) + "\n")
+    return files.sha256_of(
+        {os.path.relpath(file, folder): digest for file, (*_, digest) in found.items()}
+    )

@@ -1,0 +1,131 @@
+"""The scores that `ldm-scaling evaluate` knows by name: a metric on the features of one network.
+
+A name says the metric and the path to it. "FID" is a Fréchet distance in the features of the
+Inception graph of 2015-12-05 and nothing else, and there are three, by the resize before it; in
+other features it is an FD.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+
+from ldm_scaling.errors import UserError
+from ldm_scaling.metrics import catalog
+from ldm_scaling.metrics.catalog import Metric
+from ldm_scaling.study.extractors import EXTRACTORS
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One score that can be asked for.
+
+    Attributes:
+      name: on the command line and in records.
+      label: for people.
+      metric: in `catalog.METRICS`.
+      extractor: in `extractors.EXTRACTORS`.
+      layer: the network's output that is compared.
+      remark: what the path is, where the label does not say it.
+    """
+
+    name: str
+    label: str
+    metric: str
+    extractor: str
+    layer: str
+    remark: str = ""
+
+    @property
+    def definition(self) -> Metric:
+        """The metric."""
+        return catalog.metric(self.metric)
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """What it needs of `weights.PUBLISHED`."""
+        return EXTRACTORS[self.extractor].weights
+
+
+_PATHS = {
+    "tf2015": "TensorFlow 1's resize: the graph itself, torch-fidelity",
+    "clean": "clean-fid's resize, which does not alias",
+    "pytorch": "pytorch-fid's resize",
+}
+
+
+def _inception(metric: str, label: str, *shorts: str) -> list[Row]:
+    """A metric on the pooled features along several paths."""
+    return [
+        Row(f"{metric}_{short}", f"{label} ({short})", metric, f"inception_{short}", "pool",
+            _PATHS[short])
+        for short in shorts
+    ]  # fmt: skip
+
+
+_ROWS = [
+    *_inception("fid", "FID", *_PATHS),
+    *_inception("fid_infinity", "FID-infinity", "tf2015", "clean"),
+    *_inception("kid", "KID", "tf2015", "clean"),
+    Row("fd_dinov2", "FD-DINOv2", "fd_dinov2", "dinov2_l14", "class"),
+    Row("fd_effnetlite0", "FD-EfficientNet-Lite0", "fid", "effnetlite0", "trunk",
+        "320 ImageNet features of a pip package; not FID"),
+    Row("kd_effnetlite0", "KD-EfficientNet-Lite0", "kid", "effnetlite0", "trunk",
+        "KID's kernel on the same features; not KID"),
+    Row("cmmd", "CMMD", "cmmd", "clip_l14_336", "projected"),
+    Row("inception_score", "inception score", "inception_score", "inception_tf2015",
+        "logits_unbiased", "10 splits in the images' order"),
+    *(
+        Row(name, name, name, "inception_tf2015", "pool", f"k = {k}")
+        for name, k in (("precision", 3), ("recall", 3), ("density", 5), ("coverage", 5))
+    ),
+    *(
+        Row(f"clip_score_{short}", f"CLIP score ({model})", "clip_score", f"clip_{short}",
+            "projected", "cosine")
+        for short, model in (("b32", "ViT-B/32"), ("l14", "ViT-L/14"), ("g14", "ViT-g/14"))
+    ),
+    Row("clip_t", "CLIP-T", "clip_t", "clip_b32", "projected"),
+    Row("clip_i", "CLIP-I", "clip_i", "clip_b32", "projected"),
+    Row("dino", "DINO", "dino", "dino_s16", "class"),
+    Row("lpips_alex", "LPIPS (alex)", "lpips", "lpips_alex", "distance"),
+    Row("lpips_vgg", "LPIPS (vgg)", "lpips", "lpips_vgg", "distance"),
+    *(
+        Row(f"stlpips_{net}", f"ST-LPIPS ({net})", "lpips", f"lpips_{net}_shift_tolerant",
+            "distance", "the shift-tolerant variant (arXiv 2207.13686); not LPIPS")
+        for net in ("alex", "vgg")
+    ),
+]  # fmt: skip
+SCORES = {row.name: row for row in _ROWS}
+# Several at once.
+GROUPS = {
+    "fid": ("fid_tf2015", "fid_clean"),
+    "fid_infinity": ("fid_infinity_tf2015", "fid_infinity_clean"),
+    "kid": ("kid_tf2015", "kid_clean"),
+    "is": ("inception_score",),
+    "prdc": ("precision", "recall", "density", "coverage"),
+    "clip_score": ("clip_score_b32", "clip_score_l14", "clip_score_g14"),
+    "lpips": ("lpips_alex", "lpips_vgg"),
+}
+
+
+def rows(names: Iterable[str]) -> list[Row]:
+    """The scores of these names and groups, each once, in their order.
+
+    Raises `UserError` for a name that is none, with the nearest.
+    """
+    out: dict[str, Row] = {}
+    for name in names:
+        if name not in SCORES and name not in GROUPS:
+            near = difflib.get_close_matches(name, [*SCORES, *GROUPS], n=1)
+            hint = f"did you mean {near[0]}?" if near else "there are"
+            raise UserError(f"no score is called {name!r}; {hint} {', '.join([*GROUPS, *SCORES])}")
+        out |= {one: SCORES[one] for one in GROUPS.get(name, (name,))}
+    if not out:
+        raise UserError(f"name at least one score: {', '.join([*GROUPS, *SCORES])}")
+    return list(out.values())
+
+
+def free() -> list[str]:
+    """Names of the scores that need no download."""
+    return [row.name for row in _ROWS if not row.weights]
