@@ -1,0 +1,17 @@
+"""The settings of a study: frozen dataclasses inside, an `ml_collections.ConfigDict` at the edge.
+
+`default()` gives the locked ConfigDict that a file in `configs/` fills in, so a misspelt key fails
+there; `parse` turns it into a validated `Study` once, and nothing else in the package sees a
+ConfigDict. The dataclasses are the reference of every key.
+"""
+
+from ldm_scaling.config.data import Data
+from ldm_scaling.config.edge import default, parse
+from ldm_scaling.config.measuring import Sample, Sweep
+from ldm_scaling.config.study import Study
+from ldm_scaling.config.training import AUTO, Autoencoder, Diffusion, Mesh, Train
+
+__all__ = [
+    "AUTO", "Autoencoder", "Data", "Diffusion", "Mesh", "Sample", "Study", "Sweep", "Train",
+    "default", "parse",
+]

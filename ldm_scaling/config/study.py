@@ -1,0 +1,99 @@
+"""All settings of a study."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ldm_scaling import files
+from ldm_scaling.config.check import require
+from ldm_scaling.config.data import Data
+from ldm_scaling.config.measuring import Sample, Sweep
+from ldm_scaling.config.training import AUTO, Autoencoder, Diffusion, Mesh, Train
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """Everything.
+
+    Attributes:
+      name: of the study, in titles.
+      seed: of every training run.
+      members: names of the family's members, see `ldm-scaling zoo`.
+      reference: the member whose cost is 1.
+      weights: folder of a published Stable Diffusion, see `models.sd_folder`: it is the only
+        member, under any name, and nothing is trained. Empty where members are trained.
+      weights_hash: of the folder's files. Filled in when the folder is read; given, it is what
+        they must have.
+      data, autoencoder, diffusion, train, mesh, sample, sweep: see their classes.
+    """
+
+    name: str = "study"
+    seed: int = 0
+    members: tuple[str, ...] = ("866m",)
+    reference: str = "866m"
+    weights: str = ""
+    weights_hash: str = ""
+    data: Data = dataclasses.field(default_factory=Data)
+    autoencoder: Autoencoder = dataclasses.field(default_factory=Autoencoder)
+    diffusion: Diffusion = dataclasses.field(default_factory=Diffusion)
+    train: Train = dataclasses.field(default_factory=Train)
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    sample: Sample = dataclasses.field(default_factory=Sample)
+    sweep: Sweep = dataclasses.field(default_factory=Sweep)
+
+    def __post_init__(self):
+        require(len(self.members) > 0, "members", self.members, "give at least one")
+        require(len(set(self.members)) == len(self.members), "members", self.members,
+                 "has a name twice")
+        if self.weights:
+            require(len(self.members) == 1, "members", self.members,
+                     f"weights={self.weights!r} is one network: give one name for it")
+        for name in ("schedule", "prediction"):
+            value = getattr(self.diffusion, name)
+            require(bool(self.weights) or value != AUTO, f"diffusion.{name}", value,
+                     "only weights decide it: give a value, or --config.weights=DIR, the folder of "
+                     "a published model, such as that of https://huggingface.co/"
+                     "stable-diffusion-v1-5/stable-diffusion-v1-5")
+        for name, run in (("autoencoder.train", self.autoencoder.train), ("train", self.train)):
+            fits = bool(self.weights) or run.batch_size <= self.data.train_pictures
+            require(fits, f"{name}.batch_size", run.batch_size,
+                     f"more than data.train_pictures={self.data.train_pictures}")
+        require(self.autoencoder.train.remat == "none", "autoencoder.train.remat",
+                 self.autoencoder.train.remat, "the autoencoder has no blocks to recompute: none")
+        blocks = max(self.sweep.select_block, self.sweep.report_block) + 1
+        require(self.sweep.num_images * blocks <= self.data.validation_pictures,
+                 "data.validation_pictures", self.data.validation_pictures,
+                 f"the sweep's {blocks} blocks of {self.sweep.num_images} prompts need at least "
+                 f"{self.sweep.num_images * blocks}")
+
+    def identity(self) -> dict[str, Any]:
+        """What a workdir is bound to: all that decides a trained network or a record's numbers.
+
+        Members, the sweep's grid and bookkeeping are free: a record's own key tells them apart,
+        so a sweep can be widened in the same workdir.
+        """
+        tree = dataclasses.asdict(self)
+        for run in (tree["train"], tree["autoencoder"]["train"]):
+            for name in ("log_every", "validate_every", "checkpoint_every", "sample_every", "keep"):
+                del run[name]
+        kept = ["seed", "reference", "data", "autoencoder", "diffusion", "train"]
+        if self.weights:  # Nothing is trained.
+            tree["train"] = {"compute_dtype": self.train.compute_dtype}
+            kept = ["weights_hash", *(key for key in kept if key != "autoencoder")]
+        # The roles of the blocks too: only the reported one's records hold intervals.
+        fixed = ("replicates", "feature_side", "select_block", "report_block")
+        sweep = {k: tree["sweep"][k] for k in fixed}
+        return {k: tree[k] for k in kept} | {"sweep": sweep}
+
+    def training_hash(self, member: str | None) -> str:
+        """Hash of all that decides a network: the autoencoder's, or a member's."""
+        tree = self.identity()
+        if self.weights:
+            kept = ("seed", "data", "diffusion", "train", "weights_hash")
+            return files.sha256_of({k: tree[k] for k in kept})
+        kept = {k: tree[k] for k in ("seed", "data", "autoencoder")}
+        del kept["autoencoder"]["train"]["caption_dropout"]
+        if member is not None:
+            kept |= {"member": member, "diffusion": tree["diffusion"], "train": tree["train"]}
+        return files.sha256_of(kept)
