@@ -5,13 +5,13 @@ there; `parse` turns it into a validated `Study` once, and nothing else in the p
 ConfigDict. The dataclasses are the reference of every key.
 """
 
-from ldm_scaling.config.data import Data
+from ldm_scaling.config.data import OPENMOJI, Data, Prepare
 from ldm_scaling.config.edge import default, parse
 from ldm_scaling.config.measuring import Sample, Sweep
 from ldm_scaling.config.study import Study
 from ldm_scaling.config.training import AUTO, Autoencoder, Diffusion, Mesh, Train
 
 __all__ = [
-    "AUTO", "Autoencoder", "Data", "Diffusion", "Mesh", "Sample", "Study", "Sweep", "Train",
-    "default", "parse",
+    "AUTO", "OPENMOJI", "Autoencoder", "Data", "Diffusion", "Mesh", "Prepare", "Sample", "Study",
+    "Sweep", "Train", "default", "parse",
 ]

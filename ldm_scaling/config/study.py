@@ -55,17 +55,26 @@ class Study:
                      "only weights decide it: give a value, or --config.weights=DIR, the folder of "
                      "a published model, such as that of https://huggingface.co/"
                      "stable-diffusion-v1-5/stable-diffusion-v1-5")
-        for name, run in (("autoencoder.train", self.autoencoder.train), ("train", self.train)):
-            fits = bool(self.weights) or run.batch_size <= self.data.train_pictures
-            require(fits, f"{name}.batch_size", run.batch_size,
-                     f"more than data.train_pictures={self.data.train_pictures}")
         require(self.autoencoder.train.remat == "none", "autoencoder.train.remat",
                  self.autoencoder.train.remat, "the autoencoder has no blocks to recompute: none")
+        if self.data.composed:
+            self.check_counts(self.data.train_pictures, self.data.validation_pictures)
+
+    def check_counts(self, train: int, validation: int) -> None:
+        """Raises `UserError` where there are too few pictures for the batches or the sweep.
+
+        Args:
+          train, validation: how many there are.
+        """
+        for name, run in (("autoencoder.train", self.autoencoder.train), ("train", self.train)):
+            trained = not (self.weights or (name != "train" and self.autoencoder.weights))
+            require(not trained or run.batch_size <= train, f"{name}.batch_size", run.batch_size,
+                    f"more than the {train} pictures for training")
         blocks = max(self.sweep.select_block, self.sweep.report_block) + 1
-        require(self.sweep.num_images * blocks <= self.data.validation_pictures,
-                 "data.validation_pictures", self.data.validation_pictures,
-                 f"the sweep's {blocks} blocks of {self.sweep.num_images} prompts need at least "
-                 f"{self.sweep.num_images * blocks}")
+        need = self.sweep.num_images * blocks
+        require(need <= validation, "sweep.num_images", self.sweep.num_images,
+                f"{blocks} blocks of as many prompts need at least {need} pictures for validation, "
+                f"there are {validation}")
 
     def identity(self) -> dict[str, Any]:
         """What a workdir is bound to: all that decides a trained network or a record's numbers.
@@ -77,6 +86,10 @@ class Study:
         for run in (tree["train"], tree["autoencoder"]["train"]):
             for name in ("log_every", "validate_every", "checkpoint_every", "sample_every", "keep"):
                 del run[name]
+        tree["data"] = self.data.identity()
+        weights, hash = (tree["autoencoder"].pop(name) for name in ("weights", "weights_hash"))
+        if weights:
+            tree["autoencoder"] = {"weights_hash": hash}
         kept = ["seed", "reference", "data", "autoencoder", "diffusion", "train"]
         if self.weights:  # Nothing is trained.
             tree["train"] = {"compute_dtype": self.train.compute_dtype}
@@ -93,7 +106,8 @@ class Study:
             kept = ("seed", "data", "diffusion", "train", "weights_hash")
             return files.sha256_of({k: tree[k] for k in kept})
         kept = {k: tree[k] for k in ("seed", "data", "autoencoder")}
-        del kept["autoencoder"]["train"]["caption_dropout"]
+        if not self.autoencoder.weights:
+            del kept["autoencoder"]["train"]["caption_dropout"]
         if member is not None:
             kept |= {"member": member, "diffusion": tree["diffusion"], "train": tree["train"]}
         return files.sha256_of(kept)

@@ -67,6 +67,10 @@ class Autoencoder:
     """The first stage: the network (see `models.autoencoder.AutoencoderSpec`), its loss, its run.
 
     Attributes:
+      weights: of a published one, see `study.encoders`: nothing of the following counts then.
+        Empty where it is trained.
+      weights_hash: of its parameters. Filled in when they are read; given, it is what they must
+        have.
       base_channels, channel_mults, blocks_per_level, latent_channels, groups, mid_attention: the
         network; latents have 1 / 2 ** (levels - 1) of a picture's side.
       kl_weight: of the KL term (summed over a latent, averaged over pixel values).
@@ -74,6 +78,8 @@ class Autoencoder:
       train: the run.
     """
 
+    weights: str = ""
+    weights_hash: str = ""
     base_channels: int = 128
     channel_mults: tuple[int, ...] = (1, 2, 4, 4)
     blocks_per_level: int = 2
