@@ -1,4 +1,4 @@
-"""What a reader raises for records that cannot be used, so that a loader may count and skip them."""
+"""What a reader raises for damaged records, so that a loader may count and skip them."""
 
 from __future__ import annotations
 

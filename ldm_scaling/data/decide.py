@@ -1,0 +1,93 @@
+"""What becomes of every pair of a collection, on one machine: filters, keys, duplicates, limit.
+
+`beam` comes to the same with many machines.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ldm_scaling.data import duplicates
+from ldm_scaling.data.filters import CODE, KEPT
+from ldm_scaling.data.preparation import Preparation, Verdict
+
+_COLUMNS = ("key", "group", "width", "height", "pixels", "perceptual")
+
+
+def decide(job: Preparation) -> None:
+    """Writes the verdict on every part, from the facts of all."""
+    reasons, places, columns = [], [], {name: [] for name in _COLUMNS}
+    for i in range(len(job.parts)):
+        facts = job.facts(i)
+        reason = job.options.filters.examine(facts)
+        left = np.flatnonzero(reason == KEPT)
+        reasons.append(reason)
+        places.append(np.stack([np.full(len(left), i), left], axis=1).astype(np.int32))
+        for name in _COLUMNS:
+            columns[name].append(facts[name][left])
+    place = np.concatenate(places)
+    reason, keeper = _judge(
+        job, place, **{name: np.concatenate(parts) for name, parts in columns.items()}
+    )
+    start = 0
+    for i, of_part in enumerate(reasons):
+        better = np.full((len(of_part), 2), -1, np.int32)
+        rows = places[i][:, 1]
+        of_part[rows] = reason[start : start + len(rows)]
+        better[rows] = keeper[start : start + len(rows)]
+        start += len(rows)
+        job.save_verdict(i, Verdict(of_part, better))
+
+
+def _judge(
+    job: Preparation, place: np.ndarray, key: np.ndarray, group: np.ndarray, width: np.ndarray,
+    height: np.ndarray, pixels: np.ndarray, perceptual: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Reason int8 [N] and keeper's place int32 [N, 2] of rows that pass the filters, in order."""
+    options = job.options
+    reason = np.full(len(place), KEPT, np.int8)
+    keeper = np.full((len(place), 2), -1, np.int32)
+    number = np.arange(len(place))
+
+    once = duplicates.first(_numbered(key), number)
+    reason[once < number] = CODE["key"]
+    keeper[once < number] = place[once[once < number]]
+
+    left = np.flatnonzero(reason == KEPT)
+    best = left[_best_first(width[left].astype(np.int64) * height[left], key[left])]
+    rank = np.empty(len(place), np.int64)
+    rank[best] = np.arange(len(best))
+
+    def drop(name: str, better: np.ndarray) -> None:
+        gone = better < rank[left]
+        reason[left[gone]] = CODE[name]
+        keeper[left[gone]] = place[best[better[gone]]]
+
+    if options.duplicates.exact:
+        drop("duplicate", duplicates.first(_numbered(pixels[left]), rank[left]))
+        left = left[reason[left] == KEPT]
+    if options.duplicates.perceptual is not None:
+        bits = options.duplicates.perceptual
+        drop("near-duplicate", duplicates.near(perceptual[left], rank[left], bits))
+        left = left[reason[left] == KEPT]
+    if options.limit is not None and len(left) > options.limit:
+        order = np.array([options.order(k) for k in key[left]])
+        reason[left[np.argsort(order, kind="stable")[options.limit :]]] = CODE["limit"]
+    return reason, keeper
+
+
+def _numbered(texts: np.ndarray) -> np.ndarray:
+    """A number for each different text, from 0."""
+    import pyarrow as pa
+
+    return pa.array(texts, pa.string()).dictionary_encode().indices.to_numpy()
+
+
+def _best_first(pixels: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Their order by the rule in `duplicates`."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    table = pa.table({"pixels": pixels, "key": pa.array(key, pa.string())})
+    order = [("pixels", "descending"), ("key", "ascending")]
+    return pc.sort_indices(table, sort_keys=order).to_numpy().astype(np.int64)
