@@ -15,7 +15,8 @@ from collections.abc import Iterable
 
 COMMANDS = {
     "zoo": "print the family: parameters, GFLOPs and cost, the published figures beside them",
-    "prepare": "render and caption the pictures, encode the captions",
+    "prepare": "compose pictures or turn any collection of pairs into shards; encode the captions",
+    "cache-latents": "encode all pictures and captions by the frozen encoders, over all devices",
     "train": "train the autoencoder, encode the pictures, train every member",
     "sample": "draw a labelled grid of pictures with trained members",
     "sweep": "measure every sampler, step count and guidance rate",
@@ -64,12 +65,28 @@ FLAGS = {
         ("convert",), "--from=PATH",
         "the published folder or file: .safetensors, or .ckpt, .pth, .bin, which torch reads",
     ),
-    "to": (("convert",), "--to=PATH", "a folder that is not there yet"),
     "ema": (("convert",), "--ema", "sd_unet of an original file: its average over training"),
     "model": (
         ("convert",), "--model=NAME", "clip_*, dino: which one, where the weights do not tell"
     ),
-    "format": (("zoo",), "--format=text|json", "how to print"),
+    "source": (
+        ("prepare",), "--source=KIND:PATH",
+        "a collection, in place of the config's; docs/data.md lists the kinds",
+    ),
+    "to": (
+        ("convert", "prepare"), "--to=PATH",
+        "the folder to make: of a converted network, or of shards for several workdirs",
+    ),
+    "runner": (
+        ("prepare",), "--runner=NAME",
+        "prepares by Apache Beam: DirectRunner, DataflowRunner, FlinkRunner, ...; what follows "
+        "  --  are Beam's own options",
+    ),
+    "dry_run": (
+        ("prepare",), "--dry-run",
+        "only says what caching latents and text states would cost and save",
+    ),
+    "format": (("zoo", "prepare"), "--format=text|json", "how to print a table"),
 }
 
 
@@ -88,8 +105,11 @@ def usage() -> str:
         name: _table([(written, text)]) for name, (_, written, text) in FLAGS.items()
     }
     of = {
-        command: [line for name in FLAGS if FLAGS[name][0] == (command,) for line in flags[name]]
-        for command in ("sample", "convert", "zoo")
+        command: [
+            line for name, (commands, *_) in FLAGS.items()
+            if command in commands and commands != STAGES for line in flags[name]
+        ]
+        for command in ("prepare", "sample", "convert", "zoo")
     }
     return "\n".join(
         [
@@ -103,6 +123,10 @@ def usage() -> str:
             *_table([("--config.KEY=VALUE", "changes a key of it, e.g. --config.train.steps=200")]),
             *flags["workdir"],
             *_table([("--help", "this text")]),
+            "",
+            "prepare takes besides; with --to or --dry-run it needs no workdir:",
+            "",
+            *of["prepare"],
             "",
             "sample draws one labelled grid. Several values, with commas or in a flag given again,",
             "make its axes; what is not given is as the config's sample says:",
@@ -125,12 +149,13 @@ def _define_flags():
 
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "config file", flag_values=values)
-    for name in ("workdir", "spacing", "kind", "from", "to", "model"):
+    for name in ("workdir", "spacing", "kind", "from", "to", "model", "source", "runner"):
         flags.DEFINE_string(name, None, name, flag_values=values)
     for name in ("prompt", "sampler", "steps", "guidance", "seeds", "member"):
         flags.DEFINE_multi_string(name, [], name, flag_values=values)
-    flags.DEFINE_boolean("ema", False, "ema", flag_values=values)
-    flags.DEFINE_enum("format", "text", ["text", "json"], "of the zoo", flag_values=values)
+    for name in ("ema", "dry_run"):
+        flags.DEFINE_boolean(name, False, name, flag_values=values)
+    flags.DEFINE_enum("format", "text", ["text", "json"], "of tables", flag_values=values)
     return values
 
 
@@ -213,6 +238,7 @@ def _parse(arguments: list[str]):
     from ldm_scaling.errors import UserError
 
     values = _define_flags()
+    arguments = ["--dry_run" if a == "--dry-run" else a for a in arguments]
     names = [argument.lstrip("-").split("=", 1)[0] for argument in arguments]
     overrides = [name for name in names if name.startswith("config.")]
     if overrides and "config" not in names:
@@ -249,6 +275,12 @@ def _parse(arguments: list[str]):
     return values
 
 
+def _parted(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """What stands before and after `--`."""
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:at], arguments[at + 1 :]
+
+
 def _run(command: str, arguments: list[str]) -> None:
     from ldm_scaling.errors import UserError
 
@@ -257,7 +289,10 @@ def _run(command: str, arguments: list[str]) -> None:
 
         evaluate_cli.run(arguments, functools.partial(_values, command))
         return
+    arguments, rest = _parted(arguments)
     values = _values(command, arguments)
+    if rest and not values.runner:
+        raise UserError("what follows  --  are options of Apache Beam: give --runner=NAME too")
     if command == "zoo":
         from ldm_scaling.models import zoo_table
 
@@ -275,20 +310,29 @@ def _run(command: str, arguments: list[str]) -> None:
         place = values["from"].value, values["to"].value
         print(converted.write(values.kind, *place, ema=values.ema, model=values.model))
         return
-    if not values.workdir:
-        raise UserError(f"ldm-scaling {command} needs --workdir; see  ldm-scaling --help")
+    elsewhere = command == "prepare" and bool(values.to or values.dry_run)
+    if not (values.workdir or (elsewhere and values.config)):
+        what = "--config or --workdir" if elsewhere else "--workdir"
+        raise UserError(f"ldm-scaling {command} needs {what}; see  ldm-scaling --help")
     sample_values = _sample_values(values)
 
     from ldm_scaling import config
     from ldm_scaling.parallel import hosts
 
     hosts.use_cpu_cores()
-    from ldm_scaling.study import stages
+    from ldm_scaling.study import prepare_cli, stages
     from ldm_scaling.study.workdir import Workdir
 
-    workdir = Workdir(values.workdir)
+    workdir = Workdir(values.workdir or ".")
     study = config.parse(values.config) if values.config else workdir.last_config()
+    study = prepare_cli.with_source(study, values.source)
+    if values.to:
+        prepare_cli.to_folder(study, values.to, values.runner, rest)
+        return
     materials = stages.check(study, workdir)
+    if values.dry_run:
+        print(prepare_cli.dry_run(materials, values.format))
+        return
     if command == "report":
         stages.require_records(materials)
     lock = workdir.lock()
@@ -298,7 +342,10 @@ def _run(command: str, arguments: list[str]) -> None:
         log.info("ldm-scaling %s %s", command, " ".join(arguments))
         try:
             if command == "prepare":
+                prepare_cli.in_workdir(materials, values.runner, rest)
                 stages.prepare(materials)
+            elif command == "cache-latents":
+                print("\n".join(stages.cache_latents(materials)))
             elif command == "train":
                 stages.train(materials)
             elif command == "sample":

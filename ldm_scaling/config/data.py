@@ -27,12 +27,13 @@ class Prepare:
       min_aesthetic, max_watermark: bounds of scores that the collection has; 0 and 1 are no bounds,
         with others pairs without the score are dropped.
       exact: whether pictures that are the same in every pixel are dropped but for one.
-      perceptual: bits of 64 in which perceptual hashes of duplicates differ at most; -1 keeps
-        near-duplicates.
+      perceptual: bits of 64 in which perceptual hashes of pictures that look the same differ at
+        most; -1 keeps them.
       validation_share: share of the pairs that are kept for validation, by their key's hash.
       limit: most pairs that are looked at; 0 is all.
       store_side: short side that larger pictures are stored with; 0 keeps their bytes.
       tile: side of the tiles that photographs are cut into; 0 keeps them whole.
+      skip_broken: whether a part that cannot be read to its end is left out.
       caption_columns: names of columns to take captions from; none are the usual ones.
       caption_encoding: of captions in files that are not UTF-8 and do not say what they are.
       aesthetic_column, watermark_column: names of the scores' columns; empty are the usual ones.
@@ -47,11 +48,12 @@ class Prepare:
     min_aesthetic: float = 0.0
     max_watermark: float = 1.0
     exact: bool = True
-    perceptual: int = 0
+    perceptual: int = 4
     validation_share: float = 0.05
     limit: int = 0
     store_side: int = 0
     tile: int = 0
+    skip_broken: bool = False
     caption_columns: tuple[str, ...] = ()
     caption_encoding: str = "utf-8"
     aesthetic_column: str = ""
@@ -62,8 +64,8 @@ class Prepare:
             value = getattr(self, name)
             require(value >= 0, f"data.prepare.{name}", value, "not below 0")
         require(self.min_side >= -1, "data.prepare.min_side", self.min_side, "-1 or more")
-        require(-1 <= self.perceptual <= 16, "data.prepare.perceptual", self.perceptual,
-                "-1 (off) to 16 bits")
+        require(-1 <= self.perceptual <= 12, "data.prepare.perceptual", self.perceptual,
+                "-1 (off) to 12 bits")
         require(0 < self.validation_share < 1, "data.prepare.validation_share",
                 self.validation_share, "above 0 and below 1")
 
@@ -87,7 +89,10 @@ class Data:
       text_hash: of its weights and tokenizer. Filled in when they are read; given, it is what they
         must have.
       flip: whether half of the pictures are mirrored, but for captions that name a side.
+      max_aspect: of the sizes that collections are trained at, in buckets of about side^2 pixels;
+        1 is the square alone. What is measured is square.
       max_corrupt: share of a source's records that may be damaged before a run stops.
+      latent_dtype: float32, or float16, half as large, that latents are kept in.
       workers: processes that read ahead; 0 is threads.
       cache: folder of latents and text states, for several workdirs; empty is the workdir.
       prepare: how collections become shards.
@@ -104,7 +109,9 @@ class Data:
     text_weights: str = ""
     text_hash: str = ""
     flip: bool = False
+    max_aspect: float = 1.0
     max_corrupt: float = 0.01
+    latent_dtype: str = "float32"
     workers: int = 0
     cache: str = ""
     prepare: Prepare = dataclasses.field(default_factory=Prepare)
@@ -126,7 +133,10 @@ class Data:
         require(16 <= self.side <= 1024, "data.side", self.side, "use 16..1024")
         require(self.seed >= 0, "data.seed", self.seed, "not below 0")
         require(3 <= self.text_length <= 512, "data.text_length", self.text_length, "use 3..512")
+        require(1 <= self.max_aspect <= 8, "data.max_aspect", self.max_aspect, "in 1..8")
         require(0 <= self.max_corrupt < 1, "data.max_corrupt", self.max_corrupt, "in [0, 1)")
+        require(self.latent_dtype in ("float16", "float32"), "data.latent_dtype", self.latent_dtype,
+                "float16 or float32")
         require(self.workers >= 0, "data.workers", self.workers, "not below 0")
 
     @property
@@ -149,7 +159,8 @@ class Data:
         if self.text_hash:
             del tree["text_weights"]
         default = Data()
-        for name in ("weights", "hash", "text_weights", "text_hash", "flip", "prepare"):
+        for name in ("weights", "hash", "text_weights", "text_hash", "flip", "max_aspect",
+                     "latent_dtype", "prepare"):
             if name in tree and getattr(self, name) == getattr(default, name):
                 del tree[name]
         return tree

@@ -1,7 +1,9 @@
-"""COCO-2014's validation split as it is downloaded: images, captions, and lists of captions.
+"""COCO's captioned splits as they are downloaded: images, captions, and lists of captions.
 
     COCO/annotations/captions_val2014.json
     COCO/val2014/COCO_val2014_000000000042.jpg ...
+
+What is evaluated on is COCO-2014's validation split.
 """
 
 from __future__ import annotations
@@ -21,11 +23,23 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.files import sha256_of
 
 SPLIT = "val2014"
-ANNOTATIONS = f"annotations/captions_{SPLIT}.json"
-IMAGES, CAPTIONS = 40_504, 202_654  # in the published files
+SPLITS = ("val2014", "train2014", "val2017", "train2017")
+IMAGES, CAPTIONS = 40_504, 202_654  # in the published files of SPLIT
+
+
+def annotations(split: str) -> str:
+    """A split's list of captions, below the folder."""
+    return f"annotations/captions_{split}.json"
+
+
+ANNOTATIONS = annotations(SPLIT)
 URLS = {
-    ANNOTATIONS: "http://images.cocodataset.org/annotations/annotations_trainval2014.zip",
-    SPLIT: f"http://images.cocodataset.org/zips/{SPLIT}.zip",
+    **{split: f"http://images.cocodataset.org/zips/{split}.zip" for split in SPLITS},
+    **{
+        annotations(split): "http://images.cocodataset.org/annotations/"
+        f"annotations_trainval{split[-4:]}.zip"
+        for split in SPLITS
+    },
 }
 
 
@@ -71,29 +85,31 @@ class Coco:
       root: the folder.
       files: number of an image to its file's name, by number.
       captions: all of them, by number.
+      split: the split, also the name of the images' folder.
     """
 
     root: Path
     files: dict[int, str]
     captions: tuple[Caption, ...]
+    split: str = SPLIT
 
     @property
     def whole(self) -> bool:
-        """Whether this is all of the published split."""
+        """Whether this is all of the published split `SPLIT`."""
         return (len(self.files), len(self.captions)) == (IMAGES, CAPTIONS)
 
     @functools.cached_property
     def images(self) -> ImageFolder:
         """All images, by number. Raises `UserError` when one that is annotated is not there."""
-        folder = self.root / SPLIT
+        folder = self.root / self.split
         if not folder.is_dir():
-            raise UserError(_missing(self.root, SPLIT))
+            raise UserError(_missing(self.root, self.split, self.split))
         have = set(os.listdir(folder))
         absent = [name for name in self.files.values() if name not in have]
         if absent:
             raise UserError(
-                f"{self.root / ANNOTATIONS} names {len(absent)} images that are not in {folder}, "
-                f"the first is {absent[0]}: unpack {URLS[SPLIT]} again"
+                f"{self.root / annotations(self.split)} names {len(absent)} images that are not "
+                f"in {folder}, the first is {absent[0]}: unpack {URLS[self.split]} again"
             )
         return ImageFolder(folder, tuple(self.files.values()))
 
@@ -106,26 +122,30 @@ class Coco:
         if not 1 <= count <= len(self.captions):
             raise UserError(
                 f"{count} captions cannot be drawn of the {len(self.captions)} in "
-                f"{self.root / ANNOTATIONS}: it should hold {CAPTIONS:,}, from {URLS[ANNOTATIONS]}"
+                f"{self.root / annotations(self.split)}: {SPLIT} should hold {CAPTIONS:,}, from "
+                f"{URLS[ANNOTATIONS]}"
             )
         order = np.random.RandomState(seed).permutation(len(self.captions))[:count]
         origin = sha256_of([[list(caption) for caption in self.captions], seed])
         return CaptionList(tuple(self.captions[i] for i in order), origin)
 
 
-def read(root: str | os.PathLike[str]) -> Coco:
-    """Reads the annotation file; images are looked for when asked for.
+def read(root: str | os.PathLike[str], split: str = SPLIT) -> Coco:
+    """Reads a split's annotation file; images are looked for when asked for.
 
-    Raises `UserError` for a file that is missing, damaged, or says something impossible.
+    Raises `UserError` for a split without captions and for a file that is missing, damaged, or says
+    something impossible.
     """
+    if split not in SPLITS:
+        raise UserError(f"COCO has no captions of {split!r}: its splits are {', '.join(SPLITS)}")
     root = Path(root).expanduser()
-    path = root / ANNOTATIONS
+    path, url = root / annotations(split), URLS[annotations(split)]
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:
-        raise UserError(_missing(root, ANNOTATIONS)) from e
+        raise UserError(_missing(root, annotations(split), split)) from e
     except (OSError, ValueError) as e:
-        raise UserError(f"cannot read {path} ({e}): unpack {URLS[ANNOTATIONS]} again") from e
+        raise UserError(f"cannot read {path} ({e}): unpack {url} again") from e
     try:
         images = {_number(row["id"]): str(row["file_name"]) for row in table["images"]}
         captions = [
@@ -136,15 +156,15 @@ def read(root: str | os.PathLike[str]) -> Coco:
             raise ValueError("there is no caption, or two have one number")
     except (KeyError, TypeError, ValueError) as e:
         raise UserError(
-            f"{path} is no list of COCO's captions ({e!r}): unpack {URLS[ANNOTATIONS]} again"
+            f"{path} is no list of COCO's captions ({e!r}): unpack {url} again"
         ) from e
     orphans = [caption for caption in captions if caption.image_id not in images]
     if orphans:
         raise UserError(
             f"{path}: caption {orphans[0].id} is of image {orphans[0].image_id}, which the file "
-            f"does not list ({len(orphans)} such captions): unpack {URLS[ANNOTATIONS]} again"
+            f"does not list ({len(orphans)} such captions): unpack {url} again"
         )
-    return Coco(root, dict(sorted(images.items())), tuple(sorted(captions)))
+    return Coco(root, dict(sorted(images.items())), tuple(sorted(captions)), split)
 
 
 def arrange(folder: ImageFolder, captions: Sequence[Caption]) -> ImageFolder:
@@ -179,8 +199,8 @@ def _number(value: Any) -> int:
     return value
 
 
-def _missing(root: Path, name: str) -> str:
+def _missing(root: Path, name: str, split: str) -> str:
     return (
         f"{root / name} is not there: download {URLS[name]} and unpack it in {root}, so that "
-        f"{root} holds {ANNOTATIONS} and {SPLIT}/*.jpg"
+        f"{root} holds {annotations(split)} and {split}/*.jpg"
     )

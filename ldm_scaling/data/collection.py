@@ -16,7 +16,7 @@ SCORES = {
     "aesthetic": ("aesthetic", "aesthetic_score", "aesthetics_score", "AESTHETIC_SCORE"),
     "watermark": ("watermark", "pwatermark", "watermark_score", "WATERMARK"),
 }
-# Columns that hold captions, the first that is there; each holds a text or a list of texts.
+# Columns that hold captions, the first that is there; each holds texts, in a list or alone.
 CAPTION_COLUMNS = ("caption", "captions", "text", "texts", "TEXT", "prompt", "description")
 
 
@@ -81,4 +81,7 @@ class Collection(Protocol):
         """
 
     def fingerprint(self) -> str:
-        """Hash of the names, sizes and times of change of its files: whether they are the same."""
+        """Hash of the names, sizes and times of change of its files, and of how they are read.
+
+        The same hash stands for the same parts and pairs. Raises `UserError` as `parts`.
+        """

@@ -98,14 +98,16 @@ def read(root: str | os.PathLike[str]) -> DreamBench:
     )
 
 
-def generated(root: str | os.PathLike[str], bench: DreamBench) -> Generated:
-    """The images drawn for a bench, by name.
+def generated(
+    root: str | os.PathLike[str], bench: DreamBench, limit: int | None = None
+) -> Generated:
+    """The images drawn for a bench, by name; with `limit` those of the first prompts only.
 
     Raises `UserError` for a name that says no subject and prompt of the bench, and when a prompt of
     a subject has no image or more than another.
     """
     images = image_folder.listing(root)
-    subjects, captions, counts = [], [], {}
+    names, subjects, captions, counts = [], [], [], {}
     for name in images.names:
         match = re.fullmatch(r"(\w+)/(\d+)(?:_\d+)?", Path(name).with_suffix("").as_posix())
         subject, prompt = (match[1], int(match[2])) if match else ("", 0)
@@ -114,15 +116,19 @@ def generated(root: str | os.PathLike[str], bench: DreamBench) -> Generated:
                 f"{images.root / name} is of no subject and prompt of DreamBench: name it "
                 "SUBJECT/PROMPT_K.png, prompts counted from 00, e.g. backpack/07_2.png"
             )
+        if limit is not None and prompt >= limit:
+            continue
+        names.append(name)
         subjects.append(subject)
         captions.append(bench.caption(subject, prompt))
         counts[subject, prompt] = counts.get((subject, prompt), 0) + 1
-    every = [(s, p) for s in bench.prompts for p in range(len(bench.prompts[s]))]
-    uneven = [key for key in every if counts.get(key, 0) != counts[max(counts, key=counts.get)]]
+    every = [(s, p) for s, all in bench.prompts.items() for p in range(len(all[:limit]))]
+    most = max(counts.values(), default=1)
+    uneven = [key for key in every if counts.get(key, 0) != most]
     if uneven:
         subject, prompt = uneven[0]
         raise UserError(
             f"{images.root} holds {counts.get(uneven[0], 0)} images of {subject}, prompt {prompt}, "
-            f"and {max(counts.values())} of others: draw as many of each ({len(uneven)} differ)"
+            f"and {most} of others: draw as many of each ({len(uneven)} differ)"
         )
-    return Generated(images, tuple(subjects), tuple(captions))
+    return Generated(ImageFolder(images.root, tuple(names)), tuple(subjects), tuple(captions))

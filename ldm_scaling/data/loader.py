@@ -1,199 +1,237 @@
-"""From records to batches: sources with random access, shuffled and sharded by grain.
+"""From sources to batches: shuffled, mixed and shared out by hosts, read ahead by grain.
 
-A *source* has a length and `batch(indices) -> dict of stacked arrays`. A pipeline is a grain
-`MapDataset` over batch numbers, each read whole by one thread: the order is a pure function of the
-seed and the step, so its state is one number.
+A pipeline is a grain `MapDataset` over batch numbers, each read whole by one thread or one worker
+process: what is in a batch is a pure function of the seed and its number, see `order`, so that the
+state of a loader is one number and the figures that it holds for.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
+import logging
+import weakref
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from fractions import Fraction
+from typing import Any
 
 import grain
 import numpy as np
-import tensorflow_datasets as tfds
-from PIL import Image
+from absl import flags
 
-from ldm_scaling.data import builder as builder_lib
+from ldm_scaling.data import reader
+from ldm_scaling.data.composed import FIELDS, ImageSource, image_source
+from ldm_scaling.data.corrupt import CorruptRecords
+from ldm_scaling.data.mixture import Mixture
+from ldm_scaling.data.order import Order
+from ldm_scaling.data.source import Source, buckets_of, hash_of, zip_sources
 from ldm_scaling.errors import UserError
 
-FIELDS = ("image", "caption", "concept", "index")
+__all__ = [
+    "FIELDS", "ImageSource", "Loader", "Mixture", "Source", "eval_batches", "image_source",
+    "train_loader", "zip_sources",
+]
+
+log = logging.getLogger(__name__)
+
 _AHEAD = 8  # batches read before they are asked for
 _ENDLESS = 2**62  # steps
+_VERSION = 1  # of the order: another is another order
+# A share of fewer examples than these says little: one in the first batch is no sign of many.
+_JUDGED = 1_000
+_LISTED = 10
 
 
-class Source(Protocol):
-    """Random access to examples of equal shapes."""
+class Loader(grain.DatasetIterator):
+    """An endless iterator of a host's batches, dicts of numpy arrays; `train_loader` makes it.
 
-    def __len__(self) -> int:
-        """Number of examples."""
+    `get_state()` is a small dict of JSON, `set_state()` goes on from it exactly, on any number of
+    hosts, threads and worker processes; `grain.checkpoint.CheckpointSave(iterator)` saves it with
+    Orbax. `close()` ends what reads ahead; as a context manager the same.
 
-    def batch(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
-        """The examples at `indices`, stacked."""
-
-
-class ImageSource:
-    """The pictures and captions of a split, by position (which is the `index` of each).
-
-    `batch` gives those of `fields` that were asked for: "image" uint8 (B, H, W, 3); "caption" and
-    "concept" arrays of str; "index" int64.
+    Attributes:
+      corrupt: (source's number, index) to why, of examples that could not be read so far.
     """
 
-    def __init__(self, prepared: builder_lib.Prepared, split: str, fields: Sequence[str]):
-        self._where = f"the {split} split of {prepared.path}"
-        self._fields = tuple(fields)
-        self._remedy = f"remove the folder {prepared.path} and run again"
-        try:
-            self._records = prepared.builder.as_data_source(
-                split, decoders={"image": tfds.decode.SkipDecoding()}
-            )
-            found = len(self._records)
-        except (RuntimeError, OSError) as e:
-            raise self._damaged(e) from e
-        self._count = prepared.builder.spec.count(split)
-        if found != self._count:
-            raise self._damaged(f"it has {found} records instead of {self._count}")
+    def __init__(
+        self, read: reader.Reader, state: dict[str, Any], max_corrupt: float, threads: int,
+        workers: int,
+    ):
+        super().__init__()
+        self._reader, self._facts, self._max_corrupt = read, state, max_corrupt
+        self._threads, self._workers = threads, workers
+        self._step, self._batches = 0, None
+        self._read = np.zeros(len(read.sources), np.int64)
+        self._failed = np.zeros(len(read.sources), np.int64)
+        self.corrupt: dict[tuple[int, int], str] = {}
 
-    def __len__(self) -> int:
-        return self._count
+    def __enter__(self) -> Loader:
+        return self
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return {name: array[0] for name, array in self.batch([index]).items()}
+    def __exit__(self, *unused) -> None:
+        self.close()
 
-    def batch(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
-        """The examples at `indices`, stacked.
+    def __next__(self) -> dict[str, np.ndarray]:
+        """The next batch.
 
         Raises:
-          IndexError: an index outside 0..len-1.
-          UserError: a damaged record.
+          UserError: more examples of a source are corrupt than may be, or as the source.
         """
-        indices = [int(i) for i in indices]
-        if any(not 0 <= i < self._count for i in indices):
-            raise IndexError(f"{self._where} has 0..{self._count - 1}; asked for {indices}")
+        self.start_prefetch()
         try:
-            records = self._records.__getitems__(indices)
-            return {name: _column(name, records) for name in self._fields}
-        except (RuntimeError, OSError, ValueError, SyntaxError) as e:  # PIL: broken PNG
-            raise self._damaged(e) from e
-
-    def _damaged(self, how: Exception | str) -> UserError:
-        first = str(how).split("\n", maxsplit=1)[0][:120]
-        return UserError(f"{self._where} is damaged: {first}; {self._remedy}")
-
-
-def image_source(
-    prepared: builder_lib.Prepared, split: str, fields: Sequence[str] = ("image", "caption")
-) -> ImageSource:
-    """Random access to a split of a prepared data set.
-
-    Args:
-      prepared: see `builder.prepare`.
-      split: "train" or "validation".
-      fields: some of `FIELDS`.
-
-    Raises:
-      UserError: an unknown split or field, or a damaged data set.
-    """
-    splits = sorted(prepared.builder.info.splits)
-    if split not in splits:
-        raise UserError(f"the data set has no split {split!r}: use one of {splits}")
-    unknown = sorted(set(fields) - set(FIELDS))
-    if unknown or not fields:
-        raise UserError(f"the data set has no field {unknown}: use some of {FIELDS}")
-    return ImageSource(prepared, split, fields)
-
-
-def _column(name: str, records: Sequence[dict]) -> np.ndarray:
-    values = [record[name] for record in records]
-    if name == "image":
-        return np.stack([np.asarray(Image.open(io.BytesIO(png)).convert("RGB")) for png in values])
-    if name == "index":
-        return np.asarray(values, np.int64)
-    return np.asarray([value.decode() for value in values])
-
-
-class _Zipped:
-    def __init__(self, sources: Sequence[Source]):
-        self._sources = sources
-
-    def __len__(self) -> int:
-        return len(self._sources[0])
-
-    def batch(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
-        arrays: dict[str, np.ndarray] = {}
-        for source in self._sources:
-            part = source.batch(indices)
-            if twice := sorted(arrays.keys() & part.keys()):
-                raise ValueError(f"two sources give {twice}")
-            arrays |= part
+            arrays, note = next(self._batches)
+        except RuntimeError as e:
+            if not self._workers or "terminated unexpectedly" not in str(e):
+                raise
+            raise UserError(
+                f"a worker process that reads data ended ({e.args[0].split('.')[0]}): it may have "
+                "run out of memory or of /dev/shm; use fewer workers, or 0, which reads in threads"
+            ) from e
+        self._count(reader.Note.from_json(note))
+        self._step += 1
         return arrays
 
+    def start_prefetch(self) -> None:
+        """Begins to read ahead."""
+        self._assert_not_closed()
+        if self._batches is None:
+            steps = grain.MapDataset.range(self._step, _ENDLESS)
+            self._batches = iter(_read_ahead(steps.map(self._reader), self._threads, self._workers))
+            # Whatever happens to this object: worker processes end before the interpreter does.
+            self._end = weakref.finalize(self, self._batches.close)
 
-def zip_sources(*sources: Source) -> Source:
-    """Example i of every source, in one dict; their names must differ.
+    def get_state(self) -> dict[str, Any]:
+        """What `set_state` needs to give the batch after the last one that was taken."""
+        return {**self._facts, "step": self._step}
 
-    Raises:
-      UserError: sources of different lengths, or none.
-    """
-    lengths = [len(source) for source in sources]
-    if len(set(lengths)) != 1:
-        raise UserError(
-            f"the sources have {lengths} examples and must have the same number: "
-            "remove the caches of the data set, and they are made anew"
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from a state.
+
+        Raises:
+          UserError: naming both values where the batch size, the seed, the sources or their weights
+            are others than the state's: the order of examples would be another.
+        """
+        if state.keys() == {"next_index"}:  # of a grain iterator, which knew no more
+            if not self._reader.order.is_grains:
+                raise UserError(
+                    "the checkpoint's data order is of an earlier version, which this one does not "
+                    "go on from for data sets as small as this: start anew in another --workdir"
+                )
+        else:
+            for name, value in self._facts.items():
+                if state.get(name) != value:
+                    raise UserError(
+                        f"the checkpoint's data order has {name}={state.get(name)}, this run's has "
+                        f"{name}={value}: set it back, or start anew in another --workdir"
+                    )
+        step = state.get("step", state.get("next_index"))
+        if not isinstance(step, int) or step < 0:
+            raise UserError(f"the checkpoint's data order is at step {step!r}: it is damaged")
+        self._stop()
+        self._step = step
+
+    def close(self) -> None:
+        """Ends the threads and processes that read ahead."""
+        self._stop()
+        self._closed = True
+
+    def _stop(self) -> None:
+        if self._batches is not None:
+            self._end()
+            self._batches = None
+
+    def _count(self, note: reader.Note) -> None:
+        self._read += note.read
+        for source, index, why in note.failures:
+            self._failed[source] += 1
+            if (source, index) not in self.corrupt:
+                self.corrupt[source, index] = why
+                log.warning("left out a corrupt example, number %d of %s: %s", index,
+                            self._name(source), why)
+        for source in {failure.source for failure in note.failures}:
+            read, failed = int(self._read[source]), int(self._failed[source])
+            if note.hopeless or failed > self._max_corrupt * max(read, _JUDGED):
+                raise UserError(self._too_many(source, read, failed))
+
+    def _too_many(self, source: int, read: int, failed: int) -> str:
+        listed = [why for (s, _), why in self.corrupt.items() if s == source]
+        more = f"; and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
+        return (
+            f"{failed} of {read} examples read of {self._name(source)} are corrupt, more than the "
+            f"share {self._max_corrupt:g} that may be: {'; '.join(listed[:_LISTED])}{more}; "
+            "prepare the data set anew, or raise max_corrupt"
         )
-    return _Zipped(sources)
+
+    def _name(self, source: int) -> str:
+        return "the data set" if len(self._read) == 1 else f"source {source}"
 
 
 def train_loader(
-    source: Source,
+    source: Source | Mixture,
     batch_size: int,
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
     drop_remainder: bool = False,
     threads: int = 2,
-) -> grain.DatasetIterator:
+    workers: int = 0,
+    max_corrupt: float = 0.01,
+) -> Loader:
     """An endless iterator of batches (dicts of numpy arrays), shuffled anew in each epoch.
 
     Batch k depends on the seed and k alone. With several hosts each gets an equal slice of it: put
-    one after the other, they are the batch that a single host gets. The iterator is grain's:
-    `get_state()` is a small dict of JSON, `set_state()` goes on from it exactly, and
-    `grain.checkpoint.CheckpointSave(iterator)` saves it with Orbax. `close()` ends its threads.
+    one after the other, they are the batch that a single host gets. A mixture's sources have epochs
+    of their own, and so do the buckets of a source that has them: then each batch is of one bucket,
+    and the buckets take turns in proportion to their sizes.
+
+    An example that cannot be read is counted, named in the log and replaced by another, the same
+    whatever the number of hosts and workers.
 
     Args:
-      source: the examples.
+      source: the examples, or several sources with weights.
       batch_size: of all hosts together.
-      seed: of the order.
+      seed: of the order, and of what is random about examples.
       process_index: this host.
       process_count: number of hosts.
       drop_remainder: an epoch is a whole number of batches, and what is left over (other examples
         each time) is not seen in it. Otherwise batches run on across epochs, and every example is
-        seen once an epoch.
-      threads: that read ahead.
+        seen once an epoch. For a single source.
+      threads: that read ahead; of each worker, where there are workers.
+      workers: processes that read ahead, and give batches through shared memory; 0 reads in the
+        threads of this process. For decoding in Python on several cores; sources must pickle.
+      max_corrupt: share of a source's examples read on this host (of 1,000 at least) that may be
+        corrupt; beyond it the iterator stops with the list.
 
     Raises:
       UserError: a batch that hosts cannot share equally or that is larger than the data set.
     """
-    count = len(source)
     _check_batch(batch_size, process_index, process_count)
-    if batch_size > count:
+    if not 0 <= max_corrupt <= 1 or workers < 0 or threads < 0:
         raise UserError(
-            f"a batch of {batch_size} is larger than the data set of {count} examples: "
-            "make the batch smaller or the data set larger"
+            f"max_corrupt={max_corrupt}, workers={workers}, threads={threads}: a share of 0 to 1, "
+            "and numbers of 0 or more"
         )
-    order = grain.MapDataset.range(count).shuffle(seed=_mixed(seed))  # another in each epoch
-    epoch_size = count - count % batch_size if drop_remainder else count
+    mixed = isinstance(source, Mixture)
+    sources = tuple(source.sources) if mixed else (source,)
+    weights = source.shares() if mixed else (Fraction(1),)
+    sizes = _sizes(sources)
+    order = Order(
+        [len(s) for s in sources], weights, batch_size, seed, [buckets_of(s) for s in sources],
+        sizes, drop_remainder,
+    )
     own = _share(batch_size, process_index, process_count)
-
-    def read(step: int) -> dict[str, np.ndarray]:
-        positions = range(step * batch_size, (step + 1) * batch_size)[own]
-        epochs_and_places = (divmod(position, epoch_size) for position in positions)
-        return source.batch([order[epoch * count + place] for epoch, place in epochs_and_places])
-
-    return iter(_read_ahead(grain.MapDataset.range(_ENDLESS).map(read), threads))
+    facts = {
+        "version": _VERSION,
+        "batch_size": batch_size,
+        "seed": seed,
+        "drop_remainder": drop_remainder,
+        "counts": [len(s) for s in sources],
+        "hashes": [hash_of(s) or "" for s in sources],
+        "weights": [str(weight) for weight in weights],
+        "buckets": {
+            "{}x{}".format(*sizes[bucket]): counts
+            for bucket, counts in order.counts().items() if bucket >= 0
+        },
+    }
+    return Loader(reader.Reader(sources, order, own, seed), facts, max_corrupt, threads, workers)
 
 
 def eval_batches(
@@ -203,23 +241,30 @@ def eval_batches(
     process_count: int = 1,
     threads: int = 2,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every example once, in order, in batches of one shape.
+    """Every example once, in order, in batches of one shape; nothing about them is random.
 
     The last batch is filled up with the last example; "mask" (bool, (B,)) is False there. Hosts
     share batches as in `train_loader`.
 
     Raises:
-      UserError: a batch that hosts cannot share equally, or an empty source.
+      UserError: a batch that hosts cannot share equally, an empty source, or, on the way, an
+        example that cannot be read: no figure is of other examples than it says.
     """
     count = len(source)
     _check_batch(batch_size, process_index, process_count)
     if not count:
         raise UserError("there are no examples to evaluate on: make the data set's split larger")
+    if buckets_of(source) is not None:
+        raise ValueError("evaluation takes pictures of one size, not buckets")
     own = _share(batch_size, process_index, process_count)
 
     def read(k: int) -> dict[str, np.ndarray]:
         positions = np.arange(k * batch_size, (k + 1) * batch_size)[own]
-        return {**source.batch(np.minimum(positions, count - 1)), "mask": positions < count}
+        try:
+            arrays = source.batch(np.minimum(positions, count - 1))
+        except CorruptRecords as e:
+            raise UserError(f"cannot evaluate on this split: {e}; prepare it anew") from e
+        return {**arrays, "mask": positions < count}
 
     return _all_of(_read_ahead(grain.MapDataset.range(-(-count // batch_size)).map(read), threads))
 
@@ -232,9 +277,17 @@ def _all_of(batches: grain.IterDataset) -> Iterator[dict[str, np.ndarray]]:
         iterator.close()
 
 
-def _read_ahead(batches: grain.MapDataset, threads: int) -> grain.IterDataset:
-    return batches.to_iter_dataset(
-        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_AHEAD)
+def _read_ahead(batches: grain.MapDataset, threads: int, workers: int = 0) -> grain.IterDataset:
+    ahead = -(-_AHEAD // max(workers, 1)) if workers else _AHEAD
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+    batches = batches.to_iter_dataset(options)
+    if not workers:
+        return batches
+    if not flags.FLAGS.is_parsed():  # grain's workers ask for one, see google/grain issue 1355
+        flags.FLAGS.mark_as_parsed()
+    return batches.mp_prefetch(
+        grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1),
+        worker_init_fn=reader.start_worker,
     )
 
 
@@ -253,6 +306,11 @@ def _check_batch(batch_size: int, process_index: int, process_count: int) -> Non
         )
 
 
-def _mixed(seed: int) -> int:
-    """32 bits: grain adds the epoch to its seed, and seeds 0 and 1 must not share epochs."""
-    return int.from_bytes(hashlib.sha256(f"order {seed}".encode()).digest()[:4], "big")
+def _sizes(sources: Sequence[Source]) -> tuple[tuple[int, int], ...]:
+    """The table that the sources' buckets are numbered by; () where they have none."""
+    tables = {s.sizes if buckets_of(s) is not None else () for s in sources}
+    if len(tables) > 1:
+        raise UserError(
+            "the sources of a mixture have different buckets, or some have none: give all the same"
+        )
+    return tables.pop()

@@ -10,24 +10,24 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from ldm_scaling import files
 from ldm_scaling.config import Study
-from ldm_scaling.data import builder, cache, loader
+from ldm_scaling.data import cache
+from ldm_scaling.data.mixture import Mixture
+from ldm_scaling.data.source import Source
 from ldm_scaling.errors import UserError
 from ldm_scaling.metrics import agreement, moments
 from ldm_scaling.metrics.frechet import ReferenceStats
-from ldm_scaling.models import autoencoder, efficientnet, text_encoder, unet
-from ldm_scaling.parallel import hosts
+from ldm_scaling.models import efficientnet, text_encoder, unet
 from ldm_scaling.parallel import mesh as mesh_lib
+from ldm_scaling.study import caches, datasets, encoders, published
 from ldm_scaling.study import networks as networks_lib
-from ldm_scaling.study import published
 from ldm_scaling.study.scorer import Scorer
 from ldm_scaling.study.sweep import Prompts, block_indices
 from ldm_scaling.study.workdir import Workdir
-from ldm_scaling.tasks import autoencoder as autoencoder_task
 from ldm_scaling.tasks.drawing import Drawer, Frozen
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,8 @@ SANITY = "reference/probe_sanity.json"
 # A fixed part of the validation split: for losses along the way, and for pictures.
 VALIDATION_EXAMPLES = 512
 SHOWN_EXAMPLES = 64
+# What the probe of caption agreement is fitted on at most.
+PROBE_PICTURES = 50_000
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,41 +52,71 @@ class Materials:
     # Data.
 
     @functools.cached_property
-    def prepared(self) -> builder.Prepared:
-        """The composed pictures, made if need be."""
-        data = self.study.data
-        spec = builder.ComposedSpec(
-            data.side, data.train_pictures, data.validation_pictures, data.seed
-        )
-        return builder.prepare(self.workdir / "data", spec)
+    def datasets(self) -> tuple[datasets.Dataset, ...]:
+        """The pictures and captions, prepared if need be. Raises `UserError` where there are too
+        few for the config's batches and its sweep."""
+        found = datasets.of(self.study.data, self.workdir / "data")
+        self.study.check_counts(*(sum(d.count(split) for d in found) for split in SPLITS))
+        return found
 
-    def source(self, split: str, *fields: str) -> loader.ImageSource:
-        """Random access to a split's pictures: some of `image`, `caption`, `concept`, `index`."""
-        return loader.image_source(self.prepared, split, fields)
+    def count(self, split: str) -> int:
+        """Pictures of a split."""
+        return sum(dataset.count(split) for dataset in self.datasets)
+
+    def source(self, split: str, *fields: str) -> Source:
+        """Random access to a split's pictures: some of `image`, `caption`, `index`."""
+        return datasets.Joined([dataset.images(split, fields) for dataset in self.datasets])
+
+    def training_images(self) -> Source | Mixture:
+        """What an autoencoder is trained on: `image`."""
+        data, buckets = self.study.data, self.caches.buckets
+        return datasets.mixed(
+            [
+                dataset.images("train", ("image",), data.flip) if buckets is None
+                else dataset.bucketed("train", buckets, self.caches.least, data.flip)
+                for dataset in self.datasets
+            ],
+            data.weights,
+        )
+
+    def groups(self, split: str, count: int) -> np.ndarray:
+        """What a split's first pictures have in common with others, see `datasets.Dataset`."""
+        found, left = [], count
+        for number, dataset in enumerate(self.datasets):
+            index = range(min(left, dataset.count(split)))
+            found += [f"{number} {group}" for group in dataset.groups(split, index)]
+            left -= len(index)
+        return np.asarray(found)
+
+    @functools.cached_property
+    def caches(self) -> caches.Caches:
+        """The latents and text states."""
+        data, study = self.study.data, self.study
+
+        def step() -> int:
+            levels = max(len(self.networks.spec(m).channel_mults) for m in study.members)
+            return self.networks.decoder_spec.downsampling * 2 ** (levels - 1)
+
+        return caches.Caches(
+            folder=epath.Path(data.cache).expanduser() if data.cache else self.workdir.path,
+            shared=bool(data.cache), data=data, datasets=self.datasets,
+            autoencoder=lambda: self.networks.autoencoder(), text=lambda: self.text_states,
+            embedder=lambda: self.text_encoder, mesh=self.mesh, step=step,
+            least=max(study.train.batch_size, study.autoencoder.train.batch_size),
+        )
 
     @functools.cached_property
     def text_encoder(self) -> text_encoder.TextEncoder:
-        """The study's own text encoder: its states train networks, its sentences are scored by."""
+        """What sentences are scored by, whatever the networks' states are made by."""
         return text_encoder.load(self.study.data.text_length)
 
-    @functools.cache  # noqa: B019  One object a run.
-    def text(self, split: str) -> cache.CacheSource:
-        """Random access to `context` (L, D) float16 and `embedding` (E,) of a split's captions."""
-        path = self.workdir / "data" / f"text_{split}.array_record"
-        hash = files.sha256_of([self.text_encoder.hash, self.prepared.hash])
-        if not path.exists():
-            captions = self.source(split, "caption")
-
-            def batches():
-                with files.progress(len(captions), f"text states, {split}", "caption") as bar:
-                    for index in _slices(len(captions), 256):
-                        texts = captions.batch(index)["caption"].tolist()
-                        states, _, embeddings = self.text_encoder.encode(texts)
-                        yield {"context": states.astype(np.float16), "embedding": embeddings}
-                        bar.update(len(index))
-
-            cache.write(path, cache.rows(batches()), {"hash": hash})
-        return cache.CacheSource(path, hash)
+    @functools.cached_property
+    def text_states(self) -> encoders.TextStates:
+        """The frozen encoder whose states train networks."""
+        data = self.study.data
+        if not data.text_weights:
+            return encoders.text_states(self.text_encoder, text_encoder.NAME)
+        return encoders.text_encoder_from(data.text_weights, data.text_length)
 
     def states(self, texts: Sequence[str]) -> np.ndarray:
         """Text states of captions for the networks, (P, L, D), as exact as they are kept."""
@@ -138,40 +170,6 @@ class Materials:
             )
         return (side // spec.downsampling, side // spec.downsampling, spec.latent_channels)
 
-    @functools.cache  # noqa: B019
-    def latents(self, split: str) -> cache.CacheSource:
-        """Random access to the posterior's `mean` and `logvar` of a split's pictures."""
-        path = self.workdir / "latents" / f"{split}.array_record"
-        hash = self.study.training_hash(None)
-        if not path.exists():
-            images, meta = self.source(split, "image"), {"hash": hash}
-            cache.write(path, cache.rows(self._encoded(images, split, meta)), meta)
-        return cache.CacheSource(path, hash)
-
-    def _encoded(self, images: loader.ImageSource, split: str, meta: dict[str, Any]):
-        """Batches of `mean` and `logvar`; at the end `meta` holds the latents' deviation."""
-        spec = autoencoder_task.spec_of(self.study.autoencoder)
-        dtype = hosts.compute_dtype(self.study.autoencoder.train.compute_dtype)
-        encode = jax.jit(
-            lambda p, x: autoencoder.encode(spec, p, x.astype(jnp.float32) / 127.5 - 1, dtype)
-        )
-        size = -(-128 // self.mesh.size) * self.mesh.size
-        total, squares, count = 0.0, 0.0, 0
-        with files.progress(len(images), f"latents, {split}", "picture") as bar:
-            for index in _slices(len(images), size):
-                x = images.batch(index)["image"]
-                fill = [(0, size - len(x))] + [(0, 0)] * 3
-                x_BHWC = mesh_lib.put_batch(self.mesh, np.pad(x, fill, mode="edge"))
-                posterior = encode(self.networks.decoder(), x_BHWC)
-                mean = np.asarray(posterior.mean)[: len(x)]
-                logvar = np.asarray(posterior.logvar)[: len(x)]
-                total += mean.sum(dtype=np.float64)
-                squares += (mean.astype(np.float64) ** 2 + np.exp(logvar)).sum()
-                count += mean.size
-                yield {"mean": mean, "logvar": logvar}
-                bar.update(len(x))
-        meta["latent_std"] = float(np.sqrt(squares / count - (total / count) ** 2))
-
     @functools.cached_property
     def frozen(self) -> Frozen:
         """What is the same under every member."""
@@ -216,10 +214,10 @@ class Materials:
     @functools.cached_property
     def validation(self) -> dict[str, np.ndarray]:
         """The fixed part of the validation split that validation losses are computed on."""
-        index = np.arange(min(VALIDATION_EXAMPLES, self.study.data.validation_pictures))
+        index = np.arange(min(VALIDATION_EXAMPLES, self.count("validation")))
         return {
-            "mean": self.latents("validation").batch(index)["mean"],
-            "context": self.text("validation").batch(index)["context"],
+            "mean": self.caches.posteriors("validation").batch(index)["mean"],
+            "context": self.caches.first_states("validation").batch(index)["context"],
             "index": index.astype(np.int32),
         }
 
@@ -244,12 +242,12 @@ class Materials:
         if not (reference_path.exists() and probe_path.exists()):
             real = {split: self._real_features(split, features) for split in SPLITS}
             embeddings = {
-                split: self.text(split).batch(range(len(real[split])))["embedding"]
+                split: self.caches.first_states(split).batch(range(len(real[split])))["embedding"]
                 for split in SPLITS
             }
-            concepts = self.source("train", "concept").batch(range(len(real["train"])))["concept"]
+            groups = self.groups("train", len(real["train"]))
             probe = agreement.fit(
-                real["train"], embeddings["train"], groups_N=concepts, extractor=extractor,
+                real["train"], embeddings["train"], groups_N=groups, extractor=extractor,
                 encoder=self.text_encoder.hash,
             )
             sanity = agreement.sanity(probe, real["validation"], embeddings["validation"])
@@ -268,8 +266,9 @@ class Materials:
 
     def _real_features(self, split: str, features) -> np.ndarray:
         images, out = self.source(split, "image"), []
-        with files.progress(len(images), f"features of real pictures, {split}", "picture") as bar:
-            for index in _slices(len(images), 256):
+        count = min(len(images), PROBE_PICTURES) if split == "train" else len(images)
+        with files.progress(count, f"features of real pictures, {split}", "picture") as bar:
+            for index in _slices(count, 256):
                 out.append(features(images.batch(index)["image"]))
                 bar.update(len(index))
         return np.concatenate(out)
@@ -278,10 +277,9 @@ class Materials:
     def prompts(self, block: int) -> Prompts:
         """A seed block's captions."""
         index = block_indices(
-            block, self.study.sweep.num_images, self.study.data.validation_pictures,
-            self.study.data.seed,
+            block, self.study.sweep.num_images, self.count("validation"), self.study.data.seed
         )
-        rows = self.text("validation").batch(index)
+        rows = self.caches.first_states("validation").batch(index)
         captions = tuple(self.source("validation", "caption").batch(index)["caption"].tolist())
         own = self.networks.text_hash is None
         return Prompts(
@@ -293,7 +291,7 @@ class Materials:
 
     def shown(self) -> np.ndarray:
         """The first validation pictures, uint8."""
-        n = min(SHOWN_EXAMPLES, self.study.data.validation_pictures)
+        n = min(SHOWN_EXAMPLES, self.count("validation"))
         return self.source("validation", "image").batch(range(n))["image"]
 
 

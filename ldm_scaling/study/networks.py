@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
 from ldm_scaling import files
@@ -14,6 +15,9 @@ from ldm_scaling.config import Study, Train
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import autoencoder, unet, zoo
 from ldm_scaling.models.tiny_decoder import TinyDecoderSpec
+from ldm_scaling.parallel import rules
+from ldm_scaling.study import encoders
+from ldm_scaling.study.encoders import LatentEncoder
 from ldm_scaling.tasks import autoencoder as autoencoder_task
 from ldm_scaling.training import checkpoint, step
 
@@ -28,6 +32,8 @@ class Networks:
     Attributes:
       spec: name of a member, or of another network of the zoo -> the U-Net.
       params: member -> its parameters.
+      autoencoder: -> what makes latents of pictures. Raises `UserError` where it is not trained, or
+        nothing is trained in its latents here.
       decoder_spec: the autoencoder, or another network that makes pictures of latents.
       decoder: -> its parameters.
       latent_scale: -> what latents were multiplied by.
@@ -41,6 +47,7 @@ class Networks:
 
     spec: Callable[[str], unet.UNetSpec]
     params: Callable[[str], Any]
+    autoencoder: Callable[[], LatentEncoder]
     decoder_spec: autoencoder.AutoencoderSpec | TinyDecoderSpec
     decoder: Callable[[], Any]
     latent_scale: Callable[[], float]
@@ -50,6 +57,9 @@ class Networks:
     require: Callable[[Iterable[str]], None]
     summary: str | None
     about: Sequence[str]
+
+
+_OWN = "an autoencoder trained in this study"
 
 
 def model_hash(study: Study, member: str) -> str:
@@ -62,10 +72,14 @@ def model_hash(study: Study, member: str) -> str:
 def trained(materials: Materials) -> Networks:
     """The networks that a study trains, read from its workdir."""
     study, workdir = materials.study, materials.workdir
-    spec = autoencoder_task.spec_of(study.autoencoder)
+    given = study.autoencoder.weights
+    published = encoders.latent_encoder_from(given, study.autoencoder.train.compute_dtype) \
+        if given else None
+    spec = published.spec if given else autoencoder_task.spec_of(study.autoencoder)
 
     def require(members: Iterable[str]) -> None:
-        _require(study.autoencoder.train, workdir / "autoencoder", "the autoencoder")
+        if not given:
+            _require(study.autoencoder.train, workdir / "autoencoder", "the autoencoder")
         for member in members:
             _require(study.train, workdir.member(member), f"member {member}")
 
@@ -79,18 +93,35 @@ def trained(materials: Materials) -> Networks:
         init = functools.partial(unet.init, zoo.get(member).spec)
         return restored(init, study.train, workdir.member(member), f"member {member}")
 
+    @functools.cache
     def decoder() -> Any:
+        if given:
+            return jax.device_put(
+                published.params, rules.shardings(published.params, materials.mesh)
+            )
         init = functools.partial(autoencoder.init, spec)
         run = study.autoencoder.train
         return restored(init, run, workdir / "autoencoder", "the autoencoder")
 
+    @functools.cache
+    def latent_encoder() -> LatentEncoder:
+        return published if given else encoders.latent_encoder(
+            spec, decoder(), compute_dtype=study.autoencoder.train.compute_dtype
+        )
+
+    def latent_scale() -> float:
+        if given and published.scale:
+            return published.scale
+        return materials.caches.statistics.scale
+
     return Networks(
         spec=lambda member: zoo.get(member).spec,
         params=params,
+        autoencoder=latent_encoder,
         decoder_spec=spec,
-        decoder=functools.cache(decoder),
-        latent_scale=lambda: 1.0 / materials.latents("train").meta["latent_std"],
-        states=lambda texts: materials.text_encoder.states(list(texts))[0],
+        decoder=decoder,
+        latent_scale=latent_scale,
+        states=lambda texts: materials.text_states.states(list(texts)),
         states_dtype=np.float16,
         text_hash=None,
         require=require,
@@ -98,9 +129,9 @@ def trained(materials: Materials) -> Networks:
         about=(
             "The networks are asked for things that they have never seen, by words that they may "
             "have.",
-            "The pictures pass through an autoencoder trained in this study (latents of "
-            f"1/{spec.downsampling} of their side, {spec.latent_channels} channels); captions "
-            "through a frozen MiniLM.",
+            f"The pictures pass through {'a published autoencoder' if given else _OWN} (latents "
+            f"of 1/{spec.downsampling} of their side, {spec.latent_channels} channels); captions "
+            f"through a frozen {materials.text_states.name}.",
         ),
     )
 

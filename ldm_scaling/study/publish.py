@@ -11,9 +11,8 @@ from collections import defaultdict
 import numpy as np
 
 from ldm_scaling import __version__, pictures
-from ldm_scaling.data import openmoji
 from ldm_scaling.study import plots, report
-from ldm_scaling.study.materials import LAYER, SANITY, Materials
+from ldm_scaling.study.materials import LAYER, PROBE_PICTURES, SANITY, Materials
 from ldm_scaling.study.records import Record
 from ldm_scaling.study.scorer import AGREEMENT, FRECHET
 from ldm_scaling.study.sweep import STRIP
@@ -61,11 +60,12 @@ def _version(package: str) -> str:
 
 def _context(materials: Materials) -> dict:
     study = materials.study
-    data, sweep = study.data, study.sweep
+    sweep = study.sweep
+    probed = min(materials.count("train"), PROBE_PICTURES)
     measures = {
         FRECHET: (
             f"Features: {materials.feature_network.describe(LAYER)}, averaged over the picture. "
-            f"Reference: all {data.validation_pictures:,} validation pictures. With fewer "
+            f"Reference: all {materials.count('validation'):,} validation pictures. With fewer "
             "pictures than features the distance is biased upwards, by about the same for every "
             "configuration: compare values, do not read them alone."
         ),
@@ -75,7 +75,7 @@ def _context(materials: Materials) -> dict:
         sanity = json.loads(path.read_text())
         measures[AGREEMENT] = (
             "A ridge regression from the same network's features to MiniLM sentence embeddings, "
-            f"fitted on the {data.train_pictures:,} training pairs. Real validation pairs score "
+            f"fitted on {probed:,} training pairs. Real validation pairs score "
             f"{sanity['score']:.3f}, mismatched ones {sanity['mismatched']:.3f}; among "
             f"{sanity['pairs']:,} validation captions it ranks the right one first for "
             f"{100 * sanity['top1']:.1f}% of the pictures."
@@ -87,16 +87,14 @@ def _context(materials: Materials) -> dict:
         "select_block": sweep.select_block,
         "report_block": sweep.report_block,
         "dataset": [
-            f"OpenMoji pictograms composed into {data.side} x {data.side} pictures with captions "
-            f"that are true by construction: {data.train_pictures:,} for training and "
-            f"{data.validation_pictures:,} for validation, which share no concept.",
+            *(dataset.about for dataset in materials.datasets),
             *materials.networks.about,
         ],
         "measures": measures,
         "protocol": [
             f"Timestep spacing: {sweep.spacing}.",
         ],
-        "attribution": [openmoji.ATTRIBUTION],
+        "attribution": [d.attribution for d in materials.datasets if d.attribution],
         "config": json.loads(json.dumps(dataclasses.asdict(study))),
         "versions": {"ldm_scaling": __version__} | {p: _version(p) for p in PACKAGES},
     }

@@ -6,10 +6,8 @@ hash of its files stands for all training in the identity of a workdir and of it
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,15 +17,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ldm_scaling import files
 from ldm_scaling.config import AUTO, Diffusion, Study
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import clip_text, sd_folder, zoo
 from ldm_scaling.parallel import rules
+from ldm_scaling.study import weight_files
 from ldm_scaling.study.networks import Networks
-from ldm_scaling.study.workdir import MARKER, Workdir
-
-_HASHES = "weights.json"
+from ldm_scaling.study.workdir import Workdir
 
 
 def resolved(study: Study, workdir: Workdir) -> Study:
@@ -49,7 +45,7 @@ def resolved(study: Study, workdir: Workdir) -> Study:
                 f"config: diffusion.{key}={given!r}, but the model in {folder} has {have!r}: give "
                 f"{have!r}, or {AUTO!r} for what the weights say"
             )
-    have = _hash(folder, workdir)
+    have = weight_files.hash_of(sd_folder.files(folder), folder, workdir)
     if study.weights_hash not in ("", have):
         raise UserError(
             f"the weights in {folder} have the hash {have}, but the config wants those of "
@@ -86,9 +82,16 @@ def networks(study: Study, workdir: Workdir, mesh: Mesh) -> Networks:
     def states(texts: Sequence[str]) -> np.ndarray:
         return encoder().states(list(texts))[0]
 
+    def autoencoder() -> Any:
+        raise UserError(
+            f"{name} is the published model in {study.weights}: nothing is trained in its latents "
+            "here; to train networks in them give --config.autoencoder.weights instead of weights"
+        )
+
     return Networks(
         spec=lambda member: folder.unet_spec if member == name else zoo.get(member).spec,
         params=lambda member: place(folder.unet_params()),
+        autoencoder=autoencoder,
         decoder_spec=folder.decoder_spec,
         decoder=lambda: decoder()[0],
         latent_scale=lambda: decoder()[1],
@@ -103,35 +106,4 @@ def networks(study: Study, workdir: Workdir, mesh: Mesh) -> Networks:
             f"are published weights (hash of their files {study.weights_hash}); none of them was "
             "trained on these pictures.",
         ),
-    )
-
-
-# --- the hash of the files --------------------------------------------------------------------
-
-
-@functools.cache
-def _sha256(file: str, size: int, changed: int) -> str:
-    return files.sha256_of_file(file)
-
-
-def _hash(folder: Path, workdir: Workdir) -> str:
-    """Hash of the names and contents of a folder's files. Contents are read again only where a
-    file's size or time is not what the workdir remembers.
-    """
-    cache = workdir / _HASHES
-    known: dict[str, list] = {}
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        known = dict(json.loads(cache.read_text()))
-    found: dict[str, list] = {}
-    for file in sd_folder.files(folder):
-        stat = file.stat()
-        stamp = [stat.st_size, stat.st_mtime_ns]
-        *before, digest = known.get(os.fspath(file)) or [None]
-        if before != stamp:
-            digest = _sha256(os.fspath(file), *stamp)
-        found[os.fspath(file)] = [*stamp, digest]
-    if found != known and (workdir / MARKER).exists():
-        files.atomic_write_text(cache, json.dumps(found, indent=1) + "\n")
-    return files.sha256_of(
-        {os.path.relpath(file, folder): digest for file, (*_, digest) in found.items()}
     )

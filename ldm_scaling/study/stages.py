@@ -17,7 +17,7 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.models import cost, efficientnet, text_encoder
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling import solvers
-from ldm_scaling.study import gallery, publish, published, sweep
+from ldm_scaling.study import gallery, publish, resolve, sweep
 from ldm_scaling.study import request as request_lib
 from ldm_scaling.study.materials import SPLITS, Materials
 from ldm_scaling.study.progress import Progress
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 def check(study: Study, workdir: Workdir) -> Materials:
     """Finds a config's contradictions before anything is computed or written. The study of what is
-    returned is the config with what its weights decide, see `published.resolved`.
+    returned is the config with what its inputs decide, see `resolve.resolved`.
 
     Raises:
       UserError: naming what does not fit, or a package that is missing.
@@ -41,11 +41,10 @@ def check(study: Study, workdir: Workdir) -> Materials:
         raise UserError(
             f"this runs on one host, with all its devices; here are {jax.process_count()} processes"
         )
-    study = published.resolved(study, workdir)
+    study = resolve.resolved(study, workdir)
     materials = Materials(study, workdir)
     for member in (*study.members, study.reference):
         materials.spec(member)
-    autoencoder_task.spec_of(study.autoencoder)
     for name, size in (
         ("autoencoder.train.batch_size", study.autoencoder.train.batch_size),
         ("train.batch_size", study.train.batch_size),
@@ -61,7 +60,8 @@ def check(study: Study, workdir: Workdir) -> Materials:
     tables += [(study.sample.sampler, study.sample.steps, study.sample.spacing)]
     for name, steps, spacing in tables:
         solvers.make(name, schedule, steps, study.diffusion.prediction, spacing)
-    openmoji.load()
+    if study.data.composed:
+        openmoji.load()
     text_encoder.load(study.data.text_length)
     efficientnet.load(study.sweep.feature_side)
     return materials
@@ -69,14 +69,25 @@ def check(study: Study, workdir: Workdir) -> Materials:
 
 def prepare(materials: Materials) -> None:
     """Pictures and text states."""
-    for split in SPLITS:
-        materials.text(split)
+    materials.caches.make_states(SPLITS)
 
 
-def _loader(source, train, seed: int):
+def cache_latents(materials: Materials) -> list[str]:
+    """Latents and text states of all splits, by the frozen encoders; returns the folders.
+
+    Raises:
+      UserError: where the autoencoder is neither trained nor given.
+    """
+    materials.networks.autoencoder()
+    return materials.caches.make(SPLITS)
+
+
+def _loader(materials: Materials, source, train):
+    data = materials.study.data
     return functools.partial(
-        loader.train_loader, source, train.batch_size, seed=seed,
+        loader.train_loader, source, train.batch_size, seed=materials.study.seed,
         process_index=jax.process_index(), process_count=jax.process_count(),
+        workers=data.workers, max_corrupt=data.max_corrupt,
     )
 
 
@@ -88,14 +99,14 @@ def train(materials: Materials) -> None:
         return
     prepare(materials)
     run = study.autoencoder.train
-    if checkpoint.latest(workdir / "autoencoder" / "checkpoints") != run.steps:
+    trained = checkpoint.latest(workdir / "autoencoder" / "checkpoints") == run.steps
+    if not (trained or study.autoencoder.weights):
         task = autoencoder_task.make(study.autoencoder, materials.shown())
         loop.fit(
-            task, run, _loader(materials.source("train", "image"), run, study.seed),
+            task, run, _loader(materials, materials.training_images(), run),
             workdir / "autoencoder", materials.mesh, study.seed,
         )
-    for split in SPLITS:
-        materials.latents(split)
+    cache_latents(materials)
     run = study.train
     for member in study.members:
         if checkpoint.latest(workdir.member(member) / "checkpoints") == run.steps:
@@ -106,10 +117,9 @@ def train(materials: Materials) -> None:
             member, spec, run, study.diffusion, study.sample, materials.frozen, drawer,
             materials.validation,
         )
-        source = loader.zip_sources(materials.latents("train"), materials.text("train"))
         loop.fit(
-            task, run, _loader(source, run, study.seed), workdir.member(member), materials.mesh,
-            study.seed,
+            task, run, _loader(materials, materials.caches.training(), run),
+            workdir.member(member), materials.mesh, study.seed,
         )
 
 

@@ -27,10 +27,11 @@ class Workdir:
 
         study.json            what the workdir is bound to, and the config that was used last
         log.txt               everything that was logged, tracebacks too
-        data/                 the prepared pictures, and the text states
-        weights.json          hashes of a published model's files, of config.weights
+        data/                 the prepared pictures
+        text/                 the text states of their captions
+        weights.json          hashes of published weights' files
         autoencoder/          checkpoints/, events/, samples/, curves.csv
-        latents/              the training and validation latents
+        latents/, buckets/    the training and validation latents, square and of other aspects
         models/NAME/          as autoencoder/, one folder a member
         reference/            statistics of the real pictures, the caption probe
         records/KEY.json      one record per configuration
@@ -148,7 +149,7 @@ class Workdir:
             ) from e
         except OSError:  # A file system without locks.
             log.warning("%s cannot be locked; run one process at a time", self.path)
-        for folder in (".", "data", "latents", "reference", "records", "strips", "figures"):
+        for folder in (".", "data", "reference", "records", "strips", "figures"):
             for leftover in (self.path / folder).glob(".tmp-*"):
                 leftover.unlink(missing_ok=True)
         return file

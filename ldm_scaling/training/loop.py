@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -20,6 +23,7 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.parallel import hosts
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.training import checkpoint, step
+from ldm_scaling.training import feed as feed_lib
 from ldm_scaling.training.events import Events
 from ldm_scaling.training.state import TrainState
 from ldm_scaling.training.task import Task
@@ -29,6 +33,10 @@ log = logging.getLogger(__name__)
 
 class NonFiniteLossError(UserError):
     """The loss, or another metric, was NaN or infinite."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The process was asked to end (SIGTERM): the run is saved at the step it was at."""
 
 
 def _due(number: int, every: int, last: int) -> bool:
@@ -45,6 +53,9 @@ def fit(
     average and data iterator go on exactly where they were, so a killed run ends with the numbers
     of an unbroken one.
 
+    Besides the task's metrics it records `train/data_wait`, the share of the steps' time that was
+    spent waiting for data.
+
     Args:
       task: what is trained.
       config: for how long and how.
@@ -55,6 +66,7 @@ def fit(
       seed: of initialisation and training noise.
     Raises:
       NonFiniteLossError: naming the step; the last good checkpoint stays.
+      Interrupted: after SIGTERM, when the step in hand is done and saved.
       UserError: for a batch that does not split over the mesh, or a checkpoint that does not fit.
     """
     mesh_lib.check_batch(mesh, config.batch_size, f"{task.name}: batch_size")
@@ -73,17 +85,40 @@ def fit(
             loader.set_state(iterator)
             log.info("%s goes on from step %d", task.name, int(state.step))
         loader = make_loader() if loader is None else loader
-        with contextlib.closing(loader):  # Ends the threads that read ahead.
-            return _run(task, config, loader, directory, mesh, root, abstract, state, checkpoints)
+        feed = feed_lib.Feed(loader, task.make_batch, mesh_lib.batch_sharding(mesh))
+        with feed, _terminated() as terminated:
+            return _run(
+                task, config, feed, directory, mesh, root, abstract, state, checkpoints, terminated
+            )
 
 
-def _run(task, config, loader, directory, mesh, root, abstract, state, checkpoints) -> TrainState:
+@contextlib.contextmanager
+def _terminated() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, where this thread gets signals and is the only process.
+
+    Several processes are told at different steps, and could not save one together.
+    """
+    event = threading.Event()
+    alone = threading.current_thread() is threading.main_thread() and jax.process_count() == 1
+    if not alone:
+        yield event
+        return
+    before = signal.signal(signal.SIGTERM, lambda *unused: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(
+    task, config, feed, directory, mesh, root, abstract, state, checkpoints, terminated
+) -> TrainState:
     train = step.make(task.loss, config, mesh, abstract)
-    sharding = mesh_lib.batch_sharding(mesh)
     key = jax.device_put(jax.random.fold_in(root, 1), mesh_lib.replicated(mesh))
     start, last = int(state.step), config.steps
     events = Events(directory, start) if hosts.is_lead() else None
     averages, pending = {}, None
+    waited, spent = feed.waited, 0.0  # seconds since the last log
 
     def read(pending):
         """Metrics of the step before, so that the device never waits for the host."""
@@ -105,10 +140,8 @@ def _run(task, config, loader, directory, mesh, root, abstract, state, checkpoin
     with files.progress(last, f"train {task.name}", "step", initial=start) as bar:
         try:
             for number in range(start + 1, last + 1):
-                batch = jax.tree.map(
-                    lambda x: jax.make_array_from_process_local_data(sharding, x),
-                    task.make_batch(next(loader)),
-                )
+                began = time.perf_counter()
+                batch = next(feed)
                 with jax.transfer_guard("disallow"):
                     state, metrics = train(state, batch, key)
                 if pending is not None:
@@ -118,14 +151,21 @@ def _run(task, config, loader, directory, mesh, root, abstract, state, checkpoin
                 validates = _due(number, config.validate_every, last)
                 saves = _due(number, config.checkpoint_every, last)
                 shows = _due(number, config.sample_every, last)
-                if logs or validates or saves or shows:
-                    bar.set_postfix_str(f"loss {read(pending):.4f}", refresh=False)
-                    pending = None
+                stops = terminated.is_set()
+                if logs or validates or saves or shows or stops:
+                    loss, pending = read(pending), None
+                    spent += time.perf_counter() - began
+                    wait = (feed.waited - waited) / spent
+                    bar.set_postfix_str(f"loss {loss:.4f}, data {wait:.1%}", refresh=False)
+                else:
+                    spent += time.perf_counter() - began
+                if logs:
+                    waited, spent = feed.waited, 0.0
                 if events is not None:
                     if logs:
-                        events.scalars(
-                            number, {f"train/{k}": float(v.compute()) for k, v in averages.items()}
-                        )
+                        values = {k: float(v.compute()) for k, v in averages.items()}
+                        values["data_wait"] = wait
+                        events.scalars(number, {f"train/{k}": v for k, v in values.items()})
                         averages.clear()
                     if validates:
                         values = task.validate(state.ema, number)
@@ -133,11 +173,14 @@ def _run(task, config, loader, directory, mesh, root, abstract, state, checkpoin
                     if shows:
                         for name, image in task.show(state.ema, number).items():
                             events.image(number, name, image)
-                    if saves:
+                    if saves or stops:
                         events.flush()
-                if saves:
-                    checkpoints.save(number, state, loader.get_state())
+                if saves or stops:
+                    checkpoints.save(number, state, feed.state)
                 bar.update()
+                if stops:
+                    checkpoints.wait()
+                    raise Interrupted(f"{task.name} stopped by SIGTERM after step {number}")
         finally:
             if events is not None:
                 events.close()

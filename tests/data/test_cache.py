@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import pickle
 import threading
 
 import hypothesis
@@ -34,8 +36,8 @@ def written(tmp_path):
 
 
 @hypothesis.settings(max_examples=25, deadline=None)
-@hypothesis.given(data=st.data())
-def test_any_arrays_come_back_bit_for_bit(tmp_path_factory, data):
+@hypothesis.given(data=st.data(), compress=st.booleans())
+def test_any_arrays_come_back_bit_for_bit(tmp_path_factory, data, compress):
     dtypes = st.sampled_from(["float16", "float32", "float64", "int8", "int32", "uint8", "bool"])
     specs = data.draw(st.lists(st.tuples(dtypes, hnp.array_shapes(min_dims=0)), min_size=1,
                                max_size=3))  # fmt: skip
@@ -44,7 +46,7 @@ def test_any_arrays_come_back_bit_for_bit(tmp_path_factory, data):
         for _ in range(data.draw(st.integers(1, 4)))
     ]
     path = tmp_path_factory.mktemp("cache") / "x"
-    assert cache.write(path, items) == len(items)
+    assert cache.write(path, items, compress=compress) == len(items)
     source = cache.CacheSource(path)
     assert len(source) == len(items)
     for index, item in enumerate(items):
@@ -70,6 +72,44 @@ def test_meta_and_schema_can_be_read(written):
     source = cache.CacheSource(written)
     assert source.meta == {"hash": "abc", "encoder": "minilm"}
     assert source.fields[0] == cache.Field("context", "float16", (5, 8))
+
+
+def test_files_of_the_first_version_are_read(tmp_path):
+    """Compressed records of arrays one after the other, and a note of four keys."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    items = examples(5)
+    schema = [{"name": "context", "dtype": "float16", "shape": [5, 8]},
+              {"name": "mean", "dtype": "float32", "shape": [2, 2, 4]},
+              {"name": "length", "dtype": "int32", "shape": []}]  # fmt: skip
+    writer = ArrayRecordWriter(str(tmp_path / "old"), "group_size:1,zstd:1")
+    for item in items:
+        writer.write(b"".join(array.tobytes() for array in item.values()))
+    note = {"format": "ldm_scaling cache 1", "count": 5, "schema": schema, "meta": {"hash": "h"}}
+    writer.write(json.dumps(note).encode())
+    writer.close()
+    batch = cache.CacheSource(tmp_path / "old", "h").batch([4, 0])
+    for name, array in batch.items():
+        np.testing.assert_array_equal(array, np.stack([items[4][name], items[0][name]]))
+
+
+def test_a_source_pickles_and_takes_no_notice_of_keys(written):
+    source = pickle.loads(pickle.dumps(cache.CacheSource(written, "abc")))
+    assert source.hash == "abc" and source.statistics == {}
+    keys = np.array([7, 2**64 - 1], np.uint64)
+    for name, array in source.batch([3, 9]).items():
+        np.testing.assert_array_equal(source.batch([3, 9], keys)[name], array)
+
+
+def test_padding_compresses(tmp_path):
+    states = np.zeros((40, 64), np.float16)
+    states[:8] = np.random.default_rng(0).standard_normal((8, 64))
+    sizes = []
+    for compress in (False, True):
+        cache.write(tmp_path / "x", [{"context": states}] * 200, compress=compress)
+        sizes.append((tmp_path / "x").stat().st_size)
+        np.testing.assert_array_equal(cache.CacheSource(tmp_path / "x")[100]["context"], states)
+    assert sizes[1] < 0.3 * sizes[0]
 
 
 def test_rows_undo_stacking(tmp_path):

@@ -1,6 +1,7 @@
 """The loop: resuming is exact, sharding changes nothing, a bad loss stops the run."""
 
 import dataclasses
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,11 @@ def _one_device():
     return mesh_lib.make(devices=jax.devices()[:1])
 
 
+def _curves(directory):
+    """All but what is timed."""
+    return [row for row in read_curves(directory) if row[1] != "train/data_wait"]
+
+
 def _equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
@@ -77,9 +83,27 @@ def test_resumed_run_equals_unbroken_run(tmp_path):
     _equal(whole, resumed)
     assert int(resumed.step) == 6
     # The curves too: no row twice, none missing.
-    assert read_curves(tmp_path / "whole") == read_curves(tmp_path / "cut")
+    assert _curves(tmp_path / "whole") == _curves(tmp_path / "cut")
     steps = [step for step, name, _ in read_curves(tmp_path / "cut") if name == "train/loss"]
     assert steps == list(range(1, 7))
+
+
+def test_sigterm_saves_the_step_in_hand_and_stops(tmp_path):
+    def validate(params, step):
+        if step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return {}
+
+    mesh, before = _one_device(), signal.getsignal(signal.SIGTERM)
+    config = dataclasses.replace(CONFIG, checkpoint_every=5, validate_every=2)
+    whole = loop.fit(_task(), config, Loader, tmp_path / "whole", mesh, seed=3)
+    task = dataclasses.replace(_task(), validate=validate)
+    with pytest.raises(loop.Interrupted, match="SIGTERM after step 3"):
+        loop.fit(task, config, Loader, tmp_path / "cut", mesh, seed=3)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert checkpoint.latest(tmp_path / "cut" / "checkpoints") == 3
+    _equal(whole, loop.fit(_task(), config, Loader, tmp_path / "cut", mesh, seed=3))
+    assert _curves(tmp_path / "whole") == _curves(tmp_path / "cut")
 
 
 def test_finished_run_is_not_run_again(tmp_path):

@@ -1,0 +1,76 @@
+"""Readers of collections, one module a kind: `collection("folder:~/pictures")`.
+
+    folder        images with captions in files beside them or in a metadata table
+    photos        photographs without captions, for super-resolution
+    webdataset    tars, folders or parquet files as img2dataset writes them
+    huggingface   folders of `datasets`: the hub's parquet files, or what save_to_disk writes
+    parquet       any parquet files with image bytes and captions
+    arrayrecord   shards that `prepare` or TensorFlow Datasets wrote
+    tfds          data sets of TensorFlow Datasets by name
+    coco          COCO as downloaded
+    dreambench    DreamBooth's subjects
+
+All give `Pair`s by the interface `data.collection.Collection`; nothing but a part's few rows is in
+memory at once, and the order is that of names and rows.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+
+from ldm_scaling.data.collection import Collection
+from ldm_scaling.data.sources import (
+    arrayrecord,
+    coco,
+    dreambench,
+    folder,
+    huggingface,
+    parquet,
+    photos,
+    webdataset,
+)
+from ldm_scaling.data.sources.options import Options
+from ldm_scaling.errors import UserError
+
+__all__ = ["KINDS", "Options", "collection"]
+
+# Kind to what makes it of its name, its path and the options.
+KINDS: dict[str, Callable[..., Collection]] = {
+    "folder": folder.collection,
+    "photos": photos.collection,
+    "webdataset": webdataset.collection,
+    "huggingface": huggingface.collection,
+    "parquet": parquet.collection,
+    "arrayrecord": arrayrecord.collection,
+    "tfds": arrayrecord.by_name,
+    "coco": coco.collection,
+    "dreambench": dreambench.collection,
+}
+_WITH_SPLIT = ("huggingface", "arrayrecord", "coco")
+
+
+def collection(text: str, options: Options = Options()) -> Collection:  # noqa: B008
+    """The collection that `KIND:PATH` names, for some kinds `KIND:PATH#SPLIT`.
+
+    Raises `UserError` for an unknown kind and a path that is not there.
+    """
+    kind, colon, place = text.partition(":")
+    if kind not in KINDS or not colon or not place:
+        near = difflib.get_close_matches(kind, KINDS, 1)
+        hint = f"did you mean {near[0]}:PATH? " if near else ""
+        raise UserError(
+            f"{text!r} names no collection: {hint}Write KIND:PATH with one of the kinds "
+            f"{', '.join(KINDS)}"
+        )
+    if kind == "tfds":
+        return arrayrecord.by_name(text, place, options)
+    path, split = Path(place).expanduser(), []
+    if kind in _WITH_SPLIT and "#" in place and not path.exists():
+        place, _, part = place.rpartition("#")
+        path, split = Path(place).expanduser(), [part]
+    pattern = kind == "webdataset" and "{" in place
+    if not path.exists() and not pattern:
+        raise UserError(f"{text}: there is no {path}")
+    return KINDS[kind](text, path.absolute(), options, *split)

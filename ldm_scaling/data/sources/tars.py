@@ -1,0 +1,87 @@
+"""Tars as the webdataset library writes them: the files of a sample lie together, KEY.SUFFIX."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ldm_scaling.errors import MissingPackageError, UserError
+
+_BROKEN = (
+    tarfile.TarError, OSError, EOFError, ValueError, OverflowError, zlib.error, lzma.LZMAError,
+)  # fmt: skip
+# Beginnings of compressed files; these readers notice where one is cut short or damaged.
+_OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+_META = re.compile(r"__[^/]*__($|/)")  # webdataset's own notes
+
+
+def library():
+    """The package webdataset. Raises `MissingPackageError`."""
+    try:
+        import webdataset.shardlists
+        import webdataset.tariterators
+    except ModuleNotFoundError as e:
+        raise MissingPackageError("webdataset", "tars of pairs", extra="data") from e
+    return webdataset
+
+
+def samples(path: Path) -> Iterator[dict[str, Any]]:
+    """The samples of a tar, compressed or not: `__key__`, and the bytes by suffix in lower case.
+
+    Raises `UserError` naming a tar that is damaged or cut short, before its last, incomplete sample
+    is given, and one in which the files of a sample do not lie together.
+    """
+    seen: set[str] = set()
+    try:
+        for sample in library().tariterators.group_by_keys(_members(path)):
+            if sample["__key__"] in seen:
+                raise UserError(
+                    f"the files of {sample['__key__']!r} in {path} do not lie together: make the "
+                    "tar again with sorted names (tar --sort=name), or captions would be lost"
+                )
+            seen.add(sample["__key__"])
+            yield sample
+    except UserError:
+        raise
+    except _BROKEN as e:
+        why = str(e.args[0] if e.args else e).splitlines() or [type(e).__name__]
+        raise UserError(
+            f"cannot read the tar {path} ({why[0]}): make or fetch it again, or take it out of "
+            "the folder"
+        ) from e
+
+
+class _Member(tarfile.TarInfo):
+    """A header; one that is cut or damaged is an error, which `tarfile` takes for the end."""
+
+    @classmethod
+    def fromtarfile(cls, archive):
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as e:
+            raise tarfile.ReadError(f"it is cut short or damaged at byte {archive.offset}") from e
+
+
+def _members(path: Path) -> Iterator[dict[str, Any]]:
+    """Files for `group_by_keys`; webdataset's own reader ends in silence where a tar is cut."""
+    with open(path, "rb") as file:
+        start = file.read(8)
+    opener = next((opener for mark, opener in _OPENERS.items() if start.startswith(mark)), open)
+    with opener(path, "rb") as file:
+        with tarfile.open(fileobj=file, mode="r|", tarinfo=_Member) as archive:
+            for member in archive:
+                if member.isreg() and not _META.match(member.name):
+                    data = archive.extractfile(member).read()
+                    yield {"fname": member.name, "data": data, "__url__": str(path)}
+                archive.members = []
+        while file.read(1 << 20):
+            pass  # The checksum of what was compressed comes last.

@@ -1,0 +1,128 @@
+"""What `ldm-scaling prepare` does beyond its stage: shards of their own, and what caching costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+from rich.console import Console
+from rich.markdown import Markdown
+
+from ldm_scaling.config import Study
+from ldm_scaling.data import shards as shards_lib
+from ldm_scaling.errors import UserError
+from ldm_scaling.models import zoo
+from ldm_scaling.study import caching_cost, datasets
+from ldm_scaling.study.materials import Materials
+
+
+def with_source(study: Study, source: str | None) -> Study:
+    """The study with another source of data, where one is given."""
+    if not source:
+        return study
+    data = dataclasses.replace(study.data, source=source, hash="")
+    return dataclasses.replace(study, data=data)
+
+
+def show(prepared: shards_lib.Shards) -> None:
+    """Prints where a prepared data set lies, and what was kept and dropped."""
+    report = prepared.path / "report.md"
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    if report.exists():
+        console.print(Markdown(report.read_text()))
+    print(f"{os.fspath(prepared.path)}: {prepared.count('train'):,} pairs for training, "
+          f"{prepared.count('validation'):,} for validation, hash {prepared.hash}")
+
+
+def to_folder(
+    study: Study, to: str, runner: str | None = None, pipeline_options: Sequence[str] = ()
+) -> None:
+    """Turns the config's collection into shards in a folder of their own, and prints the report.
+
+    Args:
+      study: its `data`.
+      to: the folder to make.
+      runner, pipeline_options: of Apache Beam, see `prepare.run`.
+    Raises:
+      UserError: for a config whose data is no single collection, and as `prepare.run`.
+    """
+    data = study.data
+    if data.composed or len(data.sources) > 1 or data.source.startswith(f"{datasets.SHARDS}:"):
+        raise UserError(
+            f"--to={to} takes one collection, given by --source=KIND:PATH or data.source, not "
+            f"{data.source!r}"
+        )
+    folder = epath.Path(to).expanduser()
+    show(datasets.make(data, data.source, folder, runner, pipeline_options))
+    print(f"use it by  --config.data.source={datasets.SHARDS}:{os.fspath(folder)}")
+
+
+def in_workdir(
+    materials: Materials, runner: str | None = None, pipeline_options: Sequence[str] = ()
+) -> None:
+    """Prepares the collections of a study's config in its workdir, and prints their reports."""
+    data = materials.study.data
+    for source in () if data.composed else data.sources:
+        folder = datasets.folder_of(data, source, materials.workdir / "data")
+        show(datasets.make(data, source, folder, runner, pipeline_options))
+
+
+def dry_run(materials: Materials, format: str) -> str:
+    """What caching the frozen encoders' outputs would cost and save each member of the family.
+
+    Raises:
+      UserError: where it is not known how many pictures there are.
+    """
+    study = materials.study
+    images, captions, known = _counts(materials)
+    plan = caching_cost.Plan(
+        images, captions, study.data.side, materials.networks.decoder_spec,
+        _text_spec(materials), study.data.text_length, study.data.flip,
+    )
+    found = caching_cost.rows(plan, _family(study))
+    if format == "json":
+        rows = [dataclasses.asdict(row) for row in found]
+        return json.dumps({"images": images, "captions": captions, "counted": known, "rows": rows})
+    note = "" if known else (
+        "Not prepared yet: data.train_pictures stands for the number of pictures, one caption "
+        "each.\n"
+    )
+    return note + caching_cost.text(plan, found)
+
+
+def _counts(materials: Materials) -> tuple[int, int, bool]:
+    """Training pictures and captions, and whether they are counted or guessed by the config."""
+    data = materials.study.data
+    if data.composed:
+        return data.train_pictures, data.train_pictures, True
+    places = [datasets.folder_of(data, s, materials.workdir / "data") for s in data.sources]
+    if all((place / shards_lib.MANIFEST).exists() for place in places):
+        most = {"train": data.train_pictures, "validation": data.validation_pictures}
+        found = [datasets.Collected(shards_lib.open(p), data.side, most) for p in places]
+        return (
+            sum(d.count("train") for d in found), sum(len(d.captions("train")) for d in found), True
+        )
+    if not data.train_pictures:
+        raise UserError(
+            f"it is not known how many pictures {data.source} has: give "
+            "--config.data.train_pictures=N, or prepare it first"
+        )
+    return data.train_pictures, data.train_pictures, False
+
+
+def _text_spec(materials: Materials) -> Any:
+    """The sizes of the text encoder."""
+    spec = materials.text_states.spec
+    return spec if spec is not None else caching_cost.TEXTS["minilm"]
+
+
+def _family(study: Study) -> list[str]:
+    """The config's members' families, whole."""
+    wanted = {zoo.get(member).reference for member in study.members}
+    return [name for name, member in zoo.MEMBERS.items()
+            if member.reference in wanted and (member is not zoo.SD15 or name in study.members)]

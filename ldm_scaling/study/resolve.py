@@ -1,0 +1,44 @@
+"""A config with what its inputs decide: hashes of published weights and of prepared data."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from ldm_scaling.config import Study
+from ldm_scaling.errors import UserError
+from ldm_scaling.study import datasets, published, weight_files
+from ldm_scaling.study.workdir import Workdir
+
+
+def resolved(study: Study, workdir: Workdir) -> Study:
+    """The study as its workdir is bound to it; nothing is computed or written but hashes.
+
+    Raises:
+      UserError: for weights, shards and collections that are not there or not supported, and for
+        those that do not have the hash that the config gives.
+    """
+    study = published.resolved(study, workdir)
+    data, autoencoder = datasets.resolved(study.data), study.autoencoder
+    if data.text_weights:
+        hash = _hash("data.text_weights", data.text_weights, data.text_hash, workdir)
+        data = dataclasses.replace(data, text_hash=hash)
+    if autoencoder.weights:
+        given = autoencoder.weights
+        hash = _hash("autoencoder.weights", given, autoencoder.weights_hash, workdir)
+        autoencoder = dataclasses.replace(autoencoder, weights_hash=hash)
+    return dataclasses.replace(study, data=data, autoencoder=autoencoder)
+
+
+def _hash(key: str, given: str, wanted: str, workdir: Workdir) -> str:
+    path = Path(given).expanduser().absolute()
+    if not path.exists():
+        raise UserError(f"config: {key}={given!r}: there is no such file or folder")
+    root = path if path.is_dir() else path.parent
+    have = weight_files.hash_of(weight_files.below(path), root, workdir)
+    if wanted not in ("", have):
+        raise UserError(
+            f"the weights in {path} have the hash {have}, but the config wants those of {wanted}: "
+            "restore them, or leave out the hash and choose another --workdir"
+        )
+    return have
