@@ -153,7 +153,8 @@ class CachedBuckets:
     """Pairs of several shapes as one source: those of each shape after those of the one before.
 
     Args:
-      pairs: of one shape each.
+      pairs: of one shape each; None where there is none of it, as sources that are mixed have to
+        number the same sizes.
       sizes: (H, W) of the images of each.
 
     Attributes:
@@ -163,14 +164,16 @@ class CachedBuckets:
       UserError: not as many sizes as pairs.
     """
 
-    def __init__(self, pairs: Sequence[CachedPairs], sizes: Sequence[tuple[int, int]]):
-        if len(pairs) != len(sizes) or not pairs:
+    def __init__(
+        self, pairs: Sequence[CachedPairs | None], sizes: Sequence[tuple[int, int]]
+    ):
+        if len(pairs) != len(sizes) or not any(pairs):
             raise UserError(f"{len(pairs)} caches of latents for the {len(sizes)} shapes {sizes}")
         self._pairs, self.sizes = list(pairs), tuple((int(h), int(w)) for h, w in sizes)
-        lengths = [len(source) for source in pairs]
+        lengths = [len(source) if source else 0 for source in pairs]
         self._starts_N = np.cumsum([0, *lengths])
         self.bucket_N = np.repeat(np.arange(len(pairs)), lengths)
-        self.hash = sha256_of([self.sizes, *(source.hash for source in pairs)])
+        self.hash = sha256_of([self.sizes, *(source and source.hash for source in pairs)])
 
     def __len__(self) -> int:
         return len(self.bucket_N)

