@@ -69,12 +69,12 @@ class Study:
         for name, run in (("autoencoder.train", self.autoencoder.train), ("train", self.train)):
             trained = not (self.weights or (name != "train" and self.autoencoder.weights))
             require(not trained or run.batch_size <= train, f"{name}.batch_size", run.batch_size,
-                    f"more than the {train} pictures for training")
+                    f"more than the {train} pictures for training: lower it")
         blocks = max(self.sweep.select_block, self.sweep.report_block) + 1
         need = self.sweep.num_images * blocks
         require(need <= validation, "sweep.num_images", self.sweep.num_images,
                 f"{blocks} blocks of as many prompts need at least {need} pictures for validation, "
-                f"there are {validation}")
+                f"there are {validation}: lower it, or hold back more for validation")
 
     def identity(self) -> dict[str, Any]:
         """What a workdir is bound to: all that decides a trained network or a record's numbers.
