@@ -22,7 +22,12 @@ import numpy as np
 import scipy.linalg
 import threadpoolctl
 
-from ldm_scaling.metrics.frechet import ReferenceStats, frechet_distance, frechet_from_features
+from ldm_scaling.metrics.frechet import (
+    ReferenceStats,
+    frechet_distance,
+    frechet_from_features,
+    frechet_from_moments,
+)
 from ldm_scaling.metrics.moments import Moments
 
 
@@ -133,13 +138,20 @@ def main() -> None:
     title = f"statistics of {args.images} images each, {args.width} dimensions, {how}"
     _race(title, runs, args.repeats, args.threads)
 
-    few = x[: args.few]
     reference = ReferenceStats(b, "net")
     reference.root_DR  # noqa: B018  Once for all comparisons with it.
-    runs = {"ldm_scaling": lambda: frechet_from_features(few, reference)}
-    runs |= {name: lambda f=f: f(Moments.of(few), b) for name, f in list(WAYS.items())[1:]}
-    title = f"{args.few} images' features against a prepared reference, {how}"
+    peers = list(WAYS.items())[1:]
+    runs = {"ldm_scaling": lambda: frechet_from_moments(a, reference)}
+    runs |= {name: lambda f=f: f(a, b) for name, f in peers}
+    title = f"statistics of {args.images} images against a prepared reference, {how}"
     _race(title, runs, args.repeats, args.threads)
+
+    for n in (args.images, args.few):
+        some = x[:n]
+        runs = {"ldm_scaling": lambda some=some: frechet_from_features(some, reference)}
+        runs |= {name: lambda f=f, some=some: f(Moments.of(some), b) for name, f in peers}
+        title = f"{n} images' features against a prepared reference, {how}"
+        _race(title, runs, args.repeats, args.threads)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def test_missing_flags(capsys, tmp_path):
     (["sweep", "--prompt=x"], ["sweep takes no --prompt", "belongs to sample"]),
     (["study", "--seeds=0:8"], ["study takes no --seeds", "belongs to sample"]),
     (["sample", "--format=json"], ["sample takes no --format", "belongs to zoo"]),
-    (["zoo", "--workdir=x"], ["zoo takes no --workdir", "prepare, train"]),
+    (["zoo", "--workdir=x"], ["zoo takes no --workdir", "prepare, cache-latents, train"]),
 ])  # fmt: skip
 def test_flag_of_another_command(capsys, arguments, parts):
     assert_error(run(capsys, *arguments), *parts)

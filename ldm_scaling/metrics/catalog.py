@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -40,6 +41,7 @@ class Metric:
       replicates: `replicates(generated, against, counts_RN)`: raw replicates, or their object.
       field: name of the number in such an object; "" where there is none.
       source: paper, and the code whose number it is.
+      range: the least and the largest value that it can have.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Metric:
     replicates: Callable[[np.ndarray, Any, np.ndarray], Any]
     field: str
     source: str
+    range: tuple[float, float]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,7 +62,8 @@ class Score:
 
     Attributes:
       value: the metric.
-      interval: (low, high) of the expected value at this number of images, or None.
+      interval: (low, high) of the expected value at this number of images, within the metric's
+        range, or None.
       replicates_R: raw replicates for `compare.distributions`, or None.
     """
 
@@ -138,8 +142,16 @@ _TABLE = (
      "Zhang et al. 2018, v0.1"),
 )
 # fmt: on
+# KID, unbiased, and FID-infinity, an extrapolation, have no bounds: both may be negative.
+_RANGES = {
+    **dict.fromkeys(("fid", "fd_dinov2", "cmmd", "density", "lpips"), (0.0, math.inf)),
+    **dict.fromkeys(("precision", "recall", "coverage"), (0.0, 1.0)),
+    **dict.fromkeys(("clip_score", "clip_t", "clip_i", "dino"), (-1.0, 1.0)),
+    "inception_score": (1.0, math.inf),
+}
 METRICS: dict[str, Metric] = {
-    row[0]: Metric(*row[:5], *row[5], *row[6:]) for row in _TABLE
+    row[0]: Metric(*row[:5], *row[5], *row[6:], _RANGES.get(row[0], (-math.inf, math.inf)))
+    for row in _TABLE
 }
 
 
@@ -190,5 +202,6 @@ def evaluate(
         if key not in drawn:
             drawn[key] = one.replicates(x, y, counts_RN)
         raw_R = np.asarray(_part(drawn[key], one.field))
-        scores[one.name] = Score(value, bootstrap.basic_interval(value, raw_R, level), raw_R)
+        low, high = np.clip(bootstrap.basic_interval(value, raw_R, level), *one.range)
+        scores[one.name] = Score(value, (float(low), float(high)), raw_R)
     return scores

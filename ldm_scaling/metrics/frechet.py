@@ -84,10 +84,10 @@ def factorise(covariance_DD: np.ndarray) -> Factor:
 
 @arrays.one_blas_thread()
 def _sum_of_singular_values(matrix: np.ndarray) -> float:
-    if len(matrix) <= matrix.shape[1]:
-        values = np.linalg.eigvalsh(matrix @ matrix.T)
-        if len(values) and values[0] > _SINGULAR_UNGRADED * values[-1]:
-            return float(np.sqrt(values).sum())
+    wide = matrix if len(matrix) <= matrix.shape[1] else matrix.T
+    values = np.linalg.eigvalsh(wide @ wide.T)
+    if len(values) and values[0] > _SINGULAR_UNGRADED * values[-1]:
+        return float(np.sqrt(values).sum())
     return float(np.linalg.svd(matrix, compute_uv=False).sum())
 
 
@@ -186,6 +186,27 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     return _distance(a.mean_D - b.mean_D, np.trace(cov_few), np.trace(cov_many), overlap)
 
 
+def _from_moments(moments: Moments, reference: ReferenceStats, overlap: float) -> float:
+    delta_D = moments.mean_D - reference.moments.mean_D
+    return _distance(delta_D, np.trace(moments.covariance()), reference.trace, overlap)
+
+
+def frechet_from_moments(moments: Moments, reference: ReferenceStats) -> float:
+    """`frechet_distance` of moments from a reference whose factor is worked out once.
+
+    Raises:
+      UserError: when there are fewer than 2 images or the widths differ.
+    """
+    check_widths(moments.d, reference.moments.d)
+    covariance_DD = moments.covariance()
+    # Of no more images than dimensions the product is singular, and their own factor is smaller.
+    overlap = _overlap(reference.factor, covariance_DD) if moments.n > moments.d else None
+    if overlap is None:
+        product = factorise(covariance_DD).plain_DR.T @ reference.root_DR
+        overlap = _sum_of_singular_values(product)
+    return _from_moments(moments, reference, overlap)
+
+
 def frechet_from_features(features_ND: np.ndarray, reference: ReferenceStats) -> float:
     """`frechet_distance` of features (N, D) from a reference whose factor is worked out once.
 
@@ -200,13 +221,16 @@ def frechet_from_features(features_ND: np.ndarray, reference: ReferenceStats) ->
     check_widths(d, reference.moments.d)
     if n < 2:
         raise UserError(f"a Fréchet distance needs at least 2 images, there is {n}: evaluate more")
+    if n > d:
+        moments = Moments.of(features_ND)
+        overlap = _overlap(reference.factor, moments.covariance())
+        if overlap is not None:
+            return _from_moments(moments, reference, overlap)
     mean_D = features_ND.mean(axis=0)
     scaled_ND = (features_ND - mean_D) / np.sqrt(n - 1)
-    overlap = _overlap(reference.factor, scaled_ND.T @ scaled_ND) if n > d else None
-    if overlap is None:
-        # Centred rows are one too many. Reflected so that the first becomes their sum, 0, they
-        # keep their singular values without it.
-        full_ND = scaled_ND[1:] - scaled_ND[0] / (np.sqrt(n) + 1)
-        overlap = _sum_of_singular_values(full_ND @ reference.root_DR)
+    # Centred rows are one too many. Reflected so that the first becomes their sum, 0, they keep
+    # their singular values without it.
+    full_ND = scaled_ND[1:] - scaled_ND[0] / (np.sqrt(n) + 1)
+    overlap = _sum_of_singular_values(full_ND @ reference.root_DR)
     trace = float((scaled_ND**2).sum())
     return _distance(mean_D - reference.moments.mean_D, trace, reference.trace, overlap)

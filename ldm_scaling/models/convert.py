@@ -148,7 +148,12 @@ def _heads(config: Mapping, key: str, source) -> int | tuple[int, ...]:
 def _needs(config: Mapping, keys: Sequence[str], source) -> None:
     missing = [key for key in keys if key not in config]
     if missing:
-        raise UserError(f"{source}: config.json lacks {', '.join(missing)}")
+        kind = config.get("_class_name")
+        of = f" of {kind}" if kind else ""
+        raise UserError(
+            f"{source}: config.json{of} lacks {', '.join(missing)}: give the folder of the network "
+            "that is asked for, or fetch the file again"
+        )
 
 
 def unet_spec(

@@ -193,7 +193,7 @@ def write(
     if extra := [name for name in given if name not in made.options]:
         raise UserError(f"{kind} takes no --{extra[0]}")
     if not source.exists():
-        raise UserError(f"there is nothing at {source}: {kind} is read from  {made.about}")
+        raise UserError(f"there is nothing at {source}: {kind} is made from this: {made.about}")
     with files.atomic_folder(target) as folder:  # First, so that a bad target is told early.
         spec, params, settings = made.load(source, **given)
         with ocp.StandardCheckpointer() as checkpointer:

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,9 @@ def scale(pictures_BHWC: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DinoNetwork:
-    """Pictures to features, in batches of `batch` at 224 x 224; make one with `load`."""
+    """Pictures to features, in batches of `batch` at 224 x 224, spread over devices; make one with
+    `load`.
+    """
 
     name: str
     spec: VitSpec
@@ -102,6 +104,7 @@ class DinoNetwork:
     batch: int
     weights_hash: str
     params: Any = dataclasses.field(repr=False)
+    sharding: jax.sharding.Sharding = dataclasses.field(repr=False)
     _apply: Any = dataclasses.field(repr=False)
 
     def layer_hash(self, layer: str = LAYER) -> str:
@@ -127,7 +130,8 @@ class DinoNetwork:
         while some := [prepare(_checked(p)) for p in itertools.islice(rows, self.batch)]:
             n += len(some)
             fill = ((0, self.batch - len(some)), (0, 0), (0, 0), (0, 0))
-            done.append(self._apply(self.params, np.pad(np.stack(some), fill, mode="edge")))
+            pictures_BHWC = np.pad(np.stack(some), fill, mode="edge")
+            done.append(self._apply(self.params, jax.device_put(pictures_BHWC, self.sharding)))
             # The device works on this batch while the host prepares the next one.
             done[-2] = np.asarray(done[-2])
         return {LAYER: np.concatenate(done)[:n]}
@@ -149,6 +153,7 @@ def load(
     *,
     offset: float = 0.1,
     batch: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> DinoNetwork:
     """The network whose weights lie at `path`.
 
@@ -160,10 +165,13 @@ def load(
       offset: how positions are resampled (`dino_vit.resampling`): 0.1 as the authors' code does,
         whose features published numbers come from, 0 as transformers. DINOv2 always resamples at
         224, DINO never.
-      batch: pictures in one pass.
+      batch: pictures in one pass, a multiple of the devices; by default 8 for each CPU device and
+        128 for each accelerator.
+      devices: what to spread each pass over, by default all of this process.
 
     Raises:
-      UserError: for names that are unknown, and weights that are missing or do not fit.
+      UserError: for names that are unknown, a batch that does not divide, and weights that are
+        missing or do not fit.
     """
     if not isinstance(model, VitSpec) and model not in PRESETS:
         raise UserError(f"no DINO is called {model!r}; these are: {', '.join(PRESETS)}")
@@ -171,6 +179,10 @@ def load(
         raise UserError(
             f"DINO's pictures are prepared by {' or '.join(PREPROCESSING)}, not {preprocessing!r}"
         )
+    devices = jax.local_devices() if devices is None else list(devices)
+    batch = batch or len(devices) * (8 if devices[0].platform == "cpu" else 128)
+    if batch < 1 or batch % len(devices):
+        raise UserError(f"a batch of {batch} does not divide over {len(devices)} devices")
     path = Path(path)
     name, spec = ("ViT", model) if isinstance(model, VitSpec) else (model, PRESETS[model])
     if not path.exists():
@@ -180,6 +192,8 @@ def load(
         spec = _agreed(config, name, spec)
     params = dino_vit.params_of(spec, pretrained.read_weights(path), path)
     network = Vit(spec, offset)
+    mesh = jax.sharding.Mesh(np.array(devices), ("data",))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
     @jax.jit
     def apply(params, pictures_BHWC):
@@ -190,9 +204,10 @@ def load(
         spec=spec,
         preprocessing=preprocessing,
         offset=offset,
-        batch=batch or (8 if jax.default_backend() == "cpu" else 128),
+        batch=batch,
         weights_hash=pretrained.hash_of(params),
-        params=jax.device_put(params),
+        params=jax.device_put(params, everywhere),
+        sharding=everywhere.update(spec=jax.sharding.PartitionSpec("data")),
         _apply=apply,
     )
 

@@ -320,28 +320,32 @@ class FeatureNetwork:
             f"{resize.RESIZERS[resizer].text} to {SIDE} px, x / {divisor:g} - 1"
         )
 
-    def _start(self, images_BHWC: np.ndarray) -> dict[str, jax.Array]:
-        """Begins on at most `batch` pictures; the arrays returned may not be ready yet."""
+    def _filled(self, images_BHWC: np.ndarray) -> np.ndarray:
         fill = ((0, self.batch - len(images_BHWC)), (0, 0), (0, 0), (0, 0))
-        images_BHWC = np.pad(images_BHWC, fill, mode="edge")
-        resizer, divisor = CONVENTIONS[self.convention]
-        if not resize.RESIZERS[resizer].on_host:
-            images_BHWC = jax.device_put(images_BHWC, self.sharding)
-        x_BHWC = jax.device_put(resize.resize(images_BHWC, resizer, SIDE), self.sharding)
-        return _apply(self.params, x_BHWC, divisor)
+        return np.pad(images_BHWC, fill, mode="edge")
 
-    def features(self, images_BHWC: np.ndarray) -> dict[str, np.ndarray]:
-        """uint8 pictures [B, H, W, 3] of any size to {"pool": [B, 2048], "logits_unbiased":
-        [B, 1008]}, float32. The bilinear resizers compile once for each picture size, the network
-        once. Raises `UserError` on other inputs.
+    def _start(self, images: Sequence[np.ndarray]) -> dict[str, jax.Array]:
+        """Begins on at most `batch` pictures; the arrays returned may not be ready yet."""
+        resizer, divisor = CONVENTIONS[self.convention]
+        if resize.RESIZERS[resizer].on_host or len({image.shape for image in images}) > 1:
+            x_BHWC = self._filled(resize.resize_each(images, resizer, SIDE))
+        else:
+            images_BHWC = jax.device_put(self._filled(np.stack(images)), self.sharding)
+            x_BHWC = resize.resize(images_BHWC, resizer, SIDE)
+        return _apply(self.params, jax.device_put(x_BHWC, self.sharding), divisor)
+
+    def features(self, images: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        """uint8 pictures [H, W, 3], each of any size, to {"pool": [B, 2048], "logits_unbiased":
+        [B, 1008]}, float32. The network compiles once, the bilinear resizers once for each size
+        that fills a batch. Raises `UserError` on other inputs.
         """
-        images_BHWC = np.asarray(images_BHWC)
-        if images_BHWC.dtype != np.uint8 or images_BHWC.shape[3:] != (3,):
-            raise UserError(
-                "Inception's features are of uint8 pictures [B, H, W, 3] in 0..255, not "
-                f"{images_BHWC.dtype} {images_BHWC.shape}"
-            )
-        out = {k: np.empty((len(images_BHWC), width), np.float32) for k, width in LAYERS.items()}
+        for image in images:
+            if image.dtype != np.uint8 or image.shape[2:] != (3,) or not image.size:
+                raise UserError(
+                    "Inception's features are of uint8 pictures [H, W, 3] in 0..255, not "
+                    f"{image.dtype} {image.shape}"
+                )
+        out = {k: np.empty((len(images), width), np.float32) for k, width in LAYERS.items()}
 
         def finish(i, values):
             for layer, value in values.items():
@@ -349,8 +353,8 @@ class FeatureNetwork:
                 rows[:] = np.asarray(value)[: len(rows)]
 
         pending = None  # one batch is being resized while another computes
-        for i in range(0, len(images_BHWC), self.batch):
-            begun = i, self._start(images_BHWC[i : i + self.batch])
+        for i in range(0, len(images), self.batch):
+            begun = i, self._start(images[i : i + self.batch])
             if pending:
                 finish(*pending)
             pending = begun

@@ -23,7 +23,7 @@ import numpy as np
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.files import sha256_of
-from ldm_scaling.models import pretrained
+from ldm_scaling.models import blocks, pretrained
 from ldm_scaling.models.pretrained import Rule, conv
 
 # For pictures in -1..1 (`ScalingLayer` of the lpips package).
@@ -93,6 +93,28 @@ def _blur_halve(x_BHWC: jax.Array) -> jax.Array:
     return x_BHWC
 
 
+def _convolve(x_BHWC, kernel_HWIO, strides, padding, **kw):
+    """`blocks.convolve`; on a CPU the first and last rows of a low map, whose taps lie partly on
+    the padding, are computed apart, without those taps: a tenth faster at 3 x 3 to 8 x 8.
+    """
+    height, size, (low, high) = x_BHWC.shape[1], len(kernel_HWIO), padding[0]
+    plain = jax.default_backend() != "cpu" or tuple(strides) != (1, 1)
+    narrow = min(x_BHWC.shape[1:3]) < size
+    if plain or narrow or height > 16 or not low == high == size // 2:
+        return blocks.convolve(x_BHWC, kernel_HWIO, strides, padding, **kw)
+    whole = size - low  # rows of the kernel that the first row of the map sees
+    parts = [(slice(0, whole + i), slice(low - i, size)) for i in range(low)]
+    parts.append((slice(0, height), slice(0, size)))
+    parts += [(slice(height - size + 1 + i, height), slice(0, size - 1 - i)) for i in range(low)]
+    rows = [
+        jax.lax.conv_general_dilated(
+            x_BHWC[:, some], kernel_HWIO[taps], strides, ((0, 0), padding[1]), **kw
+        )
+        for some, taps in parts
+    ]
+    return jnp.concatenate(rows, 1)
+
+
 class Trunk(nn.Module):
     """Scaled pictures [B, H, W, 3] to the five maps that LPIPS compares."""
 
@@ -107,13 +129,10 @@ class Trunk(nn.Module):
                 x_BHWC = nn.max_pool(x_BHWC, (window, window), (1, 1) if blurred else (2, 2))
                 x_BHWC = _blur_halve(x_BHWC) if blurred else x_BHWC
             for width, kernel, stride, padding in convs:
-                if min(x_BHWC.shape[1:3]) < kernel:  # XLA:CPU pads such a map 50 times as slowly
-                    around = ((0, 0), (padding, padding), (padding, padding), (0, 0))
-                    x_BHWC = jax.lax.optimization_barrier(jnp.pad(x_BHWC, around))
-                    padding = 0
                 x_BHWC = nn.Conv(
                     width, (kernel, kernel), 1 if blurred else stride, padding=padding,
-                    precision="highest", name=f"conv_{next(numbers)}",
+                    precision="highest", conv_general_dilated=_convolve,
+                    name=f"conv_{next(numbers)}",
                 )(x_BHWC)  # fmt: skip
                 # The variant replaces a stride of 4 by one halving only.
                 x_BHWC = _blur_halve(x_BHWC) if blurred and stride > 1 else x_BHWC
@@ -237,7 +256,9 @@ class PerceptualDistance:
         if self.batch is not None:
             return self.batch
         devices = self.sharding.mesh.devices.flat
-        pixels = 2**15 if devices[0].platform == "cpu" else 2**22
+        net = NETS[self.name]
+        stride = 1 if net.blurred else net.stages[0].convs[0][2]  # AlexNet's maps are soon small
+        pixels = 2**15 * stride if devices[0].platform == "cpu" else 2**22
         return len(devices) * max(1, min(256, pixels // (height * width)))
 
     def _room_for(self, pairs: int) -> int:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,15 +45,27 @@ def _torch_taps(n: int, side: int) -> Taps:
     return _taps(np.maximum(source, 0).astype(np.float32), n)
 
 
-@functools.partial(jax.jit, static_argnames=("side", "taps"))
-def _bilinear(images_BHWC: jax.Array, side: int, taps: Callable[[int, int], Taps]) -> jax.Array:
+def _bilinear_by(xp: Any, images_BHWC, side: int, taps: Callable[[int, int], Taps]):
+    """By numpy or jax.numpy."""
+
     def along(x_BHWC, axis):
         low, high, part = taps(x_BHWC.shape[axis], side)
-        low_BHWC = jnp.take(x_BHWC, low, axis).astype(jnp.float32)
-        high_BHWC = jnp.take(x_BHWC, high, axis).astype(jnp.float32)
-        return low_BHWC + (high_BHWC - low_BHWC) * jnp.expand_dims(part, range(1, 4 - axis))
+        low_BHWC = xp.take(x_BHWC, low, axis).astype(np.float32)
+        high_BHWC = xp.take(x_BHWC, high, axis).astype(np.float32)
+        return low_BHWC + (high_BHWC - low_BHWC) * np.expand_dims(part, tuple(range(1, 4 - axis)))
 
     return along(along(images_BHWC, 1), 2)
+
+
+@functools.partial(jax.jit, static_argnames=("side", "taps"))
+def _bilinear(images_BHWC: jax.Array, side: int, taps: Callable[[int, int], Taps]) -> jax.Array:
+    return _bilinear_by(jnp, images_BHWC, side, taps)
+
+
+def _one_bilinear(
+    image_HWC: np.ndarray, side: int, taps: Callable[[int, int], Taps]
+) -> np.ndarray:
+    return _bilinear_by(np, image_HWC[None], side, taps)[0]
 
 
 def _pillow_bicubic(image_HWC: np.ndarray, side: int) -> np.ndarray:
@@ -62,32 +74,37 @@ def _pillow_bicubic(image_HWC: np.ndarray, side: int) -> np.ndarray:
     return np.stack(resized, axis=-1).clip(0, 255)
 
 
-def _clean_fid(images_BHWC: np.ndarray, side: int) -> np.ndarray:
-    if not len(images_BHWC):
+def _each(one: Callable[..., np.ndarray], images: Sequence[np.ndarray], side: int) -> np.ndarray:
+    if not len(images):
         return np.zeros((0, side, side, 3), np.float32)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow lets go of the interpreter's lock
-        return np.stack(list(pool.map(lambda x: _pillow_bicubic(x, side), np.asarray(images_BHWC))))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # they let go of the interpreter's lock
+        return np.stack(list(pool.map(lambda x: one(np.asarray(x), side=side), images)))
 
 
 class Resizer(NamedTuple):
-    """A way to resize: `on_host` ones take and give numpy arrays, others run where the input is."""
+    """A way to resize: `on_host` ones take and give numpy arrays, others run where the input is;
+    `one` does it with one picture, on the host.
+    """
 
     function: Callable[..., np.ndarray | jax.Array]
+    one: Callable[..., np.ndarray]
     on_host: bool
     text: str
 
 
 RESIZERS = {
     "tf1_bilinear": Resizer(
-        functools.partial(_bilinear, taps=_tf1_taps), False,
+        functools.partial(_bilinear, taps=_tf1_taps),
+        functools.partial(_one_bilinear, taps=_tf1_taps), False,
         "bilinear as TensorFlow 1 (source = i * in / out, no half-pixel centres, no antialiasing)",
     ),
     "torch_bilinear": Resizer(
-        functools.partial(_bilinear, taps=_torch_taps), False,
+        functools.partial(_bilinear, taps=_torch_taps),
+        functools.partial(_one_bilinear, taps=_torch_taps), False,
         "bilinear as torch (half-pixel centres, no antialiasing)",
     ),
     "clean_fid": Resizer(
-        _clean_fid, True,
+        functools.partial(_each, _pillow_bicubic), _pillow_bicubic, True,
         "Pillow's bicubic on float channels (antialiased, clipped to 0..255, unrounded)",
     ),
 }  # fmt: skip
@@ -107,8 +124,22 @@ def resize(
     The bilinear ones compile once for each picture size and keep a sharding of the batch.
     Raises `UserError` on another name or other shapes.
     """
-    if name not in RESIZERS:
-        raise UserError(f"there are the resizers {', '.join(RESIZERS)}, not {name!r}")
+    _check_name(name)
     if images_BHWC.ndim != 4 or images_BHWC.shape[3] != 3 or 0 in images_BHWC.shape[1:]:
         raise UserError(f"resizers take pictures [B, H, W, 3], not {tuple(images_BHWC.shape)}")
     return RESIZERS[name].function(images_BHWC, side=side)
+
+
+def resize_each(images: Sequence[np.ndarray], name: str, side: int = 299) -> np.ndarray:
+    """`resize` of pictures [H, W, 3] that may differ in size, on the host and without compiling, to
+    [B, side, side, 3]; equal to it but for the last digit.
+
+    Raises `UserError` on another name.
+    """
+    _check_name(name)
+    return _each(RESIZERS[name].one, images, side)
+
+
+def _check_name(name: str) -> None:
+    if name not in RESIZERS:
+        raise UserError(f"there are the resizers {', '.join(RESIZERS)}, not {name!r}")

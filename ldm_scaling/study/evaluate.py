@@ -18,7 +18,7 @@ from ldm_scaling.metrics import bootstrap, catalog, compare, reference
 from ldm_scaling.metrics.compare import Comparison
 from ldm_scaling.metrics.frechet import ReferenceStats
 from ldm_scaling.metrics.moments import Moments
-from ldm_scaling.study import extractors, features, references, weights
+from ldm_scaling.study import evaluate_checks, extractors, features, references, weights
 from ldm_scaling.study import scores as scores_lib
 from ldm_scaling.study.extractors import EXTRACTORS, Network
 from ldm_scaling.study.features import ImageSet, PairSet
@@ -131,8 +131,8 @@ def score(rows: Sequence[Row], task: Task, options: Options) -> list[Score]:
       UserError: when something that they need is missing, before anything is computed; for a
         reference that is of something else, with both values; for broken images.
     """
-    _check(rows, task)
-    found = weights.require(options.weights, _needed(rows), scores_lib.free())
+    evaluate_checks.counts_and_kinds(rows, task)
+    found = require(rows, options)
     for images in (task.generated, task.real):
         if isinstance(images, ImageSet):
             images.remember(options.cache)
@@ -141,6 +141,14 @@ def score(rows: Sequence[Row], task: Task, options: Options) -> list[Score]:
         network = _load(name, found)
         out |= _group(name, network, group, task, options, found)
     return [out[row.name] for row in rows]
+
+
+def require(rows: Sequence[Row], options: Options) -> dict[str, Path]:
+    """The weights that these scores need, by their name in `weights.PUBLISHED`.
+
+    Raises `UserError` that names all which are missing.
+    """
+    return weights.require(options.weights, _needed(rows), scores_lib.free())
 
 
 def compared(a: Sequence[Score], b: Sequence[Score], level: float) -> dict[str, Comparison]:
@@ -172,7 +180,9 @@ def make_reference(
     wrong = [row.name for row in rows if row.definition.against != "statistics"]
     if wrong:
         raise UserError(f"{', '.join(wrong)} hold images against no statistics: name others")
-    found, out = weights.require(options.weights, _needed(rows), scores_lib.free()), []
+    if len(images) < 2:
+        raise UserError(f"statistics need 2 images, there is 1 in {images.folder.root}: give more")
+    found, out = require(rows, options), []
     images.remember(options.cache)
     groups = _groups(rows)
     for name, (row, *_) in groups:
@@ -186,52 +196,6 @@ def make_reference(
 
 
 # --- what is needed ---------------------------------------------------------------------------
-
-# The fewest generated images with which a metric has a value; 1 for those that are not here.
-_LEAST = {"fid_infinity": 5001, "inception_score": 10, "precision": 4, "recall": 4, "density": 6,
-          "coverage": 6, "fid": 2, "fd_dinov2": 2, "kid": 2}  # fmt: skip
-
-
-def _check(rows: Sequence[Row], task: Task) -> None:
-    for row in rows:
-        against, real = row.definition.against, task.real
-        paired = row.definition.needs == "lpips"
-        least = _LEAST.get(row.metric, 1)
-        if len(task.generated) < least:
-            raise UserError(
-                f"{row.name} needs {least:,} images, there are {len(task.generated):,} in "
-                f"{task.generated.folder.root}: give more, or ask for other scores"
-            )
-        if real is None and (paired or against in ("statistics", "features", "subjects")):
-            raise UserError(
-                f"{row.name} holds images against others: give a second folder, or a file of "
-                "reference statistics where it takes one"
-            )
-        if against == "captions" and task.captions is None:
-            raise UserError(
-                f"{row.name} needs the images' captions: name them with --captions=FILE, one line "
-                "for each image in the order of names, or a .json of names and captions"
-            )
-        if against == "subjects" and task.subjects is None:
-            raise UserError(
-                f"{row.name} needs images of known subjects: use --protocol=dreambench"
-            )
-        if isinstance(real, Path):
-            none = against == "features" and references.is_ours(real)
-            if paired or none or against == "subjects":
-                raise UserError(
-                    f"{row.name} needs the real images themselves, not the statistics in {real}: "
-                    "give their folder"
-                )
-    named = {row.extractor for row in rows if row.definition.against == "statistics"}
-    if isinstance(task.real, Path) and len(named) > 1 and task.real.exists():
-        ours = references.is_ours(task.real)
-        what = "are of one network" if ours else "do not say how they were made"
-        raise UserError(
-            f"the statistics in {task.real} {what}, and {', '.join(sorted(named))} are asked for: "
-            "name the one score that they are for, e.g. --metrics=fid_pytorch for pytorch-fid's "
-            "files, fid_clean for clean-fid's, fid_tf2015 for those of ADM and EDM2"
-        )
 
 
 def _needed(rows: Sequence[Row]) -> dict[str, list[str]]:
@@ -274,10 +238,11 @@ def _group(
         # In the generated images' order.
         folder = pairs.match(task.real.folder, images.folder)
         images = PairSet(images, dataclasses.replace(task.real, folder=folder))
+        evaluate_checks.sides(rows[0], task.generated)
         same = _Against(None, images.second.list_hash, len(images), str(folder.root))
         against = {row.metric: same for row in rows}
     else:
-        with_real = [r for r in rows if r.definition.against in _REAL]
+        with_real = [r for r in rows if evaluate_checks.takes_real(r)]
         for row in with_real if isinstance(task.real, Path) else ():
             if row.definition.against == "statistics":  # Refused before the images are looked at.
                 file = references.load(
@@ -287,6 +252,9 @@ def _group(
                 against[row.metric] = _Against(*file)
         if with_real and isinstance(task.real, ImageSet):
             real = _extract(name, network, task.real, with_real, options, "real")
+    for row in rows:  # Words before images: a vocabulary that is missing is told early.
+        if row.definition.against == "captions":
+            against[row.metric] = _other_side(row, network, task, options, found, {}, None)
     x = _extract(name, network, images, rows, options, "generated")
     statistics = {
         layer: ReferenceStats(Moments.of(value), network.hash_of(layer))
@@ -298,6 +266,10 @@ def _group(
             against[row.metric] = _other_side(
                 row, network, task, options, found, real, statistics.get(row.layer)
             )
+        if isinstance(task.real, Path) and evaluate_checks.takes_real(row):
+            value = against[row.metric].value
+            have = value.moments.d if isinstance(value, ReferenceStats) else value.shape[1]
+            evaluate_checks.width(row, task.real, have, x[row.layer].shape[1])
     counts_RN = None
     if options.replicates and len(images) >= 4:
         counts_RN = bootstrap.resample_counts(len(images), options.replicates, options.seed)
@@ -310,9 +282,6 @@ def _group(
                 "compare it at this number of images only"
             )
     return {row.name: _score(row, network, values, against, notes, len(images)) for row in rows}
-
-
-_REAL = ("statistics", "features", "subjects")
 
 
 def _other_side(

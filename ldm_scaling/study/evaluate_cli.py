@@ -1,32 +1,31 @@
-"""`ldm-scaling evaluate`: its arguments, its table and its file of scores."""
+"""`ldm-scaling evaluate`: its arguments, and what they ask for."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
+import math
 import os
-import sys
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
-from ldm_scaling import __version__, files
-from ldm_scaling.data import image_folder
+from ldm_scaling import files
+from ldm_scaling.data import image_folder, pairs
 from ldm_scaling.data.image_folder import ImageFolder
 from ldm_scaling.errors import UserError
-from ldm_scaling.metrics.compare import Comparison
 from ldm_scaling.parallel import hosts
-from ldm_scaling.study import evaluate, protocols, scores, weights
-from ldm_scaling.study.evaluate import Options, Score, Task
+from ldm_scaling.study import evaluate, evaluate_checks, evaluate_show, protocols, scores, weights
+from ldm_scaling.study.evaluate import Options, Task
 from ldm_scaling.study.features import ImageSet
 
-FORMAT = 1
 _DEFAULT = ("fid",)
+# Replicates: an interval of fewer is chance.
+_FEWEST = 20
+# Flags that every command takes.
+_COMMON = ("config", "workdir")
 _USAGE = """
   ldm-scaling evaluate A [B]                           images in A against those in B
   ldm-scaling evaluate --make-reference=OUT.npz A      statistics of A, to be given as B
@@ -45,6 +44,22 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _replicates(text: str) -> int:
+    if 0 < _count(text) < _FEWEST:
+        raise argparse.ArgumentTypeError(f"give 0 for no intervals, or {_FEWEST} or more")
+    return int(text)
+
+
+def _rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no guidance rate; give 0 or more, 1 is none")
+    return value
+
+
 def _above_0(text: str) -> int:
     if not _count(text):
         raise argparse.ArgumentTypeError("give 1 or more")
@@ -56,36 +71,44 @@ def _parser() -> argparse.ArgumentParser:
         "ldm-scaling evaluate", _USAGE, allow_abbrev=False, add_help=True,
         description="Scores images. Which scores there are: docs/evaluate.md.",
     )
-    add = parser.add_argument
+    add = parser.add_argument_group("what is scored").add_argument
     add("a", nargs="?", metavar="A", help="folder of the images to be scored")
     add("b", nargs="?", metavar="B", help="folder of real images, or a file of statistics (.npz)")
     add("--metrics", action="append", metavar="NAMES",
         help=f"scores or groups of them, with commas; {', '.join(_DEFAULT)} if not given, or what "
-        f"the protocol says: {', '.join([*scores.GROUPS, *scores.SCORES])}")
-    add("--weights", metavar="DIR", help=f"published weights; ${weights.VARIABLE} if not given")
-    add("--output", metavar="FILE", help="writes the scores as JSON")
-    add("--cache", metavar="DIR", help="keeps features; ~/.cache/ldm_scaling if not given")
+        f"the protocol says. Groups: {', '.join(scores.GROUPS)}. Scores: "
+        f"{', '.join(scores.SCORES)}")
     add("--side", type=_above_0, metavar="N", help="first brings all images to N x N pixels by "
         f"{image_folder.SQUARE}")
     add("--captions", metavar="FILE", help=".txt, a line for each image, or .json by name")
     add("--prefix", default="", metavar="TEXT", help="before each caption for CLIP scores")
-    add("--replicates", type=_count, default=100, metavar="N",
-        help="of the bootstrap behind the intervals; 0 for none")
-    add("--seed", type=_count, default=0, metavar="N", help="of the bootstrap")
-    add("--versus", metavar="DIR", help="another model's images for the same captions and noise: "
-        "differences with intervals and p-values")
+    add("--versus", metavar="DIR", help="another model's images for the same captions and noise, "
+        "named alike: differences with intervals and p-values")
     add("--skip-corrupt", action="store_true", help="leaves out images that cannot be read")
     add("--make-reference", metavar="FILE", help="writes statistics of A instead of scores")
+    add = parser.add_argument_group("how").add_argument
+    add("--weights", metavar="DIR", help=f"published weights; ${weights.VARIABLE} if not given")
+    add("--cache", metavar="DIR",
+        help="keeps features; ~/.cache/ldm_scaling/features if not given")
+    add("--output", metavar="FILE", help="writes the scores as JSON")
+    add("--replicates", type=_replicates, default=100, metavar="N",
+        help="of the bootstrap behind the intervals; 0 for none")
+    add("--seed", type=_count, default=0, metavar="N", help="of the bootstrap")
+    add = parser.add_argument_group("protocols").add_argument
     add("--protocol", metavar="NAME", help=f"{', '.join(protocols.PROTOCOLS)}")
     add("--protocols", action="store_true", help="prints what each protocol is")
     add("--data", metavar="DIR", help="the protocol's data as it was downloaded")
     add("--images", metavar="DIR", help="images drawn for the protocol")
     add("--reference", metavar="FILE", help="statistics instead of the protocol's real images")
     add("--limit", type=_above_0, metavar="N", help="only the first N of the protocol, to try out")
-    add("--member", help="the network that draws")
-    add("--sampler", help="the protocol's if not given")
-    add("--steps", type=_above_0)
-    add("--guidance", type=float)
+    add = parser.add_argument_group("drawing a protocol's images").add_argument
+    add("--workdir", metavar="DIR", help="of the study whose network draws; what is drawn is kept")
+    add("--config", metavar="FILE[:argument]", help="of the study, with --config.KEY=VALUE to "
+        "change its keys; the workdir knows the one that was last used in it")
+    add("--member", metavar="NAME", help="the network that draws")
+    add("--sampler", metavar="NAME", help="the protocol's if not given; so are the next two")
+    add("--steps", type=_above_0, metavar="N", help="how many")
+    add("--guidance", type=_rate, metavar="RATE", help="1 is none")
     return parser
 
 
@@ -99,7 +122,12 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
       UserError: for what the user can mend.
     """
     given, rest = _parser().parse_known_args(list(arguments))
-    common = parse(rest)
+    unknown = [one for one in rest if not re.match(r"--?config\.", one)]
+    if unknown:
+        raise UserError(f"unknown argument {unknown[0]!r}; see  ldm-scaling evaluate --help")
+    # A config reads its own overrides.
+    values = {name: getattr(given, name) for name in _COMMON}
+    common = parse([*(f"--{name}={value}" for name, value in values.items() if value), *rest])
     if given.protocols:
         print(protocols.text())
         return
@@ -111,24 +139,58 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     if given.make_reference:
         _make_reference(given, options)
         return
+    _check_writable(given, options)
+    if given.versus and given.protocol:
+        raise UserError("--versus compares two folders; give  evaluate A B --versus=A2")
     about: dict[str, Any] = {}
+    default = protocols.get(given.protocol).metrics if given.protocol else _DEFAULT
+    rows = scores.rows(_names(given.metrics) or default)
+    _check_used(given, rows)
     if given.protocol:
-        task, names = _protocol(given, common, about)
+        task = _protocol(given, common, about, lambda: evaluate.require(rows, options))
     else:
-        task, names = _folders(given, common, about)
-    rows = scores.rows(_names(given.metrics) or names)
+        task = _folders(given, about)
+    other = _other(given, task, about) if given.versus else None
     found = evaluate.score(rows, task, options)
     versus = None
-    if given.versus:
-        other = _other(given, task)
+    if other:
         versus = evaluate.score(rows, other, options)
-        about["versus"] = _said(other.generated)
+        about["versus"] = evaluate_show.said(other.generated)
     differences = evaluate.compared(found, versus, options.level) if versus else {}
-    _show(task, found, versus, differences, about)
+    evaluate_show.show(task, rows, found, versus, differences, about)
     if given.output:
-        body = _record(task, options, about, found, versus, differences)
+        body = evaluate_show.record(task, options, about, found, versus, differences)
         text = json.dumps(body, indent=1, allow_nan=False)
         files.atomic_write_text(Path(given.output).expanduser(), text + "\n")
+
+
+def _check_writable(given, options: Options) -> None:
+    """Before hours are spent."""
+    output = Path(given.output).expanduser() if given.output else None
+    if output and output.is_dir():
+        raise UserError(f"--output={output} is a folder: name a file")
+    for place, flag in ((options.cache, "cache"), (output and output.parent, "output")):
+        try:
+            if place:
+                place.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(
+                f"cannot write to {place} ({e.strerror or e}): name another place by --{flag}"
+            ) from e
+    if output and not os.access(output.parent, os.W_OK):
+        raise UserError(f"cannot write to {output.parent}: name another place by --output")
+
+
+def _check_used(given, rows: Sequence[scores.Row]) -> None:
+    """What is given must be of use."""
+    names = ", ".join(row.name for row in rows)
+    against = {row.definition.against for row in rows}
+    if given.b and not any(map(evaluate_checks.takes_real, rows)):
+        raise UserError(f"{given.b}: {names} hold images against no others: leave it out")
+    if given.captions and not given.protocol and "captions" not in against:
+        raise UserError(f"--captions={given.captions}: {names} look at no captions: leave it out")
+    if given.prefix and not any(row.metric == "clip_score" for row in rows):
+        raise UserError(f"--prefix={given.prefix!r}: it is for CLIP scores, not for {names}")
 
 
 # --- what is scored ---------------------------------------------------------------------------
@@ -170,11 +232,9 @@ _OF_PROTOCOLS = (
 )  # fmt: skip
 
 
-def _folders(given, common, about) -> tuple[Task, Sequence[str]]:
+def _folders(given, about) -> Task:
     """A against B."""
-    _refuse(given, _OF_PROTOCOLS, "belongs to --protocol=NAME")
-    if common.workdir:
-        raise UserError("--workdir belongs to --protocol=NAME: its network draws the images")
+    _refuse(given, (*_OF_PROTOCOLS, *_COMMON), "belongs to --protocol=NAME")
     if not given.a:
         raise UserError("evaluate needs a folder of images; see  ldm-scaling evaluate --help")
     if Path(given.a).suffix in (".npz", ".npy"):
@@ -190,11 +250,11 @@ def _folders(given, common, about) -> tuple[Task, Sequence[str]]:
         path = Path(given.captions).expanduser()
         captions = protocols.captions_in(path, images.folder.names)
         about["captions"] = {"file": str(path), "hash": files.sha256_of(list(captions))}
-    return Task(images, real, captions), _DEFAULT
+    return Task(images, real, captions)
 
 
 def _make_reference(given, options: Options) -> None:
-    _refuse(given, (*_OF_PROTOCOLS, "b", "protocol", "versus", "captions"),
+    _refuse(given, (*_OF_PROTOCOLS, *_COMMON, "b", "protocol", "versus", "captions", "output"),
             "does not go with --make-reference")
     if not given.a:
         raise UserError(f"--make-reference={given.make_reference} needs a folder of images")
@@ -204,13 +264,13 @@ def _make_reference(given, options: Options) -> None:
     about: dict[str, Any] = {}
     images = ImageSet(_listing(given.a, given.skip_corrupt, about), given.side)
     rows = scores.rows(_names(given.metrics) or _DEFAULT)
-    _warn(about)
+    evaluate_show.warn(about)
     for written in evaluate.make_reference(rows, images, options, path):
         print(written)
 
 
-def _protocol(given, common, about) -> tuple[Task, Sequence[str]]:
-    """The images of a protocol, drawn before or now."""
+def _protocol(given, common, about, check: Callable[[], Any]) -> Task:
+    """The images of a protocol, drawn before or now; `check` is called before any is drawn."""
     protocol = protocols.get(given.protocol)
     _refuse(given, ("a", "b", "side"), "does not go with --protocol: give --data and --images")
     if given.skip_corrupt:
@@ -234,11 +294,13 @@ def _protocol(given, common, about) -> tuple[Task, Sequence[str]]:
     if given.captions:
         about["protocol"]["captions"] |= {"file": given.captions, "selection": "as in the file"}
     if given.images:
-        _refuse(given, ("member", "sampler", "steps", "guidance"), "needs --workdir=DIR to draw in")
+        _refuse(given, ("member", "sampler", "steps", "guidance", "config"),
+                "needs --workdir=DIR to draw in")
         images = Path(given.images).expanduser()
     else:
+        check()
         images = _draw(given, common, read, about)
-    return protocols.task(read, images, reference), protocol.metrics
+    return protocols.task(read, images, reference)
 
 
 def _draw(given, common, read: protocols.Given, about: dict[str, Any]) -> Path:
@@ -255,7 +317,6 @@ def _draw(given, common, read: protocols.Given, about: dict[str, Any]) -> Path:
     study = config.parse(common.config) if common.config else workdir.last_config()
     materials = stages.check(study, workdir)
     study = materials.study
-    workdir.bind(study)
     if not given.member and len(study.members) > 1:
         raise UserError(f"--member: name the network that draws: {', '.join(study.members)}")
     p = read.protocol
@@ -264,99 +325,15 @@ def _draw(given, common, read: protocols.Given, about: dict[str, Any]) -> Path:
         p.guidance if given.guidance is None else given.guidance,
     )
     about["drawn"] = dataclasses.asdict(drawing) | {"workdir": str(workdir.path)}
-    with workdir.lock(), workdir.log_to_file():
+    lock = workdir.lock()
+    workdir.bind(study)
+    with lock, workdir.log_to_file():
         folder = protocol_images.folder_of(materials, drawing, read.captions)
         protocol_images.draw(materials, drawing, read.captions, folder)
     return Path(os.fspath(folder))
 
 
-def _other(given, task: Task) -> Task:
+def _other(given, task: Task, about: dict[str, Any]) -> Task:
     """The second model's images, held against the same things."""
-    if given.protocol:
-        raise UserError("--versus compares two folders; give  evaluate A B --versus=A2")
-    folder = _listing(given.versus, given.skip_corrupt, {})
+    folder = pairs.match(_listing(given.versus, given.skip_corrupt, about), task.generated.folder)
     return dataclasses.replace(task, generated=ImageSet(folder, given.side))
-
-
-# --- what is said of it -----------------------------------------------------------------------
-
-
-def _said(images: ImageSet) -> dict[str, Any]:
-    return {
-        "path": str(images.folder.root), "count": len(images), "hash": images.list_hash,
-        "sizes": images.describe_sizes(), "side": images.side,
-    }
-
-
-def _record(task, options, about, found, versus, differences) -> dict[str, Any]:
-    real = task.real
-    return {
-        "format": FORMAT,
-        "version": __version__,
-        "device": hosts.describe(),
-        "generated": _said(task.generated),
-        "real": _said(real) if isinstance(real, ImageSet) else real and {"path": str(real)},
-        **about,
-        "interval": {"level": options.level, "replicates": options.replicates,
-                     "seed": options.seed, "method": "bootstrap over images, centred"},
-        "scores": [one.plain() for one in found],
-        **({"versus_scores": [one.plain() for one in versus]} if versus else {}),
-        **({"differences": {k: dataclasses.asdict(v) for k, v in differences.items()}}
-           if differences else {}),
-    }  # fmt: skip
-
-
-def _warn(about: dict[str, Any]) -> None:
-    for folder, names in about.get("skipped", {}).items():
-        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        print(f"left out {len(names)} broken images of {folder}: {shown}", file=sys.stderr)
-
-
-def _digits(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 100 else f"{value:.2f}"
-
-
-def _span(interval: tuple[float, float] | None) -> str:
-    return f"[{_digits(interval[0])}, {_digits(interval[1])}]" if interval else "-"
-
-
-def _show(
-    task: Task, found: Sequence[Score], versus: Sequence[Score] | None,
-    differences: dict[str, Comparison], about: dict[str, Any],
-) -> None:
-    """The table on stdout; what went with it on stderr."""
-    _warn(about)
-    table = Table(box=box.SIMPLE_HEAD)
-    heads = ["score", "value", "95% interval", "n", "real n", "better"]
-    if versus:
-        heads[3:3] = ["versus", "difference", "its 95% interval", "p"]
-    for head in heads:
-        table.add_column(head, justify="left" if head in ("score", "better") else "right")
-    for i, one in enumerate(found):
-        cells = [one.label, _digits(one.value), _span(one.interval)]
-        if versus:
-            d = differences.get(one.name)
-            more = [f"{d.difference:+.4f}", _span((d.low, d.high)), f"{d.p_value:.3g}"] if d else []
-            cells += [_digits(versus[i].value), *(more or "---")]
-        real = "-" if one.reference_n is None else str(one.reference_n)
-        table.add_row(*cells, str(one.n), real, one.better)
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    console.print(table)
-    for features in dict.fromkeys(f"{one.features} ({one.extractor})" for one in found):
-        console.print(f"features: {features}", soft_wrap=True, markup=False)
-    for one in found:
-        if one.remark:
-            console.print(f"{one.label}: {one.remark}", soft_wrap=True, markup=False)
-    real, made = task.real, task.generated
-    if made.side and any(min(size) < made.side for size in made.folder.sizes):
-        console.print(
-            f"Images of {made.describe_sizes()} were enlarged to {made.side}x{made.side}; a "
-            "distance sees that too.", soft_wrap=True,
-        )  # fmt: skip
-    if isinstance(real, ImageSet) and real.side is None:
-        sizes = [images.describe_sizes() for images in (made, real)]
-        if sizes[0] != sizes[1]:
-            console.print(
-                f"The images are of different sizes, {sizes[0]} and {sizes[1]}; a distance sees "
-                "that too. --side=N brings all to one size.", soft_wrap=True,
-            )  # fmt: skip

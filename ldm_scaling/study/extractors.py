@@ -13,7 +13,7 @@ from PIL import Image
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.files import sha256_of
-from ldm_scaling.models import clip_image, clip_text, dino, efficientnet, inception, lpips
+from ldm_scaling.models import clip, clip_image, clip_text, dino, efficientnet, inception, lpips
 
 # What EfficientNet-Lite0 sees here: its own side, whatever the image's.
 EFFNET_SIDE = 224
@@ -68,8 +68,7 @@ def _by_size(
 
 def _inception(convention: str, path: Path) -> Network:
     network = inception.load(path, convention)
-    run = functools.partial(_by_size, network.features)
-    return Network(run, network.layer_hash, network.describe)
+    return Network(network.features, network.layer_hash, network.describe)
 
 
 def _effnet() -> Network:
@@ -88,8 +87,15 @@ def _effnet() -> Network:
     )
 
 
-def _clip(path: Path) -> Network:
+def _clip(model: str, path: Path) -> Network:
     network = clip_image.load_image(path)
+    wanted = clip.PUBLISHED[model]
+    if any(getattr(network.spec, size) != getattr(wanted.image, size) for size in _SIZES):
+        found = network.describe("pooled").partition(", pooled")[0]
+        raise UserError(
+            f"{path} holds {found}, not {model}: put the files of "
+            f"https://huggingface.co/{wanted.repository} there"
+        )
     run = functools.partial(network.features, layers=("projected",))
     return Network(run, network.layer_hash, network.describe)
 
@@ -111,6 +117,8 @@ def _lpips(name: str, path: Path | None = None) -> Network:
     )  # fmt: skip
 
 
+# What tells the models of CLIP apart.
+_SIZES = ("side", "patch", "width", "layers")
 _CLIP_RESIZER = "Pillow's bicubic, short side, centre, 8 bits"
 EXTRACTORS: dict[str, Extractor] = {
     **{
@@ -124,8 +132,11 @@ EXTRACTORS: dict[str, Extractor] = {
     },
     "effnetlite0": Extractor((), EFFNET_RESIZER, _effnet),
     **{
-        name: Extractor((name,), _CLIP_RESIZER, _clip)
-        for name in ("clip_b32", "clip_l14", "clip_l14_336", "clip_g14")
+        name: Extractor((name,), _CLIP_RESIZER, functools.partial(_clip, model))
+        for name, model in (
+            ("clip_b32", "ViT-B/32"), ("clip_l14", "ViT-L/14"), ("clip_l14_336", "ViT-L/14@336"),
+            ("clip_g14", "ViT-g/14"),
+        )
     },
     "dinov2_l14": Extractor(
         ("dinov2_l14",), "Pillow's bicubic, proportions lost, 8 bits",

@@ -24,7 +24,8 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.files import sha256_of
 from ldm_scaling.metrics import reference, shards
 
-# Pixels that two chunks of images, the one at work and the one being read, may hold in memory.
+# Pixels that two chunks of images, the one at work and the one being read, may hold in memory for
+# each device.
 _PIXELS = 2**27
 
 
@@ -194,9 +195,12 @@ def of_texts(
 
 
 def pieces(order: list[int], pixels: int) -> list[list[int]]:
-    """Parts of a list of images, few enough to be held in memory and lost to a killed run."""
-    most = 64 if jax.default_backend() == "cpu" else 512
-    size = max(1, min(most, _PIXELS // (2 * pixels)))
+    """Parts of a list of images, few enough to be held in memory and lost to a killed run, and
+    enough to fill every accelerator's batch.
+    """
+    cpu = jax.default_backend() == "cpu"
+    most, devices = (64, 1) if cpu else (512 * jax.local_device_count(), jax.local_device_count())
+    size = max(1, min(most, devices * _PIXELS // (2 * pixels)))
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 

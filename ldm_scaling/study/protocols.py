@@ -211,7 +211,10 @@ def _coco(protocol, data, limit, with_real, texts) -> Given:
     else:
         chosen = texts[: min(count, limit or count)]
         if len(chosen) < min(count, limit or count):
-            raise UserError(f"{len(chosen)} captions are given, {protocol.name} takes {count:,}")
+            raise UserError(
+                f"{len(chosen):,} captions are given, {protocol.name} takes "
+                f"{min(count, limit or count):,}: give as many, or try out with --limit=N"
+            )
         captions = CaptionList(
             tuple(coco.Caption(i, 0, text) for i, text in enumerate(chosen)),
             files.sha256_of(list(texts)),
@@ -236,9 +239,7 @@ def _div2k(protocol, data, limit, with_real, texts) -> Given:
 def _dreambench(protocol, data, limit, with_real, texts) -> Given:
     bench = dreambench.read(data)
     _no_texts(protocol, texts)
-    if limit:
-        bench = dataclasses.replace(bench, prompts={k: v[:limit] for k, v in bench.prompts.items()})
-    elif bench.hash != protocol.captions.hash:
+    if limit is None and bench.hash != protocol.captions.hash:
         raise UserError(
             f"{data} holds {len(bench.classes)} subjects, and classes and prompts of the hash "
             f"{bench.hash}; DreamBench has {dreambench.SUBJECTS}, and {protocol.captions.hash}: "
@@ -270,7 +271,7 @@ def task(given: Given, images: Path, reference: Path | None = None) -> Task:
     """
     protocol = given.protocol
     if protocol.name == "dreambench":
-        made = dreambench.generated(images, given.bench)
+        made = dreambench.generated(images, given.bench, given.limit)
         subjects = (made.subjects, given.bench.subjects)
         return Task(ImageSet(made.images), ImageSet(given.real), made.captions, subjects)
     real = reference if given.real is None else ImageSet(given.real, protocol.side)
@@ -306,9 +307,16 @@ def captions_in(path: Path, names: tuple[str, ...] | None = None) -> tuple[str, 
         if path.suffix != ".json":
             return tuple(line.strip() for line in text.splitlines())
         table = json.loads(text)
-        lacks = [name for name in names or () if not isinstance(table.get(name), str)]
-    except (OSError, ValueError, AttributeError) as e:
-        raise UserError(f"cannot read the captions in {path}: {e}") from e
+    except OSError as e:
+        raise UserError(f"cannot read the captions in {path}: {e.strerror or e}") from e
+    except ValueError as e:
+        raise UserError(
+            f"cannot read the captions in {path} ({e}): give UTF-8 text, a line for each image, or "
+            "a .json table of image name to caption"
+        ) from e
+    if not isinstance(table, dict):
+        raise UserError(f"{path} is no table of image name to caption: give one, or a .txt")
+    lacks = [name for name in names or () if not isinstance(table.get(name), str)]
     if names is None or lacks:
         what = f"no caption of {lacks[0]} ({len(lacks)} are missing)" if lacks else "no order"
         raise UserError(f"{path} says {what}: give one of each image, or a .txt with a line for it")

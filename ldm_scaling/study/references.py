@@ -67,7 +67,10 @@ def load(
     """
     file = path if path.exists() else file_of(path, extractor)
     if not file.exists():
-        raise UserError(f"there is no reference {path}, and no {file}")
+        raise UserError(
+            f"there is no reference {path}, and no {file}: make it with --make-reference={path} "
+            "and the same --metrics"
+        )
     if not is_ours(file):
         stats = reference.load_published(file, extractor=hash)
         return Reference(stats, stats.hash, None, f"{file} (taken to be of {extractor})")

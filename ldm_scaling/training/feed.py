@@ -35,7 +35,7 @@ class Feed:
 
     Attributes:
       state: what the loader goes on from after the batch in hand.
-      waited: seconds spent in `next` so far.
+      waited: seconds so far that `next` had to wait for a batch that was not there.
     """
 
     def __init__(
@@ -67,10 +67,13 @@ class Feed:
         """The next batch, on the devices. Raises what the loader or `make_batch` raises."""
         if self._error is not None:
             raise self._error
-        started = time.perf_counter()
-        item = self._items.get()
+        try:
+            item = self._items.get_nowait()
+        except queue.Empty:
+            started = time.perf_counter()
+            item = self._items.get()
+            self.waited += time.perf_counter() - started
         self._room.release()
-        self.waited += time.perf_counter() - started
         if isinstance(item, BaseException):
             self._error = item
             raise item

@@ -114,13 +114,13 @@ def test_scaled_decoding_is_close_to_full_decoding_and_never_too_small(shape, si
     data = encoded(photograph(*shape), "JPEG", quality=92)
     scaled, full = transforms.decode(data, size), transforms.decode(data)
     assert full.image.size == shape[::-1]
-    assert min(scaled.height / size[0], scaled.width / size[1]) >= 2 or scaled == full
+    assert min(scaled.height / size[0], scaled.width / size[1]) >= 1.5 or scaled == full
     rounded = np.array(scaled.image.size) - (scaled.width, scaled.height)
     assert (rounded >= 0).all() and (rounded < 1).all()
     for place in (0, 0.5, 1):
         draw = transforms.Draw(place)
         pair = [transforms.fitted(decoded, size, draw) for decoded in (scaled, full)]
-        assert psnr(*pair) > 39
+        assert psnr(*pair) > 38
 
 
 @pytest.mark.parametrize(("height", "width"), [(60, 100), (100, 60), (64, 64), (30, 50)])

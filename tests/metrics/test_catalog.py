@@ -46,6 +46,27 @@ def test_every_metric_has_a_value_an_interval_and_replicates():
     assert catalog.evaluate(["lpips"], distances, {}, counts_RN)["lpips"].value == (N - 1) / 2
 
 
+def test_intervals_end_where_the_metric_does():
+    """Of two equal sets: centred replicates go beyond 0 and 1, no expected score does."""
+    counts_RN = bootstrap.resample_counts(N, 40, 0)
+    x, same = X, ReferenceStats(Moments.of(X), "net")
+    against = {"statistics": same, "features": x, "captions": x, "subjects": (x, np.zeros(N),
+               np.zeros(N)), "nothing": None}  # fmt: skip
+    beyond = 0
+    for name in NAMES:
+        metric = catalog.metric(name)
+        least, most = metric.range
+        given = {metric.needs: x}, {name: against[metric.against]}
+        score = catalog.evaluate([name], *given, counts_RN)[name]
+        low, high = score.interval
+        assert least - 1e-9 <= score.value <= most + 1e-9, name
+        assert least <= low <= high <= most, name
+        free = bootstrap.basic_interval(score.value, score.replicates_R)
+        assert (low, high) == pytest.approx(np.clip(free, least, most)), name
+        beyond += free[0] < least or free[1] > most
+    assert beyond >= 3
+
+
 @pytest.mark.parametrize("name,better", [
     ("fid", -1), ("kid", -1), ("cmmd", -1), ("fd_dinov2", -1), ("precision", 1), ("recall", 1),
     ("density", 1), ("coverage", 1), ("clip_i", 1), ("dino", 1), ("clip_t", 1), ("clip_score", 1),

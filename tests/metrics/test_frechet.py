@@ -6,7 +6,12 @@ import scipy.linalg
 import scipy.stats
 
 from ldm_scaling.errors import UserError
-from ldm_scaling.metrics.frechet import ReferenceStats, frechet_distance, frechet_from_features
+from ldm_scaling.metrics.frechet import (
+    ReferenceStats,
+    frechet_distance,
+    frechet_from_features,
+    frechet_from_moments,
+)
 from ldm_scaling.metrics.moments import Moments
 from tests.metrics import peers
 from tests.metrics.peers import features as _features
@@ -100,7 +105,9 @@ def test_sets_of_few_directions_in_common():
     exact = np.sum((x.mean(0) - y.mean(0)) ** 2) + trace - 2 * nuclear
     m = Moments.of(y)
     assert frechet_distance(Moments.of(x), m) == pytest.approx(exact, rel=1e-11)
-    assert frechet_from_features(x, ReferenceStats(m, "net")) == pytest.approx(exact, rel=1e-11)
+    reference = ReferenceStats(m, "net")
+    assert frechet_from_features(x, reference) == pytest.approx(exact, rel=1e-11)
+    assert frechet_from_moments(Moments.of(x), reference) == pytest.approx(exact, rel=1e-11)
 
 
 @pytest.mark.parametrize("n1,n2,d", [(150, 150, 256), (40, 1000, 128), (3, 5, 64), (2, 2, 3)])
@@ -122,6 +129,20 @@ def test_the_fast_path_is_the_same_distance(n, d):
     reference = ReferenceStats(Moments.of(y), "net")
     direct = frechet_distance(Moments.of(x), reference.moments)
     assert frechet_from_features(x, reference) == pytest.approx(direct, rel=1e-10)
+    assert frechet_from_moments(Moments.of(x), reference) == pytest.approx(direct, rel=1e-10)
+
+
+@pytest.mark.parametrize("few", [2, 40, 150])
+def test_a_reference_of_few_images_against_many_features(few):
+    # The product is the reference's rank wide, which is the smaller side of it here.
+    x, y = _features(24, 180, 200), _features(25, few, 200, 0.4, 0.2)
+    xc, yc = x - x.mean(0), y - y.mean(0)
+    nuclear = scipy.linalg.svdvals(xc @ yc.T).sum() / np.sqrt(179 * (few - 1))
+    trace = (xc**2).sum() / 179 + (yc**2).sum() / (few - 1)
+    exact = np.sum((x.mean(0) - y.mean(0)) ** 2) + trace - 2 * nuclear
+    reference = ReferenceStats(Moments.of(y), "net")
+    assert frechet_from_features(x, reference) == pytest.approx(exact, abs=1e-10 * trace)
+    assert frechet_from_moments(Moments.of(x), reference) == pytest.approx(exact, abs=1e-10 * trace)
 
 
 @pytest.mark.parametrize("n,d", [(400, 64), (40, 64), (2, 64)])
@@ -130,6 +151,7 @@ def test_identical_sets_are_at_zero(n, d):
     m = Moments.of(x)
     scale = np.trace(m.covariance())
     assert 0 <= frechet_distance(m, m) <= 1e-12 * scale
+    assert 0 <= frechet_from_moments(m, ReferenceStats(m, "net")) <= 1e-12 * scale
     assert 0 <= frechet_from_features(x, ReferenceStats(m, "net")) <= 1e-12 * scale
     assert 0 <= frechet_from_features(x[::-1], ReferenceStats(m, "net")) <= 1e-12 * scale
 

@@ -253,7 +253,7 @@ def test_features_of_pictures_equal_transformers(tmp_path, kind, preprocessing):
     model.save_pretrained(tmp_path)
     x_BHWC = np.concatenate([peer_pixels(preprocessing, p) for p in photos()])
     theirs_ND = states(model, x_BHWC)[:, 0]
-    network = dino.load(tmp_path, spec, preprocessing, offset=0, batch=3)
+    network = dino.load(tmp_path, spec, preprocessing, offset=0, batch=3, devices=jax.devices()[:3])
     ours_ND = network.features(iter(photos()))["class"]
     assert np.abs(theirs_ND[0] - theirs_ND[1]).max() > 0.1 and network._apply._cache_size() == 1
     np.testing.assert_allclose(ours_ND, theirs_ND, rtol=1e-4, atol=1e-4 * np.abs(theirs_ND).max())
@@ -280,7 +280,7 @@ def test_what_is_between_pixels_is_cut_as_torchvision_cuts():
 def test_hash_names_what_decides_the_features(tmp_path):
     spec = tiny("dinov2", layers=1)
     peer_of("dinov2", spec).save_pretrained(tmp_path)
-    first, again = dino.load(tmp_path, spec), dino.load(tmp_path, spec, batch=3)
+    first, again = dino.load(tmp_path, spec), dino.load(tmp_path, spec, batch=8)
     tensors = {name: torch.tensor(t) for name, t in pretrained.read_weights(tmp_path).items()}
     tensors["layernorm.bias"] += 1e-3
     torch.save(tensors, tmp_path / "changed.pth")
@@ -308,6 +308,8 @@ def test_mistakes(saved, tmp_path):
         dino.load(tmp_path / "nowhere.pth", "dinov2_vitl14")
     with pytest.raises(UserError, match="config.json describes .*width=24.* but dino_vits16 is"):
         dino.load(folder, "dino_vits16")
+    with pytest.raises(UserError, match="batch of 3 does not divide over 8 devices"):
+        dino.load(folder, spec, batch=3)
     network = dino.load(folder, spec)
     for picture in (np.zeros((32, 32, 3)), np.zeros((32, 32), np.uint8), np.zeros((0, 9, 3), "u1")):
         with pytest.raises(UserError, match=r"uint8 pictures \[H, W, 3\]"):

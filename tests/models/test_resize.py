@@ -66,6 +66,9 @@ def test_equals_peer(name, dtype):
         ours, theirs = resize.resize(images_BHWC, name), PEERS[name](images_BHWC)
         assert ours.dtype == np.float32 and ours.shape == (2, 299, 299, 3)
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4, err_msg=str(size))
+        each = resize.resize_each(list(images_BHWC), name)
+        assert each.dtype == np.float32 and each.shape == ours.shape
+        np.testing.assert_allclose(each, theirs, rtol=1e-5, atol=1e-4, err_msg=str(size))
 
 
 @pytest.mark.parametrize("name", resize.RESIZERS)

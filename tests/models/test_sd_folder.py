@@ -211,8 +211,10 @@ def test_kinds_options_and_places(whole, tmp_path):
             unet, target)
     refused("tiny_decoder takes no --ema", "tiny_decoder", unet, target, ema=True)
     refused("folder of diffusers.*leave out --ema", "sd_unet", unet, target, ema=True)
-    refused("nothing at .*nowhere: sd_unet is read from  U-Net", "sd_unet", whole / "nowhere",
+    refused("nothing at .*nowhere: sd_unet is made from this: U-Net", "sd_unet", whole / "nowhere",
             target)
+    refused("vae: config.json of AutoencoderKL lacks attention_head_dim.*asked for", "sd_unet",
+            whole / "vae", target)
     refused("DINO is called 'dino'", "dino", unet, target, model="dino")
     refused("no original checkpoint", "sd_unet", unet / convert.WEIGHTS, target)
     target.mkdir()

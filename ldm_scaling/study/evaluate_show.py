@@ -1,0 +1,117 @@
+"""What `ldm-scaling evaluate` says of scores: a table, and a record in JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ldm_scaling import __version__
+from ldm_scaling.metrics.compare import Comparison
+from ldm_scaling.parallel import hosts
+from ldm_scaling.study import scores
+from ldm_scaling.study.evaluate import Options, Score, Task
+from ldm_scaling.study.features import ImageSet
+
+FORMAT = 1
+
+
+def said(images: ImageSet) -> dict[str, Any]:
+    """A set of images, for the record."""
+    return {
+        "path": str(images.folder.root), "count": len(images), "hash": images.list_hash,
+        "sizes": images.describe_sizes(), "side": images.side,
+    }
+
+
+def record(
+    task: Task, options: Options, about: dict[str, Any], found: Sequence[Score],
+    versus: Sequence[Score] | None, differences: dict[str, Comparison],
+) -> dict[str, Any]:
+    """All of it, for a file of JSON."""
+    real = task.real
+    return {
+        "format": FORMAT,
+        "version": __version__,
+        "device": hosts.describe(),
+        "generated": said(task.generated),
+        "real": said(real) if isinstance(real, ImageSet) else real and {"path": str(real)},
+        **about,
+        "interval": {"level": options.level, "replicates": options.replicates,
+                     "seed": options.seed, "method": "bootstrap over images, centred"},
+        "scores": [one.plain() for one in found],
+        **({"versus_scores": [one.plain() for one in versus]} if versus else {}),
+        **({"differences": {k: dataclasses.asdict(v) for k, v in differences.items()}}
+           if differences else {}),
+    }  # fmt: skip
+
+
+def warn(about: dict[str, Any]) -> None:
+    """Says on stderr which images were left out."""
+    for folder, names in about.get("skipped", {}).items():
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        print(f"left out {len(names)} broken images of {folder}: {shown}", file=sys.stderr)
+
+
+def _digits(value: float, sign: str = "") -> str:
+    size = abs(value)
+    digits = 2 if size >= 100 else 6 if 5e-7 < size < 0.01 else 4
+    return f"{value:{sign}.{digits}f}"
+
+
+def _span(interval: tuple[float, float] | None) -> str:
+    return f"[{_digits(interval[0])}, {_digits(interval[1])}]" if interval else "-"
+
+
+def show(
+    task: Task, rows: Sequence[scores.Row], found: Sequence[Score], versus: Sequence[Score] | None,
+    differences: dict[str, Comparison], about: dict[str, Any],
+) -> None:
+    """The table on stdout; what went with it on stderr."""
+    warn(about)
+    table = Table(box=box.SIMPLE_HEAD)
+    heads = ["score", "value", "95% interval", "n", "real n", "better"]
+    if versus:
+        heads[3:3] = ["versus", "difference", "its 95% interval", "p"]
+    for head in heads:
+        table.add_column(head, justify="left" if head in ("score", "better") else "right")
+    for i, one in enumerate(found):
+        cells = [one.label, _digits(one.value), _span(one.interval)]
+        if versus:
+            d = differences.get(one.name)
+            more = ["-"] * 3
+            if d:
+                p = f"{d.p_value:.3g}"
+                more = [_digits(d.difference, "+"), _span((d.low, d.high)), p]
+            cells += [_digits(versus[i].value), *more]
+        real = "-" if one.reference_n is None else str(one.reference_n)
+        table.add_row(*cells, str(one.n), real, one.better)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console.print(table)
+    for features in dict.fromkeys(f"{one.features} ({one.extractor})" for one in found):
+        console.print(f"features: {features}", soft_wrap=True, markup=False)
+    for row, one in zip(rows, found):
+        parts = [one.remark, one.against if row.definition.against == "captions" else ""]
+        if any(parts):
+            text = "; ".join(filter(None, parts))
+            console.print(f"{one.label}: {text}", soft_wrap=True, markup=False)
+    real, made = task.real, task.generated
+    if made.side and any(min(size) < made.side for size in made.folder.sizes):
+        console.print(
+            f"Images of {made.describe_sizes()} were enlarged to {made.side}x{made.side}; a "
+            "distance sees that too.", soft_wrap=True,
+        )  # fmt: skip
+    distances = [row for row in rows if row.definition.against in ("statistics", "features")]
+    if distances and isinstance(real, ImageSet) and real.side is None:
+        sizes = [images.describe_sizes() for images in (made, real)]
+        if sizes[0] != sizes[1]:
+            remedy = "" if "protocol" in about else " --side=N brings all to one size."
+            console.print(
+                f"The images are of different sizes, {sizes[0]} and {sizes[1]}; a distance sees "
+                f"that too.{remedy}", soft_wrap=True,
+            )  # fmt: skip
