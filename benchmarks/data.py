@@ -38,7 +38,8 @@ import grain
 import numpy as np
 from PIL import Image
 
-from ldm_scaling.data import cache, loader, shards, transforms
+from ldm_scaling.data import cache, shards
+from ldm_scaling.data.loading import loader, transforms
 from ldm_scaling.data.record import Record
 
 
@@ -223,7 +224,7 @@ def _wait(args, folder: Path) -> None:
     import jax.numpy as jnp
 
     from ldm_scaling.config import parse
-    from ldm_scaling.data import builder
+    from ldm_scaling.data.composed import builder
     from ldm_scaling.diffusion import loss as loss_lib
     from ldm_scaling.diffusion import schedule as schedule_lib
     from ldm_scaling.models import unet, zoo

@@ -13,11 +13,11 @@ from jax.sharding import Mesh
 
 from ldm_scaling import files
 from ldm_scaling.config import Data
-from ldm_scaling.data import buckets as buckets_lib
 from ldm_scaling.data.cache import CacheSource
 from ldm_scaling.data.cached_pairs import CachedBuckets, CachedPairs
-from ldm_scaling.data.mixture import Mixture
-from ldm_scaling.data.source import Source
+from ldm_scaling.data.loading import buckets as buckets_lib
+from ldm_scaling.data.loading.mixture import Mixture
+from ldm_scaling.data.loading.source import Source
 from ldm_scaling.models.text_encoder import TextEncoder
 from ldm_scaling.study import caching, datasets
 from ldm_scaling.study.datasets import Dataset

@@ -11,13 +11,16 @@ from etils import epath
 
 from ldm_scaling import files
 from ldm_scaling.config import Data
-from ldm_scaling.data import builder, loader, openmoji, prepare, shards, sides, sources
-from ldm_scaling.data.buckets import Buckets
+from ldm_scaling.data import shards, sources
+from ldm_scaling.data.composed import builder, openmoji
 from ldm_scaling.data.corrupt import CorruptRecords
-from ldm_scaling.data.mixture import Mixture
+from ldm_scaling.data.loading import loader, sides
+from ldm_scaling.data.loading.buckets import Buckets
+from ldm_scaling.data.loading.mixture import Mixture
+from ldm_scaling.data.loading.source import Source
+from ldm_scaling.data.loading.transforms import PairSource
+from ldm_scaling.data.preparing import prepare
 from ldm_scaling.data.record import Record
-from ldm_scaling.data.source import Source
-from ldm_scaling.data.transforms import PairSource
 from ldm_scaling.errors import UserError
 
 # A source of this kind is prepared already, and used where it lies.

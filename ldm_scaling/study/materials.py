@@ -16,8 +16,8 @@ from etils import epath
 from ldm_scaling import files
 from ldm_scaling.config import Study
 from ldm_scaling.data import cache
-from ldm_scaling.data.mixture import Mixture
-from ldm_scaling.data.source import Source
+from ldm_scaling.data.loading.mixture import Mixture
+from ldm_scaling.data.loading.source import Source
 from ldm_scaling.errors import UserError
 from ldm_scaling.metrics import agreement, moments
 from ldm_scaling.metrics.frechet import ReferenceStats

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 
 from ldm_scaling.config import Study
-from ldm_scaling.data import loader, openmoji
+from ldm_scaling.data.composed import openmoji
+from ldm_scaling.data.loading import loader
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import cost, efficientnet, text_encoder

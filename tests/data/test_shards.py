@@ -18,7 +18,7 @@ from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from ldm_scaling import errors
 from ldm_scaling.data import corrupt, record, shards
 from ldm_scaling.data.record import Record
-from tests.data.folder_of_pairs import encoded, scene
+from tests.data.preparing.folder_of_pairs import encoded, scene
 
 
 def records(count: int, first: int = 0) -> list[Record]:

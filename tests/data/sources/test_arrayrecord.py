@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from ldm_scaling.data import builder, sources
+from ldm_scaling.data import sources
+from ldm_scaling.data.composed import builder
 from ldm_scaling.errors import UserError
 from tests.data.sources import made
 

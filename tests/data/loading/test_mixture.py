@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ldm_scaling import errors
-from ldm_scaling.data import loader, mixture, order
+from ldm_scaling.data.loading import loader, mixture, order
 
 
 class Source:

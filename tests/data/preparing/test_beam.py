@@ -8,13 +8,13 @@ import subprocess
 import sys
 
 import pytest
+from tests.data.preparing.test_prepare import HERE, crowd, files_of
 
 from ldm_scaling import errors
-from ldm_scaling.data import beam, prepare
-from ldm_scaling.data.filters import Filters
-from ldm_scaling.data.prepare import Options
-from tests.data.folder_of_pairs import FolderOfPairs, put
-from tests.data.test_prepare import HERE, crowd, files_of
+from ldm_scaling.data.preparing import beam, prepare
+from ldm_scaling.data.preparing.filters import Filters
+from ldm_scaling.data.preparing.prepare import Options
+from tests.data.preparing.folder_of_pairs import FolderOfPairs, put
 
 pytest.importorskip("apache_beam", reason="Beam's runners: pip install -e '.[beam]'")
 
@@ -23,7 +23,7 @@ PROCESSES = ["--direct_num_workers=2", "--direct_running_mode=multi_processing"]
 SCRIPT = """
 import json, logging, sys
 from folder_of_pairs import FolderOfPairs
-from ldm_scaling.data import prepare
+from ldm_scaling.data.preparing import prepare
 if __name__ == "__main__":
     logging.disable()
     root, destination, options, *flags = sys.argv[1:]
@@ -50,7 +50,7 @@ def test_workers_in_processes_make_the_same_bytes(tmp_path):
     collection = put(tmp_path / "from", crowd())
     prepare.run(collection, tmp_path / "here", Options(workers=1))
     (tmp_path / "script.py").write_text(SCRIPT)
-    path = os.pathsep.join([str(HERE.parents[1]), str(HERE)])
+    path = os.pathsep.join([str(HERE.parents[2]), str(HERE)])
     done = subprocess.run(
         [sys.executable, str(tmp_path / "script.py"), collection.root, str(tmp_path / "there"),
          "{}", *PROCESSES],

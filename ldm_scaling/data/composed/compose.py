@@ -14,7 +14,7 @@ import re
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ldm_scaling.data import nouns, openmoji
+from ldm_scaling.data.composed import nouns, openmoji
 from ldm_scaling.errors import UserError
 
 VERSION = 1

@@ -20,7 +20,7 @@ from PIL import Image
 from tensorflow_datasets.core.utils import tqdm_utils
 
 from ldm_scaling import files
-from ldm_scaling.data import compose, openmoji
+from ldm_scaling.data.composed import compose, openmoji
 from ldm_scaling.errors import UserError
 
 _STALE_SECONDS = 3600

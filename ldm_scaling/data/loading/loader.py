@@ -17,12 +17,12 @@ import grain
 import numpy as np
 from absl import flags
 
-from ldm_scaling.data import reader
-from ldm_scaling.data.composed import FIELDS, ImageSource, image_source
+from ldm_scaling.data.composed.images import FIELDS, ImageSource, image_source
 from ldm_scaling.data.corrupt import CorruptRecords
-from ldm_scaling.data.mixture import Mixture
-from ldm_scaling.data.order import Order
-from ldm_scaling.data.source import Source, buckets_of, hash_of, zip_sources
+from ldm_scaling.data.loading import reader
+from ldm_scaling.data.loading.mixture import Mixture
+from ldm_scaling.data.loading.order import Order
+from ldm_scaling.data.loading.source import Source, buckets_of, hash_of, zip_sources
 from ldm_scaling.errors import UserError
 
 __all__ = [

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ldm_scaling.data import duplicates
-from ldm_scaling.data.filters import CODE, KEPT
-from ldm_scaling.data.preparation import Preparation, Verdict
+from ldm_scaling.data.preparing import duplicates
+from ldm_scaling.data.preparing.filters import CODE, KEPT
+from ldm_scaling.data.preparing.preparation import Preparation, Verdict
 
 _COLUMNS = ("key", "group", "width", "height", "pixels", "perceptual")
 

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from ldm_scaling import files
-from ldm_scaling.data import facts as facts_lib
-from ldm_scaling.data import prepare_sheets, shards, stored
-from ldm_scaling.data.filters import KEPT, REASONS
-from ldm_scaling.data.preparation import Preparation
-from ldm_scaling.data.prepare_sheets import Picture
+from ldm_scaling.data import shards
+from ldm_scaling.data.preparing import facts as facts_lib
+from ldm_scaling.data.preparing import sheets as prepare_sheets
+from ldm_scaling.data.preparing import stored
+from ldm_scaling.data.preparing.filters import KEPT, REASONS
+from ldm_scaling.data.preparing.preparation import Preparation
+from ldm_scaling.data.preparing.sheets import Picture
 
 _EXAMPLES = 10  # keys shown for each reason
 _SAMPLE, _LIKENESSES = 32, 8  # pictures on the sheets

@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from PIL import Image
 
-from ldm_scaling.data import builder as builder_lib
+from ldm_scaling.data.composed import builder as builder_lib
 from ldm_scaling.errors import UserError
 
 FIELDS = ("image", "caption", "concept", "index")

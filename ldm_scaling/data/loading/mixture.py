@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
-from ldm_scaling.data.source import Source
+from ldm_scaling.data.loading.source import Source
 from ldm_scaling.errors import UserError
 
 

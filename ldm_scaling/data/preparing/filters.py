@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from ldm_scaling.data.facts import Facts
+from ldm_scaling.data.preparing.facts import Facts
 from ldm_scaling.errors import UserError
 
 # Why a pair is dropped, in the order in which it is looked at: a pair has the first that holds.

@@ -25,8 +25,8 @@ from etils import epath
 from PIL import Image
 
 from ldm_scaling import files
-from ldm_scaling.data import stored
 from ldm_scaling.data.collection import Collection, Pair, Part
+from ldm_scaling.data.preparing import stored
 from ldm_scaling.errors import MissingPackageError, UserError
 
 _TYPES = {

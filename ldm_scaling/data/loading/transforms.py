@@ -13,10 +13,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
-from ldm_scaling.data import draws, sides
-from ldm_scaling.data.buckets import Buckets
 from ldm_scaling.data.corrupt import CorruptRecords
 from ldm_scaling.data.image_folder import to_rgb
+from ldm_scaling.data.loading import draws, sides
+from ldm_scaling.data.loading.buckets import Buckets
 from ldm_scaling.data.record import Record
 from ldm_scaling.errors import UserError
 

@@ -9,8 +9,8 @@ import hypothesis.strategies as st
 import pytest
 
 from ldm_scaling import errors
-from ldm_scaling.data import facts as facts_lib
-from ldm_scaling.data.filters import KEPT, REASONS, Filters
+from ldm_scaling.data.preparing import facts as facts_lib
+from ldm_scaling.data.preparing.filters import KEPT, REASONS, Filters
 
 pytest.importorskip("pyarrow", reason="parquet: pip install -e '.[data]'")
 

@@ -22,8 +22,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from ldm_scaling import errors
-from ldm_scaling.data import buckets, cache, loader, order
+from ldm_scaling.data import cache
 from ldm_scaling.data.corrupt import CorruptRecords
+from ldm_scaling.data.loading import buckets, loader, order
 
 # Worker processes cannot import this module: its classes are sent to them.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -446,7 +447,7 @@ def test_errors_of_worker_processes_are_told_and_no_process_stays(tmp_path):
 _SCRIPT = """
 import multiprocessing, sys, time
 import numpy as np
-from ldm_scaling.data import loader
+from ldm_scaling.data.loading import loader
 
 class Numbers:
     def __len__(self):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ldm_scaling import errors
-from ldm_scaling.data import buckets
+from ldm_scaling.data.loading import buckets
 
 
 @hypothesis.given(

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from ldm_scaling import errors
-from ldm_scaling.data import builder, compose, loader
+from ldm_scaling.data.composed import builder, compose
+from ldm_scaling.data.loading import loader
 
 SPEC = builder.ComposedSpec(side=16, train=60, validation=24)
 
@@ -49,7 +50,7 @@ def test_the_splits_share_no_concept(prepared):
 
 
 def test_pictures_are_the_composers(prepared):
-    from ldm_scaling.data import openmoji
+    from ldm_scaling.data.composed import openmoji
 
     source = loader.image_source(prepared, "validation", loader.FIELDS)
     picture = compose.Composer(openmoji.load(), 16).compose("validation", 5)
@@ -118,7 +119,7 @@ def test_an_error_midway_leaves_nothing_that_reads_as_finished(prepared, tmp_pat
 def test_kill_9_midway_then_the_same_call(prepared, tmp_path):
     program = """
         import os, signal, sys
-        from ldm_scaling.data import builder, compose
+        from ldm_scaling.data.composed import builder, compose
         whole = compose.Composer.compose
         def kill(self, split, index):
             if (split, index) == ("validation", 12):

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageColor
 
 from ldm_scaling import errors
-from ldm_scaling.data import compose, openmoji
+from ldm_scaling.data.composed import compose, openmoji
 
 SIDE = 32
 COLOUR = "|".join(sorted(compose.PALETTE, key=len, reverse=True))

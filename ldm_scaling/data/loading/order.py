@@ -20,7 +20,7 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from ldm_scaling.data import draws
+from ldm_scaling.data.loading import draws
 from ldm_scaling.errors import UserError
 
 # Streams of fewer examples are shuffled by a table. grain's shuffle of n numbers permutes a fixed

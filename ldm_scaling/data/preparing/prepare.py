@@ -21,12 +21,13 @@ from typing import Any
 from etils import epath
 
 from ldm_scaling import files
-from ldm_scaling.data import prepare_report, shards
+from ldm_scaling.data import shards
 from ldm_scaling.data.collection import Collection
-from ldm_scaling.data.decide import decide
-from ldm_scaling.data.duplicates import Duplicates
-from ldm_scaling.data.filters import Filters
-from ldm_scaling.data.preparation import Options, Preparation, begin
+from ldm_scaling.data.preparing import report as prepare_report
+from ldm_scaling.data.preparing.decide import decide
+from ldm_scaling.data.preparing.duplicates import Duplicates
+from ldm_scaling.data.preparing.filters import Filters
+from ldm_scaling.data.preparing.preparation import Options, Preparation, begin
 from ldm_scaling.errors import UserError
 
 __all__ = ["Duplicates", "Filters", "Options", "run"]
@@ -61,7 +62,7 @@ def run(
     if runner is None:
         done = _run_here(job, seconds)
     else:
-        from ldm_scaling.data import beam
+        from ldm_scaling.data.preparing import beam
 
         done = {}
         with _timed(seconds, "beam"):

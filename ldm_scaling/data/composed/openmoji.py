@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from ldm_scaling.data import nouns
+from ldm_scaling.data.composed import nouns
 from ldm_scaling.errors import MissingPackageError, UserError
 
 ATTRIBUTION = (

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from ldm_scaling import errors
-from ldm_scaling.data import duplicates, facts
-from tests.data.folder_of_pairs import scene
+from ldm_scaling.data.preparing import duplicates, facts
+from tests.data.preparing.folder_of_pairs import scene
 
 
 def clustered(seed: int, count: int) -> np.ndarray:

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from ldm_scaling import errors
-from ldm_scaling.data import buckets, draws, image_folder, loader, shards, sides, transforms
+from ldm_scaling.data import image_folder, shards
 from ldm_scaling.data.corrupt import CorruptRecords
+from ldm_scaling.data.loading import buckets, draws, loader, sides, transforms
 from ldm_scaling.data.record import Record
 
 

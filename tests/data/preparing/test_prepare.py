@@ -17,12 +17,13 @@ import pytest
 from PIL import Image
 
 from ldm_scaling import errors
-from ldm_scaling.data import image_folder, prepare, shards, stored
+from ldm_scaling.data import image_folder, shards
 from ldm_scaling.data.collection import Pair
-from ldm_scaling.data.duplicates import Duplicates
-from ldm_scaling.data.filters import Filters
-from ldm_scaling.data.prepare import Options
-from tests.data.folder_of_pairs import FolderOfPairs, encoded, plain_pairs, put, scene
+from ldm_scaling.data.preparing import prepare, stored
+from ldm_scaling.data.preparing.duplicates import Duplicates
+from ldm_scaling.data.preparing.filters import Filters
+from ldm_scaling.data.preparing.prepare import Options
+from tests.data.preparing.folder_of_pairs import FolderOfPairs, encoded, plain_pairs, put, scene
 
 pytest.importorskip("pyarrow", reason="parquet: pip install -e '.[data]'")
 pytest.importorskip("imagehash", reason="perceptual hashes: pip install -e '.[data]'")
@@ -33,7 +34,7 @@ HERE = Path(__file__).parent
 SCRIPT = """
 import json, sys
 from folder_of_pairs import FolderOfPairs
-from ldm_scaling.data import prepare
+from ldm_scaling.data.preparing import prepare
 if __name__ == "__main__":
     options = prepare.Options(**json.loads(sys.argv[3]))
     prepare.run(FolderOfPairs(sys.argv[1]), sys.argv[2], options, *sys.argv[4:5])
@@ -43,7 +44,7 @@ if __name__ == "__main__":
 def start(tmp_path: Path, root: str, destination: Path, **options) -> subprocess.Popen:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    path = os.pathsep.join([str(HERE.parents[1]), str(HERE)])
+    path = os.pathsep.join([str(HERE.parents[2]), str(HERE)])
     return subprocess.Popen(
         [sys.executable, str(script), root, str(destination), json.dumps(options)],
         env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -332,7 +333,8 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path):
 
 @pytest.mark.parametrize("step", ["scan", "decide", "write", "report", "finish"])
 def test_stopped_before_each_step_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch, step):
-    from ldm_scaling.data import preparation, prepare_report
+    from ldm_scaling.data.preparing import preparation
+    from ldm_scaling.data.preparing import report as prepare_report
 
     collection = put(tmp_path / "from", crowd())
     prepare.run(collection, tmp_path / "whole", Options(workers=1))

@@ -23,12 +23,13 @@ import numpy as np
 from etils import epath
 
 from ldm_scaling import files
-from ldm_scaling.data import facts as facts_lib
-from ldm_scaling.data import shards, stored
+from ldm_scaling.data import shards
 from ldm_scaling.data.collection import Collection, Pair, Part
-from ldm_scaling.data.duplicates import Duplicates
-from ldm_scaling.data.facts import Facts
-from ldm_scaling.data.filters import KEPT, Filters
+from ldm_scaling.data.preparing import facts as facts_lib
+from ldm_scaling.data.preparing import stored
+from ldm_scaling.data.preparing.duplicates import Duplicates
+from ldm_scaling.data.preparing.facts import Facts
+from ldm_scaling.data.preparing.filters import KEPT, Filters
 from ldm_scaling.data.record import Record
 from ldm_scaling.data.shards import Shard
 from ldm_scaling.errors import UserError

@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ldm_scaling.data import draws
 from ldm_scaling.data.corrupt import CorruptRecords
-from ldm_scaling.data.order import Examples, Order
-from ldm_scaling.data.source import Source
+from ldm_scaling.data.loading import draws
+from ldm_scaling.data.loading.order import Examples, Order
+from ldm_scaling.data.loading.source import Source
 from ldm_scaling.errors import UserError
 
 _ATTEMPTS = 20  # half of a source may be corrupt, and one in a million batches fails

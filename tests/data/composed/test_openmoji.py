@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from ldm_scaling import errors
-from ldm_scaling.data import compose, nouns, openmoji
+from ldm_scaling.data.composed import compose, nouns, openmoji
 
 TONES = ("1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF")
 

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ldm_scaling.data import duplicates
-from ldm_scaling.data.filters import CODE, KEPT
-from ldm_scaling.data.preparation import Preparation, Verdict
+from ldm_scaling.data.preparing import duplicates
+from ldm_scaling.data.preparing.filters import CODE, KEPT
+from ldm_scaling.data.preparing.preparation import Preparation, Verdict
 from ldm_scaling.errors import MissingPackageError, UserError
 
 

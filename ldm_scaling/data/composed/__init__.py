@@ -1,0 +1,1 @@
+"""Pictograms composed into captioned pictures, the data set of the demo."""

@@ -1,0 +1,1 @@
+"""From records to batches: shuffled, mixed, cropped, shared out, read ahead."""

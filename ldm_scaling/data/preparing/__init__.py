@@ -1,0 +1,1 @@
+"""From collections to shards: examined, filtered, freed of duplicates, split, written."""
