@@ -8,13 +8,13 @@ import subprocess
 import sys
 
 import pytest
-from tests.data.preparing.test_prepare import HERE, crowd, files_of
 
 from ldm_scaling import errors
 from ldm_scaling.data.preparing import beam, prepare
 from ldm_scaling.data.preparing.filters import Filters
 from ldm_scaling.data.preparing.prepare import Options
 from tests.data.preparing.folder_of_pairs import FolderOfPairs, put
+from tests.data.preparing.test_prepare import HERE, crowd, files_of
 
 pytest.importorskip("apache_beam", reason="Beam's runners: pip install -e '.[beam]'")
 
