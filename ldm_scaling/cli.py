@@ -329,7 +329,7 @@ def _run(command: str, arguments: list[str]) -> None:
     if values.to:
         prepare_cli.to_folder(study, values.to, values.runner, rest)
         return
-    materials = stages.check(study, workdir)
+    materials = stages.check(study, workdir, measured=not values.dry_run)
     if values.dry_run:
         print(prepare_cli.dry_run(materials, values.format))
         return
@@ -377,7 +377,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command line; returns the exit status.
 
     0; 2 after a one-line error that the user can mend; 1 after one that is not the user's doing;
-    130 after Ctrl-C.
+    130 after Ctrl-C; 143 after SIGTERM in training, when its checkpoint is written.
     """
     argv = sys.argv[1:] if argv is None else argv
     asked = "--help" in argv and argv[0] != "evaluate"
@@ -385,7 +385,7 @@ def main(argv: list[str] | None = None) -> int:
         print(usage())
         return 0 if argv else 2
     command, arguments = argv[0], argv[1:]
-    from ldm_scaling.errors import UserError
+    from ldm_scaling.errors import Interrupted, UserError
 
     try:
         if command not in COMMANDS:
@@ -405,6 +405,9 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as e:  # Before there is a workdir to log to.
         print(f"ldm-scaling: error: {_first_line(e)} (unexpected)", file=sys.stderr)
         return 1
+    except Interrupted as e:
+        print(f"ldm-scaling: {e}; the same command goes on from here", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print("ldm-scaling: stopped; the same command goes on from here", file=sys.stderr)
         return 130

@@ -1,4 +1,4 @@
-"""Errors that a user can mend."""
+"""Errors that a user can mend, and the word that a process should end."""
 
 
 class UserError(ValueError):
@@ -17,3 +17,7 @@ class MissingPackageError(UserError):
             f"the package {package!r}, needed for {needed_for}, is not installed: "
             f"run  pip install -e '.[{extra}]'"
         )
+
+
+class Interrupted(KeyboardInterrupt):
+    """The process was asked to end (SIGTERM): what it was at is saved, the same command goes on."""

@@ -130,6 +130,10 @@ class Data:
             require(len(self.weights) == len(self.sources), "data.weights", self.weights,
                     f"one for each of the {len(self.sources)} sources")
             require(all(w > 0 for w in self.weights), "data.weights", self.weights, "above 0")
+        if self.composed:  # Many of their captions name a side, and all are square.
+            require(not self.flip, "data.flip", self.flip, "composed pictures are not mirrored")
+            require(self.max_aspect == 1, "data.max_aspect", self.max_aspect,
+                    "composed pictures are square: 1")
         require(16 <= self.side <= 1024, "data.side", self.side, "use 16..1024")
         require(self.seed >= 0, "data.seed", self.seed, "not below 0")
         require(3 <= self.text_length <= 512, "data.text_length", self.text_length, "use 3..512")

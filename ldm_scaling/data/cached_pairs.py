@@ -7,21 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from ldm_scaling.data.cache import CacheSource
+from ldm_scaling.data.loading import draws
 from ldm_scaling.errors import UserError
 from ldm_scaling.files import sha256_of
 
 _LATENT = ("mean", "logvar")
-_CAPTION, _MIRROR = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03  # streams of a key
-
-
-def _mixed(keys_N: np.ndarray, stream: int) -> np.ndarray:
-    """uint64 numbers, independent from stream to stream: the finaliser of SplitMix64 (Steele, Lea,
-    Flood 2014), whose neighbouring keys are as far apart as any.
-    """
-    x = keys_N + np.uint64(stream)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 class CachedPairs:
@@ -126,11 +116,10 @@ class CachedPairs:
         mirror_N = np.zeros(len(record_N), bool)
         if keys is not None:
             keys_N = np.asarray(keys, np.uint64)
-            count_N = (self._starts_N[image_N + 1] - caption_N).astype(np.uint64)
-            caption_N = caption_N + (_mixed(keys_N, _CAPTION) % count_N).astype(np.int64)
+            count_N = self._starts_N[image_N + 1] - caption_N
+            caption_N = caption_N + (draws.uniform(keys_N, "caption") * count_N).astype(np.int64)
             if self._mirrored is not None:
-                drawn_N = _mixed(keys_N, _MIRROR) >> np.uint64(63) == 1
-                mirror_N = drawn_N & ~self._names_side[caption_N]
+                mirror_N = (draws.uniform(keys_N, "flip") < 0.5) & ~self._names_side[caption_N]
         return {
             **self._latents_of(record_N, mirror_N),
             **self._text.batch(caption_N),

@@ -23,7 +23,7 @@ import numpy as np
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.files import sha256_of
-from ldm_scaling.models import blocks, pretrained
+from ldm_scaling.models import pretrained, small_maps
 from ldm_scaling.models.pretrained import Rule, conv
 
 # For pictures in -1..1 (`ScalingLayer` of the lpips package).
@@ -94,14 +94,14 @@ def _blur_halve(x_BHWC: jax.Array) -> jax.Array:
 
 
 def _convolve(x_BHWC, kernel_HWIO, strides, padding, **kw):
-    """`blocks.convolve`; on a CPU the first and last rows of a low map, whose taps lie partly on
-    the padding, are computed apart, without those taps: a tenth faster at 3 x 3 to 8 x 8.
+    """`small_maps.convolve`; on a CPU the first and last rows of a low map, whose taps lie partly
+    on the padding, are computed apart, without those taps: a tenth faster at 3 x 3 to 8 x 8.
     """
     height, size, (low, high) = x_BHWC.shape[1], len(kernel_HWIO), padding[0]
     plain = jax.default_backend() != "cpu" or tuple(strides) != (1, 1)
     narrow = min(x_BHWC.shape[1:3]) < size
     if plain or narrow or height > 16 or not low == high == size // 2:
-        return blocks.convolve(x_BHWC, kernel_HWIO, strides, padding, **kw)
+        return small_maps.convolve(x_BHWC, kernel_HWIO, strides, padding, **kw)
     whole = size - low  # rows of the kernel that the first row of the map sees
     parts = [(slice(0, whole + i), slice(low - i, size)) for i in range(low)]
     parts.append((slice(0, height), slice(0, size)))

@@ -132,13 +132,13 @@ class Composed:
         return self.prepared.builder.spec.count(split)
 
     def images(self, split: str, fields: Sequence[str], flip: bool = False) -> Source:
-        """See `Dataset`; composed pictures are never mirrored, for many captions name a side."""
+        """See `Dataset`; the config knows that these are not mirrored."""
         del flip
         return loader.image_source(self.prepared, split, fields)
 
     def bucketed(self, split: str, buckets: Buckets, at_least: int, flip: bool) -> Source:
-        """Composed pictures are square: raises `UserError`."""
-        raise UserError("config: data.max_aspect: composed pictures are square, leave it at 1")
+        """See `Dataset`; the config knows that these are square."""
+        raise ValueError("composed pictures are square")
 
     def groups(self, split: str, index: Sequence[int]) -> np.ndarray:
         """See `Dataset`: the concepts in a picture."""
@@ -257,24 +257,28 @@ def _is_shards(source: str) -> bool:
     return source.startswith(f"{SHARDS}:")
 
 
-def resolved(data: Data) -> Data:
+def resolved(data: Data, root: epath.PathLike) -> Data:
     """The settings with the hash of prepared shards, where all sources are such.
 
+    Args:
+      data: the settings.
+      root: where collections are prepared; those that are need no longer be there themselves.
     Raises:
       UserError: for shards that are missing or damaged, or of another hash than is wanted, and for
         a collection that is not there.
     """
     if data.composed:
         return data
-    if not all(map(_is_shards, data.sources)):
-        for source in data.sources:
-            if not _is_shards(source):
-                sources.collection(source, source_options(data))
-        if data.hash:
-            raise UserError(
-                f"config: data.hash={data.hash!r} is of prepared shards, but data.source="
-                f"{data.source!r} is prepared by this study: leave out the hash"
-            )
+    raw = [source for source in data.sources if not _is_shards(source)]
+    for source in raw:
+        if not _prepared(folder_of(data, source, root)):
+            sources.collection(source, source_options(data))
+    if raw and data.hash:
+        raise UserError(
+            f"config: data.hash={data.hash!r} is of prepared shards, but data.source="
+            f"{data.source!r} is prepared by this study: leave out the hash"
+        )
+    if raw:
         return data
     found = [shards.open(source.partition(":")[2]).hash for source in data.sources]
     have = found[0] if len(found) == 1 else files.sha256_of(found)
@@ -284,6 +288,10 @@ def resolved(data: Data) -> Data:
             f"{data.hash}: restore them, or leave out data.hash and choose another --workdir"
         )
     return dataclasses.replace(data, hash=have)
+
+
+def _prepared(folder: epath.Path) -> bool:
+    return (folder / shards.MANIFEST).exists()
 
 
 def source_options(data: Data) -> sources.Options:
@@ -330,19 +338,28 @@ def folder_of(data: Data, source: str, root: epath.PathLike) -> epath.Path:
 
 
 def make(
-    data: Data, source: str, folder: epath.PathLike, runner: str | None = None,
+    data: Data, source: str, root: epath.PathLike, runner: str | None = None,
     pipeline_options: Sequence[str] = (),
 ) -> shards.Shards:
-    """The shards of one source, made or found.
+    """The shards of one source, made below `root` or found.
 
     Args:
       data: how.
       source: KIND:PATH.
-      folder: where to make them; shards that are prepared already lie in their own.
+      root: see `resolved`.
       runner, pipeline_options: see `prepare.run`.
     """
-    if _is_shards(source):
-        return shards.open(source.partition(":")[2])
+    folder = folder_of(data, source, root)
+    if _is_shards(source) or _prepared(folder):
+        return shards.open(folder)
+    return prepare_into(data, source, folder, runner, pipeline_options)
+
+
+def prepare_into(
+    data: Data, source: str, folder: epath.PathLike, runner: str | None = None,
+    pipeline_options: Sequence[str] = (),
+) -> shards.Shards:
+    """A collection's shards in a folder: made, gone on with, or found, see `prepare.run`."""
     collection = sources.collection(source, source_options(data))
     return prepare.run(collection, folder, prepare_options(data), runner, pipeline_options)
 
@@ -361,7 +378,7 @@ def of(data: Data, root: epath.PathLike) -> tuple[Dataset, ...]:
         return (Composed(builder.prepare(root, spec)),)
     most = {"train": data.train_pictures, "validation": data.validation_pictures}
     return tuple(
-        Collected(make(data, source, folder_of(data, source, root)), data.side, most)
+        Collected(make(data, source, root), data.side, most)
         for source in data.sources
     )
 

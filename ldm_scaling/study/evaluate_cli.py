@@ -315,7 +315,8 @@ def _draw(given, common, read: protocols.Given, about: dict[str, Any]) -> Path:
 
     workdir = Workdir(common.workdir)
     study = config.parse(common.config) if common.config else workdir.last_config()
-    materials = stages.check(study, workdir)
+    # Pictures of the protocol's captions: of the study's own data nothing is needed.
+    materials = stages.check(study, workdir, measured=False)
     study = materials.study
     if not given.member and len(study.members) > 1:
         raise UserError(f"--member: name the network that draws: {', '.join(study.members)}")

@@ -131,7 +131,7 @@ def trained(materials: Materials) -> Networks:
             "have.",
             f"The pictures pass through {'a published autoencoder' if given else _OWN} (latents "
             f"of 1/{spec.downsampling} of their side, {spec.latent_channels} channels); captions "
-            f"through a frozen {materials.text_states.name}.",
+            f"through a frozen {'text encoder' if study.data.text_weights else 'MiniLM'}.",
         ),
     )
 

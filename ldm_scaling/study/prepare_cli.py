@@ -58,7 +58,7 @@ def to_folder(
             f"{data.source!r}"
         )
     folder = epath.Path(to).expanduser()
-    show(datasets.make(data, data.source, folder, runner, pipeline_options))
+    show(datasets.prepare_into(data, data.source, folder, runner, pipeline_options))
     print(f"use it by  --config.data.source={datasets.SHARDS}:{os.fspath(folder)}")
 
 
@@ -68,8 +68,8 @@ def in_workdir(
     """Prepares the collections of a study's config in its workdir, and prints their reports."""
     data = materials.study.data
     for source in () if data.composed else data.sources:
-        folder = datasets.folder_of(data, source, materials.workdir / "data")
-        show(datasets.make(data, source, folder, runner, pipeline_options))
+        root = materials.workdir / "data"
+        show(datasets.make(data, source, root, runner, pipeline_options))
 
 
 def dry_run(materials: Materials, format: str) -> str:

@@ -19,7 +19,8 @@ def resolved(study: Study, workdir: Workdir) -> Study:
         those that do not have the hash that the config gives.
     """
     study = published.resolved(study, workdir)
-    data, autoencoder = datasets.resolved(study.data), study.autoencoder
+    data = datasets.resolved(study.data, workdir / "data")
+    autoencoder = study.autoencoder
     if data.text_weights:
         hash = _hash("data.text_weights", data.text_weights, data.text_hash, workdir)
         data = dataclasses.replace(data, text_hash=hash)

@@ -31,10 +31,14 @@ from ldm_scaling.training import checkpoint, loop
 log = logging.getLogger(__name__)
 
 
-def check(study: Study, workdir: Workdir) -> Materials:
+def check(study: Study, workdir: Workdir, measured: bool = True) -> Materials:
     """Finds a config's contradictions before anything is computed or written. The study of what is
     returned is the config with what its inputs decide, see `resolve.resolved`.
 
+    Args:
+      study: the config.
+      workdir: where it will work.
+      measured: whether the study's own data and the networks that score it are used.
     Raises:
       UserError: naming what does not fit, or a package that is missing.
     """
@@ -61,10 +65,13 @@ def check(study: Study, workdir: Workdir) -> Materials:
     tables += [(study.sample.sampler, study.sample.steps, study.sample.spacing)]
     for name, steps, spacing in tables:
         solvers.make(name, schedule, steps, study.diffusion.prediction, spacing)
-    if study.data.composed:
-        openmoji.load()
-    text_encoder.load(study.data.text_length)
-    efficientnet.load(study.sweep.feature_side)
+    if measured:
+        if study.data.composed:
+            openmoji.load()
+        elif study.data.hash:  # Shards: their counts are known.
+            _ = materials.datasets
+        text_encoder.load(study.data.text_length)
+        efficientnet.load(study.sweep.feature_side)
     return materials
 
 
@@ -94,34 +101,39 @@ def _loader(materials: Materials, source, train):
 
 def train(materials: Materials) -> None:
     """The autoencoder, its latents, then every member."""
-    study, workdir = materials.study, materials.workdir
+    study = materials.study
     if study.weights:
         print(f"nothing to train: {study.members[0]} is the published model in {study.weights}")
         return
     prepare(materials)
-    run = study.autoencoder.train
-    trained = checkpoint.latest(workdir / "autoencoder" / "checkpoints") == run.steps
-    if not (trained or study.autoencoder.weights):
-        task = autoencoder_task.make(study.autoencoder, materials.shown())
-        loop.fit(
-            task, run, _loader(materials, materials.training_images(), run),
-            workdir / "autoencoder", materials.mesh, study.seed,
-        )
+    train_autoencoder(materials)
     cache_latents(materials)
-    run = study.train
     for member in study.members:
-        if checkpoint.latest(workdir.member(member) / "checkpoints") == run.steps:
-            continue
-        spec = materials.spec(member)
-        drawer = materials.drawer(member)
-        task = text_to_image.make(
-            member, spec, run, study.diffusion, study.sample, materials.frozen, drawer,
-            materials.validation,
-        )
-        loop.fit(
-            task, run, _loader(materials, materials.caches.training(), run),
-            workdir.member(member), materials.mesh, study.seed,
-        )
+        train_member(materials, member)
+
+
+def train_autoencoder(materials: Materials) -> None:
+    """The first stage, unless it is trained or given."""
+    study, folder = materials.study, materials.workdir / "autoencoder"
+    run = study.autoencoder.train
+    if study.autoencoder.weights or checkpoint.latest(folder / "checkpoints") == run.steps:
+        return
+    task = autoencoder_task.make(study.autoencoder, materials.shown())
+    source = materials.training_images()
+    loop.fit(task, run, _loader(materials, source, run), folder, materials.mesh, study.seed)
+
+
+def train_member(materials: Materials, member: str) -> None:
+    """A member, from the caches, unless it is trained."""
+    study, folder, run = materials.study, materials.workdir.member(member), materials.study.train
+    if checkpoint.latest(folder / "checkpoints") == run.steps:
+        return
+    task = text_to_image.make(
+        member, materials.spec(member), run, study.diffusion, study.sample, materials.frozen,
+        materials.drawer(member), materials.validation,
+    )
+    source = materials.caches.training()
+    loop.fit(task, run, _loader(materials, source, run), folder, materials.mesh, study.seed)
 
 
 def sample(

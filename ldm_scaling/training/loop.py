@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from ldm_scaling import files
 from ldm_scaling.config import Train
-from ldm_scaling.errors import UserError
+from ldm_scaling.errors import Interrupted, UserError
 from ldm_scaling.parallel import hosts
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.training import checkpoint, step
@@ -33,10 +33,6 @@ log = logging.getLogger(__name__)
 
 class NonFiniteLossError(UserError):
     """The loss, or another metric, was NaN or infinite."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """The process was asked to end (SIGTERM): the run is saved at the step it was at."""
 
 
 def _due(number: int, every: int, last: int) -> bool:

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -73,15 +74,15 @@ def test_shards_stand_in_the_identity_by_their_hash_wherever_they_lie(tmp_path):
     (tmp_path / "a").rename(tmp_path / "b")
     two = dataclasses.replace(first.data, source=f"shards:{tmp_path / 'b'}")
     with pytest.raises(UserError, match="no prepared data set"):
-        datasets.resolved(one)
-    found = datasets.resolved(two)
+        datasets.resolved(one, tmp_path)
+    found = datasets.resolved(two, tmp_path)
     assert found.hash == shards.open(tmp_path / "b").hash
     study = dataclasses.replace(first, data=found)
     assert str(tmp_path) not in json.dumps(study.identity())
     _shards(tmp_path / "c", seed=1)
     other = dataclasses.replace(found, source=f"shards:{tmp_path / 'c'}")
     with pytest.raises(UserError, match=found.hash):
-        datasets.resolved(other)
+        datasets.resolved(other, tmp_path)
 
 
 def test_at_most_so_many_pictures_are_taken_evenly(tmp_path):
@@ -127,8 +128,7 @@ def test_sources_joined_are_one_after_the_other(tmp_path):
 
 
 def test_a_mixture_is_trained_on_from_caches_with_buckets_and_mirrored_pictures(tmp_path):
-    """All that a config may ask of collections at once, through training and to a picture; the
-    second time nothing is done again."""
+    """All that a config may ask of collections at once; the second time nothing is done again."""
     for seed in (0, 1):
         _shards(tmp_path / f"s{seed}", seed=seed)
     overrides = {
@@ -137,7 +137,8 @@ def test_a_mixture_is_trained_on_from_caches_with_buckets_and_mirrored_pictures(
         "data.cache": str(tmp_path / "cache"), "data.latent_dtype": "float16",
     }
     materials = _study(tmp_path / "w", **overrides)
-    stages.train(materials)
+    stages.train_autoencoder(materials)
+    stages.cache_latents(materials)
     source = materials.caches.training()
     drawn = {"sizes": set(), "captions": set()}
     with loader.train_loader(source, 8, seed=3) as batches:
@@ -160,15 +161,17 @@ def test_a_mixture_is_trained_on_from_caches_with_buckets_and_mirrored_pictures(
     assert scale == pytest.approx((mean.var() + variance.mean()) ** -0.5, rel=1e-6)
     files = sorted((tmp_path / "cache").rglob("*.array_record"))
     times = [path.stat().st_mtime_ns for path in files]
-    stages.train(_study(tmp_path / "w", **overrides))
+    again = _study(tmp_path / "w", **overrides)
+    stages.train_autoencoder(again)
+    stages.cache_latents(again)
     assert [path.stat().st_mtime_ns for path in files] == times
 
 
 def test_a_sweep_of_more_prompts_than_there_are_is_refused_with_both_numbers(tmp_path):
     _shards(tmp_path / "a", validation=7)
-    materials = _study(tmp_path / "w", **{"data.source": f"shards:{tmp_path / 'a'}"})
     with pytest.raises(UserError, match="at least 8 pictures for validation, there are 7"):
-        stages.prepare(materials)
+        _study(tmp_path / "w", **{"data.source": f"shards:{tmp_path / 'a'}"})
+    assert not (tmp_path / "w").exists()
 
 
 @pytest.mark.parametrize("source, match", [
@@ -189,6 +192,16 @@ def _folder_of_pairs(path, count=40):
         (path / f"{i:03d}.txt").write_text(f"thing {i}\n")
     (path / "bad.jpg").write_bytes((path / "000.jpg").read_bytes()[:300])
     (path / "bad.txt").write_text("cut short")
+
+
+def test_a_collection_that_is_prepared_need_no_longer_be_there(tmp_path):
+    _folder_of_pairs(tmp_path / "pairs", count=200)
+    values = {"data.source": f"folder:{tmp_path / 'pairs'}", "data.prepare.validation_share": 0.2}
+    before = _study(tmp_path / "w", **values).datasets[0].hash
+    shutil.rmtree(tmp_path / "pairs")
+    assert _study(tmp_path / "w", **values).datasets[0].hash == before
+    with pytest.raises(UserError, match="there is no"):  # prepared otherwise
+        _study(tmp_path / "w", **values, **{"data.prepare.min_caption": 7})
 
 
 def _run(*arguments):
