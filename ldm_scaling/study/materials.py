@@ -84,7 +84,8 @@ class Materials:
         found, left = [], count
         for number, dataset in enumerate(self.datasets):
             index = range(min(left, dataset.count(split)))
-            found += [f"{number} {group}" for group in dataset.groups(split, index)]
+            several = f"{number} " if len(self.datasets) > 1 else ""
+            found += [f"{several}{group}" for group in dataset.groups(split, index)]
             left -= len(index)
         return np.asarray(found)
 
