@@ -310,6 +310,8 @@ def _run(command: str, arguments: list[str]) -> None:
         place = values["from"].value, values["to"].value
         print(converted.write(values.kind, *place, ema=values.ema, model=values.model))
         return
+    if command == "prepare" and values.to and values.dry_run:
+        raise UserError("--dry-run makes nothing, and --to says where to: leave out one of them")
     elsewhere = command == "prepare" and bool(values.to or values.dry_run)
     if not (values.workdir or (elsewhere and values.config)):
         what = "--config or --workdir" if elsewhere else "--workdir"

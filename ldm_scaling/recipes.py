@@ -17,8 +17,8 @@ def text_to_image(member: str, arg: str = "", *, remat: str = "none") -> ml_coll
     model card), EMA of 0.9999, 10% of captions dropped, and the autoencoder's training.
 
     Not to be had: their 600M image-text pairs, their text encoder, COCO. A million composed
-    pictures with MiniLM's text states (widened with zeros to 1024) stand in; their caches take about
-    125 GB, see  ldm-scaling prepare --dry-run. Nearer to the paper, on pairs of your own, are
+    pictures with MiniLM's text states (widened with zeros to 1024) stand in; their caches take
+    about 125 GB, see  ldm-scaling prepare --dry-run. Nearer to the paper, on pairs of your own, are
     --config.data.source=shards:DIR, --config.autoencoder.weights=DIR (Stable Diffusion's) and
     --config.data.text_weights=DIR (of a text encoder of width 1024, such as OpenCLIP's ViT-H/14).
 

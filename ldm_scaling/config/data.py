@@ -30,7 +30,7 @@ class Prepare:
       perceptual: bits of 64 in which perceptual hashes of pictures that look the same differ at
         most; -1 keeps them.
       validation_share: share of the pairs that are kept for validation, by their key's hash.
-      limit: most pairs that are looked at; 0 is all.
+      limit: most pairs that are kept, the first by a hash of their keys; 0 is all.
       store_side: short side that larger pictures are stored with; 0 keeps their bytes.
       tile: side of the tiles that photographs are cut into; 0 keeps them whole.
       skip_broken: whether a part that cannot be read to its end is left out.
@@ -68,6 +68,15 @@ class Prepare:
                 "-1 (off) to 12 bits")
         require(0 < self.validation_share < 1, "data.prepare.validation_share",
                 self.validation_share, "above 0 and below 1")
+        require(self.max_aspect == 0 or self.max_aspect >= 1, "data.prepare.max_aspect",
+                self.max_aspect, "1 or more, or 0 for any")
+        require(self.min_caption >= 1, "data.prepare.min_caption", self.min_caption,
+                "1 or more; pairs without captions are kept by data.prepare.captions=False")
+        require(self.max_caption == 0 or self.max_caption >= self.min_caption,
+                "data.prepare.max_caption", self.max_caption,
+                f"at least min_caption, which is {self.min_caption}, or 0 for any")
+        require(not (self.tile and self.store_side), "data.prepare.store_side", self.store_side,
+                f"tiles are stored as they are cut: 0 with tile={self.tile}")
 
 
 @dataclasses.dataclass(frozen=True)

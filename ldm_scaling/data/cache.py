@@ -26,6 +26,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from etils import epath
 
 from ldm_scaling import files
+from ldm_scaling.data.corrupt import CorruptRecords
 from ldm_scaling.errors import UserError
 
 MANIFEST = "cache.json"
@@ -287,6 +288,11 @@ class CacheSource:
         """The meta's, where the writer gave one."""
         return self.meta.get("hash")
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The files that hold the records, in order."""
+        return tuple(self._paths)
+
     def __len__(self) -> int:
         return int(self._starts[-1])
 
@@ -307,7 +313,8 @@ class CacheSource:
 
         Raises:
           IndexError: an index outside 0..len-1.
-          UserError: a damaged record.
+          CorruptRecords: naming all of these that are damaged.
+          UserError: a file that is missing or damaged as a whole.
         """
         indices_N = np.asarray(indices, np.int64).reshape(-1)
         if ((indices_N < 0) | (indices_N >= len(self))).any():
@@ -322,14 +329,21 @@ class CacheSource:
         shard_N = np.searchsorted(self._starts, indices_N, side="right") - 1
         local = (indices_N - self._starts[shard_N]).tolist()
         shards, current, file = shard_N.tolist(), -1, None
+        failures: dict[int, str] = {}
         for row in np.argsort(shard_N, kind="stable").tolist():
             if shards[row] != current:
                 current = shards[row]
                 file = self._file(current)
-            record, start = memoryview(file.read(local[row])), 0
+            try:
+                record, start = memoryview(file.read(local[row])), 0
+            except UserError as e:
+                failures[int(indices_N[row])] = str(e)
+                continue
             for place, size in places:
                 place[row * size : (row + 1) * size] = record[start : start + size]
                 start += size
+        if failures:
+            raise CorruptRecords(failures)
         return arrays
 
     def _file(self, shard: int) -> CacheFile:

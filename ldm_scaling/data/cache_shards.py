@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -62,7 +63,7 @@ def write_shards(
     process_count: int = 1,
     patience_s: float = 1800.0,
 ) -> cache.CacheSource:
-    """Writes what is missing of a cache and opens it; a finished one is only opened.
+    """Writes what is missing of a cache and opens it; a whole one is only opened.
 
     Several processes write one folder: each makes every `process_count`-th shard, process 0 adds
     the manifest when all are there, and all return when that is.
@@ -93,28 +94,36 @@ def write_shards(
         )
     folder = epath.Path(folder)
     paths = [folder / name for name in names(count, shard_size)]
-    if not (folder / cache.MANIFEST).exists():
-        _check_strangers(folder, paths)
-        spans = [(start, min(start + shard_size, count)) for start in range(0, count, shard_size)]
-        own = range(process_index, len(paths), process_count)
-        missing = [k for k in own if _present(paths[k], hash, *spans[k]) is None]
-        total = sum(spans[k][1] - spans[k][0] for k in own)
-        before = total - sum(spans[k][1] - spans[k][0] for k in missing)
-        shown = bool(what and missing)
-        bar = files.progress(total, what, unit, before) if shown else contextlib.nullcontext()
-        with bar:
-            for k in missing:
-                advance = bar.update if shown else lambda n: None
-                _write_shard(
-                    paths[k], make, *spans[k], hash, statistics or (lambda batch: {}), compress,
-                    advance,
-                )
-        if process_index == 0:
-            _wait(lambda: all(path.exists() for path in paths), paths, patience_s)
-            _finish(folder, paths, spans, meta, hash)
-        else:
-            manifest = folder / cache.MANIFEST
-            _wait(manifest.exists, [*paths, manifest], patience_s)
+    manifest = folder / cache.MANIFEST
+    if manifest.exists():
+        found = _open(folder, hash, count)
+        if all(map(os.path.exists, found.paths)):
+            return found
+    _check_strangers(folder, paths)
+    spans = [(start, min(start + shard_size, count)) for start in range(0, count, shard_size)]
+    own = range(process_index, len(paths), process_count)
+    missing = [k for k in own if _present(paths[k], hash, *spans[k]) is None]
+    total = sum(spans[k][1] - spans[k][0] for k in own)
+    before = total - sum(spans[k][1] - spans[k][0] for k in missing)
+    shown = bool(what and missing)
+    bar = files.progress(total, what, unit, before) if shown else contextlib.nullcontext()
+    with bar:
+        for k in missing:
+            advance = bar.update if shown else lambda n: None
+            _write_shard(
+                paths[k], make, *spans[k], hash, statistics or (lambda batch: {}), compress,
+                advance,
+            )
+    if process_index == 0:
+        _wait(lambda: all(path.exists() for path in paths), paths, patience_s)
+        _finish(folder, paths, spans, meta, hash)
+    else:
+        whole = [*paths, manifest]
+        _wait(lambda: all(path.exists() for path in whole), whole, patience_s)
+    return _open(folder, hash, count)
+
+
+def _open(folder: epath.Path, hash: str, count: int) -> cache.CacheSource:
     source = cache.CacheSource(folder, hash)
     if len(source) != count:
         raise UserError(

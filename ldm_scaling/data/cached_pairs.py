@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ldm_scaling.data.cache import CacheSource
+from ldm_scaling.data.corrupt import CorruptRecords
 from ldm_scaling.data.loading import draws
 from ldm_scaling.errors import UserError
 from ldm_scaling.files import sha256_of
@@ -103,7 +104,8 @@ class CachedPairs:
 
         Raises:
           IndexError: an index outside 0..len-1.
-          UserError: a damaged record.
+          CorruptRecords: naming those whose latents or states are damaged.
+          UserError: a cache that is missing or damaged as a whole.
         """
         record_N = np.asarray(indices, np.int64).reshape(-1)
         outside = (record_N < 0) | (record_N >= len(self))
@@ -120,11 +122,21 @@ class CachedPairs:
             caption_N = caption_N + (draws.uniform(keys_N, "caption") * count_N).astype(np.int64)
             if self._mirrored is not None:
                 mirror_N = (draws.uniform(keys_N, "flip") < 0.5) & ~self._names_side[caption_N]
-        return {
-            **self._latents_of(record_N, mirror_N),
-            **self._text.batch(caption_N),
-            "caption_index": caption_N,
-        }
+        failures: dict[int, str] = {}
+        latents, text = {}, {}
+        try:
+            latents = self._latents_of(record_N, mirror_N)
+        except CorruptRecords as e:
+            failures |= e.failures
+        try:
+            text = self._text.batch(caption_N)
+        except CorruptRecords as e:
+            both = zip(record_N.tolist(), caption_N.tolist())
+            failures |= {record: e.failures[caption] for record, caption in both
+                         if caption in e.failures}
+        if failures:
+            raise CorruptRecords(failures)
+        return {**latents, **text, "caption_index": caption_N}
 
     def _latents_of(self, record_N: np.ndarray, mirror_N: np.ndarray) -> dict[str, np.ndarray]:
         if not mirror_N.any():
@@ -178,4 +190,8 @@ class CachedBuckets:
         if len(buckets) != 1:
             raise ValueError(f"a batch is of one bucket, not of {buckets.tolist()}")
         bucket = int(buckets[0])
-        return self._pairs[bucket].batch(index_N - self._starts_N[bucket], keys)
+        start = int(self._starts_N[bucket])
+        try:
+            return self._pairs[bucket].batch(index_N - start, keys)
+        except CorruptRecords as e:
+            raise CorruptRecords({start + i: why for i, why in e.failures.items()}) from e

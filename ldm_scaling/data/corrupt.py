@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ldm_scaling.errors import UserError
 
-class CorruptRecords(ValueError):
+
+class CorruptRecords(UserError):
     """Some of the records that were asked for are damaged; the others can be read.
 
     Attributes:

@@ -188,7 +188,7 @@ def open(path: epath.PathLike) -> Shards:
     of another length than it had.
     """
     path = epath.Path(path).expanduser()
-    shown, remedy = os.fspath(path), "prepare it anew, or copy it again"
+    shown, remedy = os.fspath(path), "remove it and prepare it anew, or copy it again"
     if not (path / MANIFEST).exists():
         raise UserError(
             f"there is no prepared data set in {shown}: it has no {MANIFEST}; make one with "
@@ -199,7 +199,7 @@ def open(path: epath.PathLike) -> Shards:
         if manifest["format"] != _FORMAT:
             raise UserError(
                 f"{shown} is of the format {manifest['format']!r}, and {_FORMAT!r} is read: "
-                "prepare it anew"
+                "remove it and prepare it anew"
             )
         index = {}
         for split in SPLITS:
@@ -348,7 +348,7 @@ def _write_tfds(path: epath.Path, name: str, entries: Mapping[str, Any]) -> None
 
 
 def _reader(path: str, count: int) -> ArrayRecordReader:
-    remedy = "prepare the data set anew, or copy the file again"
+    remedy = "remove its folder and prepare the data set anew, or copy the file again"
     if not os.path.isfile(path):
         raise UserError(f"the shard {path} is missing: {remedy}")
     try:

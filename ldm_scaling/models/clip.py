@@ -16,6 +16,7 @@ import numpy as np
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.models.pretrained import Rule, linear
+from ldm_scaling.models.spread import Spread
 
 # OpenAI trained with the first, OpenCLIP mostly with the second; tensors do not tell which.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -198,15 +199,17 @@ def block_rules(blocks: str) -> list[Rule]:
 
 
 def in_batches(
-    run: Callable[[Any], dict[str, jax.Array]], inputs: Callable[[slice], Any], n: int, batch: int
-) -> dict[str, np.ndarray]:
-    """`run` over `n` rows in batches of `batch`, the last one filled up; each output [n, ...].
+    run: Callable[[Any], dict[str, jax.Array]], inputs: Callable[[slice], Any], n: int,
+    spread: Spread,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """`run` over `n` rows in batches spread over devices; each output [n, ...].
 
-    `inputs` prepares a batch on the host while the device still works on the one before.
+    `inputs` prepares a batch, filled up to its size, on the host while the devices still work on
+    the one before.
     """
     done: list[dict[str, Any]] = []
-    for i in range(0, max(n, 1), batch):
-        done.append(run(inputs(slice(i, min(i + batch, n)))))
+    for i in range(0, max(n, 1), spread.batch):
+        done.append(run(spread.rows(inputs(slice(i, min(i + spread.batch, n))))))
         done[-2:-1] = jax.device_get(done[-2:-1])
     done[-1] = jax.device_get(done[-1])
     return {name: np.concatenate([d[name] for d in done])[:n] for name in done[0]}

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.files import sha256_of
-from ldm_scaling.models import clip, clip_checkpoint, pretrained
+from ldm_scaling.models import clip, clip_checkpoint, pretrained, spread
 from ldm_scaling.models.clip import ImageSpec
 from ldm_scaling.models.pretrained import Rule, linear
 
@@ -169,11 +169,11 @@ def _preprocess(checkpoint: clip_checkpoint.Checkpoint, side: int, fit: str | No
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClipImage:
-    """Pictures to features, in batches of `batch`; make one with `load_image`."""
+    """Pictures to features, in batches spread over devices; make one with `load_image`."""
 
     spec: ImageSpec
     preprocess: Preprocess
-    batch: int
+    spread: spread.Spread
     weights_hash: str
     _params: Any = dataclasses.field(repr=False)
     _apply: Callable = dataclasses.field(repr=False)
@@ -237,13 +237,16 @@ class ClipImage:
         layers = tuple(layers or (name for name in self.layers if name != "tokens"))
         for layer in layers:
             self._check(layer)
-        side = self.spec.side
+        side, batch = self.spec.side, self.spread.batch
 
         def some(rows):
             x_BHWC = inputs(rows) if n else np.zeros((0, side, side, 3), np.float32)
-            return np.pad(x_BHWC, ((0, self.batch - len(x_BHWC)), (0, 0), (0, 0), (0, 0)))
+            return np.pad(x_BHWC, ((0, batch - len(x_BHWC)), (0, 0), (0, 0), (0, 0)))
 
-        return clip.in_batches(lambda x: self._apply(self._params, x, layers), some, n, self.batch)
+        def run(x_BHWC):
+            return self._apply(self._params, x_BHWC, layers)
+
+        return clip.in_batches(run, some, n, self.spread)
 
     def _check(self, layer):
         if layer not in self.layers:
@@ -262,6 +265,7 @@ def load_image(
     model: str | None = None,
     fit: str | None = None,
     batch: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> ClipImage:
     """A pretrained image tower.
 
@@ -269,12 +273,15 @@ def load_image(
       path: a folder of transformers or of OpenCLIP, or the file of weights in it.
       model: one of `clip.PUBLISHED`, needed where no config lies beside the weights.
       fit: one of `FITS`; None for what the files beside the weights say.
-      batch: pictures a pass.
+      batch: pictures in one pass, a multiple of the devices; by default 8 for each CPU device and
+        128 for each accelerator.
+      devices: what to spread each pass over, by default all of this process.
 
     Raises:
-      UserError: for files that are missing, broken or of something else, with what to fetch from
-        where; for tensors that do not fit, with a diff.
+      UserError: for a batch that does not divide; for files that are missing, broken or of
+        something else, with what to fetch from where; for tensors that do not fit, with a diff.
     """
+    spread_ = spread.over(devices, batch, cpu=8, accelerator=128)
     checkpoint = clip_checkpoint.read(path, "image", IGNORE, model)
     spec = clip_checkpoint.spec_of(checkpoint, "image", model)
     preprocess = _preprocess(checkpoint, spec.side, fit)
@@ -290,8 +297,8 @@ def load_image(
     return ClipImage(
         spec=spec,
         preprocess=preprocess,
-        batch=batch or (8 if jax.default_backend() == "cpu" else 256),
+        spread=spread_,
         weights_hash=pretrained.hash_of(params),
-        _params=jax.device_put(params),
-        _apply=jax.jit(apply, static_argnums=2),
+        _params=spread_.everywhere(params),
+        _apply=spread_.jit(apply, static_argnums=2),
     )

@@ -18,7 +18,7 @@ import numpy as np
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.files import sha256_of
-from ldm_scaling.models import clip, clip_checkpoint, clip_tokenizer, pretrained
+from ldm_scaling.models import clip, clip_checkpoint, clip_tokenizer, pretrained, spread
 from ldm_scaling.models.clip import TextSpec
 from ldm_scaling.models.pretrained import Rule, linear
 
@@ -80,14 +80,14 @@ IGNORE = (*clip.IGNORE, r"vision_model\..*", r"visual_projection\..*", r"visual\
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClipText:
-    """Captions to states and embeddings, in batches of `batch`; make one with `load_text`.
+    """Captions to states and embeddings, in batches spread over devices; make one with `load_text`.
 
     `hash` is that of all that decides the numbers: weights, sizes, tokenizer, layer, type.
     """
 
     spec: TextSpec
     layer: str
-    batch: int
+    spread: spread.Spread
     hash: str
     tokenizer: clip_tokenizer.ClipTokenizer
     _params: Any = dataclasses.field(repr=False)
@@ -123,13 +123,13 @@ class ClipText:
 
     def _run(self, ids_BL, names):
         def some(rows):
-            fill = ((0, self.batch - (rows.stop - rows.start)), (0, 0))
+            fill = ((0, self.spread.batch - (rows.stop - rows.start)), (0, 0))
             return np.pad(ids_BL[rows], fill, constant_values=self.tokenizer.eos)
 
         def run(ids_BL):
             return self._apply(self._params, ids_BL, names)
 
-        return clip.in_batches(run, some, len(ids_BL), self.batch)
+        return clip.in_batches(run, some, len(ids_BL), self.spread)
 
     @property
     def _embedding(self):
@@ -163,7 +163,8 @@ def load_text(
     model: str | None = None,
     layer: str = "last",
     dtype: Any = jnp.float32,
-    batch: int = 32,
+    batch: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> ClipText:
     """A pretrained text tower.
 
@@ -176,11 +177,13 @@ def load_text(
       model: one of `clip.PUBLISHED`, needed where no config lies beside the weights.
       layer: which states `encode` and `states` give, one of `LAYERS`.
       dtype: of the computation; the outputs are float32.
-      batch: texts a pass.
+      batch: texts in one pass, a multiple of the devices; by default 4 for each CPU device, where
+        more are no faster and leave more rows empty, and 32 for each accelerator.
+      devices: what to spread each pass over, by default all of this process.
 
     Raises:
-      UserError: for files that are missing, broken or of something else, with what to fetch from
-        where; for tensors that do not fit, with a diff.
+      UserError: for a batch that does not divide; for files that are missing, broken or of
+        something else, with what to fetch from where; for tensors that do not fit, with a diff.
     """
     checkpoint = clip_checkpoint.read(path, "text", IGNORE, model)
     spec = clip_checkpoint.spec_of(checkpoint, "text", model)
@@ -189,7 +192,9 @@ def load_text(
     )
     vocabulary = vocabulary or _vocabulary(checkpoint.folder)
     tokenizer = clip_tokenizer.load(vocabulary, behaviour, spec.positions)
-    return assemble(spec, params, tokenizer, layer=layer, dtype=dtype, batch=batch)
+    return assemble(
+        spec, params, tokenizer, layer=layer, dtype=dtype, batch=batch, devices=devices
+    )
 
 
 def abstract_params(spec: TextSpec) -> Any:
@@ -200,13 +205,14 @@ def abstract_params(spec: TextSpec) -> Any:
 
 def assemble(
     spec: TextSpec, params: Any, tokenizer: clip_tokenizer.ClipTokenizer, *, layer: str = "last",
-    dtype: Any = jnp.float32, batch: int = 32,
-) -> ClipText:
+    dtype: Any = jnp.float32, batch: int | None = None, devices: Sequence[jax.Device] | None = None,
+) -> ClipText:  # fmt: skip
     """A text tower of its parts; the other arguments are `load_text`'s.
 
     Raises:
-      UserError: for a layer that is none of `LAYERS`.
+      UserError: for a layer that is none of `LAYERS`, and a batch that does not divide.
     """
+    spread_ = spread.over(devices, batch, cpu=4, accelerator=32)
     if layer not in LAYERS:
         raise UserError(f"a text's states are those of layer {' or '.join(LAYERS)}, not {layer!r}")
     tower = TextTower(spec, dtype)
@@ -219,11 +225,11 @@ def assemble(
     return ClipText(
         spec=spec,
         layer=layer,
-        batch=batch,
+        spread=spread_,
         hash=sha256_of(decides),
         tokenizer=tokenizer,
-        _params=jax.device_put(params),
-        _apply=jax.jit(apply, static_argnums=2),
+        _params=spread_.everywhere(params),
+        _apply=spread_.jit(apply, static_argnums=2),
     )
 
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.files import sha256_of
-from ldm_scaling.models import pretrained, small_maps
+from ldm_scaling.models import pretrained, small_maps, spread
 from ldm_scaling.models.pretrained import Rule, conv
 
 # For pictures in -1..1 (`ScalingLayer` of the lpips package).
@@ -93,28 +93,6 @@ def _blur_halve(x_BHWC: jax.Array) -> jax.Array:
     return x_BHWC
 
 
-def _convolve(x_BHWC, kernel_HWIO, strides, padding, **kw):
-    """`small_maps.convolve`; on a CPU the first and last rows of a low map, whose taps lie partly
-    on the padding, are computed apart, without those taps: a tenth faster at 3 x 3 to 8 x 8.
-    """
-    height, size, (low, high) = x_BHWC.shape[1], len(kernel_HWIO), padding[0]
-    plain = jax.default_backend() != "cpu" or tuple(strides) != (1, 1)
-    narrow = min(x_BHWC.shape[1:3]) < size
-    if plain or narrow or height > 16 or not low == high == size // 2:
-        return small_maps.convolve(x_BHWC, kernel_HWIO, strides, padding, **kw)
-    whole = size - low  # rows of the kernel that the first row of the map sees
-    parts = [(slice(0, whole + i), slice(low - i, size)) for i in range(low)]
-    parts.append((slice(0, height), slice(0, size)))
-    parts += [(slice(height - size + 1 + i, height), slice(0, size - 1 - i)) for i in range(low)]
-    rows = [
-        jax.lax.conv_general_dilated(
-            x_BHWC[:, some], kernel_HWIO[taps], strides, ((0, 0), padding[1]), **kw
-        )
-        for some, taps in parts
-    ]
-    return jnp.concatenate(rows, 1)
-
-
 class Trunk(nn.Module):
     """Scaled pictures [B, H, W, 3] to the five maps that LPIPS compares."""
 
@@ -131,7 +109,7 @@ class Trunk(nn.Module):
             for width, kernel, stride, padding in convs:
                 x_BHWC = nn.Conv(
                     width, (kernel, kernel), 1 if blurred else stride, padding=padding,
-                    precision="highest", conv_general_dilated=_convolve,
+                    precision="highest", conv_general_dilated=small_maps.convolve,
                     name=f"conv_{next(numbers)}",
                 )(x_BHWC)  # fmt: skip
                 # The variant replaces a stride of 4 by one halving only.
@@ -220,11 +198,16 @@ def read_params(
 # --- pictures to distances ---------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames="net")
 def _apply(net: Net, params: Any, pairs_BPHWC: jax.Array) -> jax.Array:
     if pairs_BPHWC.dtype == jnp.uint8:
         pairs_BPHWC = pairs_BPHWC.astype(jnp.float32) / 127.5 - 1.0
     return LPIPS(net).apply({"params": params}, pairs_BPHWC)
+
+
+@functools.cache
+def _program(platform: str) -> Any:
+    options = spread.compiler_options(platform)
+    return jax.jit(_apply, static_argnames="net", compiler_options=options)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -280,13 +263,14 @@ class PerceptualDistance:
                 f"{a_BHWC.shape} and {b_BHWC.dtype} {b_BHWC.shape}"
             )
         n, batch = len(a_BHWC), self._batch_for(*a_BHWC.shape[1:3])
+        program = _program(self.sharding.mesh.devices.flat[0].platform)
         out_B = np.empty(n, np.float32)
         for i in range(0, n, batch):
             pairs_BPHWC = np.stack([a_BHWC[i : i + batch], b_BHWC[i : i + batch]], 1)
             some = len(pairs_BPHWC)
             fill = ((0, min(batch, self._room_for(some)) - some), *((0, 0),) * 4)
             pairs_BPHWC = jax.device_put(np.pad(pairs_BPHWC, fill, mode="edge"), self.sharding)
-            distances_B = _apply(NETS[self.name], self.params, pairs_BPHWC)
+            distances_B = program(NETS[self.name], self.params, pairs_BPHWC)
             out_B[i : i + some] = np.asarray(distances_B)[:some]
         return out_B
 

@@ -82,7 +82,9 @@ class Caches:
         """`context` (L, D) and `embedding` (E,) of all captions of a data set's split."""
         captions = self.datasets[number].captions(split)
         return caching.cache_text(
-            self._folder("text", split, number, self.text().hash, captions.hash),
+            self._folder(
+                "text", split, number, self.text().hash, self.embedder().hash, captions.hash
+            ),
             captions, self.text(), self.mesh, embedder=self.embedder(),
             what=f"text states, {self._what(number, split)}",
         )
@@ -92,7 +94,10 @@ class Caches:
         """The posterior's `mean` and `logvar` of a split's square pictures."""
         dataset, encoder = self.datasets[number], self.autoencoder()
         return caching.cache_latents(
-            self._folder("latents", split, number, encoder.hash, dataset.hash, mirrored),
+            self._folder(
+                "latents", split, number, encoder.hash, dataset.hash, self.data.side,
+                self.data.latent_dtype, mirrored=mirrored,
+            ),
             dataset.images(split, ("image",)), encoder, self.mesh, dataset.hash,
             mirrored=mirrored, dtype=self.data.latent_dtype,
             what=f"latents, {self._what(number, split, mirrored)}",
@@ -108,19 +113,23 @@ class Caches:
             for bucket, size in enumerate(images.sizes)
         ]
         return caching.cache_latent_buckets(
-            self._folder("buckets", "train", number, encoder.hash, dataset.hash, mirrored),
+            self._folder(
+                "buckets", "train", number, encoder.hash, dataset.hash, images.sizes,
+                images.bucket_N, self.data.latent_dtype, mirrored=mirrored,
+            ),
             images, encoder, self.mesh, files.sha256_of([dataset.hash, images.sizes]), parts,
             mirrored=mirrored, dtype=self.data.latent_dtype,
             what=f"latents, {self._what(number, 'train', mirrored)}",
         )
 
-    def _folder(self, kind: str, split: str, number: int, *decides: object) -> epath.Path:
+    def _folder(
+        self, kind: str, split: str, number: int, *decides: object, mirrored: bool = False
+    ) -> epath.Path:
+        """Where a cache lies; among other studies' its name tells all that decides it."""
         if self.shared:
-            hash = files.sha256_of([str(d) for d in (*decides, self.data.latent_dtype)])
-            return self.folder / f"{kind}_{hash}_{split}"
+            return self.folder / f"{kind}_{files.sha256_of([*decides, mirrored])}_{split}"
         name = split if len(self.datasets) == 1 else f"{split}_{number}"
-        mirrored = "_mirrored" if decides[-1] is True else ""
-        return self.folder / kind / f"{name}{mirrored}"
+        return self.folder / kind / f"{name}{'_mirrored' if mirrored else ''}"
 
     def _what(self, number: int, split: str, mirrored: bool = False) -> str:
         of = f" of {self.data.sources[number]}" if len(self.datasets) > 1 else ""

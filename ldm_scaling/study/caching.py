@@ -265,8 +265,8 @@ def _read(images: Any, indices: Sequence[int]) -> np.ndarray:
         return np.asarray(images.batch(indices)["image"])
     except CorruptRecords as e:
         raise UserError(
-            f"an image to be encoded is damaged: {e}; prepare the data set again, which leaves "
-            "out such images"
+            f"an image to be encoded is damaged: {e}; remove the data set's folder and prepare it "
+            "anew, or copy it again"
         ) from e
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -243,7 +244,10 @@ class Collected:
             try:
                 return [record.captions or ("",) for record in records.read(index)]
             except CorruptRecords as e:
-                raise UserError(f"a caption cannot be read: {e}; prepare the data anew") from e
+                raise UserError(
+                    f"a caption cannot be read: {e}; remove {os.fspath(self.shards.path)} and "
+                    "prepare it anew, or copy it again"
+                ) from e
 
         return Captions(
             np.concatenate([[0], np.cumsum(counts_N)]), f"{self.hash}/{split}", read
@@ -400,14 +404,17 @@ class Joined:
     def __len__(self) -> int:
         return int(self._starts_N[-1])
 
-    def batch(self, indices: Sequence[int], keys: Any = None) -> dict[str, np.ndarray]:
+    def batch(
+        self, indices: Sequence[int], keys: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
         """See `Source.batch`."""
         index_N = np.asarray(indices, np.int64)
         part_N = np.searchsorted(self._starts_N, index_N, side="right") - 1
         found: dict[str, list] = {}
         for part in np.unique(part_N).tolist():
             places = np.flatnonzero(part_N == part)
-            arrays = self._parts[part].batch(index_N[places] - self._starts_N[part], keys)
+            own = None if keys is None else keys[places]
+            arrays = self._parts[part].batch(index_N[places] - self._starts_N[part], own)
             for name, array in arrays.items():
                 found.setdefault(name, []).append((places, array))
         order = {k: np.concatenate([places for places, _ in v]) for k, v in found.items()}

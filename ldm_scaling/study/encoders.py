@@ -27,6 +27,7 @@ from ldm_scaling.models import (
     convert_compvis,
     converted,
     pretrained,
+    spread,
     t5,
     text_encoder,
 )
@@ -182,21 +183,18 @@ class TextStates:
           batch: captions a pass, rounded up to a multiple of the devices.
         """
         batch = -(-batch // mesh.size) * mesh.size
-        name = "_apply" if isinstance(self._encoder, clip_text.ClipText) else "_encode"
-        run = getattr(self._encoder, name)
+        encoder = self._encoder
+        if isinstance(encoder, clip_text.ClipText):
+            over = spread.over(list(mesh.devices.flat), batch, cpu=1, accelerator=1)
+            changes = {"spread": over, "_params": over.everywhere(encoder._params)}
+        else:
+            placed = jax.device_put(encoder._params, mesh_lib.replicated(mesh))
 
-        def split(params, ids_BL, *others):
-            ids_BL, *arrays = mesh_lib.put_batch(
-                mesh, [ids_BL, *(x for x in others if isinstance(x, np.ndarray))]
-            )
-            names = [x for x in others if not isinstance(x, np.ndarray)]
-            return run(params, ids_BL, *arrays, *names)
+            def split(params, *arrays):
+                return encoder._encode(params, *mesh_lib.put_batch(mesh, list(arrays)))
 
-        placed = jax.device_put(self._encoder._params, mesh_lib.replicated(mesh))
-        encoder = dataclasses.replace(
-            self._encoder, batch=batch, _params=placed, **{name: split}
-        )
-        return dataclasses.replace(self, _encoder=encoder)
+            changes = {"batch": batch, "_params": placed, "_encode": split}
+        return dataclasses.replace(self, _encoder=dataclasses.replace(encoder, **changes))
 
 
 def text_states(encoder: _Encoder, name: str) -> TextStates:

@@ -79,14 +79,26 @@ class Materials:
             data.weights,
         )
 
-    def groups(self, split: str, count: int) -> np.ndarray:
-        """What a split's first pictures have in common with others, see `datasets.Dataset`."""
-        found, left = [], count
+    def some(self, split: str, most: int) -> np.ndarray:
+        """Numbers of at most so many of a split's pictures, ascending.
+
+        Collections lie one after the other, each in the order of its files: of them they are evenly
+        spaced. Composed pictures lie in no order: the first are as good.
+        """
+        count = self.count(split)
+        index_N = np.arange(min(most, count))
+        return index_N if self.study.data.composed else index_N * count // len(index_N)
+
+    def groups(self, split: str, index_N: np.ndarray) -> np.ndarray:
+        """What pictures of a split, by ascending numbers, have in common with others, see
+        `datasets.Dataset`."""
+        found, start = [], 0
         for number, dataset in enumerate(self.datasets):
-            index = range(min(left, dataset.count(split)))
+            stop = start + dataset.count(split)
+            own = index_N[(start <= index_N) & (index_N < stop)] - start
             several = f"{number} " if len(self.datasets) > 1 else ""
-            found += [f"{several}{group}" for group in dataset.groups(split, index)]
-            left -= len(index)
+            found += [f"{several}{group}" for group in dataset.groups(split, own)]
+            start = stop
         return np.asarray(found)
 
     @functools.cached_property
@@ -215,7 +227,7 @@ class Materials:
     @functools.cached_property
     def validation(self) -> dict[str, np.ndarray]:
         """The fixed part of the validation split that validation losses are computed on."""
-        index = np.arange(min(VALIDATION_EXAMPLES, self.count("validation")))
+        index = self.some("validation", VALIDATION_EXAMPLES)
         return {
             "mean": self.caches.posteriors("validation").batch(index)["mean"],
             "context": self.caches.first_states("validation").batch(index)["context"],
@@ -241,12 +253,13 @@ class Materials:
         folder = self.workdir / "reference"
         reference_path, probe_path = folder / "validation.npz", folder / "probe.npz"
         if not (reference_path.exists() and probe_path.exists()):
-            real = {split: self._real_features(split, features) for split in SPLITS}
-            embeddings = {
-                split: self.caches.first_states(split).batch(range(len(real[split])))["embedding"]
-                for split in SPLITS
+            index = {
+                "train": self.some("train", PROBE_PICTURES),
+                "validation": np.arange(self.count("validation")),
             }
-            groups = self.groups("train", len(real["train"]))
+            real = {split: self._real_features(split, index[split], features) for split in SPLITS}
+            embeddings = {split: self._embeddings(split, index[split]) for split in SPLITS}
+            groups = self.groups("train", index["train"])
             probe = agreement.fit(
                 real["train"], embeddings["train"], groups_N=groups, extractor=extractor,
                 encoder=self.text_encoder.hash,
@@ -265,14 +278,18 @@ class Materials:
             replicates=self.study.sweep.replicates,
         )
 
-    def _real_features(self, split: str, features) -> np.ndarray:
+    def _real_features(self, split: str, index_N: np.ndarray, features) -> np.ndarray:
         images, out = self.source(split, "image"), []
-        count = min(len(images), PROBE_PICTURES) if split == "train" else len(images)
-        with files.progress(count, f"features of real pictures, {split}", "picture") as bar:
-            for index in _slices(count, 256):
-                out.append(features(images.batch(index)["image"]))
-                bar.update(len(index))
+        with files.progress(len(index_N), f"features of real pictures, {split}", "picture") as bar:
+            for part in _slices(len(index_N), 256):
+                out.append(features(images.batch(index_N[part])["image"]))
+                bar.update(len(part))
         return np.concatenate(out)
+
+    def _embeddings(self, split: str, index_N: np.ndarray) -> np.ndarray:
+        # A part at a time: the states beside them are hundreds of times larger.
+        states, parts = self.caches.first_states(split), _slices(len(index_N), 1024)
+        return np.concatenate([states.batch(index_N[part])["embedding"] for part in parts])
 
     @functools.cache  # noqa: B019
     def prompts(self, block: int) -> Prompts:
@@ -291,9 +308,9 @@ class Materials:
         )
 
     def shown(self) -> np.ndarray:
-        """The first validation pictures, uint8."""
-        n = min(SHOWN_EXAMPLES, self.count("validation"))
-        return self.source("validation", "image").batch(range(n))["image"]
+        """Some validation pictures, uint8."""
+        index_N = self.some("validation", SHOWN_EXAMPLES)
+        return self.source("validation", "image").batch(index_N)["image"]
 
 
 def _slices(total: int, size: int):

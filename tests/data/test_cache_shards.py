@@ -120,6 +120,23 @@ def test_a_broken_run_ends_as_an_unbroken_one(unbroken, tmp_path, stop_at):
     assert not made
 
 
+def test_a_shard_that_is_lost_or_removed_is_made_again(unbroken, tmp_path):
+    """As the message about a damaged one asks for."""
+    folder = tmp_path / "x"
+    write(folder)
+    (folder / "shard-00002-of-00007.array_record").unlink()
+    asked = []
+
+    def again(start, stop):
+        asked.append((start, stop))
+        return make(start, stop)
+
+    source = write(folder, make=again)
+    assert asked == [(16, 24)]
+    assert contents(folder) == contents(unbroken)
+    np.testing.assert_array_equal(source.batch(range(COUNT))["mean"], DATA["mean"])
+
+
 @pytest.mark.parametrize("processes", [2, 3, 9])
 def test_several_writers_make_the_same_folder(unbroken, tmp_path, processes):
     made = {}

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from ldm_scaling.data import cache, cached_pairs
+from ldm_scaling.data.corrupt import CorruptRecords
+from ldm_scaling.data.loading import loader
 from ldm_scaling.errors import UserError
 
 COUNTS = [1, 5, 2, 3, 1, 4]
@@ -164,3 +166,57 @@ def test_what_does_not_belong_together_is_refused(caches, tmp_path):
     for index in (-1, IMAGES):
         with pytest.raises(IndexError, match=r"0\.\.5"):
             cached_pairs.CachedPairs(plain, text, STARTS).batch([index])
+
+
+class Damaged:
+    """A cache some of whose records are damaged."""
+
+    def __init__(self, source, bad):
+        self._source, self._bad = source, set(bad)
+        self.path, self.fields, self.hash = source.path, source.fields, source.hash
+
+    def __len__(self):
+        return len(self._source)
+
+    def batch(self, indices, keys=None):
+        failures = {int(i): f"record {i} is damaged" for i in indices if int(i) in self._bad}
+        if failures:
+            raise CorruptRecords(failures)
+        return self._source.batch(indices)
+
+
+def test_damaged_records_are_left_out_whatever_was_read_before(caches):
+    """Latents of image 2 and the second caption of image 1: its other captions serve, and a run
+    that goes on at any step reads what an unbroken one does."""
+    plain, mirrored, text = caches
+    pairs = cached_pairs.CachedPairs(
+        Damaged(plain, {2}), Damaged(text, {int(STARTS[1]) + 1}), STARTS, Damaged(mirrored, {2}),
+        SIDED,
+    )  # fmt: skip
+
+    def steps(start, stop):
+        with loader.train_loader(pairs, 4, 0, max_corrupt=0.9) as batches:
+            batches.set_state({**batches.get_state(), "step": start})
+            return [next(batches)["caption_index"].tolist() for _ in range(start, stop)]
+
+    whole = steps(0, 60)
+    seen = set(sum(whole, []))
+    first = int(STARTS[1])
+    assert first + 1 not in seen and {first, first + 2, first + 3, first + 4} <= seen
+    assert not seen & set(range(int(STARTS[2]), int(STARTS[3])))
+    for start in (7, 31, 50):
+        assert steps(start, 60) == whole[start:]
+
+
+def test_a_damaged_byte_names_the_record(tmp_path):
+    arrays = [{"mean": np.full((8, 8, 4), i, np.float32)} for i in range(6)]
+    cache.write(tmp_path / "a", arrays)
+    data = bytearray((tmp_path / "a").read_bytes())
+    at = data.index(np.full(64, 3, np.float32).tobytes())
+    data[at] ^= 1
+    (tmp_path / "a").write_bytes(data)
+    source = cache.CacheSource(tmp_path / "a")
+    with pytest.raises(CorruptRecords, match="damaged.*remove it") as e:
+        source.batch(range(6))
+    assert list(e.value.failures) == [3]
+    assert source.batch([0, 5])["mean"][:, 0, 0, 0].tolist() == [0, 5]

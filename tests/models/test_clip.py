@@ -103,8 +103,13 @@ def write_vocabulary(path):
     (path / "merges.txt").write_text("#version: 0.2\n")
 
 
+def three():
+    """Batches of three over as many devices: five rows take two, the last filled up."""
+    return {"batch": 3, "devices": jax.devices()[:3]}
+
+
 def text(path, **kw):
-    return clip_text.load_text(path, behaviour="transformers", batch=3, **kw)
+    return clip_text.load_text(path, behaviour="transformers", **{**three(), **kw})
 
 
 def random_ids(rows=5, seed=0):
@@ -202,7 +207,7 @@ def test_bfloat16(folder):
 @pytest.mark.parametrize("kind", ["openai", "laion", "image", "trunk"])
 def test_image_equals_transformers(folder, kind):
     torch, transformers = peers()
-    model, mine = transformers_clip(kind), clip_image.load_image(folder(kind), batch=3)
+    model, mine = transformers_clip(kind), clip_image.load_image(folder(kind), **three())
     images, side = pictures(), mine.spec.side
     x_BCHW = pillow_processor(side)(images, return_tensors="pt")["pixel_values"]
     tower = getattr(model, "vision_model", model)
@@ -430,7 +435,7 @@ def test_equals_open_clip(open_clip, tmp_path, gelu):
     safetensors.numpy.save_file(tensors, tmp_path / "open_clip_model.safetensors")
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     write_vocabulary(tmp_path)
-    image = clip_image.load_image(tmp_path, batch=3)
+    image = clip_image.load_image(tmp_path, **three())
     scaled = np.stack([image.preprocess(p) for p in pictures()])
     ids_BL = random_ids()
     mine = text(tmp_path)
@@ -566,7 +571,7 @@ def test_what_does_not_fit_is_refused(folder, tmp_path):
 
 
 def test_one_compilation_for_any_number(folder):
-    mine = clip_image.load_image(folder("openai"), batch=2)
+    mine = clip_image.load_image(folder("openai"), batch=2, devices=jax.devices()[:2])
     images = pictures()
     whole = mine.features(images)["projected"]
     for n in (0, 1, 3):
@@ -574,3 +579,29 @@ def test_one_compilation_for_any_number(folder):
     assert mine._apply._cache_size() == 1
     np.testing.assert_allclose(mine.features(images[::-1])["projected"][::-1], whole, atol=1e-6)
     assert "(2 layers, width 32, patch 8), projected (16 features)" in mine.describe("projected")
+
+
+def test_equal_over_any_devices(folder):
+    # Eight devices hold a row each of the first batch, and the outputs are those of one device.
+    images, ids_BL = pictures() * 3, random_ids(12)
+    one, eight = ({"batch": 8, "devices": jax.devices()[:n]} for n in (1, 8))
+    towers = [
+        (lambda t: t.features(images), [clip_image.load_image(folder("openai"), **kw)
+                                        for kw in (one, eight, {})]),
+        (lambda t: t._run(ids_BL, ("last", "projected")), [text(folder("openai"), **kw)
+                                                           for kw in (one, eight)]),
+    ]  # fmt: skip
+    for run, (alone, *others) in towers:
+        wanted = run(alone)
+        for other in others:
+            assert alone.spread.mesh.size == 1 and other.spread.mesh.size == 8
+            for name, found in run(other).items():
+                np.testing.assert_allclose(found, wanted[name], atol=1e-6)
+    assert towers[0][1][2].spread.batch == 64
+    image, names = towers[0][1][1], ("projected",)
+    scaled = image.spread.rows(np.zeros((8, 32, 32, 3), np.float32))
+    out = image._apply(image._params, scaled, names)["projected"]
+    assert [shard.data.shape for shard in out.addressable_shards] == [(1, 16)] * 8
+    for load in (clip_image.load_image, text):
+        with pytest.raises(UserError, match="batch of 3 does not divide over 8 devices"):
+            load(folder("openai"), batch=3, devices=jax.devices())

@@ -21,7 +21,7 @@ PARITY = "the peer is missing: pip install -e '.[parity]'"
 
 @functools.cache
 def network(side: int, batch: int | None = None):
-    return efficientnet.load(side, batch)
+    return efficientnet.load(side, batch, jax.devices()[:1])
 
 
 @jax.jit
@@ -189,6 +189,20 @@ def test_batch_and_neighbours_do_not_matter():
         np.testing.assert_allclose(some[layer][::-1], whole[layer], rtol=0, atol=1e-4)
         assert network(48).features(images_BHWC[:0])[layer].shape == (0, whole[layer].shape[1])
     assert network(48)._apply._cache_size() == 1
+
+
+def test_equal_over_any_devices():
+    images_BHWC = np.random.default_rng(0).integers(0, 256, (11, 32, 32, 3), dtype=np.uint8)
+    wanted = network(32, 16).features(images_BHWC)
+    for count, batch in ((2, 4), (8, None)):
+        spread = efficientnet.load(32, batch, jax.devices()[:count])
+        for layer, found in spread.features(images_BHWC).items():
+            np.testing.assert_allclose(found, wanted[layer], rtol=0, atol=1e-4)
+        assert spread._apply._cache_size() == 1
+    # Of 128 rows eleven pictures take 16.
+    assert spread.spread.batch == 128 and spread.spread.room_for(11) == 16
+    with pytest.raises(UserError, match="batch of 3 does not divide over 2 devices"):
+        efficientnet.load(32, 3, jax.devices()[:2])
 
 
 def test_layer_hash_names_what_decides_the_features():

@@ -114,7 +114,7 @@ def test_statistics_are_those_of_sampled_latents(made):
 
 def test_a_broken_run_goes_on_where_it_was(tmp_path, small_shards):
     whole = latents(tmp_path / "whole")
-    with pytest.raises(UserError, match="image 30 is cut; prepare the data set again"):
+    with pytest.raises(UserError, match="image 30 is cut; remove the data set"):
         latents(tmp_path / "x", Images(broken=[30]))
     images = Images()
     found = latents(tmp_path / "x", images)

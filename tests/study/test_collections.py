@@ -127,6 +127,21 @@ def test_sources_joined_are_one_after_the_other(tmp_path):
     assert joined.batch(index)["caption"].tolist() == [flat[i] for i in index]
 
 
+def test_some_pictures_are_of_all_sources_and_keep_their_groups(tmp_path):
+    for seed in (0, 1):
+        _shards(tmp_path / f"s{seed}", seed=seed)
+    materials = _study(
+        tmp_path / "w", **{"data.source": f"shards:{tmp_path / 's0'},shards:{tmp_path / 's1'}"}
+    )
+    index_N = materials.some("validation", 8)
+    assert index_N.tolist() == list(range(0, 32, 4))
+    captions = materials.source("validation", "caption").batch(index_N)["caption"].tolist()
+    assert captions == [f"thing {100 + s} {i}" for s in (0, 1) for i in range(0, 16, 4)]
+    groups = materials.groups("validation", index_N).tolist()
+    assert groups == [f"{s} g{i // 2}" for s in (0, 1) for i in range(0, 16, 4)]
+    assert materials.some("validation", 99).tolist() == list(range(32))
+
+
 def test_a_mixture_is_trained_on_from_caches_with_buckets_and_mirrored_pictures(tmp_path):
     """All that a config may ask of collections at once; the second time nothing is done again."""
     for seed in (0, 1):
@@ -204,6 +219,22 @@ def test_a_collection_that_is_prepared_need_no_longer_be_there(tmp_path):
         _study(tmp_path / "w", **values, **{"data.prepare.min_caption": 7})
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "more"),
+    [
+        ("max_aspect", 0.5, {}), ("min_caption", 0, {}), ("max_caption", 3, {"min_caption": 4}),
+        ("store_side", 64, {"tile": 64}), ("validation_share", 0.0, {}), ("perceptual", 13, {}),
+    ],
+)
+def test_wrong_keys_of_preparing_are_named_before_anything_is_done(key, value, more):
+    tree = config.default()
+    tree.update_from_flattened_dict(
+        {f"data.prepare.{name}": of for name, of in {key: value, **more}.items()}
+    )
+    with pytest.raises(UserError, match=f"data.prepare.{key}={value}"):
+        config.parse(tree)
+
+
 def _run(*arguments):
     return cli.main(list(arguments))
 
@@ -221,6 +252,8 @@ def test_the_command_line_makes_shards_and_says_what_was_dropped(tmp_path, capsy
     assert _run("prepare", *common) == 0 and shards.open(tmp_path / "shards").hash == before
     assert _run("prepare", *common, "--config.data.prepare.min_side=30") == 2
     assert "remove" in capsys.readouterr().err
+    assert _run("prepare", *common[:-1], f"--to={tmp_path / 'dry'}", "--dry-run") == 2
+    assert "--to" in capsys.readouterr().err and not (tmp_path / "dry").exists()
     assert _run("prepare", *common, "--", "--direct_num_workers=2") == 2
     assert "--runner" in capsys.readouterr().err
 

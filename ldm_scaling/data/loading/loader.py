@@ -157,7 +157,7 @@ class Loader(grain.DatasetIterator):
         return (
             f"{failed} of {read} examples read of {self._name(source)} are corrupt, more than the "
             f"share {self._max_corrupt:g} that may be: {'; '.join(listed[:_LISTED])}{more}; "
-            "prepare the data set anew, or raise max_corrupt"
+            "remove its folder and prepare it anew, or raise data.max_corrupt"
         )
 
     def _name(self, source: int) -> str:
@@ -263,7 +263,9 @@ def eval_batches(
         try:
             arrays = source.batch(np.minimum(positions, count - 1))
         except CorruptRecords as e:
-            raise UserError(f"cannot evaluate on this split: {e}; prepare it anew") from e
+            raise UserError(
+                f"cannot evaluate on this split: {e}; remove its folder and prepare it anew"
+            ) from e
         return {**arrays, "mask": positions < count}
 
     return _all_of(_read_ahead(grain.MapDataset.range(-(-count // batch_size)).map(read), threads))

@@ -74,8 +74,9 @@ class Reader:
     order: Order
     own: slice
     seed: int
-    # Found corrupt before, and read no more. A record is corrupt or not: no result depends on it.
-    _known: dict[tuple[int, int], str] = dataclasses.field(default_factory=dict)
+    # Found corrupt before, by source, index and key: of one example one caption may be damaged and
+    # another not. What is read depends on the seed and the step alone, whatever was read before.
+    _known: dict[tuple[int, int, int], str] = dataclasses.field(default_factory=dict)
 
     def __call__(self, step: int) -> tuple[dict[str, np.ndarray], str]:
         """Batch `step`, from 0, and its note in JSON; no arrays where all is hopeless.
@@ -106,9 +107,14 @@ class Reader:
         indices = examples.indices_B[rows_S].tolist()
         first_keys = draws.keys(self.seed, source, epochs_S, np.asarray(indices))
         attempts, failures = [0] * len(indices), []
+
+        def known(row: int) -> str | None:
+            key = draws.keys(self.seed, source, epochs_S[row], np.int64(indices[row]))
+            return self._known.get((source, indices[row], int(key)))
+
         while True:
-            for row in range(len(indices)):
-                while (why := self._known.get((source, indices[row]))) is not None:
+            for row in range(len(indices)) if self._known else ():
+                while (why := known(row)) is not None:
                     failures.append(Failure(source, indices[row], why))
                     attempts[row] += 1
                     if attempts[row] > _ATTEMPTS:
@@ -120,7 +126,10 @@ class Reader:
             except CorruptRecords as e:
                 if not e.failures.keys() & set(indices):
                     raise ValueError(f"source {source} failed at others than asked: {e}") from e
-                self._known.update({(source, int(i)): why for i, why in e.failures.items()})
+                self._known.update({
+                    (source, i, int(key)): e.failures[i]
+                    for i, key in zip(indices, keys) if i in e.failures
+                })
             except UserError as e:
                 raise UserError(str(e)) from e  # of a class whose errors travel between processes
 

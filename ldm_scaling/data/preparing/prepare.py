@@ -185,14 +185,17 @@ def _nothing(job: Preparation, report: dict[str, Any]) -> str:
     if report["kept"]["validation"]:
         return (
             f"all {report['kept']['validation']} pairs that are kept are in the validation split: "
-            "lower validation_share, or change the salt"
+            f"lower validation_share or take another seed, and remove {os.fspath(job.path)}"
         )
     reasons = {name: entry["count"] for name, entry in report["dropped"].items()}
     shown = ", ".join(f"{count} {name}" for name, count in reasons.items())
     why = f" ({shown})" if shown else ""
+    remedy = "loosen the filters"
+    if "no caption" in reasons:  # they come after what is broken, or of another size
+        remedy = "say captions=False to keep pairs without captions, or loosen the filters"
     return (
-        f"none of the {report['read']} pairs in {job.collection.name} is kept{why}: loosen the "
-        f"filters, and remove {os.fspath(job.path)}"
+        f"none of the {report['read']} pairs in {job.collection.name} is kept{why}: {remedy}, and "
+        f"remove {os.fspath(job.path)}"
     )
 
 

@@ -356,13 +356,6 @@ def test_corrupt_examples_are_replaced_the_same_on_any_number_of_hosts(caplog):
         assert take(iterator, 19) == whole[41:]
 
 
-def test_an_example_found_corrupt_is_not_read_again():
-    source = Rotten(50, {7})
-    with loader.train_loader(source, 5, 0, threads=1) as iterator:
-        take(iterator, 60)
-    assert source.asked.count(7) == 1
-
-
 def test_too_many_corrupt_examples_stop_the_run_with_the_list():
     bad = set(range(0, 1000, 20))  # one in twenty
     with loader.train_loader(Rotten(1000, bad), 8, 0) as iterator:

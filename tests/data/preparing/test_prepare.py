@@ -435,6 +435,9 @@ def test_with_nothing_left_it_says_why(tmp_path):
     options = Options(filters=Filters(min_side=1000), workers=1)
     with pytest.raises(errors.UserError, match=r"none of the 5 pairs .* \(5 small\)"):
         prepare.run(collection, tmp_path / "to", options)
+    bare = put(tmp_path / "bare", [[Pair("a", encoded(scene(0)))]])
+    with pytest.raises(errors.UserError, match=r"\(1 no caption\): say captions=False"):
+        prepare.run(bare, tmp_path / "of_bare", Options(workers=1))
     (tmp_path / "empty").mkdir()
     with pytest.raises(errors.UserError, match="there is nothing in test:"):
         prepare.run(FolderOfPairs(str(tmp_path / "empty")), tmp_path / "nothing", ALL)
