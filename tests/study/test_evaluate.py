@@ -424,6 +424,8 @@ def test_weights_that_are_missing(evaluate, tmp_path):
     (["--protocol=dreambench", "--data=A", "--images=A"], ["prompts_and_classes.txt"]),
 ])  # fmt: skip
 def test_mistakes(evaluate, reds, tmp_path, monkeypatch, arguments, parts):
+    if "--metrics=stlpips_alex" in arguments:
+        pytest.importorskip("stlpips_pytorch", reason="pip install --no-deps stlpips-pytorch")
     monkeypatch.chdir(tmp_path)
     write_reds(tmp_path / "A", A)
     write_reds(tmp_path / "one", A[:1])

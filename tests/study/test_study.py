@@ -125,8 +125,9 @@ def test_latents_are_scaled_to_unit_deviation(unbroken):
 
 
 def test_one_ddim_step_is_one_dpm_solver_step(unbroken):
-    """At one step both are the same first-order step, so their pictures score the same."""
-    found = _facts(unbroken[0])
+    """At one step both are the same first-order step, so their pictures score the same. On the
+    block where all guidance rates are measured: which of them is reported may hang on little."""
+    found = [r for r in _facts(unbroken[0]) if r.identity.seed_block == 0]
     for r in found:
         if r.identity.sampler == "ddim" and r.identity.steps == 1:
             twin = [
