@@ -17,7 +17,7 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.models import cost
 from ldm_scaling.sampling import sampler
 from ldm_scaling.sampling.packing import Configuration
-from ldm_scaling.study import published, records
+from ldm_scaling.study import published, records, weight_files
 from ldm_scaling.study.materials import Materials
 from ldm_scaling.study.workdir import Workdir
 from ldm_scaling.tasks.drawing import sampling_key
@@ -217,8 +217,8 @@ def test_a_protocols_pictures_are_drawn(study, made, tmp_path, capsys, monkeypat
 
 def test_contents_of_the_weights_are_read_once(study, monkeypatch):
     run, workdir, folder = study
-    published._sha256.cache_clear()
-    monkeypatch.setattr(published.files, "sha256_of_file", lambda file: 1 / 0)
+    weight_files._sha256.cache_clear()
+    monkeypatch.setattr(weight_files.files, "sha256_of_file", lambda file: 1 / 0)
     assert published.resolved(study_of(folder), Workdir(workdir)).weights_hash
 
 
