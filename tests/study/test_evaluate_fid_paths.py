@@ -1,5 +1,6 @@
 """FID of two folders by pytorch-fid's and clean-fid's path: their own resize and network, and
-torch-fidelity's distance, for `sqrtm` of so many features takes minutes."""
+torch-fidelity's distance, for `sqrtm` of so many features takes minutes.
+The peers: pip install -e '.[parity]'."""
 
 import json
 import pathlib
