@@ -280,7 +280,7 @@ def _wait(args, folder: Path) -> None:
         where = folder / task.name
         started = time.perf_counter()
         loop.fit(task, run, make, where, mesh, 0)
-        waits = [value for _, name, value in read_curves(where) if name == "train/data_wait"]
+        waits = [value for _, name, value in read_curves(where) if name == "time/data_wait"]
         low, middle, high = statistics.quantiles(waits[1:], n=4)
         print(f"  {task.name:12s} waits {middle:.2%} of a step, quartiles {low:.2%} to {high:.2%}; "
               f"{args.steps / (time.perf_counter() - started):.1f} steps/s, compilation included; "

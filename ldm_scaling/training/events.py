@@ -16,6 +16,8 @@ from tensorboardX import SummaryWriter
 from ldm_scaling import files, pictures
 
 COLUMNS = ("step", "name", "value")
+# What is timed: all that may differ between two runs of one config and seed.
+TIMED = "time/"
 
 
 class Events:
@@ -55,6 +57,11 @@ class Events:
         """Flushes and closes."""
         self.flush()
         self._writer.close()
+
+
+def without_times(rows: list[tuple[int, str, float]]) -> list[tuple[int, str, float]]:
+    """The rows that the config and the seed decide."""
+    return [row for row in rows if not row[1].startswith(TIMED)]
 
 
 def read_curves(directory: epath.PathLike) -> list[tuple[int, str, float]]:

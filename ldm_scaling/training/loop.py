@@ -49,7 +49,7 @@ def fit(
     average and data iterator go on exactly where they were, so a killed run ends with the numbers
     of an unbroken one.
 
-    Besides the task's metrics it records `train/data_wait`, the share of the steps' time that was
+    Besides the task's metrics it records `time/data_wait`, the share of the steps' time that was
     spent waiting for data.
 
     Args:
@@ -160,8 +160,8 @@ def _run(
                 if events is not None:
                     if logs:
                         values = {k: float(v.compute()) for k, v in averages.items()}
-                        values["data_wait"] = wait
                         events.scalars(number, {f"train/{k}": v for k, v in values.items()})
+                        events.scalars(number, {"time/data_wait": wait})
                         averages.clear()
                     if validates:
                         values = task.validate(state.ema, number)

@@ -15,7 +15,7 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.models import unet
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.training import checkpoint, loop, step
-from ldm_scaling.training.events import read_curves
+from ldm_scaling.training.events import read_curves, without_times
 from ldm_scaling.training.task import Task
 
 CONFIG = Train(
@@ -66,8 +66,7 @@ def _one_device():
 
 
 def _curves(directory):
-    """All but what is timed."""
-    return [row for row in read_curves(directory) if row[1] != "train/data_wait"]
+    return without_times(read_curves(directory))
 
 
 def _equal(a, b):
