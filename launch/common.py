@@ -1,0 +1,155 @@
+"""What all launchers share: exit statuses, the job's command, names, secrets, dry runs.
+
+    python3 launch/common.py check-job -- ARGUMENTS    # status 2 if they make no job
+    python3 launch/common.py variables --env=NAME=VALUE ... --secret=VARIABLE=NAME ...
+
+Standard library only: a launcher runs on a laptop that has nothing installed.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# Exit statuses of `ldm-scaling`, see docs/launch.md.
+DONE = 0
+ERROR = 1  # unexpected: start again, a bounded number of times
+USER = 2  # the user must mend something: never start again
+SAVED = 75  # saved after SIGTERM or a preemption notice: the same command goes on
+WATCHDOG = 76  # a stalled step or a lost host: start again
+INTERRUPTED = 130  # Ctrl-C
+
+# Names of variables and flags whose values are not for manifests, logs or the screen.
+SECRET = re.compile(r"token|secret|passw|credential|api_?key|access_?key|private_?key", re.I)
+
+
+class LaunchError(ValueError):
+    """Something the user gave is wrong; the message is one line and says what to do."""
+
+
+def entry(main: Callable[[list[str]], int]) -> None:
+    """Runs a script's `main`; a `LaunchError` is one line and status 2."""
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except LaunchError as e:
+        print(f"launch/{pathlib.Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
+        sys.exit(USER)
+
+
+def parted(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The launcher's own arguments, and after `--` the job's."""
+    at = list(arguments).index("--") if "--" in arguments else len(arguments)
+    return list(arguments[:at]), list(arguments[at + 1 :])
+
+
+def job_command(job: Sequence[str], distributed: str = "") -> list[str]:
+    """`train --config=... --workdir=...` -> the command of every process.
+
+    Args:
+      job: a command of `ldm-scaling` and its flags.
+      distributed: empty where jax finds the cluster by itself.
+    Raises:
+      LaunchError: when something is missing, or a secret stands in it.
+    """
+    if not job or job[0].startswith("-"):
+        raise LaunchError("after  --  goes the job: -- train --config=FILE --workdir=DIR")
+    if any(a.split("=")[0] == "--distributed" for a in job):
+        raise LaunchError("leave out --distributed: the launcher gives it")
+    if not any(a.startswith("--workdir=") for a in job):
+        raise LaunchError("the job needs --workdir=DIR, on a file system that all hosts see")
+    check_no_secret(job)
+    return ["ldm-scaling", *job, f"--distributed={distributed}" if distributed else "--distributed"]
+
+
+def check_name(name: str, most: int = 40) -> str:
+    """A job's name: what Kubernetes, Slurm and the TPU API all take."""
+    if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name) or len(name) > most:
+        raise LaunchError(
+            f"--name={name}: use small letters, digits and -, a letter first, at most {most}"
+        )
+    return name
+
+
+def check_no_secret(texts: Iterable[str], environment: Mapping[str, str] = os.environ) -> None:
+    """Raises `LaunchError` when a text holds a secret: by its own name or by a variable's value.
+
+    The message names the flag or the variable, never the value.
+    """
+    known = {n: v for n, v in environment.items() if SECRET.search(n) and len(v) >= 8}
+    remedy = "pass the names: --secret=VARIABLE=NAME, see docs/launch.md"
+    for text in texts:
+        name, equals, _ = text.partition("=")
+        if equals and SECRET.search(name):
+            raise LaunchError(f"{name}: a secret's value would be written down; {remedy}")
+        for variable, value in known.items():
+            if value in text:
+                raise LaunchError(f"an argument holds the value of ${variable}; {remedy}")
+
+
+def plain_environment(pairs: Sequence[str]) -> dict[str, str]:
+    """`--env=NAME=VALUE` flags. Raises `LaunchError` for a secret."""
+    check_no_secret(pairs)
+    return dict(_pair("env", pair, "NAME=VALUE") for pair in pairs)
+
+
+def secret_names(pairs: Sequence[str]) -> dict[str, str]:
+    """`--secret=VARIABLE=NAME` flags: the variable, and what the store calls its value."""
+    out = dict(_pair("secret", pair, "VARIABLE=NAME") for pair in pairs)
+    check_no_secret(out.values())
+    for name in out.values():
+        if not re.fullmatch(r"[A-Za-z0-9][-A-Za-z0-9_.]*(:[-A-Za-z0-9_.]+)?", name):
+            raise LaunchError("--secret: after VARIABLE= goes the secret's name, not its value")
+    return out
+
+
+def _pair(flag: str, text: str, example: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise LaunchError(f"--{flag}: write  --{flag}={example}")
+    return name, value
+
+
+def run(command: Sequence[str], dry: bool, text: str | None = None) -> int:
+    """Runs a command, or only prints it (and what would go to its standard input)."""
+    if dry:
+        if text is not None:
+            print(text.rstrip())
+        print(shlex.join(command))
+        return 0
+    try:
+        return subprocess.run(command, input=text, text=True).returncode
+    except FileNotFoundError:
+        raise LaunchError(f"{command[0]} is not installed; docs/launch.md says what is") from None
+
+
+def main(arguments: list[str]) -> int:
+    """What the shell scripts ask for."""
+    own, rest = parted(arguments)
+    if own == ["check-job"]:
+        job_command(rest)
+    elif own[:1] == ["variables"]:
+        given = {flag: [a.removeprefix(flag) for a in own[1:] if a.startswith(flag)]
+                 for flag in ("--env=", "--secret=")}
+        for name, value in plain_environment(given["--env="]).items():
+            print(f"export {name}={shlex.quote(value)}")
+        for variable, name in secret_names(given["--secret="]).items():
+            fetch = f"gcloud secrets versions access latest --secret={shlex.quote(name)}"
+            print(f'{variable}="$({fetch})"; export {variable}')
+    else:
+        raise LaunchError("write  python3 launch/common.py check-job -- ARGUMENTS")
+    return 0
+
+
+if __name__ == "__main__":
+    # The very module that others import: its LaunchError is theirs.
+    sys.path.insert(0, str(ROOT))
+    from launch import common
+
+    common.entry(common.main)

@@ -1,0 +1,231 @@
+"""The family: one job for each size, by one command.
+
+    python3 launch/family.py --on=gke --workdir=/mnt/ldm/family --image=IMAGE --bucket=B [--dry-run]
+
+    --on          tpu-vm, gke, slurm or local
+    --members     39m,83m,... ; the whole family if not given
+    --topology    the same slice for all, for example v5e:16x16
+    --num-slices  with it
+    --job         what is run: train (default), sweep, study, ...
+
+Every other flag goes to the launcher as it is, and what stands after  --  to each job. A member's
+config is configs/t2i_MEMBER.py, its workdir WORKDIR/t2i_MEMBER, its name t2i-MEMBER.
+
+Chips: --topology where given; else the plan in launch/plans/ that fits at the fewest chip-hours
+(of `ldm-scaling plan`); else the table below. It says which it used. Slurm and local take what
+their own flags say: --nodes and --gpus, --processes.
+
+On tpu-vm every member has a `launch/tpu_vm.sh watch` of its own, all at the same time, until all
+are done; their output is in --logs (runs/family_logs). The others are started in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+from collections.abc import Sequence
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from launch import common
+from launch.common import ROOT, LaunchError, entry
+from launch.tpu import Slice
+
+PLANS = ROOT / "launch" / "plans"
+CONFIGS = ROOT / "configs"
+FROM_256 = "batch 2048 over 256 chips, 8 examples each, as the config says"
+# Where there is no plan. The figures are the TPU compiler's, none is measured.
+SMALLER = ("39m", "83m", "145m", "223m", "318m", "430m", "558m", "704m")
+TABLE = {
+    **dict.fromkeys(SMALLER, ("v5e:16x16", FROM_256)),
+    "866m": ("v5e:16x16", "8.5 of 16 GB a chip with fused attention, without recomputing blocks"),
+    "2b": ("v5e:16x16", "fits with recomputed blocks, since 5b does: 13.0 of 16 GB a chip"),
+    "5b": ("v5p:4x8x8", "24.0 of 95 GB a chip, nothing recomputed; v5e has 3 GB to spare and "
+                        "takes 2.8 times as long"),
+}  # fmt: skip
+LAUNCHERS = ("tpu-vm", "gke", "slurm", "local")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chips:
+    """What a member runs on, who says so, and the flags with which it fits there."""
+
+    tpu: Slice
+    num_slices: int
+    why: str
+    flags: tuple[str, ...] = ()
+
+
+def members_known() -> list[str]:
+    """Members with a config, smallest first, as the table has them; then others by name."""
+    found = {path.stem.removeprefix("t2i_") for path in CONFIGS.glob("t2i_*.py")}
+    return [*(m for m in TABLE if m in found), *sorted(found - set(TABLE))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What of a file of `ldm-scaling plan` matters here.
+
+    Attributes:
+      path: of the file.
+      tpu, num_slices: where it would run.
+      hours: chip-hours, a bound; infinite where it does not fit.
+      flags: with which it fits.
+    """
+
+    path: pathlib.Path
+    tpu: Slice
+    num_slices: int
+    hours: float
+    flags: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        return self.hours < float("inf")
+
+
+def plans_of(member: str, folder: pathlib.Path, kind: str = "train") -> list[Plan]:
+    """The member's plans, the fewest chip-hours first. Raises `LaunchError` for a damaged one."""
+    plans = []
+    for path in sorted(folder.glob(f"{member}_*.json")):
+        try:
+            plan = json.loads(path.read_text())
+            if plan["member"] != member or plan.get("kind", "train") != kind:
+                continue
+            tpu, slices = Slice.parse(plan["topology"]), int(plan.get("num_slices") or 1)
+            days = float(plan["days_bound"]) if plan["fits"] else float("inf")
+            flags = tuple(plan.get("remedies") or ())
+        except (KeyError, TypeError, ValueError) as e:
+            raise LaunchError(
+                f"{path} is no plan ({type(e).__name__}: {e}): make it again by  ldm-scaling plan"
+            ) from e
+        plans.append(Plan(path, tpu, slices, 24 * days * tpu.chips * slices, flags))
+    return sorted(plans, key=lambda plan: plan.hours)
+
+
+def chips_for(member: str, topology: str, num_slices: int, folder: pathlib.Path = PLANS) -> Chips:
+    """What the member runs on.
+
+    Raises:
+      LaunchError: when plans are there and none fits, one is damaged, or nothing says.
+    """
+    plans = plans_of(member, folder)
+    if topology:
+        tpu = Slice.parse(topology)
+        here = [plan for plan in plans if (plan.tpu, plan.num_slices) == (tpu, num_slices)]
+        if not here:
+            return Chips(tpu, num_slices, "--topology")
+        why = f"--topology, {here[0].path.name}" + ("" if here[0].fits else " says: does not fit")
+        return Chips(tpu, num_slices, _with(why, here[0].flags), here[0].flags)
+    if plans and not plans[0].fits:
+        raise LaunchError(
+            f"{member} fits none of the {len(plans)} plans in {folder}: give --topology=KIND:SHAPE"
+        )
+    if plans:
+        best = plans[0]
+        why = f"plan {best.path.name}: {best.hours:,.0f} chip-hours, a bound"
+        return Chips(best.tpu, best.num_slices, _with(why, best.flags), best.flags)
+    if member not in TABLE:
+        raise LaunchError(
+            f"{member} has no plan in {folder} and no row in launch/family.py: give --topology"
+        )
+    text, why = TABLE[member]
+    return Chips(Slice.parse(text), 1, f"table, no plan: {why}")
+
+
+def _with(why: str, flags: Sequence[str]) -> str:
+    return f"{why}; with {' '.join(flags)}" if flags else why
+
+
+def launch_command(on: str, member: str, chips: Chips | None, workdir: str, job: str,
+                   flags: Sequence[str], rest: Sequence[str]) -> list[str]:
+    """The launcher's command line for one member."""
+    launch = ROOT / "launch"
+    name = f"t2i-{member}"
+    slices = []
+    if chips is not None:
+        slices = [f"--topology={chips.tpu}", f"--num-slices={chips.num_slices}"]
+    first = {
+        "tpu-vm": [str(launch / "tpu_vm.sh"), "watch", f"--name={name}", *slices],
+        "gke": [sys.executable, str(launch / "gke.py"), "apply", f"--name={name}", *slices],
+        "slurm": [str(launch / "slurm.sh"), f"--name={name}"],
+        "local": [sys.executable, str(launch / "local.py")],
+    }[on]
+    return [
+        *first, *flags, "--", job, f"--config=configs/t2i_{member}.py",
+        f"--workdir={workdir.rstrip('/')}/t2i_{member}",
+        *(chips.flags if chips else ()), *rest,
+    ]
+
+
+def start_all(commands: dict[str, list[str]], logs: pathlib.Path) -> int:
+    """Runs all at the same time, each with its output in a file; the first bad status, or 0."""
+    logs.mkdir(parents=True, exist_ok=True)
+    running = {}
+    for member, command in commands.items():
+        with open(logs / f"t2i-{member}.log", "ab") as out:
+            running[member] = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT
+            )
+    worst = 0
+    for member, process in running.items():
+        status = process.wait()
+        print(f"{member}: status {status}, {logs / f't2i-{member}.log'}", flush=True)
+        worst = worst or status
+    return worst
+
+
+def main(arguments: list[str]) -> int:
+    own, rest = common.parted(arguments)
+    p = argparse.ArgumentParser("launch/family.py", description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--on", required=True, choices=LAUNCHERS)
+    p.add_argument("--workdir", required=True)
+    p.add_argument("--members", default="")
+    p.add_argument("--topology", default="")
+    p.add_argument("--num-slices", type=int, default=1)
+    p.add_argument("--job", default="train")
+    p.add_argument("--logs", type=pathlib.Path, default=pathlib.Path("runs/family_logs"))
+    p.add_argument("--dry-run", action="store_true")
+    given, flags = p.parse_known_args(own)
+    known = members_known()
+    members = [m.strip() for m in given.members.split(",")] if given.members else known
+    for member in members:
+        if member not in known:
+            raise LaunchError(f"--members: no config of {member!r}; there are {', '.join(known)}")
+    workdir = given.workdir
+    if given.on in ("slurm", "local") and "://" not in workdir:
+        workdir = str(pathlib.Path(workdir).expanduser().absolute())
+    commands = {}
+    for member in members:
+        chips = None
+        if given.on in ("tpu-vm", "gke"):
+            chips = chips_for(member, given.topology, given.num_slices)
+            total = chips.tpu.chips * chips.num_slices
+            print(f"# {member}: {chips.num_slices} x {chips.tpu}, {total} chips ({chips.why})")
+        elif given.topology:
+            raise LaunchError(f"--on={given.on} takes no --topology: give its own flags")
+        passed = [*flags, "--dry-run"] if given.dry_run else flags
+        commands[member] = launch_command(
+            given.on, member, chips, workdir, given.job, passed, rest
+        )
+    sys.stdout.flush()
+    if given.on == "tpu-vm" and not given.dry_run:
+        return start_all(commands, given.logs)
+    for member, command in commands.items():
+        if given.dry_run:
+            print(f"# {member}", flush=True)
+        status = subprocess.run(command, cwd=ROOT).returncode  # where configs/ is
+        if status:
+            print(f"launch/family.py: {member} ended with {status}", file=sys.stderr)
+            return status
+    return 0
+
+
+if __name__ == "__main__":
+    entry(main)

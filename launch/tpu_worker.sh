@@ -1,0 +1,127 @@
+#!/usr/bin/env bash
+# Runs on every host of a TPU slice; launch/tpu_vm.sh copies it there and calls it.
+#
+#   tpu_worker.sh setup [BUCKET]      # Python, the package, jax[tpu]; BUCKET mounted at /mnt/ldm
+#   tpu_worker.sh run -- JOB < VARIABLES     # the job as a service
+#   tpu_worker.sh state | stop | logs
+#
+# The service is systemd's: it starts again after every status but 0, 2 and 130 and after a reboot,
+# and gives up after 20 starts within an hour. What it prints is kept by the journal.
+set -euo pipefail
+
+unit=ldm-scaling
+tree=$HOME/ldm_scaling
+venv=$HOME/ldm_venv
+start=$HOME/ldm_start.sh
+mount=/mnt/ldm
+unit_path=${LDM_UNITS:-/etc/systemd/system}/$unit.service
+
+setup() {
+  local bucket=${1:-}
+  python3 -m pip install --quiet --user uv
+  # The images bring Python 3.10; uv brings a newer one.
+  [[ -x $venv/bin/python ]] || "$HOME/.local/bin/uv" venv --python 3.12 "$venv"
+  # The demo's packages name torch, which nothing here imports: the small one, without CUDA.
+  "$HOME/.local/bin/uv" pip install --quiet --python "$venv/bin/python" --torch-backend=cpu \
+    --constraint "$tree/requirements.lock" --editable "${tree}[data,demo]" 'jax[tpu]'
+  [[ -z $bucket ]] || mount_bucket "$bucket"
+}
+
+mount_bucket() {
+  if ! command -v gcsfuse >/dev/null; then
+    local key=/usr/share/keyrings/cloud.google.asc from=https://packages.cloud.google.com/apt
+    curl -fsSL "$from/doc/apt-key.gpg" | sudo tee "$key" >/dev/null
+    echo "deb [signed-by=$key] $from gcsfuse-$(lsb_release -cs) main" |
+      sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
+    sudo apt-get update -q
+    sudo apt-get install -qy gcsfuse
+  fi
+  sudo mkdir -p "$mount"
+  # In fstab, so that it is there after a reboot too. A checkpoint is made final by renaming its
+  # folder, which gcsfuse does only up to rename_dir_limit files.
+  local options="rw,_netdev,allow_other,implicit_dirs,rename_dir_limit=200000"
+  options+=",uid=$(id -u),gid=$(id -g)"
+  sudo sed -i "\\# $mount gcsfuse #d" /etc/fstab
+  echo "$1 $mount gcsfuse $options 0 0" | sudo tee -a /etc/fstab >/dev/null
+  mountpoint -q "$mount" || sudo mount "$mount"
+}
+
+# Lines on standard input go before the command: variables, and how secrets are fetched at start.
+run() {
+  local command
+  printf -v command '%q ' "$venv/bin/ldm-scaling" "$@" --distributed
+  {
+    echo '#!/usr/bin/env bash'
+    echo 'set -euo pipefail'
+    cat
+    echo "exec $command"
+  } >"$start"
+  chmod 700 "$start"
+  unit_file | sudo tee "$unit_path" >/dev/null
+  sudo systemctl daemon-reload
+  sudo systemctl enable --quiet "$unit"
+  sudo systemctl reset-failed "$unit" 2>/dev/null || true
+  sudo systemctl start --no-block "$unit" # a job that runs already stays
+}
+
+# SIGTERM goes to the main process alone: it saves and ends its own data workers. systemd takes an
+# end by SIGTERM for a clean one; here it is not, unless it was asked for by `stop`.
+unit_file() {
+  cat <<UNIT
+[Unit]
+Description=ldm-scaling
+Wants=network-online.target
+After=network-online.target remote-fs.target
+StartLimitIntervalSec=3600
+StartLimitBurst=20
+
+[Service]
+User=$(id -un)
+WorkingDirectory=$tree
+ExecStart=$start
+Restart=on-failure
+RestartForceExitStatus=75 76 SIGTERM SIGINT SIGHUP
+RestartPreventExitStatus=2 130
+RestartSec=30
+KillMode=mixed
+TimeoutStopSec=300
+
+[Install]
+WantedBy=multi-user.target
+UNIT
+}
+
+# absent; running, or starts again soon; done; stopped, by `stop`; failed: 2, or it gave up.
+state() {
+  local status ended
+  if [[ ! -e $unit_path ]]; then
+    echo absent
+    return
+  fi
+  status=$(systemctl show --property=ExecMainStatus --value "$unit")
+  ended=$(systemctl show --property=ExecMainExitTimestampMonotonic --value "$unit")
+  case $(systemctl is-active "$unit" || true) in
+    active | activating | deactivating) echo running ;;
+    failed) echo failed ;;
+    *) if [[ $status == 0 && $ended != 0 ]]; then echo "done"; else echo stopped; fi ;;
+  esac
+  echo "status of its last end: $status"
+}
+
+what=${1:-}
+shift || true
+case $what in
+  setup) setup "$@" ;;
+  run)
+    [[ ${1:-} == -- ]] && shift
+    run "$@"
+    ;;
+  unit) unit_file ;;
+  state) state ;;
+  stop) sudo systemctl disable --quiet --now "$unit" ;;
+  logs) journalctl --unit="$unit" --output=cat --lines=200 --follow ;;
+  *)
+    echo "tpu_worker.sh: error: setup, run, state, stop or logs" >&2
+    exit 2
+    ;;
+esac

@@ -1,0 +1,183 @@
+"""One job for each size, with the chips that its plan recommends."""
+
+import json
+import os
+import shlex
+
+import pytest
+
+from launch import family
+from launch.common import LaunchError
+from launch.tpu import Slice
+from tests.launch.programs import ROOT, call, environment, fake
+
+ON = {
+    "tpu-vm": ["--zone=z"],
+    "gke": ["--image=i", "--bucket=b"],
+    "slurm": ["--nodes=2", "--gpus=8"],
+    "local": ["--processes=2"],
+}
+
+
+def dry(*flags, workdir="/mnt/ldm/family", **options):
+    return call("family.py", f"--workdir={workdir}", "--dry-run", *flags, **options)
+
+
+def plan(folder, member, topology, days, fits=True, **more):
+    folder.mkdir(exist_ok=True)
+    number = more.get("num_slices", 1)
+    name = f"{member}_{topology.replace(':', '-')}_{more.get('kind', 'train')}_{number}.json"
+    (folder / name).write_text(json.dumps({
+        "member": member, "topology": topology, "num_slices": number, "kind": "train",
+        "fits": fits, "seconds_per_step_bound": 0.1, "days_bound": days, "hbm_gb": 8.0,
+        "mesh": {"data": 1, "fsdp": 256}, "remedies": [], **more,
+    }))  # fmt: skip
+
+
+@pytest.mark.parametrize("on", ON)
+def test_one_job_for_each_size(on):
+    ran = dry(f"--on={on}", *ON[on], *(["--topology=v5e:16x16"] if on in ("tpu-vm", "gke") else []))
+    assert ran.returncode == 0, ran.stderr
+    for member in family.TABLE:
+        assert f"configs/t2i_{member}.py" in ran.stdout
+        assert f"/mnt/ldm/family/t2i_{member}" in ran.stdout
+    if on != "local":
+        assert all(f"t2i-{member}" in ran.stdout for member in family.TABLE)
+
+
+def test_every_member_of_the_paper_is_in_the_table_and_has_a_config():
+    from ldm_scaling.models import zoo
+
+    assert set(family.TABLE) == {member.name for member in zoo.PAPER}
+    assert family.members_known() == [member.name for member in zoo.PAPER]
+    for text, why in family.TABLE.values():
+        # The paper's batch splits evenly.
+        assert 2048 % Slice.parse(text).chips == 0 and why
+
+
+def test_the_plan_of_fewest_chip_hours_that_fits_decides(tmp_path):
+    folder = tmp_path / "plans"
+    plan(folder, "5b", "v5e:16x16", days=1.0, fits=False)
+    plan(folder, "5b", "v5p:4x8x8", days=3.0)
+    plan(folder, "5b", "v6e:8x8", days=9.0)  # 64 chips: fewer hours of chips, more days
+    plan(folder, "5b", "v6e:4x4", days=0.1, kind="sample")
+    chips = family.chips_for("5b", "", 1, folder)
+    assert str(chips.tpu) == "v6e:8x8" and chips.num_slices == 1
+    assert "5b_v6e-8x8" in chips.why and "bound" in chips.why
+    assert chips.flags == ()
+    # Two slices cost twice the chips.
+    plan(folder, "5b", "v6e:8x8", days=4.0, num_slices=2)
+    assert family.chips_for("5b", "", 1, folder).num_slices == 2
+    plan(folder, "5b", "v6e:8x8", days=5.0, num_slices=2)
+    assert family.chips_for("5b", "", 1, folder).num_slices == 1
+    # A plan is of one member; --topology goes before all.
+    assert "table" in family.chips_for("39m", "", 1, folder).why
+    asked = family.chips_for("5b", "v5e:16x16", 2, folder)
+    assert (str(asked.tpu), asked.num_slices, asked.why) == ("v5e:16x16", 2, "--topology")
+
+
+def test_what_makes_it_fit_goes_with_it(tmp_path):
+    flags = ["--config.train.remat=block", "--config.mesh.data=2"]
+    plan(tmp_path, "5b", "v5e:16x16", days=3.0, remedies=flags)
+    chips = family.chips_for("5b", "", 1, tmp_path)
+    assert "--config.train.remat=block" in chips.why
+    command = family.launch_command("gke", "5b", chips, "/w", "train", ["--image=i"], ["--x=1"])
+    at = command.index("--")
+    assert "--image=i" in command[:at] and command[at + 1] == "train"
+    # What the user says comes last, so that it wins.
+    assert command[-3:] == [*flags, "--x=1"]
+
+
+def test_a_topology_that_is_asked_for_gets_its_own_plans_flags(tmp_path):
+    plan(tmp_path, "5b", "v5e:16x16", days=5.0, remedies=["--config.train.remat=block"])
+    plan(tmp_path, "5b", "v5p:4x8x8", days=1.0)
+    plan(tmp_path, "5b", "v6e:8x8", days=1.0, fits=False)
+    assert family.chips_for("5b", "v5e:16x16", 1, tmp_path).flags == ("--config.train.remat=block",)
+    assert family.chips_for("5b", "v5e:16x16", 2, tmp_path).flags == ()
+    assert "does not fit" in family.chips_for("5b", "v6e:8x8", 1, tmp_path).why
+
+
+def test_plans_of_ldm_scaling_plan_are_found(tmp_path):
+    from ldm_scaling.study import plan, plan_family
+
+    target = plan.Target("v6e:16x16", 2)
+    body = {"member": "866m", "topology": target.topology, "num_slices": target.num_slices,
+            "kind": "train", "fits": True, "days_bound": 2.0, "remedies": [], "key": "k"}
+    plan_family.write(tmp_path / plan_family.file_name("866m", target, "train"), body)
+    chips = family.chips_for("866m", "", 1, tmp_path)
+    assert (str(chips.tpu), chips.num_slices) == ("v6e:16x16", 2)
+
+
+def test_plans_that_do_not_help_stop_it(tmp_path):
+    plan(tmp_path, "5b", "v5e:16x16", days=1.0, fits=False)
+    with pytest.raises(LaunchError, match="fits none"):
+        family.chips_for("5b", "", 1, tmp_path)
+    (tmp_path / "5b_v5p-4x8x8.json").write_text('{"member": "5b"')
+    with pytest.raises(LaunchError, match="5b_v5p-4x8x8.json is no plan"):
+        family.chips_for("5b", "", 1, tmp_path)
+
+
+def test_plans_that_are_committed_can_be_read():
+    for member in family.TABLE:
+        chips = family.chips_for(member, "", 1)
+        assert 2048 % (chips.tpu.chips * chips.num_slices) == 0
+
+
+def test_it_says_what_it_used():
+    ran = dry("--on=gke", *ON["gke"], "--members=39m,5b", "--topology=v5p:4x8x8", "--num-slices=2")
+    said = [line for line in ran.stdout.splitlines() if "chips" in line and line.startswith("#")]
+    for member, line in zip(("39m", "5b"), said, strict=True):
+        assert line.startswith(f"# {member}: 2 x v5p:4x8x8, 512 chips (--topology")
+
+
+def test_flags_and_the_rest_reach_every_job():
+    ran = dry("--on=tpu-vm", "--zone=z", "--spot", "--members=39m,83m", "--job=study", "--",
+              "--config.train.steps=9")
+    assert ran.returncode == 0, ran.stderr
+    creates = [line for line in ran.stdout.splitlines() if "resources create" in line]
+    runs = [line for line in ran.stdout.splitlines() if "tpu_worker.sh run" in line]
+    assert len(creates) == len(runs) == 2
+    assert all("--spot" in shlex.split(line) and "--zone=z" in line for line in creates)
+    assert all("run -- study" in line and "--config.train.steps=9" in line for line in runs)
+
+
+def test_all_watch_at_once_and_a_failure_is_told(tmp_path):
+    # Each waits until all have been asked for: one after the other would never end.
+    fake(tmp_path / "bin", "gcloud", r"""
+if [[ $4 == describe ]]; then
+  [[ -e $FOLDER/$5 ]] || { echo NOT_FOUND >&2; exit 1; }
+  until (( $(ls "$FOLDER" | grep -c ^t2i-) == 2 )); do command sleep 0.05; done
+  echo ACTIVE
+elif [[ $4 == create ]]; then touch "$FOLDER/$5"
+elif [[ "$*" == *"tpu_worker.sh state"* ]]; then
+  if [[ ! -e $FOLDER/run-$5 ]]; then echo absent
+  elif [[ $5 == t2i-83m ]]; then echo failed
+  else echo done; fi
+elif [[ "$*" == *"tpu_worker.sh run"* ]]; then touch "$FOLDER/run-$5"
+fi
+""")
+    fake(tmp_path / "bin", "sleep", "exit 0")
+    ran = call("family.py", "--on=tpu-vm", "--zone=z", "--members=39m,83m", "--workdir=/w",
+               f"--logs={tmp_path}/logs",
+               env=environment(tmp_path / "bin", FOLDER=str(tmp_path)))
+    assert ran.returncode == 1, ran.stderr
+    assert "39m: status 0" in ran.stdout and "83m: status 1" in ran.stdout
+    assert "the job is done" in (tmp_path / "logs" / "t2i-39m.log").read_text()
+
+
+@pytest.mark.parametrize("flags, part", [
+    (["--on=gke", "--members=40m"], "no config of '40m'"),
+    (["--on=slurm", "--topology=v5e:4x4"], "takes no --topology"),
+    (["--on=tpu-vm", "--topology=v5e:5x5"], "v5e:5x5 is no slice"),
+])  # fmt: skip
+def test_mistakes_are_one_line_and_status_2(flags, part):
+    ran = dry(*flags)
+    assert ran.returncode == 2
+    assert part in ran.stderr and ran.stderr.count("\n") == 1
+
+
+def test_a_workdir_of_this_machine_is_where_it_was_said(tmp_path):
+    # The jobs run in the repository, where configs/ is; a path is meant from here.
+    ran = dry("--on=local", "--members=39m", workdir="runs", cwd=tmp_path)
+    assert f"--workdir={tmp_path}/runs/t2i_39m" in ran.stdout
+    assert not os.path.exists(tmp_path / "runs") and (ROOT / "configs/t2i_39m.py").exists()
