@@ -110,9 +110,23 @@ def sha256_of_file(path: epath.PathLike) -> str:
         raise UserError(f"cannot read {os.fspath(path)}: {e.strerror or e}") from e
 
 
+_progress_shown = True
+
+
+def show_progress(shown: bool) -> None:
+    """Whether progress bars are drawn: of several processes one draws them."""
+    global _progress_shown
+    _progress_shown = shown
+
+
+def progress_shown() -> bool:
+    """See `show_progress`."""
+    return _progress_shown
+
+
 def progress(total: int, desc: str, unit: str = "it", initial: int = 0) -> tqdm:
     """A progress bar with rate and time left on stderr; use as a context manager, `update(n)`."""
     return tqdm(
         total=total, desc=desc, unit=unit, initial=initial, dynamic_ncols=True, smoothing=0.1,
-        mininterval=0.5, unit_scale=False,
+        mininterval=0.5, unit_scale=False, disable=not _progress_shown,
     )

@@ -2,11 +2,14 @@
 
 import json
 import os
+import pathlib
+import signal
 
 import pytest
 
 from ldm_scaling import cli
 
+ROOT = pathlib.Path(__file__).parents[1]
 TINY = "--config=configs/demo.py:tiny"
 
 
@@ -54,6 +57,7 @@ def test_missing_flags(capsys, tmp_path):
     (["study", "--seeds=0:8"], ["study takes no --seeds", "belongs to sample"]),
     (["sample", "--format=json"], ["sample takes no --format", "belongs to zoo"]),
     (["zoo", "--workdir=x"], ["zoo takes no --workdir", "prepare, cache-latents, train"]),
+    (["zoo", "--distributed"], ["zoo takes no --distributed", "prepare, cache-latents, train"]),
 ])  # fmt: skip
 def test_flag_of_another_command(capsys, arguments, parts):
     assert_error(run(capsys, *arguments), *parts)
@@ -112,6 +116,34 @@ def test_workdir_of_another_config(capsys, tmp_path):
     assert set(os.listdir(tmp_path)) <= {"study.json", ".lock"}
     (tmp_path / "study.json").write_text("{")
     assert_error(run(capsys, "prepare", TINY, f"--workdir={tmp_path}"), "study.json is damaged")
+
+
+@pytest.mark.parametrize("arguments, parts", [
+    (["train", "--workdir=x", "--distributed=host"], ["--distributed=host", "HOST:PORT,K,N"]),
+    (["train", "--workdir=x", "--distributed=host:1,3,2"], ["process 3 of 2", "from 0 to 1"]),
+    (["prepare", TINY, "--to=x", "--distributed"], ["--to is the work of one process"]),
+    (["prepare", TINY, "--dry-run", "--distributed"], ["--dry-run is the work of one process"]),
+])  # fmt: skip
+def test_distributed_that_cannot_be(capsys, monkeypatch, tmp_path, arguments, parts):
+    monkeypatch.chdir(tmp_path)
+    arguments = [a.replace("configs/", f"{ROOT}/configs/") for a in arguments]
+    assert_error(run(capsys, *arguments), *parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sigterm_ends_any_stage_with_75(capsys, tmp_path, monkeypatch):
+    from ldm_scaling.study import stages
+
+    def told(materials):
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("went on")
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(stages, "prepare", told)
+    status, out, err = run(capsys, "prepare", TINY, f"--workdir={tmp_path}/run")
+    assert status == 75 and not out and err.count("\n") == 1
+    assert "SIGTERM" in err and "the same command goes on" in err
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_stages_say_what_must_come_first(capsys, tmp_path):

@@ -7,6 +7,23 @@ import math
 
 from ldm_scaling.config.check import positive, require
 
+LEAST_RACED = 16
+"""Pictures below which a Fréchet distance and its spread say too little to drop a rate by."""
+
+
+def race_rounds(arms: int, images: int, saving: float) -> tuple[int, ...]:
+    """Pictures of an arm after each round of a race: twice as many each time, for half the arms.
+
+    In all `saving` times fewer than `images` of every arm. That the early rounds get most of it is
+    on purpose: small sets of pictures are hard to tell apart, and what is dropped does not return.
+    """
+    live, weight, rounds = arms, float(arms), math.ceil(math.log2(arms))
+    for k in range(1, rounds):
+        live = math.ceil(live / 2)
+        weight += live * 2 ** (k - 1)
+    first = int(arms * images / (saving * weight))
+    return tuple(min(first * 2**k, images) for k in range(rounds))
+
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
@@ -41,6 +58,9 @@ class Sweep:
         DPM-Solver++ at 20).
       guidance: guidance rates.
       spacing: timestep spacing, see `sampling.grid`; empty is each sampler's own.
+      strategy: "grid" draws all pictures of all rates on the selection block; "racing" draws a few
+        of each and goes on with the better half, round by round, see `statistics.racing`.
+      saving: how many times fewer pictures racing draws there, at least.
       num_images: pictures per configuration and block.
       select_block, report_block: two different blocks of validation prompts and noise.
       replicates: bootstrap replicates on the report block.
@@ -53,6 +73,8 @@ class Sweep:
     max_steps: dict[str, int] = dataclasses.field(default_factory=lambda: {"dpmpp_2m": 20})
     guidance: tuple[float, ...] = (1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
     spacing: str = ""
+    strategy: str = "grid"
+    saving: float = 4.0
     num_images: int = 5_000
     select_block: int = 0
     report_block: int = 1
@@ -74,6 +96,18 @@ class Sweep:
         require(self.feature_side >= 32, "sweep.feature_side", self.feature_side, "at least 32")
         require(self.num_images >= 4, "sweep.num_images", self.num_images,
                  "at least 4, or there is no interval")
+        require(self.strategy in ("grid", "racing"), "sweep.strategy", self.strategy,
+                 "is grid or racing")
+        require(math.isfinite(self.saving) and self.saving >= 1, "sweep.saving", self.saving,
+                 "at least 1")
+        if self.strategy == "racing":
+            require(len(self.guidance) > 1, "sweep.guidance", self.guidance,
+                     "a race needs two rates: give more, or sweep.strategy=grid")
+            first = race_rounds(len(self.guidance), self.num_images, self.saving)[0]
+            require(first >= LEAST_RACED, "sweep.num_images", self.num_images,
+                     f"a race of {len(self.guidance)} rates that saves {self.saving:g} times would "
+                     f"start with {first} pictures of each, {LEAST_RACED} are needed: raise it, "
+                     "lower sweep.saving, or use sweep.strategy=grid")
         require(self.select_block != self.report_block, "sweep.report_block", self.report_block,
                  "must differ from sweep.select_block, or the choice of guidance biases the report")
         require(self.select_block >= 0 and self.report_block >= 0, "sweep.select_block",

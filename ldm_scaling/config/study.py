@@ -9,7 +9,15 @@ from ldm_scaling import files
 from ldm_scaling.config.check import require
 from ldm_scaling.config.data import Data
 from ldm_scaling.config.measuring import Sample, Sweep
-from ldm_scaling.config.training import AUTO, Autoencoder, Diffusion, Mesh, Train
+from ldm_scaling.config.training import (
+    AUTO,
+    BOOKKEEPING,
+    NEUTRAL,
+    Autoencoder,
+    Diffusion,
+    Mesh,
+    Train,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +92,11 @@ class Study:
         """
         tree = dataclasses.asdict(self)
         for run in (tree["train"], tree["autoencoder"]["train"]):
-            for name in ("log_every", "validate_every", "checkpoint_every", "sample_every", "keep"):
+            for name in BOOKKEEPING:
                 del run[name]
+            for name, value in NEUTRAL.items():
+                if run[name] == value:
+                    del run[name]
         tree["data"] = self.data.identity()
         weights, hash = (tree["autoencoder"].pop(name) for name in ("weights", "weights_hash"))
         if weights:

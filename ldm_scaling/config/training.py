@@ -8,6 +8,14 @@ from ldm_scaling.config.check import positive, require
 
 # A value of `Diffusion` that the weights of a published model decide.
 AUTO = "auto"
+# Keys of `Train` that decide no number of a run: a workdir is not bound to them.
+BOOKKEEPING = (
+    "log_every", "validate_every", "checkpoint_every", "sample_every", "keep", "keep_every",
+    "keep_best", "keep_metric", "checkpoint_patience", "stall_seconds", "profile_steps",
+    "attention",
+)
+# Keys that decide numbers, but came later: at these values a run is what it was without them.
+NEUTRAL = {"micro_batches": 1, "moment_dtype": "float32"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +33,22 @@ class Train:
       ema_decay: of the averaged parameters; below it the average is taken over a tenth of the run.
       caption_dropout: share of captions replaced by the empty one (U-Nets only).
       compute_dtype: `float32`, `bfloat16`, or `auto`: bfloat16 on TPU and GPU, float32 on a CPU.
-      remat: `none` or `block`.
+      remat: `none` or `block`: what is computed again in the backward pass rather than kept.
+      attention: `auto`, or `plain`, `chunked`, `splash` (TPU), `cudnn` (GPU) wherever its shapes
+        allow it, see `models.attention`.
+      micro_batches: parts that a batch is worked off in, one after the other: memory for time.
+      moment_dtype: of the optimiser's first moment, `float32` or `bfloat16`.
       log_every, validate_every, checkpoint_every, sample_every: in steps; 0 is never. A run's last
         step always does all that are not 0.
-      keep: checkpoints kept.
+      keep: newest checkpoints kept.
+      keep_every: checkpoints of these steps are kept for ever; 0 is none.
+      keep_best: best checkpoints kept, by `keep_metric`; 0 is none.
+      keep_metric: a validation scalar, lower is better.
+      checkpoint_patience: steps that may be at stake while checkpoints cannot be written, then the
+        run stops; 0 is twice `checkpoint_every`.
+      stall_seconds: without a finished step, after which the process ends itself so that a launcher
+        starts it again; 0 is never. What compiles has 4 times as long.
+      profile_steps: first and last step of a window that `jax.profiler` records; empty is none.
     """
 
     steps: int = 500_000
@@ -43,23 +63,52 @@ class Train:
     caption_dropout: float = 0.1
     compute_dtype: str = "auto"
     remat: str = "none"
+    attention: str = "auto"
+    micro_batches: int = 1
+    moment_dtype: str = "float32"
     log_every: int = 100
     validate_every: int = 5_000
     checkpoint_every: int = 5_000
     sample_every: int = 10_000
     keep: int = 2
+    keep_every: int = 0
+    keep_best: int = 0
+    keep_metric: str = "loss"
+    checkpoint_patience: int = 0
+    stall_seconds: float = 900.0
+    profile_steps: tuple[int, ...] = ()
 
     def __post_init__(self):
         positive(self, "steps", "batch_size", "learning_rate", "clip_norm", "log_every",
-                  "checkpoint_every", "keep")
-        for name in ("warmup_steps", "weight_decay", "validate_every", "sample_every"):
+                  "checkpoint_every", "keep", "micro_batches")
+        for name in ("warmup_steps", "weight_decay", "validate_every", "sample_every", "keep_every",
+                     "keep_best", "stall_seconds"):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "not below 0")
+        require(self.keep_every % self.checkpoint_every == 0, "train.keep_every", self.keep_every,
+                 f"a multiple of checkpoint_every={self.checkpoint_every}: others are not written")
+        require(not self.keep_best or 0 < self.validate_every, "train.keep_best", self.keep_best,
+                 "the best are found by validation: set validate_every")
+        require(not self.keep_best or not self.checkpoint_every % self.validate_every,
+                 "train.checkpoint_every", self.checkpoint_every, "with keep_best a multiple of "
+                 f"validate_every={self.validate_every}: a checkpoint's metric is of its own step")
+        require(self.checkpoint_patience == 0 or self.checkpoint_patience > self.checkpoint_every,
+                 "train.checkpoint_patience", self.checkpoint_patience,
+                 f"above checkpoint_every={self.checkpoint_every}, or 0")
+        window = self.profile_steps
+        require(not window or (len(window) == 2 and 0 < window[0] <= window[1]),
+                 "train.profile_steps", window, "the first and the last step, or nothing")
         for name in ("beta1", "beta2", "ema_decay", "caption_dropout"):
             require(0 <= getattr(self, name) < 1, f"train.{name}", getattr(self, name),
                      "must lie in [0, 1)")
         require(self.compute_dtype in ("auto", "float32", "bfloat16"), "train.compute_dtype",
                  self.compute_dtype, "choose auto, float32 or bfloat16")
         require(self.remat in ("none", "block"), "train.remat", self.remat, "choose none or block")
+        require(self.attention in ("auto", "plain", "chunked", "splash", "cudnn"),
+                 "train.attention", self.attention, "choose auto, plain, chunked, splash or cudnn")
+        require(self.moment_dtype in ("float32", "bfloat16"), "train.moment_dtype",
+                 self.moment_dtype, "choose float32 or bfloat16")
+        require(self.batch_size % self.micro_batches == 0, "train.micro_batches",
+                 self.micro_batches, f"it must divide batch_size={self.batch_size}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,12 +171,18 @@ class Mesh:
     Attributes:
       data: replicas of the parameters; each sees its share of the batch.
       fsdp: shards of the parameters, the optimiser and the average; these share the batch too.
+      tensor: shards of a layer's channels and heads; these work on the same examples.
+      slices: of a TPU pod, which hold whole replicas each; 0 is as many as there are.
     """
 
     data: int = -1
     fsdp: int = 1
+    tensor: int = 1
+    slices: int = 0
 
     def __post_init__(self):
-        sizes = (self.data, self.fsdp)
-        require(all(s == -1 or s > 0 for s in sizes) and sizes.count(-1) <= 1, "mesh",
-                 {"data": self.data, "fsdp": self.fsdp}, "sizes are above 0, at most one is -1")
+        sizes = {name: getattr(self, name) for name in ("data", "fsdp", "tensor")}
+        require(all(s == -1 or s > 0 for s in sizes.values())
+                 and list(sizes.values()).count(-1) <= 1, "mesh", sizes,
+                 "sizes are above 0, at most one is -1")
+        require(self.slices >= 0, "mesh.slices", self.slices, "not below 0")

@@ -5,7 +5,6 @@ Shape legend: B batch, H height, W width, C channels, L tokens, D width of a tok
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from ldm_scaling.models import attention as attention_lib
 
 Dtype = Any
 
@@ -33,10 +34,51 @@ def timestep_embedding(t_B: jax.Array, dim: int, max_period: float = 10_000.0) -
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def conv(features: int, size: int, dtype: Dtype, name: str, *, stride: int = 1, **kw) -> nn.Conv:
+class _Sharded:
+    """A layer that may be given its part of the kernel in place of the whole."""
+
+    def param(self, name: str, init_fn: Callable, *init_args: Any, **init_kwargs: Any) -> Any:
+        if self.sharded and not self.is_initializing():
+            return self.get_variable("params", name)  # Flax would refuse its shape.
+        return super().param(name, init_fn, *init_args, **init_kwargs)
+
+
+class Dense(_Sharded, nn.Dense):
+    """flax's, for parts of kernels too."""
+
+    sharded: bool = False
+
+
+class Conv(_Sharded, nn.Conv):
+    """flax's, for parts of kernels too."""
+
+    sharded: bool = False
+
+
+def dense(
+    features: int, dtype: Dtype, name: str, gather: Callable | None = None, **kw
+) -> nn.Dense:
+    """A linear layer over the last axis.
+
+    Args:
+      gather: `gather(product)` is the product with the kernel that its operand is a part of, see
+        `parallel.gathering`.
+    """
+    if gather is not None:
+        kw |= {"dot_general": gather.at(name)(jax.lax.dot_general), "sharded": True}
+    return Dense(features, dtype=dtype, name=name, **kw)
+
+
+def conv(
+    features: int, size: int, dtype: Dtype, name: str, *, stride: int = 1,
+    gather: Callable | None = None, **kw,
+) -> nn.Conv:
     """A square convolution with symmetric padding, as PyTorch pads (also at stride 2)."""
+    if gather is not None:
+        product = gather.at(name)(jax.lax.conv_general_dilated)
+        kw |= {"conv_general_dilated": product, "sharded": True}
     pad = size // 2
-    return nn.Conv(
+    return Conv(
         features, (size, size), (stride, stride), padding=[(pad, pad), (pad, pad)], dtype=dtype,
         name=name, **kw,
     )
@@ -61,51 +103,28 @@ class ResBlock(nn.Module):
       features: channels out.
       groups: groups of the normalisation.
       eps: its epsilon (1e-5 in the U-Net, 1e-6 in the autoencoder).
+      gather: see `dense`; the same in all blocks.
     """
 
     features: int
     groups: int
     eps: float = 1e-5
     dtype: Dtype = jnp.float32
+    gather: Callable | None = None
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array, emb_BD: jax.Array | None = None) -> jax.Array:
-        h = nn.silu(norm(self.groups, self.eps, self.dtype, "norm1")(x_BHWC))
-        h = conv(self.features, 3, self.dtype, "conv1")(h)
+        width, dtype, gather = self.features, self.dtype, self.gather
+        h = nn.silu(norm(self.groups, self.eps, dtype, "norm1")(x_BHWC))
+        h = conv(width, 3, dtype, "conv1", gather=gather)(h)
         if emb_BD is not None:
-            shift = nn.Dense(self.features, dtype=self.dtype, name="time_emb_proj")(nn.silu(emb_BD))
+            shift = dense(width, dtype, "time_emb_proj", gather)(nn.silu(emb_BD))
             h = h + shift[:, None, None, :]
-        h = nn.silu(norm(self.groups, self.eps, self.dtype, "norm2")(h))
-        h = conv(self.features, 3, self.dtype, "conv2")(h)
-        if x_BHWC.shape[-1] != self.features:
-            x_BHWC = conv(self.features, 1, self.dtype, "conv_shortcut")(x_BHWC)
+        h = nn.silu(norm(self.groups, self.eps, dtype, "norm2")(h))
+        h = conv(width, 3, dtype, "conv2", gather=gather)(h)
+        if x_BHWC.shape[-1] != width:
+            x_BHWC = conv(width, 1, dtype, "conv_shortcut", gather=gather)(x_BHWC)
         return x_BHWC + h
-
-
-def attention(q_BNLW: jax.Array, k_BNMW: jax.Array, v_BNMW: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(W)) v with float32 logits, in the operands' type: (B, N, L, W).
-
-    Heads before tokens, and plain batched products: on XLA:CPU the same sums written as one einsum
-    over (b, l, n, w) run 6 times slower forward and 3 times slower backward.
-    """
-    scale = 1.0 / math.sqrt(q_BNLW.shape[-1])
-    logits_BNLM = jnp.matmul(
-        q_BNLW * scale, k_BNMW.swapaxes(2, 3), preferred_element_type=jnp.float32
-    )
-    # Softmax with its division after the second product (as flash attention does): one pass
-    # less over (L, M), and backward 2.7 times faster than jax.nn.softmax on XLA:CPU.
-    peak = jax.lax.stop_gradient(jnp.max(logits_BNLM, axis=-1, keepdims=True))
-    weights = jnp.exp(logits_BNLM - peak)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    out = jnp.matmul(weights.astype(v_BNMW.dtype), v_BNMW, preferred_element_type=jnp.float32)
-    return (out / total).astype(v_BNMW.dtype)
-
-
-def textbook_attention(q_BNLW: jax.Array, k_BNMW: jax.Array, v_BNMW: jax.Array) -> jax.Array:
-    """The same as `attention` (to rounding), as papers write it: the form that FLOPs are counted
-    of, so that a faster one does not change a network's cost."""
-    logits_BNLM = jnp.matmul(q_BNLW, k_BNMW.swapaxes(2, 3)) / math.sqrt(q_BNLW.shape[-1])
-    return jnp.matmul(jax.nn.softmax(logits_BNLM, axis=-1), v_BNMW)
 
 
 class Attention(nn.Module):
@@ -114,13 +133,14 @@ class Attention(nn.Module):
     Args:
       heads: heads; must divide the width of the queries' tokens.
       bias: biases on the three input projections (the autoencoder has them).
-      attention: what queries, keys and values go through, see `attention`.
+      attention: what queries, keys and values go through, see `models.attention`.
     """
 
     heads: int
     bias: bool = False
     dtype: Dtype = jnp.float32
-    attention: Callable = attention
+    attention: Callable = attention_lib.plain
+    gather: Callable | None = None
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array, ctx_BMD: jax.Array | None = None) -> jax.Array:
@@ -129,12 +149,12 @@ class Attention(nn.Module):
         width = d // self.heads
 
         def project(name, y):
-            y = nn.Dense(d, use_bias=self.bias, dtype=self.dtype, name=name)(y)
+            y = dense(d, self.dtype, name, self.gather, use_bias=self.bias)(y)
             return y.reshape(b, y.shape[1], self.heads, width).transpose(0, 2, 1, 3)
 
         q, k, v = project("to_q", x_BLD), project("to_k", ctx_BMD), project("to_v", ctx_BMD)
         out = self.attention(q, k, v).transpose(0, 2, 1, 3).reshape(b, length, d)
-        return nn.Dense(d, dtype=self.dtype, name="to_out")(out)
+        return dense(d, self.dtype, "to_out", self.gather)(out)
 
 
 class TransformerBlock(nn.Module):
@@ -142,14 +162,18 @@ class TransformerBlock(nn.Module):
 
     heads: int
     dtype: Dtype = jnp.float32
-    attention: Callable = attention
+    attention: Callable = attention_lib.plain
+    gather: Callable | None = None
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array, ctx_BMD: jax.Array) -> jax.Array:
         d = x_BLD.shape[-1]
 
         def attend(name, *tokens):
-            attend = Attention(self.heads, dtype=self.dtype, attention=self.attention, name=name)
+            gather = self.gather and self.gather.at(name)
+            attend = Attention(
+                self.heads, dtype=self.dtype, attention=self.attention, gather=gather, name=name
+            )
             return attend(*tokens)
 
         def layer_norm(name):
@@ -159,10 +183,10 @@ class TransformerBlock(nn.Module):
         x = x + attend("attn2", layer_norm("norm2")(x), ctx_BMD)
         y = layer_norm("norm3")(x)
         # Two products, where checkpoints hold one of twice the width: its split is slow backward.
-        h = nn.Dense(4 * d, dtype=self.dtype, name="ff_in")(y)
-        gate = nn.Dense(4 * d, dtype=self.dtype, name="ff_gate")(y)
+        h = dense(4 * d, self.dtype, "ff_in", self.gather)(y)
+        gate = dense(4 * d, self.dtype, "ff_gate", self.gather)(y)
         h = h * nn.gelu(gate, approximate=False)
-        return x + nn.Dense(d, dtype=self.dtype, name="ff_out")(h)
+        return x + dense(d, self.dtype, "ff_out", self.gather)(h)
 
 
 class SpatialTransformer(nn.Module):
@@ -171,13 +195,16 @@ class SpatialTransformer(nn.Module):
     heads: int
     groups: int
     dtype: Dtype = jnp.float32
-    attention: Callable = attention
+    attention: Callable = attention_lib.plain
+    gather: Callable | None = None
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array, ctx_BMD: jax.Array) -> jax.Array:
         b, h, w, c = x_BHWC.shape
         y = norm(self.groups, 1e-6, self.dtype, "norm")(x_BHWC).reshape(b, h * w, c)
-        y = nn.Dense(c, dtype=self.dtype, name="proj_in")(y)
-        y = TransformerBlock(self.heads, self.dtype, self.attention, name="block")(y, ctx_BMD)
-        y = nn.Dense(c, dtype=self.dtype, name="proj_out")(y)
+        y = dense(c, self.dtype, "proj_in", self.gather)(y)
+        gather = self.gather and self.gather.at("block")
+        block = TransformerBlock(self.heads, self.dtype, self.attention, gather, name="block")
+        y = block(y, ctx_BMD)
+        y = dense(c, self.dtype, "proj_out", self.gather)(y)
         return x_BHWC + y.reshape(b, h, w, c)

@@ -9,7 +9,7 @@ import math
 import jax
 
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import blocks, unet
+from ldm_scaling.models import attention, unet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ def of(spec: unet.UNetSpec) -> Cost:
     """
     params = jax.eval_shape(lambda: unet.init(spec, jax.random.key(0)))
     inputs = jax.eval_shape(functools.partial(unet.example_inputs, spec))
-    network = unet.UNet(spec, attention=blocks.textbook_attention)
+    network = unet.UNet(spec, attention=attention.textbook)
 
     def forward(params, x_BHWC, t_B, ctx_BLD):
         return network.apply({"params": params}, x_BHWC, t_B, ctx_BLD)

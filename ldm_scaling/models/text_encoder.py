@@ -7,7 +7,7 @@ measures how close captions are. Weights and tokenizer come from a package of th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -176,6 +176,25 @@ class TextEncoder:
         return self.encode(texts)[2]
 
 
+def param_shapes(spec: BertSpec) -> dict:
+    """Shapes of the parameters."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(Bert(spec).init, jax.random.key(0), tokens, tokens)["params"]
+
+
+def encode_fn(spec: BertSpec) -> Callable:
+    """Jitted `encode(params, ids_BL, mask_BL) -> (ctx_BLD, e_BD)`, see `TextEncoder`."""
+    bert = Bert(spec)
+
+    @jax.jit
+    def encode(params, ids_BL, mask_BL):
+        ctx_BLD = bert.apply({"params": params}, ids_BL, mask_BL) * mask_BL[..., None]
+        mean_BD = ctx_BLD.sum(1) / mask_BL.sum(1, keepdims=True)
+        return ctx_BLD, mean_BD / jnp.linalg.norm(mean_BD, axis=-1, keepdims=True)
+
+    return encode
+
+
 def load(max_length: int, batch: int = 64) -> TextEncoder:
     """The pretrained encoder for texts of up to `max_length` tokens, [CLS] and [SEP] included.
 
@@ -190,21 +209,13 @@ def load(max_length: int, batch: int = 64) -> TextEncoder:
         )
     weights = pretrained.package_file(PACKAGE, "model/model.safetensors", "the text encoder")
     vocabulary = pretrained.package_file(PACKAGE, "model/tokenizer.json", "the text encoder")
-    bert = Bert(spec)
-    tokens = jax.ShapeDtypeStruct((1, max_length), jnp.int32)
-    expected = jax.eval_shape(bert.init, jax.random.key(0), tokens, tokens)["params"]
+    expected = param_shapes(spec)
     tensors = pretrained.read_safetensors(weights)
     params = pretrained.fill(expected, tensors, RULES, source=weights, ignore=IGNORE)
 
     tokenizer = tokenizers.Tokenizer.from_file(str(vocabulary))
     tokenizer.enable_truncation(max_length)
     tokenizer.enable_padding(length=max_length)
-
-    @jax.jit
-    def encode(params, ids_BL, mask_BL):
-        ctx_BLD = bert.apply({"params": params}, ids_BL, mask_BL) * mask_BL[..., None]
-        mean_BD = ctx_BLD.sum(1) / mask_BL.sum(1, keepdims=True)
-        return ctx_BLD, mean_BD / jnp.linalg.norm(mean_BD, axis=-1, keepdims=True)
 
     digest = sha256_of(
         [sha256_of(weights.read_bytes()), sha256_of(vocabulary.read_bytes()), max_length]
@@ -216,5 +227,5 @@ def load(max_length: int, batch: int = 64) -> TextEncoder:
         width=spec.width,
         _tokenizer=tokenizer,
         _params=jax.device_put(params),
-        _encode=encode,
+        _encode=encode_fn(spec),
     )

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ldm_scaling.errors import UserError
+from ldm_scaling.models import attention as attention_lib
 from ldm_scaling.models import blocks
 
 
@@ -101,13 +102,16 @@ class UNet(nn.Module):
       spec: the network.
       dtype: compute type; parameters are float32.
       remat: `"none"`, or `"block"` to recompute each block in the backward pass.
-      attention: what queries, keys and values go through, see `blocks.attention`.
+      attention: what queries, keys and values go through, see `models.attention`.
+      gather: makes layers' weights whole where they are used, if they come in shards, see
+        `parallel.gathering`.
     """
 
     spec: UNetSpec
     dtype: Any = jnp.float32
     remat: str = "none"
-    attention: Callable = blocks.attention
+    attention: Callable = attention_lib.plain
+    gather: Callable | None = None
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array, t_B: jax.Array, ctx_BLD: jax.Array) -> jax.Array:
@@ -118,20 +122,32 @@ class UNet(nn.Module):
         wrap = (lambda m: nn.jit(nn.remat(m))) if self.remat == "block" else nn.jit
         res_block, transformer = wrap(blocks.ResBlock), wrap(blocks.SpatialTransformer)
 
+        def gather(name):
+            return self.gather and self.gather.at(name)
+
         def res(features, name):
-            return res_block(features, spec.groups, dtype=dtype, name=name)
+            return res_block(
+                features, spec.groups, dtype=dtype, gather=gather(name), name=name
+            )
 
         def attend(level, name):
-            heads = spec.heads_at(level)
-            return transformer(heads, spec.groups, dtype, self.attention, name=name)
+            return transformer(
+                spec.heads_at(level), spec.groups, dtype, self.attention, gather(name), name=name
+            )
+
+        def conv(features, size, name, **kw):
+            return blocks.conv(features, size, dtype, name, gather=self.gather, **kw)
+
+        def dense(features, name):
+            return blocks.dense(features, dtype, name, self.gather)
 
         c = spec.base_channels
         emb = blocks.timestep_embedding(t_B, c).astype(dtype)
-        emb = nn.Dense(4 * c, dtype=dtype, name="time_embedding_1")(emb)
-        emb = nn.Dense(4 * c, dtype=dtype, name="time_embedding_2")(nn.silu(emb))
+        emb = dense(4 * c, "time_embedding_1")(emb)
+        emb = dense(4 * c, "time_embedding_2")(nn.silu(emb))
         ctx = ctx_BLD.astype(dtype)
 
-        h = blocks.conv(c, 3, dtype, "conv_in")(x_BHWC.astype(dtype))
+        h = conv(c, 3, "conv_in")(x_BHWC.astype(dtype))
         skips = [h]
         last = len(spec.channel_mults) - 1
         for i, (mult, attention) in enumerate(
@@ -143,7 +159,7 @@ class UNet(nn.Module):
                     h = attend(i, f"down_{i}_attn_{j}")(h, ctx)
                 skips.append(h)
             if i != last:
-                h = blocks.conv(c * mult, 3, dtype, f"down_{i}_downsample", stride=2)(h)
+                h = conv(c * mult, 3, f"down_{i}_downsample", stride=2)(h)
                 skips.append(h)
 
         h = res(h.shape[-1], "mid_res_0")(h, emb)
@@ -158,10 +174,10 @@ class UNet(nn.Module):
                     h = attend(i, f"up_{i}_attn_{j}")(h, ctx)
             if i != 0:
                 h = blocks.upsample(h)
-                h = blocks.conv(c * spec.channel_mults[i], 3, dtype, f"up_{i}_upsample")(h)
+                h = conv(c * spec.channel_mults[i], 3, f"up_{i}_upsample")(h)
 
         h = nn.silu(blocks.norm(spec.groups, 1e-5, dtype, "norm_out")(h))
-        return blocks.conv(spec.out_channels, 3, dtype, "conv_out")(h).astype(jnp.float32)
+        return conv(spec.out_channels, 3, "conv_out")(h).astype(jnp.float32)
 
 
 def init(spec: UNetSpec, key: jax.Array) -> dict:
@@ -179,9 +195,13 @@ def example_inputs(spec: UNetSpec, batch: int = 1) -> tuple[jax.Array, jax.Array
     )
 
 
-def denoise_fn(spec: UNetSpec, dtype: Any = jnp.float32, remat: str = "none"):
-    """The network as `denoise(params, x_BHWC, t_B, cond) -> F_BHWC`, cond["context"] (B, L, D)."""
-    module = UNet(spec, dtype=dtype, remat=remat)
+def denoise_fn(
+    spec: UNetSpec, dtype: Any = jnp.float32, remat: str = "none",
+    attention: Callable = attention_lib.plain, gather: Callable | None = None,
+) -> Callable:
+    """The network as `denoise(params, x_BHWC, t_B, cond) -> F_BHWC`, cond["context"] (B, L, D).
+    The arguments are `UNet`'s."""
+    module = UNet(spec, dtype, remat, attention, gather)
 
     def denoise(params, x_BHWC, t_B, cond):
         return module.apply({"params": params}, x_BHWC, t_B, cond["context"])

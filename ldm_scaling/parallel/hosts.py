@@ -8,10 +8,16 @@ import jax
 import jax.numpy as jnp
 
 
-def compute_dtype(name: str) -> jnp.dtype:
-    """The compute type of `float32`, `bfloat16` or `auto`: bfloat16 where matrix units gain."""
+def compute_dtype(name: str, platform: str | None = None) -> jnp.dtype:
+    """The compute type of `float32`, `bfloat16` or `auto`: bfloat16 where matrix units gain.
+
+    Args:
+      name: the type.
+      platform: `cpu`, `gpu` or `tpu`, what the program is for; this process's if None.
+    """
     if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        platform = jax.default_backend() if platform is None else platform
+        name = "float32" if platform == "cpu" else "bfloat16"
     return jnp.dtype(name)
 
 
@@ -47,7 +53,7 @@ def is_lead() -> bool:
     return jax.process_index() == 0
 
 
-def describe() -> str:
-    """One line on the devices, e.g. `4 x TPU v5e`."""
-    devices = jax.devices()
+def describe(devices: list | None = None) -> str:
+    """One line on devices, by default those of all processes, e.g. `4 x TPU v5e`."""
+    devices = jax.devices() if devices is None else devices
     return f"{len(devices)} x {devices[0].device_kind}"

@@ -1,4 +1,5 @@
-"""The device mesh: axes `data` and `fsdp`, the batch over both."""
+"""The device mesh: replicas, shards of the parameters, shards of a layer; the batch over the first
+two."""
 
 from __future__ import annotations
 
@@ -6,40 +7,84 @@ import math
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ldm_scaling.errors import UserError
 
-AXES = ("data", "fsdp")
+# `fsdp` and `fsdp_in` are one axis to the user. It is two to the compiler, so that kernels whose
+# channels do not divide by 256 do by 16 on both sides, and each gather runs on one ring of a torus.
+AXES = ("data", "fsdp", "fsdp_in", "tensor")
+BATCH_AXES = AXES[:3]
+# The most of fsdp that goes to a kernel's output channels; widths of the family divide by 64.
+_RING = 16
 
 
-def make(data: int = -1, fsdp: int = 1, devices: list | None = None) -> Mesh:
+def make(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, slices: int = 0, devices: list | None = None
+) -> Mesh:
     """A mesh over `devices` (default: all, of every host).
 
     Args:
-      data: replicas; -1 takes the devices that are left.
-      fsdp: shards of parameters, optimiser and average; -1 likewise.
+      data: replicas; -1 takes the devices that are left. Slices, which a slower network joins,
+        hold whole replicas.
+      fsdp: shards of parameters, optimiser and average, gathered for use; -1 likewise.
+      tensor: shards of a layer's channels and heads, each computing its own; -1 likewise.
+      slices: of a TPU pod; 0 is as many as the devices say they are in. Given, it must be that
+        number; devices that belong to no slice (CPU, GPU) are cut into so many equal parts.
     Raises:
-      UserError: when the sizes do not multiply to the number of devices.
+      UserError: when the sizes do not multiply to the number of devices, or slices do not hold
+        whole replicas.
     """
-    devices = jax.devices() if devices is None else devices
-    sizes = [data, fsdp]
+    devices = jax.devices() if devices is None else list(devices)
+    sizes, given = [data, fsdp, tensor], f"mesh data={data}, fsdp={fsdp}, tensor={tensor}"
     known = math.prod(s for s in sizes if s != -1)
     if -1 in sizes and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
     if math.prod(sizes) != len(devices):
         raise UserError(
-            f"mesh data={data}, fsdp={fsdp} does not fit {len(devices)} devices: the product must "
-            "be their number; -1 on one axis takes what is left"
+            f"{given} does not fit {len(devices)} devices: the product must be their number; -1 on "
+            "one axis takes what is left"
         )
-    return jax.make_mesh(
-        tuple(sizes), AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES)
-    )
+    found = len({getattr(d, "slice_index", 0) for d in devices})
+    if found > 1 and slices not in (0, found):
+        raise UserError(f"mesh slices={slices}, but the devices are in {found} slices")
+    slices = slices or found
+    if sizes[0] % slices:
+        raise UserError(
+            f"{given} makes {sizes[0]} replicas, which {slices} slices do not share evenly: give "
+            f"data={slices} or a multiple of it"
+        )
+    out = math.gcd(sizes[1], _RING)
+    shape = (sizes[0], out, sizes[1] // out, sizes[2])
+    types = (jax.sharding.AxisType.Auto,) * len(AXES)
+    if found > 1:
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (shape[0] // slices, *shape[1:]), (slices, 1, 1, 1), devices,
+            allow_split_physical_axes=True,
+        )
+        return Mesh(grid, AXES, axis_types=types)
+    return jax.make_mesh(shape, AXES, devices=devices, axis_types=types)
+
+
+def platform(mesh: Mesh) -> str:
+    """`cpu`, `gpu` or `tpu`: what a program on this mesh is compiled for."""
+    return mesh.devices.flat[0].platform
+
+
+def fsdp(mesh: Mesh) -> int:
+    """Shards of the parameters."""
+    return mesh.shape["fsdp"] * mesh.shape["fsdp_in"]
+
+
+def shards(mesh: Mesh) -> int:
+    """Parts that a batch is split into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of a batch: its first axis over every device."""
-    return NamedSharding(mesh, PartitionSpec(AXES))
+    """Sharding of a batch: its first axis over replicas and shards."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -50,19 +95,23 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def put_batch(mesh: Mesh, tree: Any) -> Any:
     """Arrays placed with their first axis over every device; whole where it does not split.
 
-    For one process that holds the whole batch; training uses its own process-local data.
+    Every process holds the whole batch, and each takes its own part of it; training uses what each
+    process has read by itself.
     """
 
     def put(leaf):
-        fits = leaf.shape[0] % mesh.size == 0
-        return jax.device_put(leaf, batch_sharding(mesh) if fits else replicated(mesh))
+        fits = leaf.shape[0] % shards(mesh) == 0
+        sharding = batch_sharding(mesh) if fits else replicated(mesh)
+        if jax.process_count() == 1 or isinstance(leaf, jax.Array):
+            return jax.device_put(leaf, sharding)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
     return jax.tree.map(put, tree)
 
 
 def check_batch(mesh: Mesh, batch_size: int, name: str) -> None:
     """Raises `UserError` when a batch does not split evenly over the mesh."""
-    if batch_size % mesh.size:
+    if batch_size % shards(mesh):
         raise UserError(
-            f"{name}={batch_size} does not split over {mesh.size} devices: use a multiple of it"
+            f"{name}={batch_size} does not split over {shards(mesh)} devices: use a multiple of it"
         )

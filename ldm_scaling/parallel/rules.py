@@ -10,13 +10,24 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ldm_scaling.errors import UserError
+from ldm_scaling.parallel import mesh as mesh_lib
 
 Rules = Sequence[tuple[str, PartitionSpec]]
 
-# Kernels over their output channels; what is one number a channel is held whole.
+# Layers whose output channels are split between tensor shards, and those that sum up over them.
+_SPLITS = r"(to_q|to_k|to_v|ff_in|ff_gate|conv1|time_emb_proj)"
+_SUMS = r"(to_out|ff_out|conv2)"
+_CONV = r"(conv\w*|\w*sample)"
+
+# Kernels over their input channels, but over their outputs where tensor shards hold the inputs; what
+# is one number a channel is held whole. See `shardings` for what does not divide.
 DEFAULT: Rules = (
-    (r"conv\w*/kernel$|sample/kernel$", PartitionSpec(None, None, None, "fsdp")),
-    (r"/kernel$", PartitionSpec(None, "fsdp")),
+    (r"/conv1/kernel$", PartitionSpec(None, None, "fsdp", "tensor")),
+    (r"/conv2/kernel$", PartitionSpec(None, None, "tensor", "fsdp")),
+    (rf"/{_SPLITS}/kernel$", PartitionSpec("fsdp", "tensor")),
+    (rf"/{_SUMS}/kernel$", PartitionSpec("tensor", "fsdp")),
+    (rf"/{_CONV}/kernel$", PartitionSpec(None, None, "fsdp")),
+    (r"/kernel$", PartitionSpec("fsdp")),
     (r"/(bias|scale)$", PartitionSpec()),
 )
 
@@ -59,13 +70,32 @@ def specs(tree: Any, rules: Rules = DEFAULT) -> Any:
 
 
 def shardings(tree: Any, mesh: Mesh, rules: Rules = DEFAULT) -> Any:
-    """The `NamedSharding` of every leaf. An axis that the mesh's does not divide is held whole."""
+    """The `NamedSharding` of every leaf.
+
+    A dimension that the axis of its rule does not divide is held whole. `fsdp` moves to the other
+    one of a kernel's last two, its channels, where that divides and is free; if not over all its
+    devices, then over one ring of them, and is repeated over the rings.
+    """
+    sizes = {**mesh.shape, "fsdp": mesh_lib.fsdp(mesh)}
 
     def fit(leaf, spec):
         axes = [
-            axis if axis is None or size % mesh.shape[axis] == 0 else None
-            for size, axis in zip(leaf.shape, spec, strict=False)
+            axis if axis and axis != "fsdp" and sizes[axis] > 1 and size % sizes[axis] == 0
+            else None
+            for size, axis in zip(leaf.shape, (*spec, *[None] * (leaf.ndim - len(spec))))
         ]
+        if "fsdp" in spec and sizes["fsdp"] > 1:
+            _place_fsdp(leaf.shape, axes, spec.index("fsdp"), mesh)
         return NamedSharding(mesh, PartitionSpec(*axes))
 
     return jax.tree.map(fit, tree, specs(tree, rules))
+
+
+def _place_fsdp(shape: tuple[int, ...], axes: list, at: int, mesh: Mesh) -> None:
+    channels = [at, *(d for d in range(max(0, len(shape) - 2), len(shape)) if d != at)]
+    whole = ("fsdp", "fsdp_in") if mesh.shape["fsdp_in"] > 1 else "fsdp"
+    for axis, size in ((whole, mesh_lib.fsdp(mesh)), ("fsdp", mesh.shape["fsdp"])):
+        for dim in channels:
+            if axes[dim] is None and shape[dim] % size == 0:
+                axes[dim] = axis
+                return

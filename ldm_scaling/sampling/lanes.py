@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -21,10 +22,12 @@ from jax import Array, lax
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.parallel import mesh as mesh_lib
+from ldm_scaling.parallel import placing
 from ldm_scaling.sampling import guidance, packing, sampler
 from ldm_scaling.sampling.guidance import Correction, Denoise
 from ldm_scaling.sampling.packing import Chunk, Configuration, Plan
 from ldm_scaling.sampling.sampler import State
+from ldm_scaling.sampling.table import COLUMNS
 
 _COND_BYTES = 64 * 2**20
 _MAX_JOBS = 8
@@ -170,16 +173,50 @@ class Lanes:
     def _put(self, tree: Any) -> Any:
         return mesh_lib.put_batch(self.mesh, tree)
 
-    def _empty(self, cond_1: Any, guided: bool) -> Lane:
-        """Lanes before the first row."""
+    def _shapes(self, cond_1: Any, guided: bool) -> Lane:
+        """What the lanes hold."""
         cond = jax.eval_shape(self.admit, cond_1)
         pair = (2,) if guided else ()
-        x = np.zeros((self.size, *self.latent_shape), np.float32)
-        return self._put(Lane(
-            State(*(x.copy() for _ in State._fields)),
-            np.ones(self.size, np.float32), np.zeros(self.size, np.int32),
-            jax.tree.map(lambda c: np.zeros((self.size, *pair, *c.shape[1:]), c.dtype), cond),
-        ))
+        size, shape = self.size, jax.ShapeDtypeStruct
+        x = shape((size, *self.latent_shape), np.float32)
+        return Lane(
+            State(*[x] * len(State._fields)), shape((size,), np.float32), shape((size,), np.int32),
+            jax.tree.map(lambda c: shape((size, *pair, *c.shape[1:]), c.dtype), cond),
+        )
+
+    def _empty(self, cond_1: Any, guided: bool) -> Lane:
+        """Lanes before the first row."""
+        shapes = self._shapes(cond_1, guided)
+        lane = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
+        return self._put(lane._replace(guidance=np.ones(self.size, np.float32)))
+
+    def abstract(self, cond_1: Any, guided: bool) -> tuple[Callable, tuple[Any, ...]]:
+        """The program that runs rows, and what follows its parameters, as shapes: for compiling
+        ahead of time. How many rows it runs is one of its arguments.
+
+        Args:
+            cond_1: shapes of a prompt's conditioning, with leading axis 1.
+            guided: whether rows are guided.
+        """
+        size, rows, jobs = self.size, self.max_rows, _most_jobs(self.size, cond_1)
+
+        def shape(dims: tuple[int, ...], dtype: Any, split: bool = True) -> jax.ShapeDtypeStruct:
+            whole, parts = mesh_lib.replicated(self.mesh), mesh_lib.batch_sharding(self.mesh)
+            return jax.ShapeDtypeStruct(dims, dtype, sharding=parts if split else whole)
+
+        lane = jax.tree.map(lambda s: shape(s.shape, s.dtype), self._shapes(cond_1, guided))
+        cond_BK = jax.tree.map(lambda c: shape((size, jobs, *c.shape[1:]), c.dtype), cond_1)
+        uncond = jax.tree.map(lambda c: shape(c.shape, c.dtype, split=False), cond_1)
+        chunk = {
+            "rows": shape((size, rows, len(COLUMNS)), np.float32),
+            **{name: shape((size, rows), np.int32) for name in ("stream", "start", "end")},
+            "guidance": shape((size, jobs), np.float32), "index": shape((size, jobs), np.int32),
+            **{name: shape((rows,), bool, split=False) for name in ("starts", "ends", "noisy")},
+            "n": shape((), np.int32, split=False),
+        }
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        program = self._program(guidance.NONE, guided)
+        return program, (lane, cond_BK, uncond if guided else None, chunk, key)
 
     def plans(self, configurations: Sequence[Configuration]) -> list[Plan]:
         """Where each sample runs, one plan per program; rows are known before any has run."""
@@ -222,15 +259,14 @@ class Lanes:
     ) -> Iterator[Finished]:
         program = self._program(plan.correction, guided)
         example = cond_of(next(c for c in plan.configurations if len(c.prompt_N)).prompt_N[:1])
-        size = self.size * max(1, sum(leaf.nbytes for leaf in jax.tree.leaves(example)))
-        max_jobs = int(np.clip(_COND_BYTES // size, 1, _MAX_JOBS))
+        max_jobs = _most_jobs(self.size, example)
         lane = self._empty(example, guided)
-        uncond = jax.device_put(uncond, mesh_lib.replicated(self.mesh))
+        uncond = placing.replicate(self.mesh, uncond)
         waiting: collections.deque[tuple[Chunk, Array]] = collections.deque()
         for chunk in plan.chunks(self.max_rows, max_jobs):
             cond_BK = self._put(_conditioning(chunk, cond_of, example))
             lane, out_BKHWC = program(params, lane, cond_BK, uncond, self._arrays(chunk), key)
-            if len(chunk.finished):
+            if len(chunk.finished) and out_BKHWC.is_fully_addressable:
                 out_BKHWC.copy_to_host_async()
             waiting.append((chunk, out_BKHWC))
             if len(waiting) > in_flight:
@@ -247,7 +283,14 @@ class Lanes:
             "starts": chunk.starts_S, "ends": chunk.ends_S, "noisy": chunk.noisy_S,
             "n": np.array(chunk.n, np.int32),
         }
-        return self._put(split) | jax.device_put(whole, mesh_lib.replicated(self.mesh))
+        return self._put(split) | placing.replicate(self.mesh, whole)
+
+
+def _most_jobs(lanes: int, cond_1: Any) -> int:
+    """K, samples that a lane may begin in a chunk."""
+    leaves = jax.tree.leaves(cond_1)
+    one = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in leaves)
+    return int(np.clip(_COND_BYTES // (lanes * max(1, one)), 1, _MAX_JOBS))
 
 
 def _conditioning(chunk: Chunk, cond_of: Callable[[np.ndarray], Any], example: Any) -> Any:
@@ -269,7 +312,7 @@ def _finished(chunk: Chunk, out_BKHWC: Array, guided: bool) -> Finished:
     lane_J, k_J, configuration_J, position_J = chunk.finished.T
     out_BKHWC.block_until_ready()
     if len(lane_J):
-        latents = np.asarray(out_BKHWC)[lane_J, k_J]
+        latents = placing.fetch(out_BKHWC)[lane_J, k_J]
     else:
         latents = np.zeros((0, *out_BKHWC.shape[2:]), np.float32)
     return Finished(configuration_J, position_J, latents, chunk.useful_rows, guided)

@@ -52,9 +52,10 @@ class Caches:
       autoencoder: gives the encoder of pictures.
       text: the encoder of captions.
       embedder: makes sentence embeddings, which pictures' captions are scored by.
-      mesh: of the devices.
+      mesh: of this process's devices.
       step: gives what the sides of pictures are multiples of: all networks halve them.
       least: pictures that a bucket of another aspect needs: a batch.
+      process_index, process_count: of those that make the caches together.
     """
 
     folder: epath.Path
@@ -67,6 +68,8 @@ class Caches:
     mesh: Mesh
     step: Callable[[], int]
     least: int
+    process_index: int = 0
+    process_count: int = 1
 
     @functools.cached_property
     def buckets(self) -> buckets_lib.Buckets | None:
@@ -86,7 +89,7 @@ class Caches:
                 "text", split, number, self.text().hash, self.embedder().hash, captions.hash
             ),
             captions, self.text(), self.mesh, embedder=self.embedder(),
-            what=f"text states, {self._what(number, split)}",
+            what=f"text states, {self._what(number, split)}", **self._share(),
         )
 
     @functools.cache  # noqa: B019
@@ -100,7 +103,7 @@ class Caches:
             ),
             dataset.images(split, ("image",)), encoder, self.mesh, dataset.hash,
             mirrored=mirrored, dtype=self.data.latent_dtype,
-            what=f"latents, {self._what(number, split, mirrored)}",
+            what=f"latents, {self._what(number, split, mirrored)}", **self._share(),
         )
 
     @functools.cache  # noqa: B019
@@ -119,7 +122,7 @@ class Caches:
             ),
             images, encoder, self.mesh, files.sha256_of([dataset.hash, images.sizes]), parts,
             mirrored=mirrored, dtype=self.data.latent_dtype,
-            what=f"latents, {self._what(number, 'train', mirrored)}",
+            what=f"latents, {self._what(number, 'train', mirrored)}", **self._share(),
         )
 
     def _folder(
@@ -134,6 +137,9 @@ class Caches:
     def _what(self, number: int, split: str, mirrored: bool = False) -> str:
         of = f" of {self.data.sources[number]}" if len(self.datasets) > 1 else ""
         return f"{split}{of}{', mirrored' if mirrored else ''}"
+
+    def _share(self) -> dict[str, int]:
+        return {"process_index": self.process_index, "process_count": self.process_count}
 
     # All data sets.
 

@@ -154,8 +154,8 @@ def cache_latents(
     height, width = _read(images, indices[:1]).shape[1:3]
     shape = encoder.latent_shape(height, width)
     hash = sha256_of([encoder.hash, data_hash, list(shape), mirrored, dtype, chosen, count])
-    size = -(-batch_size // mesh.size) * mesh.size
-    encode, params = _jitted(encoder), _placed(encoder, mesh)
+    size = -(-batch_size // mesh_lib.shards(mesh)) * mesh_lib.shards(mesh)
+    encode, params = jitted(encoder), _placed(encoder, mesh)
 
     def read(places: range) -> np.ndarray:
         x_BHWC = _read(images, [indices[i] for i in places])
@@ -240,7 +240,9 @@ def cache_latent_buckets(
 
 
 @functools.lru_cache(maxsize=1)  # A split's caches follow each other, and compile once.
-def _jitted(encoder: LatentEncoder) -> Callable[[Any, jax.Array], dict[str, jax.Array]]:
+def jitted(encoder: LatentEncoder) -> Callable[[Any, jax.Array], dict[str, jax.Array]]:
+    """`encode(params, images) -> {"mean", "logvar"}` of uint8 pictures (B, H, W, 3)."""
+
     @jax.jit
     def encode(params, x_BHWC):
         posterior = encoder.encode(params, x_BHWC.astype(jnp.float32) / 127.5 - 1)

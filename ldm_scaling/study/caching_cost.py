@@ -24,7 +24,7 @@ from rich.table import Table
 from ldm_scaling.diffusion import loss as loss_lib
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import autoencoder, blocks, clip, clip_text, t5, text_encoder, unet, zoo
+from ldm_scaling.models import attention, autoencoder, clip, clip_text, t5, text_encoder, unet, zoo
 
 TextSpec = clip.TextSpec | t5.T5Spec | text_encoder.BertSpec
 # The encoders that states of captions are commonly taken from, by the names that configs use.
@@ -237,7 +237,7 @@ def text_gflops(spec: TextSpec, length: int) -> float:
 @functools.cache
 def train_gflops(spec: unet.UNetSpec) -> float:
     """1e9 FLOPs of the loss and its gradient for one example, without the optimiser."""
-    network = unet.UNet(spec, attention=blocks.textbook_attention)
+    network = unet.UNet(spec, attention=attention.textbook)
     schedule = schedule_lib.get("sd")
 
     def denoise(params, x_BHWC, t_B, cond):

@@ -88,13 +88,28 @@ def samplers(records: Iterable[Record]) -> list[str]:
     return sorted(found, key=lambda s: (s.partition(", ")[0] != "ddim", s))
 
 
+def last_rounds(records: Sequence[Record]) -> list[Record]:
+    """The records without those that a later round of the same race replaces: it holds their
+    images and more."""
+    def race(r: Record) -> Identity:
+        return dataclasses.replace(r.identity, num_images=0)
+
+    last: dict[Identity, int] = {}
+    for r in records:
+        if r.round:
+            last[race(r)] = max(r.round, last.get(race(r), 0))
+    return [r for r in records if not r.round or r.round == last[race(r)]]
+
+
 def distinct(records: Sequence[Record]) -> list[Record]:
     """The records with one name per arm, checked to hold each configuration once.
 
     A sampler measured with several timestep spacings becomes several arms ("ddim, trailing").
-    Raises `UserError` when two records still share model, sampler, steps, guidance and seed block
-    (two checkpoints, two code versions): a curve through a mixture would mean nothing.
+    Of a guidance rate's rounds in a race only the last is kept. Raises `UserError` when two records
+    still share model, sampler, steps, guidance and seed block (two checkpoints, two code versions):
+    a curve through a mixture would mean nothing.
     """
+    records = last_rounds(records)
     spacings: dict[str, set[str]] = defaultdict(set)
     for r in records:
         spacings[r.identity.sampler].add(r.identity.spacing)
@@ -128,17 +143,18 @@ def best_guidance(records: Sequence[Record], metric: str, select_block: int = 0)
     """The guidance rate with the best `metric` in every cell, on one seed block.
 
     Ties go to the smaller rate. Report the outcome on *another* block: on the same one the
-    chosen value is biased towards the good side (the smallest of several noisy numbers).
+    chosen value is biased towards the good side (the smallest of several noisy numbers). Where
+    rates raced, those of the last round are compared: with fewer images a distance is larger.
     """
     sign = labels.measure(metric).sign
-    best: dict[Cell, tuple[float, float]] = {}
+    best: dict[Cell, tuple[int, float, float]] = {}
     for r in records:
         i = r.identity
         if i.seed_block == select_block and metric in r.metrics:
-            candidate = (sign * r.metrics[metric], i.guidance)
+            candidate = (-i.num_images, sign * r.metrics[metric], i.guidance)
             cell = (i.model, i.sampler, i.steps)
             best[cell] = min(candidate, best.get(cell, candidate))
-    return {cell: guidance for cell, (_, guidance) in sorted(best.items())}
+    return {cell: guidance for cell, (*_, guidance) in sorted(best.items())}
 
 
 def quality_curves(

@@ -16,7 +16,7 @@ from ldm_scaling import files
 from ldm_scaling.data import image_folder, pairs
 from ldm_scaling.data.image_folder import ImageFolder
 from ldm_scaling.errors import UserError
-from ldm_scaling.parallel import hosts
+from ldm_scaling.parallel import compiled, hosts
 from ldm_scaling.study import evaluate, evaluate_checks, evaluate_show, protocols, scores, weights
 from ldm_scaling.study.evaluate import Options, Task
 from ldm_scaling.study.features import ImageSet
@@ -132,6 +132,7 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
         print(protocols.text())
         return
     hosts.use_cpu_cores()
+    compiled.keep()
     options = Options(
         weights.folder(given.weights), _cache(given.cache), given.replicates, given.seed,
         prefix=given.prefix,

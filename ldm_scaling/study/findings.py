@@ -1,127 +1,15 @@
-"""Findings: what the records show, in plain sentences, and the paper's claims judged."""
+"""Findings: what the records show, in plain sentences."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Literal
 
 from ldm_scaling.study import curves as curves_lib
 from ldm_scaling.study import labels, winners
 from ldm_scaling.study.curves import Curves
 from ldm_scaling.study.records import Record
-
-CONFIDENCE = 0.95
-"""A claim is supported from this share of the replicates on, not supported below its rest."""
-
-# How the names of the samplers that claim 4 is about start.
-_FAMILIES = {"ddim": "DDIM", "ddpm": "DDPM", "dpmpp": "DPM-Solver++"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """One claim of the paper, judged.
-
-    Attributes:
-      number: the claim's number in the paper's list.
-      claim: the claim in a sentence.
-      outcome: the judgement.
-      headline: what happened, in one sentence.
-      because: sentences with the numbers behind it; may be empty.
-    """
-
-    number: int
-    claim: str
-    outcome: Literal["supported", "not supported", "undecided"]
-    headline: str
-    because: str = ""
-
-
-def _judge(probability: float | None) -> Literal["supported", "not supported", "undecided"]:
-    if probability is None or 1 - CONFIDENCE < probability < CONFIDENCE:
-        return "undecided"
-    return "supported" if probability >= CONFIDENCE else "not supported"
-
-
-def _sure(probability: float | None) -> str:
-    if probability is None:
-        return "unknown probability (no replicates)"
-    return f"probability {labels.probability(probability)}"
-
-
-def _value(metric: str, contender: winners.Contender) -> str:
-    point = contender.point
-    ends = "" if point.low is None else f" {labels.interval(point.low, point.high)}"
-    return f"{labels.measure(metric).short} {labels.number(point.value)}{ends}"
-
-
-def _how(contender: winners.Contender) -> str:
-    point = contender.point
-    return f"{point.steps} steps at guidance {point.guidance:g}"
-
-
-def verdicts(curves: Curves, metric: str, sizes: Sequence[str]) -> list[Verdict]:
-    """The paper's claims 3 and 4, judged from paired replicates.
-
-    Claim 3 holds in a replicate when, between the smallest budget that every size can afford and
-    the largest one measured, the winner becomes larger. Claim 4 asks the same of every sampler,
-    in the same replicates.
-    """
-    names = sorted({s for _, s in curves}, key=lambda s: (s.partition(", ")[0] != "ddim", s))
-    found, together = winners.crossovers(curves, metric, sizes, names)
-    claims = (
-        "At a small sampling budget smaller models win; at a large one larger models do.",
-        "That holds for DDIM, DDPM and DPM-Solver++ alike.",
-    )
-    unmet = "Not measured yet: no sampler has two sizes that meet at two budgets."
-    first = Verdict(3, claims[0], "undecided", unmet)
-    if found:
-        sampler, cross = next(iter(found.items()))
-        first = Verdict(3, claims[0], _judge(cross.probability), _headline(sampler, cross),
-                        _cross(metric, cross))
-    lacking = [labels.sampler(s) for s in names if s not in found]
-    lacking += [family for start, family in _FAMILIES.items()
-                if not any(s.startswith(start) for s in names)]
-    if lacking:
-        unmet = f"Not measured fully yet: {labels.listing(lacking)}."
-        return [first, Verdict(4, claims[1], "undecided", unmet)]
-    parts = [
-        f"{labels.sampler(s)} {_judge(c.probability)} ({c.low.best.model} at the smallest, "
-        f"{c.high.best.model} at the largest budget; {_sure(c.probability)})"
-        for s, c in found.items()
-    ]
-    held = sum(_judge(c.probability) == "supported" for c in found.values())
-    headline = (
-        f"The pattern is clear for {held} of {len(found)} samplers; for all of them at once: "
-        f"{_sure(together)}."
-    )
-    return [first, Verdict(4, claims[1], _judge(together), headline, f"{'; '.join(parts)}.")]
-
-
-def _headline(sampler: str, cross: winners.Crossover) -> str:
-    low, high = cross.low, cross.high
-    there = f"is best at a budget of {labels.number(low.budget)}"
-    if low.best.model == high.best.model:
-        what = f"{low.best.model} {there} and still at {labels.number(high.budget)}"
-    else:
-        what = f"{low.best.model} {there}, {high.best.model} at {labels.number(high.budget)}"
-    return (
-        f"With {labels.sampler(sampler)}, {what}: {_sure(cross.probability)} that a larger size "
-        "wins the larger budget."
-    )
-
-
-def _cross(metric: str, cross: winners.Crossover) -> str:
-    low, high = cross.low, cross.high
-    return (
-        f"The smallest budget that all {len(low.contenders)} sizes can afford is "
-        f"{labels.number(low.budget)}: {low.best.model} takes {_how(low.best)} there and reaches "
-        f"{_value(metric, low.best)} ({_sure(low.best.probability)} that it is the best size, "
-        f"{_sure(cross.small_wins)} that some size below the largest is). At the largest, "
-        f"{labels.number(high.budget)}, {high.best.model} reaches {_value(metric, high.best)} in "
-        f"{_how(high.best)} ({_sure(high.best.probability)} that it is the best size)."
-    )
+from ldm_scaling.study.statistics import bands, duels, words
 
 
 def findings(
@@ -140,6 +28,7 @@ def findings(
         main = curves_lib.samplers(records)[0]
         if any(s == main for _, s in curves):
             out += _budgets(curves, metric, sizes, main)
+            out += _pairs(curves, metric, sizes, main)
         out += _seconds(curves, metric, sizes, main)
         out += _best_of_all(curves, metric)
     out += _guidance(records, metric, select_block)
@@ -165,9 +54,9 @@ def _budgets(curves: Curves, metric: str, sizes: Sequence[str], sampler: str) ->
     )
     first = met[0]
     line = (
-        f"At the smallest of these budgets {first.best.model} takes {_how(first.best)} and reaches "
-        f"{_value(metric, first.best)}; {first.runner_up.model} ({_how(first.runner_up)}) is next, "
-        f"{labels.number(first.advantage)} worse"
+        f"At the smallest of these budgets {first.best.model} takes {words.how(first.best)} and "
+        f"reaches {words.reached(metric, first.best)}; {first.runner_up.model} "
+        f"({words.how(first.runner_up)}) is next, {labels.number(first.advantage)} worse"
     )
     if first.advantage_interval:
         line += f" {labels.interval(*first.advantage_interval)}"
@@ -177,10 +66,32 @@ def _budgets(curves: Curves, metric: str, sizes: Sequence[str], sampler: str) ->
         out.append(
             f"The largest size, {largest.model}, wins at no budget up to "
             f"{labels.number(won[-1].budget)} with {name}: the best it reaches is "
-            f"{_value(metric, largest)} against {_value(metric, met[-1].best)} of "
+            f"{words.reached(metric, largest)} against {words.reached(metric, met[-1].best)} of "
             f"{met[-1].best.model}."
         )
     return out
+
+
+def _pairs(curves: Curves, metric: str, sizes: Sequence[str], sampler: str) -> list[str]:
+    """The smallest against the largest size where both can first take part, and how many of all
+    such comparisons are left after correcting for their number."""
+    won = winners.winner_by_budget(curves, metric, sizes, samplers={sampler})
+    budgets = [w.budget for w in won if w.complete and len(w.contenders) > 1]
+    if not budgets or any(p.replicates_R.size < bands.LEAST
+                          for (_, s), curve in curves.items() if s == sampler for p in curve):
+        return []
+    found = duels.all_pairs(curves, metric, sizes, budgets, samplers={sampler})
+    contenders = next(w for w in won if w.complete).contenders
+    ends = {contenders[0].model, contenders[-1].model}
+    first = next(d for d in found if {d.a.model, d.b.model} == ends)
+    holm, bh = (sum(p <= 1 - words.CONFIDENCE for p in values)
+                for values in ([d.holm for d in found], [d.bh for d in found]))
+    return [
+        f"Smallest against largest: {duels.sentence(first, metric)}",
+        f"Of all {len(found)} comparisons of two sizes at equal budgets with "
+        f"{labels.sampler(sampler)}, {holm} differ for sure even if not one of them may err "
+        f"(Holm), {bh} if one in twenty of those named may (Benjamini and Hochberg).",
+    ]
 
 
 def _run(run: Sequence[winners.Winner]) -> str:
@@ -189,8 +100,8 @@ def _run(run: Sequence[winners.Winner]) -> str:
     sure = [w.best.probability for w in run if w.best.probability is not None]
     if not sure:
         return f"{run[0].best.model} {where}"
-    if min(sure) >= CONFIDENCE:
-        return f"{run[0].best.model} {where} (probability {CONFIDENCE:g} or more)"
+    if min(sure) >= words.CONFIDENCE:
+        return f"{run[0].best.model} {where} (probability {words.CONFIDENCE:g} or more)"
     ends = dict.fromkeys(labels.probability(p) for p in (min(sure), max(sure)))
     return f"{run[0].best.model} {where} (unsure: probability {' to '.join(ends)})"
 
@@ -202,9 +113,9 @@ def _seconds(curves: Curves, metric: str, sizes: Sequence[str], sampler: str) ->
     low, high = cross.low, cross.high
     return [
         f"In measured seconds per image instead of normalised cost, claim 3 is "
-        f"{_judge(cross.probability)} for {labels.sampler(sampler)} ({_sure(cross.probability)}): "
-        f"{low.best.model} is best at {labels.number(low.budget)} s, {high.best.model} at "
-        f"{labels.number(high.budget)} s."
+        f"{words.judge(cross.probability)} for {labels.sampler(sampler)} "
+        f"({words.sure(cross.probability)}): {low.best.model} is best at "
+        f"{labels.number(low.budget)} s, {high.best.model} at {labels.number(high.budget)} s."
     ]
 
 
@@ -215,10 +126,10 @@ def _best_of_all(curves: Curves, metric: str) -> list[str]:
     return [
         f"Whatever the cost, the best configuration on the choosing prompts is {best.model} with "
         f"{labels.sampler(best.sampler)}, {best.steps} steps and guidance {best.guidance:g}; "
-        f"on the reporting prompts it has {_value(metric, winners.Contender(best, None))} at a "
-        f"cost of {labels.number(best.cost)}; the cheapest is {least.model}, "
+        f"on the reporting prompts it has {words.reached(metric, winners.Contender(best, None))} "
+        f"at a cost of {labels.number(best.cost)}; the cheapest is {least.model}, "
         f"{labels.sampler(least.sampler)}, {least.steps} steps: "
-        f"{_value(metric, winners.Contender(least, None))} at {labels.number(least.cost)}."
+        f"{words.reached(metric, winners.Contender(least, None))} at {labels.number(least.cost)}."
     ]
 
 

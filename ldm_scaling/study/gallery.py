@@ -21,6 +21,7 @@ from PIL import Image
 
 from ldm_scaling import files, pictures
 from ldm_scaling.errors import UserError
+from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling import packing
 from ldm_scaling.sampling.packing import Configuration
 from ldm_scaling.study import labels, sheet
@@ -221,7 +222,7 @@ def draw(
         Configuration(tables[name, steps], rate, index_N, prompt_N) for name, steps, rate
         in itertools.product(request.sampler, request.steps, request.guidance)
     ]
-    count = lanes(configurations, materials.mesh.size, study.sweep.batch_size)
+    count = lanes(configurations, mesh_lib.shards(materials.mesh), study.sweep.batch_size)
     drawer = drawer or functools.partial(_drawer, materials, count)
     rows = sum(c.table.calls for c in configurations) * len(index_N)
     images_M = []

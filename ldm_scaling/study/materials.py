@@ -6,7 +6,8 @@ import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from ldm_scaling.metrics import agreement, moments
 from ldm_scaling.metrics.frechet import ReferenceStats
 from ldm_scaling.models import efficientnet, text_encoder, unet
 from ldm_scaling.parallel import mesh as mesh_lib
+from ldm_scaling.parallel import processes
 from ldm_scaling.study import caches, datasets, encoders, published
 from ldm_scaling.study import networks as networks_lib
 from ldm_scaling.study.scorer import Scorer
@@ -44,10 +46,28 @@ PROBE_PICTURES = 50_000
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Materials:
-    """A study's shared parts; each is made, or read from the workdir, when first asked for."""
+    """A study's shared parts; each is made, or read from the workdir, when first asked for.
+
+    Networks lie on the devices of all processes, and all must ask for them and use them together.
+    `own` are the same materials on this process's devices: frozen encoders and sweeps run there,
+    each process at its own pace. With one process both are one.
+
+    Attributes:
+      study: the config.
+      workdir: where it works.
+      alone: whether these are some process's own.
+    """
 
     study: Study
     workdir: Workdir
+    alone: bool = False
+
+    @functools.cached_property
+    def own(self) -> Materials:
+        """These materials on this process's devices."""
+        if self.alone or not processes.several():
+            return self
+        return dataclasses.replace(self, alone=True)
 
     # Data.
 
@@ -55,7 +75,10 @@ class Materials:
     def datasets(self) -> tuple[datasets.Dataset, ...]:
         """The pictures and captions, prepared if need be. Raises `UserError` where there are too
         few for the config's batches and its sweep."""
-        found = datasets.of(self.study.data, self.workdir / "data")
+        if self.own is not self:
+            return self.own.datasets
+        with processes.lead_first("data"):
+            found = datasets.of(self.study.data, self.workdir / "data")
         self.study.check_counts(*(sum(d.count(split) for d in found) for split in SPLITS))
         return found
 
@@ -103,7 +126,10 @@ class Materials:
 
     @functools.cached_property
     def caches(self) -> caches.Caches:
-        """The latents and text states."""
+        """The latents and text states. Where some are missing, all processes must ask for them:
+        each makes its share."""
+        if self.own is not self:
+            return self.own.caches
         data, study = self.study.data, self.study
 
         def step() -> int:
@@ -116,6 +142,7 @@ class Materials:
             autoencoder=lambda: self.networks.autoencoder(), text=lambda: self.text_states,
             embedder=lambda: self.text_encoder, mesh=self.mesh, step=step,
             least=max(study.train.batch_size, study.autoencoder.train.batch_size),
+            process_index=jax.process_index(), process_count=jax.process_count(),
         )
 
     @functools.cached_property
@@ -126,6 +153,8 @@ class Materials:
     @functools.cached_property
     def text_states(self) -> encoders.TextStates:
         """The frozen encoder whose states train networks."""
+        if self.own is not self:
+            return self.own.text_states
         data = self.study.data
         if not data.text_weights:
             return encoders.text_states(self.text_encoder, text_encoder.NAME)
@@ -139,23 +168,29 @@ class Materials:
         """Text states by published networks' own encoder, (N, L, D), kept in the workdir."""
         hash = files.sha256_of([self.networks.text_hash(), captions])
         path = self.workdir / "data" / f"context_{hash}.array_record"
-        if not path.exists():
-
-            def batches():
-                with files.progress(len(captions), "text states", "caption") as bar:
-                    for index in _slices(len(captions), 64):
-                        yield {"context": self.states([captions[i] for i in index])}
-                        bar.update(len(index))
-
-            cache.write(path, cache.rows(batches()), {"hash": hash})
+        with processes.lead_first("contexts"):
+            if not path.exists():
+                cache.write(path, cache.rows(self._context_batches(captions)), {"hash": hash})
         return cache.CacheSource(path, hash).batch(range(len(captions)))["context"]
+
+    def _context_batches(self, captions: tuple[str, ...]) -> Iterator[dict[str, np.ndarray]]:
+        with files.progress(len(captions), "text states", "caption") as bar:
+            for index in _slices(len(captions), 64):
+                yield {"context": self.states([captions[i] for i in index])}
+                bar.update(len(index))
 
     # Devices.
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
-        """The device mesh of the config."""
-        return mesh_lib.make(self.study.mesh.data, self.study.mesh.fsdp)
+        """The device mesh of the config; where these are a process's own, of its devices, with as
+        many of its shards as they can hold."""
+        mesh = self.study.mesh
+        if not self.alone:
+            return mesh_lib.make(mesh.data, mesh.fsdp, mesh.tensor, mesh.slices)
+        devices = jax.local_devices()
+        shards = len(devices) if mesh.fsdp == -1 else math.gcd(mesh.fsdp, len(devices))
+        return mesh_lib.make(fsdp=shards, devices=devices)
 
     # Networks.
 
@@ -243,7 +278,8 @@ class Materials:
 
     @functools.cached_property
     def scorer(self) -> Scorer:
-        """Reference statistics of all validation pictures, and the probe of the training ones."""
+        """Reference statistics of all validation pictures, and the probe of the training ones.
+        The lead makes them: text states must be there."""
         network = self.feature_network
         extractor = network.layer_hash(LAYER)
 
@@ -252,31 +288,38 @@ class Materials:
 
         folder = self.workdir / "reference"
         reference_path, probe_path = folder / "validation.npz", folder / "probe.npz"
-        if not (reference_path.exists() and probe_path.exists()):
-            index = {
-                "train": self.some("train", PROBE_PICTURES),
-                "validation": np.arange(self.count("validation")),
-            }
-            real = {split: self._real_features(split, index[split], features) for split in SPLITS}
-            embeddings = {split: self._embeddings(split, index[split]) for split in SPLITS}
-            groups = self.groups("train", index["train"])
-            probe = agreement.fit(
-                real["train"], embeddings["train"], groups_N=groups, extractor=extractor,
-                encoder=self.text_encoder.hash,
-            )
-            sanity = agreement.sanity(probe, real["validation"], embeddings["validation"])
-            log.info("caption probe on real validation pairs: %s", sanity)
-            files.atomic_write_text(
-                self.workdir / SANITY, json.dumps(dataclasses.asdict(sanity), indent=1)
-            )
-            agreement.save(probe_path, probe)
-            moments.save(reference_path, moments.Moments.of(real["validation"]), extractor)
+        with processes.lead_first("reference"):
+            if not (reference_path.exists() and probe_path.exists()):
+                self._make_reference(features, extractor, reference_path, probe_path)
         return Scorer(
             features=features,
             reference=ReferenceStats(moments.load(reference_path, extractor), extractor),
             probe=agreement.load(probe_path),
             replicates=self.study.sweep.replicates,
         )
+
+    def _make_reference(
+        self, features: Callable, extractor: str, reference_path: epath.Path,
+        probe_path: epath.Path,
+    ) -> None:
+        index = {
+            "train": self.some("train", PROBE_PICTURES),
+            "validation": np.arange(self.count("validation")),
+        }
+        real = {split: self._real_features(split, index[split], features) for split in SPLITS}
+        embeddings = {split: self._embeddings(split, index[split]) for split in SPLITS}
+        groups = self.groups("train", index["train"])
+        probe = agreement.fit(
+            real["train"], embeddings["train"], groups_N=groups, extractor=extractor,
+            encoder=self.text_encoder.hash,
+        )
+        sanity = agreement.sanity(probe, real["validation"], embeddings["validation"])
+        log.info("caption probe on real validation pairs: %s", sanity)
+        files.atomic_write_text(
+            self.workdir / SANITY, json.dumps(dataclasses.asdict(sanity), indent=1)
+        )
+        agreement.save(probe_path, probe)
+        moments.save(reference_path, moments.Moments.of(real["validation"]), extractor)
 
     def _real_features(self, split: str, index_N: np.ndarray, features) -> np.ndarray:
         images, out = self.source(split, "image"), []

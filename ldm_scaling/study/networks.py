@@ -7,7 +7,6 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
 from ldm_scaling import files
@@ -15,7 +14,7 @@ from ldm_scaling.config import Study, Train
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import autoencoder, unet, zoo
 from ldm_scaling.models.tiny_decoder import TinyDecoderSpec
-from ldm_scaling.parallel import rules
+from ldm_scaling.parallel import placing, rules
 from ldm_scaling.study import encoders
 from ldm_scaling.study.encoders import LatentEncoder
 from ldm_scaling.tasks import autoencoder as autoencoder_task
@@ -96,7 +95,7 @@ def trained(materials: Materials) -> Networks:
     @functools.cache
     def decoder() -> Any:
         if given:
-            return jax.device_put(
+            return placing.put(
                 published.params, rules.shardings(published.params, materials.mesh)
             )
         init = functools.partial(autoencoder.init, spec)

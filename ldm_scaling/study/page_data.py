@@ -12,6 +12,7 @@ from ldm_scaling.study import labels, winners
 from ldm_scaling.study.curves import Curves
 from ldm_scaling.study.labels import Measure
 from ldm_scaling.study.records import Record
+from ldm_scaling.study.statistics import bands
 
 _DIGITS = 6
 
@@ -47,11 +48,14 @@ def charts(records: Sequence[Record], metric: str, select: int, report: int) -> 
     points = []
     for m in shown:
         for curve in curves_lib.quality_curves(records, m.name, metric, select, report).values():
+            band = bands.of_points(curve)
             points += [
                 {"measure": m.name, "model": p.model, "sampler": p.sampler, "steps": p.steps,
                  "guidance": p.guidance, "cost": _round(p.cost), "seconds": _round(p.seconds),
-                 "value": _round(p.value), "low": _round(p.low), "high": _round(p.high)}
-                for p in curve
+                 "value": _round(p.value), "low": _round(p.low), "high": _round(p.high),
+                 "band_low": band and _round(band.all_low_P[k]),
+                 "band_high": band and _round(band.all_high_P[k])}
+                for k, p in enumerate(curve)
             ]
     best = {m.name: curves_lib.best_guidance(records, m.name, select) for m in shown}
     cells = []

@@ -7,6 +7,8 @@ import time
 
 from tqdm import tqdm
 
+from ldm_scaling import files
+
 _WINDOW = 20.0
 
 
@@ -23,7 +25,7 @@ class Progress:
     def __init__(self, total: float, done: float):
         self._bar = tqdm(
             total=total, initial=done, desc="sweep", dynamic_ncols=True, mininterval=0.5,
-            smoothing=0.05,
+            smoothing=0.05, disable=not files.progress_shown(),
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
         )
         self._what = ""

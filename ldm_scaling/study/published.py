@@ -13,14 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from ldm_scaling.config import AUTO, Diffusion, Study
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import clip_text, sd_folder, zoo
-from ldm_scaling.parallel import rules
+from ldm_scaling.parallel import placing, rules
 from ldm_scaling.study import weight_files
 from ldm_scaling.study.networks import Networks
 from ldm_scaling.study.workdir import Workdir
@@ -68,7 +67,7 @@ def networks(study: Study, workdir: Workdir, mesh: Mesh) -> Networks:
     folder, (name,) = sd_folder.read(study.weights), study.members
 
     def place(params: Any) -> Any:
-        return jax.device_put(params, rules.shardings(params, mesh))
+        return placing.put(params, rules.shardings(params, mesh))
 
     @functools.cache
     def decoder() -> tuple[Any, float]:

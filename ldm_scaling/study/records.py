@@ -69,6 +69,9 @@ class Record:
         same prompts in every record of a seed block, so differences between records are paired.
       seconds_per_image: measured seconds of network and decoder for one image in a batch.
       device: what it was measured on.
+      round: of a race, counted from 1, see `study.raced`: its images are the first
+        `identity.num_images` of the block, and its distance is foretold for all of them. 0 where it
+        raced with nothing.
     """
 
     identity: Identity
@@ -82,6 +85,7 @@ class Record:
     replicates: dict[str, list[float]]
     seconds_per_image: float
     device: str
+    round: int = 0
 
     @property
     def cost(self) -> float:
@@ -98,7 +102,8 @@ class Record:
         row |= self.metrics
         for name, (low, high) in self.intervals.items():
             row |= {f"{name}_low": low, f"{name}_high": high}
-        return row | {"seconds_per_image": self.seconds_per_image, "device": self.device}
+        return row | {"seconds_per_image": self.seconds_per_image, "device": self.device,
+                      "round": self.round}
 
 
 def path_of(directory: epath.PathLike, key: str) -> epath.Path:

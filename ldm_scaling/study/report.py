@@ -19,6 +19,7 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.study import curves as curves_lib
 from ldm_scaling.study import findings, labels, page_data, plot_style
 from ldm_scaling.study.records import Record
+from ldm_scaling.study.statistics import claims, words
 
 _PAGE = pathlib.Path(__file__).parent / "page"
 _SCRIPTS = ("charts.js", "figures.js", "table.js")
@@ -176,6 +177,12 @@ def _protocol(records: Sequence[Record], context: Context) -> list[str]:
         f"{context.report_block}, with other prompts and noise, so the choice does not flatter "
         "the result. The step count that a size takes within a budget is chosen in the same way.",
     ]
+    if any(r.round for r in records):
+        protocol.append(
+            f"On seed block {context.select_block} guidance rates raced: all drew a few images, "
+            "the better half drew more, and so on. A distance from some of the block's images is "
+            "foretold for all of them, so that rates can be compared."
+        )
     if draws:
         number = labels.listing([str(d) for d in sorted(draws)], "or")
         protocol.append(
@@ -187,7 +194,9 @@ def _protocol(records: Sequence[Record], context: Context) -> list[str]:
     return [*protocol, *context.protocol]
 
 
-def _limits(records: Sequence[Record], context: Context) -> list[str]:
+def _limits(
+    records: Sequence[Record], context: Context, untested: Sequence[str]
+) -> list[str]:
     trained = sorted({r.identity.train_step for r in records} - {0})  # 0 is a published model.
     steps = [labels.listing([f"{s:,}" for s in trained], "or")] if trained else []
     return [
@@ -198,8 +207,9 @@ def _limits(records: Sequence[Record], context: Context) -> list[str]:
           "prompts, not the chance of another training run." for s in steps),
         "A Fréchet distance depends on the number of images; compare only values with the same "
         "number, network and reference pictures.",
-        "The paper's claims 1, 2, 5 and 6 (training compute, fine-tuning, super-resolution, "
-        "distillation) are not tested by these records.",
+        *([f"Of the paper's claims, {labels.listing(untested)} "
+           f"{'is' if len(untested) == 1 else 'are'} not tested by these records."]
+          if untested else []),
         *context.limits,
     ]
 
@@ -226,6 +236,7 @@ def write(
         claim the same configuration.
     """
     told = Context.of(context)
+    records = curves_lib.last_rounds(records)
     records = sorted(records, key=lambda r: (r.params, dataclasses.astuple(r.identity)))
     if not records:
         raise UserError(f"no records to report for {workdir}: run the sweep first")
@@ -236,6 +247,8 @@ def write(
     curves = curves_lib.quality_curves(arms, told.metric, None, *blocks)
     data = page_data.charts(arms, told.metric, *blocks)
     sentences = findings.findings(arms, told.metric, *blocks)
+    verdicts = claims.verdicts(claims.Evidence.of(arms), told.metric, *blocks)
+    untested = [f"claim {v.number}" for v in verdicts if not v.tested]
     table = page_data.table(records, arms, curves, told.report_block)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_PAGE), autoescape=True, undefined=jinja2.StrictUndefined,
@@ -249,10 +262,10 @@ def write(
         dark=plot_style.ramp(len(sizes), 0.3, 1.0),
         marks=page_data.MARKS,
         facts=page_data.facts(arms),
-        verdicts=findings.verdicts(curves, told.metric, sizes),
+        verdicts=verdicts,
         findings=sentences,
-        confidence=f"{findings.CONFIDENCE:g}",
-        doubt=f"{1 - findings.CONFIDENCE:.2g}",
+        confidence=f"{words.CONFIDENCE:g}",
+        doubt=f"{1 - words.CONFIDENCE:.2g}",
         data=data,
         has_curves=bool(curves),
         measure=measure,
@@ -264,7 +277,7 @@ def write(
         winner_rows=page_data.winner_rows(curves, told.metric, sizes, data["samplers"][0]["name"]),
         csv=_csv(records),
         protocol=_protocol(records, told),
-        limits=_limits(records, told),
+        limits=_limits(records, told, untested),
         config=json.dumps(told.config, indent=1, sort_keys=True, default=str),
         **table,
     )

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ldm_scaling import files
-from ldm_scaling.metrics import agreement, bootstrap
+from ldm_scaling.metrics import agreement, bootstrap, foretold
 from ldm_scaling.metrics.agreement import Probe
 from ldm_scaling.metrics.frechet import ReferenceStats, frechet_from_features
 
@@ -37,9 +37,15 @@ class Scorer:
         """Hash of all that decides a metric's value for given pictures."""
         return files.sha256_of([self.reference.hash, self.probe.hash])
 
-    def score(self, x_ND: np.ndarray, embeddings_NE: np.ndarray, seed: int | None):
+    def score(
+        self, x_ND: np.ndarray, embeddings_NE: np.ndarray, seed: int | None, images: int = 0
+    ):
         """(metrics, intervals, replicates) of pictures with these features and captions; the
-        latter two are empty where `seed` is None."""
+        latter two are empty where `seed` is None.
+
+        With `images` the distance is the one foretold for so many, see `metrics.foretold`; it needs
+        a seed.
+        """
         scores_N = agreement.score(self.probe, x_ND, embeddings_NE)
         metrics = {
             FRECHET: frechet_from_features(x_ND, self.reference),
@@ -52,6 +58,11 @@ class Scorer:
             FRECHET: bootstrap.frechet_replicates(x_ND, self.reference, counts_RN),
             AGREEMENT: bootstrap.mean_replicates(scores_N, counts_RN),
         }
+        if images:
+            halves = float(drawn[FRECHET].mean())
+            metrics[FRECHET] = foretold.foretold(
+                metrics[FRECHET], halves, len(x_ND), images, self.reference
+            )
         centred = {k: bootstrap.centre(metrics[k], v) for k, v in drawn.items()}
         intervals = {k: bootstrap.percentile_interval(v) for k, v in centred.items()}
         # Seven digits are more than 200 replicates can tell; the records stay small.

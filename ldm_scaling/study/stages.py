@@ -9,13 +9,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from etils import epath
 
-from ldm_scaling.config import Study
+from ldm_scaling.config import Study, Train
 from ldm_scaling.data.composed import openmoji
 from ldm_scaling.data.loading import loader
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import cost, efficientnet, text_encoder
+from ldm_scaling.parallel import hosts, processes
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling import solvers
 from ldm_scaling.study import gallery, publish, resolve, sweep
@@ -42,10 +44,6 @@ def check(study: Study, workdir: Workdir, measured: bool = True) -> Materials:
     Raises:
       UserError: naming what does not fit, or a package that is missing.
     """
-    if jax.process_count() > 1:
-        raise UserError(
-            f"this runs on one host, with all its devices; here are {jax.process_count()} processes"
-        )
     study = resolve.resolved(study, workdir)
     materials = Materials(study, workdir)
     for member in (*study.members, study.reference):
@@ -56,6 +54,15 @@ def check(study: Study, workdir: Workdir, measured: bool = True) -> Materials:
         ("sweep.batch_size", study.sweep.batch_size),
     ):
         mesh_lib.check_batch(materials.mesh, size, f"config: {name}")
+    mesh_lib.check_batch(
+        materials.own.mesh, study.sweep.batch_size, "config: sweep.batch_size of each process"
+    )
+    for name, run in (("autoencoder.train", study.autoencoder.train), ("train", study.train)):
+        if run.batch_size % jax.process_count():
+            raise UserError(
+                f"config: {name}.batch_size={run.batch_size} cannot be shared equally by "
+                f"{jax.process_count()} processes: use a multiple of them"
+            )
     schedule = schedule_lib.get(study.diffusion.schedule)
     names = [solvers.canonical(name) for name in study.sweep.samplers]
     if len(set(names)) < len(names):
@@ -76,8 +83,15 @@ def check(study: Study, workdir: Workdir, measured: bool = True) -> Materials:
 
 
 def prepare(materials: Materials) -> None:
-    """Pictures and text states."""
+    """Pictures and text states. Of several processes the lead makes the pictures, and each its
+    share of the states."""
     materials.caches.make_states(SPLITS)
+
+
+def _prepare_together(materials: Materials) -> None:
+    """Text states that are missing, while all processes are here: later one may ask alone."""
+    if processes.several():
+        prepare(materials)
 
 
 def cache_latents(materials: Materials) -> list[str]:
@@ -86,7 +100,7 @@ def cache_latents(materials: Materials) -> list[str]:
     Raises:
       UserError: where the autoencoder is neither trained nor given.
     """
-    materials.networks.autoencoder()
+    materials.own.networks.autoencoder()
     return materials.caches.make(SPLITS)
 
 
@@ -99,34 +113,41 @@ def _loader(materials: Materials, source, train):
     )
 
 
-def train(materials: Materials) -> None:
-    """The autoencoder, its latents, then every member."""
+def train(materials: Materials) -> list[str]:
+    """The autoencoder, its latents, then every member. Returns what there is to tell."""
     study = materials.study
     if study.weights:
-        print(f"nothing to train: {study.members[0]} is the published model in {study.weights}")
-        return
+        return [f"nothing to train: {study.members[0]} is the published model in {study.weights}"]
     prepare(materials)
     train_autoencoder(materials)
     cache_latents(materials)
     for member in study.members:
         train_member(materials, member)
+    return []
 
 
 def train_autoencoder(materials: Materials) -> None:
     """The first stage, unless it is trained or given."""
     study, folder = materials.study, materials.workdir / "autoencoder"
     run = study.autoencoder.train
-    if study.autoencoder.weights or checkpoint.latest(folder / "checkpoints") == run.steps:
+    if study.autoencoder.weights or _trained(folder, run):
         return
     task = autoencoder_task.make(study.autoencoder, materials.shown())
     source = materials.training_images()
     loop.fit(task, run, _loader(materials, source, run), folder, materials.mesh, study.seed)
 
 
+def _trained(folder: epath.Path, run: Train) -> bool:
+    """Whether a run is done; all processes hear the same, whenever they ask."""
+    return processes.from_lead(
+        "trained", lambda: checkpoint.latest(folder / "checkpoints") == run.steps
+    )
+
+
 def train_member(materials: Materials, member: str) -> None:
     """A member, from the caches, unless it is trained."""
     study, folder, run = materials.study, materials.workdir.member(member), materials.study.train
-    if checkpoint.latest(folder / "checkpoints") == run.steps:
+    if _trained(folder, run):
         return
     task = text_to_image.make(
         member, materials.spec(member), run, study.diffusion, study.sample, materials.frozen,
@@ -165,35 +186,43 @@ def sample(
         wanted = dataclasses.replace(wanted, prompt=block.captions[:n], seeds=tuple(seeds))
         stem, context_PLD = f"validation_{wanted.name}", block.context_NLD[:n]
     path = materials.workdir / "samples" / f"{stem}.png"
-    if not path.exists():
+    if not processes.from_lead("drawn", path.exists):
         if context_PLD is None:
             context_PLD = gallery.text_states(materials, wanted.prompt)
-        gallery.draw(materials, wanted, context_PLD, drawer).save(path)
+        drawn = gallery.draw(materials, wanted, context_PLD, drawer)
+        if hosts.is_lead():
+            drawn.save(path)
     return [str(path)]
 
 
 def run_sweep(materials: Materials) -> None:
-    """Every record that is missing."""
-    study, workdir = materials.study, materials.workdir
-    materials.require_trained()
-    scorer = materials.scorer
-    reference_cost = cost.of(materials.spec(study.reference))
+    """Every record that is missing. Several processes share out each member's configurations, and
+    measure them each on its own devices."""
+    _prepare_together(materials)
+    study, workdir, own = materials.study, materials.workdir, materials.own
+    own.require_trained()
+    scorer = own.scorer
+    for block in (study.sweep.select_block, study.sweep.report_block):
+        own.prompts(block)  # While all processes are here.
+    reference_cost = cost.of(own.spec(study.reference))
+    costs = {m: cost.of(own.spec(m)) for m in study.members}
     directory = workdir / "records"
-    done = {m: sweep.existing(study, m, scorer.hash, directory) for m in study.members}
-    costs = {m: cost.of(materials.spec(m)) for m in study.members}
-    total = before = 0.0
-    for m in study.members:
-        total += sum(sweep.work(study, costs[m], i) for i in sweep.planned(study, m))
-        before += sum(sweep.work(study, costs[m], r.identity) for r in done[m])
-    with Progress(max(total, before), before) as progress:
-        for m in study.members:
-            if len(done[m]) == len(sweep.planned(study, m)):
-                continue
+
+    def outstanding() -> list[Any]:
+        done = {m: sweep.existing(study, m, scorer.hash, directory) for m in study.members}
+        planned = {m: sweep.planned(study, m) for m in study.members}
+        total = sum(sweep.work(study, costs[m], i) for m in planned for i in planned[m])
+        before = sum(sweep.work(study, costs[m], r.identity) for m in done for r in done[m])
+        return [[m for m in done if len(done[m]) < len(planned[m])], max(total, before), before]
+
+    members, total, before = processes.from_lead("outstanding", outstanding)
+    share = before + (total - before) / jax.process_count()
+    with Progress(share, before) as progress:
+        for m in members:
             progress.show(m)
             bench = sweep.Bench(
-                spec=materials.spec(m), drawer=materials.drawer(m),
-                params=materials.member_params(m), cost=costs[m],
-                reference_cost=reference_cost, scorer=scorer, prompts=materials.prompts,
+                spec=own.spec(m), drawer=own.drawer(m), params=own.member_params(m),
+                cost=costs[m], reference_cost=reference_cost, scorer=scorer, prompts=own.prompts,
                 directory=directory, strips=workdir / "strips",
             )
             sweep.run_member(study, m, bench, progress)
@@ -210,19 +239,26 @@ def require_records(materials: Materials) -> None:
 
 
 def run_report(materials: Materials) -> str:
-    """Plots and the page, from this config's records alone; returns the page's path."""
+    """Plots and the page, from this config's records alone; returns the page's path. The lead
+    writes them."""
     require_records(materials)
-    found = []
-    for member in materials.study.members:
-        found += sweep.existing(
-            materials.study, member, materials.scorer.hash, materials.workdir / "records"
-        )
-    if not found:
-        raise UserError(
-            f"no record in {materials.workdir / 'records'} is of this config's sweep: run  "
-            "ldm-scaling sweep  with the same --config and --workdir first"
-        )
-    return publish.write(materials, found)
+    _prepare_together(materials)
+    own = materials.own
+
+    def write() -> str:
+        found = []
+        for member in own.study.members:
+            found += sweep.existing(
+                own.study, member, own.scorer.hash, own.workdir / "records"
+            )
+        if not found:
+            raise UserError(
+                f"no record in {own.workdir / 'records'} is of this config's sweep: run  "
+                "ldm-scaling sweep  with the same --config and --workdir first"
+            )
+        return publish.write(own, found)
+
+    return processes.from_lead("report", write)
 
 
 def study_all(materials: Materials) -> str:

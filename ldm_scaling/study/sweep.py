@@ -6,9 +6,10 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -18,10 +19,10 @@ from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import UserError
 from ldm_scaling.models.cost import Cost
 from ldm_scaling.models.unet import UNetSpec
-from ldm_scaling.parallel import hosts
+from ldm_scaling.parallel import hosts, processes
 from ldm_scaling.sampling import packing, solvers
 from ldm_scaling.sampling.packing import Configuration
-from ldm_scaling.study import curves, records
+from ldm_scaling.study import curves, raced, records
 from ldm_scaling.study.behind import Behind
 from ldm_scaling.study.networks import model_hash
 from ldm_scaling.study.progress import Progress
@@ -132,26 +133,48 @@ def work(study: Study, cost: Cost, identity: Identity) -> float:
     return (evaluations + 1) * cost.gflops * identity.num_images
 
 
+def shared(work_N: Sequence[float], count: int) -> list[list[int]]:
+    """Numbers of N pieces of work in `count` parts of about equal sums, ascending: the largest
+    first, each to the part that has least."""
+    parts: list[list[int]] = [[] for _ in range(count)]
+    sums = [0.0] * count
+    for number in sorted(range(len(work_N)), key=lambda n: (-work_N[n], n)):
+        least = sums.index(min(sums))
+        parts[least].append(number)
+        sums[least] += work_N[number]
+    return [sorted(part) for part in parts]
+
+
 def planned(study: Study, member: str) -> list[Identity]:
-    """What a member gets, over both blocks; which rates will be reported is a guess."""
+    """What a member gets, over both blocks; which rates will be reported, or go on in a race, is a
+    guess."""
     guess = (max(study.sweep.guidance),)
-    return selection(study, member, "") + _identities(
+    first = selection(study, member, "")
+    return (raced.planned(study, first) if _races(study) else first) + _identities(
         study, member, study.sweep.report_block, "", lambda *_: guess
     )
+
+
+def _races(study: Study) -> bool:
+    return study.sweep.strategy == "racing"
 
 
 def existing(
     study: Study, member: str, reference_hash: str, directory: epath.Path
 ) -> list[Record]:
-    """The records of this config that are there, of both blocks."""
+    """The records of this config that are there, of both blocks; of a race each rate's last."""
 
     def there(identities: list[Identity]) -> list[Record]:
         paths = [records.path_of(directory, i.key) for i in identities]
         return [records.read(p) for p in paths if p.exists()]
 
     first = selection(study, member, reference_hash)
-    chosen = there(first)
-    if len(chosen) < len(first):
+    if _races(study):
+        chosen, whole = raced.last_rounds(study, first, directory, FRECHET)
+    else:
+        chosen = there(first)
+        whole = len(chosen) == len(first)
+    if not whole:
         return chosen
     return chosen + there(reporting(study, member, reference_hash, chosen))
 
@@ -183,33 +206,80 @@ class Bench:
     strips: epath.Path
     seconds: dict[Any, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
+    @property
+    def features(self) -> epath.Path:
+        """Folder of the features that a race keeps between rounds."""
+        return epath.Path(self.directory).parent / "features"
+
 
 def run_member(study: Study, member: str, bench: Bench, progress: Progress) -> list[Record]:
     """Measures what is missing of a member, and returns all its records.
 
-    The rates of the selection block run together in lanes, then the chosen ones on the report
-    block. Pictures are decoded and scored behind the sampler; a record is written when the last
-    picture of its configuration is scored, so that a run that is killed loses what was under way.
+    The rates of the selection block run together in lanes, all at once or in the rounds of a race,
+    then the chosen ones on the report block. Pictures are decoded and scored behind the sampler; a
+    record is written when the last picture of its configuration is scored, so that a run that is
+    killed loses what was under way.
+
+    Several processes share out each block's configurations, and all must come here: the rates that
+    are reported are chosen among the records of all.
     """
     first = selection(study, member, bench.scorer.hash)
-    _complete(study, first, bench, progress)
-    chosen = [records.read(records.path_of(bench.directory, i.key)) for i in first]
+    if _races(study):
+        chosen = _race(study, first, bench, progress)
+    else:
+        _complete(study, first, bench, progress)
+        processes.barrier("selected")
+        chosen = [records.read(records.path_of(bench.directory, i.key)) for i in first]
     last = reporting(study, member, bench.scorer.hash, chosen)
     _complete(study, last, bench, progress)
+    processes.barrier("reported")
     return chosen + [records.read(records.path_of(bench.directory, i.key)) for i in last]
 
 
-def _complete(study: Study, wanted: list[Identity], bench: Bench, progress: Progress) -> None:
-    """Measures those of one block's configurations that have no record yet."""
-    missing = records.missing(bench.directory, wanted)
+def _race(
+    study: Study, grid: list[Identity], bench: Bench, progress: Progress
+) -> list[Record]:
+    """Runs the rounds that are missing; the last record of each rate.
+
+    Between rounds features are kept. Where they are gone, all of a rate's pictures are drawn anew.
+    """
+    while (now := raced.next_round(study, grid, bench.directory, FRECHET)) is not None:
+        lost = set(processes.from_lead("lost", lambda now=now: [
+            i.key for i in now.identities
+            if now.start and not raced.before(bench.features, i, now.start).exists()
+        ]))
+        anew = dataclasses.replace(now, start=0)
+        for part, stretch in ((True, anew), (False, now)):
+            some = [i for i in now.identities if (i.key in lost) == part]
+            _complete(study, some, bench, progress, stretch)
+        processes.barrier(f"round {now.number}")
+    if hosts.is_lead():
+        raced.forget(bench.features, study, grid)
+    return raced.last_rounds(study, grid, bench.directory, FRECHET)[0]
+
+
+def _complete(
+    study: Study, wanted: list[Identity], bench: Bench, progress: Progress,
+    race: raced.Round | None = None,
+) -> None:
+    """Measures this process's share of those of one block's configurations that have no record
+    yet; of a race, by the pictures of its round and those before."""
+    absent = set(processes.from_lead(
+        "absent", lambda: [i.key for i in records.missing(bench.directory, wanted)]
+    ))
+    missing = [i for i in wanted if i.key in absent]
+    parts = shared(
+        [work(study, bench.cost, i) for i in missing], jax.process_count()
+    )
+    missing = [missing[k] for k in parts[jax.process_index()]]
     if not missing:
         return
     block = bench.prompts(missing[0].seed_block)
     drawer, key = bench.drawer, sampling_key(study.seed)
-    places = np.arange(len(block.index_N))
+    places = np.arange(race.start, race.stop) if race else np.arange(len(block.index_N))
     configurations = [
         Configuration(
-            drawer.table(i.sampler, i.steps, i.spacing), i.guidance, block.index_N, places
+            drawer.table(i.sampler, i.steps, i.spacing), i.guidance, block.index_N[places], places
         )
         for i in missing
     ]
@@ -228,11 +298,21 @@ def _complete(study: Study, wanted: list[Identity], bench: Bench, progress: Prog
         if number in broken:
             return
         identity, configuration = missing[number], configurations[number]
-        seed = identity.seed_block if identity.seed_block == study.sweep.report_block else None
-        metrics, intervals, replicates = bench.scorer.score(features_ND, block.embeddings_NE, seed)
-        pictures.save_png(
-            bench.strips / f"{identity.key}.png", np.concatenate(images_NHWC, axis=1)
+        if race and race.start:
+            earlier_ND = raced.kept(raced.before(bench.features, identity, race.start))
+            features_ND = np.concatenate([earlier_ND, features_ND])
+        else:
+            pictures.save_png(
+                bench.strips / f"{identity.key}.png", np.concatenate(images_NHWC, axis=1)
+            )
+        reported = identity.seed_block == study.sweep.report_block
+        seed = identity.seed_block if reported or race else None
+        metrics, intervals, replicates = bench.scorer.score(
+            features_ND, block.embeddings_NE[: len(features_ND)], seed,
+            study.sweep.num_images if race else 0,
         )
+        if race:
+            raced.keep(raced.before(bench.features, identity, race.stop), features_ND)
         records.write(
             bench.directory,
             Record(
@@ -246,7 +326,8 @@ def _complete(study: Study, wanted: list[Identity], bench: Bench, progress: Prog
                 intervals=intervals,
                 replicates=replicates,
                 seconds_per_image=seconds[number],
-                device=hosts.describe(),
+                device=hosts.describe(list(drawer.mesh.devices.flat)),
+                round=race.number if race else 0,
             ),
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -79,7 +79,7 @@ def _shares(losses_MR: np.ndarray) -> np.ndarray:
     return best_MR / best_MR.sum(axis=0)
 
 
-def _paired(points: Sequence[Point], sign: int) -> np.ndarray | None:
+def paired(points: Sequence[Point], sign: int) -> np.ndarray | None:
     """Losses (M, R) of points whose replicates resample the same prompts; None without any."""
     sizes = {(p.replicates_R.size, p.num_images) for p in points}
     if any(n == 0 for n, _ in sizes):
@@ -95,7 +95,7 @@ def _paired(points: Sequence[Point], sign: int) -> np.ndarray | None:
 def _outcome(
     points: Sequence[Point], sign: int, budget: float, complete: bool
 ) -> tuple[Winner, np.ndarray | None]:
-    losses_MR = _paired(points, sign)
+    losses_MR = paired(points, sign)
     shares_MR = None if losses_MR is None else _shares(losses_MR)
     contenders = tuple(
         Contender(p, None if shares_MR is None else float(shares_MR[m].mean()))
@@ -113,7 +113,7 @@ def _outcome(
                   complete), shares_MR
 
 
-def _budgets(points: Sequence[Point], axis: str) -> list[float]:
+def budgets(points: Sequence[Point], axis: str) -> list[float]:
     """Every distinct place on the axis, rising; equal up to rounding counts once."""
     out: list[float] = []
     for x in sorted(p.at(axis) for p in points):
@@ -122,6 +122,13 @@ def _budgets(points: Sequence[Point], axis: str) -> list[float]:
         else:
             out[-1] = x
     return out
+
+
+def best_within(points: Iterable[Point], budget: float, axis: str) -> Point | None:
+    """Of the points that cost no more than `budget`, the best *on the selection block*; None where
+    all cost more. Ties go to the cheaper one."""
+    affordable = [p for p in points if p.at(axis) <= budget]
+    return min(affordable, key=lambda p: (p.chosen_by, p.at(axis), p.sampler), default=None)
 
 
 def _walk(
@@ -136,12 +143,12 @@ def _walk(
     pool = [p for (_, s), curve in curves.items() if samplers is None or s in samplers
             for p in curve]
     present = [m for m in sizes if any(p.model == m for p in pool)]
-    for budget in _budgets(pool, axis):
+    for budget in budgets(pool, axis):
         chosen = []
         for model in present:
-            affordable = [p for p in pool if p.model == model and p.at(axis) <= budget]
-            if affordable:
-                chosen.append(min(affordable, key=lambda p: (p.chosen_by, p.at(axis), p.sampler)))
+            best = best_within([p for p in pool if p.model == model], budget, axis)
+            if best is not None:
+                chosen.append(best)
         yield _outcome(chosen, sign, budget, len(chosen) == len(present))
 
 

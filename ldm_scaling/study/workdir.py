@@ -27,6 +27,7 @@ class Workdir:
 
         study.json            what the workdir is bound to, and the config that was used last
         log.txt               everything that was logged, tracebacks too
+        logs/process_K.txt    the same of the other processes, where there are several
         data/                 the prepared pictures
         text/                 the text states of their captions
         weights.json          hashes of published weights' files
@@ -35,6 +36,7 @@ class Workdir:
         models/NAME/          as autoencoder/, one folder a member
         reference/            statistics of the real pictures, the caption probe
         records/KEY.json      one record per configuration
+        features/KEY.npz      features of a racing sweep between its rounds
         strips/KEY.png        the first pictures of each configuration
         samples/              grids that `ldm-scaling sample` drew
         figures/              plots, PNG and SVG
@@ -149,15 +151,22 @@ class Workdir:
             ) from e
         except OSError:  # A file system without locks.
             log.warning("%s cannot be locked; run one process at a time", self.path)
-        for folder in (".", "data", "reference", "records", "strips", "figures"):
+        for folder in (".", "data", "reference", "records", "features", "strips", "figures"):
             for leftover in (self.path / folder).glob(".tmp-*"):
                 leftover.unlink(missing_ok=True)
         return file
 
+    def log_file(self, process: int = 0) -> epath.Path:
+        """Where a process logs."""
+        return self.path / (f"logs/process_{process}.txt" if process else "log.txt")
+
     @contextlib.contextmanager
-    def log_to_file(self) -> Iterator[None]:
-        """Logs everything to `log.txt`, and nothing to the terminal, inside the context."""
-        handler = logging.FileHandler(os.fspath(self.path / "log.txt"))
+    def log_to_file(self, process: int = 0) -> Iterator[None]:
+        """Logs everything to the process's file, and nothing to the terminal, inside the context.
+        """
+        path = self.log_file(process)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(os.fspath(path))
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         handler.setLevel(logging.INFO)
         root = logging.getLogger()

@@ -11,7 +11,7 @@ import numpy as np
 from ldm_scaling import pictures
 from ldm_scaling.config import Autoencoder
 from ldm_scaling.models import autoencoder
-from ldm_scaling.parallel import hosts
+from ldm_scaling.parallel import hosts, placing
 from ldm_scaling.training.task import Task
 
 
@@ -85,7 +85,7 @@ def make(config: Autoencoder, validation_images: np.ndarray) -> Task:
         fill = -len(x_NHWC) % part
         padded = np.concatenate([x_NHWC, x_NHWC[:1].repeat(fill, axis=0)])
         parts = [through(params, padded[i : i + part]) for i in range(0, len(padded), part)]
-        return np.concatenate([np.asarray(y) for y in parts])[: len(x_NHWC)]
+        return np.concatenate(placing.fetch(parts))[: len(x_NHWC)]
 
     def validate(params: Any, step: int) -> dict[str, float]:
         y_BHWC = np.clip(reconstruct(params, x_val_BHWC), -1.0, 1.0)

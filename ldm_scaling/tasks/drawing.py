@@ -17,10 +17,12 @@ from ldm_scaling import pictures
 from ldm_scaling.config import Diffusion
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import UserError
+from ldm_scaling.models import attention as attention_lib
 from ldm_scaling.models import autoencoder, tiny_decoder, unet
-from ldm_scaling.parallel import hosts
+from ldm_scaling.parallel import gathering, hosts, placing
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling import solvers
+from ldm_scaling.sampling.guidance import Denoise
 from ldm_scaling.sampling.lanes import Finished, Lanes
 from ldm_scaling.sampling.packing import Configuration
 from ldm_scaling.sampling.table import SamplerTable
@@ -54,6 +56,66 @@ def pad_context(ctx: Any, width: int) -> Any:
     return xp.pad(ctx, [(0, 0)] * (ctx.ndim - 1) + [(0, width - have)])
 
 
+def denoiser(
+    spec: unet.UNetSpec, mesh: jax.sharding.Mesh, compute_dtype: str = "auto", remat: str = "none",
+    attention: str = "auto",
+) -> Denoise:
+    """A network as it runs on a mesh, in training and in sampling.
+
+    Args:
+      spec: the network.
+      mesh: what it runs on; its platform decides what `auto` is.
+      compute_dtype, remat, attention: see `config.Train`.
+    """
+    platform = mesh_lib.platform(mesh)
+    dtype = hosts.compute_dtype(compute_dtype, platform)
+    tensor = "tensor" if mesh.shape["tensor"] > 1 else ""
+    form = attention_lib.Attention(attention, platform, tensor)
+
+    def make(gather: Callable | None, apart: bool) -> Denoise:
+        return unet.denoise_fn(spec, dtype, remat, form if apart else form.unfused(), gather)
+
+    shapes = jax.eval_shape(lambda: unet.init(spec, jax.random.key(0)))
+    return gathering.spread(make, shapes, mesh)
+
+
+def lanes(
+    spec: unet.UNetSpec, latent_shape: tuple[int, int, int], size: int, mesh: jax.sharding.Mesh,
+    compute_dtype: str = "auto", attention: str = "auto",
+) -> Lanes:
+    """The lanes that a network's pictures are drawn in, conditioned on `context` (B, L, D).
+
+    Args:
+      spec, mesh, compute_dtype, attention: see `denoiser`.
+      latent_shape: (H, W, C).
+      size: how many, over all devices.
+    """
+
+    def admit(cond: Any) -> Any:
+        return {"context": pad_context(cond["context"].astype(jnp.float32), spec.context_dim)}
+
+    denoise = denoiser(spec, mesh, compute_dtype, attention=attention)
+    return Lanes(denoise, latent_shape, size, mesh, admit)
+
+
+def decoder(
+    spec: autoencoder.AutoencoderSpec | tiny_decoder.TinyDecoderSpec, scale: float
+) -> Callable[[Any, Any], jax.Array]:
+    """Jitted `decode(params, latents_BHWC) -> pictures`, about [-1, 1].
+
+    Args:
+      spec: what makes pictures.
+      scale: what latents were multiplied by.
+    """
+    network = _DECODERS[type(spec)]
+
+    @jax.jit
+    def decode(params, z_BHWC):
+        return network(spec, params, z_BHWC / scale)
+
+    return decode
+
+
 @dataclasses.dataclass(frozen=True)
 class Frozen:
     """What stays fixed under every member of the family.
@@ -73,14 +135,7 @@ class Frozen:
 
     def decoder(self) -> Callable[[Any, Any], jax.Array]:
         """Jitted `decode(params, latents_BHWC) -> pictures`, about [-1, 1]."""
-        spec, scale = self.decoder_spec, self.latent_scale
-        network = _DECODERS[type(spec)]
-
-        @jax.jit
-        def decode(params, z_BHWC):
-            return network(spec, params, z_BHWC / scale)
-
-        return decode
+        return decoder(self.decoder_spec, self.latent_scale)
 
 
 class Drawer:
@@ -104,12 +159,7 @@ class Drawer:
         self.frozen, self.diffusion, self.batch_size = frozen, diffusion, batch_size
         self._decode, self.mesh = decode, mesh
         self.schedule = schedule_lib.get(diffusion.schedule)
-        denoise = unet.denoise_fn(spec, hosts.compute_dtype(compute_dtype))
-
-        def admit(cond: Any) -> Any:
-            return {"context": pad_context(cond["context"].astype(jnp.float32), spec.context_dim)}
-
-        self.lanes = Lanes(denoise, frozen.latent_shape, batch_size, mesh, admit)
+        self.lanes = lanes(spec, frozen.latent_shape, batch_size, mesh, compute_dtype)
         self._uncond = {"context": frozen.null_ctx_LD[None]}
 
     def table(self, name: str, steps: int, spacing: str | None = None) -> SamplerTable:
@@ -151,7 +201,7 @@ class Drawer:
             z_BHWC = z_JHWC[start : start + self.batch_size]
             fill = [(0, self.batch_size - len(z_BHWC))] + [(0, 0)] * 3
             put = mesh_lib.put_batch(self.mesh, np.pad(z_BHWC, fill, mode="edge"))
-            x = np.asarray(self._decode(self.frozen.decoder_params, put))[: len(z_BHWC)]
+            x = placing.fetch(self._decode(self.frozen.decoder_params, put))[: len(z_BHWC)]
             wrong = np.flatnonzero(~np.isfinite(x).all((1, 2, 3)))
             if wrong.size and on_broken is None:
                 raise UserError(

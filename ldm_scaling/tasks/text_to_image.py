@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,12 +13,63 @@ from ldm_scaling import pictures
 from ldm_scaling.config import Diffusion, Sample, Train
 from ldm_scaling.diffusion import loss as loss_lib
 from ldm_scaling.diffusion import schedule as schedule_lib
-from ldm_scaling.models import autoencoder, unet
-from ldm_scaling.parallel import hosts
+from ldm_scaling.models import autoencoder, cost, unet
 from ldm_scaling.parallel import mesh as mesh_lib
+from ldm_scaling.sampling.guidance import Denoise
 from ldm_scaling.sampling.packing import Configuration
-from ldm_scaling.tasks.drawing import Drawer, Frozen, pad_context
+from ldm_scaling.tasks.drawing import Drawer, Frozen, denoiser, pad_context
 from ldm_scaling.training.task import Task
+
+
+def loss_fn(
+    denoise: Denoise, spec: unet.UNetSpec, train: Train, diffusion: Diffusion,
+    latent_scale: float, null_ctx_LD: np.ndarray,
+) -> Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]:
+    """`loss(params, batch, key) -> (scalar, metrics)`, see `batch_shapes` for the batch.
+
+    Args:
+      denoise: the network, see `drawing.denoiser`.
+      spec, train, diffusion: of the network and the config.
+      latent_scale, null_ctx_LD: see `Frozen`.
+    """
+    schedule = schedule_lib.get(diffusion.schedule)
+    null_LD = pad_context(null_ctx_LD.astype(np.float32), spec.context_dim)
+
+    def loss(params: Any, batch: Any, key: jax.Array):
+        z_key, drop_key, diffusion_key = jax.random.split(key, 3)
+        mean, logvar = (batch[k].astype(jnp.float32) for k in ("mean", "logvar"))
+        z_BHWC = latent_scale * autoencoder.Posterior(mean, logvar).sample(z_key)
+        ctx_BLD = pad_context(batch["context"].astype(jnp.float32), spec.context_dim)
+        dropped_B = jax.random.uniform(drop_key, z_BHWC.shape[:1]) < train.caption_dropout
+        ctx_BLD = jnp.where(dropped_B[:, None, None], null_LD, ctx_BLD)
+        loss_B = loss_lib.diffusion_loss(
+            denoise, params, z_BHWC, {"context": ctx_BLD}, diffusion_key, schedule,
+            diffusion.prediction,
+        )
+        return jnp.mean(loss_B), {}
+
+    return loss
+
+
+def batch_shapes(
+    batch_size: int, latent_shape: tuple[int, int, int], context_shape: tuple[int, int],
+    latent_dtype: str, mesh: jax.sharding.Mesh,
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What a step is given: shapes and types as caches keep them, split over the mesh.
+
+    Args:
+      batch_size: examples, over all devices.
+      latent_shape: (H, W, C).
+      context_shape: (L, D) of the text states.
+      latent_dtype: that latents are kept in.
+      mesh: the devices.
+    """
+    def shape(*dims: int, dtype: str) -> jax.ShapeDtypeStruct:
+        sharding = mesh_lib.batch_sharding(mesh)
+        return jax.ShapeDtypeStruct((batch_size, *dims), jnp.dtype(dtype), sharding=sharding)
+
+    latent = shape(*latent_shape, dtype=latent_dtype)
+    return {"mean": latent, "logvar": latent, "context": shape(*context_shape, dtype="float16")}
 
 
 def make(
@@ -35,27 +87,16 @@ def make(
       validation: `mean` (N, H, W, C), `context` (N, L, D), `index` (N,) of a fixed set.
     """
     schedule = schedule_lib.get(diffusion.schedule)
-    denoise = unet.denoise_fn(spec, hosts.compute_dtype(train.compute_dtype), train.remat)
-    null_LD = pad_context(frozen.null_ctx_LD.astype(np.float32), spec.context_dim)
+    denoise = denoiser(
+        spec, drawer.mesh, train.compute_dtype, train.remat, train.attention
+    )
+    loss = loss_fn(denoise, spec, train, diffusion, frozen.latent_scale, frozen.null_ctx_LD)
     table = drawer.table(sample.sampler, sample.steps, sample.spacing)
     sample_key = jax.random.key(0)
     held_out = mesh_lib.put_batch(drawer.mesh, validation)
 
     def make_batch(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {name: np.asarray(batch[name]) for name in ("mean", "logvar", "context")}
-
-    def loss(params: Any, batch: Any, key: jax.Array):
-        z_key, drop_key, diffusion_key = jax.random.split(key, 3)
-        mean, logvar = (batch[k].astype(jnp.float32) for k in ("mean", "logvar"))
-        z_BHWC = frozen.latent_scale * autoencoder.Posterior(mean, logvar).sample(z_key)
-        ctx_BLD = pad_context(batch["context"].astype(jnp.float32), spec.context_dim)
-        dropped_B = jax.random.uniform(drop_key, z_BHWC.shape[:1]) < train.caption_dropout
-        ctx_BLD = jnp.where(dropped_B[:, None, None], null_LD, ctx_BLD)
-        loss_B = loss_lib.diffusion_loss(
-            denoise, params, z_BHWC, {"context": ctx_BLD}, diffusion_key, schedule,
-            diffusion.prediction,
-        )
-        return jnp.mean(loss_B), {}
 
     @jax.jit
     def validation_loss(params, mean, ctx_BLD, index_B):
@@ -80,4 +121,8 @@ def make(
     def init(key: jax.Array) -> Any:
         return unet.init(spec, key)
 
-    return Task(name, init, make_batch, loss, validate, show)
+    def flops_per_example() -> float:
+        # Backward takes two products for each one forward.
+        return 3e9 * cost.of(spec).gflops
+
+    return Task(name, init, make_batch, loss, validate, show, flops_per_example)

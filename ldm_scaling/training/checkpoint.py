@@ -1,34 +1,78 @@
-"""Checkpoints: train state and data iterator together, through Orbax; restoring is strict."""
+"""Checkpoints: train state, data iterator and config, through Orbax; restoring is strict."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import threading
+import zlib
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint import checkpoint_managers as policies
 
 from ldm_scaling.errors import UserError
+from ldm_scaling.parallel import hosts
+from ldm_scaling.training import consensus
 from ldm_scaling.training.state import TrainState
 
 # What a full disk becomes on its way through tensorstore and Orbax's threads.
 _WRITE_ERRORS = (OSError, ValueError, RuntimeError)
+# Seconds that a save may take. Where one of several processes cannot write its part, the others
+# learn of it by waiting so long.
+_SAVE_SECONDS = 600
+
+
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        # Asked by `interruption`, with another count: the service takes calls of one kind only.
+        return False
 
 
 class Checkpoints:
     """A run's folder of checkpoints, one subfolder a step, complete or absent.
 
-    Use as a context manager: leaving it waits for the last save.
+    A save runs in the background and becomes visible by a rename, when all processes have written.
+    Use as a context manager: leaving it waits for the last save. With several processes, all call
+    `save`, `restore` and `clean` at the same steps.
+
+    Args:
+      directory: one for all processes.
+      keep: newest checkpoints that are kept.
+      keep_every: those of its multiples are kept for ever; 0 is none.
+      keep_best: as many of the lowest `keep_metric` are kept; 0 is none.
+      keep_metric: see `save`.
     """
 
-    def __init__(self, directory: epath.PathLike, keep: int = 2):
+    def __init__(
+        self, directory: epath.PathLike, keep: int = 2, keep_every: int = 0, keep_best: int = 0,
+        keep_metric: str = "loss",
+    ):
         self.directory = epath.Path(os.path.abspath(directory))
+        self._metric = keep_metric
+        kept: list[policies.PreservationPolicy] = [policies.LatestN(keep)]
+        if keep_every:
+            kept.append(policies.EveryNSteps(keep_every))
+        if keep_best:
+            kept.append(policies.BestN(
+                get_metric_fn=self._value, reverse=True, n=keep_best,
+                keep_checkpoints_without_metrics=False,
+            ))
+        self._best = bool(keep_best)
+        self._waiting: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._abandoned = False
         try:
-            self._manager = ocp.CheckpointManager(
+            self._manager = _Manager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=keep, create=True, cleanup_tmp_directories=True,
+                    preservation_policy=policies.AnyPreservationPolicy(kept),
+                    best_fn=self._value if keep_best else None,  # or metrics are not written
+                    create=True, cleanup_tmp_directories=True,
+                    async_options=ocp.AsyncOptions(timeout_secs=_SAVE_SECONDS),
                 ),
             )
         except OSError as e:
@@ -38,55 +82,118 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind, *unused) -> None:
+        if self._abandoned:
+            return
         try:
             self._manager.close()
         except _WRITE_ERRORS as e:
             if kind is None:  # Otherwise the first error is the one to tell.
                 raise self._unwritten(e) from e
 
+    def _value(self, metrics: dict[str, float]) -> float:
+        value = float(metrics[self._metric])
+        return value if value == value else float("inf")  # A NaN is the worst, not unordered.
+
     def latest(self) -> int | None:
         """The newest step that is there, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, iterator: dict[str, Any]) -> None:
-        """Saves by rename in the background; a step that is there already is left alone.
+    def save(
+        self, step: int, state: TrainState, iterator: dict[str, Any],
+        about: dict[str, Any] | None = None, metrics: dict[str, float] | None = None,
+    ) -> None:
+        """Begins to save; a step that is there already is left alone. See `wait` and `poll`.
 
+        Args:
+          step: its name.
+          state: of all processes; may be donated once this returns.
+          iterator: where all processes together are in the data, the same in each of them, so that
+            any number of processes can go on from it.
+          about: what the run is: JSON for people and tools, nothing here reads it again.
+          metrics: of validation at this step, `keep_metric` among them; with `keep_best`.
         Raises:
-          UserError: when the folder cannot be written, a full disk included.
+          ValueError: the processes' iterators differ.
+          UserError: when the folder cannot be written.
         """
         if step in self._manager.all_steps():
             return
+        mark = zlib.crc32(json.dumps(iterator, sort_keys=True).encode())
+        if len(set(consensus.everyone(mark)[:, 0])) > 1:
+            raise ValueError(f"at step {step} processes are at different places in the data")
+        items = {"state": ocp.args.StandardSave(state), "iterator": ocp.args.JsonSave(iterator)}
+        if about is not None:
+            items["config"] = ocp.args.JsonSave(about)
         try:
             self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), iterator=ocp.args.JsonSave(iterator)
-                ),
+                step, args=ocp.args.Composite(**items), metrics=metrics if self._best else None,
+                force=True,
             )
         except _WRITE_ERRORS as e:
             raise self._unwritten(e) from e
+        self._waiting = threading.Thread(target=self._await, daemon=True, name="await-save")
+        self._waiting.start()
 
-    def wait(self) -> None:
-        """Returns when every save so far is on disk. Raises `UserError` when one is not."""
+    def _await(self) -> None:
         try:
             self._manager.wait_until_finished()
         except _WRITE_ERRORS as e:
-            raise self._unwritten(e) from e
+            self._error = e
 
-    def _unwritten(self, error: Exception) -> UserError:
+    def poll(self, seconds: float = 0.0) -> tuple[bool, UserError | None]:
+        """Whether this process still saves after at most `seconds`, and what went wrong if not."""
+        if self._waiting is not None:
+            self._waiting.join(seconds)
+            if self._waiting.is_alive():
+                return True, None
+        return False, None if self._error is None else self._unwritten(self._error)
+
+    def wait(self) -> None:
+        """Returns when every save so far is on disk. Raises `UserError` when one is not."""
+        if self._waiting is not None:
+            self._waiting.join()
+        _, error = self.poll()
+        if error is not None:
+            raise error
+
+    def clean(self) -> None:
+        """Forgets a save that failed and removes what it left: it would fill the store further."""
+        self._error = None
+        with contextlib.suppress(*_WRITE_ERRORS):  # Orbax tells every thread once.
+            self._manager.wait_until_finished()
+        with contextlib.suppress(*_WRITE_ERRORS):
+            if hosts.is_lead():
+                for path in self.directory.iterdir():
+                    if ocp.utils.is_tmp_checkpoint(path):
+                        path.rmtree()
+            self._manager.reload()
+
+    def abandon(self) -> None:
+        """Leaving the context waits for nothing from now on: the store may hang."""
+        self._abandoned = True
+
+    def _unwritten(self, error: BaseException) -> UserError:
+        # After a failure Orbax waits in vain for the other processes, and raises that.
+        while isinstance(error, (jax.errors.JaxRuntimeError, TimeoutError)) and error.__context__:
+            error = error.__context__
         return UserError(
             f"cannot write a checkpoint in {self.directory}: {_first_line(error)}; free space or "
             "choose another --workdir, then run the same command again"
         )
 
-    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The newest checkpoint: its state, placed as `abstract` says, and its iterator's state.
+    def restore(
+        self, abstract: TrainState, step: int | None = None
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """A checkpoint's state, placed as `abstract` says, and its iterator's state.
+
+        Args:
+          abstract: shapes, types and shardings.
+          step: which; None is the newest.
 
         Raises:
           UserError: with a diff when the tree in the file is not `abstract`'s, and with the
             folder's name when the file is damaged. Nothing is ever started afresh silently.
         """
-        step = self._manager.latest_step()
+        step = self._manager.latest_step() if step is None else step
         folder = self.directory / str(step)
         remedy = (
             f"delete {folder} to go on from the checkpoint before it (or anew, if there is none), "
@@ -132,11 +239,22 @@ def latest(directory: epath.PathLike) -> int | None:
     return max(steps, default=None)
 
 
+def config_of(directory: epath.PathLike, step: int) -> dict[str, Any]:
+    """What was given as `about` when a step was saved. Raises `UserError` where nothing was."""
+    folder = epath.Path(os.path.abspath(directory)) / str(step)
+    try:
+        return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder / "config")
+    except (OSError, ValueError) as e:
+        raise UserError(
+            f"the checkpoint {folder} holds no config that can be read: {_first_line(e)}"
+        ) from e
+
+
 def _damaged(folder: epath.Path, error: Exception, remedy: str) -> UserError:
     return UserError(f"the checkpoint {folder} is damaged ({_first_line(error)}): {remedy}")
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0][:200] if text else type(error).__name__
 

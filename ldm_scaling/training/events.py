@@ -1,27 +1,40 @@
 """Scalars and pictures of a run: TensorBoard events, PNG files and one CSV of curves.
 
 clu's own writers import TensorFlow, which this project does without, so tensorboardX writes the
-event files; clu aggregates the metrics.
+event files; clu aggregates the metrics. Of tensorboardX only the writer of files is used: its
+`SummaryWriter` writes in a thread, which a full disk ends, and waits for it for ever after.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import logging
+import time
 
 import numpy as np
 from etils import epath
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import directory_check
 
 from ldm_scaling import files, pictures
+from ldm_scaling.errors import UserError
+
+log = logging.getLogger(__name__)
 
 COLUMNS = ("step", "name", "value")
 # What is timed: all that may differ between two runs of one config and seed.
 TIMED = "time/"
+_FLUSH_SECONDS = 60.0  # at most, until TensorBoard sees a scalar
 
 
 class Events:
     """A run's record of itself. `curves.csv` holds step, name, value; a resumed run cuts it back.
+
+    TensorBoard's files and the pictures are for looking at: where they cannot be written, the log
+    says so and the run goes on. The curves must be written, see `flush`.
 
     Args:
       directory: the run's folder.
@@ -31,32 +44,79 @@ class Events:
     def __init__(self, directory: epath.PathLike, start: int = 0):
         self.directory = epath.Path(directory)
         self._rows = [r for r in read_curves(self.directory) if r[0] <= start]
-        self._writer = SummaryWriter(str(self.directory / "events"), purge_step=start + 1)
+        self._writer: EventsWriter | None = None
+        self._files = 0
+        self._flushed = time.monotonic()
+        self._write(Event(step=start + 1, file_version="brain.Event:2"))
+        # Hides what an earlier, killed run showed of later steps.
+        self._write(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def last(self, name: str) -> float | None:
+        """The newest value of a scalar, or None."""
+        return next((value for _, n, value in reversed(self._rows) if n == name), None)
+
+    def note(self, step: int, name: str, value: float) -> None:
+        """Records a scalar in the curves alone."""
+        self._rows.append((step, name, float(value)))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Records scalars of a step."""
         for name, value in values.items():
-            self._rows.append((step, name, float(value)))
-            self._writer.add_scalar(name, float(value), step)
+            self.note(step, name, value)
+            shown = summary.scalar(name, float(value))
+            self._write(Event(step=step, wall_time=time.time(), summary=shown))
 
     def image(self, step: int, name: str, image_HWC: np.ndarray) -> None:
         """Records a uint8 picture, also as `samples/NAME_STEP.png`."""
-        self._writer.add_image(name, image_HWC, step, dataformats="HWC")
-        pictures.save_png(self.directory / "samples" / f"{name}_{step:07d}.png", image_HWC)
+        shown = summary.image(name, image_HWC, dataformats="HWC")
+        self._write(Event(step=step, wall_time=time.time(), summary=shown))
+        try:
+            pictures.save_png(self.directory / "samples" / f"{name}_{step:07d}.png", image_HWC)
+        except (UserError, OSError) as e:
+            log.warning("a picture of step %d is not kept: %s", step, e)
 
     def flush(self) -> None:
-        """Writes what is pending."""
+        """Writes what is pending. Raises `UserError` where the curves cannot be written."""
         out = io.StringIO()
         writer = csv.writer(out)
         writer.writerow(COLUMNS)
         writer.writerows(self._rows)
         files.atomic_write_text(self.directory / "curves.csv", out.getvalue())
-        self._writer.flush()
+        if self._writer is not None:
+            try:
+                self._writer.flush()
+            except OSError as e:
+                self._drop(e)
 
     def close(self) -> None:
-        """Flushes and closes."""
-        self.flush()
-        self._writer.close()
+        """Flushes and closes; what cannot be written is told in the log."""
+        try:
+            self.flush()
+        except UserError as e:
+            log.warning("%s", e)
+        if self._writer is not None:
+            try:
+                self._writer.close()
+            except OSError as e:
+                self._drop(e)
+
+    def _write(self, event: Event) -> None:
+        try:
+            if self._writer is None:  # Another file after one that failed in the middle.
+                folder = str(self.directory / "events")
+                directory_check(folder)
+                self._writer = EventsWriter(f"{folder}/events", f".{self._files}")
+                self._files += 1
+            self._writer.write_event(event)
+            if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+                self._writer.flush()
+                self._flushed = time.monotonic()
+        except OSError as e:
+            self._drop(e)
+
+    def _drop(self, error: OSError) -> None:
+        log.warning("TensorBoard's events in %s are not written: %s", self.directory, error)
+        self._writer = None
 
 
 def without_times(rows: list[tuple[int, str, float]]) -> list[tuple[int, str, float]]:

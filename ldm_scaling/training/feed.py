@@ -34,6 +34,7 @@ class Feed:
       ahead: batches that are placed before they are asked for; each takes a batch's memory there.
 
     Attributes:
+      sharding: as given.
       state: what the loader goes on from after the batch in hand.
       waited: seconds so far that `next` had to wait for a batch that was not there.
     """
@@ -44,7 +45,7 @@ class Feed:
     ):
         if ahead < 1:
             raise ValueError(f"{ahead} batches ahead: at least 1")
-        self._loader, self._make_batch, self._sharding = loader, make_batch, sharding
+        self._loader, self._make_batch, self.sharding = loader, make_batch, sharding
         self.state: dict[str, Any] = loader.get_state()
         self.waited = 0.0
         self._items: queue.Queue[_Item | BaseException] = queue.Queue()
@@ -80,6 +81,11 @@ class Feed:
         self.state = item.state
         return item.batch
 
+    def examples(self, state: dict[str, Any]) -> list[dict[str, Any]] | None:
+        """What the batch after `state` holds, by name; None where the loader cannot tell."""
+        tell = getattr(self._loader, "examples", None)
+        return None if tell is None else tell(state)
+
     def close(self) -> None:
         """Ends the thread, then closes the loader; what was read ahead is dropped."""
         self._closing.set()
@@ -93,7 +99,7 @@ class Feed:
             while self._room.acquire() and not self._closing.is_set():
                 local = self._make_batch(next(self._loader))
                 batch = jax.tree.map(
-                    lambda x: jax.make_array_from_process_local_data(self._sharding, x), local
+                    lambda x: jax.make_array_from_process_local_data(self.sharding, x), local
                 )
                 self._items.put(_Item(batch, self._loader.get_state()))
         except BaseException as e:  # Raised in the thread that asks for batches.

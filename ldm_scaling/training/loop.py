@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from clu import metrics as clu_metrics
 from etils import epath
 from jax.sharding import Mesh
 
@@ -22,163 +16,234 @@ from ldm_scaling.config import Train
 from ldm_scaling.errors import Interrupted, UserError
 from ldm_scaling.parallel import hosts
 from ldm_scaling.parallel import mesh as mesh_lib
-from ldm_scaling.training import checkpoint, step
+from ldm_scaling.training import checkpoint, consensus, meter, nonfinite, step, watchdog
 from ldm_scaling.training import feed as feed_lib
 from ldm_scaling.training.events import Events
+from ldm_scaling.training.interruption import Interruption
+from ldm_scaling.training.meter import Meter
+from ldm_scaling.training.nonfinite import NonFiniteLossError
+from ldm_scaling.training.profile import Profile
+from ldm_scaling.training.saver import Saver
+from ldm_scaling.training.scalars import Scalars
 from ldm_scaling.training.state import TrainState
 from ldm_scaling.training.task import Task
+from ldm_scaling.training.watchdog import Watchdog
+
+__all__ = ["Interrupted", "NonFiniteLossError", "checkpoints_of", "fit"]
 
 log = logging.getLogger(__name__)
-
-
-class NonFiniteLossError(UserError):
-    """The loss, or another metric, was NaN or infinite."""
 
 
 def _due(number: int, every: int, last: int) -> bool:
     return every > 0 and (number % every == 0 or number == last)
 
 
+def checkpoints_of(directory: epath.PathLike, config: Train) -> checkpoint.Checkpoints:
+    """A run's checkpoints, kept as the config says."""
+    return checkpoint.Checkpoints(
+        epath.Path(directory) / "checkpoints", config.keep, config.keep_every, config.keep_best,
+        config.keep_metric,
+    )
+
+
 def fit(
     task: Task, config: Train, make_loader: Callable[[], Any], directory: epath.PathLike,
-    mesh: Mesh, seed: int,
+    mesh: Mesh, seed: int, about: dict[str, Any] | None = None,
 ) -> TrainState:
     """Trains `task` to `config.steps` and returns the final state.
 
     Starts from the newest checkpoint in `directory` if there is one: parameters, optimiser,
     average and data iterator go on exactly where they were, so a killed run ends with the numbers
-    of an unbroken one.
+    of an unbroken one. With several processes all call it, with one `directory`.
 
-    Besides the task's metrics it records `time/data_wait`, the share of the steps' time that was
-    spent waiting for data.
+    Besides the task's metrics it records what `meter.Meter` measures, as `time/...`.
 
     Args:
       task: what is trained.
       config: for how long and how.
       make_loader: returns an iterator of host batches with `get_state()`,
-        `set_state()` and `close()`.
-      directory: holds `checkpoints/`, `events/`, `samples/` and `curves.csv`.
+        `set_state()` and `close()`; the state is the same in every process. With
+        `examples(state)`, it can name the batch of a loss that is not finite.
+      directory: holds `checkpoints/`, `events/`, `samples/`, `profile/` and `curves.csv`.
       mesh: where it runs.
       seed: of initialisation and training noise.
+      about: what the run is, JSON, kept in every checkpoint.
     Raises:
-      NonFiniteLossError: naming the step; the last good checkpoint stays.
-      Interrupted: after SIGTERM, when the step in hand is done and saved.
+      NonFiniteLossError: naming the step and a file with the batch's examples; the last good
+        checkpoint stays.
+      StoreError: checkpoints could not be written for `checkpoint_patience` steps.
+      Interrupted: after SIGTERM or a preemption notice, when the step in hand is done and saved.
       UserError: for a batch that does not split over the mesh, or a checkpoint that does not fit.
+    Where no step finishes for `stall_seconds`, or another process is gone, the process ends with
+    status 76, see `watchdog`.
     """
     mesh_lib.check_batch(mesh, config.batch_size, f"{task.name}: batch_size")
     directory = epath.Path(directory)
     root = jax.random.key(seed)
     abstract = step.abstract_state(task.init, config, mesh)
-    with checkpoint.Checkpoints(directory / "checkpoints", config.keep) as checkpoints:
-        loader = None
-        if checkpoints.latest() is None:
+    with contextlib.ExitStack() as stack:
+        # Twice: where hosts are lost later, what checkpoints wait for does not come any more.
+        stack.enter_context(watchdog.lost_host(task.name))
+        checkpoints = stack.enter_context(checkpoints_of(directory, config))
+        # The lead's word: a shared folder may look different elsewhere for a moment.
+        loader, start = None, int(consensus.everyone(checkpoints.latest() or 0)[0, 0])
+        dog = stack.enter_context(Watchdog(task.name, config.stall_seconds, start))
+        stack.enter_context(watchdog.lost_host(task.name))
+        if start == 0:
             state = step.init_state(task.init, config, mesh, jax.random.fold_in(root, 0))
         else:
-            state, iterator = checkpoints.restore(abstract)
-            if checkpoints.latest() >= config.steps:
+            state, iterator = checkpoints.restore(abstract, start)
+            if start >= config.steps:
                 return state
             loader = make_loader()
             loader.set_state(iterator)
-            log.info("%s goes on from step %d", task.name, int(state.step))
+            log.info("%s goes on from step %d", task.name, start)
         loader = make_loader() if loader is None else loader
-        feed = feed_lib.Feed(loader, task.make_batch, mesh_lib.batch_sharding(mesh))
-        with feed, _terminated() as terminated:
-            return _run(
-                task, config, feed, directory, mesh, root, abstract, state, checkpoints, terminated
-            )
+        feed = stack.enter_context(
+            feed_lib.Feed(loader, task.make_batch, mesh_lib.batch_sharding(mesh))
+        )
+        interruption = stack.enter_context(Interruption())
+        record = _Record(directory, start, config, mesh)
+        stack.callback(record.close)
+        return _run(
+            task, config, feed, record, root, abstract, state, checkpoints, about, dog, interruption
+        )
 
 
-@contextlib.contextmanager
-def _terminated() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, where this thread gets signals and is the only process.
+class _Record:
+    """What a run writes of itself besides checkpoints: the lead's events, and the meter's scalars.
 
-    Several processes are told at different steps, and could not save one together.
+    Every process has one, and the lead alone writes.
     """
-    event = threading.Event()
-    alone = threading.current_thread() is threading.main_thread() and jax.process_count() == 1
-    if not alone:
-        yield event
-        return
-    before = signal.signal(signal.SIGTERM, lambda *unused: event.set())
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGTERM, before)
+
+    def __init__(self, directory: epath.Path, start: int, config: Train, mesh: Mesh):
+        self.directory, self.start = directory, start
+        self.events = Events(directory, start) if hosts.is_lead() else None
+        last = self.events.last if self.events is not None else lambda name: None
+        self.meter = Meter(
+            config.batch_size, last(meter.STARTED), last(meter.PRODUCTIVE) or 0.0,
+            peak=meter.peak_of(mesh, config),
+        )
+        if self.events is not None and last(meter.STARTED) is None:
+            self.events.note(0, meter.STARTED, self.meter.started)
+            with contextlib.suppress(UserError):  # A full disk, which the saver sees to.
+                self.events.flush()
+
+    def scalars(self, number: int, group: str, values: dict[str, float]) -> None:
+        if self.events is not None:
+            self.events.scalars(number, {f"{group}/{k}": v for k, v in values.items()})
+
+    def timings(self, number: int) -> None:
+        values = self.meter.values()
+        if self.events is not None:
+            self.events.scalars(number, values)
+
+    def images(self, number: int, images: dict[str, Any]) -> None:
+        for name, image in images.items() if self.events is not None else ():
+            self.events.image(number, name, image)
+
+    def flush(self, number: int) -> None:
+        if self.events is not None:
+            # What a run that goes on from here has spent well.
+            self.events.note(number, meter.PRODUCTIVE, self.meter.productive)
+            self.events.flush()
+
+    def close(self) -> None:
+        if self.events is not None:
+            self.events.close()
+
+
+def _check_metric(task: Task, config: Train, validation: dict[str, float]) -> None:
+    if config.keep_best and config.keep_metric not in validation:
+        raise UserError(
+            f"{task.name}: train.keep_metric={config.keep_metric!r} is not among the validation "
+            f"scalars {sorted(validation)}: name one of them, or set keep_best=0"
+        )
 
 
 def _run(
-    task, config, feed, directory, mesh, root, abstract, state, checkpoints, terminated
+    task, config, feed, record, root, abstract, state, checkpoints, about, dog, interruption
 ) -> TrainState:
-    train = step.make(task.loss, config, mesh, abstract)
-    key = jax.device_put(jax.random.fold_in(root, 1), mesh_lib.replicated(mesh))
-    start, last = int(state.step), config.steps
-    events = Events(directory, start) if hosts.is_lead() else None
-    averages, pending = {}, None
-    waited, spent = feed.waited, 0.0  # seconds since the last log
+    train = step.make(task.loss, config, feed.sharding.mesh, abstract)
+    # By a program: `device_put` knows no keys on devices of other processes.
+    key = jax.jit(
+        jax.random.fold_in, out_shardings=mesh_lib.replicated(feed.sharding.mesh)
+    )(root, 1)
+    start, last, clock = record.start, config.steps, record.meter
+    validation: dict[str, float] = {}
 
-    def read(pending):
-        """Metrics of the step before, so that the device never waits for the host."""
-        number, values = pending
-        values = {k: float(v) for k, v in jax.device_get(values).items()}
-        bad = [k for k, v in values.items() if not math.isfinite(v)]
-        if bad:
-            raise NonFiniteLossError(
-                f"{task.name}: {', '.join(bad)} is not finite at step {number}; the checkpoint of "
-                f"step {checkpoints.latest() or 0} is kept in {directory}/checkpoints. Lower "
-                "learning_rate or clip_norm, or raise warmup_steps, in a fresh --workdir"
-            )
-        for name, value in values.items():
-            average = averages.get(name, clu_metrics.Average.empty())
-            new = clu_metrics.Average.from_model_output(jnp.float32(value))
-            averages[name] = average.merge(new)
-        return values["loss"]
+    def refuse(number: int, values: dict[str, float], before: dict[str, Any]) -> None:
+        path = record.directory / f"nonfinite_{number}.json"
+        if hosts.is_lead():
+            nonfinite.write(path, number, values, before, feed.examples(before))
+        raise NonFiniteLossError(
+            f"{task.name}: {', '.join(nonfinite.names(values))} is not finite at step {number}, "
+            f"whose examples are named in {path}; the checkpoint of step {saver.settle()} is kept "
+            f"in {checkpoints.directory}. Lower learning_rate or clip_norm, or raise warmup_steps, "
+            "in a fresh --workdir"
+        )
 
-    with files.progress(last, f"train {task.name}", "step", initial=start) as bar:
-        try:
-            for number in range(start + 1, last + 1):
-                began = time.perf_counter()
-                batch = next(feed)
-                with jax.transfer_guard("disallow"):
-                    state, metrics = train(state, batch, key)
-                if pending is not None:
-                    read(pending)
-                pending = (number, metrics)
-                logs = _due(number, config.log_every, last)
-                validates = _due(number, config.validate_every, last)
-                saves = _due(number, config.checkpoint_every, last)
-                shows = _due(number, config.sample_every, last)
-                stops = terminated.is_set()
-                if logs or validates or saves or shows or stops:
-                    loss, pending = read(pending), None
-                    spent += time.perf_counter() - began
-                    wait = (feed.waited - waited) / spent
-                    bar.set_postfix_str(f"loss {loss:.4f}, data {wait:.1%}", refresh=False)
+    def begin(number: int) -> None:
+        checkpoints.save(number, state, feed.state, about, validation)
+
+    def read() -> None:
+        number = scalars.read()
+        if number is not None:
+            dog.finished(number)
+
+    saver = Saver(task.name, checkpoints, config, start, record.flush, begin)
+    scalars = Scalars(refuse)
+    profile = Profile(record.directory / "profile", config.profile_steps, start)
+    with (
+        contextlib.closing(profile),
+        files.progress(last, f"train {task.name}", "step", initial=start) as bar,
+    ):
+        clock.lap(meter.OTHER)
+        for number in range(start + 1, last + 1):
+            profile.before(number)
+            clock.lap(meter.OTHER)
+            before = feed.state
+            batch = next(feed)
+            clock.lap(meter.DATA)
+            if number == start + 1 and clock.peak:
+                clock.flops = meter.flops_of(task, config, train, state, batch, key)
+            with jax.transfer_guard("disallow"):
+                state, values = train(state, batch, key)
+            read()  # The metrics of the step before: the device never waits for the host.
+            scalars.push(number, values, before)
+            stops = interruption.due()
+            logs = _due(number, config.log_every, last)
+            validates = _due(number, config.validate_every, last)
+            saves = _due(number, config.checkpoint_every, last)
+            shows = _due(number, config.sample_every, last)
+            meets = logs or validates or saves or shows or stops or profile.ends(number)
+            if meets:  # Here all processes wait for the step, and decide together.
+                read()
+            clock.lap(meter.STEP)
+            clock.step()
+            bar.update()
+            if not meets:
+                continue
+            if profile.ends(number):
+                profile.close()
+            told = [f"loss {scalars.loss:.4f}", f"data {clock.wait():.1%}", saver.trouble()]
+            bar.set_postfix_str(", ".join(filter(None, told)), refresh=bool(saver.trouble()))
+            if logs:
+                record.scalars(number, "train", scalars.averages())
+                record.timings(number)
+            with dog.patient():
+                if validates:
+                    validation = task.validate(state.ema, number)
+                    _check_metric(task, config, validation)
+                    record.scalars(number, "validation", validation)
+                if shows:
+                    record.images(number, task.show(state.ema, number))
+                clock.lap(meter.OTHER)
+                if stops or number == last:
+                    saver.finish(number)
                 else:
-                    spent += time.perf_counter() - began
-                if logs:
-                    waited, spent = feed.waited, 0.0
-                if events is not None:
-                    if logs:
-                        values = {k: float(v.compute()) for k, v in averages.items()}
-                        events.scalars(number, {f"train/{k}": v for k, v in values.items()})
-                        events.scalars(number, {"time/data_wait": wait})
-                        averages.clear()
-                    if validates:
-                        values = task.validate(state.ema, number)
-                        events.scalars(number, {f"validation/{k}": v for k, v in values.items()})
-                    if shows:
-                        for name, image in task.show(state.ema, number).items():
-                            events.image(number, name, image)
-                    if saves or stops:
-                        events.flush()
-                if saves or stops:
-                    checkpoints.save(number, state, feed.state)
-                bar.update()
-                if stops:
-                    checkpoints.wait()
-                    raise Interrupted(f"{task.name} stopped by SIGTERM after step {number}")
-        finally:
-            if events is not None:
-                events.close()
-    checkpoints.wait()
+                    saver.tend(number, saves)
+                clock.lap(meter.CHECKPOINT)
+            if stops:
+                raise Interrupted(f"{task.name} stopped by SIGTERM after step {number}")
     return state

@@ -29,7 +29,7 @@ def make(config: Train) -> optax.GradientTransformation:
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
             learning_rate(config), b1=config.beta1, b2=config.beta2,
-            weight_decay=config.weight_decay, mask=decays,
+            weight_decay=config.weight_decay, mask=decays, mu_dtype=config.moment_dtype,
         ),
     )
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
@@ -36,13 +37,38 @@ def train_step(
       The state after, and scalar metrics: `loss`, `grad_norm` and the task's.
     """
     key = jax.random.fold_in(key, state.step)
-    (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
+    value, metrics, grads = _gradients(loss, state.params, batch, key, config.micro_batches)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     decay = optimizer_lib.ema_decay(config, state.step)
     ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, state.ema, params)
     metrics = {"loss": value, "grad_norm": optax.global_norm(grads), **metrics}
     return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+
+def _gradients(loss: Loss, params: Any, batch: Any, key: jax.Array, parts: int):
+    """Loss, metrics and gradients, averaged over parts of the batch that follow one another.
+
+    A part takes every so-many-th example, so that each device's part is among its own.
+    """
+    gradients = jax.value_and_grad(loss, has_aux=True)
+    if parts == 1:
+        (value, metrics), grads = gradients(params, batch, key)
+        return value, metrics, grads
+    batch = jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), batch
+    )
+
+    def part(number):
+        own = jax.tree.map(lambda x: x[number], batch)
+        (value, metrics), grads = gradients(params, own, jax.random.fold_in(key, number))
+        return jax.tree.map(lambda x: x / parts, (value, metrics, grads))
+
+    def add(number, total):
+        return jax.tree.map(jnp.add, total, part(number))
+
+    nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(part, 0))
+    return jax.lax.fori_loop(0, parts, add, nothing)
 
 
 def abstract_state(init: Callable, config: Train, mesh: Mesh) -> TrainState:
@@ -67,7 +93,14 @@ def init_state(init: Callable, config: Train, mesh: Mesh, key: jax.Array) -> Tra
 
 
 def make(loss: Loss, config: Train, mesh: Mesh, abstract: TrainState) -> Callable:
-    """The jitted step `(state, batch, key) -> (state, metrics)`; the state is donated."""
+    """The jitted step `(state, batch, key) -> (state, metrics)`; the state is donated.
+
+    Raises:
+      UserError: when a part of the batch does not split over the mesh.
+    """
+    mesh_lib.check_batch(
+        mesh, config.batch_size // config.micro_batches, "batch_size / micro_batches"
+    )
     optimizer = optimizer_lib.make(config)
     shardings = jax.tree.map(lambda s: s.sharding, abstract)
 

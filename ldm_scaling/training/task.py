@@ -24,7 +24,10 @@ class Task:
       make_batch: `make_batch(host_batch) -> batch`, numpy to numpy, on the host.
       loss: `loss(params, batch, key) -> (scalar, {name: scalar})`, traced.
       validate: `validate(params, step) -> {name: float}`.
-      show: `show(params, step) -> {name: uint8 image (H, W, 3)}`.
+      show: `show(params, step) -> {name: uint8 image (H, W, 3)}`. With several processes all call
+        both.
+      flops_per_example: gives those of training, forward and backward, without what is recomputed;
+        None has XLA count the lowered step.
     """
 
     name: str
@@ -33,3 +36,4 @@ class Task:
     loss: Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
     validate: Callable[[Any, int], dict[str, float]] = _nothing
     show: Callable[[Any, int], dict[str, np.ndarray]] = _nothing
+    flops_per_example: Callable[[], float] | None = None

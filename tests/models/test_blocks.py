@@ -75,36 +75,6 @@ def test_timestep_embeddings_inner_product_depends_on_the_difference_alone():
     np.testing.assert_allclose(products, products[0], atol=1e-3)
 
 
-def attention_inputs(dtype=jnp.float32, size=1.0):
-    keys = jax.random.split(jax.random.key(0), 3)
-    shapes = ((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8))
-    return [size * jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=True)]
-
-
-@pytest.mark.parametrize("size", [1.0, 30.0])
-def test_attention_equals_jax(size):
-    q, k, v = attention_inputs(size=size)
-    want = jax.nn.dot_product_attention(*(a.swapaxes(1, 2) for a in (q, k, v))).swapaxes(1, 2)
-    for attention in (blocks.attention, blocks.textbook_attention):
-        np.testing.assert_allclose(attention(q, k, v), want, rtol=1e-5, atol=1e-5 * size)
-
-
-def test_attentions_gradient_equals_the_textbooks():
-    def loss(attention):
-        return jax.grad(lambda qkv: jnp.sum(jnp.sin(attention(*qkv))))(attention_inputs())
-
-    for got, want in zip(loss(blocks.attention), loss(blocks.textbook_attention), strict=True):
-        np.testing.assert_allclose(got, want, atol=1e-5)
-
-
-def test_attention_in_bfloat16_keeps_its_type_and_sums_in_float32():
-    q, k, v = attention_inputs(jnp.bfloat16)
-    got = blocks.attention(q, k, v)
-    want = blocks.attention(*(a.astype(jnp.float32) for a in (q, k, v)))
-    assert got.dtype == jnp.bfloat16
-    np.testing.assert_allclose(got.astype(jnp.float32), want, atol=0.02)
-
-
 def test_remat_changes_neither_output_nor_gradient():
     spec = dataclasses.replace(TINY, channel_mults=(1,), attention_levels=(True,))
     inputs, params = tiny_inputs(), random_params(spec)

@@ -15,6 +15,7 @@ import pytest
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.study import curves, findings, plots, report
+from ldm_scaling.study.statistics import claims
 from tests.study import fake_records as fake
 
 FD = "fd_effnetlite0"
@@ -164,9 +165,11 @@ def test_it_opens_with_what_was_found(page, study):
     assert place[0] < place[1] and said.rindex("All records") < place_of_heading
     for sentence in findings.findings(study, FD):
         assert sentence in said
-    for verdict in findings.verdicts(curves.quality_curves(study, FD), FD,
-                                     curves.models(study)):
+    found = claims.verdicts(claims.Evidence.of(study), FD)
+    assert [v.number for v in found] == [1, 2, 3, 4, 5, 6]
+    for verdict in found:
         assert verdict.headline in said and verdict.outcome.capitalize() in said
+        assert verdict.test in said
 
 
 def test_it_says_what_the_measure_is_and_credits_the_pictures(page):
@@ -198,6 +201,9 @@ def test_the_interactive_data_hold_every_point(text, study):
         assert q["value"] == pytest.approx(p.value, rel=1e-5)
         assert (q["low"], q["high"]) == (pytest.approx(p.low, rel=1e-5),
                                          pytest.approx(p.high, rel=1e-5))
+        # The band holds all of the curve at once: it is wider than the interval of a point.
+        assert q["band_low"] < q["value"] < q["band_high"]
+        assert q["band_high"] - q["band_low"] > 0.95 * (q["high"] - q["low"])
     assert len(data["cells"]) == sum(r.identity.seed_block == 0 for r in study)
     for won in data["winners"]:
         for budget in won["budgets"]:

@@ -87,3 +87,15 @@ def test_value_that_is_not_finite_is_not_written(tmp_path):
     with pytest.raises(UserError, match="fd_effnetlite0 .* is nan"):
         records.write(tmp_path, bad)
     assert records.read_all(tmp_path) == []
+
+
+def test_work_is_shared_out_whole_and_evenly():
+    """Each piece once; no part has more than another by more than the largest piece."""
+    rng = np.random.default_rng(0)
+    for count in (1, 2, 3, 7):
+        work = rng.exponential(size=20).tolist()
+        parts = sweep.shared(work, count)
+        assert len(parts) == count and sorted(sum(parts, [])) == list(range(20))
+        sums = [sum(work[n] for n in part) for part in parts]
+        assert max(sums) - min(sums) <= max(work)
+    assert sweep.shared([1.0], 3) == [[0], [], []]

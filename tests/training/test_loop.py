@@ -3,78 +3,27 @@
 import dataclasses
 import signal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_scaling.config import Train
-from ldm_scaling.diffusion import loss as loss_lib
-from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import unet
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.training import checkpoint, loop, step
 from ldm_scaling.training.events import read_curves, without_times
-from ldm_scaling.training.task import Task
-
-CONFIG = Train(
-    steps=6, batch_size=16, learning_rate=1e-2, warmup_steps=2, ema_decay=0.9,
-    compute_dtype="float32", log_every=1, validate_every=0, checkpoint_every=2, sample_every=0,
-)
-
-
-class Loader:
-    """Endless batches that depend on a counter, which is the state."""
-
-    def __init__(self, stop_after=None, size=16):
-        self.count, self.stop_after, self.size = 0, stop_after, size
-
-    def __next__(self):
-        if self.count == self.stop_after:
-            raise KeyboardInterrupt
-        rng = np.random.default_rng(self.count)
-        self.count += 1
-        return {"x": rng.normal(size=(self.size, 8)).astype(np.float32)}
-
-    def get_state(self):
-        return {"count": self.count}
-
-    def set_state(self, state):
-        self.count = state["count"]
-
-    def close(self):
-        pass
-
-
-def _init(key):
-    return {"layer": {"kernel": jax.random.normal(key, (8, 8)), "bias": jnp.zeros(8)}}
-
-
-def _loss(params, batch, key):
-    noise = jax.random.normal(key, batch["x"].shape)
-    y = (batch["x"] + 0.1 * noise) @ params["layer"]["kernel"] + params["layer"]["bias"]
-    return jnp.mean((y - batch["x"]) ** 2), {}
-
-
-def _task(loss=_loss):
-    return Task("toy", _init, lambda b: b, loss)
-
-
-def _one_device():
-    return mesh_lib.make(devices=jax.devices()[:1])
+from tests.training.toy import CONFIG, Loader, one_device
+from tests.training.toy import equal as _equal
+from tests.training.toy import init as _init
+from tests.training.toy import loss as _loss
+from tests.training.toy import task as _task
 
 
 def _curves(directory):
     return without_times(read_curves(directory))
 
 
-def _equal(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
 def test_resumed_run_equals_unbroken_run(tmp_path):
-    mesh = _one_device()
+    mesh = one_device()
     whole = loop.fit(_task(), CONFIG, Loader, tmp_path / "whole", mesh, seed=3)
     with pytest.raises(KeyboardInterrupt):
         loop.fit(_task(), CONFIG, lambda: Loader(stop_after=5), tmp_path / "cut", mesh, seed=3)
@@ -93,7 +42,7 @@ def test_sigterm_saves_the_step_in_hand_and_stops(tmp_path):
             signal.raise_signal(signal.SIGTERM)
         return {}
 
-    mesh, before = _one_device(), signal.getsignal(signal.SIGTERM)
+    mesh, before = one_device(), signal.getsignal(signal.SIGTERM)
     config = dataclasses.replace(CONFIG, checkpoint_every=5, validate_every=2)
     whole = loop.fit(_task(), config, Loader, tmp_path / "whole", mesh, seed=3)
     task = dataclasses.replace(_task(), validate=validate)
@@ -106,7 +55,7 @@ def test_sigterm_saves_the_step_in_hand_and_stops(tmp_path):
 
 
 def test_finished_run_is_not_run_again(tmp_path):
-    mesh = _one_device()
+    mesh = one_device()
     first = loop.fit(_task(), CONFIG, Loader, tmp_path, mesh, seed=0)
 
     def refuse():
@@ -117,7 +66,7 @@ def test_finished_run_is_not_run_again(tmp_path):
 
 def test_loss_goes_down(tmp_path):
     config = dataclasses.replace(CONFIG, steps=200, log_every=10, checkpoint_every=200)
-    loop.fit(_task(), config, Loader, tmp_path, _one_device(), seed=0)
+    loop.fit(_task(), config, Loader, tmp_path, one_device(), seed=0)
     losses = [v for _, name, v in read_curves(tmp_path) if name == "train/loss"]
     assert losses[-1] < 0.1 * losses[0]
 
@@ -129,15 +78,15 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
 
     bad = np.random.default_rng(3).normal(size=(16, 8)).astype(np.float32)[0, 0]
     with pytest.raises(loop.NonFiniteLossError, match="at step 4.*step 2 is kept"):
-        loop.fit(_task(loss), CONFIG, Loader, tmp_path, _one_device(), seed=0)
+        loop.fit(_task(loss), CONFIG, Loader, tmp_path, one_device(), seed=0)
     with checkpoint.Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.latest() == 2
-        state, _ = checkpoints.restore(step.abstract_state(_init, CONFIG, _one_device()))
+        state, _ = checkpoints.restore(step.abstract_state(_init, CONFIG, one_device()))
     assert np.isfinite(state.params["layer"]["kernel"]).all()
 
 
 def test_checkpoint_of_another_network_is_refused_with_a_diff(tmp_path):
-    mesh = _one_device()
+    mesh = one_device()
     loop.fit(_task(), CONFIG, Loader, tmp_path, mesh, seed=0)
 
     def other(key):
@@ -150,7 +99,7 @@ def test_checkpoint_of_another_network_is_refused_with_a_diff(tmp_path):
 
 @pytest.mark.parametrize("victim", ["state/_METADATA", "state/manifest.ocdbt", "state/d/*"])
 def test_damaged_checkpoint_is_refused(tmp_path, victim):
-    mesh = _one_device()
+    mesh = one_device()
     loop.fit(_task(), CONFIG, Loader, tmp_path, mesh, seed=0)
     for path in (tmp_path / "checkpoints" / "6").glob(victim):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -162,48 +111,3 @@ def test_batch_that_does_not_split_is_refused(tmp_path):
     config = dataclasses.replace(CONFIG, batch_size=12)
     with pytest.raises(UserError, match="batch_size=12 does not split over 8 devices"):
         loop.fit(_task(), config, Loader, tmp_path, mesh_lib.make(), seed=0)
-
-
-def test_eight_devices_train_as_one():
-    """The same U-Net losses on 1 device and on 8, replicated or sharded."""
-    spec = unet.UNetSpec(
-        8, 16, (1,), (True,), 1, heads=2, groups=4, sample_size=4, context_length=3
-    )
-    schedule = schedule_lib.get("sd")
-    denoise = unet.denoise_fn(spec)
-
-    def init(key):
-        return unet.init(spec, key)
-
-    def loss(params, batch, key):
-        cond = {"context": batch["context"]}
-        out = loss_lib.diffusion_loss(denoise, params, batch["x"], cond, key, schedule, "v")
-        return jnp.mean(out), {}
-
-    def run(mesh):
-        abstract = step.abstract_state(init, CONFIG, mesh)
-        state = step.init_state(init, CONFIG, mesh, jax.random.key(0))
-        train = step.make(loss, CONFIG, mesh, abstract)
-        key = jax.device_put(jax.random.key(1), mesh_lib.replicated(mesh))
-        losses = []
-        for i in range(3):
-            rng = np.random.default_rng(i)
-            batch = jax.device_put(
-                {
-                    "x": rng.normal(size=(16, 4, 4, 4)).astype(np.float32),
-                    "context": rng.normal(size=(16, 3, 16)).astype(np.float32),
-                },
-                mesh_lib.batch_sharding(mesh),
-            )
-            state, metrics = train(state, batch, key)
-            losses.append(float(metrics["loss"]))
-        return losses, state
-
-    one, _ = run(_one_device())
-    for data, fsdp in ((8, 1), (2, 4)):
-        many, state = run(mesh_lib.make(data, fsdp))
-        np.testing.assert_allclose(many, one, rtol=1e-5)
-        kernel = state.params["mid_res_0"]["conv1"]["kernel"]
-        assert kernel.addressable_shards[0].data.shape[-1] == 8 // fsdp
-        moment = state.opt_state[1][0].mu["mid_res_0"]["conv1"]["kernel"]
-        assert moment.sharding == kernel.sharding

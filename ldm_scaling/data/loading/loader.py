@@ -128,6 +128,20 @@ class Loader(grain.DatasetIterator):
         self._stop()
         self._step = step
 
+    def examples(self, state: dict[str, Any]) -> list[dict[str, int]]:
+        """The whole batch that `set_state(state)` would give next, of all hosts, in order.
+
+        Each example by its source's number, the epoch of its stream and its index in the source; a
+        corrupt one's replacement is in the log of the host that read it.
+        """
+        step = state.get("step", state.get("next_index"))
+        found = self._reader.order.examples(step, slice(None))
+        columns = (found.sources_B, found.epochs_B, found.indices_B)
+        return [
+            {"source": source, "epoch": epoch, "index": index}
+            for source, epoch, index in zip(*(column.tolist() for column in columns))
+        ]
+
     def close(self) -> None:
         """Ends the threads and processes that read ahead."""
         self._stop()

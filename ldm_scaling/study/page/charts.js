@@ -158,7 +158,10 @@ function chart(host, draw) {
   }
   let known = 0;
   new ResizeObserver(() => {
-    if (host.clientWidth !== known) { known = host.clientWidth; redraw(); }
+    if (host.clientWidth === known) return;
+    known = host.clientWidth;
+    // In the next frame: drawn here, the chart's new height would be reported as a console error.
+    requestAnimationFrame(redraw);
   }).observe(host);
   return redraw;
 }

@@ -1,0 +1,25 @@
+"""The commands, and which module runs those that have a command line of their own."""
+
+from __future__ import annotations
+
+COMMANDS = {
+    "zoo": "print the family: parameters, GFLOPs and cost, the published figures beside them",
+    "prepare": "compose pictures or turn any collection of pairs into shards; encode the captions",
+    "cache-latents": "encode all pictures and captions by the frozen encoders, over all devices",
+    "train": "train the autoencoder, encode the pictures, train every member",
+    "sample": "draw a labelled grid of pictures with trained members",
+    "sweep": "measure every sampler, step count and guidance rate",
+    "report": "draw the plots and write report.html from the records",
+    "study": "all of these in order; started again, it goes on where it was",
+    "convert": "turn published weights into an Orbax checkpoint that tells where it is from",
+    "evaluate": "score any folder of images by FID and others, or by a published protocol",
+    "plan": "what a job will need on TPUs that are not here, by their own compiler",
+}
+
+# Commands with flags of their own. `run(arguments, parse)` of the module does all; `parse` reads
+# the flags that are everyone's (--config, --workdir) from those that it hands over.
+OWN = {
+    "evaluate": "ldm_scaling.study.evaluate_cli", "plan": "ldm_scaling.study.plan_cli",
+}
+# Commands that work in a workdir, in this order; they may run as several processes.
+STAGES = tuple(c for c in COMMANDS if c not in ("zoo", "convert", *OWN))

@@ -1,0 +1,232 @@
+"""A command line from its words to the exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import json
+import logging
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+from ldm_scaling.cli import flags
+from ldm_scaling.cli.commands import COMMANDS, OWN
+from ldm_scaling.cli.flags import first_line
+from ldm_scaling.cli.usage import usage
+from ldm_scaling.errors import Interrupted, UserError
+
+# What is done is saved, the same command goes on: sysexits.h calls it a temporary failure.
+SAVED = 75
+# The watchdog of training ends the process with it, see `training`: as 75 to a launcher, but
+# nothing was saved since the last checkpoint.
+STALLED = 76
+
+log = logging.getLogger("ldm_scaling")
+
+
+class InternalError(Exception):
+    """Something that is not the user's doing; the message says where the traceback is."""
+
+
+def _parted(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """What stands before and after `--`."""
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:at], arguments[at + 1 :]
+
+
+def _run(command: str, arguments: list[str]) -> None:
+    if command in OWN:
+        module = importlib.import_module(OWN[command])
+        module.run(arguments, functools.partial(flags.values_of, command))
+        return
+    arguments, rest = _parted(arguments)
+    values = flags.values_of(command, arguments)
+    if rest and not values.runner:
+        raise UserError("what follows  --  are options of Apache Beam: give --runner=NAME too")
+    if command == "zoo":
+        from ldm_scaling.models import zoo_table
+
+        if values.format == "json":
+            print(json.dumps(zoo_table.rows(), indent=1))
+        else:
+            print(zoo_table.text())
+        return
+    if command == "convert":
+        from ldm_scaling.models import converted
+
+        missing = [name for name in ("kind", "from", "to") if not values[name].value]
+        if missing:
+            raise UserError(f"ldm-scaling convert needs --{missing[0]}; see  ldm-scaling --help")
+        place = values["from"].value, values["to"].value
+        print(converted.write(values.kind, *place, ema=values.ema, model=values.model))
+        return
+    if command == "prepare" and values.to and values.dry_run:
+        raise UserError("--dry-run makes nothing, and --to says where to: leave out one of them")
+    elsewhere = command == "prepare" and bool(values.to or values.dry_run)
+    if not (values.workdir or (elsewhere and values.config)):
+        what = "--config or --workdir" if elsewhere else "--workdir"
+        raise UserError(f"ldm-scaling {command} needs {what}; see  ldm-scaling --help")
+    if elsewhere and values.distributed:
+        raise UserError(
+            f"prepare --{'to' if values.to else 'dry-run'} is the work of one process: leave out "
+            "--distributed (Apache Beam shares it out, see --runner)"
+        )
+    _in_workdir(command, arguments, rest, values)
+
+
+def _in_workdir(command: str, arguments: list[str], rest: list[str], values: Any) -> None:
+    """A command on a study; `arguments` are told in its log."""
+    sample_values = flags.sample_values(values)
+
+    import jax
+
+    from ldm_scaling import config, files
+    from ldm_scaling.parallel import compiled, hosts, processes
+
+    hosts.use_cpu_cores()
+    compiled.keep()
+    if values.distributed:
+        processes.initialize(values.distributed)
+        files.show_progress(hosts.is_lead())
+    from ldm_scaling.study import prepare_cli, stages
+    from ldm_scaling.study.workdir import Workdir
+
+    workdir = Workdir(values.workdir or ".")
+    study = config.parse(values.config) if values.config else workdir.last_config()
+    study = prepare_cli.with_source(study, values.source)
+    if values.to:
+        prepare_cli.to_folder(study, values.to, values.runner, rest)
+        return
+    with processes.lead_first("check"):
+        materials = stages.check(study, workdir, measured=not values.dry_run)
+    if values.dry_run:
+        print(prepare_cli.dry_run(materials, values.format))
+        return
+    if command == "report":
+        stages.require_records(materials)
+    with processes.lead_first("bind"):
+        lock = contextlib.nullcontext()
+        if hosts.is_lead():
+            lock = workdir.lock()
+            workdir.bind(materials.study)
+    # Several processes leave SIGTERM to jax, which training's loop asks.
+    told = contextlib.nullcontext() if values.distributed else _terminated_is_raised()
+    with lock, workdir.log_to_file(jax.process_index()), told:
+        started = time.perf_counter()
+        log.info("ldm-scaling %s %s", command, " ".join(arguments))
+        try:
+            lines = _stage(command, materials, values, rest, sample_values)
+            processes.barrier("done")
+        except UserError:
+            log.error("%s stopped:\n%s", command, traceback.format_exc())
+            raise
+        except Exception as e:
+            log.error("%s stopped:\n%s", command, traceback.format_exc())
+            raise InternalError(
+                f"{first_line(e)} (unexpected; the traceback is in "
+                f"{workdir.log_file(jax.process_index())}; what was finished is kept, the same "
+                "command goes on from it)"
+            ) from e
+        log.info("%s took %.1f s", command, time.perf_counter() - started)
+    if hosts.is_lead():
+        print("\n".join(lines), end="\n" if lines else "")
+
+
+def _stage(
+    command: str, materials: Any, values: Any, rest: list[str], sample_values: dict[str, Any]
+) -> list[str]:
+    """Runs a command; returns what it prints."""
+    from ldm_scaling.parallel import processes
+    from ldm_scaling.study import prepare_cli, stages
+
+    if command == "prepare":
+        processes.from_lead(
+            "prepare", lambda: prepare_cli.in_workdir(materials, values.runner, rest)
+        )
+        stages.prepare(materials)
+        return []
+    if command == "cache-latents":
+        return stages.cache_latents(materials)
+    if command == "train":
+        return stages.train(materials)
+    if command == "sample":
+        return stages.sample(materials, **sample_values)
+    if command == "sweep":
+        stages.run_sweep(materials)
+        return []
+    return [stages.run_report(materials) if command == "report" else stages.study_all(materials)]
+
+
+@contextlib.contextmanager
+def _terminated_is_raised() -> Iterator[None]:
+    """SIGTERM raises `Interrupted` inside, where this thread gets signals. All files are written
+    whole or not at all, so nothing is lost but what is under way; training's own loop saves that.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*unused) -> None:
+        raise Interrupted("stopped by SIGTERM")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command line; returns the exit status.
+
+    0; 2 after a one-line error that the user can mend; 1 after one that is not the user's doing;
+    130 after Ctrl-C; 75 after SIGTERM, when what is done is saved: the same command goes on from
+    there. Training's watchdog ends the process with 76 when a step stalls or a host is lost: the
+    same command goes on from the last checkpoint. One of several processes ends at once instead of
+    returning, unless all is done.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    asked = "--help" in argv and argv[0] not in OWN
+    if not argv or argv[0] in ("help", "-h", "-help") or asked:
+        print(usage())
+        return 0 if argv else 2
+    status, why = _status(argv[0], argv[1:])
+    if status:
+        print(f"ldm-scaling: {why}", file=sys.stderr)
+        if (processes := sys.modules.get("ldm_scaling.parallel.processes")) is not None:
+            processes.leave(status, why)
+    return status
+
+
+def _status(command: str, arguments: list[str]) -> tuple[int, str]:
+    """The exit status of a command, and what is to be said of it."""
+    try:
+        if command not in COMMANDS:
+            import difflib
+
+            near = difflib.get_close_matches(command, COMMANDS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"one of: {', '.join(COMMANDS)}"
+            raise UserError(f"unknown command {command!r}; {hint}")
+        _run(command, arguments)
+    except UserError as e:
+        return 2, "error: " + "; ".join(line.strip() for line in str(e).splitlines())
+    except InternalError as e:
+        return 1, f"error: {e}"
+    except Exception as e:  # Before there is a workdir to log to.
+        return 1, f"error: {first_line(e)} (unexpected)"
+    except Interrupted as e:
+        return SAVED, f"{e}; the same command goes on from here"
+    except KeyboardInterrupt:
+        return 130, "stopped; the same command goes on from here"
+    return 0, ""
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""One table of chips: what each can hold and do at most, by the makers' own pages.
+
+The figures are peaks: a bound on what a program can do, not what one does. Sources, by their keys
+in the table:
+
+- `cloud-tpu`: Google Cloud's pages on each TPU version, https://docs.cloud.google.com/tpu/docs/v5e
+  (v5p, v6e, tpu7x): compute, memory, its bandwidth, bidirectional ICI per chip (halved here), and
+  the data-centre network (of a v5e pod 6.4 Tbit/s, shared by 256 chips; v4's is not given there).
+  v5p's 95 GB are 96 GiB less what the system keeps: libtpu gives programs 95.74 GiB.
+- `tpu-v4`: Jouppi et al. 2023, "TPU v4: An Optically Reconfigurable Supercomputer" (arXiv
+  2304.01433), Table 4: 275 TFLOP/s, 32 GiB, 1200 GB/s, 6 links of 50 GB/s.
+- `a100`, `h100`, `h200`: NVIDIA's data sheets of each (tensor cores, dense: without sparsity;
+  NVLink's two directions together are halved here).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+_TERA, _GIGA, _GIB = 1e12, 1e9, 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A chip, and how JAX sees it. What is not said to be per device is per chip.
+
+    Attributes:
+      name: the short name, as in topologies' names for TPUs (`v5e`).
+      kinds: JAX's `device_kind`s, each written in full, or its beginning for GPUs.
+      hbm_bytes: memory.
+      usable_bytes: what of it a program may take, as libtpu 0.0.42 says; None for GPUs.
+      bf16_flops: peak FLOP/s in bfloat16.
+      f32_flops: peak FLOP/s of float32 operands at JAX's default precision: bfloat16 passes on a
+        TPU, TF32 on a GPU.
+      hbm_bandwidth: bytes/s.
+      link_bandwidth: bytes/s that leave a chip over all its links (ICI, NVLink), one way.
+      network_bandwidth: bytes/s that leave a chip for other slices; None where not known.
+      chips_per_host: in slices of several hosts.
+      devices_per_chip: JAX devices on one chip.
+      source: see the module's list.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    hbm_bytes: float
+    usable_bytes: float | None
+    bf16_flops: float
+    f32_flops: float
+    hbm_bandwidth: float
+    link_bandwidth: float
+    network_bandwidth: float | None
+    chips_per_host: int
+    devices_per_chip: int
+    source: str
+
+
+def _tpu(
+    name, kinds, hbm_gib, usable_gib, tflops, hbm_gb_s, ici_gb_s, dcn_gbit_s, devices=1,
+    source="cloud-tpu",
+) -> Chip:
+    network = dcn_gbit_s / 8 * _GIGA if dcn_gbit_s else None
+    return Chip(
+        name, kinds, hbm_gib * _GIB, usable_gib * _GIB, tflops * _TERA, tflops * _TERA,
+        hbm_gb_s * _GIGA, ici_gb_s * _GIGA, network, 4, devices, source,
+    )
+
+
+def _gpu(name, kind, hbm_gb, tflops, tf32, hbm_gb_s, nvlink_gb_s, source) -> Chip:
+    return Chip(
+        name, (kind,), hbm_gb * _GIGA, None, tflops * _TERA, tf32 * _TERA, hbm_gb_s * _GIGA,
+        nvlink_gb_s * _GIGA, None, 8, 1, source,
+    )
+
+
+# fmt: off
+CHIPS = (
+    #     name     kinds                         GiB usable TFLOP/s HBM, ICI GB/s DCN Gbit/s
+    _tpu("v4",    ("TPU v4",),                    32,  30.75,  275, 1200, 300, None, 1, "tpu-v4"),
+    _tpu("v5e",   ("TPU v5 lite", "TPU v5e"),     16,  15.75,  197,  819, 200,   25),
+    _tpu("v5p",   ("TPU v5", "TPU v5p"),          96,  95.74,  459, 2765, 600,   50),
+    _tpu("v6e",   ("TPU v6 lite", "TPU v6e"),     32,  31.25,  918, 1638, 400,  100),
+    _tpu("tpu7x", ("TPU7x",),                    192, 189.5,  2307, 7380, 600,  100, devices=2),
+    #     name          kind (its beginning)      GB TFLOP/s TF32  HBM GB/s NVLink GB/s
+    _gpu("a100-40gb", "NVIDIA A100-SXM4-40GB",    40,  312,  156,   1555,   300, "a100"),
+    _gpu("a100-80gb", "NVIDIA A100-SXM4-80GB",    80,  312,  156,   2039,   300, "a100"),
+    _gpu("a100-pcie", "NVIDIA A100 80GB PCIe",    80,  312,  156,   1935,   300, "a100"),
+    _gpu("h100-pcie", "NVIDIA H100 PCIe",         80,  756,  378,   2000,   300, "h100"),
+    _gpu("h100-nvl",  "NVIDIA H100 NVL",          94,  835,  417,   3900,   300, "h100"),
+    _gpu("h100",      "NVIDIA H100 80GB HBM3",    80,  989,  494,   3350,   450, "h100"),
+    _gpu("h200-nvl",  "NVIDIA H200 NVL",         141,  835,  417,   4800,   450, "h200"),
+    _gpu("h200",      "NVIDIA H200",             141,  989,  494,   4800,   450, "h200"),
+)
+# fmt: on
+_HALF = (jnp.bfloat16, jnp.float16)
+
+
+def by_kind(device_kind: str) -> Chip | None:
+    """The chip of a JAX `device_kind`, e.g. `TPU v5 lite`; None for one that is not in the table.
+
+    Where several GPUs' names begin it (`NVIDIA H200`, `NVIDIA H200 NVL`), the longest one is meant.
+    """
+    found = [
+        (len(kind), chip) for chip in CHIPS for kind in chip.kinds
+        if device_kind == kind or (kind.startswith("NVIDIA") and device_kind.startswith(kind))
+    ]
+    return max(found, key=lambda pair: pair[0])[1] if found else None
+
+
+def by_name(name: str) -> Chip | None:
+    """The chip of a short name, e.g. `v5e`; None for one that is not in the table."""
+    return next((chip for chip in CHIPS if chip.name == name), None)
+
+
+def peak_flops(device_kind: str, dtype: str | jnp.dtype) -> float | None:
+    """Peak FLOP/s of one JAX device; None for a kind or type that is not in the table.
+
+    Args:
+      device_kind: of `jax.Device.device_kind`.
+      dtype: of the operands: `bfloat16`, `float16`, or `float32` at JAX's default precision.
+    """
+    chip, dtype = by_kind(device_kind), jnp.dtype(dtype)
+    if chip is None or dtype not in (*_HALF, jnp.float32):
+        return None
+    flops = chip.f32_flops if dtype == jnp.float32 else chip.bf16_flops
+    return flops / chip.devices_per_chip

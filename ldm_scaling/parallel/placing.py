@@ -1,0 +1,50 @@
+"""Arrays to the devices of a mesh and back, on one process or several.
+
+What is placed on devices of several processes must be the same in each of them; each gives its own
+devices their part, and nothing is sent. What comes back is sent where a process lacks a part: then
+all must ask for it, in the same order. Batches are placed by `mesh.put_batch`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+
+from ldm_scaling.parallel import mesh as mesh_lib
+
+
+def put(tree: Any, shardings: Any) -> Any:
+    """Arrays, numpy's or of one device, placed as a tree of shardings says, or one for all."""
+    if isinstance(shardings, jax.sharding.Sharding):
+        return jax.tree.map(lambda leaf: _put(leaf, shardings), tree)
+    return jax.tree.map(_put, tree, shardings)
+
+
+def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    if sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    is_key = isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    whole = leaf if is_key else np.asarray(leaf)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
+def replicate(mesh: Mesh, tree: Any) -> Any:
+    """Arrays whole on every device; keys of `jax.random` too."""
+    return put(tree, mesh_lib.replicated(mesh))
+
+
+def fetch(tree: Any) -> Any:
+    """Whole arrays on the host, numpy, in every process."""
+
+    def get(leaf):
+        if isinstance(leaf, jax.Array) and not (
+            leaf.is_fully_addressable or leaf.is_fully_replicated
+        ):
+            return multihost_utils.process_allgather(leaf, tiled=True)
+        return np.asarray(leaf)
+
+    return jax.tree.map(get, tree)

@@ -1,0 +1,240 @@
+"""Several processes as one program: how they find each other, wait for each other and end.
+
+Process 0 leads: it locks a workdir, prepares, logs and reports. Waiting goes through jax's
+coordination service and not through the devices, so that it may last as long as the lead works,
+answers signals, and ends as soon as any process says that it failed.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from ldm_scaling.errors import Interrupted, UserError
+
+# How long processes wait for each other to start: a pod's hosts come up minutes apart.
+START_S = 300
+# How long a process may be silent before all others are ended.
+HEARTBEAT_S = 100
+_SLICE_MS = 1_000  # between two looks at signals and at failures of others
+_FAILED, _LEFT = "ldm_scaling/failed", "ldm_scaling/left"
+_LEAVING_S = 5.0  # that the lead waits for others that leave too
+_COMMANDS = "TPU pods and slices, GKE (with the package kubernetes) and Slurm"
+
+_counts: collections.Counter[str] = collections.Counter()
+_joined = threading.Event()
+
+
+def initialize(where: str, start_s: float = START_S, heartbeat_s: int = HEARTBEAT_S) -> None:
+    """Joins the processes of one program; must run before JAX makes its first array.
+
+    Args:
+      where: `auto`, which finds the others on TPU pods, GKE and Slurm, or `HOST:PORT,K,N`: this is
+        process K of N, and process 0 listens there.
+      start_s: seconds in which all must have come.
+      heartbeat_s: seconds after which a silent process is taken for dead, and all end.
+    Raises:
+      UserError: for another value, an `auto` that finds nothing, or processes that do not come.
+    """
+    given = None if where == "auto" else _parsed(where)
+    done: list[BaseException | None] = []
+
+    def join() -> None:
+        try:
+            # Beyond its own limit jax aborts the process without a word that a user can read.
+            limits = {"initialization_timeout": int(start_s) + 3_600,
+                      "heartbeat_timeout_seconds": heartbeat_s}
+            if given is None:
+                jax.distributed.initialize(**limits)
+            else:
+                jax.distributed.initialize(
+                    *given, cluster_detection_method="deactivate", **limits
+                )
+            done.append(None)
+        except BaseException as e:
+            done.append(e)
+
+    thread = threading.Thread(target=join, daemon=True, name="join")
+    thread.start()
+    thread.join(start_s)
+    if not done:
+        what = "the processes that the cluster names" if given is None else (
+            f"{given[1]} processes at {given[0]}"
+        )
+        raise UserError(
+            f"--distributed={where}: {what} did not all come together within {start_s:g} s: start "
+            "all of them with the same address, which all can reach, and look at the others' errors"
+        )
+    error = done[0]
+    if isinstance(error, ValueError) and given is None:
+        raise UserError(
+            f"--distributed=auto finds no cluster ({error}); it knows {_COMMANDS}. Elsewhere give "
+            "--distributed=HOST:PORT,K,N: this is process K of N, process 0 is at HOST"
+        ) from error
+    if error is not None:
+        raise UserError(f"--distributed={where}: {_first_line(error)}") from error
+    _joined.set()
+
+
+def _parsed(where: str) -> tuple[str, int, int]:
+    """Address, number of processes, number of this one."""
+    found = re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^\s:,\[\]]+):(\d{1,5}),(\d{1,6}),(\d{1,6})", where)
+    if found is None:
+        raise UserError(
+            f"--distributed={where}: write auto, or HOST:PORT,K,N where this is process K, from 0, "
+            "of N and process 0 listens at HOST:PORT"
+        )
+    host, (port, k, n) = found[1], map(int, found.groups()[1:])
+    if not 0 < port < 65536:
+        raise UserError(f"--distributed={where}: {port} is no port; take one of 1024 to 65535")
+    if not k < n:
+        raise UserError(f"--distributed={where}: process {k} of {n}: processes are numbered from 0 "
+                        f"to {n - 1}")
+    return f"{host}:{port}", n, k
+
+
+def several() -> bool:
+    """Whether this program runs as more than one process."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def from_lead(what: str, make: Callable[[], Any]) -> Any:
+    """What `make` gives in the lead, as JSON keeps it, in all processes; the lead does not wait.
+
+    Every process must come here in the same order as to other calls with the same `what`.
+
+    Raises:
+      UserError: where another process failed by one, RuntimeError where otherwise, Interrupted
+        where it was told to end; what `make` raises, in the lead.
+    """
+    if not several():
+        return make()
+    key = _key(what)
+    if jax.process_index() == 0:
+        value = make()
+        _client().key_value_set(key, json.dumps(value))
+        return value
+    return json.loads(_wait(key))
+
+
+@contextlib.contextmanager
+def lead_first(what: str) -> Iterator[None]:
+    """The lead goes through first; when it is through, the others follow, and find what it made.
+
+    What is inside must not wait for other processes: only one is in it at first.
+
+    Raises: as `from_lead`.
+    """
+    if not several():
+        yield
+        return
+    key = _key(what)
+    if jax.process_index() == 0:
+        yield
+        _client().key_value_set(key, "null")
+    else:
+        _wait(key)
+        yield
+
+
+def barrier(what: str) -> None:
+    """Returns when all processes are here. Raises as `from_lead`."""
+    if not several():
+        return
+    key = _key(what)
+    if jax.process_index() == 0:
+        for other in range(1, jax.process_count()):
+            _wait(f"{key}/{other}")
+        _client().key_value_set(key, "null")
+    else:
+        _client().key_value_set(f"{key}/{jax.process_index()}", "null")
+        _wait(key)
+
+
+def leave(status: int, why: str = "") -> None:
+    """Ends this process at once where it is one of several; otherwise returns.
+
+    Python's own end would wait for the others, and they for this one. Those that wait for a word of
+    it raise; those that wait for its devices are ended when its silence is noticed.
+    """
+    if not jax.distributed.is_initialized():
+        return
+    if _joined.is_set():
+        with contextlib.suppress(Exception):
+            _tell(status, why)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _tell(status: int, why: str) -> None:
+    """Tells the other processes that this one ends; the lead waits a little for them to do so too.
+    """
+    client, own = _client(), _process_id()
+    text = json.dumps({"status": status, "why": f"process {own}: {why}"})
+    client.key_value_set(_FAILED, text, allow_overwrite=True)
+    client.key_value_set(f"{_LEFT}/{own}", "null")
+    # It serves what the others read: without it they are ended by jax, with no status of ours.
+    deadline = time.monotonic() + _LEAVING_S
+    for other in range(1, _process_count() if own == 0 else 0):
+        left_ms = int(1000 * (deadline - time.monotonic()))
+        client.blocking_key_value_get(f"{_LEFT}/{other}", max(left_ms, 1))
+
+
+def _key(what: str) -> str:
+    _counts[what] += 1
+    return f"ldm_scaling/{what}/{_counts[what]}"
+
+
+def _wait(key: str) -> str:
+    """The value of a key, once it is there."""
+    client = _client()
+    while True:
+        try:
+            return client.blocking_key_value_get(key, _SLICE_MS)
+        except jax.errors.JaxRuntimeError as e:
+            if "DEADLINE_EXCEEDED" not in str(e):
+                raise
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            raise _failure(**json.loads(client.key_value_try_get(_FAILED)))
+
+
+def _failure(status: int, why: str) -> BaseException:
+    """What the failure of another process is in this one: the exit status is to be the same."""
+    told = f"another process stopped: {why}"
+    if status == 2:
+        return UserError(told)
+    return RuntimeError(told) if status == 1 else Interrupted(told)
+
+
+def _client() -> Any:
+    # jax gives no public name to its client; Orbax takes it from the same place.
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def _process_id() -> int:
+    from jax._src import distributed
+
+    return distributed.global_state.process_id
+
+
+def _process_count() -> int:
+    from jax._src import distributed
+
+    return distributed.global_state.num_processes
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,154 @@
+"""`ldm-scaling plan`: its arguments, and what they ask for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ldm_scaling import config as config_lib
+from ldm_scaling.config import Study
+from ldm_scaling.errors import UserError
+
+_USAGE = """
+  ldm-scaling plan --config=FILE --topology=v5e:16x16       what training will need
+  ldm-scaling plan --config=FILE --topology=... --kind=all-parts
+  ldm-scaling plan --all                                    the family, into launch/plans/"""
+_ALL = "all-parts"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"plan: {message}; see  ldm-scaling plan --help")
+
+
+def _above_0(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        "ldm-scaling plan", _USAGE, allow_abbrev=False,
+        description="Compiles what a job would run for TPUs that are not here, on any CPU machine: "
+        "memory, FLOPs, exchanges, the least time. What each number is: docs/plan.md.",
+    )
+    add = parser.add_argument
+    add("--config", metavar="FILE[:argument]", help="of the study, with --config.KEY=VALUE to "
+        "change its keys")
+    add("--topology", metavar="NAME", help="e.g. v5e:16x16, v5p:4x8x8, v6e:16x16")
+    add("--num-slices", "--num_slices", type=_above_0, default=1, metavar="N",
+        help="how many such slices, joined by the data-centre network")
+    add("--member", metavar="NAME", help="the network, where the config has several")
+    add("--batch", type=_above_0, metavar="N",
+        help="examples a step; with --kind=sample, lanes of each process")
+    add("--kind", choices=("train", "sample", _ALL), default="train",
+        help="the train step; a guided row of the sampler; or these, the autoencoder's encoder and "
+        "decoder and the text encoder")
+    add("--format", choices=("text", "json"), default="text", help="how to print")
+    add("--to", metavar="PATH", help="writes JSON to this file; with --all, the folder "
+        "(launch/plans)")
+    add("--all", action="store_true", help="every network of the paper's family on "
+        "v5e:16x16, v5p:4x8x8 and v6e:16x16, train and sample; plans that are there and still "
+        "hold are kept")
+    add("--again", action="store_true", help="with --all: makes every plan anew")
+    add("--baseline", metavar="DIR", help="plans of before: says what is worse, and fails if "
+        "anything is")
+    return parser
+
+
+def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
+    """Runs the command.
+
+    Args:
+      arguments: after `plan`.
+      parse: reads --config and its overrides, which belong to every command.
+    Raises:
+      UserError: for what the user can mend; where something is worse than the baseline.
+    """
+    given, overrides = _parser().parse_known_args(list(arguments))
+    unknown = [one for one in overrides if not re.match(r"--?config\.", one)]
+    if unknown:
+        raise UserError(f"unknown argument {unknown[0]!r}; see  ldm-scaling plan --help")
+
+    def study_of(flag: str) -> Study:
+        return config_lib.parse(parse([flag, *overrides]).config)
+
+    import jax
+
+    from ldm_scaling.parallel import aot
+
+    # The host only traces: whatever it has, programs are for the topology.
+    jax.config.update("jax_platforms", "cpu")
+    aot.require()
+    plans = _all(given, overrides, study_of) if given.all else _one(given, study_of)
+    if given.baseline:
+        from ldm_scaling.study import plan_family
+
+        lines = plan_family.compare(plans, _folder(given.baseline))
+        for line in lines:
+            print(line, file=sys.stderr)
+        if lines:
+            raise UserError(f"{len(lines)} figures are worse than {given.baseline}'s")
+
+
+def _folder(path: str) -> Path:
+    return Path(path).expanduser()
+
+
+def _all(given: argparse.Namespace, overrides: list[str], study_of: Callable) -> list[dict]:
+    from ldm_scaling.study import plan_family
+
+    for name in ("config", "topology", "member"):
+        if getattr(given, name):
+            raise UserError(f"--{name} does not go with --all, which plans the whole family")
+    if given.kind != "train":
+        raise UserError("--kind does not go with --all, which plans train and sample")
+    folder = _folder(given.to or plan_family.FOLDER)
+    if given.baseline and _folder(given.baseline).resolve() == folder.resolve():
+        raise UserError(
+            f"--baseline={given.baseline} is where --all writes: give another place by --to"
+        )
+    plans = plan_family.run(
+        study_of, Path("configs"), folder, overrides, given.num_slices, given.batch, given.again,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    print(json.dumps(plans, indent=1) if given.format == "json" else folder / "README.md")
+    return plans
+
+
+def _one(given: argparse.Namespace, study_of: Callable) -> list[dict]:
+    for name in ("config", "topology"):
+        if not getattr(given, name):
+            raise UserError(f"ldm-scaling plan needs --{name}; see  ldm-scaling plan --help")
+    if given.again:
+        raise UserError("--again goes with --all")
+    from ldm_scaling.study import plan, plan_family, plan_parts, plan_show
+
+    study = study_of(f"--config={given.config}")
+    if not given.member and len(study.members) > 1:
+        raise UserError(f"--member: name the network: {', '.join(study.members)}")
+    member = given.member or study.members[0]
+    target = plan.Target(given.topology, given.num_slices)
+    kinds = plan_parts.KINDS if given.kind == _ALL else (given.kind,)
+    plans = {}
+    for kind in kinds:
+        batch = given.batch if kind == "train" or given.kind == "sample" else None
+        plans[kind] = plan.make(plan.with_batch(study, kind, batch), member, target, kind)
+    share = plan.frozen_share(plans) if given.kind == _ALL else None
+    body: Any = plans[given.kind] if given.kind != _ALL else {
+        "member": member, "topology": target.topology, "num_slices": target.num_slices,
+        "frozen_encoders_share_of_seconds": share, "parts": plans,
+    }
+    if given.to:
+        plan_family.write(_folder(given.to), body)
+    if given.format == "json":
+        print(json.dumps(body, indent=1, allow_nan=False))
+    else:
+        print(plan_show.text(list(plans.values()), share))
+    return [one for kind, one in plans.items() if kind in plan_family.KINDS]

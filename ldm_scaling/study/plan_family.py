@@ -1,0 +1,159 @@
+"""Plans of the whole family, one file for each network, topology and kind; and how they compare
+with earlier ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ldm_scaling import files
+from ldm_scaling.config import Study
+from ldm_scaling.errors import UserError
+from ldm_scaling.models import zoo
+from ldm_scaling.study import plan as plan_lib
+from ldm_scaling.study import plan_show
+from ldm_scaling.study.plan import Target
+
+TOPOLOGIES = ("v5e:16x16", "v5p:4x8x8", "v6e:16x16")
+KINDS = ("train", "sample")
+FOLDER = "launch/plans"
+# What a figure may be worse than its baseline by: compilations are not alike to the last digit.
+TOLERANCE = 0.01
+
+
+def file_name(member: str, target: Target, kind: str) -> str:
+    """Of a plan, e.g. `866m_v5e-16x16_train.json`; of two slices `866m_2xv5e-16x16_train.json`."""
+    slices = f"{target.num_slices}x" if target.num_slices > 1 else ""
+    return f"{member}_{slices}{target.topology.replace(':', '-')}_{kind}.json"
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """A plan; None where there is none. Raises `UserError` for a file that is something else."""
+    try:
+        found = json.loads(path.read_text())
+        if not {"member", "fits", "key"} <= set(found):
+            raise ValueError("keys are missing")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as e:
+        raise UserError(f"{path} is no plan ({e}): remove it, and it is made anew") from e
+    return found
+
+
+def write(path: Path, plan: Mapping[str, Any]) -> None:
+    """A plan, whole or not at all."""
+    files.atomic_write_text(path, json.dumps(plan, indent=1, allow_nan=False) + "\n")
+
+
+def run(
+    study_of: Callable[[str], Study], configs: Path, folder: Path, overrides: Sequence[str],
+    num_slices: int = 1, batch: int | None = None, again: bool = False,
+    say: Callable[[str], None] = print, command: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """Makes what is missing of the family's plans, each in a process of its own, which gives its
+    memory back; and the table `README.md` beside them.
+
+    A plan whose config, code and versions are as they were is kept; a run that is stopped goes on
+    from there.
+
+    Args:
+      study_of: `--config=...` -> the config, with the overrides.
+      configs: folder of `t2i_MEMBER.py`.
+      folder: where plans are written.
+      overrides: `--config.KEY=VALUE`, for every member.
+      num_slices, batch: for every plan; the batch is that of training.
+      again: makes all anew.
+      say: told what is done.
+      command: what a plan is made by; this program if not given.
+
+    Raises:
+      UserError: for a config that is missing; at the end, naming the plans that could not be made.
+    """
+    command = command or (sys.executable, "-m", "ldm_scaling")
+    found, failed = [], []
+    for topology in TOPOLOGIES:
+        for member in (m.name for m in zoo.PAPER):
+            config = configs / f"t2i_{member}.py"
+            if not config.is_file():
+                raise UserError(f"there is no {config}: run --all where configs/ lies")
+            study = study_of(f"--config={config}")
+            for kind in KINDS:
+                target = Target(topology, num_slices)
+                path = folder / file_name(member, target, kind)
+                given = batch if kind == "train" else None
+                key = plan_lib.key(plan_lib.with_batch(study, kind, given), member, target, kind)
+                plan = None if again else read(path)
+                if plan is None or plan["key"] != key:
+                    say(f"{path.name} ...")
+                    words = [
+                        "plan", f"--config={config}", f"--topology={topology}", f"--kind={kind}",
+                        f"--num-slices={num_slices}", f"--to={path}", "--format=json", *overrides,
+                    ]
+                    words += [f"--batch={given}"] if given else []
+                    why = _in_process([*command, *words])
+                    if why:
+                        say(f"{path.name}: {why}")
+                        failed.append(path.name)
+                        continue
+                    plan = read(path)
+                found.append(plan)
+    files.atomic_write_text(folder / "README.md", plan_show.markdown(found))
+    if failed:
+        raise UserError(f"{len(failed)} plans could not be made: {', '.join(failed)}; see above")
+    return found
+
+
+def _in_process(command: Sequence[str]) -> str:
+    """Runs a command; returns why it failed, or nothing."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    if not done.returncode:
+        return ""
+    lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+    return lines[-1]
+
+
+# --- the baseline -----------------------------------------------------------------------------
+
+
+def worse(new: Mapping[str, Any], old: Mapping[str, Any]) -> list[str]:
+    """What of a plan is worse than it was, beyond `TOLERANCE`: that it fits, its time, its memory.
+
+    Where remedies changed the batch in between, times are compared for an example.
+    """
+    if old["fits"] and not new["fits"]:
+        return ["does not fit any more"]
+    if not (old["fits"] and new["fits"]):
+        return []
+    out = []
+    for name, unit, scale in (
+        ("seconds_per_step_bound", "s an example", True), ("hbm_gb", "GB", False)
+    ):
+        was, now = (p[name] / (p["batch"] if scale else 1) for p in (old, new))
+        if now > was * (1 + TOLERANCE):
+            out.append(f"{now:.4g} {unit}, was {was:.4g} (+{now / was - 1:.1%})")
+    return out
+
+
+def compare(plans: Sequence[Mapping[str, Any]], baseline: Path) -> list[str]:
+    """One line for each plan that is worse than its baseline's.
+
+    Raises:
+      UserError: where a plan has no baseline, or it is of another job.
+    """
+    out = []
+    for new in plans:
+        target = Target(new["topology"], new["num_slices"])
+        path = baseline / file_name(new["member"], target, new["kind"])
+        old = read(path)
+        if old is None:
+            raise UserError(f"--baseline={baseline} holds no {path.name} to compare with")
+        out += [f"{path.name}: {what}" for what in worse(new, old)]
+    return out

@@ -1,0 +1,268 @@
+"""The programs that a job runs, built from its config alone, for devices that need not be here."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ldm_scaling.config import Study
+from ldm_scaling.errors import UserError
+from ldm_scaling.models import autoencoder, text_encoder, unet, zoo
+from ldm_scaling.parallel import aot, hosts, rules
+from ldm_scaling.parallel import mesh as mesh_lib
+from ldm_scaling.study import caching, encoders
+from ldm_scaling.study.encoders import LatentEncoder
+from ldm_scaling.tasks import autoencoder as autoencoder_task
+from ldm_scaling.tasks import drawing, text_to_image
+from ldm_scaling.training import step as step_lib
+
+KINDS = ("train", "sample", "encode", "decode", "text")
+# Pictures and captions that the caches are made with at a time, see `caching`.
+_PICTURES, _CAPTIONS = 128, 256
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """A program of a job.
+
+    Attributes:
+      kind: one of `KINDS`.
+      program: what `jax.jit` returned.
+      args: its arguments as shapes with shardings.
+      mesh: what one call runs on.
+      examples: that one call works off: examples of a step, rows of samples, pictures, captions.
+      copies: processes that run it side by side, each on devices and examples of its own.
+      held: bytes on each device, by what they are, of the arguments.
+    """
+
+    kind: str
+    program: Any
+    args: tuple[Any, ...]
+    mesh: jax.sharding.Mesh
+    examples: int
+    copies: int
+    held: dict[str, int]
+
+
+def build(study: Study, member: str, devices: list[jax.Device], kind: str) -> Part:
+    """A part of a job.
+
+    Args:
+      study: the config.
+      member: the network that is trained or drawn with.
+      devices: of all processes.
+      kind: one of `KINDS`.
+
+    Raises:
+      UserError: for a config that does not fit its own networks or the devices.
+    """
+    if study.weights:
+        raise UserError(
+            f"weights={study.weights!r} is a published network, which is not trained here: plan is "
+            "for networks that are"
+        )
+    makers: dict[str, Callable] = {
+        "train": _train, "sample": _sample, "encode": _encode, "decode": _decode, "text": _text
+    }
+    return makers[kind](study, member, devices)
+
+
+def mesh_of(study: Study, devices: list[jax.Device]) -> jax.sharding.Mesh:
+    """The mesh that networks are trained on."""
+    mesh = study.mesh
+    return mesh_lib.make(mesh.data, mesh.fsdp, mesh.tensor, mesh.slices, devices)
+
+
+def own_mesh(study: Study, devices: list[jax.Device]) -> tuple[jax.sharding.Mesh, int]:
+    """The mesh that frozen encoders and sweeps run on, one process's own devices, and how many
+    processes there are: as `materials.Materials.own`."""
+    processes = {d.process_index for d in devices}
+    if len(processes) == 1:
+        return mesh_of(study, devices), 1
+    own = aot.one_host(devices)
+    shards = len(own) if study.mesh.fsdp == -1 else math.gcd(study.mesh.fsdp, len(own))
+    return mesh_lib.make(fsdp=shards, devices=own), len(processes)
+
+
+def spec_of(study: Study, member: str) -> unet.UNetSpec:
+    """A member's network. Raises `UserError` when it does not take the autoencoder's latents."""
+    spec, latents = zoo.get(member).spec, latent_shape(study)
+    if spec.latent_shape != latents:
+        raise UserError(
+            f"member {member} takes latents of {spec.latent_shape}, but data.side="
+            f"{study.data.side} and this autoencoder make {latents}"
+        )
+    return spec
+
+
+def latent_shape(study: Study) -> tuple[int, int, int]:
+    """(H, W, C) of the latents."""
+    spec = autoencoder_of(study)
+    if study.data.side % spec.downsampling:
+        raise UserError(
+            f"config: data.side={study.data.side} is not a multiple of the autoencoder's "
+            f"downsampling {spec.downsampling}"
+        )
+    side = study.data.side // spec.downsampling
+    return (side, side, spec.latent_channels)
+
+
+def autoencoder_of(study: Study) -> autoencoder.AutoencoderSpec:
+    """The autoencoder, its own or the published one's."""
+    given = study.autoencoder.weights
+    return _published(given) if given else autoencoder_task.spec_of(study.autoencoder)
+
+
+@functools.cache
+def _published(path: str) -> autoencoder.AutoencoderSpec:
+    return encoders.latent_encoder_from(path).spec
+
+
+def context_shape(study: Study, spec: unet.UNetSpec) -> tuple[int, int]:
+    """(L, D) of the text states; of an encoder of one's own (`data.text_weights`), which is not
+    read here, as wide as the network takes."""
+    own = bool(study.data.text_weights)
+    width = spec.context_dim if own else text_encoder.BertSpec().width
+    return (study.data.text_length, width)
+
+
+def local_bytes(tree: Any) -> int:
+    """Bytes of a tree of shapes with shardings on each device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _placed(tree: Any, shardings: Any) -> Any:
+    def one(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    if isinstance(shardings, jax.sharding.Sharding):
+        return jax.tree.map(lambda leaf: one(leaf, shardings), tree)
+    return jax.tree.map(one, tree, shardings)
+
+
+# --- the network ------------------------------------------------------------------------------
+
+
+def _train(study: Study, member: str, devices: list[jax.Device]) -> Part:
+    """One optimiser step, see `training.step` and `tasks.text_to_image`."""
+    train, mesh = study.train, mesh_of(study, devices)
+    spec = spec_of(study, member)
+    mesh_lib.check_batch(mesh, train.batch_size, "train.batch_size")
+    denoise = drawing.denoiser(
+        spec, mesh, train.compute_dtype, train.remat, train.attention
+    )
+    context = context_shape(study, spec)
+    loss = text_to_image.loss_fn(
+        denoise, spec, train, study.diffusion, 1.0, np.zeros(context, np.float32)
+    )
+    state = step_lib.abstract_state(functools.partial(unet.init, spec), train, mesh)
+    batch = text_to_image.batch_shapes(
+        train.batch_size, spec.latent_shape, context, study.data.latent_dtype, mesh
+    )
+    return Part(
+        "train", step_lib.make(loss, train, mesh, state), (state, batch, _key()), mesh,
+        train.batch_size, 1,
+        {
+            "parameters": local_bytes(state.params), "optimiser": local_bytes(state.opt_state),
+            "average": local_bytes(state.ema), "batch": local_bytes(batch),
+        },
+    )
+
+
+def _sample(study: Study, member: str, devices: list[jax.Device]) -> Part:
+    """One guided row of all lanes, see `sampling.lanes`; how many rows run is its argument."""
+    mesh, copies = own_mesh(study, devices)
+    spec, size = spec_of(study, member), study.sweep.batch_size
+    mesh_lib.check_batch(mesh, size, "sweep.batch_size of each process")
+    lanes = drawing.lanes(spec, spec.latent_shape, size, mesh, study.train.compute_dtype)
+    context = jax.ShapeDtypeStruct((1, *context_shape(study, spec)), jnp.float16)
+    program, rest = lanes.abstract({"context": context}, guided=True)
+    params = jax.eval_shape(lambda: unet.init(spec, jax.random.key(0)))
+    params = _placed(params, rules.shardings(params, mesh))
+    return Part(
+        "sample", program, (params, *rest), mesh, size, copies,
+        {"parameters": local_bytes(params), "lanes": local_bytes(rest[0]),
+         "prompts": local_bytes(rest[1])},
+    )
+
+
+def _key() -> jax.ShapeDtypeStruct:
+    return jax.eval_shape(lambda: jax.random.key(0))
+
+
+# --- the frozen encoders ----------------------------------------------------------------------
+
+
+def _autoencoder_params(study: Study) -> Any:
+    spec = autoencoder_of(study)
+    return jax.eval_shape(lambda: autoencoder.init(spec, jax.random.key(0)))
+
+
+def _encode(study: Study, member: str, devices: list[jax.Device]) -> Part:
+    """Pictures to latents, see `caching.cache_latents`."""
+    mesh, copies = own_mesh(study, devices)
+    dtype = hosts.compute_dtype(study.autoencoder.train.compute_dtype, mesh_lib.platform(mesh))
+    encoder = LatentEncoder(autoencoder_of(study), None, None, dtype, "")
+    params = {"encoder": _autoencoder_params(study)["encoder"]}
+    params = _placed(params, mesh_lib.replicated(mesh))
+    size, side = _rounded(_PICTURES, mesh), study.data.side
+    images = jax.ShapeDtypeStruct(
+        (size, side, side, 3), jnp.uint8, sharding=mesh_lib.batch_sharding(mesh)
+    )
+    return Part(
+        "encode", caching.jitted(encoder), (params, images), mesh, size, copies,
+        {"parameters": local_bytes(params), "pictures": local_bytes(images)},
+    )
+
+
+def _decode(study: Study, member: str, devices: list[jax.Device]) -> Part:
+    """Latents to pictures, see `drawing.Drawer.decode`."""
+    mesh, copies = own_mesh(study, devices)
+    params = _autoencoder_params(study)
+    params = _placed(params, rules.shardings(params, mesh))
+    size = study.sweep.batch_size
+    mesh_lib.check_batch(mesh, size, "sweep.batch_size of each process")
+    latents = jax.ShapeDtypeStruct(
+        (size, *latent_shape(study)), jnp.float32, sharding=mesh_lib.batch_sharding(mesh)
+    )
+    return Part(
+        "decode", drawing.decoder(autoencoder_of(study), 1.0), (params, latents), mesh, size,
+        copies, {"parameters": local_bytes(params["decoder"]), "latents": local_bytes(latents)},
+    )
+
+
+def _text(study: Study, member: str, devices: list[jax.Device]) -> Part:
+    """Captions to text states, see `caching.cache_text`."""
+    if study.data.text_weights:
+        raise UserError(
+            f"data.text_weights={study.data.text_weights!r} is not read by plan: only MiniLM's "
+            "program is planned; leave out --kind=all-parts"
+        )
+    mesh, copies = own_mesh(study, devices)
+    spec = text_encoder.BertSpec()
+    params = _placed(text_encoder.param_shapes(spec), mesh_lib.replicated(mesh))
+    size = _rounded(_CAPTIONS, mesh)
+
+    def tokens(dtype: Any) -> jax.ShapeDtypeStruct:
+        sharding = mesh_lib.batch_sharding(mesh)
+        return jax.ShapeDtypeStruct((size, study.data.text_length), dtype, sharding=sharding)
+
+    ids = tokens(jnp.int32)
+    return Part(
+        "text", text_encoder.encode_fn(spec), (params, ids, tokens(jnp.bool_)), mesh, size, copies,
+        {"parameters": local_bytes(params), "tokens": local_bytes(ids)},
+    )
+
+
+def _rounded(size: int, mesh: jax.sharding.Mesh) -> int:
+    return -(-size // mesh_lib.shards(mesh)) * mesh_lib.shards(mesh)

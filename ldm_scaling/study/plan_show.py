@@ -1,0 +1,223 @@
+"""What `ldm-scaling plan` says: one plan on a terminal, the family's as a Markdown table."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ldm_scaling.study import plan as plan_lib
+
+Plan = Mapping[str, Any]
+_BOUND = (
+    "Bounds by the compiler's estimate, not measurements: a job can be slower than this, not faster"
+)
+
+
+def text(plans: Sequence[Plan], frozen_share: float | None = None) -> str:
+    """Plans of a job's parts for a terminal.
+
+    Args:
+      plans: of one member and target.
+      frozen_share: of the frozen encoders in a step without caches, by their bounds.
+    """
+    out = io.StringIO()
+    width = None if sys.stdout.isatty() else 110
+    console = Console(file=out, width=width, highlight=False, markup=False)
+    for one in plans:
+        _one(console, one)
+    if frozen_share is not None:
+        console.print(
+            f"Frozen encoders: {frozen_share:.1%} of a training step's seconds, were they run in "
+            "it instead of once for the caches"
+        )
+    console.print(f"{_BOUND}. Capacity and counts: docs/plan.md.")
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def _one(console: Console, one: Plan) -> None:
+    where = f"{one['num_slices']} x {one['topology']}" if one["num_slices"] > 1 \
+        else one["topology"]
+    batch = "" if one["batch"] is None else f"batch {one['batch']} "
+    console.print(
+        f"\n{one['member']}, {one['kind']}: {batch}on {where} ({one['chips']} chips)"
+    )
+    for row in one["tried"]:
+        console.print(f"  {_remedy(row)}", soft_wrap=True)
+    if not one["fits"]:
+        needed = "" if one["hbm_gb"] is None else f": {one['hbm_gb']:.1f} GB"
+        console.print(
+            f"  does not fit{needed}, of {one['hbm_capacity_gb']:.1f} GB, with any remedy: "
+            "take more chips or a smaller batch"
+        )
+        return
+    mesh = ", ".join(f"{name} {size}" for name, size in one["mesh"].items())
+    aside = f", {one['processes_side_by_side']} processes side by side" \
+        if one["processes_side_by_side"] > 1 else ""
+    console.print(f"  mesh: {mesh}{aside}")
+    console.print(_memory(one))
+    console.print(_time(one))
+    console.print(_collectives(one))
+    for line in _words(one):
+        console.print(f"  {line}", soft_wrap=True)
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=True)
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
+    return table
+
+
+def _memory(one: Plan) -> Table:
+    device = "chip" if one["devices_per_chip"] == 1 else "device"
+    table = _table(f"memory of each {device}", "GB")
+    for name, size in one["hbm_by_kind_gb"].items():
+        table.add_row(name, f"{size:.3f}")
+    share = one["hbm_gb"] / one["hbm_capacity_gb"]
+    table.add_row("all", f"{one['hbm_gb']:.3f}", end_section=True)
+    table.add_row("capacity", f"{one['hbm_capacity_gb']:.3f}  ({share:.0%} used)")
+    return table
+
+
+def _time(one: Plan) -> Table:
+    table = _table("seconds of a call, at least", "s", "for")
+    table.add_row("the compiler's estimate", _seconds(one["compiler_seconds"]), "")
+    work = {
+        "compute": f"{one['flops'] / 1e12:.3g} TFLOP", "memory": f"{one['bytes'] / 1e9:.3g} GB",
+        "links": f"{sum(c['sent'] for c in one['collectives'].values()) / 1e9:.3g} GB",
+    }
+    for name, value in one["roofline_seconds"].items():
+        table.add_row(f"roofline: {name}", _seconds(value), work.get(name, ""))
+    table.add_row("bound", _seconds(one["seconds_per_step_bound"]), f"{one['binds']} binds")
+    return table
+
+
+def _collectives(one: Plan) -> Table:
+    table = _table("exchanges", "number", "whole GB", "sent GB")
+    for kind, row in sorted(one["collectives"].items()):
+        table.add_row(
+            kind, str(row["count"]), f"{row['bytes'] / 1e9:.3f}", f"{row['sent'] / 1e9:.3f}"
+        )
+    return table
+
+
+def _words(one: Plan) -> list[str]:
+    out = []
+    unit = {"train": "examples", "sample": "rows of samples", "text": "captions"}
+    unit = unit.get(one["kind"], "pictures")
+    rate = f"{one['examples_per_second_bound']:,.0f} {unit}/s at most"
+    if one["days_bound"] is not None:
+        rate += (
+            f"; {one['days_bound']:.1f} days to {one['steps']:,} steps and "
+            f"{one['chip_hours_bound']:,.0f} chip-hours at least"
+        )
+    out.append(rate)
+    for rows, value in one.get("images_per_second_bound", {}).items():
+        out.append(f"pictures of {rows}: {value:,.1f}/s at most")
+    if "flops_over_analytic" in one:
+        out.append(
+            f"FLOPs: {one['flops_over_analytic']:.2f} of the network's own, counted from its layers"
+        )
+    if one.get("frozen_encoders_share_of_flops") is not None:
+        out.append(
+            f"frozen encoders: {one['frozen_encoders_share_of_flops']:.1%} of a step's FLOPs, were "
+            "they run in it instead of once for the caches"
+        )
+    if one["kernels"]:
+        flops = sum(k["flops"] for k in one["kernels"])
+        calls = sum(k["calls"] for k in one["kernels"])
+        out.append(f"of these {flops / 1e12:.3g} TFLOP in {calls} Pallas calls, counted by hand")
+    if one["kernels_not_counted"]:
+        out.append(f"not counted: {', '.join(one['kernels_not_counted'])}")
+    if one["loop_factors"]["flops"] != 1:
+        out.append(f"loops: XLA's FLOPs x {one['loop_factors']['flops']:.3f} for their iterations")
+    if one["operations_without_a_time"]:
+        out.append(
+            f"{one['operations_without_a_time']} operations for which the compiler has no time are "
+            "taken for 0 s in its estimate"
+        )
+    out.append(
+        f"compiled in {one['compile_seconds']:.0f} s by libtpu {one['versions']['libtpu']}, jax "
+        f"{one['versions']['jax']}"
+    )
+    return out
+
+
+def _remedy(row: Plan) -> str:
+    if row["remedy"] is None:
+        size = "" if row["hbm_gb"] is None else f": {row['hbm_gb']:.1f} GB"
+        return f"as the config says it does not fit{size}"
+    size = "" if row["hbm_gb"] is None else f", {row['hbm_gb']:.1f} GB"
+    end = f", {_seconds(row['seconds_per_step_bound'])} s a call" if row["fits"] else ""
+    verdict = "fits" if row["fits"] else "does not fit"
+    return f"with {row['remedy']} ({' '.join(row['flags'])}) it {verdict}{size}{end}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.4f}" if value >= 0.01 else f"{value:.2e}"
+
+
+# --- the family -------------------------------------------------------------------------------
+
+
+def markdown(plans: Iterable[Plan]) -> str:
+    """The family's plans as a page."""
+    plans = list(plans)
+    lines = [
+        "# Plans of the family", "",
+        "Made by `ldm-scaling plan --all`; [docs/plan.md](../../docs/plan.md) says what each "
+        f"number is. **{_BOUND}.**", "",
+    ]
+    versions = {tuple(sorted(one["versions"].items())) for one in plans}
+    for found in sorted(versions):
+        lines.append("Compiled with " + ", ".join(f"{n} {v}" for n, v in found) + ".")
+    for kind in dict.fromkeys(one["kind"] for one in plans):
+        lines += ["", f"## {kind}", ""]
+        lines += _rows(kind, [one for one in plans if one["kind"] == kind])
+    lines += ["", "## How these figures come about", ""]
+    lines += [f"- {note}" for note in plan_lib.NOTES]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(kind: str, plans: list[Plan]) -> list[str]:
+    end = ("days to the last step", "chip-hours") if kind == "train" else ("s for 50 rows", "")
+    heads = ["network", "topology", "batch", "HBM GB", "of", "s", "binds", "examples/s", *end,
+             "settings that make it fit"]  # fmt: skip
+    if kind != "train":
+        heads.remove("")
+    out = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    hours: dict[str, float] = {}
+    for one in plans:
+        out.append(f"| {' | '.join(_row(one))} |")
+        if kind == "train":
+            where = one["topology"]
+            hours[where] = hours.get(where, 0.0) + (one["chip_hours_bound"] or float("nan"))
+    if hours:
+        said = ", ".join(f"{value:,.0f} on {where}" for where, value in hours.items())
+        out += ["", f"Chip-hours of the whole family, at least: {said}."]
+    return out
+
+
+def _row(one: Plan) -> list[str]:
+    where = one["topology"] if one["num_slices"] == 1 \
+        else f"{one['num_slices']} x {one['topology']}"
+    start = [one["member"], where, f"{one['batch']}"]
+    capacity = f"{one['hbm_capacity_gb']:.1f}"
+    size = "-" if one["hbm_gb"] is None else f"{one['hbm_gb']:.2f}"
+    if not one["fits"]:
+        rest = ["-"] * (5 if one["kind"] == "train" else 4)
+        return [*start, size, capacity, *rest, "does not fit"]
+    seconds = one["seconds_per_step_bound"]
+    end = [f"{one['days_bound']:.2f}", f"{one['chip_hours_bound']:,.0f}"] \
+        if one["kind"] == "train" else [f"{50 * seconds:.2f}"]
+    settings = " ".join(flag.removeprefix("--config.") for flag in one["remedies"])
+    return [
+        *start, size, capacity, _seconds(seconds), one["binds"],
+        f"{one['examples_per_second_bound']:,.0f}", *end, settings,
+    ]

@@ -1,0 +1,125 @@
+"""Seed blocks: guidance is chosen on one and reported on any number of others."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from ldm_scaling.errors import UserError
+from ldm_scaling.metrics import bootstrap
+from ldm_scaling.study import curves as curves_lib
+from ldm_scaling.study import labels
+from ldm_scaling.study.records import Record
+
+
+def blocks(records: Sequence[Record]) -> list[int]:
+    """The seed blocks there are, rising."""
+    return sorted({r.identity.seed_block for r in records})
+
+
+def pooled(records: Sequence[Record], select_block: int, report_blocks: Sequence[int]
+           ) -> list[Record]:
+    """The records with the blocks that report merged into the first of them.
+
+    A metric becomes its mean over the blocks: still the expected score at one block's number of
+    images, known K times as precisely. Blocks hold other prompts and noise, so their replicates
+    are independent, and the mean of the r-th ones is a replicate of the mean, paired between
+    configurations as before. All that works on two blocks then works on K + 1.
+
+    A configuration that lacks one of the blocks is left out, as in an unfinished sweep.
+
+    Raises:
+      UserError: when a block both chooses and reports, none reports, or the blocks of one
+        configuration hold different numbers of images or replicates.
+    """
+    report_blocks = list(dict.fromkeys(report_blocks))
+    if not report_blocks or select_block in report_blocks:
+        raise UserError(
+            f"guidance is chosen on seed block {select_block} and reported on {report_blocks}: "
+            "give at least one other block that reports"
+        )
+    groups: dict[tuple, list[Record]] = defaultdict(list)
+    out = []
+    for r in records:
+        if r.identity.seed_block in report_blocks:
+            groups[dataclasses.astuple(dataclasses.replace(r.identity, seed_block=0))].append(r)
+        elif r.identity.seed_block == select_block:
+            out.append(r)
+    for group in groups.values():
+        if {r.identity.seed_block for r in group} == set(report_blocks):
+            out.append(_mean(group, report_blocks[0]))
+    return out
+
+
+def _mean(group: Sequence[Record], block: int) -> Record:
+    metrics = {
+        name: float(np.mean([r.metrics[name] for r in group]))
+        for name in group[0].metrics if all(name in r.metrics for r in group)
+    }
+    replicates, intervals = {}, {}
+    for name in metrics:
+        drawn = [r.replicates.get(name, []) for r in group]
+        if len({len(d) for d in drawn}) > 1:
+            raise UserError(
+                f"{group[0].identity.model}, {group[0].identity.sampler}, "
+                f"{group[0].identity.steps} steps: its seed blocks hold "
+                f"{[len(d) for d in drawn]} replicates; measure them with one number"
+            )
+        if drawn[0]:
+            mean_R = np.mean(drawn, axis=0)
+            replicates[name] = mean_R.tolist()
+            intervals[name] = bootstrap.percentile_interval(mean_R)
+    return dataclasses.replace(
+        group[0],
+        identity=dataclasses.replace(group[0].identity, seed_block=block),
+        metrics=metrics, replicates=replicates, intervals=intervals,
+        seconds_per_image=float(np.mean([r.seconds_per_image for r in group])),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimism:
+    """How much choosing and reporting on the same images would have flattered one cell.
+
+    Attributes:
+      cell: (model, sampler, steps).
+      guidance: rate chosen on the selection block.
+      chosen: the measure there, where it was chosen.
+      reported: its mean over the blocks that report.
+      low, high: interval of `reported` from the spread between blocks (Student's t): it needs no
+        bootstrap, but at least two blocks; None otherwise.
+      flattery: how much better `chosen` looks than `reported`, in the measure's units.
+    """
+
+    cell: curves_lib.Cell
+    guidance: float
+    chosen: float
+    reported: float
+    low: float | None
+    high: float | None
+    flattery: float
+
+
+def optimism(
+    records: Sequence[Record], metric: str, select_block: int, report_blocks: Sequence[int],
+    level: float = 0.95,
+) -> list[Optimism]:
+    """`Optimism` of every cell whose chosen rate was measured on all of `report_blocks`."""
+    sign = labels.measure(metric).sign
+    choice = curves_lib.best_guidance(records, metric, select_block)
+    place = {(r.identity.model, r.identity.sampler, r.identity.steps, r.identity.guidance,
+              r.identity.seed_block): r.metrics.get(metric) for r in records}
+    out = []
+    for cell, guidance in choice.items():
+        values = [place.get((*cell, guidance, b)) for b in report_blocks]
+        if any(v is None for v in values):
+            continue
+        chosen, reported = place[(*cell, guidance, select_block)], float(np.mean(values))
+        low, high = (bootstrap.block_interval(np.array(values), level) if len(values) > 1
+                     else (None, None))
+        out.append(Optimism(cell, guidance, chosen, reported, low, high,
+                            sign * (reported - chosen)))
+    return out

@@ -1,0 +1,305 @@
+"""The paper's six claims, each with its test, effect, interval and verdict on the records at hand.
+
+Each is a question of its own, asked before the records were there, so that their probabilities
+are not corrected for there being six.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from ldm_scaling.metrics import bootstrap
+from ldm_scaling.study import curves as curves_lib
+from ldm_scaling.study import labels, winners
+from ldm_scaling.study.curves import Curves
+from ldm_scaling.study.records import Record
+from ldm_scaling.study.statistics import trends, words
+from ldm_scaling.study.statistics.trends import FineTuned
+
+CLAIMS = (
+    "Quality scales with training compute.",
+    "Downstream quality follows pretraining quality, more than fine-tuning length.",
+    "At a small sampling budget smaller models win; at a large one larger models do.",
+    "That holds for DDIM, DDPM and DPM-Solver++ alike.",
+    "It holds on super-resolution, up to about 20 steps.",
+    "It holds after distillation.",
+)
+
+# How the names of the samplers that claim 4 is about start; those of distilled networks.
+_FAMILIES = {"ddim": "DDIM", "ddpm": "DDPM", "dpmpp": "DPM-Solver++"}
+_DISTILLED = ("lcm", "codi")
+_FEW_STEPS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """One claim of the paper, judged.
+
+    Attributes:
+      number: the claim's number in the paper's list.
+      claim: the claim in a sentence.
+      test: how it is judged, in a sentence.
+      outcome: the judgement; undecided also where nothing was measured.
+      headline: what happened, in one sentence.
+      because: sentences with the numbers behind it; may be empty.
+      effect: the size of what was found, in words; empty where nothing was measured.
+      interval: 95% of the effect, or None.
+      probability: that the claim holds; None where nothing was measured.
+    """
+
+    number: int
+    claim: str
+    test: str
+    outcome: words.Outcome
+    headline: str
+    because: str = ""
+    effect: str = ""
+    interval: tuple[float, float] | None = None
+    probability: float | None = None
+
+    @property
+    def tested(self) -> bool:
+        """Whether there was anything to judge it by."""
+        return bool(self.effect)
+
+    @property
+    def ends(self) -> str:
+        """The interval in brackets, or nothing."""
+        return "" if self.interval is None else labels.interval(*self.interval)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """What there is to judge by.
+
+    Attributes:
+      records: of text-to-image members, at any training steps.
+      distilled: of distilled members.
+      super_resolution: of members fine-tuned to super-resolution.
+      fine_tuned: what members reached downstream, after fine-tuning of several lengths.
+    """
+
+    records: Sequence[Record]
+    distilled: Sequence[Record] = ()
+    super_resolution: Sequence[Record] = ()
+    fine_tuned: Sequence[FineTuned] = ()
+
+    @classmethod
+    def of(cls, records: Sequence[Record], **more) -> Evidence:
+        """Tells records of distilled members by their samplers, LCM's and CoDi's."""
+        distilled = [r for r in records if r.identity.sampler.startswith(_DISTILLED)]
+        rest = [r for r in records if not r.identity.sampler.startswith(_DISTILLED)]
+        return cls(rest, distilled=distilled, **more)
+
+
+def verdicts(
+    evidence: Evidence, metric: str, select_block: int = 0, report_block: int = 1
+) -> list[Verdict]:
+    """All six, in order.
+
+    Raises:
+      UserError: on a measure that is not known, or two records of one configuration.
+    """
+    blocks = (select_block, report_block)
+    last = _last(evidence.records)
+    curves = _curves(last, metric, blocks)
+    third, fourth = _crossing(curves, metric, curves_lib.models(last))
+    return [
+        _compute(evidence.records, metric, blocks), _downstream(evidence.fine_tuned), third, fourth,
+        _super_resolution(evidence.super_resolution, metric, blocks),
+        _distilled(evidence.distilled, metric, blocks),
+    ]
+
+
+def _last(records: Sequence[Record]) -> list[Record]:
+    """The records of each size's longest training."""
+    steps: dict[str, int] = {}
+    for r in records:
+        steps[r.identity.model] = max(steps.get(r.identity.model, 0), r.identity.train_step)
+    return [r for r in records if r.identity.train_step == steps[r.identity.model]]
+
+
+def _curves(records: Sequence[Record], metric: str, blocks: tuple[int, int]) -> Curves:
+    return curves_lib.quality_curves(curves_lib.distinct(records), metric, None, *blocks)
+
+
+def _blank(number: int, test: str, headline: str) -> Verdict:
+    return Verdict(number, CLAIMS[number - 1], test, "undecided", headline)
+
+
+def _compute(records: Sequence[Record], metric: str, blocks: tuple[int, int]) -> Verdict:
+    test = (
+        "The slope of the measure over the log of training compute (GFLOPs of a network call x "
+        "training steps), at the most steps that all were sampled with; its error holds the "
+        "scatter about the line and the choice of prompts."
+    )
+    found = trends.training(records, metric, *blocks)
+    if found is None:
+        return _blank(
+            1, test, "No records of three or more different training computes, sampled alike."
+        )
+    measure = labels.measure(metric)
+    effect = f"{100 * found.change:+.2g}% {measure.short} for ten times the training compute"
+    varied = " and ".join(w for w, n in (("size", found.sizes), ("training length", found.lengths))
+                          if n > 1)
+    return Verdict(
+        1, CLAIMS[0], test, words.judge(found.probability),
+        f"Ten times the training compute changes {measure.short} by {100 * found.change:+.2g}%: "
+        f"{words.sure(found.probability)} that quality rises with compute.",
+        f"{found.points} networks that differ in {varied}, with {labels.sampler(found.sampler)} "
+        f"and {found.steps} steps; compute spans a factor of {labels.number(found.span)}."
+        + ("" if found.lengths > 1 else " All were trained equally long, so that compute and size "
+           "cannot be told apart."),
+        effect, (100 * found.low, 100 * found.high), found.probability,
+    )
+
+
+def _downstream(rows: Sequence[FineTuned]) -> Verdict:
+    test = (
+        "Shares of the variance of downstream quality that pretraining quality (a straight line) "
+        "and fine-tuning length (any shape) explain, over draws of the sizes with replacement."
+    )
+    found = trends.downstream(rows)
+    if found is None:
+        return _blank(2, test, "No records of fine-tuned members (at least 4 sizes, "
+                      "each at 2 or more lengths of fine-tuning).")
+    return Verdict(
+        2, CLAIMS[1], test, words.judge(found.probability),
+        f"Pretraining quality explains {100 * found.pretraining:.0f}% of downstream variance, "
+        f"fine-tuning length {100 * found.length:.0f}%: {words.sure(found.probability)} that "
+        "pretraining explains more.",
+        f"{found.sizes} sizes, {found.lengths} lengths of fine-tuning.",
+        f"{100 * (found.pretraining - found.length):+.0f} percentage points of variance more",
+        (100 * found.low, 100 * found.high), found.probability,
+    )
+
+
+def _crossing(curves: Curves, metric: str, sizes: Sequence[str]) -> tuple[Verdict, Verdict]:
+    """Claims 3 and 4, judged from paired replicates.
+
+    Claim 3 holds in a replicate when, between the smallest budget that every size can afford and
+    the largest one measured, the winner becomes larger. Claim 4 asks the same of every sampler,
+    in the same replicates.
+    """
+    tests = (
+        "The share of paired replicates in which the size that wins the largest budget measured "
+        "is larger than the one that wins the smallest budget that every size can afford.",
+        "The share of paired replicates in which that is so for every sampler at once.",
+    )
+    names = sorted({s for _, s in curves}, key=lambda s: (s.partition(", ")[0] != "ddim", s))
+    found, together = winners.crossovers(curves, metric, sizes, names)
+    unmet = "Not measured yet: no sampler has two sizes that meet at two budgets."
+    first = _blank(3, tests[0], unmet)
+    if found:
+        sampler, cross = next(iter(found.items()))
+        first = dataclasses.replace(
+            first, outcome=words.judge(cross.probability), headline=_headline(sampler, cross),
+            because=_cross(metric, cross), probability=cross.probability,
+            **_lead(metric, cross),
+        )
+    lacking = [labels.sampler(s) for s in names if s not in found]
+    lacking += [family for start, family in _FAMILIES.items()
+                if not any(s.startswith(start) for s in names)]
+    if lacking:
+        unmet = f"Not measured fully yet: {labels.listing(lacking)}."
+        return first, _blank(4, tests[1], unmet)
+    parts = [
+        f"{labels.sampler(s)} {words.judge(c.probability)} ({c.low.best.model} at the smallest, "
+        f"{c.high.best.model} at the largest budget; {words.sure(c.probability)})"
+        for s, c in found.items()
+    ]
+    held = sum(words.judge(c.probability) == "supported" for c in found.values())
+    headline = (
+        f"The pattern is clear for {held} of {len(found)} samplers; for all of them at once: "
+        f"{words.sure(together)}."
+    )
+    return first, Verdict(
+        4, CLAIMS[3], tests[1], words.judge(together), headline, f"{'; '.join(parts)}.",
+        f"{held} of {len(found)} samplers", None, together,
+    )
+
+
+def _lead(metric: str, cross: winners.Crossover) -> dict:
+    """Effect and interval: the lead of the winner at the smallest budget over the largest size."""
+    won, largest = cross.low, cross.low.contenders[-1]
+    sign = labels.measure(metric).sign
+    lead = sign * (largest.point.value - won.best.point.value)
+    if won.best is largest:
+        return {"effect": f"none: {largest.model} wins the smallest budget too"}
+    losses_2R = winners.paired([won.best.point, largest.point], sign)
+    ends = None if losses_2R is None else bootstrap.percentile_interval(
+        losses_2R[1] - losses_2R[0])
+    return {
+        "effect": f"{won.best.model} leads {largest.model} by {labels.number(lead)} "
+                  f"{labels.measure(metric).short} at the smallest budget",
+        "interval": ends,
+    }
+
+
+def _super_resolution(
+    records: Sequence[Record], metric: str, blocks: tuple[int, int]
+) -> Verdict:
+    test = (
+        f"On records of at most {_FEW_STEPS} steps: the share of paired replicates in which a size "
+        "below the largest wins the smallest budget that every size can afford."
+    )
+    few = [r for r in records if r.identity.steps <= _FEW_STEPS and metric in r.metrics]
+    if not few:
+        return _blank(5, test, "No records of super-resolution.")
+    return _pattern(5, test, few, metric, blocks, lambda cross: cross.small_wins)
+
+
+def _distilled(records: Sequence[Record], metric: str, blocks: tuple[int, int]) -> Verdict:
+    test = "As claim 3, on records of distilled members."
+    records = [r for r in records if metric in r.metrics]
+    if not records:
+        return _blank(6, test, "No records of distilled members.")
+    return _pattern(6, test, records, metric, blocks, lambda cross: cross.probability)
+
+
+def _pattern(number, test, records, metric, blocks, probability) -> Verdict:
+    arms = curves_lib.distinct(records)
+    found, _ = winners.crossovers(
+        curves_lib.quality_curves(arms, metric, None, *blocks), metric, curves_lib.models(arms),
+        curves_lib.samplers(arms),
+    )
+    if not found:
+        return _blank(number, test, "No two sizes meet at two budgets in these records.")
+    sampler, cross = next(iter(found.items()))
+    sure = probability(cross)
+    return Verdict(
+        number, CLAIMS[number - 1], test, words.judge(sure),
+        f"{_where(sampler, cross)}: {words.sure(sure)}.", _cross(metric, cross),
+        probability=sure, **_lead(metric, cross),
+    )
+
+
+def _where(sampler: str, cross: winners.Crossover) -> str:
+    low, high = cross.low, cross.high
+    there = f"is best at a budget of {labels.number(low.budget)}"
+    if low.best.model == high.best.model:
+        what = f"{low.best.model} {there} and still at {labels.number(high.budget)}"
+    else:
+        what = f"{low.best.model} {there}, {high.best.model} at {labels.number(high.budget)}"
+    return f"With {labels.sampler(sampler)}, {what}"
+
+
+def _headline(sampler: str, cross: winners.Crossover) -> str:
+    return (
+        f"{_where(sampler, cross)}: {words.sure(cross.probability)} that a larger size "
+        "wins the larger budget."
+    )
+
+
+def _cross(metric: str, cross: winners.Crossover) -> str:
+    low, high = cross.low, cross.high
+    return (
+        f"The smallest budget that all {len(low.contenders)} sizes can afford is "
+        f"{labels.number(low.budget)}: {low.best.model} takes {words.how(low.best)} there and "
+        f"reaches {words.reached(metric, low.best)} ({words.sure(low.best.probability)} that it is "
+        f"the best size, {words.sure(cross.small_wins)} that some size below the largest is). At "
+        f"the largest, {labels.number(high.budget)}, {high.best.model} reaches "
+        f"{words.reached(metric, high.best)} in {words.how(high.best)} "
+        f"({words.sure(high.best.probability)} that it is the best size)."
+    )

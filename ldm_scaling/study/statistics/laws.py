@@ -1,0 +1,103 @@
+"""Saturating power laws: L = E + sum_k A_k / x_k^alpha_k, of one scale (compute) or two (N, D)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from ldm_scaling.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Law:
+    """A saturating power law.
+
+    Attributes:
+      offset: E, what no scale removes; 0 where the law has none.
+      factors: A_k, one per scale.
+      exponents: alpha_k, one per scale.
+    """
+
+    offset: float
+    factors: tuple[float, ...]
+    exponents: tuple[float, ...]
+
+    def __post_init__(self):
+        if not self.factors or len(self.factors) != len(self.exponents):
+            raise UserError(
+                f"a law has one exponent per factor, got {len(self.factors)} factors and "
+                f"{len(self.exponents)} exponents"
+            )
+        if self.offset < 0 or min(self.factors) < 0:
+            raise UserError(
+                f"a law's offset and factors are not negative, got {self.offset} and {self.factors}"
+            )
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """L at scales (N, K), or (N,) where the law has one."""
+        x_NK = scales(x, len(self.factors))
+        return self.offset + (np.array(self.factors) * x_NK ** -np.array(self.exponents)).sum(1)
+
+    def best_split(self, flops: np.ndarray, per: float = 6.0) -> tuple[np.ndarray, np.ndarray]:
+        """(N, D) with the least L on flops = per x N x D (Hoffmann et al. 2022, eq. 4).
+
+        Args:
+          flops: of training.
+          per: FLOPs for one parameter and one sample.
+
+        Raises:
+          UserError: unless the law has two scales with positive factors and exponents.
+        """
+        if len(self.factors) != 2 or min(*self.factors, *self.exponents) <= 0:
+            raise UserError(
+                "the best split of a training budget needs a law of two scales, size and data, "
+                f"both with positive factor and exponent; got {self}"
+            )
+        (a, b), (alpha, beta) = self.factors, self.exponents
+        product = np.asarray(flops, np.float64) / per
+        g = (alpha * a / (beta * b)) ** (1 / (alpha + beta))
+        n = g * product ** (beta / (alpha + beta))
+        return n, product / n
+
+
+def scales(x: np.ndarray, k: int | None = None) -> np.ndarray:
+    """Scales as a positive matrix (N, K). Raises `UserError` where one is not."""
+    x_NK = np.asarray(x, np.float64)
+    x_NK = x_NK[:, None] if x_NK.ndim == 1 else x_NK
+    if x_NK.ndim != 2 or (k is not None and x_NK.shape[1] != k):
+        raise UserError(f"scales of shape {x_NK.shape} do not fit a law of {k} scales")
+    if not (np.isfinite(x_NK).all() and (x_NK > 0).all()):
+        raise UserError("scales such as parameters and FLOPs are finite and above 0")
+    return x_NK
+
+
+def log_prediction(
+    parameters_SP: np.ndarray, logx_NK: np.ndarray, offset: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """log L and its derivatives for S sets of parameters at once.
+
+    log L = logsumexp(a_k - alpha_k log x_k [, e]): nothing overflows, and nothing is negative.
+
+    Args:
+      parameters_SP: a_1..a_K, alpha_1..alpha_K and, with `offset`, e = log E.
+      logx_NK: log scales.
+      offset: whether the law has an E.
+
+    Returns:
+      log L (S, N), its Jacobian (S, N, P).
+    """
+    k = logx_NK.shape[1]
+    a_SK, alpha_SK = parameters_SP[:, :k], parameters_SP[:, k : 2 * k]
+    terms = a_SK[:, None] - alpha_SK[:, None] * logx_NK
+    if offset:
+        e_SN1 = np.broadcast_to(parameters_SP[:, 2 * k, None, None], (*terms.shape[:2], 1))
+        terms = np.concatenate([terms, e_SN1], axis=2)
+    # Written out: SciPy's logsumexp takes longer than all the rest on arrays as small as these.
+    top_SN = terms.max(axis=2)
+    share = np.exp(terms - top_SN[..., None])
+    sum_SN = share.sum(axis=2)
+    log_SN = top_SN + np.log(sum_SN)
+    share /= sum_SN[..., None]
+    parts = [share[..., :k], -share[..., :k] * logx_NK]
+    return log_SN, np.concatenate([*parts, share[..., k:]], axis=2)

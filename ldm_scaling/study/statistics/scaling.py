@@ -1,0 +1,133 @@
+"""Scaling laws of a study's own networks: quality or loss against size, images seen, compute."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+
+from ldm_scaling.errors import UserError
+from ldm_scaling.study.records import Record
+from ldm_scaling.study.statistics import fits, isoflop, laws, trends
+from ldm_scaling.study.statistics.fits import Fit, HeldOut
+from ldm_scaling.study.statistics.isoflop import Frontier
+
+By = Literal["size", "images", "compute", "size and images"]
+
+BACKWARD = 3.0
+"""FLOPs of a training step over those of its forward pass: the gradient takes twice as many."""
+
+_SEVERAL = 30
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Runs:
+    """Trained networks, one row each (several along a run, where it was measured several times).
+
+    Attributes:
+      models: names of the sizes.
+      params_N: parameters.
+      images_N: training images seen.
+      gflops_N: training compute: `BACKWARD` x GFLOPs of a call x images.
+      value_N: the quality or loss, smaller is better, above 0.
+      value_RN: its paired replicates, where records hold them; None otherwise.
+    """
+
+    models: tuple[str, ...]
+    params_N: np.ndarray
+    images_N: np.ndarray
+    gflops_N: np.ndarray
+    value_N: np.ndarray
+    value_RN: np.ndarray | None = None
+
+    def scales(self, by: By) -> np.ndarray:
+        """The columns that a law is fitted over, (N, 1) or (N, 2)."""
+        columns = {"size": [self.params_N], "images": [self.images_N], "compute": [self.gflops_N],
+                   "size and images": [self.params_N, self.images_N]}
+        if by not in columns:
+            raise UserError(f"a law is fitted by {', '.join(columns)}; not by {by!r}")
+        return laws.scales(np.stack(columns[by], axis=1))
+
+    def fitted(
+        self, by: By, *, offset: bool = True, delta: float = fits.DELTA, replicates: int = 200,
+        seed: int = 0,
+    ) -> Fit:
+        """The law, with replicates: points drawn anew where there are many, else residuals.
+
+        Each network was trained once, so what paired replicates say of the choice of prompts is
+        the smaller part of the doubt; `fits.bootstrap(..., y_RN=runs.value_RN)` has that part.
+        """
+        x_NK = self.scales(by)
+        fit = fits.fit(x_NK, self.value_N, offset=offset, delta=delta)
+        method = "pairs" if len(x_NK) >= _SEVERAL else "residuals"
+        return fits.bootstrap(fit, x_NK, self.value_N, replicates=replicates, seed=seed,
+                              method=method)
+
+    def held_out(
+        self, by: By, *, offset: bool = True, delta: float = fits.DELTA, replicates: int = 200
+    ) -> HeldOut:
+        """What the smaller sizes foretell of the largest, see `fits.held_out`."""
+        largest_N = self.params_N == self.params_N.max()
+        return fits.without(
+            self.scales(by), self.value_N, largest_N, offset=offset, delta=delta,
+            replicates=replicates,
+        )
+
+    def frontier(self) -> Frontier:
+        """The best size for a training budget, by iso-FLOP profiles."""
+        return isoflop.frontier(self.gflops_N * 1e9, self.params_N, self.value_N)
+
+
+def of_records(
+    records: Sequence[Record], metric: str, batch_size: int, select_block: int = 0,
+    report_block: int = 1,
+) -> Runs:
+    """Quality of each trained network at the steps and sampler that `trends.networks` compares.
+
+    Args:
+      records: of one study, at any training steps.
+      metric: a distance (smaller is better, above 0).
+      batch_size: of training: images per step.
+      select_block, report_block: of the guidance.
+
+    Raises:
+      UserError: without a reported record.
+    """
+    found = trends.networks(records, metric, select_block, report_block)
+    if not found:
+        raise UserError("no network has a reported record: run the sweep first")
+    images_N = np.array([float(n.train_step) * batch_size for n in found])
+    drawn = [n.point.replicates_R for n in found]
+    paired = len({d.size for d in drawn}) == 1 and drawn[0].size > 0
+    return Runs(
+        tuple(n.model for n in found), np.array([float(n.params) for n in found]), images_N,
+        BACKWARD * np.array([n.gflops for n in found]) * images_N,
+        np.array([n.point.value for n in found]), np.stack(drawn, axis=1) if paired else None,
+    )
+
+
+def of_losses(
+    losses: Mapping[str, Sequence[tuple[int, float]]], params: Mapping[str, int],
+    gflops: Mapping[str, float], batch_size: int,
+) -> Runs:
+    """Validation losses along training runs.
+
+    Only runs whose learning rate has settled by then follow one law of size and images: leave out
+    steps in the warm-up.
+
+    Args:
+      losses: size -> (step, validation loss) along its run.
+      params, gflops: of each size.
+      batch_size: images per step.
+    """
+    rows = [(m, step, loss) for m, run in losses.items() for step, loss in run if step > 0]
+    if not rows:
+        raise UserError("no training run has a validation loss: set train.validate_every")
+    images_N = np.array([float(step) * batch_size for _, step, _ in rows])
+    return Runs(
+        tuple(m for m, _, _ in rows), np.array([float(params[m]) for m, _, _ in rows]), images_N,
+        BACKWARD * np.array([gflops[m] for m, _, _ in rows]) * images_N,
+        np.array([loss for _, _, loss in rows]),
+    )

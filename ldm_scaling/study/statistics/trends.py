@@ -1,0 +1,247 @@
+"""Trends that claims 1 and 2 are about: quality over training compute, and what decides quality
+after fine-tuning."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import stats
+
+from ldm_scaling.study import curves as curves_lib
+from ldm_scaling.study import labels
+from ldm_scaling.study.curves import Point
+from ldm_scaling.study.records import Record
+
+_DRAWS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Trend:
+    """Quality against training compute.
+
+    Attributes:
+      change: of the measure for ten times the compute, relative: -0.1 is 10% less.
+      low, high: its 95% interval.
+      probability: that more compute is better.
+      points, sizes, lengths: networks, different sizes, different training lengths.
+      sampler, steps: how they were sampled.
+      span: largest compute over the smallest.
+    """
+
+    change: float
+    low: float
+    high: float
+    probability: float
+    points: int
+    sizes: int
+    lengths: int
+    sampler: str
+    steps: int
+    span: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Network:
+    """One trained network and what it reached.
+
+    Attributes:
+      model: its size's name.
+      train_step: how long it was trained.
+      params: parameters.
+      gflops: of one call.
+      point: at the sampler and steps that all are compared at.
+    """
+
+    model: str
+    train_step: int
+    params: int
+    gflops: float
+    point: Point
+
+    @property
+    def compute(self) -> float:
+        """GFLOPs of a call x training steps (the paper's unit in Fig. 3); a published network
+        without known steps counts as one."""
+        return self.gflops * max(self.train_step, 1)
+
+
+def networks(
+    records: Sequence[Record], metric: str, select_block: int = 0, report_block: int = 1
+) -> list[Network]:
+    """Every trained network at the first sampler (DDIM) and the most steps that the most of them
+    were sampled with, each at its best guidance."""
+    groups: dict[tuple[str, int], list[Record]] = defaultdict(list)
+    for r in records:
+        groups[r.identity.model, r.identity.train_step].append(r)
+    curves = {
+        key: curves_lib.quality_curves(
+            curves_lib.distinct(group), metric, None, select_block, report_block)
+        for key, group in groups.items()
+    }
+    sampler, steps = _common(records, list(curves.values()))
+    out = []
+    for key, found in curves.items():
+        first = groups[key][0]
+        out += [Network(*key, first.params, first.gflops, p)
+                for (_, s), curve in found.items() if s == sampler
+                for p in curve if p.steps == steps]
+    return sorted(out, key=lambda n: (n.params, n.train_step))
+
+
+def training(
+    records: Sequence[Record], metric: str, select_block: int = 0, report_block: int = 1
+) -> Trend | None:
+    """The straight line of the measure over log training compute; None below 3 computes.
+
+    A measure that is smaller the better, and above 0, is fitted in its logarithm: the slope is
+    the exponent of a power law. Its error adds up two parts: the scatter of networks about the
+    line (each was trained once) and the paired replicates' spread; t with points - 2 degrees.
+    """
+    found = networks(records, metric, select_block, report_block)
+    points, compute = [n.point for n in found], [n.compute for n in found]
+    if len({round(c, 9) for c in compute}) < 3:
+        return None
+    sign = labels.measure(metric).sign
+    slope, error = _slope(np.log10(compute), points, sign)
+    degrees = len(points) - 2
+    half = stats.t.ppf(0.975, degrees) * error
+    logs = _in_logs(points, sign)
+    ends = [sign * (slope - half), sign * (slope + half)]
+    change, low, high = (
+        float(10**v - 1 if logs else v) for v in (sign * slope, min(ends), max(ends))
+    )
+    certain = 1.0 if slope < 0 else 0.0 if slope > 0 else 0.5
+    probability = float(stats.t.cdf(-slope / error, degrees)) if error > 0 else certain
+    return Trend(
+        change, low, high, probability, len(found), len({n.model for n in found}),
+        len({n.train_step for n in found}), points[0].sampler, points[0].steps,
+        float(max(compute) / min(compute)),
+    )
+
+
+def _common(records, curves) -> tuple[str | None, int]:
+    """The sampler and the most steps that the most networks were sampled with."""
+    count: dict[tuple[str, int], int] = defaultdict(int)
+    for found in curves:
+        for (_, sampler), points in found.items():
+            for p in points:
+                count[sampler, p.steps] += 1
+    if not count:
+        return None, 0
+    order = curves_lib.samplers(records)
+    first = [s for s in order if any(s == name for name, _ in count)]
+    sampler = (first or sorted({s for s, _ in count}))[0]
+    steps = max((n, s) for (name, s), n in count.items() if name == sampler)[1]
+    return sampler, steps
+
+
+def _in_logs(points: Sequence[Point], sign: int) -> bool:
+    return sign > 0 and all(p.value > 0 and (p.replicates_R > 0).all() for p in points)
+
+
+def _slope(logc_P: np.ndarray, points: Sequence[Point], sign: int) -> tuple[float, float]:
+    """Slope of the loss per decade, in log10 or relative to the mean, and its standard error."""
+    loss_P = sign * np.array([p.value for p in points])
+    sizes = {p.replicates_R.size for p in points}
+    loss_PR = sign * np.stack([p.replicates_R for p in points]) if sizes != {0} and len(
+        sizes) == 1 else loss_P[:, None]
+    if _in_logs(points, sign):
+        loss_P, loss_PR = np.log10(loss_P), np.log10(loss_PR)
+    else:
+        scale = np.abs(loss_P).mean() or 1.0
+        loss_P, loss_PR = loss_P / scale, loss_PR / scale
+    line = stats.linregress(logc_P, loss_P)
+    slopes_R = np.polyfit(logc_P, loss_PR, 1)[0]
+    spread = float(slopes_R.std(ddof=1)) if slopes_R.size > 1 else 0.0
+    return float(line.slope), float(np.hypot(line.stderr, spread))
+
+
+@dataclasses.dataclass(frozen=True)
+class FineTuned:
+    """One fine-tuned network.
+
+    Attributes:
+      model: the size.
+      pretraining: its loss before fine-tuning (a distance, say): smaller is better.
+      length: of fine-tuning, in steps or compute.
+      downstream: its loss after.
+    """
+
+    model: str
+    pretraining: float
+    length: float
+    downstream: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """What explains downstream quality.
+
+    Attributes:
+      pretraining: share of the variance that a line in pretraining quality explains.
+      length: share that the length of fine-tuning explains, in whatever shape.
+      low, high: 95% interval of the first less the second.
+      probability: that the first is larger, and better pretraining goes with better downstream.
+      sizes, lengths: how many.
+    """
+
+    pretraining: float
+    length: float
+    low: float
+    high: float
+    probability: float
+    sizes: int
+    lengths: int
+
+
+def downstream(rows: Sequence[FineTuned], seed: int = 0) -> Shares | None:
+    """Shares of variance, averaged over both orders of entering (Lindeman, Merenda, Gold 1980).
+
+    Intervals and probability draw whole sizes with replacement: the runs of one size share its
+    pretraining. None below 4 sizes or where not each has 2 lengths.
+    """
+    by_model: dict[str, list[FineTuned]] = defaultdict(list)
+    for row in rows:
+        by_model[row.model].append(row)
+    if len(by_model) < 4 or min(len({r.length for r in g}) for g in by_model.values()) < 2:
+        return None
+    order = sorted(by_model)
+    number_N = np.array([order.index(r.model) for r in rows])
+    pre, length, _ = (float(v[0]) for v in _shares(rows, np.ones((1, len(rows)))))
+    rng = np.random.default_rng(seed)
+    drawn_RM = rng.multinomial(len(order), np.full(len(order), 1 / len(order)), _DRAWS)
+    # A line through fewer than 3 sizes says nothing.
+    drawn_RM = drawn_RM[(drawn_RM > 0).sum(axis=1) > 2]
+    pre_R, length_R, slope_R = _shares(rows, drawn_RM[:, number_N].astype(float))
+    low, high = np.percentile(pre_R - length_R, (2.5, 97.5))
+    holds = (pre_R > length_R) & (slope_R > 0)
+    return Shares(pre, length, float(low), float(high), float(holds.mean()), len(order),
+                  len({r.length for r in rows}))
+
+
+def _shares(rows: Sequence[FineTuned], weight_RN: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Both shares and the slope over pretraining, for R weightings of the rows."""
+    y_N = np.array([r.downstream for r in rows])
+    y_N = y_N - y_N.mean()
+    pre_N1 = np.array([r.pretraining for r in rows])[:, None]
+    pre_N1 = (pre_N1 - pre_N1.mean()) / (pre_N1.std() or 1.0)
+    lengths = np.unique([r.length for r in rows])
+    factor = (np.array([r.length for r in rows])[:, None] == lengths[1:]).astype(float)
+    ones_N1 = np.ones((len(y_N), 1))
+
+    def left(*columns) -> tuple[np.ndarray, np.ndarray]:
+        """Weighted sum of squares that these do not explain, and their coefficients."""
+        design = np.concatenate([ones_N1, *columns], axis=1)
+        normal = np.einsum("rn,np,nq->rpq", weight_RN, design, design, optimize=True)
+        beta = np.einsum("rpq,nq,rn,n->rp", np.linalg.pinv(normal, hermitian=True), design,
+                         weight_RN, y_N, optimize=True)
+        return (weight_RN * (y_N - beta @ design.T) ** 2).sum(axis=1), beta
+
+    total_R = left()[0]
+    total_R = np.where(total_R > 0, total_R, 1.0)
+    (first, _), (second, _), (both, beta) = left(pre_N1), left(factor), left(pre_N1, factor)
+    first, second, both = (1 - v / total_R for v in (first, second, both))
+    return (first + both - second) / 2, (second + both - first) / 2, beta[:, 1]

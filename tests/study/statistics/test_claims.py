@@ -1,0 +1,163 @@
+"""The six claims: supported where planted, contradicted where the contrary is, else undecided."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from ldm_scaling.study.statistics import claims, trends
+from ldm_scaling.study.statistics.claims import Evidence
+from ldm_scaling.study.statistics.trends import FineTuned
+from tests.study import fake_records as fake
+
+FD = "fd_effnetlite0"
+SIZES = tuple(fake.CHANNELS)
+# Larger sizes are worse throughout.
+REVERSED = fake.Truth({m: 40.0 + 20 * k for k, m in enumerate(SIZES)})
+
+
+def _judged(evidence, metric=FD):
+    return {v.number: v for v in claims.verdicts(evidence, metric)}
+
+
+def _renamed(records, sampler):
+    return [dataclasses.replace(r, identity=dataclasses.replace(r.identity, sampler=sampler))
+            for r in records if r.identity.sampler == "ddim"]
+
+
+@pytest.fixture(scope="module")
+def study():
+    return fake.make()
+
+
+def _fine_tuned(pretraining, length, noise, seed=0):
+    rng, out = np.random.default_rng(seed), []
+    for k in range(8):
+        before = 30.0 - k
+        for n in (1e3, 4e3, 1.6e4, 6.4e4):
+            after = 20 + pretraining * before - length * np.log(n) + noise * rng.normal()
+            out.append(FineTuned(f"m{k}", before, n, after))
+    return out
+
+
+def test_true_claims_are_supported(study):
+    found = _judged(Evidence.of(
+        [*study, *_renamed(study, "codi")], super_resolution=study,
+        fine_tuned=_fine_tuned(1.0, 0.2, 0.3),
+    ))
+    assert {n: v.outcome for n, v in found.items()} == dict.fromkeys(range(1, 7), "supported")
+    for v in found.values():
+        assert v.probability >= 0.95 and v.effect and v.test and v.headline
+    low, high = found[1].interval
+    assert low < high < 0
+    low, high = found[3].interval
+    assert 0 < low < high
+
+
+def test_false_claims_are_contradicted():
+    records = fake.make(REVERSED)
+    turned = fake.Truth({m: 40.0 - 5 * k for k, m in enumerate(SIZES)}, bend=0.0)
+    large = fake.make(turned)  # The largest wins everywhere.
+    found = _judged(Evidence.of([*records, *_renamed(records, "lcm")], super_resolution=large,
+                                fine_tuned=_fine_tuned(0.1, 3.0, 0.3)))
+    assert {n: v.outcome for n, v in found.items()} == dict.fromkeys(range(1, 7), "contradicted")
+
+
+@pytest.mark.parametrize("records", [
+    [], fake.make(models=("c8",), samplers=("ddim",))[:3], fake.make(replicates=0),
+], ids=["none", "three", "no replicates"])
+def test_what_was_not_measured_is_undecided_and_said(records):
+    found = _judged(Evidence.of(records))
+    assert [n for n, v in found.items() if v.outcome != "undecided"] in ([], [1])
+    assert "No records of fine-tuned members" in found[2].headline
+    assert "No records of super-resolution" in found[5].headline
+    assert "No records of distilled members" in found[6].headline
+    if len(records) < 5:
+        assert "No records of three or more" in found[1].headline
+        assert "Not measured" in found[3].headline and "Not measured" in found[4].headline
+
+
+def test_claim_4_needs_every_sampler_to_agree(study):
+    """DDPM is replaced by a study in which the smallest size always wins."""
+    other = [r for r in fake.make(REVERSED) if r.identity.sampler == "ddpm"]
+    found = _judged(Evidence.of([r for r in study if r.identity.sampler != "ddpm"] + other))
+    assert (found[3].outcome, found[4].outcome) == ("supported", "contradicted")
+    found = _judged(Evidence.of([r for r in study if r.identity.sampler != "dpmpp_2m"]))
+    assert found[4].outcome == "undecided" and "DPM-Solver++" in found[4].headline
+
+
+def test_equal_sizes_support_nothing_more_often_than_stated():
+    """Null: claims 1, 3 and 5 hold for no truth; each errs in at most one study of twenty."""
+    wrong = {1: 0, 3: 0, 5: 0}
+    for seed in range(120):
+        records = fake.make(fake.flat_truth(SIZES), samplers=("ddim",), guidance=(3.0,),
+                            steps={"ddim": (4, 10, 50)}, replicates=100, seed=seed)
+        found = _judged(Evidence.of(records))
+        for number in (1, 3):
+            wrong[number] += found[number].outcome == "supported"
+    assert all(n <= 0.05 * 120 + 2 * np.sqrt(0.05 * 0.95 * 120) for n in wrong.values())
+
+
+def test_only_the_longest_training_counts_for_the_budget_claims(study):
+    def shorter(r):
+        identity = dataclasses.replace(r.identity, train_step=200, model_hash="early")
+        metrics = {k: 1.5 * v for k, v in r.metrics.items()}
+        drawn = {k: [1.5 * x for x in v] for k, v in r.replicates.items()}
+        return dataclasses.replace(r, identity=identity, metrics=metrics, replicates=drawn)
+
+    both = _judged(Evidence.of([*study, *map(shorter, study)]))
+    alone = _judged(Evidence.of(study))
+    assert both[3] == alone[3] and both[4] == alone[4]
+    assert "differ in size and training length" in both[1].because
+    assert "cannot be told apart" in alone[1].because
+
+
+def _scaled(exponent, seed, noise=0.01):
+    """Distances that fall as a power of compute, for five sizes at three training lengths."""
+    rng, out = np.random.default_rng(seed), []
+    for step in (1000, 4000, 16000):
+        for r in fake.make(fake.flat_truth(SIZES), samplers=("ddim",), guidance=(3.0,),
+                           steps={"ddim": (4, 50)}, noise=0.3, shared=0.0, seed=seed + step):
+            own = np.random.default_rng([seed, step, r.base_channels])  # Of the trained network.
+            factor = (r.gflops * step) ** exponent * np.exp(noise * own.normal())
+            identity = dataclasses.replace(r.identity, train_step=step)
+            out.append(dataclasses.replace(
+                r, identity=identity, metrics={FD: r.metrics[FD] * factor},
+                replicates={FD: [x * factor for x in r.replicates.get(FD, [])]}, intervals={}))
+    rng.shuffle(out)
+    return out
+
+
+def test_the_trend_recovers_a_planted_exponent_at_the_stated_rate():
+    hit = []
+    for seed in range(60):
+        found = trends.training(_scaled(-0.05, seed), FD)
+        assert (found.points, found.sizes, found.lengths, found.steps) == (15, 5, 3, 50)
+        hit.append(found.low <= 10**-0.05 - 1 <= found.high)
+    assert np.mean(hit) >= 0.9
+
+
+def test_the_trend_follows_a_measure_where_higher_is_better():
+    found = trends.training(fake.make(guidance=(3.0,)), "caption_agreement")
+    assert found.low > 0 and found.probability > 0.95
+
+
+@pytest.mark.parametrize("pretraining, length, larger", [(1.0, 0.2, True), (0.1, 3.0, False)])
+def test_shares_of_variance_find_the_planted_cause(pretraining, length, larger):
+    found = trends.downstream(_fine_tuned(pretraining, length, 0.0))
+    assert found.pretraining + found.length == pytest.approx(1.0)  # Nothing else varies.
+    assert (found.pretraining > found.length) == larger
+    assert (found.low > 0) == larger and found.sizes == 8 and found.lengths == 4
+
+
+def test_where_nothing_matters_the_share_is_no_evidence():
+    """Null: downstream quality is noise. Claim 2 is supported in at most one case of twenty."""
+    sure = [trends.downstream(_fine_tuned(0.0, 0.0, 1.0, seed)).probability >= 0.95
+            for seed in range(25)]
+    assert np.mean(sure) <= 0.1
+
+
+def test_too_few_fine_tuned_sizes_say_nothing():
+    rows = _fine_tuned(1.0, 0.2, 0.1)
+    assert trends.downstream([r for r in rows if r.model in ("m0", "m1", "m2")]) is None
+    assert trends.downstream([r for r in rows if r.length == 1e3]) is None

@@ -1,0 +1,83 @@
+"""From records and training runs to laws: the planted ones come back."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from ldm_scaling.errors import UserError
+from ldm_scaling.study.statistics import fits, scaling, trends
+from ldm_scaling.study.statistics.laws import Law
+from tests.study import fake_records as fake
+
+FD = "fd_effnetlite0"
+STEPS = (500, 2000, 8000, 32000)
+BATCH = 64
+
+
+def _records(law, noise, seed=0):
+    """Five sizes at four training lengths, distances by a law of parameters and images."""
+    rng, out = np.random.default_rng(seed), []
+    exact = fake.make(fake.flat_truth(tuple(fake.CHANNELS)), samplers=("ddim",), guidance=(3.0,),
+                      steps={"ddim": (4, 50)}, noise=0.05, shared=0.0, replicates=40)
+    for step in STEPS:
+        for model in fake.CHANNELS:
+            own = np.exp(noise * rng.normal())
+            for r in (r for r in exact if r.identity.model == model):
+                value = own * law(np.array([[r.params, step * BATCH]]))[0]
+                scale = value / 40.0
+                out.append(dataclasses.replace(
+                    r, identity=dataclasses.replace(r.identity, train_step=step),
+                    metrics={FD: r.metrics[FD] * scale}, intervals={},
+                    replicates={FD: [x * scale for x in r.replicates.get(FD, [])]}))
+    return out
+
+
+LAW = Law(20.0, (6e3, 4e3), (0.5, 0.4))
+
+
+def test_rows_are_the_networks_and_their_compute():
+    records = _records(LAW, 0.0)
+    runs = scaling.of_records(records, FD, BATCH)
+    assert len(runs.models) == 20 and runs.value_RN.shape == (40, 20)
+    for m, params, images, gflops in zip(runs.models, runs.params_N, runs.images_N, runs.gflops_N,
+                                         strict=True):
+        r = next(r for r in records if r.identity.model == m)
+        assert params == r.params and images / BATCH in STEPS
+        assert gflops == pytest.approx(3 * r.gflops * images)
+    assert {n.point.steps for n in trends.networks(records, FD)} == {50}
+
+
+def test_the_law_of_size_and_images_comes_back():
+    runs = scaling.of_records(_records(LAW, 0.005), FD, BATCH)
+    found = runs.fitted("size and images", delta=0.005)
+    true_N = LAW(runs.scales("size and images"))
+    np.testing.assert_allclose(found.law(runs.scales("size and images")), true_N, rtol=0.015)
+    low, high = found.predict(runs.scales("size and images"))
+    assert np.mean((low <= true_N) & (true_N <= high)) >= 0.8
+    foretold = runs.held_out("size and images", delta=0.005)
+    assert len(foretold.measured) == len(STEPS) and foretold.error < 0.04
+
+
+def test_losses_along_runs_give_the_same_law():
+    law = Law(0.3, (9.0, 30.0), (0.3, 0.35))
+    params = {"a": 10**5, "b": 4 * 10**5, "c": 16 * 10**5}
+    gflops = {"a": 0.1, "b": 0.4, "c": 1.6}
+    losses = {m: [(s, law(np.array([[n, s * BATCH]]))[0]) for s in (0, *STEPS) if s]
+              for m, n in params.items()}
+    runs = scaling.of_losses(losses, params, gflops, BATCH)
+    found = runs.fitted("size and images", replicates=20).law
+    assert fits.value(found, "alpha") == pytest.approx(0.3, rel=1e-4)
+    assert fits.value(found, "beta") == pytest.approx(0.35, rel=1e-4)
+    by_compute = runs.fitted("compute", delta=0.05, replicates=20)
+    assert 0 < by_compute.law.exponents[0] < 1
+
+
+def test_mistakes_are_named():
+    runs = scaling.of_records(_records(LAW, 0.0), FD, BATCH)
+    with pytest.raises(UserError, match="fitted by size, images, compute.*not by 'cost'"):
+        runs.fitted("cost")
+    with pytest.raises(UserError, match="no network has a reported record"):
+        scaling.of_records([], FD, BATCH)
+    with pytest.raises(UserError, match="train.validate_every"):
+        scaling.of_losses({"a": []}, {"a": 1}, {"a": 1.0}, BATCH)

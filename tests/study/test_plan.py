@@ -1,0 +1,340 @@
+"""The plan of a job: remedies in order by a compiler that is told what fits, keys that launchers
+read, a family that goes on where it was; and one network by the TPU's own compiler."""
+
+import dataclasses
+import json
+import sys
+
+import jax
+import pytest
+
+from ldm_scaling import cli, config, recipes
+from ldm_scaling.errors import UserError
+from ldm_scaling.parallel import aot, chips, collectives, hlo
+from ldm_scaling.study import plan, plan_family, plan_parts, plan_remedies, plan_show
+from ldm_scaling.study.plan import Target
+
+KEYS = {
+    "member", "topology", "num_slices", "kind", "batch", "fits", "hbm_gb", "hbm_capacity_gb",
+    "seconds_per_step_bound", "days_bound", "mesh", "remedies", "compile_seconds", "versions",
+}  # fmt: skip
+TARGET = Target("v5e:2x4")
+
+
+@pytest.fixture
+def devices(monkeypatch):
+    """Eight CPU devices that pass for v5e chips."""
+    monkeypatch.setattr(chips, "by_kind", lambda kind: chips.by_name("v5e"))
+    return jax.devices()[:8]
+
+
+def _study(**train):
+    study = config.parse(recipes.text_to_image("39m", "local"))
+    mesh = dataclasses.replace(study.mesh, data=8, fsdp=1)
+    train = dataclasses.replace(study.train, **{"batch_size": 64, **train})
+    return dataclasses.replace(study, mesh=mesh, train=train)
+
+
+def _program(seconds=0.5, flops=1e9, total=8e9):
+    size = int(total / 4)
+    return aot.Program(
+        memory=aot.Memory(size, size, size, size),
+        work=aot.Work(flops, 1e9, seconds, 2e9, 0.0),
+        counted=(flops, 1e9, seconds), unpriced=0, loop_factors=(1.0, 1.0), unknown_loops=0,
+        collectives=(collectives.Collective("all-gather", 3, 4e9, 8, 3.5e9, 0.0),),
+        kernels=(("splash_mha_fwd", 2, 1e6, 1e5),), uncounted=(), lower_seconds=1.0,
+        compile_seconds=2.0,
+    )  # fmt: skip
+
+
+class FakeCompiler:
+    """Says that nothing fits until it has been asked so many times."""
+
+    def __init__(self, fits_at):
+        self.fits_at, self.parts = fits_at, []
+
+    def __call__(self, part):
+        self.parts.append(part)
+        if len(self.parts) < self.fits_at:
+            raise aot.DoesNotFit("Used 20.50G of 15.75G hbm")
+        return _program()
+
+
+def _make(study, devices, fits_at, kind="train"):
+    compiler = FakeCompiler(fits_at)
+    return plan.make(study, "c8", TARGET, kind, devices, compiler), compiler
+
+
+def test_remedies_are_tried_in_order_and_the_one_that_helps_is_told(devices, monkeypatch):
+    study = _study(attention="plain")
+    part = plan_parts.build(study, "c8", devices, "train")
+    # Traced once: what is tried, not what it makes of the program, is looked at.
+    monkeypatch.setattr(plan_parts, "build", lambda *args: part)
+    body, compiler = _make(study, devices, fits_at=99)
+    names = [row["remedy"] for row in body["tried"]]
+    assert names == [
+        None, "attention kernel", "remat policy", "fsdp axis", "gradient accumulation",
+        "gradient accumulation", "gradient accumulation", "optimiser dtype",
+    ]  # fmt: skip
+    assert not body["fits"] and body["remedies"] == [] and body["seconds_per_step_bound"] is None
+    assert body["hbm_gb"] == pytest.approx(20.5 * 2**30 / 1e9)
+    assert len(compiler.parts) == 8
+
+    for fits_at, flags in (
+        (2, ["--config.train.attention=splash"]),
+        (3, ["--config.train.attention=splash", "--config.train.remat=block"]),
+        (6, ["--config.train.attention=splash", "--config.train.remat=block",
+             "--config.mesh.data=1", "--config.mesh.fsdp=-1", "--config.mesh.tensor=1",
+             "--config.train.micro_batches=4"]),
+    ):  # fmt: skip
+        body, compiler = _make(study, devices, fits_at)
+        assert body["fits"] and body["remedies"] == flags
+        assert body["tried"][-1]["fits"] and body["tried"][-1]["seconds_per_step_bound"] == 0.5
+        text = plan_show.text([body])
+        assert body["tried"][-1]["remedy"] in text and flags[-1] in text
+
+
+def test_what_is_done_already_is_no_remedy(devices):
+    study = _study(remat="block", moment_dtype="bfloat16", micro_batches=8)
+    study = dataclasses.replace(study, mesh=dataclasses.replace(study.mesh, data=1, fsdp=-1))
+    assert list(plan_remedies.of(study, "train", devices)) == []
+    body, _ = _make(study, devices, fits_at=1)
+    assert body["fits"] and body["tried"] == []
+
+
+def test_each_remedy_takes_memory_from_the_arguments_or_the_step(devices):
+    """Shards and the optimiser's type change what a chip holds by what they say."""
+    study = _study()
+    base = plan_parts.build(study, "c8", devices, "train").held
+    assert base["average"] == base["parameters"]
+    assert base["optimiser"] == pytest.approx(2 * base["parameters"], rel=1e-3)
+    by_name = {r.name: r.study for r in plan_remedies.of(study, "train", devices)}
+    sharded = plan_parts.build(by_name["fsdp axis"], "c8", devices, "train").held
+    assert sharded["parameters"] < 0.3 * base["parameters"]
+    small = plan_parts.build(by_name["optimiser dtype"], "c8", devices, "train").held
+    assert small["optimiser"] == pytest.approx(1.5 * small["parameters"], rel=1e-2)
+
+
+def test_fewer_lanes_where_sampling_does_not_fit(devices):
+    body, compiler = _make(_study(), devices, fits_at=2, kind="sample")
+    assert body["remedies"] == ["--config.sweep.batch_size=8"]
+    assert [part.examples for part in compiler.parts] == [16, 8]
+    assert list(plan_remedies.of(_study(), "encode", devices)) == []
+
+
+@pytest.mark.parametrize("kind", plan_parts.KINDS)
+def test_every_part_is_lowered_and_has_the_keys(kind, devices):
+    def compile(part):
+        part.program.lower(*part.args)
+        return _program()
+
+    body = plan.make(_study(), "c8", TARGET, kind, devices, compile)
+    assert KEYS <= set(body)
+    assert json.loads(json.dumps(body, allow_nan=False)) == body
+    assert body["fits"] and body["hbm_gb"] == pytest.approx(8)
+    assert sum(body["hbm_by_kind_gb"].values()) == pytest.approx(8)
+    assert body["mesh"]["data"] * body["mesh"]["fsdp"] == 8
+    assert body["hbm_capacity_gb"] == pytest.approx(15.75 * 2**30 / 1e9)
+    assert kind in plan_show.text([body])
+
+
+def test_time_is_the_larger_of_the_compilers_and_the_roofs(devices):
+    def body(**work):
+        program = dataclasses.replace(_program(), work=aot.Work(**work))
+        return plan.make(_study(steps=1000), "c8", TARGET, "train", devices, lambda _: program)
+
+    roof = body(flops=197e12, bytes=3 * 819e9, optimistic_seconds=2.0, sent=0.0, slice_sent=0.0)
+    assert roof["seconds_per_step_bound"] == pytest.approx(3)
+    assert roof["binds"] == "roofline: memory"
+    assert roof["days_bound"] == pytest.approx(3 * 1000 / 86400)
+    assert roof["chip_hours_bound"] == pytest.approx(3 * 1000 / 3600 * 8)
+    assert roof["examples_per_second_bound"] == pytest.approx(64 / 3)
+    compiler = body(flops=1.0, bytes=1.0, optimistic_seconds=2.0, sent=0.0, slice_sent=0.0)
+    assert (compiler["seconds_per_step_bound"], compiler["binds"]) == (2.0, "compiler")
+
+
+def test_share_of_frozen_encoders_by_time():
+    rates = {"train": 10.0, "encode": 40.0, "text": 40.0}
+    plans = {k: {"fits": True, "examples_per_second_bound": r} for k, r in rates.items()}
+    # 0.1 s of training, 0.05 s of encoders.
+    assert plan.frozen_share(plans) == pytest.approx(1 / 3)
+    plans["text"]["fits"] = False
+    assert plan.frozen_share(plans) is None
+
+
+def test_cost_of_the_attention_kernel():
+    """Batch 2, 8 heads, 1024 queries, 512 keys, width 64; products of 2 B N L M W each."""
+    q, k = ("bf16", (2, 8, 1024, 64)), ("bf16", (2, 8, 512, 64))
+    mask, product = ("s8", (1, 1, 1)), 2 * 2 * 8 * 1024 * 512 * 64
+
+    def cost(name, results):
+        return plan.kernel_cost(hlo.CustomCall(name, 1, (mask, mask, q, k, k), results))
+
+    flops, moved = cost("splash_mha_fwd_residuals", (("f32", (1024, 64)), q))
+    assert flops == 2 * product
+    assert moved == 2 * 2 * 8 * 64 * (1024 + 512 + 512 + 1024)
+    assert cost("splash_mha_dkv_no_residuals", (q, k, k))[0] == 5 * product
+    assert cost("another_kernel", (q,)) is None
+
+
+def test_a_batch_that_does_not_split_is_named(devices):
+    with pytest.raises(UserError, match="train.batch_size=60 does not split over 8 devices"):
+        plan.make(_study(batch_size=60), "c8", TARGET, "train", devices, FakeCompiler(1))
+
+
+def test_the_key_follows_what_decides_a_plan():
+    def key(study=None, member="c8", kind="train", topology="v5e:2x4"):
+        return plan.key(study or _study(), member, Target(topology), kind)
+
+    others = {
+        key(), key(_study(remat="block")), key(member="c16"), key(kind="sample"),
+        key(topology="v6e:2x4"),
+    }  # fmt: skip
+    assert len(others) == 5
+    assert key(dataclasses.replace(_study(), name="another")) == key()
+
+
+def test_comments_do_not_decide():
+    first = 'def f(x):\n    """A."""\n    return x  # why\n'
+    second = 'def f(x):\n    """B."""\n    return x'
+    one, other = (plan._bare(source) for source in (first, second))
+    assert one == other != plan._bare("def f(x):\n    return -x")
+
+
+# --- the family, the command line ---------------------------------------------------------------
+
+_STAND_IN = """
+import json, os, sys
+flags = dict(w.lstrip("-").split("=", 1) for w in sys.argv[1:] if "=" in w)
+with open(os.environ["LOG"], "a") as log:
+    log.write(flags["to"] + "\\n")
+if "145m_v6e" in flags["to"]:
+    print("it is broken", file=sys.stderr); sys.exit(3)
+body = json.load(open(os.environ["BODY"]))
+member = flags["config"].split("t2i_")[1][:-3]
+body |= {"member": member, "topology": flags["topology"], "kind": flags["kind"],
+         "key": body["keys"][member + flags["topology"]]}
+json.dump(body, open(flags["to"], "w"))
+"""
+
+
+def test_the_family_goes_on_where_it_was(tmp_path, monkeypatch, devices):
+    configs, folder = tmp_path / "configs", tmp_path / "plans"
+    configs.mkdir()
+    folder.mkdir()
+    monkeypatch.setattr(plan_family, "TOPOLOGIES", ("v5e:16x16", "v6e:16x16"))
+    monkeypatch.setattr(plan_family, "KINDS", ("train",))
+    family = [m for m in plan_family.zoo.PAPER if m.name in ("39m", "145m")]
+    monkeypatch.setattr(plan_family.zoo, "PAPER", tuple(family))
+    for member in family:
+        (configs / f"t2i_{member.name}.py").touch()
+    body, _ = _make(_study(), devices, fits_at=1)
+
+    def study_of(flag):
+        return config.parse(recipes.text_to_image(flag.split("t2i_")[1][:-3]))
+
+    body["keys"] = {
+        member.name + topology: plan.key(
+            study_of(f"t2i_{member.name}.py"), member.name, Target(topology), "train"
+        )
+        for member in family for topology in plan_family.TOPOLOGIES
+    }
+    (tmp_path / "body.json").write_text(json.dumps(body))
+    (tmp_path / "tool.py").write_text(_STAND_IN)
+    monkeypatch.setenv("BODY", str(tmp_path / "body.json"))
+    monkeypatch.setenv("LOG", str(tmp_path / "log"))
+
+    def run():
+        (tmp_path / "log").write_text("")
+        command = (sys.executable, str(tmp_path / "tool.py"))
+        try:
+            plan_family.run(study_of, configs, folder, [], command=command, say=lambda line: None)
+        finally:
+            made = (tmp_path / "log").read_text().splitlines()
+        return made
+
+    with pytest.raises(UserError, match="1 plans could not be made: 145m_v6e-16x16_train.json"):
+        run()
+    names = {path.name for path in folder.glob("*.json")}
+    assert names == {
+        "39m_v5e-16x16_train.json", "39m_v6e-16x16_train.json", "145m_v5e-16x16_train.json"
+    }
+    table = (folder / "README.md").read_text()
+    assert "| 39m | v6e:16x16 |" in table and "not measurements" in table
+
+    (folder / "39m_v5e-16x16_train.json").unlink()
+    with pytest.raises(UserError):
+        run()
+    made = (tmp_path / "log").read_text().splitlines()
+    assert [line.rsplit("/", 1)[1] for line in made] == [
+        "39m_v5e-16x16_train.json", "145m_v6e-16x16_train.json"
+    ]
+
+
+def test_what_is_worse_than_the_baseline_is_told(tmp_path):
+    old = {
+        "member": "39m", "topology": "v5e:16x16", "num_slices": 1, "kind": "train", "fits": True,
+        "key": "", "seconds_per_step_bound": 0.1, "hbm_gb": 3.0, "batch": 64,
+    }  # fmt: skip
+    plan_family.write(tmp_path / "39m_v5e-16x16_train.json", old)
+    assert plan_family.compare([old | {"hbm_gb": 3.01}], tmp_path) == []
+    (line,) = plan_family.compare([old | {"seconds_per_step_bound": 0.12}], tmp_path)
+    assert "+20.0%" in line
+    assert plan_family.compare([old | {"fits": False}], tmp_path) != []
+    with pytest.raises(UserError, match="holds no 83m"):
+        plan_family.compare([old | {"member": "83m"}], tmp_path)
+
+
+def _fails(capsys, *arguments):
+    assert cli.main(["plan", *arguments]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def test_a_users_mistakes_are_one_line(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(aot, "require", lambda: None)
+    file = "--config=configs/t2i_39m.py"
+    assert "needs --config" in _fails(capsys)
+    assert "needs --topology" in _fails(capsys, file)
+    assert "did you mean v5e:16x16" in _fails(capsys, file, "--topology=v5e-256")
+    assert "'0' is not a whole number above 0" in _fails(capsys, file, "--batch=0")
+    assert "does not go with --all" in _fails(capsys, "--all", file)
+    assert "unknown argument '--depth=3'" in _fails(capsys, file, "--depth=3")
+    where = f"--baseline={tmp_path}"
+    assert "is where --all writes" in _fails(capsys, "--all", f"--to={tmp_path}", where)
+
+
+def test_without_the_compiler_the_extra_is_named(capsys, monkeypatch):
+    monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
+    line = _fails(capsys, "--config=configs/t2i_39m.py", "--topology=v5e:16x16")
+    assert "pip install -e '.[tpu-plan]'" in line
+
+
+def test_a_pods_processes_sample_on_their_own_chips():
+    pytest.importorskip("libtpu", reason="no TPU compiler: pip install -e '.[parity]'")
+    study = config.parse(recipes.text_to_image("39m"))
+    devices = aot.topology("v5e:4x4")
+    mesh, processes = plan_parts.own_mesh(study, devices)
+    assert (mesh.size, processes) == (4, 4)
+    assert {d.process_index for d in mesh.devices.flat} == {0}
+    part = plan_parts.build(study, "39m", devices, "sample")
+    assert (part.examples, part.copies) == (study.sweep.batch_size, 4)
+
+
+def test_a_network_by_the_tpus_own_compiler(capsys, tmp_path):
+    pytest.importorskip("libtpu", reason="no TPU compiler: pip install -e '.[parity]'")
+    path = tmp_path / "plan.json"
+    status = cli.main([
+        "plan", "--config=configs/t2i_39m.py:local", "--topology=v5e:16x16", "--kind=sample",
+        f"--to={path}",
+    ])  # fmt: skip
+    assert status == 0
+    out = capsys.readouterr().out
+    assert "sample: batch 16 on v5e:16x16 (256 chips)" in out
+    assert "64 processes side by side" in out
+    body = json.loads(path.read_text())
+    assert KEYS <= set(body) and body["fits"] and body["versions"]["libtpu"] != "not installed"
+    # The compiler may leave out or add little of what the network's layers need.
+    assert 0.9 < body["flops_over_analytic"] < 1.2
+    # Parameters lie in four parts and are gathered.
+    assert body["collectives"]["all-gather"]["count"] > 0

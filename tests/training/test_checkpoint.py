@@ -1,0 +1,126 @@
+"""Checkpoints: which are kept, what is in them, and what a crash leaves."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from ldm_scaling.errors import UserError
+from ldm_scaling.parallel import mesh as mesh_lib
+from ldm_scaling.training import checkpoint, loop, step
+from tests.training import toy
+
+
+def _steps(directory):
+    return sorted(int(p.name) for p in (directory / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def test_the_newest_every_nth_and_the_best_are_kept(tmp_path):
+    scores = {1: 5.0, 2: 0.5, 3: 4.0, 4: float("nan"), 5: 0.1, 6: 3.0, 7: 2.0, 8: 1.0}
+    config = dataclasses.replace(
+        toy.CONFIG, steps=8, checkpoint_every=1, validate_every=1, keep=2, keep_every=3,
+        keep_best=2, keep_metric="score",
+    )
+    task = toy.task(validate=lambda params, step: {"score": scores[step], "other": -step})
+    loop.fit(task, config, toy.Loader, tmp_path, toy.one_device(), seed=0)
+    # The newest two; multiples of three; the two lowest scores.
+    assert _steps(tmp_path) == sorted({7, 8} | {3, 6} | {5, 2})
+
+
+def test_the_best_are_known_after_a_restart(tmp_path):
+    scores = {1: 0.1, 2: 3.0, 3: 2.0, 4: 0.2, 5: 9.0, 6: 9.0}
+    task = toy.task(validate=lambda params, step: {"loss": scores[step]})
+    config = dataclasses.replace(
+        toy.CONFIG, steps=3, checkpoint_every=1, validate_every=1, keep=1, keep_best=2
+    )
+    for steps in (3, 6):
+        config = dataclasses.replace(config, steps=steps)
+        loop.fit(task, config, toy.Loader, tmp_path, toy.one_device(), seed=0)
+    assert _steps(tmp_path) == [1, 4, 6]
+
+
+def test_a_metric_that_validation_does_not_give_is_refused(tmp_path):
+    config = dataclasses.replace(
+        toy.CONFIG, steps=2, validate_every=1, checkpoint_every=1, keep_best=1
+    )
+    task = toy.task(validate=lambda params, step: {"psnr": 1.0})
+    with pytest.raises(UserError, match=r"keep_metric='loss'.*\['psnr'\]"):
+        loop.fit(task, config, toy.Loader, tmp_path, toy.one_device(), seed=0)
+
+
+@pytest.mark.parametrize("values, what", [
+    ({"keep_every": 3}, "train.keep_every=3: a multiple of checkpoint_every=2"),
+    ({"keep_best": 1}, "set validate_every"),
+    ({"keep_best": 1, "validate_every": 3}, "train.checkpoint_every=2: with keep_best a multiple"),
+    ({"checkpoint_patience": 2}, "above checkpoint_every=2"),
+    ({"stall_seconds": -1.0}, "train.stall_seconds"),
+    ({"profile_steps": (3, 2)}, "train.profile_steps"),
+    ({"profile_steps": (3,)}, "train.profile_steps"),
+])
+def test_contradictions_of_the_config_are_refused(values, what):
+    with pytest.raises(UserError, match=what):
+        dataclasses.replace(toy.CONFIG, **values)
+
+
+def test_the_config_lies_beside_the_state(tmp_path):
+    about = {"name": "study", "train": {"steps": 6, "betas": [0.9, 0.999]}}
+    loop.fit(toy.task(), toy.CONFIG, toy.Loader, tmp_path, toy.one_device(), seed=0, about=about)
+    for at in _steps(tmp_path):
+        assert checkpoint.config_of(tmp_path / "checkpoints", at) == about
+    bare = tmp_path / "bare"
+    loop.fit(toy.task(), toy.CONFIG, toy.Loader, bare, toy.one_device(), seed=0)
+    with pytest.raises(UserError, match="checkpoints/6 holds no config"):
+        checkpoint.config_of(bare / "checkpoints", 6)
+
+
+def test_what_a_crash_left_half_written_is_no_checkpoint(tmp_path):
+    """A save that was cut short is passed over, and the run goes on from the one before."""
+    mesh = toy.one_device()
+    whole = loop.fit(toy.task(), toy.CONFIG, toy.Loader, tmp_path / "whole", mesh, seed=3)
+    cut = tmp_path / "cut"
+    config = dataclasses.replace(toy.CONFIG, steps=4)
+    loop.fit(toy.task(), config, toy.Loader, cut, mesh, seed=3)
+    # As a process that is killed before the rename leaves it.
+    (cut / "checkpoints" / "4").rename(cut / "checkpoints" / "4.orbax-checkpoint-tmp")
+    assert checkpoint.latest(cut / "checkpoints") == 2
+    toy.equal(whole, loop.fit(toy.task(), toy.CONFIG, toy.Loader, cut, mesh, seed=3))
+    assert not list((cut / "checkpoints").glob("*tmp*"))
+
+
+def test_a_checkpoint_of_eight_devices_is_restored_by_one(tmp_path):
+    config = dataclasses.replace(toy.CONFIG, steps=4)
+    state = loop.fit(
+        toy.task(), config, toy.Loader, tmp_path, mesh_lib.make(data=2, fsdp=4), seed=0
+    )
+    with checkpoint.Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        abstract = step.abstract_state(toy.init, config, toy.one_device())
+        restored, iterator = checkpoints.restore(abstract)
+    toy.equal(state, restored)
+    kernel = restored.params["layer"]["kernel"]
+    assert kernel.sharding.device_set == {jax.devices()[0]}
+    assert iterator == {"count": 4}
+
+
+def test_processes_at_different_places_in_the_data_are_not_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        checkpoint.consensus, "everyone", lambda *values: np.asarray([values, [0.0]])
+    )
+    state = step.init_state(toy.init, toy.CONFIG, toy.one_device(), jax.random.key(0))
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(ValueError, match="step 1 processes are at different places"):
+            checkpoints.save(1, state, {"count": 1})
+
+
+def test_new_bookkeeping_is_not_in_the_hash_of_a_network():
+    from ldm_scaling.config import Study
+
+    study = Study()
+    train = dataclasses.replace(
+        study.train, keep_every=5_000, keep_best=3, keep_metric="x", checkpoint_patience=20_000,
+        stall_seconds=1.0, profile_steps=(2, 3),
+    )
+    other = dataclasses.replace(study, train=train)
+    assert json.dumps(study.identity()) == json.dumps(other.identity())
+    assert study.training_hash("866m") == other.training_hash("866m")

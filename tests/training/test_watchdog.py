@@ -1,0 +1,115 @@
+"""A process that is stuck ends with status 76 and says where it stood."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+
+from ldm_scaling.training import checkpoint, watchdog
+
+HERE = str(pathlib.Path(__file__).parent)
+_STUCK = """
+import dataclasses, logging, sys, time
+logging.basicConfig(filename=sys.argv[1] + "/log.txt", level=logging.INFO)
+import toy
+from ldm_scaling.training import loop
+class Loader(toy.Loader):
+    def __next__(self):
+        while self.count == 4:
+            time.sleep(0.1)  # A file system that does not answer.
+        return super().__next__()
+config = dataclasses.replace(toy.CONFIG, stall_seconds=5.0)
+loop.fit(toy.task(), config, Loader, sys.argv[1], toy.one_device(), seed=3)
+"""
+
+
+def test_a_stalled_step_ends_the_process_with_76(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", _STUCK, str(tmp_path)], text=True, capture_output=True, timeout=180,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": HERE},
+    )
+    assert done.returncode == 76, done.stderr
+    assert "toy: no step finished for 5 s after step 4" in done.stderr
+    assert "raise train.stall_seconds" in done.stderr
+    log = (tmp_path / "log.txt").read_text()
+    assert "no step finished for 5 s" in log
+    # Both threads' stacks: the loop waits for the feed, and the feed for the loader.
+    assert "in __next__" in log and "in _fill" in log
+    assert checkpoint.latest(tmp_path / "checkpoints") == 4
+
+
+def _watch(seconds, act):
+    ended = []
+    with watchdog.Watchdog("toy", seconds, 7, ended.append) as dog:
+        act(dog)
+    return ended
+
+
+def test_the_first_step_may_compile(capsys):
+    assert _watch(0.2, lambda dog: time.sleep(0.4)) == []  # Four times 0.2 s are allowed.
+    assert _watch(0.2, lambda dog: time.sleep(1.2)) == [76]
+    assert "for 0.8 s after step 7" in capsys.readouterr().err
+
+
+def test_steps_that_finish_are_left_alone_and_what_follows_is_watched(capsys):
+    def steps(dog):
+        for number in range(8, 16):
+            dog.finished(number)
+            time.sleep(0.1)
+
+    def stuck(dog):
+        dog.finished(8)
+        time.sleep(0.8)
+
+    assert _watch(0.4, steps) == []
+    assert _watch(0.4, stuck) == [76]
+    assert "for 0.4 s after step 8" in capsys.readouterr().err
+
+
+def test_validation_may_take_longer(capsys):
+    def validates(dog):
+        dog.finished(8)
+        with dog.patient():
+            time.sleep(0.6)
+        dog.finished(9)
+
+    assert _watch(0.3, validates) == []
+
+
+def test_zero_watches_nothing():
+    assert _watch(0.0, lambda dog: time.sleep(0.1)) == []
+
+
+def test_a_log_that_hangs_does_not_hold_the_process(monkeypatch, capsys):
+    monkeypatch.setattr(watchdog, "_TELLING", 0.1)
+    monkeypatch.setattr(watchdog.log, "critical", lambda *args: time.sleep(5))
+    began, ended = time.monotonic(), []
+    watchdog.end_process("stuck", ended.append)
+    assert ended == [76] and time.monotonic() - began < 3
+
+
+def test_a_runtime_error_of_one_process_is_raised_as_it_is():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="planted"):
+        with watchdog.lost_host("toy"):
+            raise jax.errors.JaxRuntimeError("planted")
+
+
+def test_memory_that_is_too_small_is_no_lost_host(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Out of memory"):
+        with watchdog.lost_host("toy"):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+
+
+def test_a_runtime_error_of_one_of_several_is_a_lost_host(monkeypatch, capsys):
+    ended = []
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    monkeypatch.setattr(watchdog, "end_process", ended.append)
+    with watchdog.lost_host("toy"):
+        raise jax.errors.JaxRuntimeError("Gloo: Connection closed by peer\nmore")
+    (message,) = ended
+    assert "process 0 of 4 lost the others (Gloo: Connection closed by peer)" in message
