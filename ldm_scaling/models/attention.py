@@ -17,12 +17,13 @@ from jax.sharding import PartitionSpec
 from ldm_scaling.errors import UserError
 
 FORMS = ("auto", "plain", "chunked", "splash", "cudnn")
-# Below so many tokens, a TPU's fused kernel gains nothing over two products: its tiles are of 128.
+# Below so many queries, a TPU's fused kernel gains nothing over two products: its tiles are of 128.
 _SPLASH_TOKENS = 256
 # Above so many bytes of logits, plain attention on a device without a fused kernel is chunked.
 _MOST_LOGITS = 2**30
 _CHUNK_LOGITS = 2**26
 _TILE = 128
+_NO_WEIGHT = -1e4
 
 
 def plain(q_BNLW: jax.Array, k_BNMW: jax.Array, v_BNMW: jax.Array) -> jax.Array:
@@ -73,9 +74,19 @@ def splash(
     Args:
       interpret: runs the kernel's steps as ordinary operations, on any device, slowly.
     """
-    scale = 1.0 / math.sqrt(q_BNLW.shape[-1])
-    kernel = _splash_kernel(q_BNLW.shape[1:], k_BNMW.shape[2], interpret)
-    return jax.vmap(kernel)(q_BNLW * scale, k_BNMW, v_BNMW).astype(v_BNMW.dtype)
+    q_BNLW = q_BNLW * (1.0 / math.sqrt(q_BNLW.shape[-1]))
+    k, v, fill = k_BNMW, v_BNMW, -k_BNMW.shape[2] % _TILE
+    if fill:
+        # Keys that fill up the last tile get no weight, by one more channel: 1 in every query, far
+        # below 0 in these keys. The kernel's widths are filled up to 128 anyway.
+        below = jnp.where(jnp.arange(k.shape[2] + fill) < k.shape[2], 0.0, _NO_WEIGHT)
+        k, v = (jnp.pad(a, [(0, 0), (0, 0), (0, fill), (0, 0)]) for a in (k, v))
+        below = jnp.broadcast_to(below[:, None].astype(k.dtype), (*k.shape[:3], 1))
+        one = jnp.ones_like(q_BNLW[..., :1])
+        q_BNLW = jnp.concatenate([q_BNLW, one], axis=-1)
+        k = jnp.concatenate([k, below], axis=-1)
+    kernel = _splash_kernel(q_BNLW.shape[1:], k.shape[2], interpret)
+    return jax.vmap(kernel)(q_BNLW, k, v).astype(v.dtype)
 
 
 def splash_blocks(queries: int, keys: int, width: int) -> tuple[int, int, int]:
@@ -83,12 +94,11 @@ def splash_blocks(queries: int, keys: int, width: int) -> tuple[int, int, int]:
     what the kernel holds at once must fit 16 MiB of VMEM.
 
     Raises:
-      UserError: when the tokens do not split into tiles of 128.
+      UserError: when the queries do not split into tiles of 128.
     """
-    if queries % _TILE or keys % _TILE:
+    if queries % _TILE:
         raise UserError(
-            f"attention=splash takes multiples of {_TILE} tokens, not {queries} queries and "
-            f"{keys} keys: use auto or plain"
+            f"attention=splash takes multiples of {_TILE} queries, not {queries}: use auto or plain"
         )
     most = 1024 if width <= 128 else 512
 
@@ -155,17 +165,16 @@ class Attention:
     def choice(self, q_BNLW: jax.ShapeDtypeStruct, k_BNMW: jax.ShapeDtypeStruct) -> str:
         """The form that these operands take.
 
-        A forced form that cannot take a place's shapes leaves that place to `auto`'s choice: a
-        U-Net's cross-attention has 77 keys, which no fused kernel's tiles divide.
+        A forced form that cannot take a place's shapes leaves that place to `auto`'s choice.
         """
         b, n, length, width = q_BNLW.shape
         keys = k_BNMW.shape[2]
-        tiles = length % _TILE == 0 and keys % _TILE == 0
+        tiles = length % _TILE == 0
         cudnn = width % 8 == 0 and width <= 256 and q_BNLW.dtype.itemsize == 2
         fits = {"splash": tiles, "cudnn": cudnn, "plain": True, "chunked": True}
         if self.how != "auto" and fits[self.how]:
             return self.how
-        if self.platform == "tpu" and tiles and min(length, keys) >= _SPLASH_TOKENS:
+        if self.platform == "tpu" and tiles and length >= _SPLASH_TOKENS:
             return "splash"
         if self.platform == "gpu" and cudnn:
             return "cudnn"

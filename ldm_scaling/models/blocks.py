@@ -84,9 +84,47 @@ def conv(
     )
 
 
-def norm(groups: int, eps: float, dtype: Dtype, name: str) -> nn.GroupNorm:
+class GroupNorm(nn.Module):
+    """Group normalisation (Wu & He 2018, arXiv 1803.08494); statistics in float32.
+
+    Sums are taken per channel, and groups of channels are joined in what is left of them: features
+    split into groups would be copied into another layout and back on a TPU.
+
+    Args:
+      groups: of channels; must divide their number.
+      epsilon: added to the variance.
+    """
+
+    groups: int
+    epsilon: float
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+        channels = x_BHWC.shape[-1]
+        scale_C = self.param("scale", nn.initializers.ones_init(), (channels,))
+        bias_C = self.param("bias", nn.initializers.zeros_init(), (channels,))
+        x = x_BHWC.astype(jnp.float32)
+        space = tuple(range(1, x.ndim - 1))
+
+        def mean(y):
+            y_BGc = jnp.mean(y, space).reshape(-1, self.groups, channels // self.groups)
+            return jnp.mean(y_BGc, -1, keepdims=True)
+
+        mean_BG1 = mean(x)
+        variance_BG1 = jnp.maximum(mean(x * x) - mean_BG1**2, 0.0)
+        rate_BG1 = jax.lax.rsqrt(variance_BG1 + self.epsilon)
+        rate_BGc = rate_BG1 * scale_C.reshape(self.groups, -1)
+        shift_BGc = bias_C.reshape(self.groups, -1) - mean_BG1 * rate_BGc
+        rate, shift = (
+            jnp.expand_dims(y.reshape(-1, channels), space) for y in (rate_BGc, shift_BGc)
+        )
+        return (x * rate + shift).astype(self.dtype)
+
+
+def norm(groups: int, eps: float, dtype: Dtype, name: str) -> GroupNorm:
     """Group normalisation; its statistics are float32 whatever the compute type."""
-    return nn.GroupNorm(groups, epsilon=eps, dtype=dtype, name=name)
+    return GroupNorm(groups, eps, dtype, name=name)
 
 
 def upsample(x_BHWC: jax.Array) -> jax.Array:

@@ -67,6 +67,13 @@ def make(
     return jax.make_mesh(shape, AXES, devices=devices, axis_types=types)
 
 
+def own(fsdp: int, devices: list) -> Mesh:
+    """The mesh of one of several processes on its own devices, with as many of `fsdp` shards as
+    these hold."""
+    shards = len(devices) if fsdp == -1 else math.gcd(fsdp, len(devices))
+    return make(fsdp=shards, devices=devices)
+
+
 def platform(mesh: Mesh) -> str:
     """`cpu`, `gpu` or `tpu`: what a program on this mesh is compiled for."""
     return mesh.devices.flat[0].platform

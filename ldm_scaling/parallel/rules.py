@@ -19,7 +19,7 @@ _SPLITS = r"(to_q|to_k|to_v|ff_in|ff_gate|conv1|time_emb_proj)"
 _SUMS = r"(to_out|ff_out|conv2)"
 _CONV = r"(conv\w*|\w*sample)"
 
-# Kernels over their input channels, but over their outputs where tensor shards hold the inputs; what
+# Kernels over their input channels, but over their outputs where tensor shards hold these; what
 # is one number a channel is held whole. See `shardings` for what does not divide.
 DEFAULT: Rules = (
     (r"/conv1/kernel$", PartitionSpec(None, None, "fsdp", "tensor")),

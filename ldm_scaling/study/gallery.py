@@ -248,7 +248,7 @@ def _drawer(materials: Materials, count: int, member: str) -> Drawer:
     study = materials.study
     return Drawer(
         materials.spec(member), materials.frozen, study.diffusion, count, materials.decode,
-        materials.mesh, study.train.compute_dtype,
+        materials.mesh, study.train.compute_dtype, study.train.attention,
     )
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -188,9 +187,7 @@ class Materials:
         mesh = self.study.mesh
         if not self.alone:
             return mesh_lib.make(mesh.data, mesh.fsdp, mesh.tensor, mesh.slices)
-        devices = jax.local_devices()
-        shards = len(devices) if mesh.fsdp == -1 else math.gcd(mesh.fsdp, len(devices))
-        return mesh_lib.make(fsdp=shards, devices=devices)
+        return mesh_lib.own(mesh.fsdp, jax.local_devices())
 
     # Networks.
 
@@ -252,7 +249,7 @@ class Materials:
         """What draws pictures with a member's network; compiled once for every stage."""
         return Drawer(
             self.spec(member), self.frozen, self.study.diffusion, self.study.sweep.batch_size,
-            self.decode, self.mesh, self.study.train.compute_dtype,
+            self.decode, self.mesh, self.study.train.compute_dtype, self.study.train.attention,
         )
 
     def member_params(self, member: str) -> Any:

@@ -87,8 +87,7 @@ def own_mesh(study: Study, devices: list[jax.Device]) -> tuple[jax.sharding.Mesh
     if len(processes) == 1:
         return mesh_of(study, devices), 1
     own = aot.one_host(devices)
-    shards = len(own) if study.mesh.fsdp == -1 else math.gcd(study.mesh.fsdp, len(own))
-    return mesh_lib.make(fsdp=shards, devices=own), len(processes)
+    return mesh_lib.own(study.mesh.fsdp, own), len(processes)
 
 
 def spec_of(study: Study, member: str) -> unet.UNetSpec:
@@ -184,7 +183,10 @@ def _sample(study: Study, member: str, devices: list[jax.Device]) -> Part:
     mesh, copies = own_mesh(study, devices)
     spec, size = spec_of(study, member), study.sweep.batch_size
     mesh_lib.check_batch(mesh, size, "sweep.batch_size of each process")
-    lanes = drawing.lanes(spec, spec.latent_shape, size, mesh, study.train.compute_dtype)
+    train = study.train
+    lanes = drawing.lanes(
+        spec, spec.latent_shape, size, mesh, train.compute_dtype, train.attention
+    )
     context = jax.ShapeDtypeStruct((1, *context_shape(study, spec)), jnp.float16)
     program, rest = lanes.abstract({"context": context}, guided=True)
     params = jax.eval_shape(lambda: unet.init(spec, jax.random.key(0)))

@@ -134,7 +134,8 @@ def train_autoencoder(materials: Materials) -> None:
         return
     task = autoencoder_task.make(study.autoencoder, materials.shown())
     source = materials.training_images()
-    loop.fit(task, run, _loader(materials, source, run), folder, materials.mesh, study.seed)
+    loop.fit(task, run, _loader(materials, source, run), folder, materials.mesh, study.seed,
+             about=dataclasses.asdict(study))
 
 
 def _trained(folder: epath.Path, run: Train) -> bool:
@@ -154,7 +155,8 @@ def train_member(materials: Materials, member: str) -> None:
         materials.drawer(member), materials.validation,
     )
     source = materials.caches.training()
-    loop.fit(task, run, _loader(materials, source, run), folder, materials.mesh, study.seed)
+    loop.fit(task, run, _loader(materials, source, run), folder, materials.mesh, study.seed,
+             about=dataclasses.asdict(study))
 
 
 def sample(

@@ -149,17 +149,18 @@ class Drawer:
       batch_size: lanes, and pictures decoded at a time.
       decode: `frozen.decoder()`, shared between members.
       mesh: lanes and batches are split over its devices.
-      compute_dtype: see `config.Train`.
+      compute_dtype, attention: see `config.Train`.
     """
 
     def __init__(
         self, spec: unet.UNetSpec, frozen: Frozen, diffusion: Diffusion, batch_size: int,
         decode: Callable, mesh: jax.sharding.Mesh, compute_dtype: str = "auto",
+        attention: str = "auto",
     ):
         self.frozen, self.diffusion, self.batch_size = frozen, diffusion, batch_size
         self._decode, self.mesh = decode, mesh
         self.schedule = schedule_lib.get(diffusion.schedule)
-        self.lanes = lanes(spec, frozen.latent_shape, batch_size, mesh, compute_dtype)
+        self.lanes = lanes(spec, frozen.latent_shape, batch_size, mesh, compute_dtype, attention)
         self._uncond = {"context": frozen.null_ctx_LD[None]}
 
     def table(self, name: str, steps: int, spacing: str | None = None) -> SamplerTable:

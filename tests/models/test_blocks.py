@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,6 +74,27 @@ def test_timestep_embeddings_inner_product_depends_on_the_difference_alone():
     a, b = (np.asarray(blocks.timestep_embedding(s, 64), np.float64) for s in (t, t + 12.5))
     products = np.sum(a * b, axis=1)
     np.testing.assert_allclose(products, products[0], atol=1e-3)
+
+
+def test_group_norm_equals_flaxs():
+    x = 2 * jax.random.normal(jax.random.key(0), (3, 8, 6, 32)) + 5
+    peer, ours = nn.GroupNorm(8, epsilon=1e-5), blocks.GroupNorm(8, 1e-5)
+    params = jax.tree.map(
+        lambda v: v + 0.3 * jax.random.normal(jax.random.key(1), v.shape),
+        peer.init(jax.random.key(2), x),
+    )
+
+    def loss(network):
+        value = jax.value_and_grad(lambda *a: jnp.mean(jnp.sin(network.apply(*a))), (0, 1))
+        return value(params, x)
+
+    for got, want in zip(
+        jax.tree.leaves(loss(ours)), jax.tree.leaves(loss(peer)), strict=True
+    ):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+    # One value everywhere: no variance, and nothing that is not finite.
+    out = ours.apply(params, jnp.full_like(x, 3.0))
+    np.testing.assert_allclose(out[0, 0, 0], params["params"]["bias"], atol=1e-2)
 
 
 def test_remat_changes_neither_output_nor_gradient():

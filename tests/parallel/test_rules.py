@@ -38,14 +38,48 @@ def test_rule_with_too_many_axes_is_named():
         rules.specs({"a": {"kernel": jnp.zeros(3)}}, [("kernel", P(None, "fsdp"))])
 
 
-def test_axis_that_does_not_divide_is_whole():
-    tree = {"conv_out": {"kernel": jnp.zeros((3, 3, 16, 4))}}
-    sharding = rules.shardings(tree, mesh_lib.make(1, 8))["conv_out"]["kernel"]
-    assert sharding.shard_shape((3, 3, 16, 4)) == (3, 3, 16, 4)
+def part(shape, mesh, name="conv_out"):
+    """The shape that a device holds of a kernel."""
+    sharding = rules.shardings({name: {"kernel": jnp.zeros(shape)}}, mesh)[name]["kernel"]
+    return sharding.shard_shape(shape)
+
+
+def test_shards_are_of_the_channels_that_divide():
+    mesh = mesh_lib.make(1, 8)
+    assert part((3, 3, 16, 4), mesh) == (3, 3, 2, 4)
+    assert part((3, 3, 4, 16), mesh) == (3, 3, 4, 2)
+    assert part((3, 3, 4, 4), mesh) == (3, 3, 4, 4)
+    assert part((6, 24), mesh, "proj") == (6, 3)
+
+
+def test_shards_over_one_ring_where_all_do_not_divide(monkeypatch):
+    monkeypatch.setattr(mesh_lib, "_RING", 2)
+    mesh = mesh_lib.make(1, 8)
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "fsdp_in": 4, "tensor": 1}
+    assert part((3, 3, 16, 4), mesh) == (3, 3, 2, 4)
+    assert part((3, 3, 6, 4), mesh) == (3, 3, 3, 4)
+
+
+def test_tensor_shards_split_what_makes_channels_and_what_sums_them_up():
+    mesh = mesh_lib.make(1, 2, 4)
+    assert part((3, 3, 8, 16), mesh, "conv1") == (3, 3, 4, 4)
+    assert part((3, 3, 8, 16), mesh, "conv2") == (3, 3, 2, 8)
+    assert part((8, 16), mesh, "to_q") == (4, 4)
+    assert part((8, 16), mesh, "to_out") == (2, 8)
+    assert part((8, 16), mesh, "proj_in") == (4, 16)
 
 
 def test_mesh_sizes():
-    assert dict(mesh_lib.make().shape) == {"data": 8, "fsdp": 1}
-    assert dict(mesh_lib.make(2, -1).shape) == {"data": 2, "fsdp": 4}
-    with pytest.raises(UserError, match="data=3, fsdp=1 does not fit 8 devices"):
+    def sizes(*args, **kwargs):
+        mesh = mesh_lib.make(*args, **kwargs)
+        return mesh.shape["data"], mesh_lib.fsdp(mesh), mesh.shape["tensor"]
+
+    assert sizes() == (8, 1, 1)
+    assert sizes(2, -1) == (2, 4, 1)
+    assert sizes(2, 2, -1) == (2, 2, 2)
+    assert sizes(4, 2, slices=2) == (4, 2, 1)
+    assert mesh_lib.shards(mesh_lib.make(2, 2, 2)) == 4
+    with pytest.raises(UserError, match="data=3, fsdp=1, tensor=1 does not fit 8 devices"):
         mesh_lib.make(3, 1)
+    with pytest.raises(UserError, match="makes 2 replicas, which 4 slices do not share evenly"):
+        mesh_lib.make(2, 4, slices=4)

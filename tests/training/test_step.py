@@ -144,5 +144,5 @@ def test_the_first_moment_may_be_kept_in_bfloat16():
     config = Train(batch_size=16, moment_dtype="bfloat16")
     mesh = mesh_lib.make(devices=jax.devices()[:1])
     moments = step.abstract_state(init, config, mesh).opt_state[1][0]
-    assert {leaf.dtype for leaf in jax.tree.leaves(moments.mu)} == {jnp.bfloat16}
-    assert {leaf.dtype for leaf in jax.tree.leaves(moments.nu)} == {jnp.float32}
+    assert {leaf.dtype for leaf in jax.tree.leaves(moments.mu)} == {np.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(moments.nu)} == {np.dtype(np.float32)}
