@@ -170,6 +170,7 @@ class Workdir:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         handler.setLevel(logging.INFO)
         root = logging.getLogger()
+        levels = {logger: logger.level for logger in (root, *root.handlers)}
         for other in root.handlers:  # The terminal is for progress bars and one-line errors.
             other.setLevel(logging.CRITICAL + 1)
         root.addHandler(handler)
@@ -177,6 +178,8 @@ class Workdir:
         try:
             yield
         finally:
+            for logger, level in levels.items():
+                logger.setLevel(level)
             root.removeHandler(handler)
             handler.close()
 

@@ -16,7 +16,7 @@ from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.tasks import drawing
 from ldm_scaling.training import step
 
-SPEC = unet.UNetSpec(8, 16, (1, 2), (True, False), 1, heads=2, groups=4, sample_size=4,
+SPEC = unet.UNetSpec(8, 16, (1,), (True,), 1, heads=2, groups=4, sample_size=4,
                      context_length=3)
 TRAIN = Train(steps=3, batch_size=16, learning_rate=1e-3, warmup_steps=0)
 STEPS = 3
