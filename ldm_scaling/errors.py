@@ -19,5 +19,10 @@ class MissingPackageError(UserError):
         )
 
 
+class ApartError(BaseException):
+    """Several processes did not come together, or lost each other: nothing that the user gave is
+    wrong, and all are to be started again."""
+
+
 class Interrupted(KeyboardInterrupt):
     """The process was asked to end (SIGTERM): what it was at is saved, the same command goes on."""

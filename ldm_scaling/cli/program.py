@@ -19,7 +19,7 @@ from ldm_scaling.cli import flags
 from ldm_scaling.cli.commands import COMMANDS, OWN
 from ldm_scaling.cli.flags import first_line
 from ldm_scaling.cli.usage import usage
-from ldm_scaling.errors import Interrupted, UserError
+from ldm_scaling.errors import ApartError, Interrupted, UserError
 
 # What is done is saved, the same command goes on: sysexits.h calls it a temporary failure.
 SAVED = 75
@@ -116,7 +116,7 @@ def _in_workdir(command: str, arguments: list[str], rest: list[str], values: Any
             lock = workdir.lock()
             workdir.bind(materials.study)
     # Several processes leave SIGTERM to jax, which training's loop asks.
-    told = contextlib.nullcontext() if values.distributed else _terminated_is_raised()
+    told = contextlib.nullcontext() if processes.several() else _terminated_is_raised()
     with lock, workdir.log_to_file(jax.process_index()), told:
         started = time.perf_counter()
         log.info("ldm-scaling %s %s", command, " ".join(arguments))
@@ -220,6 +220,8 @@ def _status(command: str, arguments: list[str]) -> tuple[int, str]:
         return 1, f"error: {e}"
     except Exception as e:  # Before there is a workdir to log to.
         return 1, f"error: {first_line(e)} (unexpected)"
+    except ApartError as e:
+        return STALLED, f"error: {e}"
     except Interrupted as e:
         return SAVED, f"{e}; the same command goes on from here"
     except KeyboardInterrupt:

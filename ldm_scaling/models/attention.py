@@ -148,6 +148,7 @@ class Attention:
       platform: what the program is for: `cpu`, `gpu` or `tpu`.
       tensor: the mesh axis that heads are split over, if they are: the compiler cannot split the
         TPU's kernel itself.
+      cudnn_width: the widest head that the GPU's fused kernel takes.
     Raises:
       UserError: for a form that there is not, or that the platform does not have.
     """
@@ -155,6 +156,7 @@ class Attention:
     how: str = "auto"
     platform: str = "cpu"
     tensor: str = ""
+    cudnn_width: int = 256
 
     def __post_init__(self):
         if self.how not in FORMS:
@@ -170,7 +172,7 @@ class Attention:
         b, n, length, width = q_BNLW.shape
         keys = k_BNMW.shape[2]
         tiles = length % _TILE == 0
-        cudnn = width % 8 == 0 and width <= 256 and q_BNLW.dtype.itemsize == 2
+        cudnn = width % 8 == 0 and width <= self.cudnn_width and q_BNLW.dtype.itemsize == 2
         fits = {"splash": tiles, "cudnn": cudnn, "plain": True, "chunked": True}
         if self.how != "auto" and fits[self.how]:
             return self.how

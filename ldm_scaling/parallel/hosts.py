@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,14 @@ def compute_dtype(name: str, platform: str | None = None) -> jnp.dtype:
         platform = jax.default_backend() if platform is None else platform
         name = "float32" if platform == "cpu" else "bfloat16"
     return jnp.dtype(name)
+
+
+def cudnn_width(device: jax.Device) -> int:
+    """The widest head that cuDNN's fused attention takes on a device, by its compute capability:
+    256 from 9.0 on, 128 on 8.x, none on others."""
+    found = re.fullmatch(r"(\d+)\.\d+", str(getattr(device, "compute_capability", "")))
+    generation = int(found[1]) if found else 0
+    return 256 if generation >= 9 else 128 if generation == 8 else 0
 
 
 def use_cpu_cores() -> None:

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -46,7 +47,9 @@ def make(
             f"{given} does not fit {len(devices)} devices: the product must be their number; -1 on "
             "one axis takes what is left"
         )
-    found = len({getattr(d, "slice_index", 0) for d in devices})
+    # Of GPUs this counts NVLink domains, which replicas may well span.
+    tpu = devices[0].platform == "tpu"
+    found = len({getattr(d, "slice_index", 0) for d in devices}) if tpu else 1
     if found > 1 and slices not in (0, found):
         raise UserError(f"mesh slices={slices}, but the devices are in {found} slices")
     slices = slices or found
@@ -57,14 +60,29 @@ def make(
         )
     out = math.gcd(sizes[1], _RING)
     shape = (sizes[0], out, sizes[1] // out, sizes[2])
-    types = (jax.sharding.AxisType.Auto,) * len(AXES)
     if found > 1:
         grid = mesh_utils.create_hybrid_device_mesh(
             (shape[0] // slices, *shape[1:]), (slices, 1, 1, 1), devices,
             allow_split_physical_axes=True,
         )
-        return Mesh(grid, AXES, axis_types=types)
-    return jax.make_mesh(shape, AXES, devices=devices, axis_types=types)
+    elif tpu:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        grid = np.asarray(devices).reshape(shape)
+    _check_groups(grid)
+    return Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+def _check_groups(grid: np.ndarray) -> None:
+    """Raises `UserError` where tensor shards, which see the same examples, are of several hosts:
+    each host reads examples of its own."""
+    for group in grid.reshape(-1, grid.shape[-1]):
+        hosts = {d.process_index for d in group}
+        if len(hosts) > 1:
+            raise UserError(
+                f"mesh tensor={grid.shape[-1]} joins devices of the processes {sorted(hosts)}: a "
+                "group must lie within one process; lower tensor, or use fsdp"
+            )
 
 
 def own(fsdp: int, devices: list) -> Mesh:

@@ -20,10 +20,10 @@ from typing import Any
 
 import jax
 
-from ldm_scaling.errors import Interrupted, UserError
+from ldm_scaling.errors import ApartError, Interrupted, UserError
 
 # How long processes wait for each other to start: a pod's hosts come up minutes apart.
-START_S = 300
+START_S = 900
 # How long a process may be silent before all others are ended.
 HEARTBEAT_S = 100
 _SLICE_MS = 1_000  # between two looks at signals and at failures of others
@@ -44,7 +44,8 @@ def initialize(where: str, start_s: float = START_S, heartbeat_s: int = HEARTBEA
       start_s: seconds in which all must have come.
       heartbeat_s: seconds after which a silent process is taken for dead, and all end.
     Raises:
-      UserError: for another value, an `auto` that finds nothing, or processes that do not come.
+      UserError: for another value, or an `auto` that finds nothing.
+      ApartError: where processes do not come.
     """
     given = None if where == "auto" else _parsed(where)
     done: list[BaseException | None] = []
@@ -71,7 +72,7 @@ def initialize(where: str, start_s: float = START_S, heartbeat_s: int = HEARTBEA
         what = "the processes that the cluster names" if given is None else (
             f"{given[1]} processes at {given[0]}"
         )
-        raise UserError(
+        raise ApartError(
             f"--distributed={where}: {what} did not all come together within {start_s:g} s: start "
             "all of them with the same address, which all can reach, and look at the others' errors"
         )
@@ -82,7 +83,8 @@ def initialize(where: str, start_s: float = START_S, heartbeat_s: int = HEARTBEA
             "--distributed=HOST:PORT,K,N: this is process K of N, process 0 is at HOST"
         ) from error
     if error is not None:
-        raise UserError(f"--distributed={where}: {_first_line(error)}") from error
+        kind = UserError if isinstance(error, ValueError) else ApartError
+        raise kind(f"--distributed={where}: {_first_line(error)}") from error
     _joined.set()
 
 

@@ -70,7 +70,9 @@ def denoiser(
     platform = mesh_lib.platform(mesh)
     dtype = hosts.compute_dtype(compute_dtype, platform)
     tensor = "tensor" if mesh.shape["tensor"] > 1 else ""
-    form = attention_lib.Attention(attention, platform, tensor)
+    form = attention_lib.Attention(
+        attention, platform, tensor, hosts.cudnn_width(mesh.devices.flat[0])
+    )
 
     def make(gather: Callable | None, apart: bool) -> Denoise:
         return unet.denoise_fn(spec, dtype, remat, form if apart else form.unfused(), gather)

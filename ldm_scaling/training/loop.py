@@ -170,7 +170,7 @@ def _run(
         jax.random.fold_in, out_shardings=mesh_lib.replicated(feed.sharding.mesh)
     )(root, 1)
     start, last, clock = record.start, config.steps, record.meter
-    validation: dict[str, float] = {}
+    validation: dict[int, dict[str, float]] = {}  # of the last step that had one
 
     def refuse(number: int, values: dict[str, float], before: dict[str, Any]) -> None:
         path = record.directory / f"nonfinite_{number}.json"
@@ -184,7 +184,7 @@ def _run(
         )
 
     def begin(number: int) -> None:
-        checkpoints.save(number, state, feed.state, about, validation)
+        checkpoints.save(number, state, feed.state, about, validation.get(number))
 
     def read() -> None:
         number = scalars.read()
@@ -207,7 +207,8 @@ def _run(
             clock.lap(meter.DATA)
             if number == start + 1 and clock.peak:
                 clock.flops = meter.flops_of(task, config, train, state, batch, key)
-            with jax.transfer_guard("disallow"):
+            # Tracing and compiling may move constants, such as a kernel's masks.
+            with jax.transfer_guard("disallow" if number > start + 1 else "allow"):
                 state, values = train(state, batch, key)
             read()  # The metrics of the step before: the device never waits for the host.
             scalars.push(number, values, before)
@@ -233,9 +234,10 @@ def _run(
                 record.timings(number)
             with dog.patient():
                 if validates:
-                    validation = task.validate(state.ema, number)
-                    _check_metric(task, config, validation)
-                    record.scalars(number, "validation", validation)
+                    scores = task.validate(state.ema, number)
+                    _check_metric(task, config, scores)
+                    record.scalars(number, "validation", scores)
+                    validation = {number: scores}
                 if shows:
                     record.images(number, task.show(state.ema, number))
                 clock.lap(meter.OTHER)

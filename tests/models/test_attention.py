@@ -89,6 +89,9 @@ def test_auto_on_a_gpu_knows_cudnns_limits():
     assert choice("auto", "gpu", 64, 64, 12) == "plain"
     assert choice("auto", "gpu", 64, 64, 40, jnp.float32) == "plain"
     assert choice("auto", "gpu", 4096, 4096, 384) == "chunked"
+    ampere = attention.Attention("auto", "gpu", cudnn_width=128)
+    wide = jax.ShapeDtypeStruct((8, 8, 256, 160), jnp.bfloat16)
+    assert ampere.choice(wide, wide) == "plain"
 
 
 def test_auto_elsewhere_chunks_what_is_too_large():

@@ -51,16 +51,16 @@ def test_auto_that_finds_nothing_says_what_it_knows_and_what_to_give():
 def test_processes_that_do_not_come_are_told_of_in_time(number):
     """Without process 0 there is no one to ask, and process 0 waits for the others."""
     code = (
-        "import os\nfrom ldm_scaling.errors import UserError\n"
+        "import os\nfrom ldm_scaling.errors import ApartError\n"
         "from ldm_scaling.parallel import processes\n"
         f"try: processes.initialize('127.0.0.1:1,{number},2' if {number} else "
         "'127.0.0.1:47123,0,2', start_s=2)\n"
-        "except UserError as e: print(e, flush=True)\n"
-        "os._exit(2)"
+        "except ApartError as e: print(e, flush=True)\n"
+        "os._exit(76)"
     )
     began = time.monotonic()
     found = _python(code)
-    assert time.monotonic() - began < 120 and found.returncode == 2
+    assert time.monotonic() - began < 120 and found.returncode == 76
     for part in ("2 processes at 127.0.0.1:", "did not all come together within 2 s", "start all"):
         assert part in found.stdout, found.stderr[-2000:]
 
