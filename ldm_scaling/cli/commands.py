@@ -11,15 +11,20 @@ COMMANDS = {
     "sweep": "measure every sampler, step count and guidance rate",
     "report": "draw the plots and write report.html from the records",
     "study": "all of these in order; started again, it goes on where it was",
+    "figure": "draw the paper's figures and their tables of numbers from records alone",
     "convert": "turn published weights into an Orbax checkpoint that tells where it is from",
     "evaluate": "score any folder of images by FID and others, or by a published protocol",
     "plan": "what a job will need on TPUs that are not here, by their own compiler",
+    "cost": "parameters, FLOPs and measured seconds of each member on the device that is here",
+    "advise": "which size, sampler, steps and guidance for a budget, from records",
 }
 
 # Commands with flags of their own. `run(arguments, parse)` of the module does all; `parse` reads
 # the flags that are everyone's (--config, --workdir) from those that it hands over.
 OWN = {
     "evaluate": "ldm_scaling.study.evaluate_cli", "plan": "ldm_scaling.study.plan_cli",
+    "cost": "ldm_scaling.study.cost_cli", "advise": "ldm_scaling.study.advise_cli",
+    "figure": "ldm_scaling.study.figure_cli",
 }
 # Commands that work in a workdir, in this order; they may run as several processes.
 STAGES = tuple(c for c in COMMANDS if c not in ("zoo", "convert", *OWN))

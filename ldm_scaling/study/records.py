@@ -14,6 +14,10 @@ from ldm_scaling import files
 from ldm_scaling.errors import UserError
 
 FORMAT = 1
+TASKS = (
+    "text_to_image", "super_resolution", "dreambooth", "consistency", "guided_distillation"
+)
+"""What networks of records are for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +76,8 @@ class Record:
       round: of a race, counted from 1, see `study.raced`: its images are the first
         `identity.num_images` of the block, and its distance is foretold for all of them. 0 where it
         raced with nothing.
+      task: what the network is for, of `TASKS`. A fine-tuned or distilled one's
+        `identity.train_step` counts that training.
     """
 
     identity: Identity
@@ -86,6 +92,11 @@ class Record:
     seconds_per_image: float
     device: str
     round: int = 0
+    task: str = "text_to_image"
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise UserError(f"a record's task is {self.task!r}: use one of {', '.join(TASKS)}")
 
     @property
     def cost(self) -> float:
@@ -103,7 +114,7 @@ class Record:
         for name, (low, high) in self.intervals.items():
             row |= {f"{name}_low": low, f"{name}_high": high}
         return row | {"seconds_per_image": self.seconds_per_image, "device": self.device,
-                      "round": self.round}
+                      "round": self.round, "task": self.task}
 
 
 def path_of(directory: epath.PathLike, key: str) -> epath.Path:

@@ -18,6 +18,7 @@ from ldm_scaling import files
 from ldm_scaling.errors import UserError
 from ldm_scaling.study import curves as curves_lib
 from ldm_scaling.study import findings, labels, page_data, plot_style
+from ldm_scaling.study.figures import catalogue
 from ldm_scaling.study.records import Record
 from ldm_scaling.study.statistics import claims, words
 
@@ -25,28 +26,7 @@ _PAGE = pathlib.Path(__file__).parent / "page"
 _SCRIPTS = ("charts.js", "figures.js", "table.js")
 
 # File name's start -> (section of the page, title, what it shows).
-_PICTURES = {
-    "fig9_cost": ("quality", "Cost and quality (Fig. 9)",
-                  "Left: sampling cost against steps for every size. Right: quality at the best "
-                  "guidance against sampling cost for every size, with 95% intervals."),
-    "fig9_seconds": ("quality", "Seconds and quality (Fig. 9, measured time)",
-                     "The same as figure 9 with measured seconds per image in place of cost."),
-    "fig11_samplers": ("quality", "Other samplers (Fig. 11)",
-                       "Quality against sampling cost for the other samplers, with those of the "
-                       "first sampler dashed behind them."),
-    "winners": ("winners", "Winner by budget",
-                "Probability that each size is the best, stacked, against the budget."),
-    "fig8_guidance": ("heat", "Guidance and steps (Fig. 8)",
-                      "Quality over guidance and steps, one panel per size, best rates framed."),
-    "tradeoff": ("trade", "Both measures along guidance",
-                 "The two measures against each other as guidance rises."),
-    "fig10_images": ("images", "Images at equal cost (Fig. 10)",
-                     "Sampled images of the same captions, one row per size, grouped so that the "
-                     "rows of a group cost nearly the same."),
-    "training": ("training", "Training curves",
-                 "Training loss (thin lines) and validation loss (marked) against the step, by "
-                 "size."),
-}
+_PICTURES = {e.name: (e.section, e.heading, e.alt) for e in catalogue.FIGURES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +205,8 @@ def write(
     Args:
       workdir: where the page goes.
       records: all records of one study, finished or not.
-      figures_dir: pictures of `plots.write_all`; other PNG or SVG files there are shown too.
+      figures_dir: what `figures.catalogue.write` drew; other PNG or SVG files there are shown
+        too.
       context: the keys of `Context`.
 
     Returns:

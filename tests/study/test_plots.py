@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from ldm_scaling.study import curves, image_grids, plot_style, plots
+from ldm_scaling.study.figures import catalogue
+from ldm_scaling.study.figures.source import Source
 from tests.study import fake_records as fake
 
 FD = "fd_effnetlite0"
@@ -22,22 +24,23 @@ def study():
     return fake.make(**SMALL)
 
 
-def test_every_picture_is_written_as_png_and_svg(tmp_path, study, monkeypatch):
+def test_every_picture_is_written_in_three_formats_with_its_numbers(tmp_path, study, monkeypatch):
     monkeypatch.setattr(plot_style, "DPI", 60)
-    names = plots.write_all(
-        tmp_path, study, FD, loss_curves=fake.training(SMALL["models"]),
+    names = catalogue.write(tmp_path, Source(
+        study, FD, loss_curves=fake.training(SMALL["models"]),
         images=fake.images(SMALL["models"], n=2, size=8), captions=fake.CAPTIONS[:2],
-    )
+    )).names
     assert {"fig9_cost", "fig9_seconds", "fig11_samplers", "winners", "tradeoff", "training",
             "fig8_guidance_ddim", "fig8_guidance_ddpm", "fig8_guidance_dpmpp_2m",
             "fig10_images_ddim"} <= set(names)
     assert {p.name for p in tmp_path.iterdir()} == {f"{n}.{k}" for n in names
-                                                    for k in ("png", "svg")}
+                                                    for k in ("png", "svg", "pdf", "csv")}
     for name in names:
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert min(picture.size) > 100
             assert np.asarray(picture.convert("L")).std() > 5  # not blank
         assert (tmp_path / f"{name}.svg").read_text().rstrip().endswith("</svg>")
+        assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_the_same_records_give_the_same_bytes(tmp_path, study):
@@ -46,7 +49,7 @@ def test_the_same_records_give_the_same_bytes(tmp_path, study):
             found = curves.quality_curves(study, FD)
             drawn = plots.quality_by_cost(study, found, FD, "ddim")
         plot_style.save(drawn, tmp_path / folder, "same")
-    for kind in ("png", "svg"):
+    for kind in plot_style.FORMATS:
         a, b = (tmp_path / f / f"same.{kind}" for f in ("a", "b"))
         assert a.read_bytes() == b.read_bytes()
 
@@ -101,14 +104,17 @@ def test_the_heat_map_frames_the_best_rate_of_each_step_count(study):
 ], ids=["no report", "one size", "one sampler", "one step count", "curves missing", "one rate"])
 def test_an_unfinished_sweep_is_drawn_as_far_as_it_goes(tmp_path, study, keep, monkeypatch):
     monkeypatch.setattr(plot_style, "DPI", 30)
+    monkeypatch.setattr(plot_style, "FORMATS", {"png": {}})
     some = [r for r in study if keep(r.identity)]
-    names = plots.write_all(tmp_path, some, FD)
+    names = catalogue.write(tmp_path, Source(some, FD)).names
     assert any(n.startswith("fig8") for n in names)
     assert ("winners" in names) == any(r.identity.seed_block == 1 for r in some)
 
 
 def test_no_records_no_pictures(tmp_path):
-    assert plots.write_all(tmp_path, [], FD) == []
+    written = catalogue.write(tmp_path, Source([], FD))
+    assert written.names == () and len(written.skipped) == len(catalogue.FIGURES)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_colours_are_ordered_in_lightness():

@@ -14,7 +14,9 @@ import re
 import pytest
 
 from ldm_scaling.errors import UserError
-from ldm_scaling.study import curves, findings, plots, report
+from ldm_scaling.study import curves, findings, report
+from ldm_scaling.study.figures import catalogue
+from ldm_scaling.study.figures.source import Source
 from ldm_scaling.study.statistics import claims
 from tests.study import fake_records as fake
 
@@ -82,8 +84,9 @@ def figures(tmp_path_factory, study):
     folder = tmp_path_factory.mktemp("figures")
     images = {k: v for k, v in fake.images(("c8", "c16", "c24"), n=2, size=8).items()
               if k[1] == "ddim"}
-    plots.write_all(folder, [r for r in study if r.identity.sampler == "ddim"], FD, images=images,
-                    captions=[NASTY, "$x$"], loss_curves=fake.training(("c8", "c16", "c24")))
+    catalogue.write(folder, Source(
+        [r for r in study if r.identity.sampler == "ddim"], FD, images=images,
+        captions=[NASTY, "$x$"], loss_curves=fake.training(("c8", "c16", "c24"))))
     (folder / ".tmp-1234-half.png").write_bytes(b"half a picture")
     return folder
 

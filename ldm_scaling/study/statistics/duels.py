@@ -72,7 +72,7 @@ def duel(
             hint = "it has no reported record" if least is None else f"its least is {least:.4g}"
             raise UserError(f"{model} cannot meet a budget of {budget:g} ({axis}): {hint}")
         points.append(point)
-    return _judged(*points, metric, budget, axis)
+    return between(*points, metric, budget, axis)
 
 
 def _pool(curves: Curves, model: str, samplers: Collection[str] | None) -> list[Point]:
@@ -80,7 +80,12 @@ def _pool(curves: Curves, model: str, samplers: Collection[str] | None) -> list[
             if m == model and (samplers is None or s in samplers) for p in curve]
 
 
-def _judged(a: Point, b: Point, metric: str, budget: float, axis: str) -> Duel:
+def between(a: Point, b: Point, metric: str, budget: float, axis: str) -> Duel:
+    """Two given cells, of whatever sizes; `duel` has the arguments.
+
+    Raises:
+      UserError: when there are no paired replicates.
+    """
     sign = labels.measure(metric).sign
     losses_2R = winners.paired([a, b], sign)
     if losses_2R is None:
@@ -128,7 +133,7 @@ def all_pairs(
             if None in points or (cells := tuple(map(id, points))) in seen:
                 continue
             seen.add(cells)
-            out.append(_judged(*points, metric, budget, axis))
+            out.append(between(*points, metric, budget, axis))
     return family(out)
 
 

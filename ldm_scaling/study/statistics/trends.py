@@ -69,16 +69,17 @@ class Network:
 
 
 def networks(
-    records: Sequence[Record], metric: str, select_block: int = 0, report_block: int = 1
+    records: Sequence[Record], metric: str, select_block: int = 0, report_block: int = 1,
+    choose_by: str | None = None,
 ) -> list[Network]:
     """Every trained network at the first sampler (DDIM) and the most steps that the most of them
-    were sampled with, each at its best guidance."""
+    were sampled with, each at its best guidance (by `metric`, or the measure that is named)."""
     groups: dict[tuple[str, int], list[Record]] = defaultdict(list)
     for r in records:
         groups[r.identity.model, r.identity.train_step].append(r)
     curves = {
         key: curves_lib.quality_curves(
-            curves_lib.distinct(group), metric, None, select_block, report_block)
+            curves_lib.distinct(group), metric, choose_by, select_block, report_block)
         for key, group in groups.items()
     }
     sampler, steps = _common(records, list(curves.values()))

@@ -1,0 +1,359 @@
+"""Advice: the size, sampler, steps and guidance for a budget. Pure functions on records."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from ldm_scaling.errors import UserError
+from ldm_scaling.models import cost, zoo
+from ldm_scaling.study import budgets, costing, labels, winners
+from ldm_scaling.study import curves as curves_lib
+from ldm_scaling.study.budgets import Budget
+from ldm_scaling.study.costing import Counted, Price, Unit
+from ldm_scaling.study.curves import Point
+from ldm_scaling.study.records import Record
+from ldm_scaling.study.statistics import blocks, duels
+from ldm_scaling.study.statistics.duels import Duel
+
+# What a budget counts, by its unit: the paper's cost as the paper has it; FLOPs and seconds as they
+# are spent.
+COUNTED: dict[Unit, Counted] = {
+    "cost": costing.THE_PAPERS, "gflops": Counted(doubled=True), "seconds": costing.ALL,
+}
+PUBLISHED_STEPS, PUBLISHED_RATE, PUBLISHED_IMAGES = 50, 7.5, 30_000
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Options:
+    """What there is to choose from.
+
+    Attributes:
+      points: configurations; their `cost` is in `unit`, whatever it is.
+      unit: see `costing.sampling`.
+      unit_label: the unit in words, with what is counted.
+      measure: the measure in words, short.
+      sign: 1 where less of it is better, -1 where more is.
+      metric: its name in the records; None where there are none.
+      notes: what a reader must know of them, in sentences.
+    """
+
+    points: tuple[Point, ...]
+    unit: Unit
+    unit_label: str
+    measure: str
+    sign: int
+    metric: str | None
+    notes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Advice:
+    """What to take.
+
+    Attributes:
+      options: what it was chosen from.
+      budget: the most that a picture may cost.
+      best: chosen on the selection block among all that the budget allows, valued on the report
+        block: nothing that is reported took part in the choice.
+      runner_up: the best of another size, chosen alike; of the same size where no other can meet
+        the budget; None where there is nothing else.
+      duel: `best` against `runner_up` on common prompts and noise; None without replicates.
+      front: what no cheaper configuration is as good as, up to the budget, rising in cost; chosen
+        on the selection block.
+      notes: the options', and more.
+    """
+
+    options: Options
+    budget: Budget
+    best: Point
+    runner_up: Point | None
+    duel: Duel | None
+    front: tuple[Point, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def other_is_better(self) -> float | None:
+        """Probability that the runner-up is better; None where it is not known."""
+        return None if self.duel is None else 1 - self.duel.probability
+
+
+def advise(options: Options, budget: Budget) -> Advice:
+    """The best within a budget.
+
+    Raises:
+      UserError: for a budget in another unit than the options', or below the cheapest of them.
+    """
+    if budget.unit != options.unit:
+        raise UserError(f"a budget in {budget.unit} needs options in it, not in {options.unit}")
+    # What costs just the budget is within it, whatever rounding says.
+    limit = budget.value * (1 + 1e-9)
+    best = winners.best_within(options.points, limit, "cost")
+    if best is None:
+        raise UserError(_too_little(options, budget))
+    rest = [p for p in options.points if p is not best]
+    others = [p for p in rest if p.model != best.model]
+    runner_up = winners.best_within(others, limit, "cost")
+    runner_up = runner_up or winners.best_within(rest, limit, "cost")
+    duel = None
+    if runner_up is not None and options.metric is not None and winners.paired(
+        [best, runner_up], options.sign
+    ) is not None:
+        duel = duels.between(best, runner_up, options.metric, budget.value, "cost")
+    notes = list(options.notes)
+    if budget.value > max(p.cost for p in options.points):
+        notes.append("The budget allows all that was measured: more steps or a larger size than "
+                     "these may do better still.")
+    if duel is not None and duel.probability < 0.5:
+        notes.append("On the reporting prompts the runner-up looks better: the two are hard to "
+                     "tell apart.")
+    return Advice(options, budget, best, runner_up, duel, front(options.points, limit),
+                  tuple(notes))
+
+
+def _too_little(options: Options, budget: Budget) -> str:
+    least = min(options.points, key=lambda p: (p.cost, p.chosen_by))
+    only = "" if options.metric else (
+        f" (Table 1 has {PUBLISHED_STEPS} steps alone: what fewer would do, it does not say)"
+    )
+    return (
+        f"a budget of {budgets.amount(budget.value, budget.unit, 5)} is below the cheapest of what "
+        f"there is, {least.model} with {labels.sampler(least.sampler)} and {least.steps} "
+        f"step{'s' * (least.steps > 1)}: {budgets.amount(least.cost, options.unit, 5)}{only}"
+    )
+
+
+def front(points: Sequence[Point], budget: float = float("inf")) -> tuple[Point, ...]:
+    """The points within a budget that are better, on the selection block, than all that cost no
+    more; of equal ones the first by sampler and size."""
+    out: list[Point] = []
+    affordable = [p for p in points if p.cost <= budget]
+    for p in sorted(affordable, key=lambda p: (p.cost, p.chosen_by, p.sampler, p.model)):
+        if not out or p.chosen_by < out[-1].chosen_by:
+            out.append(p)
+    return tuple(out)
+
+
+# --- from records -------------------------------------------------------------------------------
+
+
+def metric_of(records: Sequence[Record], metric: str | None) -> str:
+    """The measure asked for, or the first that the records have.
+
+    Raises:
+      UserError: where no record has it.
+    """
+    have = [name for name in labels.MEASURES if any(name in r.metrics for r in records)]
+    if metric is None and have:
+        return have[0]
+    if metric in have:
+        return metric
+    said = f"metric {metric!r} is in no record" if metric else "no record has a known measure"
+    raise UserError(f"{said}; there are {', '.join(have) or 'none that have a name for readers'}")
+
+
+def of_records(
+    records: Sequence[Record], unit: Unit, metric: str | None = None, *, select_block: int = 0,
+    report_blocks: Sequence[int] = (1,), prices: Mapping[str, Price] | None = None, batch: int = 1,
+) -> Options:
+    """Every measured cell at its chosen guidance.
+
+    Args:
+      records: of one study.
+      unit: of the budget; see `COUNTED` for what it counts.
+      metric: the measure; the first that the records have if None.
+      select_block: chooses guidance, and between cells.
+      report_blocks: are reported, pooled where there are several.
+      prices: member -> measured seconds, for a budget in seconds on another device; without them
+        seconds are the records' own.
+      batch: pictures drawn at a time, for `prices`.
+
+    Raises:
+      UserError: where records, blocks or measured seconds are missing.
+    """
+    found = curves_lib.distinct(records)
+    metric = metric_of(found, metric)
+    report_blocks = list(dict.fromkeys(report_blocks))
+    pooled = found
+    if len(report_blocks) != 1 or select_block in report_blocks:
+        pooled = blocks.pooled(found, select_block, report_blocks)
+    curves = curves_lib.quality_curves(pooled, metric, None, select_block, report_blocks[0])
+    points = [p for curve in curves.values() for p in curve]
+    if not points:
+        raise UserError(
+            f"no configuration has {metric} on seed block {select_block} and, at the guidance "
+            f"chosen there, on {report_blocks}; the records are of blocks {blocks.blocks(found)}: "
+            "finish the sweep, or give --select-block and --report-blocks"
+        )
+    points, left_out = _priced_here(points, prices, batch)
+    price, where = _pricing(found, points, unit, prices, batch)
+    measure = labels.measure(metric)
+    images = sorted({p.num_images for p in points})
+    notes = [
+        f"Chosen on seed block {select_block}, reported on {labels.listing(_texts(report_blocks))} "
+        f"({labels.listing([f'{n:,}' for n in images])} pictures each): other prompts and noise. "
+        "Intervals and probabilities do not cover the chance of another training run.",
+    ]
+    notes += left_out
+    gaps = [g for g in curves_lib.gaps(pooled, metric, select_block, report_blocks[0])
+            if not g.reported]
+    if gaps:
+        notes.append(f"{len(gaps)} of {len(gaps) + len(points)} cells of the grid are not measured "
+                     "and take no part.")
+    if any(p.low is None for p in points):
+        notes.append("Some points have no bootstrap replicates, so no interval.")
+    return Options(
+        tuple(dataclasses.replace(p, cost=price(p)) for p in points), unit,
+        where, measure.short, measure.sign, metric, tuple(notes),
+    )
+
+
+def _priced_here(
+    points: Sequence[Point], prices: Mapping[str, Price] | None, batch: int
+) -> tuple[list[Point], list[str]]:
+    """The points whose size was measured at this batch size, and a note of the others."""
+    if prices is None:
+        return list(points), []
+    device = next((p.device for p in prices.values()), "the device")
+    lacking = sorted({p.model for p in points if not _timed(prices.get(p.model), batch)})
+    kept = [p for p in points if p.model not in lacking]
+    if not kept:
+        raise UserError(
+            f"no measured seconds of {', '.join(lacking)} at batch size {batch} on {device}: run  "
+            f"ldm-scaling cost --members={','.join(lacking)} --batch={batch}  there, with the "
+            "study's --config if it has one"
+        )
+    if not lacking:
+        return kept, []
+    return kept, [f"{labels.listing(lacking)}: no measured seconds at batch size {batch} on "
+                  f"{device}, so not taken into account."]
+
+
+def _timed(price: Price | None, batch: int) -> bool:
+    needed = ("network", "guided", "decoder")
+    return price is not None and all((part, batch) in price.seconds for part in needed)
+
+
+def _texts(values: Sequence[object]) -> list[str]:
+    return [str(v) for v in values]
+
+
+def _pricing(
+    records: Sequence[Record], points: Sequence[Point], unit: Unit,
+    prices: Mapping[str, Price] | None, batch: int,
+) -> tuple[Callable[[Point], float], str]:
+    """What a point costs, and the unit in words."""
+    cells = {(r.identity.model, r.identity.sampler, r.identity.steps): r for r in records}
+    if unit == "seconds" and prices is None:
+        devices = sorted({r.device for r in records})
+        if len(devices) > 1:
+            raise UserError(
+                f"the records were measured on {labels.listing(devices)}, so their seconds do not "
+                "compare: give --device=KIND, with seconds that  ldm-scaling cost  measured"
+            )
+        return (lambda p: p.seconds), f"seconds a picture in the sweep's batches on {devices[0]}"
+    if prices is not None:
+        _check_networks(cells.values(), prices)
+        counted = dataclasses.replace(COUNTED[unit], batch=batch)
+        # Where the text encoder was not timed, the rest is counted, and the label says so.
+        texts = [("text", batch) in prices[m].seconds for m in {p.model for p in points}]
+        if not all(texts):
+            counted = dataclasses.replace(counted, text=False)
+        device = next(iter(prices.values())).device
+    else:
+        prices = {
+            r.identity.model: Price(r.identity.model, r.gflops, r.norm_cost) for r in cells.values()
+        }
+        counted, device = COUNTED[unit], ""
+
+    def price(p: Point) -> float:
+        record = cells[p.model, p.sampler, p.steps]
+        # After guided distillation the rate is an input of the network, and a call is one call.
+        guided = p.guidance != 1 and record.task != "guided_distillation"
+        return costing.sampling(prices[p.model], record.calls, guided, unit, counted)
+
+    return price, costing.label(unit, counted, device)
+
+
+def _check_networks(records: Iterable[Record], prices: Mapping[str, Price]) -> None:
+    """Raises `UserError` where a name means different networks."""
+    for r in records:
+        price = prices.get(r.identity.model)
+        if price is not None and abs(r.gflops / price.gflops - 1) > 0.01:
+            raise UserError(
+                f"{r.identity.model} takes {r.gflops:.4g} GFLOPs a call in the records and "
+                f"{price.gflops:.4g} in the measured seconds: they are of different networks"
+            )
+
+
+# --- from the paper -----------------------------------------------------------------------------
+
+_PUBLISHED = {"fid": ("FID", 1), "clip": ("CLIP score", -1)}
+_NONE_R = np.zeros(0)
+
+
+def of_published(
+    unit: Unit, metric: str | None = None, *, prices: Mapping[str, Price] | None = None,
+    batch: int = 1,
+) -> Options:
+    """The paper's Table 1: eleven sizes, each at 50 DDIM steps and guidance 7.5.
+
+    Costs are as printed; FLOPs are XLA's count of the same networks, as the table's own hold a
+    misprint.
+
+    Args:
+      unit: of the budget.
+      metric: "fid" (also if None) or "clip".
+      prices, batch: as `of_records`'; sizes without measured seconds take no part.
+
+    Raises:
+      UserError: for another metric, or seconds that were measured of none of these sizes.
+    """
+    metric = metric or "fid"
+    if metric not in _PUBLISHED:
+        raise UserError(f"metric {metric!r} is not in Table 1; there are {', '.join(_PUBLISHED)}")
+    short, sign = _PUBLISHED[metric]
+    members = [m for m in zoo.PAPER if prices is None or _timed(prices.get(m.name), batch)]
+    if unit == "seconds" and prices is None:
+        raise UserError("Table 1 has no seconds: give --device=KIND, with seconds that  "
+                        "ldm-scaling cost  measured, or a budget in cost or flops")
+    if not members:
+        raise UserError(
+            f"no measured seconds of the paper's sizes at batch size {batch} there: run  "
+            f"ldm-scaling cost --members={','.join(m.name for m in zoo.PAPER)} --batch={batch}  on "
+            "that device"
+        )
+    counted = dataclasses.replace(COUNTED[unit], batch=batch)
+    calls = costing.calls("ddim", PUBLISHED_STEPS)
+    device = next(iter(prices.values())).device if prices else ""
+
+    def point(m: zoo.Member) -> Point:
+        price = prices[m.name] if prices else Price(
+            m.name, cost.gflops(m.spec) if unit == "gflops" else 1.0, m.published.norm_cost
+        )
+        value = getattr(m.published, metric)
+        spent = costing.sampling(price, calls, True, unit, counted)
+        return Point(
+            m.name, "ddim", PUBLISHED_STEPS, PUBLISHED_RATE, spent, float("nan"), value, None, None,
+            sign * value, _NONE_R, PUBLISHED_IMAGES,
+        )
+
+    notes = (
+        "From the paper's Table 1 (arXiv 2404.01367) alone, which supports little: one sampler "
+        f"(DDIM), one step count ({PUBLISHED_STEPS}), one guidance rate ({PUBLISHED_RATE}).",
+        "It says which size to take where that many steps are affordable, and nothing of whether a "
+        "larger size with fewer steps, or a smaller one with other settings, would do better.",
+        "It has no error bars: each size was trained once. Half of the neighbouring sizes differ "
+        "by less than 2% in FID; whether one is truly better is not known.",
+        "Records of your own say more: ldm-scaling sweep, then --records=DIR.",
+    )
+    lacking = [m.name for m in zoo.PAPER if m not in members]
+    if lacking:
+        without = labels.listing(lacking)
+        notes += (f"Without measured seconds, so not taken into account: {without}.",)
+    return Options(
+        tuple(map(point, members)), unit, costing.label(unit, counted, device), short, sign, None,
+        notes,
+    )

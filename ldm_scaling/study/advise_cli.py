@@ -1,0 +1,243 @@
+"""`ldm-scaling advise`: its arguments, and the advice in words or JSON."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from etils import epath
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ldm_scaling.errors import UserError
+from ldm_scaling.study import advice, budgets, cost_files, labels
+from ldm_scaling.study import records as records_lib
+from ldm_scaling.study.advice import Advice
+from ldm_scaling.study.budgets import Budget
+from ldm_scaling.study.curves import Point
+from ldm_scaling.study.records import Record
+
+_USAGE = """
+  ldm-scaling advise --records=runs/demo --budget="3 cost"
+  ldm-scaling advise --records=runs/demo --budget="400ms" --device=h100
+  ldm-scaling advise --records=runs/demo --budget="1e12 flops"
+  ldm-scaling advise --budget="20 cost"                   from the paper's Table 1"""
+
+# The name of a record's file, see `records.Identity.key`.
+_NAMED = re.compile(r"[0-9a-f]{16}\.json")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"advise: {message}; see  ldm-scaling advise --help")
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def _above_0(text: str) -> int:
+    if not _whole(text):
+        raise argparse.ArgumentTypeError("give 1 or more")
+    return int(text)
+
+
+def _several(text: str) -> list[int]:
+    return [_whole(piece.strip()) for piece in text.split(",")]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        "ldm-scaling advise", _USAGE, allow_abbrev=False,
+        description="Which size, sampler, steps and guidance to take for a budget, what to expect, "
+        "how sure that is, and the best for every smaller budget. docs/advise.md says how.",
+    )
+    add = parser.add_argument
+    add("--records", action="append", metavar="PLACE", help="a folder of records, a workdir that "
+        "has one, or records' files; with commas, or given again")
+    add("--published", action="store_true", help="works from the paper's Table 1, as without "
+        "--records")
+    add("--budget", metavar="TEXT", help=f"what a picture may cost: {budgets.FORMS}; without it, "
+        "the best of all, in cost")
+    add("--device", metavar="KIND", help="seconds are those of this device, such as h100, as "
+        "ldm-scaling cost  measured them; without it the records' own")
+    add("--costs", metavar="PLACE", help=f"where those lie, a folder or file ({cost_files.FOLDER})")
+    add("--batch", type=_above_0, metavar="N", help="pictures drawn at a time on the device (1)")
+    add("--metric", metavar="NAME", help="the measure; the first that the records have")
+    add("--task", metavar="NAME", help="of the records, where they are of several")
+    add("--select-block", type=_whole, default=0, metavar="N", help="seed block that chooses (0)")
+    add("--report-blocks", type=_several, default=[1], metavar="N,M", help="seed blocks that are "
+        "reported, pooled (1)")
+    add("--format", choices=("text", "json"), default="text", help="how to print")
+    return parser
+
+
+def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
+    """Runs the command; `plan_cli.run` has the arguments.
+
+    Raises:
+      UserError: for what the user can mend.
+    """
+    given = _parser().parse_args(list(arguments))
+    budget = budgets.parse(given.budget) if given.budget is not None else Budget(math.inf, "cost")
+    found = advice.advise(_options(given, budget), budget)
+    if given.format == "json":
+        print(json.dumps(plain(found), indent=1, allow_nan=False))
+    else:
+        print(text(found))
+
+
+def _options(given: argparse.Namespace, budget: Budget) -> advice.Options:
+    if given.published and given.records:
+        raise UserError("--published works from Table 1 and --records from your own: give one")
+    if budget.unit != "seconds":
+        for name in ("device", "costs", "batch"):
+            if getattr(given, name) is not None:
+                raise UserError(f'--{name} goes with a budget in seconds, such as --budget="400ms"')
+    elif given.device is None and (given.costs is not None or given.batch is not None):
+        raise UserError("--costs and --batch go with --device=KIND")
+    prices = None
+    if given.device is not None:
+        place = given.costs or cost_files.FOLDER
+        prices = cost_files.of_device(epath.Path(place).expanduser(), given.device).prices()
+    common = {"prices": prices, "batch": given.batch or 1}
+    if not given.records:
+        if given.task:
+            raise UserError("--task goes with --records")
+        return advice.of_published(budget.unit, given.metric, **common)
+    records = _of_task(read(given.records), given.task)
+    return advice.of_records(
+        records, budget.unit, given.metric, select_block=given.select_block,
+        report_blocks=given.report_blocks, **common,
+    )
+
+
+def read(places: Iterable[str]) -> list[Record]:
+    """The records of folders, of workdirs and of files, each once.
+
+    Raises:
+      UserError: where there is no such place, or no record in all of them.
+    """
+    found: dict[str, Record] = {}
+    pieces = [piece.strip() for text in places for piece in text.split(",") if piece.strip()]
+    for piece in pieces:
+        path = epath.Path(piece).expanduser()
+        if not path.exists():
+            raise UserError(f"--records={piece}: there is no such folder or file")
+        if path.is_dir():
+            folder = path / "records" if (path / "records").is_dir() else path
+            # A workdir before its sweep holds other JSON.
+            there = any(_NAMED.fullmatch(p.name) for p in folder.glob("*.json"))
+            some = records_lib.read_all(folder) if there else []
+        elif _NAMED.fullmatch(path.name):
+            some = [records_lib.read(path)]
+        else:
+            raise UserError(
+                f"--records={piece} is no record: their names are 16 hex digits and .json"
+            )
+        found |= {r.identity.key: r for r in some}
+    if not found:
+        raise UserError(
+            f"--records={','.join(pieces)}: no records there; ldm-scaling sweep  writes them, into "
+            "records/ of its workdir"
+        )
+    return list(found.values())
+
+
+def _of_task(records: list[Record], task: str | None) -> list[Record]:
+    tasks = sorted({r.task for r in records})
+    if task is None and len(tasks) > 1:
+        raise UserError(f"the records are of several tasks: give --task={' or '.join(tasks)}")
+    if task is not None and task not in tasks:
+        raise UserError(f"--task={task}: the records are of {', '.join(tasks)}")
+    return [r for r in records if task in (None, r.task)]
+
+
+# --- what is printed ----------------------------------------------------------------------------
+
+
+def _row(p: Point, found: Advice) -> dict[str, Any]:
+    return {
+        "model": p.model, "sampler": p.sampler, "steps": p.steps, "guidance": p.guidance,
+        found.options.unit: p.cost, "value": p.value, "low": p.low, "high": p.high,
+        "num_images": p.num_images,
+    }
+
+
+def plain(found: Advice) -> dict[str, Any]:
+    """The advice ready for JSON; what is not known is None."""
+    options, duel, budget = found.options, found.duel, found.budget.value
+    return {
+        "budget": budget if math.isfinite(budget) else None, "unit": options.unit,
+        "unit_label": options.unit_label, "measure": options.measure,
+        "better": "lower" if options.sign > 0 else "higher",
+        "source": "records" if options.metric else "published",
+        "best": _row(found.best, found),
+        "runner_up": found.runner_up and _row(found.runner_up, found),
+        "probability_runner_up_is_better": found.other_is_better,
+        "advantage": duel and duel.advantage,
+        "advantage_interval": duel and [duel.low, duel.high],
+        "front": [_row(p, found) for p in found.front], "notes": list(found.notes),
+    }
+
+
+def _how(p: Point) -> str:
+    return (
+        f"{p.model}, {labels.sampler(p.sampler)}, {p.steps} step{'s' * (p.steps > 1)}, guidance "
+        f"{p.guidance:g}"
+    )
+
+
+def _reached(p: Point, found: Advice) -> str:
+    ends = "" if p.low is None else f" {labels.interval(p.low, p.high)}"
+    return f"{found.options.measure} {labels.number(p.value)}{ends}"
+
+
+def text(found: Advice) -> str:
+    """The advice for a terminal; no line is longer than 100 characters."""
+    options = found.options
+    out = io.StringIO()
+    console = Console(file=out, width=100, highlight=False, markup=False)
+    limit = "Whatever it costs" if math.isinf(found.budget.value) else (
+        f"For {budgets.amount(found.budget.value, found.budget.unit)}"
+    )
+    console.print(f"{limit}: {_how(found.best)}")
+    console.print(f"  expect {_reached(found.best, found)} at "
+                  f"{budgets.amount(found.best.cost, options.unit)}")
+    if found.runner_up is not None:
+        console.print(f"Runner-up: {_how(found.runner_up)}")
+        console.print(f"  {_reached(found.runner_up, found)} at "
+                      f"{budgets.amount(found.runner_up.cost, options.unit)}; {_sure(found)}")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for head in (options.unit, "size", "sampler", "steps", "guidance", options.measure, "95%"):
+        table.add_column(head, justify="left" if head in ("size", "sampler", "95%") else "right")
+    for p in found.front:
+        table.add_row(
+            labels.number(p.cost), p.model, labels.sampler(p.sampler), str(p.steps),
+            f"{p.guidance:g}", labels.number(p.value),
+            "" if p.low is None else labels.interval(p.low, p.high),
+        )
+    console.print("\nThe best for every budget up to this one:")
+    console.print(table)
+    console.print(f"In {options.unit_label}.")
+    for note in found.notes:
+        console.print(note)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip()
+
+
+def _sure(found: Advice) -> str:
+    if found.duel is None:
+        return "how probably it is better is not known (no replicates)"
+    ends = labels.interval(found.duel.low, found.duel.high)
+    return (
+        f"better with probability {labels.probability(found.other_is_better)} (the first leads by "
+        f"{labels.number(found.duel.advantage)} {ends})"
+    )

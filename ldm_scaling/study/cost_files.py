@@ -1,0 +1,230 @@
+"""Cost files: what `ldm-scaling cost` measured, one JSON file for each kind of device."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from ldm_scaling import files
+from ldm_scaling.errors import UserError
+from ldm_scaling.parallel import chips
+from ldm_scaling.study.costing import PARTS, Price
+
+FORMAT = 1
+FOLDER = "costs"
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Measured seconds of one program.
+
+    Attributes:
+      part: see `costing.PARTS`.
+      name: the member, decoder or text encoder.
+      batch: pictures or captions of one call; a guided pair is one.
+      key: hash of all that decides the program: the spec, the types, the versions.
+      dtype: what it computes in.
+      seconds: median of a call.
+      low, high: its quartiles.
+      first: seconds of the first call, which warms up; compilation is not in it.
+      runs: timed calls behind the median.
+      bytes: that the program needs on the device, by its compiler; on a CPU at least what its
+        largest operation holds.
+    """
+
+    part: str
+    name: str
+    batch: int
+    key: str
+    dtype: str
+    seconds: float
+    low: float
+    high: float
+    first: float
+    runs: int
+    bytes: int
+
+    @property
+    def place(self) -> tuple[str, str, int]:
+        """What has one timing in a file."""
+        return (self.part, self.name, self.batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """What was not measured.
+
+    Attributes:
+      part, name, batch: as `Timing`'s.
+      why: in words.
+    """
+
+    part: str
+    name: str
+    batch: int
+    why: str
+
+    @property
+    def place(self) -> tuple[str, str, int]:
+        """As `Timing.place`."""
+        return (self.part, self.name, self.batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class MemberCost:
+    """What is known of a member without measuring.
+
+    Attributes:
+      name, base_channels: of the member.
+      params: parameters.
+      gflops: XLA's count of a call, see `models.cost`.
+      analytic_gflops: of its products by hand, see `models.analytic`.
+      norm_cost: gflops over those of `reference`.
+      reference: the member of cost 1.
+      decoder, decoder_gflops: name of what makes pictures of its latents; FLOPs of one picture.
+      text, text_gflops: name of what makes states of its captions, None where it is not known
+        here; FLOPs of one caption.
+    """
+
+    name: str
+    base_channels: int
+    params: int
+    gflops: float
+    analytic_gflops: float
+    norm_cost: float
+    reference: str
+    decoder: str
+    decoder_gflops: float
+    text: str | None
+    text_gflops: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class CostFile:
+    """All that was measured on one kind of device.
+
+    Attributes:
+      device_kind: as JAX calls it; a CPU's with its model and number of cores.
+      platform: `cpu`, `gpu` or `tpu`.
+      members: by name.
+      timings, skipped: one of either for each part, name and batch size.
+    """
+
+    device_kind: str
+    platform: str
+    members: Mapping[str, MemberCost] = dataclasses.field(default_factory=dict)
+    timings: Sequence[Timing] = ()
+    skipped: Sequence[Skipped] = ()
+
+    def timing(self, part: str, name: str | None, batch: int) -> Timing | None:
+        """One of them."""
+        place = (part, name, batch)
+        return next((t for t in self.timings if t.place == place), None)
+
+    def plus(self, *new: Timing | Skipped | MemberCost) -> CostFile:
+        """With these in place of what there was."""
+        members = {**self.members, **{m.name: m for m in new if isinstance(m, MemberCost)}}
+        rows = {r.place: r for r in (*self.skipped, *self.timings)}
+        for row in new:
+            if not isinstance(row, MemberCost):
+                rows[row.place] = row
+        names = [*members, *sorted({name for _, name, _ in rows} - set(members))]
+        order = sorted(rows, key=lambda p: (names.index(p[1]), PARTS.index(p[0]), p[2]))
+        return dataclasses.replace(
+            self, members=members,
+            timings=tuple(rows[p] for p in order if isinstance(rows[p], Timing)),
+            skipped=tuple(rows[p] for p in order if isinstance(rows[p], Skipped)),
+        )
+
+    def prices(self) -> dict[str, Price]:
+        """Member -> what its parts cost, for `costing.sampling`."""
+        out = {}
+        for m in self.members.values():
+            names = {"network": m.name, "guided": m.name, "decoder": m.decoder, "text": m.text}
+            seconds = {
+                (t.part, t.batch): t.seconds / t.batch for t in self.timings
+                if t.name == names[t.part]
+            }
+            out[m.name] = Price(
+                m.name, m.gflops, m.norm_cost, m.decoder_gflops, m.text_gflops, self.device_kind,
+                seconds,
+            )
+        return out
+
+
+def file_name(device_kind: str) -> str:
+    """`NVIDIA H100 80GB HBM3` is `nvidia-h100-80gb-hbm3.json`."""
+    return re.sub(r"[^a-z0-9.]+", "-", device_kind.lower()).strip("-") + ".json"
+
+
+def write(path: epath.PathLike, found: CostFile) -> None:
+    """Whole or not at all."""
+    body: dict[str, Any] = {"format": FORMAT, **dataclasses.asdict(found)}
+    files.atomic_write_text(path, json.dumps(body, indent=1, allow_nan=False) + "\n")
+
+
+def read(path: epath.PathLike) -> CostFile:
+    """Reads a file. Raises `UserError` where there is none or it is something else."""
+    path = epath.Path(path)
+    try:
+        body = json.loads(path.read_text())
+        if body.pop("format") != FORMAT:
+            raise ValueError("another format")
+        members = {name: MemberCost(**m) for name, m in body.pop("members").items()}
+        timings = tuple(Timing(**t) for t in body.pop("timings"))
+        skipped = tuple(Skipped(**s) for s in body.pop("skipped"))
+        return CostFile(members=members, timings=timings, skipped=skipped, **body)
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror or e}") from e
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise UserError(
+            f"{path} is not what  ldm-scaling cost  writes ({type(e).__name__}: {e}): remove it "
+            "and measure again"
+        ) from e
+
+
+def read_all(place: epath.PathLike) -> list[CostFile]:
+    """Those of a folder, or the one of a file; [] where there is no such place."""
+    place = epath.Path(place)
+    if place.is_dir():
+        return [read(p) for p in sorted(place.glob("*.json"))]
+    return [read(place)] if place.exists() else []
+
+
+def _meant(found: CostFile, device: str) -> int:
+    """How well a name fits a device: 3 is JAX's kind, 2 the short name of `parallel.chips`, 1 a
+    part of the kind or the platform, 0 not at all."""
+    kind, asked = found.device_kind.lower(), device.strip().lower()
+    chip = chips.by_kind(found.device_kind)
+    if asked == kind:
+        return 3
+    if chip is not None and asked == chip.name:
+        return 2
+    return int(bool(asked) and (asked in kind or asked == found.platform))
+
+
+def of_device(place: epath.PathLike, device: str) -> CostFile:
+    """The file of a device.
+
+    Raises:
+      UserError: where nothing was measured on such a device, or several kinds are meant.
+    """
+    there = read_all(place)
+    fits = [_meant(f, device) for f in there]
+    found = [f for f, fit in zip(there, fits) if fit and fit == max(fits)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        kinds = ", ".join(repr(f.device_kind) for f in found)
+        raise UserError(f"--device={device}: {kinds} are all meant; write one of them whole")
+    have = ", ".join(repr(f.device_kind) for f in there) or "nothing"
+    raise UserError(
+        f"--device={device}: there are no measured seconds of it in {place} (there is {have}): run "
+        "ldm-scaling cost  on such a machine and bring the file here, or say by --costs= where it "
+        "lies"
+    )

@@ -1,0 +1,162 @@
+"""Costing: what drawing one picture costs, in every unit that the study speaks. Pure functions."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Literal
+
+from ldm_scaling.diffusion import schedule as schedule_lib
+from ldm_scaling.errors import UserError
+from ldm_scaling.sampling import solvers
+
+Unit = Literal["cost", "gflops", "seconds", "calls"]
+UNITS: tuple[Unit, ...] = ("cost", "gflops", "seconds", "calls")
+Part = Literal["network", "guided", "decoder", "text"]
+PARTS: tuple[Part, ...] = ("network", "guided", "decoder", "text")
+"""What is timed: a network call, a guided pair of calls, pictures of latents, states of captions.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Price:
+    """What the parts of one member cost, for one picture.
+
+    Attributes:
+      member: its name.
+      gflops: 1e9 FLOPs of a network call, guidance not doubled.
+      norm_cost: gflops over those of the reference member.
+      decoder_gflops, text_gflops: of making a picture of latents, of the states of one caption;
+        None where not known.
+      device: what `seconds` were measured on; empty where nothing was.
+      seconds: (part, batch size) -> measured seconds for one picture of such a batch.
+    """
+
+    member: str
+    gflops: float
+    norm_cost: float
+    decoder_gflops: float | None = None
+    text_gflops: float | None = None
+    device: str = ""
+    seconds: Mapping[tuple[Part, int], float] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        for name in ("gflops", "norm_cost"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{self.member}: {name}={getattr(self, name)!r} must be above 0")
+
+    @property
+    def batches(self) -> list[int]:
+        """Batch sizes that a network call was measured at, rising."""
+        return sorted({batch for part, batch in self.seconds if part == "network"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """What is counted.
+
+    Attributes:
+      doubled: a guided pair counts as the two calls that it is, and as one otherwise (the paper's
+        convention). In seconds, doubled is the measured time of such a pair.
+      decoder: making the picture of its latents too.
+      text: the states of its caption too.
+      batch: pictures drawn at a time; matters to seconds alone.
+    """
+
+    doubled: bool = False
+    decoder: bool = False
+    text: bool = False
+    batch: int = 1
+
+
+THE_PAPERS = Counted()
+"""Network calls alone, a guided pair as one."""
+ALL = Counted(doubled=True, decoder=True, text=True)
+"""All that is computed for a picture."""
+
+
+@functools.cache
+def calls(sampler: str, steps: int) -> int:
+    """Network calls of a sampler (`solvers.parse` reads its options), a guided pair as one.
+
+    Raises:
+      UserError: for a sampler or a number of steps that there is not.
+    """
+    return solvers.make(sampler, schedule_lib.get("sd"), steps, "epsilon").calls
+
+
+def sampling(
+    price: Price, calls: int, guided: bool, unit: Unit, counted: Counted = THE_PAPERS
+) -> float:
+    """What one picture costs.
+
+    Args:
+      price: of the member.
+      calls: network calls, a guided pair as one: `calls(sampler, steps)`, `Record.calls`.
+      guided: whether they are guided pairs.
+      unit: "cost" is the paper's normalised cost, "gflops" 1e9 FLOPs, "seconds" those of
+        `price.device`, "calls" network calls.
+      counted: what is counted.
+
+    Raises:
+      UserError: for what has no such unit, or was not counted or measured.
+    """
+    pair = guided and counted.doubled
+    extra = [p for p, on in (("decoder", counted.decoder), ("text", counted.text)) if on]
+    if unit == "seconds":
+        network = calls * _seconds(price, "guided" if pair else "network", counted.batch)
+        return network + sum(_seconds(price, part, counted.batch) for part in extra)
+    times = calls * (2 if pair else 1)
+    if unit == "calls":
+        if extra:
+            raise UserError(
+                f"{' and '.join(extra)} are no network calls: leave them out, or count in cost, "
+                "gflops or seconds"
+            )
+        return float(times)
+    if unit not in ("cost", "gflops"):
+        raise UserError(f"unit={unit!r}: choose one of {', '.join(UNITS)}")
+    total = price.gflops * times + sum(_gflops(price, part) for part in extra)
+    # What a FLOP of the network costs, one of the others does too.
+    return total if unit == "gflops" else total * price.norm_cost / price.gflops
+
+
+def _gflops(price: Price, part: str) -> float:
+    found = price.decoder_gflops if part == "decoder" else price.text_gflops
+    if found is None:
+        raise UserError(
+            f"{price.member}: FLOPs of the {part} are not known: take them from what "
+            "ldm-scaling cost  writes"
+        )
+    return found
+
+
+def _seconds(price: Price, part: Part, batch: int) -> float:
+    if (part, batch) not in price.seconds:
+        have = sorted(b for p, b in price.seconds if p == part)
+        raise UserError(
+            f"{price.member}: no measured seconds of the {part} at batch size {batch}"
+            f"{f' on {price.device}' if price.device else ''} (there are {have or 'none'}): run  "
+            f"ldm-scaling cost --members={price.member} --batch={batch}  there"
+        )
+    return price.seconds[part, batch]
+
+
+def label(unit: Unit, counted: Counted = THE_PAPERS, device: str = "") -> str:
+    """The unit in words, with what is counted, for axes and heads of tables.
+
+    `normalised cost × network calls, guidance not doubled`;
+    `seconds a picture on NVIDIA H100, batch size 8, with decoder and text encoder`.
+    """
+    first = {
+        "cost": "normalised cost × network calls", "gflops": "GFLOPs a picture",
+        "seconds": f"seconds a picture on {device or 'one device'}, batch size {counted.batch}",
+        "calls": "network calls a picture",
+    }[unit]
+    guidance = f"guidance {'' if counted.doubled else 'not '}doubled"
+    if unit == "seconds":
+        guidance = "guided pairs as measured" if counted.doubled else "guidance not doubled"
+    names = [n for n, on in (("decoder", counted.decoder), ("text encoder", counted.text)) if on]
+    extra = f"with {' and '.join(names)}" if names else ""
+    return ", ".join(piece for piece in (first, guidance, extra) if piece)

@@ -1,0 +1,1 @@
+"""Figures: every figure of the paper, from records. `catalogue.FIGURES` lists them."""

@@ -1,0 +1,190 @@
+"""The catalogue: every figure of the paper, how it is drawn, and what it needs.
+
+A figure is one function `Source -> {part: Drawn}` and one line of `FIGURES`. Its picture is written
+in three formats, its numbers as CSV, and the report shows it in its section.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Sequence
+
+from etils import epath
+
+from ldm_scaling import files
+from ldm_scaling.errors import UserError
+from ldm_scaling.study import plot_style
+from ldm_scaling.study.figures import (
+    compute,
+    distilled,
+    downstream,
+    family,
+    guidance,
+    rows,
+    text_to_image,
+)
+from ldm_scaling.study.figures.source import Drawn, Source
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One figure.
+
+    Attributes:
+      name: of its files, before the part's name; what stands before the first `_` is its short
+        name.
+      paper: the paper's figure, or nothing.
+      title: for readers.
+      draw: its parts by name ("" where there is one); none where the records do not hold what it
+        needs.
+      needs: which records those are, to follow "needs".
+      section: of the report.
+      alt: what it shows, in words.
+    """
+
+    name: str
+    paper: str
+    title: str
+    draw: Callable[[Source], dict[str, Drawn]]
+    needs: str
+    section: str
+    alt: str
+
+    @property
+    def heading(self) -> str:
+        """Title and the paper's figure."""
+        return f"{self.title} ({self.paper})" if self.paper else self.title
+
+
+_CURVE = "records on both seed blocks"
+FIGURES = (
+    Entry("tab1_family", "Tab. 1", "The family", family.table,
+          f"{_CURVE} at one step count that all sizes share", "quality",
+          "Parameters, GFLOPs, cost and quality of every size, the paper's own beside them."),
+    Entry("fig9_cost", "Fig. 9", "Cost and quality", text_to_image.cost, _CURVE, "quality",
+          "Left: sampling cost against steps for every size. Right: quality at the best guidance "
+          "against sampling cost for every size, with 95% intervals."),
+    Entry("fig9_seconds", "Fig. 9, measured time", "Seconds and quality", text_to_image.seconds,
+          _CURVE, "quality",
+          "The same as figure 9 with measured seconds per image in place of cost."),
+    Entry("fig11_samplers", "Fig. 11", "Other samplers", text_to_image.samplers,
+          f"{_CURVE} of two samplers", "quality",
+          "Quality against sampling cost for the other samplers, with those of the first sampler "
+          "dashed behind them."),
+    Entry("fig3_compute", "Fig. 3", "Quality and training compute", compute.training,
+          f"{_CURVE} of three networks that differ in size or training steps", "quality",
+          "Quality against training compute, a line for each size through its checkpoints."),
+    Entry("winners", "", "Winner by budget", text_to_image.winner, _CURVE, "winners",
+          "Probability that each size is the best, stacked, against the budget."),
+    Entry("fig7_guidance", "Fig. 7", "Best guidance", guidance.best_rates,
+          "records of two guidance rates on the choosing seed block", "heat",
+          "The best guidance rate of every size and step count, one panel per sampler."),
+    Entry("fig8_guidance", "Fig. 8", "Guidance and steps", text_to_image.heat,
+          "records on the choosing seed block", "heat",
+          "Quality over guidance and steps, one panel per size, best rates framed."),
+    Entry("tradeoff", "", "Both measures along guidance", text_to_image.trade,
+          "records of two measures on the choosing seed block", "trade",
+          "The two measures against each other as guidance rises."),
+    Entry("fig10_images", "Fig. 10", "Images at equal cost", text_to_image.images,
+          "the workdir's strips of images for the records of two sizes at nearly the same cost",
+          "images",
+          "Sampled images of the same captions, one row per size, grouped so that the rows of a "
+          "group cost nearly the same."),
+    Entry("training", "", "Training curves", text_to_image.losses, "the workdir's loss curves",
+          "training",
+          "Training loss (thin lines) and validation loss (marked) against the step, by size."),
+    Entry("fig4_super", "Fig. 4", "Super-resolution and fine-tuning compute", compute.fine_tuning,
+          "records of task super_resolution with FID or LPIPS, of three sizes or fine-tuning "
+          "lengths", "downstream",
+          "Distances of super-resolution against fine-tuning compute, a line for each size."),
+    Entry("fig17_super", "Fig. 17", "Super-resolution's inception score",
+          compute.fine_tuning_score,
+          "records of task super_resolution with the inception score, of three sizes or "
+          "fine-tuning lengths", "downstream",
+          "Inception score of super-resolution against fine-tuning compute."),
+    Entry("fig12_super", "Fig. 12", "Super-resolution and sampling cost",
+          downstream.super_resolution, "records of task super_resolution with FID or LPIPS",
+          "downstream",
+          "Distance of super-resolution against sampling cost, few and many steps apart."),
+    Entry("fig6_dreambooth", "Fig. 6", "DreamBooth by size", downstream.dreambooth,
+          "records of task dreambooth with DINO, CLIP-I or CLIP-T", "downstream",
+          "Fidelity to subject and prompt of every size after DreamBooth."),
+    Entry("fig13_distilled", "Fig. 13", "Consistency distillation", distilled.consistency,
+          "records of task consistency beside undistilled ones of the same sizes", "downstream",
+          "Quality of distilled networks in few steps beside undistilled ones in more, by size."),
+    Entry("fig19_guided", "Fig. 19", "Guided distillation", distilled.guided,
+          "records of task guided_distillation", "downstream",
+          "Quality of guided-distilled networks at every stage, by size."),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What became of the figures that were asked for.
+
+    Attributes:
+      names: of the pictures, without suffix, in the catalogue's order.
+      skipped: one line for each figure that the records do not allow.
+    """
+
+    names: tuple[str, ...]
+    skipped: tuple[str, ...]
+
+
+def chosen(names: Sequence[str]) -> list[Entry]:
+    """Figures by their names or short names (`fig9` is fig9_cost and fig9_seconds); all without
+    any.
+
+    Raises:
+      UserError: for a name that none has, with the nearest.
+    """
+    wanted = set()
+    for name in names:
+        found = [e.name for e in FIGURES if e.name == name or e.name.split("_")[0] == name]
+        if not found:
+            known = [e.name for e in FIGURES]
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise UserError(f"no figure is called {name!r}; {hint}")
+        wanted.update(found)
+    return [e for e in FIGURES if e.name in wanted or not names]
+
+
+def write(
+    directory: epath.PathLike, source: Source, names: Sequence[str] = ()
+) -> Written:
+    """Writes figures as PNG, SVG and PDF, each with a CSV of its numbers.
+
+    Files of parts that are no longer drawn (of samplers that the study dropped) are removed.
+
+    Args:
+      directory: folder for the files.
+      source: what there is to draw.
+      names: see `chosen`.
+    Raises:
+      UserError: for an unknown name, two records of one configuration, or replicates that cannot
+        be paired.
+    """
+    written, skipped = [], []
+    for entry in chosen(names):
+        with plot_style.style():
+            parts = entry.draw(source)
+        drawn = {f"{entry.name}_{part}" if part else entry.name: one
+                 for part, one in parts.items()}
+        _remove_old(epath.Path(directory), entry, drawn)
+        for name, one in drawn.items():
+            plot_style.save(one.figure, directory, name)
+            files.atomic_write_text(epath.Path(directory) / f"{name}.csv", rows.text(one.rows))
+        written += drawn
+        if not drawn:
+            skipped.append(f"{entry.name} needs {entry.needs}")
+    return Written(tuple(written), tuple(skipped))
+
+
+def _remove_old(directory: epath.Path, entry: Entry, drawn: dict[str, Drawn]) -> None:
+    kinds = {f".{kind}" for kind in (*plot_style.FORMATS, "csv")}
+    for old in directory.glob(f"{entry.name}*.*"):
+        mine = old.stem == entry.name or old.stem.startswith(f"{entry.name}_")
+        if mine and old.stem not in drawn and old.suffix in kinds:
+            old.unlink()

@@ -1,0 +1,88 @@
+"""Figures 3, 4 and 17: quality against training and fine-tuning compute."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ldm_scaling.study import labels, plot_style, plots
+from ldm_scaling.study.figures import rows
+from ldm_scaling.study.figures.source import Drawn, Source
+from ldm_scaling.study.records import Record
+from ldm_scaling.study.statistics import bands, trends
+from ldm_scaling.study.statistics.trends import Network
+
+_LEAST = 3
+
+
+def training(source: Source) -> dict[str, Drawn]:
+    """Fig. 3: the main measure and one more against training compute, a line for each size."""
+    records = source.of_task("text_to_image")
+    return _draw(source, records, source.measures(records)[:2], "Quality and training compute",
+                 labels.AXES["compute"])
+
+
+def fine_tuning(source: Source) -> dict[str, Drawn]:
+    """Fig. 4: super-resolution's distances against fine-tuning compute."""
+    records = source.of_task("super_resolution")
+    measures = [m for m in source.measures(records) if m != "inception_score"]
+    return _draw(source, records, measures[:3], _SUPER, _FINE_TUNING)
+
+
+def fine_tuning_score(source: Source) -> dict[str, Drawn]:
+    """Fig. 17: super-resolution's inception score against fine-tuning compute."""
+    records = source.of_task("super_resolution")
+    measures = [m for m in source.measures(records) if m == "inception_score"]
+    return _draw(source, records, measures, _SUPER, _FINE_TUNING)
+
+
+_SUPER = "Super-resolution"
+_FINE_TUNING = "fine-tuning compute\n= GFLOPs of a network call × iterations"
+
+
+def _draw(
+    source: Source, records: Sequence[Record], measures: Sequence[str], title: str, axis: str
+) -> dict[str, Drawn]:
+    """One panel for each measure that three or more different computes hold."""
+    blocks = source.blocks(records)
+    panels: dict[str, list[Network]] = {}
+    for name in measures:
+        own = [r for r in records if name in r.metrics]
+        chooses = source.metric if all(source.metric in r.metrics for r in own) else None
+        found = trends.networks(own, name, *blocks, choose_by=chooses)
+        if len({round(n.compute, 9) for n in found}) >= _LEAST:
+            panels[name] = found
+    if not panels:
+        return {}
+    entries = plots.sized(records)
+    marks = plot_style.marks(list(entries))
+    fig = plot_style.figure(max(5.6 * len(panels), 6.6), 4.6)
+    out: list[Mapping[str, object]] = []
+    named = []
+    for ax, (name, found) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items(),
+                                 strict=True):
+        starts: list[plot_style.End] = []
+        ends: list[plot_style.End] = []
+        for model in entries:
+            mine = [n for n in found if n.model == model]
+            if not mine:
+                continue
+            points = [n.point for n in mine]
+            plots.curve(ax, [n.compute for n in mine], points, **marks[model])
+            for some, at in ((starts, 0), (ends, -1)):
+                some.append((mine[at].compute, points[at].value, model, marks[model]["color"]))
+            band = bands.of_points(points) if len(points) > 1 else None
+            out += [
+                {"model": n.model, "params": n.params, "gflops": n.gflops,
+                 "train_step": n.train_step, "compute": n.compute}
+                | rows.of_point(n.point, name, band, k) for k, n in enumerate(mine)
+            ]
+        plots.scale_y(ax, [n.point for n in found])
+        plot_style.log_x(ax)
+        ax.set_xlabel(f"{axis} (log scale)")
+        plot_style.best_arrow(ax, name)
+        named.append((ax, starts, ends, labels.measure(name).better == "lower"))
+    how = found[0].point
+    fig.suptitle(f"{title}: {labels.sampler(how.sampler)}, {how.steps} steps", x=0.01, ha="left")
+    for names in named:
+        plot_style.name_curves(*names)
+    return {"": Drawn(fig, out)}

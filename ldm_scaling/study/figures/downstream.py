@@ -1,0 +1,98 @@
+"""Figures 6 and 12: DreamBooth by size, and super-resolution against sampling cost."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ldm_scaling.study import curves as curves_lib
+from ldm_scaling.study import labels, plot_style, plots
+from ldm_scaling.study.figures import rows
+from ldm_scaling.study.figures.source import Drawn, Source
+from ldm_scaling.study.statistics import bands
+
+FEW_STEPS = 20
+"""Fig. 12 parts step counts here."""
+
+
+def super_resolution(source: Source) -> dict[str, Drawn]:
+    """Fig. 12: distance against sampling cost, few steps and many steps apart."""
+    records = source.distinct(source.of_task("super_resolution"))
+    measures = [m for m in source.measures(records) if labels.measure(m).better == "lower"]
+    if not measures:
+        return {}
+    metric = measures[0]
+    curves = source.curves_of([r for r in records if metric in r.metrics], metric)
+    names = [s for s in curves_lib.samplers(records) if any(s == k for _, k in curves)]
+    if not names:
+        return {}
+    entries = plots.sized(records)
+    marks = plot_style.marks(list(entries))
+    mine = {m: curves[m, names[0]] for m in entries if (m, names[0]) in curves}
+    steps = [p.steps for curve in mine.values() for p in curve]
+    parts = [
+        (f"{min(few)} to {max(few)} steps", few)
+        for few in (sorted(n for n in set(steps) if n <= FEW_STEPS),
+                    sorted(n for n in set(steps) if n > FEW_STEPS)) if few
+    ]
+    fig = plot_style.figure(0.8 + 5.2 * len(parts), 4.6)
+    out, named = [], []
+    for ax, (title, shown) in zip(fig.subplots(1, len(parts), squeeze=False)[0], parts,
+                                  strict=True):
+        starts, ends, all_points = [], [], []
+        for model, curve in mine.items():
+            points = [p for p in curve if p.steps in shown]
+            if not points:
+                continue
+            plots.curve(ax, [p.cost for p in points], points, **marks[model])
+            for some, at in ((starts, 0), (ends, -1)):
+                some.append((points[at].cost, points[at].value, model, marks[model]["color"]))
+            band = bands.of_points(points) if len(points) > 1 else None
+            out += [{"panel": title} | row for row in rows.of_curve(points, metric, band)]
+            all_points += points
+        plots.scale_y(ax, all_points)
+        plot_style.log_x(ax)
+        ax.set_title(title)
+        ax.set_xlabel(labels.AXES["cost"] + " (log scale)")
+        plot_style.best_arrow(ax, metric)
+        named.append((ax, starts, ends, True))
+    fig.suptitle(f"Super-resolution, {labels.sampler(names[0])}", x=0.01, ha="left")
+    for names in named:
+        plot_style.name_curves(*names)
+    return {"": Drawn(fig, out)}
+
+
+def dreambooth(source: Source) -> dict[str, Drawn]:
+    """Fig. 6, in numbers: fidelity to subject and prompt of every size, at the most steps."""
+    records = source.distinct(source.of_task("dreambooth"))
+    measures = source.measures(records)
+    sizes = curves_lib.models(records)
+    panels = {}
+    for metric in measures:
+        curves = source.curves_of([r for r in records if metric in r.metrics], metric)
+        names = [s for s in curves_lib.samplers(records) if any(s == k for _, k in curves)]
+        points = [max(curves[m, names[0]], key=lambda p: p.steps) for m in sizes
+                  if names and (m, names[0]) in curves]
+        if points:
+            panels[metric] = points
+    if not panels:
+        return {}
+    fig = plot_style.figure(max(0.6 + 4.2 * len(panels), 5.4), 4.0)
+    out = []
+    for ax, (metric, points) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items(),
+                                    strict=True):
+        band = bands.of_points(points)
+        out += rows.of_curve(points, metric, band)
+        plots.curve(ax, [sizes.index(p.model) for p in points], points, color=plot_style.ramp(2)[0],
+                    marker="o")
+        by_size(ax, sizes)
+        plot_style.best_arrow(ax, metric)
+    p = points[-1]
+    fig.suptitle(f"DreamBooth, {labels.sampler(p.sampler)}, {p.steps} steps", x=0.01, ha="left")
+    return {"": Drawn(fig, out)}
+
+
+def by_size(ax, sizes) -> None:
+    """Ticks of an axis on which sizes stand side by side."""
+    ax.set_xticks(np.arange(len(sizes)), sizes, rotation=45 if len(sizes) > 6 else 0)
+    ax.set_xlim(-0.4, len(sizes) - 0.6)
+    ax.set_xlabel("size")

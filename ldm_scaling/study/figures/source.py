@@ -1,0 +1,133 @@
+"""`Source`: what figures are drawn from, sorted by what the measured networks are for."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+
+from matplotlib.figure import Figure
+
+from ldm_scaling.errors import UserError
+from ldm_scaling.study import curves as curves_lib
+from ldm_scaling.study import image_grids, labels
+from ldm_scaling.study.curves import Curves
+from ldm_scaling.study.records import Record
+from ldm_scaling.study.statistics import bands
+from ldm_scaling.study.statistics.bands import Band
+
+Losses = Mapping[str, Sequence[Sequence[float | None]]]
+"""model -> rows [step, train loss, validation loss or None]."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Drawn:
+    """One picture and its numbers.
+
+    Attributes:
+      figure: the picture.
+      rows: what it shows, for the CSV beside it; columns are the keys, in their order.
+    """
+
+    figure: Figure
+    rows: Sequence[Mapping[str, object]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+    """What there is to draw.
+
+    Attributes:
+      records: of one study, finished or not, of any task and training length.
+      metric: the main measure.
+      select_block: seed block that chooses the guidance.
+      report_block: seed block that is reported.
+      loss_curves: of every size.
+      images: of cells, for the grids at equal cost.
+      captions: of the images.
+    """
+
+    records: Sequence[Record]
+    metric: str
+    select_block: int = 0
+    report_block: int = 1
+    loss_curves: Losses = dataclasses.field(default_factory=dict)
+    images: image_grids.Images = dataclasses.field(default_factory=dict)
+    captions: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        labels.measure(self.metric)
+
+    def of_task(self, *tasks: str) -> list[Record]:
+        """Records of networks for these tasks, at any training step."""
+        return [r for r in self.records if r.task in tasks]
+
+    @functools.cached_property
+    def main(self) -> list[Record]:
+        """The text-to-image records of each size's longest training, one per configuration."""
+        return self.distinct(self.of_task("text_to_image"))
+
+    def distinct(self, records: Sequence[Record]) -> list[Record]:
+        """Of each size the longest training, see `curves.distinct`."""
+        last: dict[str, int] = {}
+        for r in records:
+            last[r.identity.model] = max(r.identity.train_step, last.get(r.identity.model, 0))
+        return curves_lib.distinct(
+            [r for r in records if r.identity.train_step == last[r.identity.model]]
+        )
+
+    @functools.cached_property
+    def curves(self) -> Curves:
+        """The main measure's curves of `main`."""
+        return self.curves_of(self.main, self.metric)
+
+    @functools.cached_property
+    def bands(self) -> dict[tuple[str, str], Band]:
+        """The bands of `curves`."""
+        return bands.of_curves(self.curves)
+
+    @functools.cached_property
+    def samplers(self) -> list[str]:
+        """Those that have a curve, DDIM first."""
+        return [s for s in curves_lib.samplers(self.main) if any(s == k for _, k in self.curves)]
+
+    @functools.cached_property
+    def sizes(self) -> list[str]:
+        """Of `main`, smallest first."""
+        return curves_lib.models(self.main)
+
+    def measures(self, records: Sequence[Record]) -> list[str]:
+        """The measures that these hold: the main one first, then in the table's order."""
+        held = [name for name in labels.MEASURES if any(name in r.metrics for r in records)]
+        return sorted(held, key=lambda name: name != self.metric)
+
+    def blocks(self, records: Sequence[Record]) -> tuple[int, int]:
+        """The seed blocks that choose the guidance and are reported.
+
+        Networks that take no guidance (super-resolution, distilled ones) leave nothing to choose:
+        where they were measured on the report block alone, it stands for both. It never does for
+        text-to-image ones: steps within a budget are chosen too.
+
+        Raises:
+          UserError: where there would be something to choose.
+        """
+        if any(r.identity.seed_block == self.select_block or r.task == "text_to_image"
+               for r in records):
+            return self.select_block, self.report_block
+        rates: dict[curves_lib.Cell, set[float]] = {}
+        for r in records:
+            i = r.identity
+            rates.setdefault((i.model, i.sampler, i.steps), set()).add(i.guidance)
+        for cell, some in rates.items():
+            if len(some) > 1:
+                raise UserError(
+                    f"{cell[0]}, {labels.sampler(cell[1])}, {cell[2]} steps was measured at "
+                    f"guidance {sorted(some)} on seed block {self.report_block} alone: measure "
+                    f"block {self.select_block} too, where one is chosen without bias"
+                )
+        return self.report_block, self.report_block
+
+    def curves_of(self, records: Sequence[Record], metric: str) -> Curves:
+        """Curves of distinct records; guidance is chosen by the main measure where they hold it."""
+        chooses = self.metric if any(self.metric in r.metrics for r in records) else metric
+        return curves_lib.quality_curves(records, metric, chooses, *self.blocks(records))

@@ -1,0 +1,132 @@
+"""Figures 8 to 11 and those beside them: the drawings of `plots` with their numbers."""
+
+from __future__ import annotations
+
+from ldm_scaling.study import curves as curves_lib
+from ldm_scaling.study import image_grids, labels, plots, winners
+from ldm_scaling.study.figures import rows
+from ldm_scaling.study.figures.source import Drawn, Source
+
+
+def _curve_rows(source: Source, samplers: list[str]) -> list[dict]:
+    return [
+        row for sampler in samplers for m in source.sizes if (m, sampler) in source.curves
+        for row in rows.of_curve(source.curves[m, sampler], source.metric,
+                                 source.bands.get((m, sampler)))
+    ]
+
+
+def _by(source: Source, axis: str) -> dict[str, Drawn]:
+    if not source.samplers:
+        return {}
+    main = source.samplers[0]
+    fig = plots.quality_by_cost(source.main, source.curves, source.metric, main, axis)
+    return {"": Drawn(fig, _curve_rows(source, [main]))}
+
+
+def cost(source: Source) -> dict[str, Drawn]:
+    """Fig. 9: cost against steps, and quality against cost, of the first sampler."""
+    return _by(source, "cost")
+
+
+def seconds(source: Source) -> dict[str, Drawn]:
+    """Fig. 9 in measured seconds."""
+    return _by(source, "seconds")
+
+
+def samplers(source: Source) -> dict[str, Drawn]:
+    """Fig. 11: the other samplers' curves, the first's behind them."""
+    if len(source.samplers) < 2:
+        return {}
+    fig = plots.samplers_by_cost(source.main, source.curves, source.metric)
+    return {"": Drawn(fig, _curve_rows(source, source.samplers))}
+
+
+def winner(source: Source) -> dict[str, Drawn]:
+    """Who wins each budget, and how surely."""
+    if not source.samplers:
+        return {}
+    out = [
+        {"budget": won.budget, "best": contender is won.best, "probability": contender.probability}
+        | rows.of_point(contender.point, source.metric)
+        for sampler in source.samplers
+        for won in winners.winner_by_budget(
+            source.curves, source.metric, source.sizes, samplers={sampler})
+        for contender in won.contenders
+    ]
+    return {"": Drawn(plots.winner_chart(source.main, source.curves, source.metric), out)}
+
+
+def heat(source: Source) -> dict[str, Drawn]:
+    """Fig. 8: the measure over guidance and steps, a picture for each sampler."""
+    records = [r for r in source.main if r.identity.seed_block == source.select_block
+               and source.metric in r.metrics]
+    choice = curves_lib.best_guidance(records, source.metric, source.select_block)
+    out = {}
+    for sampler in curves_lib.samplers(records):
+        cells = [
+            {"model": i.model, "sampler": sampler, "steps": i.steps, "guidance": i.guidance,
+             "images": i.num_images, "measure": source.metric,
+             "value": r.metrics[source.metric],
+             "best": choice[i.model, sampler, i.steps] == i.guidance}
+            for r in sorted(records, key=lambda r: (source.sizes.index(r.identity.model),
+                                                    r.identity.steps, r.identity.guidance))
+            if (i := r.identity).sampler == sampler
+        ]
+        fig = plots.guidance_by_steps(source.main, source.metric, sampler, source.select_block)
+        out[labels.file_name(sampler)] = Drawn(fig, cells)
+    return out
+
+
+def trade(source: Source) -> dict[str, Drawn]:
+    """The main measure against one more as guidance rises."""
+    records = [r for r in source.main if r.identity.seed_block == source.select_block]
+    others = [m for m in source.measures(records)
+              if any({m, source.metric} <= r.metrics.keys() for r in records)][1:]
+    if not others:
+        return {}
+    both = [r for r in records if {others[0], source.metric} <= r.metrics.keys()]
+    first = curves_lib.samplers(both)[0]
+    out = [
+        {"model": i.model, "sampler": first, "steps": i.steps, "guidance": i.guidance,
+         source.metric: r.metrics[source.metric], others[0]: r.metrics[others[0]]}
+        for r in sorted(both, key=lambda r: (source.sizes.index(r.identity.model),
+                                             r.identity.steps, r.identity.guidance))
+        if (i := r.identity).sampler == first
+    ]
+    fig = plots.trade_off(source.main, source.metric, others[0], source.select_block)
+    return {"": Drawn(fig, out)}
+
+
+def images(source: Source) -> dict[str, Drawn]:
+    """Fig. 10: images of the same captions at nearly the same cost, a picture for each sampler."""
+    cells = image_grids.costs(source.main, source.images)
+    points = {(p.model, p.sampler, p.steps): p for c in source.curves.values() for p in c}
+    out = {}
+    for sampler in sorted({s for _, s, _ in cells}):
+        groups = image_grids.equal_cost(cells, sampler, source.sizes)
+        if not groups:
+            continue
+        numbers = []
+        for group in groups:
+            for cell, at in group.cells:
+                row = {"cost_aimed": group.cost, "model": cell[0], "sampler": sampler,
+                       "steps": cell[2], "cost": at}
+                if cell in points:
+                    row |= rows.of_point(points[cell], source.metric)
+                numbers.append(row)
+        fig = image_grids.draw(groups, source.images, source.captions, source.curves,
+                               source.metric)
+        out[labels.file_name(sampler)] = Drawn(fig, numbers)
+    return out
+
+
+def losses(source: Source) -> dict[str, Drawn]:
+    """Training and validation loss against the step."""
+    entries = plots.sized(source.main)
+    shown = [m for m in entries if source.loss_curves.get(m)]
+    if not shown:
+        return {}
+    out = [{"model": m, "step": step, "train_loss": loss, "validation_loss": held_out}
+           for m in shown for step, loss, held_out in source.loss_curves[m]]
+    return {"": Drawn(plots.training(source.loss_curves, entries), out)}

@@ -1,0 +1,303 @@
+"""Figures from records: the numbers beside each are the records', the planted truth is in them,
+and what lacks records is said in a line and not drawn."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm_scaling.cli import program
+from ldm_scaling.errors import UserError
+from ldm_scaling.study import plot_style, records, report
+from ldm_scaling.study.figures import catalogue
+from ldm_scaling.study.figures.source import Source
+from tests.study import paper_records as paper
+
+SIZES = ("39m", "223m", "866m")
+SMALL = {"sizes": SIZES, "samplers": ("ddim", "dpmpp_2m"), "steps": (4, 20, 50),
+         "rates": (2.0, 4.0, 6.0)}
+NEED_OTHER_TASKS = {"fig4_super", "fig17_super", "fig12_super", "fig6_dreambooth",
+                    "fig13_distilled", "fig19_guided"}
+
+
+def _tasks(**noise):
+    return [*paper.super_resolution(SIZES, **noise), *paper.distilled(SIZES, **noise),
+            *paper.guided(("39m", "223m"), **noise), *paper.dreambooth(SIZES, **noise)]
+
+
+@pytest.fixture(scope="module")
+def main():
+    return paper.grid(**SMALL)
+
+
+@pytest.fixture(scope="module")
+def everything(main):
+    return [*main, *paper.checkpoints(SIZES), *_tasks()]
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory, everything):
+    folder = tmp_path_factory.mktemp("figures")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plot_style, "DPI", 40)
+        written = catalogue.write(folder, Source(
+            everything, paper.FID, loss_curves=paper.losses(SIZES),
+            images=paper.images(SIZES, n=2, side=8), captions=paper.CAPTIONS[:2]))
+    return folder, written
+
+
+def _rows(folder, name):
+    with open(folder / f"{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_figure_is_drawn_in_every_format(drawn):
+    folder, written = drawn
+    assert written.skipped == ()
+    starts = [e.name for e in catalogue.FIGURES]
+    assert all(any(n == s or n.startswith(f"{s}_") for n in written.names) for s in starts)
+    assert {p.name for p in folder.iterdir()} == {
+        f"{n}.{k}" for n in written.names for k in ("png", "svg", "pdf", "csv")}
+    for name in written.names:
+        with Image.open(folder / f"{name}.png") as picture:
+            assert np.asarray(picture.convert("L")).std() > 5
+        assert (folder / f"{name}.svg").read_text().rstrip().endswith("</svg>")
+        assert (folder / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+        assert len(_rows(folder, name)) > 0
+
+
+def test_numbers_are_exactly_the_records(drawn, everything):
+    """Every value, interval and cost of every CSV is found in a record, to the last bit."""
+    folder, written = drawn
+    place = {}
+    for r in everything:
+        i = r.identity
+        key = i.model, i.sampler, i.steps, i.guidance
+        for name, value in r.metrics.items():
+            place[*key, name, value] = r
+    checked = dict.fromkeys(written.names, 0)
+    for name in written.names:
+        for row in _rows(folder, name):
+            if not row.get("value"):
+                continue
+            rate = float(row.get("guidance") or row["best_guidance"])
+            value = float(row["value"])
+            r = place[row["model"], row["sampler"], int(row["steps"]), rate, row["measure"], value]
+            if "low" in row:
+                low, high = r.intervals[row["measure"]]
+                assert (float(row["low"]), float(row["high"])) == (low, high)
+                assert float(row["cost"]) == r.cost
+                assert float(row["seconds"]) == r.seconds_per_image
+            assert int(row["images"]) == r.identity.num_images
+            checked[name] += 1
+    without = {"tab1_family", "tradeoff", "training"}
+    assert {n for n, count in checked.items() if not count} == without
+    for row in _rows(folder, "tab1_family"):
+        key = row["model"], row["sampler"], int(row["steps"]), float(row["guidance"])
+        r = place[*key, paper.FID, float(row[paper.FID])]
+        assert float(row[paper.CLIP]) == r.metrics[paper.CLIP]
+        assert (float(row["gflops"]), int(row["params"])) == (r.gflops, r.params)
+        assert (float(row[f"{paper.FID}_low"]), float(row[f"{paper.FID}_high"])
+                ) == r.intervals[paper.FID]
+    for row in _rows(folder, "tradeoff"):
+        key = row["model"], row["sampler"], int(row["steps"]), float(row["guidance"])
+        r = place[*key, paper.FID, float(row[paper.FID])]
+        assert float(row[paper.CLIP]) == r.metrics[paper.CLIP]
+    losses = {(m, step): (a, b) for m, some in paper.losses(SIZES).items() for step, a, b in some}
+    rows = _rows(folder, "training")
+    assert len(rows) == len(losses)
+    for row in rows:
+        loss, held_out = losses[row["model"], int(row["step"])]
+        assert float(row["train_loss"]) == loss
+        assert row["validation_loss"] == ("" if held_out is None else repr(held_out))
+
+
+def test_no_cell_is_left_out(drawn):
+    folder, _ = drawn
+    cells = len(SIZES) * len(SMALL["steps"])
+    assert len(_rows(folder, "fig9_cost")) == cells
+    assert len(_rows(folder, "fig11_samplers")) == 2 * cells
+    assert len(_rows(folder, "fig7_guidance")) == 2 * cells
+    assert len(_rows(folder, "fig8_guidance_ddim")) == cells * len(SMALL["rates"])
+    # Checkpoints and the end of training, FID and CLIP.
+    assert len(_rows(folder, "fig3_compute")) == 2 * len(SIZES) * (len(paper.CHECKPOINTS) + 1)
+    parts = {row["panel"] for row in _rows(folder, "fig12_super")}
+    assert parts == {"4 to 20 steps", "50 to 250 steps"}
+    stages = {(row["network"], row["steps"]) for row in _rows(folder, "fig19_guided")}
+    assert stages == {("distilled", n) for n in ("4", "8", "16")} | {("undistilled", "4")}
+
+
+def test_bands_hold_their_points(drawn):
+    folder, _ = drawn
+    for name in ("fig9_cost", "fig11_samplers", "fig3_compute", "fig12_super", "fig13_distilled"):
+        for row in _rows(folder, name):
+            assert float(row["band_low"]) < float(row["value"]) < float(row["band_high"])
+
+
+def test_the_planted_truth_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(plot_style, "DPI", 20)
+    exact = {"noise": 0.0, "shared": 0.0}
+    found = [*paper.grid(**SMALL | {"rates": paper.GUIDANCE}, **exact), *_tasks(**exact)]
+    catalogue.write(tmp_path, Source(found, paper.FID), ["fig7", "fig13", "fig10"])
+    for row in _rows(tmp_path, "fig7_guidance"):
+        true = {w: paper.fid(row["model"], row["sampler"], int(row["steps"]), w)
+                for w in paper.GUIDANCE}
+        best = min(true, key=true.get)
+        near = [w for w, v in true.items() if v <= 1.01 * true[best]]
+        assert float(row["best_guidance"]) == best
+        assert (float(row["near_low"]), float(row["near_high"])) == (min(near), max(near))
+    ratios = [row["speed_up"] for row in _rows(tmp_path, "fig13_distilled")
+              if row["network"] == "distilled"]
+    # 20 undistilled steps and no fewer are as good as 4... a hair better, so 20 / 4.
+    assert [float(ratio) for ratio in ratios] == pytest.approx([5.0] * len(SIZES))
+
+
+def test_what_lacks_records_is_a_line_and_no_picture(tmp_path, main, monkeypatch):
+    monkeypatch.setattr(plot_style, "DPI", 20)
+    monkeypatch.setattr(plot_style, "FORMATS", {"png": {}})
+    written = catalogue.write(tmp_path, Source(main, paper.FID))
+    lacking = NEED_OTHER_TASKS | {"fig10_images", "training"}
+    assert {line.split(" needs ")[0] for line in written.skipped} == lacking
+    assert all("records" in line or "workdir" in line for line in written.skipped)
+    assert all("\n" not in line for line in written.skipped)
+    assert not [p for p in tmp_path.iterdir() if p.stem in lacking]
+
+
+def test_a_task_survives_the_file_and_none_is_text_to_image(tmp_path, main):
+    one, = paper.guided(("39m",))[:1]
+    for r in (one, main[0]):
+        records.write(tmp_path, r)
+        assert records.read(records.path_of(tmp_path, r.identity.key)) == r
+    path = records.path_of(tmp_path, main[0].identity.key)
+    payload = json.loads(path.read_text())
+    del payload["task"]  # As records were before tasks had names.
+    path.write_text(json.dumps(payload))
+    assert records.read(path) == main[0]
+    with pytest.raises(UserError, match="task is 'sr': use one of text_to_image"):
+        dataclasses.replace(one, task="sr")
+
+
+def test_other_tasks_do_not_enter_the_main_curves(main, everything):
+    few, all_of_them = Source(main, paper.FID), Source(everything, paper.FID)
+    assert few.curves.keys() == all_of_them.curves.keys()
+    for key, points in few.curves.items():
+        assert [p.value for p in points] == [p.value for p in all_of_them.curves[key]]
+
+
+def test_guidance_is_never_chosen_where_it_is_reported(main):
+    """Text-to-image records of the report block alone give no curve; those of a task without
+    guidance do; those with a choice of rates are refused."""
+    reported = [r for r in main if r.identity.seed_block == 1]
+    assert Source(reported, paper.FID).curves == {}
+    source = Source(_tasks(), paper.FID)
+    assert source.blocks(source.of_task("consistency")) == (1, 1)
+    two = source.of_task("consistency")
+    two += [dataclasses.replace(r, identity=dataclasses.replace(r.identity, guidance=2.0))
+            for r in two]
+    with pytest.raises(UserError, match=r"guidance \[1.0, 2.0\] on seed block 1 alone"):
+        source.blocks(two)
+
+
+def test_old_parts_go_and_other_files_stay(tmp_path, main, monkeypatch):
+    monkeypatch.setattr(plot_style, "DPI", 20)
+    catalogue.write(tmp_path, Source(main, paper.FID), ["fig8"])
+    (tmp_path / "fig8_guidance_notes.txt").write_text("mine")
+    (tmp_path / "winners_mine.png").write_bytes(b"")
+    one = [r for r in main if r.identity.sampler == "ddim"]
+    written = catalogue.write(tmp_path, Source(one, paper.FID), ["fig8_guidance"])
+    assert written.names == ("fig8_guidance_ddim",)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "fig8_guidance_notes.txt", "winners_mine.png",
+        *(f"fig8_guidance_ddim.{k}" for k in ("png", "svg", "pdf", "csv"))}
+
+
+def test_the_report_shows_every_figure_in_its_section(tmp_path, drawn, main):
+    folder, written = drawn
+    text = report.write(tmp_path, main, folder, {"metric": paper.FID}).read_text("utf-8")
+    assert text.count("data:image/") == len(written.names)
+    assert 'id="downstream"' in text and 'id="other"' not in text
+    for entry in catalogue.FIGURES:
+        assert entry.heading.replace("'", "&#39;") in text
+
+
+def test_names_beside_curves_neither_touch_nor_leave_the_axes():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        n = 10
+        bottom_N, left_N = rng.uniform(20, 60, n), rng.uniform(0, 300, n)
+        left_N[: n // 2] = 100.0
+        top_N, right_N = bottom_N + 12, left_N + 30
+        moved_N = plot_style.apart(left_N, right_N, bottom_N, top_N, (0.0, 300.0))
+        assert (bottom_N + moved_N >= -1e-9).all() and (top_N + moved_N <= 300 + 1e-9).all()
+        for a in range(n):
+            for b in range(a):
+                beside = left_N[a] >= right_N[b] or left_N[b] >= right_N[a]
+                off = abs(bottom_N[a] + moved_N[a] - bottom_N[b] - moved_N[b])
+                assert beside or off > 12 - 0.5
+
+
+@pytest.mark.parametrize("steep", [True, False])
+def test_names_lie_inside_the_picture(steep):
+    with plot_style.style():
+        fig = plot_style.figure(5, 4)
+        ax = fig.subplots()
+        starts, ends = [], []
+        for k in range(8):
+            y = (9.0 + 0.1 * k, 1.0 + 0.05 * k if steep else 8.0 + 0.05 * k)
+            ax.plot([1 + k, 9 + k], y)
+            starts.append((1 + k, y[0], f"size {k}", "#336699"))
+            ends.append((9 + k, y[1], f"size {k}", "#336699"))
+        ax.set_ylim(0, 10)
+        plot_style.name_curves(ax, starts, ends, lower_is_better=True)
+        fig.draw_without_rendering()
+        texts = [t for t in ax.texts if t.get_text()]
+        assert [t.get_text() for t in texts] == [f"size {k}" for k in range(8)]
+        assert all((t.get_rotation() != 0) == steep for t in texts)
+        for t in texts:
+            box = t.get_window_extent()
+            assert box.x1 <= fig.bbox.x1 and box.y1 <= fig.bbox.y1
+            assert box.x0 >= ax.bbox.x0 and box.y0 >= ax.bbox.y0 - 1
+
+
+def test_figures_by_name(capsys, tmp_path, main):
+    for r in main:
+        records.write(tmp_path / "records", r)
+    where = f"--records={tmp_path / 'records'}"
+    assert program.main(["figure", "tab1", "fig13", where]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == str(tmp_path / "figures" / "tab1_family.png")
+    assert said[1].startswith("skipped: fig13_distilled needs records of task consistency")
+    assert {p.suffix for p in (tmp_path / "figures").iterdir()} == {".png", ".svg", ".pdf", ".csv"}
+    assert program.main(["figure", "fig7", f"--workdir={tmp_path}", f"--to={tmp_path / 'x'}"]) == 0
+    assert (tmp_path / "x" / "fig7_guidance.pdf").exists()
+    capsys.readouterr()
+    for arguments, message in (
+        (["fig99", where], "no figure is called 'fig99'"),
+        (["fig9_cots", where], "did you mean fig9_cost?"),
+        ([], "needs --workdir=DIR or --records=DIR"),
+        ([f"--records={tmp_path}"], "no records are in"),
+        ([where, "--metric=lpips_alex"], "hold fid_tf2015, clip_score_l14"),
+        ([where, "--metric=nothing"], "no measure is called 'nothing'"),
+        ([where, "--colour=red"], "unrecognized arguments: --colour=red"),
+    ):
+        assert program.main(["figure", *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert program.main(["figure", "--list"]) == 0
+    listed = capsys.readouterr().out
+    assert all(e.name in listed for e in catalogue.FIGURES)
+
+
+def test_the_same_records_in_any_order_give_the_same_bytes(tmp_path, main, monkeypatch):
+    monkeypatch.setattr(plot_style, "DPI", 30)
+    shuffled = list(main)
+    random.Random(0).shuffle(shuffled)
+    for folder, some in (("a", main), ("b", shuffled)):
+        catalogue.write(tmp_path / folder, Source(some, paper.FID), ["fig7", "fig11"])
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name

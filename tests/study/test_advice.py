@@ -1,0 +1,404 @@
+"""Advice against studies whose truth is known: what is best within a budget, and how sure."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from ldm_scaling import cli
+from ldm_scaling.errors import UserError
+from ldm_scaling.models import zoo
+from ldm_scaling.study import advice, budgets, cost_files, records
+from ldm_scaling.study.budgets import Budget
+from ldm_scaling.study.cost_files import CostFile, MemberCost, Timing
+from ldm_scaling.study.costing import Price
+from tests.study import fake_records as fake
+
+FD = "fd_effnetlite0"
+TRUTH = fake.Truth()
+CELLS = {
+    (m, s, n): min((TRUTH.distance(m, s, n, w), w) for w in fake.GUIDANCE)
+    for m in fake.CHANNELS for s in fake.STEPS for n in fake.STEPS[s]
+}
+COSTS = sorted({fake.norm_cost(m) * n for m, _, n in CELLS})
+
+
+def best_of_truth(budget, cost=lambda m, s, n: fake.norm_cost(m) * n):
+    """(distance, cell, guidance) of the true best, by looking at all."""
+    (distance, guidance), cell = min(
+        (CELLS[cell], cell) for cell in CELLS if cost(*cell) <= budget * (1 + 1e-12)
+    )
+    return distance, cell, guidance
+
+
+@pytest.fixture(scope="module")
+def exact():
+    return fake.make(noise=0.0, shared=0.0)
+
+
+@pytest.fixture(scope="module")
+def study():
+    return fake.make()
+
+
+def within(records, budget, unit="cost", **kw):
+    return advice.advise(advice.of_records(records, unit, **kw), Budget(budget, unit))
+
+
+def cell(p):
+    return p.model, p.sampler, p.steps
+
+
+def test_the_true_best_at_and_between_all_costs(exact):
+    options = advice.of_records(exact, "cost")
+    between = [(a + b) / 2 for a, b in zip(COSTS, COSTS[1:])]
+    for budget in [*COSTS, *between, np.inf]:
+        found = advice.advise(options, Budget(float(budget), "cost"))
+        distance, true, guidance = best_of_truth(budget)
+        assert cell(found.best) == true and found.best.guidance == guidance
+        assert found.best.value == pytest.approx(distance)
+        # The runner-up is the true best without that size.
+        others = {c: v for c, v in CELLS.items() if c[0] != true[0]
+                  and fake.norm_cost(c[0]) * c[2] <= budget}
+        if others:
+            assert cell(found.runner_up) == min(others, key=others.get)
+        else:
+            assert found.runner_up is None or found.runner_up.model == true[0]
+
+
+def test_the_front_is_what_nothing_cheaper_equals(exact):
+    options = advice.of_records(exact, "cost")
+    found = advice.front(options.points)
+    for p, q in zip(found, found[1:]):
+        assert p.cost < q.cost and p.chosen_by > q.chosen_by
+    for p in options.points:
+        assert any(f.cost <= p.cost and f.chosen_by <= p.chosen_by for f in found)
+    # Each of it is the advice for a budget of its own cost.
+    for p in found:
+        assert advice.advise(options, Budget(p.cost, "cost")).best is p
+    limit = found[len(found) // 2].cost
+    assert advice.front(options.points, limit) == found[: len(found) // 2 + 1]
+
+
+def test_what_is_reported_chooses_nothing(study):
+    rng = np.random.default_rng(3)
+    scrambled = [
+        dataclasses.replace(r, metrics={k: v * rng.uniform(0.2, 5) for k, v in r.metrics.items()})
+        if r.identity.seed_block == 1 else r for r in study
+    ]
+    for budget in COSTS[::7]:
+        one, other = within(study, budget), within(scrambled, budget)
+        assert cell(one.best) == cell(other.best)
+        assert list(map(cell, one.front)) == list(map(cell, other.front))
+        assert [one.runner_up and cell(one.runner_up)] == [other.runner_up
+                                                           and cell(other.runner_up)]
+
+
+def test_expectations_hold_the_truth_at_the_stated_rate():
+    """Picking the best of many flatters nothing: it is valued where it was not picked."""
+    inside, errors, beaten = [], [], []
+    for seed in range(120):
+        found = within(fake.make(models=("c8", "c16", "c24"), samplers=("ddim",), seed=seed,
+                                 noise=1.5, shared=0.5), 6.0)
+        p = found.best
+        true = TRUTH.distance(*cell(p), p.guidance)
+        inside.append(p.low <= true <= p.high)
+        errors.append(p.value - true)
+        q = found.runner_up
+        lead = TRUTH.distance(*cell(q), q.guidance) - true
+        beaten.append(found.duel.low <= lead <= found.duel.high)
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.06)
+    assert np.mean(beaten) == pytest.approx(0.95, abs=0.06)
+    assert abs(np.mean(errors)) < 3 * np.std(errors) / np.sqrt(len(errors))
+
+
+def test_equal_sizes_are_told_to_be_equal():
+    """Ties go to the cheapest and the smallest rate; the other is as good with probability 1/2."""
+    models = ("c8", "c16", "c24")
+    flat = fake.make(fake.flat_truth(models), models=models, noise=0.0, shared=0.0)
+    found = within(flat, 30.0)
+    assert found.best.model == "c8" and found.best.steps == 4
+    assert found.best.guidance == min(fake.GUIDANCE)
+    assert found.other_is_better == 0.5 and found.duel.advantage == 0
+    assert len(found.front) == 1
+    # With noise no size is often declared the better one for sure.
+    sure = [
+        abs(within(fake.make(fake.flat_truth(models), models=models, samplers=("ddim",), seed=seed),
+                   30.0).other_is_better - 0.5) > 0.475
+        for seed in range(60)
+    ]
+    assert np.mean(sure) < 0.15
+
+
+def test_a_large_gap_is_sure(study):
+    found = within(study, COSTS[-1])
+    assert found.best.model == "c48" and found.other_is_better < 0.05
+    assert found.duel.low > 0
+
+
+def test_flops_count_guided_pairs_twice(exact):
+    """All rates here are guided, so both units order alike, by 2 x the FLOPs of cost 1."""
+    for budget in COSTS[::5]:
+        one = within(exact, budget * (1 + 1e-9))
+        other = within(exact, 2 * 2.1 * budget * (1 + 1e-9), "gflops")
+        assert cell(one.best) == cell(other.best)
+        assert other.best.cost == pytest.approx(4.2 * one.best.cost)
+
+
+def test_unguided_points_cost_half_the_flops():
+    half = fake.make(noise=0, shared=0, guidance=(1.0,), models=("c8",), samplers=("ddim",))
+    found = within(half, 1e6, "gflops")
+    assert found.best.cost == pytest.approx(2.1 * fake.norm_cost("c8") * 50)
+    # A distilled network takes the rate as an input: no pairs either.
+    distilled = [
+        dataclasses.replace(r, task="guided_distillation", identity=dataclasses.replace(
+            r.identity, guidance=3.0)) for r in half
+    ]
+    assert within(distilled, 1e6, "gflops").best.cost == pytest.approx(found.best.cost)
+
+
+def prices(exact, seconds, decoder=0.05):
+    """Every size as quick as the others: `seconds` a guided pair."""
+    flops = {r.identity.model: (r.gflops, r.norm_cost) for r in exact}
+    return {
+        m: Price(m, *flops[m], 1.0, 1.0, "Chip", {
+            ("network", 1): seconds / 2, ("guided", 1): seconds, ("decoder", 1): decoder,
+            ("text", 1): 0.01,
+        })
+        for m in flops
+    }
+
+
+def test_seconds_of_a_device_decide_otherwise(exact):
+    """Where all sizes are equally quick, only the steps are limited and the best size wins."""
+    chip = prices(exact, 0.1)
+    for steps in (4, 6, 10, 20, 50):
+        found = within(exact, 0.1 * steps + 0.06 + 1e-9, "seconds", prices=chip)
+        _, true, _ = best_of_truth(steps, cost=lambda m, s, n: n)
+        assert cell(found.best) == true and found.best.model == "c48"
+        assert found.best.cost == pytest.approx(0.1 * true[2] + 0.06)
+    assert "on Chip" in found.options.unit_label and "decoder and text" in found.options.unit_label
+    # At a cost of four steps of the smallest, the smallest wins.
+    assert within(exact, COSTS[0]).best.model == "c8"
+
+
+def test_sizes_that_the_device_could_not_hold_take_no_part(exact):
+    chip = prices(exact, 0.1)
+    chip["c48"] = dataclasses.replace(chip["c48"], seconds={})
+    found = within(exact, 100.0, "seconds", prices=chip)
+    assert found.best.model == "c32"
+    assert any(note.startswith("c48: no measured seconds") for note in found.notes)
+    with pytest.raises(UserError, match="at batch size 3 on Chip: run  ldm-scaling cost "
+                                        "--members=c16,c24,c32,c48,c8 --batch=3"):
+        within(exact, 1.0, "seconds", prices=chip, batch=3)
+    other = {m: dataclasses.replace(p, gflops=3 * p.gflops) for m, p in chip.items()}
+    with pytest.raises(UserError, match="they are of different networks"):
+        within(exact, 1.0, "seconds", prices=other)
+
+
+def test_seconds_of_the_records_themselves(exact):
+    budget = 0.3
+    found = within(exact, budget, "seconds")
+
+    def seconds(m, s, n):
+        return 0.004 + 0.011 * (0.15 + fake.norm_cost(m)) * n
+
+    assert cell(found.best) == best_of_truth(budget, cost=seconds)[1]
+    assert "2 CPU cores" in found.options.unit_label
+    moved = [dataclasses.replace(exact[0], device="a TPU"), *exact[1:]]
+    with pytest.raises(UserError, match="2 CPU cores and a TPU.*--device=KIND"):
+        within(moved, budget, "seconds")
+
+
+def test_more_blocks_narrow_the_interval(study):
+    third = [
+        dataclasses.replace(r, identity=dataclasses.replace(r.identity, seed_block=2))
+        for r in fake.make(seed=9) if r.identity.seed_block == 1
+    ]
+    one, both = within(study, 20.0), within([*study, *third], 20.0, report_blocks=(1, 2))
+    assert cell(one.best) == cell(both.best)
+    assert both.best.high - both.best.low < 0.85 * (one.best.high - one.best.low)
+
+
+def test_a_single_size_is_weighed_against_its_own(exact):
+    found = within([r for r in exact if r.identity.model == "c8"], 3.0)
+    assert found.runner_up.model == "c8" and found.runner_up is not found.best
+
+
+def test_notes_say_what_is_lacking(study):
+    assert any("allows all that was measured" in n for n in within(study, 1e9).notes)
+    part = [r for r in study if (r.identity.model, r.identity.steps) != ("c48", 50)]
+    assert any(n.startswith("2 of 70 cells") for n in within(part, 20.0).notes)
+    bare = fake.make(replicates=0)
+    found = within(bare, 20.0)
+    assert found.duel is None and found.other_is_better is None and found.best.low is None
+    assert any("no interval" in n for n in found.notes)
+
+
+def test_what_cannot_be_answered(study):
+    with pytest.raises(UserError, match=r"0.1 cost is below the cheapest.*c8 with .* 4 steps"):
+        within(study, 0.1)
+    with pytest.raises(UserError, match="metric 'fid' is in no record; there are fd_effnetlite0"):
+        within(study, 3.0, metric="fid")
+    with pytest.raises(UserError, match=r"records are of blocks \[0, 1\]: finish the sweep"):
+        within(study, 3.0, report_blocks=(5,))
+    with pytest.raises(UserError, match="chosen on seed block 1"):
+        within(study, 3.0, select_block=1)
+    with pytest.raises(UserError, match="needs options in it"):
+        advice.advise(advice.of_records(study, "cost"), budgets.parse("3 s"))
+
+
+# --- Table 1 ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [3.5, 6.4, 20.0, 49.9, 50.0, 1000.0])
+def test_table_1_says_which_size_at_50_steps(budget):
+    found = advice.advise(advice.of_published("cost"), Budget(budget, "cost"))
+    able = [m for m in zoo.PAPER if m.published.norm_cost * 50 <= budget + 1e-9]
+    assert found.best.model == min(able, key=lambda m: m.published.fid).name
+    assert (found.best.sampler, found.best.steps, found.best.guidance) == ("ddim", 50, 7.5)
+    assert found.best.low is None and found.duel is None and found.other_is_better is None
+    said = " ".join(found.notes)
+    for words in ("supports little", "one step count (50)", "no error bars"):
+        assert words in said
+
+
+def test_table_1_cannot_say():
+    with pytest.raises(UserError, match="below the cheapest.*39m.*Table 1 has 50 steps alone"):
+        advice.advise(advice.of_published("cost"), Budget(3.0, "cost"))
+    with pytest.raises(UserError, match="Table 1 has no seconds: give --device"):
+        advice.of_published("seconds")
+    with pytest.raises(UserError, match="'lpips' is not in Table 1; there are fid, clip"):
+        advice.of_published("cost", "lpips")
+    clip = advice.advise(advice.of_published("cost", "clip"), Budget(np.inf, "cost"))
+    assert clip.best.model == "5b" and clip.best.value == 0.314
+
+
+def test_table_1_on_a_device():
+    chip = {
+        m.name: Price(m.name, 1.0, 1.0, device="Chip", seconds={
+            ("network", 1): 0.001, ("guided", 1): 0.002, ("decoder", 1): 0.01, ("text", 1): 0.01})
+        for m in zoo.PAPER[:3]
+    }
+    options = advice.of_published("seconds", prices=chip)
+    found = advice.advise(options, budgets.parse("120 ms"))
+    assert found.best.model == "145m" and found.best.cost == pytest.approx(0.12)
+    assert any("223m" in n and "5b" in n for n in found.notes)
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("workdir")
+    for r in fake.make(models=("c8", "c48")):
+        # As `make`'s, but each under its own key.
+        records.write(place / "records", r)
+    return place
+
+
+@pytest.fixture
+def costs(tmp_path, folder):
+    """A file of a device on which all is quick."""
+    place = tmp_path / "costs"
+    found = CostFile("NVIDIA H100 80GB HBM3", "gpu")
+    for m in ("c8", "c48"):
+        flops = 2.1 * fake.norm_cost(m)
+        found = found.plus(
+            MemberCost(m, fake.CHANNELS[m], 1, flops, flops, fake.norm_cost(m), "c48", "decoder",
+                       1.0, "text", 1.0),
+            *(Timing(part, name, 1, "key", "float32", 0.001, 0.001, 0.001, 0.001, 5, 1)
+              for part, name in (("network", m), ("guided", m), ("decoder", "decoder"),
+                                 ("text", "text"))),
+        )
+    cost_files.write(place / cost_files.file_name(found.device_kind), found)
+    return place
+
+
+def run(capsys, *arguments):
+    status = cli.main(["advise", *arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_the_command_names_everything(capsys, folder):
+    status, out, err = run(capsys, f"--records={folder}", "--budget=5 cost")
+    assert (status, err) == (0, "")
+    first = out.splitlines()[0]
+    assert first.startswith("For 5.00 cost: c8, ") and "steps, guidance" in first
+    assert "Runner-up: c48" in out and "probability" in out and "seed block 0" in out
+    assert max(map(len, out.splitlines())) <= 100
+    # A workdir, its folder of records and its files, also twice, are the same.
+    files = ",".join(map(str, (folder / "records").glob("*.json")))
+    for places in ([f"{folder}/records"], [files], [f"{folder},{files}"], [files, str(folder)]):
+        flags = [f"--records={place}" for place in places]
+        assert run(capsys, *flags, "--budget=5 cost") == (0, out, "")
+
+
+def test_the_command_for_programs(capsys, folder):
+    status, out, _ = run(capsys, f"--records={folder}", "--format=json", "--budget=1e11 flops")
+    found = json.loads(out)
+    assert status == 0 and found["unit"] == "gflops" and found["budget"] == 100
+    assert {"model", "sampler", "steps", "guidance", "value", "low", "high"} <= set(found["best"])
+    assert found["best"]["gflops"] <= 100
+    assert 0 <= found["probability_runner_up_is_better"] <= 1
+    assert [p["gflops"] for p in found["front"]] == sorted(p["gflops"] for p in found["front"])
+    published = json.loads(run(capsys, "--published", "--format=json")[1])
+    assert published["source"] == "published" and published["budget"] is None
+    assert published["best"]["model"] == "5b" and published["best"]["low"] is None
+    assert published["probability_runner_up_is_better"] is None
+
+
+def test_the_command_on_a_device(capsys, folder, costs):
+    flags = [f"--records={folder}", f"--costs={costs}", "--budget=30ms"]
+    status, out, _ = run(capsys, *flags, "--device=h100")
+    # 20 steps and two more milliseconds fit; all sizes are equally quick.
+    assert status == 0 and "For 0.0300 s: c48, " in out and "20 steps" in out.splitlines()[0]
+    assert "NVIDIA H100 80GB HBM3" in out
+    status, _, err = run(capsys, *flags, "--device=v5e")
+    assert status == 2 and "ldm-scaling cost" in err and "NVIDIA H100" in err and "v5e" in err
+
+
+@pytest.mark.parametrize("arguments, parts", [
+    (["--records=nowhere"], ["--records=nowhere", "no such folder or file"]),
+    (["--records=EMPTY"], ["no records there", "ldm-scaling sweep"]),
+    (["--records=STUDY"], ["no records there", "ldm-scaling sweep"]),
+    (["--records=STUDY/study.json"], ["is no record", "16 hex digits"]),
+    (["--budget=3 apples"], ["'3 apples'", "400ms", "3 cost", "1e12 flops"]),
+    (["--budget=1 cost"], ["below the cheapest", "39m"]),
+    (["--budget=400ms"], ["no seconds", "--device"]),
+    (["--budget=400ms", "--device=h100", "--costs=EMPTY"], ["h100", "ldm-scaling cost"]),
+    (["--budget=3 cost", "--device=h100"], ["--device goes with a budget in seconds"]),
+    (["--budget=3 s", "--batch=2"], ["go with --device"]),
+    (["--published", "--records=EMPTY"], ["give one"]),
+    (["--batch=0"], ["give 1 or more"]),
+    (["--task=dreambooth"], ["--task goes with --records"]),
+    (["--bugdet=3"], ["--bugdet=3", "advise --help"]),
+])  # fmt: skip
+def test_what_the_user_can_mend_is_one_line(capsys, tmp_path, monkeypatch, arguments, parts):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "STUDY").mkdir()
+    (tmp_path / "STUDY" / "study.json").write_text("{}")
+    status, out, err = run(capsys, *arguments)
+    assert status == 2 and not out and err.count("\n") == 1
+    assert all(part in err for part in parts), err
+
+
+def test_a_damaged_record_and_other_tasks(capsys, tmp_path):
+    found = fake.make(models=("c8",), samplers=("ddim",))
+    for r in found:
+        records.write(tmp_path / "one", r)
+        other = dataclasses.replace(r, task="dreambooth", identity=dataclasses.replace(
+            r.identity, model_hash="tuned"))
+        records.write(tmp_path / "both", r)
+        records.write(tmp_path / "both", other)
+    status, _, err = run(capsys, f"--records={tmp_path}/both")
+    assert status == 2 and "--task=dreambooth or text_to_image" in err
+    assert run(capsys, f"--records={tmp_path}/both", "--task=text_to_image")[:2] == run(
+        capsys, f"--records={tmp_path}/one")[:2]
+    (tmp_path / "one" / "bad.json").write_text("{")
+    status, _, err = run(capsys, f"--records={tmp_path}/one")
+    assert status == 2 and "bad.json is damaged" in err

@@ -1,0 +1,306 @@
+"""`ldm-scaling cost`: clocks tell the truth, what is measured stays, what does not fit is skipped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_scaling import cli
+from ldm_scaling.errors import UserError
+from ldm_scaling.models import attention, autoencoder, cost, zoo
+from ldm_scaling.study import caching_cost, cost_cli, cost_files, timing
+from ldm_scaling.study.cost_files import CostFile, MemberCost, Skipped, Timing
+from ldm_scaling.study.timing import Group, Program
+
+DEVICE = jax.devices()[0]
+FLOATS = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+
+
+def program(run, batch=1, part="decoder", inputs=(FLOATS,)):
+    return Program(part, "one", batch, run, inputs, "spec", "float32")
+
+
+def outcomes(group, free=None, wanted=lambda program: True):
+    found = []
+    timing.run(group, DEVICE, wanted, found.append, free)
+    return found
+
+
+def sleeper(seconds):
+    """A program that takes as long on the device, and a second to compile."""
+
+    def sleep(x):
+        time.sleep(seconds)
+        return np.asarray(x)
+
+    def run(params, x):
+        time.sleep(1.0)  # While it is traced.
+        return jax.pure_callback(sleep, FLOATS, x) + params["w"]
+
+    return run
+
+
+@pytest.mark.parametrize("seconds", [0.02, 0.1])
+def test_seconds_are_those_of_a_call_without_compiling(seconds):
+    (found,) = outcomes(Group({"w": FLOATS}, [program(sleeper(seconds))]))
+    assert seconds <= found.seconds < 2 * seconds + 0.05
+    assert found.low <= found.seconds <= found.high
+    assert seconds <= found.first < 0.95 and found.runs >= 5
+
+
+def test_what_is_larger_than_memory_is_said_and_skipped():
+    """Parameters of 64 MB; a batch of b needs b x 64 MB more for its result and what precedes it.
+    """
+    wide = jax.ShapeDtypeStruct((4096, 4096), jnp.float32)
+    small = jax.ShapeDtypeStruct((1, 4096), jnp.float32)
+
+    def result(batch):
+        return lambda params, x: jnp.stack([params["w"] + i * x for i in range(batch)])
+
+    def never(params, x):
+        raise AssertionError("compiled")
+
+    # Not even the parameters fit: nothing is compiled.
+    group = Group({"w": wide}, [program(never, b, inputs=(small,)) for b in (1, 8)])
+    found = outcomes(group, free=50e6)
+    assert [type(f) for f in found] == [Skipped, Skipped]
+    assert "67.1 MB" in found[0].why or "0.0671 GB" in found[0].why
+    # One fits, eight do not, and of sixteen that is clear without compiling.
+    programs = [program(result(1), 1, inputs=(small,)), program(result(8), 8, inputs=(small,)),
+                program(never, 16, inputs=(small,))]
+    one, eight, sixteen = outcomes(Group({"w": wide}, programs), free=400e6)
+    assert isinstance(one, Timing) and 134e6 <= one.bytes < 320e6
+    assert isinstance(eight, Skipped) and "0.32 GB are free" in eight.why
+    assert isinstance(sixteen, Skipped) and "batch size 8, which did not fit" in sixteen.why
+
+
+def test_what_a_fused_product_hides_is_counted():
+    """Attention over 1024 tokens holds its logits before and after the exponential."""
+    tokens = jax.ShapeDtypeStruct((1, 8, 1024, 8), jnp.float32)
+
+    def run(params, q):
+        return jax.jit(attention.plain)(q, q + params["w"][0, 0], q)
+
+    (found,) = outcomes(Group({"w": FLOATS}, [program(run, inputs=(tokens,))]))
+    assert 2 * 8 * 1024**2 * 4 <= found.bytes < 3 * 8 * 1024**2 * 4
+
+
+def test_a_device_that_runs_out_is_no_crash(monkeypatch):
+    def out_of_memory(*unused):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte")
+
+    def broken(*unused):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    group = Group({"w": FLOATS}, [program(lambda p, x: x + p["w"], b) for b in (1, 2)])
+    monkeypatch.setattr(timing, "_timed", out_of_memory)
+    found = outcomes(group)
+    assert [type(f) for f in found] == [Skipped, Skipped]
+    monkeypatch.setattr(timing, "_timed", broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        outcomes(group)
+
+
+def test_free_memory_is_some_of_the_machines():
+    assert 2**27 < timing.free_bytes(DEVICE) < 2**50
+
+
+# --- the file -----------------------------------------------------------------------------------
+
+
+def member(name="c8", **kw):
+    return MemberCost(**{
+        "name": name, "base_channels": 8, "params": 1, "gflops": 2.0, "analytic_gflops": 2.0,
+        "norm_cost": 0.1, "reference": "c64", "decoder": "dec", "decoder_gflops": 1.0,
+        "text": "txt", "text_gflops": 1.0, **kw,
+    })
+
+
+def timed(part="network", name="c8", batch=1, seconds=0.5, key="k"):
+    return Timing(part, name, batch, key, "float32", seconds, seconds, seconds, seconds, 5, 100)
+
+
+def test_a_file_is_read_as_it_was_written(tmp_path):
+    found = CostFile("Chip 9", "tpu").plus(
+        member(), timed(), Skipped("guided", "c8", 8, "needs 3 GB, 2 GB are free"))
+    cost_files.write(tmp_path / "chip.json", found)
+    assert cost_files.read(tmp_path / "chip.json") == found
+    json.loads((tmp_path / "chip.json").read_text())
+    for damage in ("{", "[]", '{"format": 1}', '{"format": 2}'):
+        (tmp_path / "chip.json").write_text(damage)
+        with pytest.raises(UserError, match="chip.json is not what"):
+            cost_files.read(tmp_path / "chip.json")
+    with pytest.raises(UserError, match="cannot read"):
+        cost_files.read(tmp_path / "none.json")
+
+
+def test_a_place_holds_the_last_that_was_found_of_it():
+    found = CostFile("Chip", "tpu").plus(Skipped("network", "c8", 1, "why"), timed(batch=8))
+    found = found.plus(timed(seconds=1.0), timed(batch=8, seconds=2.0))
+    assert not found.skipped and [t.seconds for t in found.timings] == [1.0, 2.0]
+    assert not found.plus(Skipped("network", "c8", 8, "why")).timing("network", "c8", 8)
+
+
+def test_prices_are_for_one_picture_of_a_batch():
+    found = CostFile("Chip", "tpu").plus(
+        member(), member("c16", decoder="other", text=None, text_gflops=None), timed(batch=8),
+        timed("guided", batch=8, seconds=0.8), timed("decoder", "dec", 8, 0.4),
+        timed("text", "txt", 4, 0.4), timed(name="c16", batch=8, seconds=1.6))
+    prices = found.prices()
+    assert prices["c8"].seconds == pytest.approx({
+        ("network", 8): 0.0625, ("guided", 8): 0.1, ("decoder", 8): 0.05, ("text", 4): 0.1})
+    assert prices["c16"].seconds == pytest.approx({("network", 8): 0.2})
+    assert prices["c8"].device == "Chip"
+
+
+@pytest.mark.parametrize("asked, meant", [
+    ("h100", "NVIDIA H100 80GB HBM3"), ("NVIDIA h100 80gb hbm3", "NVIDIA H100 80GB HBM3"),
+    ("v5e", "TPU v5 lite"), ("tpu", "TPU v5 lite"), ("cpu", "cpu Some Xeon, 2 cores"),
+    ("xeon", "cpu Some Xeon, 2 cores"), ("H100 NVL", "NVIDIA H100 NVL"),
+    ("h100-nvl", "NVIDIA H100 NVL"),
+])  # fmt: skip
+def test_devices_by_any_of_their_names(tmp_path, asked, meant):
+    kinds = {"NVIDIA H100 80GB HBM3": "gpu", "NVIDIA H100 NVL": "gpu", "TPU v5 lite": "tpu",
+             "cpu Some Xeon, 2 cores": "cpu"}
+    for kind, platform in kinds.items():
+        cost_files.write(tmp_path / cost_files.file_name(kind), CostFile(kind, platform))
+    assert cost_files.of_device(tmp_path, asked).device_kind == meant
+
+
+def test_devices_that_are_not_there_or_several(tmp_path):
+    with pytest.raises(UserError, match="there is nothing.*run ldm-scaling cost"):
+        cost_files.of_device(tmp_path / "none", "h100")
+    for kind in ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H100"):
+        cost_files.write(tmp_path / cost_files.file_name(kind), CostFile(kind, "gpu"))
+    with pytest.raises(UserError, match="'NVIDIA H100 80GB HBM3'.* are all meant"):
+        cost_files.of_device(tmp_path, "gpu")
+    assert cost_files.of_device(tmp_path, "NVIDIA H100").device_kind == "NVIDIA H100"
+    with pytest.raises(UserError, match="--device=a100.*'NVIDIA H100 PCIe'.*ldm-scaling cost"):
+        cost_files.of_device(tmp_path, "a100")
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """Times nothing; notes what it would have."""
+    asked = []
+
+    def fake(group, device, wanted, done, free=None):
+        for one in group.programs:
+            if wanted(one):
+                asked.append((one.part, one.name, one.batch))
+                done(timed(one.part, one.name, one.batch, key=one.key))
+
+    monkeypatch.setattr(timing, "run", fake)
+    return asked
+
+
+def run(capsys, *arguments):
+    status = cli.main(["cost", *arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_what_is_measured_is_not_measured_again(capsys, tmp_path, fast):
+    flags = ["--members=c8", f"--to={tmp_path}/here.json"]
+    assert run(capsys, *flags, "--batch=1,2")[0] == 0
+    first = cost_files.read(tmp_path / "here.json")
+    assert sorted((p, b) for p, _, b in fast) == sorted(
+        (p, b) for p in ("network", "guided", "decoder", "text") for b in (1, 2))
+    fast.clear()
+    assert run(capsys, *flags, "--batch=2,1")[0] == 0 and fast == []
+    # Another batch size and member: only what is new; the decoder and the text encoder are shared.
+    run(capsys, "--members=c8,c12", f"--to={tmp_path}/here.json", "--batch=1,4")
+    assert [f for f in fast if f[2] == 1] == [("network", "c12", 1), ("guided", "c12", 1)]
+    assert {f[1] for f in fast if f[2] == 4} >= {"c8", "c12"} and len(fast) == 8
+    now = cost_files.read(tmp_path / "here.json")
+    assert set(first.timings) < set(now.timings)
+
+
+def test_a_run_that_is_killed_loses_what_was_under_way(capsys, tmp_path, fast, monkeypatch):
+    whole, path = timing.run, tmp_path / "here.json"
+
+    def killed(group, device, wanted, done, free=None):
+        if group.programs[0].part == "decoder":
+            raise KeyboardInterrupt
+        whole(group, device, wanted, done, free)
+
+    monkeypatch.setattr(timing, "run", killed)
+    assert run(capsys, "--members=c8", "--batch=1", f"--to={path}")[0] == 130
+    assert {t.part for t in cost_files.read(path).timings} == {"network", "guided"}
+    monkeypatch.setattr(timing, "run", whole)
+    fast.clear()
+    assert run(capsys, "--members=c8", "--batch=1", f"--to={path}")[0] == 0
+    assert [f[0] for f in fast] == ["decoder", "text"]
+    assert [p.name for p in tmp_path.iterdir()] == ["here.json"]
+
+
+def test_a_file_for_each_kind_of_device(capsys, tmp_path, fast, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, "--members=c8", "--batch=1")[0] == 0
+    kind = timing.device_kind(DEVICE)
+    assert cost_files.read(f"costs/{cost_files.file_name(kind)}").device_kind == kind
+    cost_files.write("other.json", CostFile("Chip", "tpu"))
+    status, _, err = run(capsys, "--members=c8", "--to=other.json")
+    assert status == 2 and "other.json is of 'Chip'" in err and "--to" in err
+
+
+def test_a_studys_own_surroundings(capsys, tmp_path, fast):
+    path = tmp_path / "here.json"
+    status, out, _ = run(capsys, "--config=configs/demo.py:tiny", "--batch=1", f"--to={path}",
+                         "--format=json")
+    found = cost_files.read(path)
+    assert status == 0 and json.loads(out)["device_kind"] == found.device_kind
+    assert list(found.members) == ["c8", "c16"]
+    ours = found.members["c16"]
+    assert ours.norm_cost == 1 and ours.reference == "c16"  # The config's, not the zoo's.
+    tiny = autoencoder.AutoencoderSpec(8, (1, 2, 2), 1, groups=8)
+    assert ours.decoder_gflops == caching_cost.decode_gflops(tiny, (8, 8, 4))
+    assert ours.params == cost.param_count(zoo.get("c16").spec)
+
+
+@pytest.mark.parametrize("arguments, parts", [
+    (["--members=c9"], ["'c9'", "c8"]),
+    (["--batch=0"], ["'0' are no batch sizes", "--batch=1,8,64"]),
+    (["--batch=1,x"], ["are no batch sizes"]),
+    (["--config=nowhere.py"], ["no such file"]),
+    (["--config=configs/demo.py:tiny", "--members=39m"], ["39m", "latents"]),
+    (["--config.seed=3"], ["--config=FILE"]),
+    (["--bacth=3"], ["--bacth=3", "cost --help"]),
+])  # fmt: skip
+def test_what_the_user_can_mend_is_one_line(capsys, tmp_path, arguments, parts):
+    status, out, err = run(capsys, *arguments, f"--to={tmp_path}/here.json")
+    assert status == 2 and not out and err.count("\n") == 1
+    assert all(part in err for part in parts), err
+
+
+def test_this_machine(capsys, tmp_path):
+    """The smallest member as it is: all parts are timed, and a pair needs more memory."""
+    path = tmp_path / "here.json"
+    status, out, err = run(capsys, "--members=c8", "--batch=1", f"--to={path}")
+    assert status == 0 and max(map(len, out.splitlines()[:-1])) <= 100
+    assert err.count("ms a call") == 4 and str(path) in out
+    found = cost_files.read(path)
+    assert {t.part for t in found.timings} == {"network", "guided", "decoder", "text"}
+    for t in found.timings:
+        assert 0 < t.low <= t.seconds <= t.high and t.runs >= 3
+        assert t.bytes > 4 * found.members["c8"].params or t.part != "network"
+    once, pair = (found.timing(p, "c8", 1) for p in ("network", "guided"))
+    assert pair.bytes > once.bytes
+    again = run(capsys, "--members=c8", "--batch=1", f"--to={path}")
+    assert again[1] == out and "ms a call" not in again[2]
+
+
+def test_the_default_members_suit_the_device():
+    fake_tpu = dataclasses.make_dataclass("Device", ["platform"])("tpu")
+    assert cost_cli._members(None, None, fake_tpu) == [m.name for m in zoo.PAPER]
+    assert cost_cli._members(None, None, DEVICE) == [m.name for m in zoo.SMALL]
