@@ -28,7 +28,8 @@ START_S = 900
 HEARTBEAT_S = 100
 _SLICE_MS = 1_000  # between two looks at signals and at failures of others
 _FAILED, _LEFT = "ldm_scaling/failed", "ldm_scaling/left"
-_LEAVING_S = 5.0  # that the lead waits for others that leave too
+_LEAVING_S = 5.0  # that processes wait for others that leave too
+_SAVED = 75  # the status after a checkpoint that all have written together
 _COMMANDS = "TPU pods and slices, GKE (with the package kubernetes) and Slurm"
 
 _counts: collections.Counter[str] = collections.Counter()
@@ -180,7 +181,8 @@ def leave(status: int, why: str = "") -> None:
 
 
 def _tell(status: int, why: str) -> None:
-    """Tells the other processes that this one ends; the lead waits a little for them to do so too.
+    """Tells the other processes that this one ends; the lead waits a little for them to do so too,
+    and where all end alike (75), each for all: jax aborts those that see others gone.
     """
     client, own = _client(), _process_id()
     text = json.dumps({"status": status, "why": f"process {own}: {why}"})
@@ -188,7 +190,9 @@ def _tell(status: int, why: str) -> None:
     client.key_value_set(f"{_LEFT}/{own}", "null")
     # It serves what the others read: without it they are ended by jax, with no status of ours.
     deadline = time.monotonic() + _LEAVING_S
-    for other in range(1, _process_count() if own == 0 else 0):
+    for other in range(_process_count()) if own == 0 or status == _SAVED else ():
+        if other == own:
+            continue
         left_ms = int(1000 * (deadline - time.monotonic()))
         client.blocking_key_value_get(f"{_LEFT}/{other}", max(left_ms, 1))
 

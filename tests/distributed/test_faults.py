@@ -99,7 +99,8 @@ class Driver:
             assert statuses[victim] == -signal.SIGKILL, self.told()
             assert others <= {76, 1, 2, -signal.SIGABRT}, self.told()
         if 75 in statuses:
-            assert statuses == [75] * PROCESSES, self.told()
+            # One that is slow to leave may be aborted by jax, which sees that others are gone.
+            assert set(statuses) <= {75, -signal.SIGABRT}, self.told()
             assert "stopped by SIGTERM after step" in self.told()
 
     def full(self, newest):
