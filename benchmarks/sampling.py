@@ -39,7 +39,7 @@ from diffusers.schedulers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from ldm_scaling.diffusion.schedule import Schedule
 from ldm_scaling.models import convert, unet
-from ldm_scaling.parallel import hosts
+from ldm_scaling.parallel import hosts, placing
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling import guidance, sampler, solvers
 from ldm_scaling.sampling.lanes import Lanes
@@ -126,7 +126,7 @@ class Sweep:
         """Prompts and numbers, repeated up to the batch size, on the devices."""
         width = self.size if fill else -(-self.samples // self.mesh.size) * self.mesh.size
         context = np.resize(self.context, (width, LENGTH, WIDTH))
-        return mesh_lib.put_batch(self.mesh, (context, np.resize(self.index, width)))
+        return placing.put_batch(self.mesh, (context, np.resize(self.index, width)))
 
     def cold_loop(self, some: int):
         context, index = self._batch(fill=False)

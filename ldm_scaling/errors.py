@@ -1,6 +1,13 @@
 """Errors that a user can mend, and the word that a process should end."""
 
 
+# Exit statuses that tell a launcher to start the same command again: what was done is saved
+# (sysexits.h calls it a temporary failure); processes stalled or lost each other, and nothing was
+# saved since the last checkpoint.
+SAVED = 75
+STALLED = 76
+
+
 class UserError(ValueError):
     """Something the user gave is wrong: a config key, a file, a missing package.
 

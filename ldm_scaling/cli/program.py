@@ -19,13 +19,7 @@ from ldm_scaling.cli import flags
 from ldm_scaling.cli.commands import COMMANDS, OWN
 from ldm_scaling.cli.flags import first_line
 from ldm_scaling.cli.usage import usage
-from ldm_scaling.errors import ApartError, Interrupted, UserError
-
-# What is done is saved, the same command goes on: sysexits.h calls it a temporary failure.
-SAVED = 75
-# The watchdog of training ends the process with it, see `training`: as 75 to a launcher, but
-# nothing was saved since the last checkpoint.
-STALLED = 76
+from ldm_scaling.errors import SAVED, STALLED, ApartError, Interrupted, UserError
 
 log = logging.getLogger("ldm_scaling")
 
@@ -187,9 +181,9 @@ def main(argv: list[str] | None = None) -> int:
 
     0; 2 after a one-line error that the user can mend; 1 after one that is not the user's doing;
     130 after Ctrl-C; 75 after SIGTERM, when what is done is saved: the same command goes on from
-    there. Training's watchdog ends the process with 76 when a step stalls or a host is lost: the
-    same command goes on from the last checkpoint. One of several processes ends at once instead of
-    returning, unless all is done.
+    there. 76 where processes do not come together or lose each other, and, by training's
+    watchdog, when a step stalls: the same command goes on from the last checkpoint. One of several
+    processes ends at once instead of returning, unless all is done.
     """
     argv = sys.argv[1:] if argv is None else argv
     asked = "--help" in argv and argv[0] not in OWN

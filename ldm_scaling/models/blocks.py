@@ -61,8 +61,8 @@ def dense(
     """A linear layer over the last axis.
 
     Args:
-      gather: `gather(product)` is the product with the kernel that its operand is a part of, see
-        `parallel.gathering`.
+      gather: `gather.at(name)(product)` is the product with the kernel that its operand is a part
+        of, see `parallel.gathering`.
     """
     if gather is not None:
         kw |= {"dot_general": gather.at(name)(jax.lax.dot_general), "sharded": True}
@@ -141,7 +141,7 @@ class ResBlock(nn.Module):
       features: channels out.
       groups: groups of the normalisation.
       eps: its epsilon (1e-5 in the U-Net, 1e-6 in the autoencoder).
-      gather: see `dense`; the same in all blocks.
+      gather: see `dense`; in all blocks, that of the block's own place.
     """
 
     features: int

@@ -327,7 +327,7 @@ def unet_params(
     Raises:
       UserError: with a diff, unless every tensor and every parameter finds its partner.
     """
-    expected = jax.eval_shape(lambda: unet.init(spec, jax.random.key(0)))
+    expected = unet.param_shapes(spec)
     return pretrained.fill(expected, split_gates(tensors), _unet_rules(spec), source=source)
 
 

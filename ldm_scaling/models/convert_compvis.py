@@ -93,7 +93,7 @@ def load_unet(
     if ema:
         params = _averaged(params, _under(tensors, _EMA), path)
     levels, spec = _unet_spec(params, path, heads, sample_size)
-    expected = jax.eval_shape(lambda: unet.init(spec, jax.random.key(0)))
+    expected = unet.param_shapes(spec)
     rules = _unet_rules(spec, levels)
     return spec, pretrained.fill(expected, convert.split_gates(params), rules, source=path)
 

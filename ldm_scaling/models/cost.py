@@ -48,7 +48,7 @@ def of(spec: unet.UNetSpec) -> Cost:
     Raises:
       UserError: where JAX may not use the CPU: other platforms' plug-ins do not count.
     """
-    params = jax.eval_shape(lambda: unet.init(spec, jax.random.key(0)))
+    params = unet.param_shapes(spec)
     inputs = jax.eval_shape(functools.partial(unet.example_inputs, spec))
     network = unet.UNet(spec, attention=attention.textbook)
 

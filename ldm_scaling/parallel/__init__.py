@@ -1,1 +1,1 @@
-"""Mesh, sharding rules, hosts."""
+"""Mesh, sharding rules, hosts and processes; what compiled programs cost."""

@@ -43,7 +43,6 @@ _ENVIRONMENT = {
 }  # fmt: skip
 # At the usual effort a network of 866M compiles for 13 minutes instead of 2 to 3.
 _EFFORT = -1.0
-GB = 1e9
 CostOf = Callable[[hlo.CustomCall], tuple[float, float] | None]
 
 
@@ -70,13 +69,6 @@ def require() -> None:
     """Raises `MissingPackageError` where the TPU's compiler is not installed."""
     if importlib.util.find_spec("libtpu") is None:
         raise MissingPackageError("libtpu", "compiling for a TPU", extra="tpu-plan")
-
-
-def version() -> str:
-    """Of libtpu."""
-    import importlib.metadata
-
-    return importlib.metadata.version("libtpu")
 
 
 def topology(name: str, num_slices: int = 1) -> list[jax.Device]:
@@ -127,10 +119,7 @@ def _nearest(name: str) -> str:
 
 
 def _chips(name: str) -> int:
-    out = 1
-    for side in name.split(":")[1].split("x"):
-        out *= int(side)
-    return out
+    return math.prod(int(side) for side in name.split(":")[1].split("x"))
 
 
 def chip_of(devices: Iterable[Any]) -> tuple[chips.Chip, int]:

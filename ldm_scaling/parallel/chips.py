@@ -37,7 +37,6 @@ class Chip:
       hbm_bandwidth: bytes/s.
       link_bandwidth: bytes/s that leave a chip over all its links (ICI, NVLink), one way.
       network_bandwidth: bytes/s that leave a chip for other slices; None where not known.
-      chips_per_host: in slices of several hosts.
       devices_per_chip: JAX devices on one chip.
       source: see the module's list.
     """
@@ -51,7 +50,6 @@ class Chip:
     hbm_bandwidth: float
     link_bandwidth: float
     network_bandwidth: float | None
-    chips_per_host: int
     devices_per_chip: int
     source: str
 
@@ -63,14 +61,14 @@ def _tpu(
     network = dcn_gbit_s / 8 * _GIGA if dcn_gbit_s else None
     return Chip(
         name, kinds, hbm_gib * _GIB, usable_gib * _GIB, tflops * _TERA, tflops * _TERA,
-        hbm_gb_s * _GIGA, ici_gb_s * _GIGA, network, 4, devices, source,
+        hbm_gb_s * _GIGA, ici_gb_s * _GIGA, network, devices, source,
     )
 
 
 def _gpu(name, kind, hbm_gb, tflops, tf32, hbm_gb_s, nvlink_gb_s, source) -> Chip:
     return Chip(
         name, (kind,), hbm_gb * _GIGA, None, tflops * _TERA, tf32 * _TERA, hbm_gb_s * _GIGA,
-        nvlink_gb_s * _GIGA, None, 8, 1, source,
+        nvlink_gb_s * _GIGA, None, 1, source,
     )
 
 

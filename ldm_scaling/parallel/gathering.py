@@ -100,7 +100,7 @@ def _part(dims: tuple, kernel: jax.Array) -> jax.Array:
     return kernel
 
 
-def manual(shardings: Any) -> Any:
+def _manual(shardings: Any) -> Any:
     """Their `PartitionSpec`s without `tensor`, which stays the compiler's."""
 
     def one(sharding: NamedSharding) -> PartitionSpec:
@@ -125,12 +125,10 @@ def spread(
     if mesh.size == 1:
         return make(None, True)
     whole = make(None, False)
-    specs = manual(rules.shardings(shapes, mesh))
+    specs = _manual(rules.shardings(shapes, mesh))
     paths = {
         rules.path_name(path): spec
-        for path, spec in jax.tree_util.tree_leaves_with_path(
-            specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
-        )
+        for path, spec in jax.tree_util.tree_leaves_with_path(specs)
     }
     sharded = any(any(spec) for spec in paths.values())
     local = make(Gather(paths) if sharded else None, True)

@@ -4,7 +4,6 @@ two."""
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import numpy as np
@@ -115,23 +114,6 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Sharding of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
-
-
-def put_batch(mesh: Mesh, tree: Any) -> Any:
-    """Arrays placed with their first axis over every device; whole where it does not split.
-
-    Every process holds the whole batch, and each takes its own part of it; training uses what each
-    process has read by itself.
-    """
-
-    def put(leaf):
-        fits = leaf.shape[0] % shards(mesh) == 0
-        sharding = batch_sharding(mesh) if fits else replicated(mesh)
-        if jax.process_count() == 1 or isinstance(leaf, jax.Array):
-            return jax.device_put(leaf, sharding)
-        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
-
-    return jax.tree.map(put, tree)
 
 
 def check_batch(mesh: Mesh, batch_size: int, name: str) -> None:

@@ -2,7 +2,7 @@
 
 What is placed on devices of several processes must be the same in each of them; each gives its own
 devices their part, and nothing is sent. What comes back is sent where a process lacks a part: then
-all must ask for it, in the same order. Batches are placed by `mesh.put_batch`.
+all must ask for it, in the same order.
 """
 
 from __future__ import annotations
@@ -27,14 +27,27 @@ def put(tree: Any, shardings: Any) -> Any:
 def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
     if sharding.is_fully_addressable:
         return jax.device_put(leaf, sharding)
-    is_key = isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    whole = leaf if is_key else np.asarray(leaf)
+    whole = np.asarray(leaf)
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:
-    """Arrays whole on every device; keys of `jax.random` too."""
+    """Arrays whole on every device."""
     return put(tree, mesh_lib.replicated(mesh))
+
+
+def put_batch(mesh: Mesh, tree: Any) -> Any:
+    """Arrays placed with their first axis over replicas and shards; whole where it does not split.
+
+    Every process holds the whole batch, and each takes its own part of it; training uses what each
+    process has read by itself.
+    """
+
+    def sharding(leaf):
+        fits = leaf.shape[0] % mesh_lib.shards(mesh) == 0
+        return mesh_lib.batch_sharding(mesh) if fits else mesh_lib.replicated(mesh)
+
+    return jax.tree.map(lambda leaf: _put(leaf, sharding(leaf)), tree)
 
 
 def fetch(tree: Any) -> Any:

@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from ldm_scaling.errors import ApartError, Interrupted, UserError
+from ldm_scaling.errors import SAVED, ApartError, Interrupted, UserError
 
 # How long processes wait for each other to start: a pod's hosts come up minutes apart.
 START_S = 900
@@ -29,7 +29,6 @@ HEARTBEAT_S = 100
 _SLICE_MS = 1_000  # between two looks at signals and at failures of others
 _FAILED, _LEFT = "ldm_scaling/failed", "ldm_scaling/left"
 _LEAVING_S = 5.0  # that processes wait for others that leave too
-_SAVED = 75  # the status after a checkpoint that all have written together
 _COMMANDS = "TPU pods and slices, GKE (with the package kubernetes) and Slurm"
 
 _counts: collections.Counter[str] = collections.Counter()
@@ -184,13 +183,13 @@ def _tell(status: int, why: str) -> None:
     """Tells the other processes that this one ends; the lead waits a little for them to do so too,
     and where all end alike (75), each for all: jax aborts those that see others gone.
     """
-    client, own = _client(), _process_id()
+    client, own = _client(), _state().process_id
     text = json.dumps({"status": status, "why": f"process {own}: {why}"})
     client.key_value_set(_FAILED, text, allow_overwrite=True)
     client.key_value_set(f"{_LEFT}/{own}", "null")
     # It serves what the others read: without it they are ended by jax, with no status of ours.
     deadline = time.monotonic() + _LEAVING_S
-    for other in range(_process_count()) if own == 0 or status == _SAVED else ():
+    for other in range(_state().num_processes) if own == 0 or status == SAVED else ():
         if other == own:
             continue
         left_ms = int(1000 * (deadline - time.monotonic()))
@@ -223,23 +222,15 @@ def _failure(status: int, why: str) -> BaseException:
     return RuntimeError(told) if status == 1 else Interrupted(told)
 
 
-def _client() -> Any:
+def _state() -> Any:
     # jax gives no public name to its client; Orbax takes it from the same place.
     from jax._src import distributed
 
-    return distributed.global_state.client
+    return distributed.global_state
 
 
-def _process_id() -> int:
-    from jax._src import distributed
-
-    return distributed.global_state.process_id
-
-
-def _process_count() -> int:
-    from jax._src import distributed
-
-    return distributed.global_state.num_processes
+def _client() -> Any:
+    return _state().client
 
 
 def _first_line(error: BaseException) -> str:

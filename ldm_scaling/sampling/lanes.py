@@ -171,7 +171,7 @@ class Lanes:
         return lax.with_sharding_constraint(carry, mesh_lib.batch_sharding(self.mesh))
 
     def _put(self, tree: Any) -> Any:
-        return mesh_lib.put_batch(self.mesh, tree)
+        return placing.put_batch(self.mesh, tree)
 
     def _shapes(self, cond_1: Any, guided: bool) -> Lane:
         """What the lanes hold."""

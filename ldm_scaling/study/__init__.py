@@ -1,1 +1,1 @@
-"""Sweeps, records, curves, plots and the report."""
+"""Sweeps, records, curves, plots and the report; evaluation, plans, costs and advice."""

@@ -145,7 +145,7 @@ def metric_of(records: Sequence[Record], metric: str | None) -> str:
     Raises:
       UserError: where no record has it.
     """
-    have = [name for name in labels.MEASURES if any(name in r.metrics for r in records)]
+    have = curves_lib.measures(records)
     if metric is None and have:
         return have[0]
     if metric in have:
@@ -191,8 +191,9 @@ def of_records(
     price, where = _pricing(found, points, unit, prices, batch)
     measure = labels.measure(metric)
     images = sorted({p.num_images for p in points})
+    reported = labels.listing([str(block) for block in report_blocks])
     notes = [
-        f"Chosen on seed block {select_block}, reported on {labels.listing(_texts(report_blocks))} "
+        f"Chosen on seed block {select_block}, reported on {reported} "
         f"({labels.listing([f'{n:,}' for n in images])} pictures each): other prompts and noise. "
         "Intervals and probabilities do not cover the chance of another training run.",
     ]
@@ -234,10 +235,6 @@ def _priced_here(
 def _timed(price: Price | None, batch: int) -> bool:
     needed = ("network", "guided", "decoder")
     return price is not None and all((part, batch) in price.seconds for part in needed)
-
-
-def _texts(values: Sequence[object]) -> list[str]:
-    return [str(v) for v in values]
 
 
 def _pricing(

@@ -19,6 +19,7 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.study import advice, budgets, cost_files, labels
 from ldm_scaling.study import records as records_lib
 from ldm_scaling.study.advice import Advice
+from ldm_scaling.study.arguments import Parser, above_0, whole
 from ldm_scaling.study.budgets import Budget
 from ldm_scaling.study.curves import Point
 from ldm_scaling.study.records import Record
@@ -33,29 +34,12 @@ _USAGE = """
 _NAMED = re.compile(r"[0-9a-f]{16}\.json")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"advise: {message}; see  ldm-scaling advise --help")
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    return int(text)
-
-
-def _above_0(text: str) -> int:
-    if not _whole(text):
-        raise argparse.ArgumentTypeError("give 1 or more")
-    return int(text)
-
-
 def _several(text: str) -> list[int]:
-    return [_whole(piece.strip()) for piece in text.split(",")]
+    return [whole(piece.strip()) for piece in text.split(",")]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         "ldm-scaling advise", _USAGE, allow_abbrev=False,
         description="Which size, sampler, steps and guidance to take for a budget, what to expect, "
         "how sure that is, and the best for every smaller budget. docs/advise.md says how.",
@@ -70,10 +54,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", metavar="KIND", help="seconds are those of this device, such as h100, as "
         "ldm-scaling cost  measured them; without it the records' own")
     add("--costs", metavar="PLACE", help=f"where those lie, a folder or file ({cost_files.FOLDER})")
-    add("--batch", type=_above_0, metavar="N", help="pictures drawn at a time on the device (1)")
+    add("--batch", type=above_0, metavar="N", help="pictures drawn at a time on the device (1)")
     add("--metric", metavar="NAME", help="the measure; the first that the records have")
     add("--task", metavar="NAME", help="of the records, where they are of several")
-    add("--select-block", type=_whole, default=0, metavar="N", help="seed block that chooses (0)")
+    add("--select-block", type=whole, default=0, metavar="N", help="seed block that chooses (0)")
     add("--report-blocks", type=_several, default=[1], metavar="N,M", help="seed blocks that are "
         "reported, pooled (1)")
     add("--format", choices=("text", "json"), default="text", help="how to print")

@@ -21,6 +21,7 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.files import sha256_of
 from ldm_scaling.models.text_encoder import TextEncoder
 from ldm_scaling.parallel import mesh as mesh_lib
+from ldm_scaling.parallel import placing
 from ldm_scaling.study.encoders import LatentEncoder, TextStates
 
 DTYPES = ("float16", "float32")
@@ -169,7 +170,7 @@ def cache_latents(
     def make(start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
         def run(x_BHWC):
             fill = [(0, size - len(x_BHWC))] + [(0, 0)] * 3
-            padded = mesh_lib.put_batch(mesh, np.pad(x_BHWC, fill, mode="edge"))
+            padded = placing.put_batch(mesh, np.pad(x_BHWC, fill, mode="edge"))
             return encode(params(), padded), len(x_BHWC)
 
         at = start

@@ -259,7 +259,7 @@ def train_gflops(spec: unet.UNetSpec) -> float:
             loss_lib.diffusion_loss(denoise, params, x_BHWC, cond, key, schedule, "epsilon")
         )
 
-    params = jax.eval_shape(lambda: unet.init(spec, jax.random.key(0)))
+    params = unet.param_shapes(spec)
     x_BHWC, _, ctx_BLD = jax.eval_shape(functools.partial(unet.example_inputs, spec))
     key = jax.eval_shape(lambda: jax.random.key(0))
     return _gflops(jax.value_and_grad(loss), params, x_BHWC, ctx_BLD, key)

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import io
 import json
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.models import analytic, autoencoder, cost, zoo
 from ldm_scaling.parallel import compiled
 from ldm_scaling.study import caching_cost, cost_files, labels, plan_parts, timing
+from ldm_scaling.study.arguments import Parser
 from ldm_scaling.study.cost_files import CostFile, MemberCost, Skipped, Timing
 
 _USAGE = """
@@ -41,11 +41,6 @@ _DECODERS = {
 _TEXTS = {384: "minilm", 768: "clip_l", 1024: "clip_h"}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"cost: {message}; see  ldm-scaling cost --help")
-
-
 def _batches(text: str) -> tuple[int, ...]:
     pieces = [piece.strip() for piece in text.split(",")]
     if not all(piece.isdecimal() and int(piece) for piece in pieces):
@@ -53,8 +48,8 @@ def _batches(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(piece) for piece in pieces}))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         "ldm-scaling cost", _USAGE, allow_abbrev=False,
         description="Counts parameters and FLOPs of each member, and measures seconds of a network "
         "call, a guided pair of calls, the decoder and the text encoder on this machine's first "
@@ -78,13 +73,9 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     Raises:
       UserError: for what the user can mend.
     """
-    given, overrides = _parser().parse_known_args(list(arguments))
-    unknown = [one for one in overrides if not re.match(r"--?config\.", one)]
-    if unknown or (overrides and not given.config):
-        raise UserError(
-            f"unknown argument {unknown[0]!r}; see  ldm-scaling cost --help" if unknown
-            else f"{overrides[0]} changes a key of --config=FILE: give that too"
-        )
+    given, overrides = _parser().parse_with_config(arguments)
+    if overrides and not given.config:
+        raise UserError(f"{overrides[0]} changes a key of --config=FILE: give that too")
     study = None
     if given.config:
         study = config_lib.parse(parse([f"--config={given.config}", *overrides]).config)

@@ -188,7 +188,7 @@ def read(path: epath.PathLike) -> CostFile:
         ) from e
 
 
-def read_all(place: epath.PathLike) -> list[CostFile]:
+def _there(place: epath.PathLike) -> list[CostFile]:
     """Those of a folder, or the one of a file; [] where there is no such place."""
     place = epath.Path(place)
     if place.is_dir():
@@ -214,7 +214,7 @@ def of_device(place: epath.PathLike, device: str) -> CostFile:
     Raises:
       UserError: where nothing was measured on such a device, or several kinds are meant.
     """
-    there = read_all(place)
+    there = _there(place)
     fits = [_meant(f, device) for f in there]
     found = [f for f, fit in zip(there, fits) if fit and fit == max(fits)]
     if len(found) == 1:

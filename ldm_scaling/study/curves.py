@@ -88,6 +88,19 @@ def samplers(records: Iterable[Record]) -> list[str]:
     return sorted(found, key=lambda s: (s.partition(", ")[0] != "ddim", s))
 
 
+def measures(records: Sequence[Record]) -> list[str]:
+    """The measures that any of these holds, in the order of `labels.MEASURES`."""
+    return [name for name in labels.MEASURES if any(name in r.metrics for r in records)]
+
+
+def longest(records: Sequence[Record]) -> list[Record]:
+    """The records of each size's longest training."""
+    steps: dict[str, int] = {}
+    for r in records:
+        steps[r.identity.model] = max(steps.get(r.identity.model, 0), r.identity.train_step)
+    return [r for r in records if r.identity.train_step == steps[r.identity.model]]
+
+
 def last_rounds(records: Sequence[Record]) -> list[Record]:
     """The records without those that a later round of the same race replaces: it holds their
     images and more."""

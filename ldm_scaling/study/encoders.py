@@ -31,7 +31,7 @@ from ldm_scaling.models import (
     t5,
     text_encoder,
 )
-from ldm_scaling.parallel import hosts
+from ldm_scaling.parallel import hosts, placing
 from ldm_scaling.parallel import mesh as mesh_lib
 
 # --- pictures ---------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ class TextStates:
             placed = jax.device_put(encoder._params, mesh_lib.replicated(mesh))
 
             def split(params, *arrays):
-                return encoder._encode(params, *mesh_lib.put_batch(mesh, list(arrays)))
+                return encoder._encode(params, *placing.put_batch(mesh, list(arrays)))
 
             changes = {"batch": batch, "_params": placed, "_encode": split}
         return dataclasses.replace(self, _encoder=dataclasses.replace(encoder, **changes))

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from ldm_scaling.data.image_folder import ImageFolder
 from ldm_scaling.errors import UserError
 from ldm_scaling.parallel import compiled, hosts
 from ldm_scaling.study import evaluate, evaluate_checks, evaluate_show, protocols, scores, weights
+from ldm_scaling.study.arguments import Parser, above_0, whole
 from ldm_scaling.study.evaluate import Options, Task
 from ldm_scaling.study.features import ImageSet
 
@@ -33,19 +33,8 @@ _USAGE = """
   ldm-scaling evaluate --protocol=coco30k --data=DIR --workdir=DIR  draws the images first"""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"evaluate: {message}; see  ldm-scaling evaluate --help")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    return int(text)
-
-
 def _replicates(text: str) -> int:
-    if 0 < _count(text) < _FEWEST:
+    if 0 < whole(text) < _FEWEST:
         raise argparse.ArgumentTypeError(f"give 0 for no intervals, or {_FEWEST} or more")
     return int(text)
 
@@ -60,14 +49,8 @@ def _rate(text: str) -> float:
     return value
 
 
-def _above_0(text: str) -> int:
-    if not _count(text):
-        raise argparse.ArgumentTypeError("give 1 or more")
-    return int(text)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         "ldm-scaling evaluate", _USAGE, allow_abbrev=False, add_help=True,
         description="Scores images. Which scores there are: docs/evaluate.md.",
     )
@@ -78,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"scores or groups of them, with commas; {', '.join(_DEFAULT)} if not given, or what "
         f"the protocol says. Groups: {', '.join(scores.GROUPS)}. Scores: "
         f"{', '.join(scores.SCORES)}")
-    add("--side", type=_above_0, metavar="N", help="first brings all images to N x N pixels by "
+    add("--side", type=above_0, metavar="N", help="first brings all images to N x N pixels by "
         f"{image_folder.SQUARE}")
     add("--captions", metavar="FILE", help=".txt, a line for each image, or .json by name")
     add("--prefix", default="", metavar="TEXT", help="before each caption for CLIP scores")
@@ -93,21 +76,21 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", metavar="FILE", help="writes the scores as JSON")
     add("--replicates", type=_replicates, default=100, metavar="N",
         help="of the bootstrap behind the intervals; 0 for none")
-    add("--seed", type=_count, default=0, metavar="N", help="of the bootstrap")
+    add("--seed", type=whole, default=0, metavar="N", help="of the bootstrap")
     add = parser.add_argument_group("protocols").add_argument
     add("--protocol", metavar="NAME", help=f"{', '.join(protocols.PROTOCOLS)}")
     add("--protocols", action="store_true", help="prints what each protocol is")
     add("--data", metavar="DIR", help="the protocol's data as it was downloaded")
     add("--images", metavar="DIR", help="images drawn for the protocol")
     add("--reference", metavar="FILE", help="statistics instead of the protocol's real images")
-    add("--limit", type=_above_0, metavar="N", help="only the first N of the protocol, to try out")
+    add("--limit", type=above_0, metavar="N", help="only the first N of the protocol, to try out")
     add = parser.add_argument_group("drawing a protocol's images").add_argument
     add("--workdir", metavar="DIR", help="of the study whose network draws; what is drawn is kept")
     add("--config", metavar="FILE[:argument]", help="of the study, with --config.KEY=VALUE to "
         "change its keys; the workdir knows the one that was last used in it")
     add("--member", metavar="NAME", help="the network that draws")
     add("--sampler", metavar="NAME", help="the protocol's if not given; so are the next two")
-    add("--steps", type=_above_0, metavar="N", help="how many")
+    add("--steps", type=above_0, metavar="N", help="how many")
     add("--guidance", type=_rate, metavar="RATE", help="1 is none")
     return parser
 
@@ -121,10 +104,7 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     Raises:
       UserError: for what the user can mend.
     """
-    given, rest = _parser().parse_known_args(list(arguments))
-    unknown = [one for one in rest if not re.match(r"--?config\.", one)]
-    if unknown:
-        raise UserError(f"unknown argument {unknown[0]!r}; see  ldm-scaling evaluate --help")
+    given, rest = _parser().parse_with_config(arguments)
     # A config reads its own overrides.
     values = {name: getattr(given, name) for name in _COMMON}
     common = parse([*(f"--{name}={value}" for name, value in values.items() if value), *rest])

@@ -13,6 +13,7 @@ from etils import epath
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.study import curves, labels, records
+from ldm_scaling.study.arguments import Parser
 from ldm_scaling.study.figures import beside, catalogue
 from ldm_scaling.study.figures.source import Source
 from ldm_scaling.study.records import Record
@@ -24,13 +25,8 @@ _USAGE = """
   ldm-scaling figure --list                              what there is"""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"figure: {message}; see  ldm-scaling figure --help")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         "ldm-scaling figure", _USAGE, allow_abbrev=False,
         description="Draws the paper's figures from a folder of records: PNG, SVG, PDF, and the "
         "numbers as CSV. No config, network or data is needed. What each shows: docs/figures.md.",
@@ -89,7 +85,7 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
 
 
 def _metric(given: argparse.Namespace, found: Sequence[Record], folder: epath.Path) -> str:
-    held = [m for m in labels.MEASURES if any(m in r.metrics for r in found)]
+    held = curves.measures(found)
     if not held:
         raise UserError(f"no record in {folder} holds a measure of {', '.join(labels.MEASURES)}: "
                         "give another folder, or add the measure to study/labels.py")

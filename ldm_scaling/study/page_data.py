@@ -29,10 +29,6 @@ def _round(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.{_DIGITS}g}")
 
 
-def _measures(records: Sequence[Record]) -> list[Measure]:
-    return [m for name, m in labels.MEASURES.items() if any(name in r.metrics for r in records)]
-
-
 def charts(records: Sequence[Record], metric: str, select: int, report: int) -> dict[str, Any]:
     """Everything that the interactive charts draw, ready for JSON.
 
@@ -42,7 +38,7 @@ def charts(records: Sequence[Record], metric: str, select: int, report: int) -> 
       select: seed block that chooses.
       report: seed block that is reported.
     """
-    shown = _measures(records)
+    shown = [labels.MEASURES[name] for name in curves_lib.measures(records)]
     sizes, arms = curves_lib.models(records), curves_lib.samplers(records)
     params = {r.identity.model: r.params for r in records}
     points = []
@@ -211,7 +207,7 @@ def table(
       report: the reported seed block.
     """
     chosen = {(p.model, p.sampler, p.steps, p.guidance) for c in curves.values() for p in c}
-    shown = _measures(records)
+    shown = [labels.MEASURES[name] for name in curves_lib.measures(records)]
     heads = ["size", "sampler", "steps", "guidance", "seed block", "cost", "s per image"]
     heads += [*(m.short for m in shown), "images", "parameters", "normalised cost", "spacing"]
     heads += ["record"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from ldm_scaling import config as config_lib
 from ldm_scaling.config import Study
 from ldm_scaling.errors import UserError
+from ldm_scaling.study.arguments import Parser, above_0
 
 _USAGE = """
   ldm-scaling plan --config=FILE --topology=v5e:16x16       what training will need
@@ -21,19 +21,8 @@ _USAGE = """
 _ALL = "all-parts"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"plan: {message}; see  ldm-scaling plan --help")
-
-
-def _above_0(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         "ldm-scaling plan", _USAGE, allow_abbrev=False,
         description="Compiles what a job would run for TPUs that are not here, on any CPU machine: "
         "memory, FLOPs, exchanges, the least time. What each number is: docs/plan.md.",
@@ -42,10 +31,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--config", metavar="FILE[:argument]", help="of the study, with --config.KEY=VALUE to "
         "change its keys")
     add("--topology", metavar="NAME", help="e.g. v5e:16x16, v5p:4x8x8, v6e:16x16")
-    add("--num-slices", "--num_slices", type=_above_0, default=1, metavar="N",
+    add("--num-slices", "--num_slices", type=above_0, default=1, metavar="N",
         help="how many such slices, joined by the data-centre network")
     add("--member", metavar="NAME", help="the network, where the config has several")
-    add("--batch", type=_above_0, metavar="N",
+    add("--batch", type=above_0, metavar="N",
         help="examples a step; with --kind=sample, lanes of each process")
     add("--kind", choices=("train", "sample", _ALL), default="train",
         help="the train step; a guided row of the sampler; or these, the autoencoder's encoder and "
@@ -71,10 +60,7 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     Raises:
       UserError: for what the user can mend; where something is worse than the baseline.
     """
-    given, overrides = _parser().parse_known_args(list(arguments))
-    unknown = [one for one in overrides if not re.match(r"--?config\.", one)]
-    if unknown:
-        raise UserError(f"unknown argument {unknown[0]!r}; see  ldm-scaling plan --help")
+    given, overrides = _parser().parse_with_config(arguments)
 
     def study_of(flag: str) -> Study:
         return config_lib.parse(parse([flag, *overrides]).config)

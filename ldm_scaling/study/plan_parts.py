@@ -189,7 +189,7 @@ def _sample(study: Study, member: str, devices: list[jax.Device]) -> Part:
     )
     context = jax.ShapeDtypeStruct((1, *context_shape(study, spec)), jnp.float16)
     program, rest = lanes.abstract({"context": context}, guided=True)
-    params = jax.eval_shape(lambda: unet.init(spec, jax.random.key(0)))
+    params = unet.param_shapes(spec)
     params = _placed(params, rules.shardings(params, mesh))
     return Part(
         "sample", program, (params, *rest), mesh, size, copies,

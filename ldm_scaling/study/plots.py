@@ -106,14 +106,19 @@ def guidance_by_steps(records: Sequence[Record], metric: str, sampler: str, bloc
     return fig
 
 
-def curve(ax: Axes, x: Sequence[float], points: Sequence[Point], **how: object) -> None:
-    """Points of one curve, the interval of each, and the band of all where replicates allow it."""
+def curve(
+    ax: Axes, x: Sequence[float], points: Sequence[Point], **how: object
+) -> bands.Band | None:
+    """Points of one curve, the interval of each, and the band of all where replicates allow it,
+    which is returned."""
     ax.plot(x, [p.value for p in points], **how)
     ends = [(at, p.low, p.high) for at, p in zip(x, points, strict=True) if p.low is not None]
     if ends:
         ax.vlines(*zip(*ends, strict=True), color=how["color"], lw=1.3, alpha=0.55)
-    if len(points) > 1 and (band := bands.of_points(points)) is not None:
+    band = bands.of_points(points) if len(points) > 1 else None
+    if band is not None:
         plot_style.band(ax, x, band.all_low_P, band.all_high_P, how["color"])
+    return band
 
 
 def _along(points: Sequence[Point], axis: str) -> tuple[list[float], list[Point]]:

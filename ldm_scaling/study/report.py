@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import csv
 import dataclasses
-import io
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -18,7 +16,7 @@ from ldm_scaling import files
 from ldm_scaling.errors import UserError
 from ldm_scaling.study import curves as curves_lib
 from ldm_scaling.study import findings, labels, page_data, plot_style
-from ldm_scaling.study.figures import catalogue
+from ldm_scaling.study.figures import catalogue, rows
 from ldm_scaling.study.records import Record
 from ldm_scaling.study.statistics import claims, words
 
@@ -131,13 +129,7 @@ def _reading_order(name: str) -> tuple[int, bool, str]:
 
 
 def _csv(records: Sequence[Record]) -> str:
-    rows = [r.flat() for r in records]
-    columns = list(dict.fromkeys(k for row in rows for k in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return _uri("text/csv;charset=utf-8", text.getvalue().encode())
+    return _uri("text/csv;charset=utf-8", rows.text([r.flat() for r in records]).encode())
 
 
 def _protocol(records: Sequence[Record], context: Context) -> list[str]:

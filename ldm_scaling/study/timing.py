@@ -108,7 +108,7 @@ def network(name: str, spec: unet.UNetSpec, batches: Sequence[int], device: jax.
             Program("network", name, b, once, inputs, spec, dtype),
             Program("guided", name, b, pair, (*inputs, _floats(b), _floats(1, *text)), spec, dtype),
         ]
-    return Group(jax.eval_shape(lambda: unet.init(spec, jax.random.key(0))), programs)
+    return Group(unet.param_shapes(spec), programs)
 
 
 def decoder(

@@ -63,6 +63,9 @@ class Crossover:
         sizes lose because they cannot take part, which says nothing.
       high: the outcome at the largest budget measured.
       small_wins: share of replicates in which a size other than the largest wins at `low`.
+      small_alone: one less the chance that the best single one of the smaller sizes beats the
+        largest there by luck, for as many sizes as try (Bonferroni); 0 or more. Of equal sizes some
+        smaller one nearly always wins, and `small_wins` alone would show nothing.
       probability: share in which the winner at `high` is larger than the winner at `low` (so the
         largest does not win at `low`); None without replicates.
     """
@@ -70,6 +73,7 @@ class Crossover:
     low: Winner
     high: Winner
     small_wins: float | None
+    small_alone: float | None
     probability: float | None
 
 
@@ -213,12 +217,17 @@ def crossovers(
             continue
         (low, low_MR), (high, high_MR) = met[0], met[-1]
         if low_MR is None or high_MR is None:
-            out[sampler] = Crossover(low, high, None, None)
+            out[sampler] = Crossover(low, high, None, None, None)
             holds.append(None)
             continue
         smaller_MR = np.cumsum(low_MR, axis=0) - low_MR
         holds_R = (high_MR * smaller_MR).sum(axis=0)
-        out[sampler] = Crossover(low, high, float(1 - low_MR[-1].mean()), float(holds_R.mean()))
+        losses_MR = paired([c.point for c in low.contenders], labels.measure(metric).sign)
+        beats_M = (losses_MR[:-1] < losses_MR[-1]).mean(axis=1)
+        small_alone = max(0.0, 1.0 - len(beats_M) * (1.0 - beats_M.max()))
+        out[sampler] = Crossover(
+            low, high, float(1 - low_MR[-1].mean()), float(small_alone), float(holds_R.mean())
+        )
         holds.append(holds_R)
-    paired = holds and all(h is not None and h.shape == holds[0].shape for h in holds)
-    return out, float(np.prod(np.stack(holds), axis=0).mean()) if paired else None
+    alike = holds and all(h is not None and h.shape == holds[0].shape for h in holds)
+    return out, float(np.prod(np.stack(holds), axis=0).mean()) if alike else None

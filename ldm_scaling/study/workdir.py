@@ -39,7 +39,7 @@ class Workdir:
         features/KEY.npz      features of a racing sweep between its rounds
         strips/KEY.png        the first pictures of each configuration
         samples/              grids that `ldm-scaling sample` drew
-        figures/              plots, PNG and SVG
+        figures/              plots: PNG, SVG, PDF and CSV
         report.html
     """
 

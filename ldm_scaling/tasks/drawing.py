@@ -77,7 +77,7 @@ def denoiser(
     def make(gather: Callable | None, apart: bool) -> Denoise:
         return unet.denoise_fn(spec, dtype, remat, form if apart else form.unfused(), gather)
 
-    shapes = jax.eval_shape(lambda: unet.init(spec, jax.random.key(0)))
+    shapes = unet.param_shapes(spec)
     return gathering.spread(make, shapes, mesh)
 
 
@@ -203,7 +203,7 @@ class Drawer:
         for start in range(0, len(z_JHWC), self.batch_size):
             z_BHWC = z_JHWC[start : start + self.batch_size]
             fill = [(0, self.batch_size - len(z_BHWC))] + [(0, 0)] * 3
-            put = mesh_lib.put_batch(self.mesh, np.pad(z_BHWC, fill, mode="edge"))
+            put = placing.put_batch(self.mesh, np.pad(z_BHWC, fill, mode="edge"))
             x = placing.fetch(self._decode(self.frozen.decoder_params, put))[: len(z_BHWC)]
             wrong = np.flatnonzero(~np.isfinite(x).all((1, 2, 3)))
             if wrong.size and on_broken is None:

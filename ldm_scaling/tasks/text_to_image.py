@@ -15,6 +15,7 @@ from ldm_scaling.diffusion import loss as loss_lib
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.models import autoencoder, cost, unet
 from ldm_scaling.parallel import mesh as mesh_lib
+from ldm_scaling.parallel import placing
 from ldm_scaling.sampling.guidance import Denoise
 from ldm_scaling.sampling.packing import Configuration
 from ldm_scaling.tasks.drawing import Drawer, Frozen, denoiser, pad_context
@@ -93,7 +94,7 @@ def make(
     loss = loss_fn(denoise, spec, train, diffusion, frozen.latent_scale, frozen.null_ctx_LD)
     table = drawer.table(sample.sampler, sample.steps, sample.spacing)
     sample_key = jax.random.key(0)
-    held_out = mesh_lib.put_batch(drawer.mesh, validation)
+    held_out = placing.put_batch(drawer.mesh, validation)
 
     def make_batch(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {name: np.asarray(batch[name]) for name in ("mean", "logvar", "context")}

@@ -15,7 +15,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from ldm_scaling.errors import UserError
-from ldm_scaling.parallel import hosts
+from ldm_scaling.parallel import hosts, rules
 from ldm_scaling.training import consensus
 from ldm_scaling.training.state import TrainState
 
@@ -102,7 +102,7 @@ class Checkpoints:
         self, step: int, state: TrainState, iterator: dict[str, Any],
         about: dict[str, Any] | None = None, metrics: dict[str, float] | None = None,
     ) -> None:
-        """Begins to save; a step that is there already is left alone. See `wait` and `poll`.
+        """Begins to save; a step that is there already is left alone. See `poll`.
 
         Args:
           step: its name.
@@ -146,14 +146,6 @@ class Checkpoints:
             if self._waiting.is_alive():
                 return True, None
         return False, None if self._error is None else self._unwritten(self._error)
-
-    def wait(self) -> None:
-        """Returns when every save so far is on disk. Raises `UserError` when one is not."""
-        if self._waiting is not None:
-            self._waiting.join()
-        _, error = self.poll()
-        if error is not None:
-            raise error
 
     def clean(self) -> None:
         """Forgets a save that failed and removes what it left: it would fill the store further."""
@@ -261,9 +253,7 @@ def _first_line(error: BaseException) -> str:
 
 def _shapes(tree: Any) -> dict[str, tuple]:
     """Path -> shape of every leaf, whatever containers the tree is made of."""
-    flat = jax.tree_util.tree_leaves_with_path(tree)
     return {
-        "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path):
-            tuple(leaf.shape)
-        for path, leaf in flat
+        rules.path_name(path): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }

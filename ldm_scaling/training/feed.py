@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,7 +35,6 @@ class Feed:
     Attributes:
       sharding: as given.
       state: what the loader goes on from after the batch in hand.
-      waited: seconds so far that `next` had to wait for a batch that was not there.
     """
 
     def __init__(
@@ -47,7 +45,6 @@ class Feed:
             raise ValueError(f"{ahead} batches ahead: at least 1")
         self._loader, self._make_batch, self.sharding = loader, make_batch, sharding
         self.state: dict[str, Any] = loader.get_state()
-        self.waited = 0.0
         self._items: queue.Queue[_Item | BaseException] = queue.Queue()
         self._room = threading.Semaphore(ahead)
         self._closing = threading.Event()
@@ -68,12 +65,7 @@ class Feed:
         """The next batch, on the devices. Raises what the loader or `make_batch` raises."""
         if self._error is not None:
             raise self._error
-        try:
-            item = self._items.get_nowait()
-        except queue.Empty:
-            started = time.perf_counter()
-            item = self._items.get()
-            self.waited += time.perf_counter() - started
+        item = self._items.get()
         self._room.release()
         if isinstance(item, BaseException):
             self._error = item

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
-from clu import metrics as clu_metrics
 from jax.sharding import Mesh
 
 from ldm_scaling.config import Train
@@ -56,7 +54,7 @@ class Meter:
 
     def _clear(self) -> None:
         self._seconds = dict.fromkeys((STEP, DATA, CHECKPOINT, OTHER), 0.0)
-        self._step = clu_metrics.Average(total=np.float64(0.0), count=np.int64(0))
+        self._steps = 0
 
     def lap(self, kind: str) -> None:
         """The time since the last lap was of this kind."""
@@ -72,10 +70,7 @@ class Meter:
             self._first = False
             self._seconds[STEP] = self._seconds[DATA] = 0.0
             return
-        spent = self._seconds[STEP] + self._seconds[DATA] - self._step.total
-        self._step = self._step.merge(
-            clu_metrics.Average(total=np.float64(spent), count=np.int64(1))
-        )
+        self._steps += 1
 
     def wait(self) -> float:
         """The share of the steps' time since the last `values` that went into waiting for data."""
@@ -89,8 +84,8 @@ class Meter:
             "checkpoint_stall": self._seconds[CHECKPOINT],
             "goodput": self.goodput(),
         }
-        if self._step.count:
-            out["step"] = seconds = float(self._step.compute())
+        if self._steps:
+            out["step"] = seconds = (self._seconds[STEP] + self._seconds[DATA]) / self._steps
             out["examples_per_second"] = self._batch_size / seconds if seconds else 0.0
             if self.flops and self.peak and seconds:
                 out["flops_utilisation"] = self.flops / seconds / self.peak

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from clu import metrics as clu_metrics
 
 from ldm_scaling.training import nonfinite
@@ -47,9 +47,10 @@ class Scalars:
         if nonfinite.names(values):
             self._refuse(step, values, state)
         for name, value in values.items():
-            average = self._averages.get(name, clu_metrics.Average.empty())
-            new = clu_metrics.Average.from_model_output(jnp.float32(value))
-            self._averages[name] = average.merge(new)
+            # On the host: small programs of their own would queue up behind the running step.
+            new = clu_metrics.Average(total=np.float32(value), count=np.float32(1))
+            before = self._averages.get(name)
+            self._averages[name] = new if before is None else before.merge(new)
         self.loss = values["loss"]
         return step
 

@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator
 
 import jax
 
+from ldm_scaling.errors import STALLED
+
 log = logging.getLogger(__name__)
 
-STATUS = 76  # EX_PROTOCOL; 75 is a run that was told to end and has saved.
 # Steps that compile, and what lies between steps (validation, pictures), may take so much longer.
 PATIENT = 4
 # Errors of a program itself, which starting again would not mend.
@@ -88,7 +89,7 @@ class Watchdog:
                     continue
                 end_process(
                     f"{self._name}: no step finished for {self._allowed:g} s after step "
-                    f"{self._step}: the process ends with status {STATUS}, to be started again "
+                    f"{self._step}: the process ends with status {STALLED}, to be started again "
                     "from the newest checkpoint. If it recurs, see the stacks in the log for what "
                     "hangs, or raise train.stall_seconds",
                     self._end,
@@ -114,7 +115,7 @@ def lost_host(name: str) -> Iterator[None]:
         lines = str(e).strip().splitlines() or [type(e).__name__]
         end_process(
             f"{name}: process {jax.process_index()} of {jax.process_count()} lost the others "
-            f"({lines[0][:200]}): it ends with status {STATUS}, to be started again, with all "
+            f"({lines[0][:200]}): it ends with status {STALLED}, to be started again, with all "
             "others, from the newest checkpoint"
         )
 
@@ -135,7 +136,7 @@ def end_process(message: str, end: Callable[[int], None] = os._exit) -> None:
     teller = threading.Thread(target=tell, daemon=True, name="last-words")
     teller.start()
     teller.join(_TELLING)
-    end(STATUS)
+    end(STALLED)
 
 
 def _stacks() -> str:

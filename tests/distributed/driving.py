@@ -22,6 +22,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 _THREADS = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0",
             "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
+_PATH = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "training")])  # where `toy` is
+
 
 class Nursery:
     """A process that others are forked from; use as a context manager."""
@@ -30,7 +32,7 @@ class Nursery:
         self._process = subprocess.Popen(
             [sys.executable, str(pathlib.Path(__file__).with_name("worker.py"))], cwd=ROOT,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, **_THREADS, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+            env={**os.environ, **_THREADS, "JAX_PLATFORMS": "cpu", "PYTHONPATH": _PATH},
         )
         assert self._process.stdout.readline() == "ready\n"
         return self

@@ -24,12 +24,6 @@ FAULTS = (
 
 
 @pytest.fixture(scope="module")
-def nursery():
-    with driving.Nursery() as nursery:
-        yield nursery
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Examples of which one is cut into."""
     path = tmp_path_factory.mktemp("data") / "linear.array_record"
@@ -67,7 +61,7 @@ class Driver:
     def start(self, **more):
         self.attempts += 1
         self.logs = self.directory / "logs" / f"{self.attempts:02d}"
-        job = _job(self.directory, self.data, pause=0.01, **more)
+        job = _job(self.directory, self.data, pause=0.03, **more)
         return self.nursery.start(job, PROCESSES, self.logs)
 
     def fault(self, kind):
@@ -89,7 +83,7 @@ class Driver:
             run.signal(signal.SIGKILL, victim)
         else:
             run.signal(signal.SIGTERM if kind == "all are told to end" else signal.SIGKILL)
-        statuses = run.wait(grace=30 if began else 3)
+        statuses = run.wait(grace=90 if began else 3)
         self.ends.append((kind, before, _newest(self.directory), statuses))
         assert 0 not in statuses and _newest(self.directory) >= before, self.told()
         if kind == "one is killed" and began:

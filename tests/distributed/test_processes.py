@@ -18,12 +18,6 @@ DEVICES = 4
 
 
 @pytest.fixture(scope="module")
-def nursery():
-    with driving.Nursery() as nursery:
-        yield nursery
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     for task in ("linear", "unet"):

@@ -26,6 +26,7 @@ import traceback
 import jax
 import jax.numpy as jnp
 import numpy as np
+import toy
 
 from ldm_scaling.config import Train
 from ldm_scaling.data import cache
@@ -38,20 +39,6 @@ from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.parallel import placing, processes
 from ldm_scaling.training import loop
 from ldm_scaling.training.task import Task
-
-
-def linear() -> Task:
-    """A layer that learns to give back its input; the quickest to compile."""
-
-    def init(key):
-        return {"layer": {"kernel": jax.random.normal(key, (8, 8)), "bias": jnp.zeros(8)}}
-
-    def loss(params, batch, key):
-        noise = jax.random.normal(key, batch["x"].shape)
-        y = (batch["x"] + 0.1 * noise) @ params["layer"]["kernel"] + params["layer"]["bias"]
-        return jnp.mean((y - batch["x"]) ** 2), {}
-
-    return Task("toy", init, lambda batch: batch, loss)
 
 
 def network() -> Task:
@@ -103,7 +90,7 @@ def train(job: dict, address: str, k: int, n: int) -> None:
         )
 
     mesh = mesh_lib.make(**job.get("mesh", {}))
-    task = {"linear": linear, "unet": network}[job["task"]]()
+    task = {"linear": toy.task, "unet": network}[job["task"]]()
     state = loop.fit(task, config, make_loader, job["directory"], mesh, seed=3)
     params = placing.fetch(state.params)
     if k == 0:

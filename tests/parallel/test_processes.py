@@ -9,6 +9,7 @@ import pytest
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.parallel import processes
+from tests.distributed import driving
 
 
 @pytest.mark.parametrize("where, parts", [
@@ -50,11 +51,11 @@ def test_auto_that_finds_nothing_says_what_it_knows_and_what_to_give():
 @pytest.mark.parametrize("number", [0, 1])
 def test_processes_that_do_not_come_are_told_of_in_time(number):
     """Without process 0 there is no one to ask, and process 0 waits for the others."""
+    where = f"127.0.0.1:{1 if number else driving.free_port()},{number},2"
     code = (
         "import os\nfrom ldm_scaling.errors import ApartError\n"
         "from ldm_scaling.parallel import processes\n"
-        f"try: processes.initialize('127.0.0.1:1,{number},2' if {number} else "
-        "'127.0.0.1:47123,0,2', start_s=2)\n"
+        f"try: processes.initialize({where!r}, start_s=2)\n"
         "except ApartError as e: print(e, flush=True)\n"
         "os._exit(76)"
     )

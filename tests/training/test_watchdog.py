@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -43,45 +44,51 @@ def test_a_stalled_step_ends_the_process_with_76(tmp_path):
 
 
 def _watch(seconds, act):
-    ended = []
-    with watchdog.Watchdog("toy", seconds, 7, ended.append) as dog:
-        act(dog)
+    """The statuses that the process would have ended with; `act` is told when it does."""
+    ended, fired = [], threading.Event()
+
+    def end(status):
+        ended.append(status)
+        fired.set()
+
+    with watchdog.Watchdog("toy", seconds, 7, end) as dog:
+        act(dog, fired)
     return ended
 
 
 def test_the_first_step_may_compile(capsys):
-    assert _watch(0.2, lambda dog: time.sleep(0.4)) == []  # Four times 0.2 s are allowed.
-    assert _watch(0.2, lambda dog: time.sleep(1.2)) == [76]
+    assert _watch(1.0, lambda dog, fired: time.sleep(1.5)) == []  # Four times 1 s are allowed.
+    assert _watch(0.2, lambda dog, fired: fired.wait(30)) == [76]
     assert "for 0.8 s after step 7" in capsys.readouterr().err
 
 
 def test_steps_that_finish_are_left_alone_and_what_follows_is_watched(capsys):
-    def steps(dog):
-        for number in range(8, 16):
+    def steps(dog, fired):
+        for number in range(8, 28):
             dog.finished(number)
             time.sleep(0.1)
 
-    def stuck(dog):
+    def stuck(dog, fired):
         dog.finished(8)
-        time.sleep(0.8)
+        fired.wait(30)
 
-    assert _watch(0.4, steps) == []
+    assert _watch(1.5, steps) == []
     assert _watch(0.4, stuck) == [76]
     assert "for 0.4 s after step 8" in capsys.readouterr().err
 
 
 def test_validation_may_take_longer(capsys):
-    def validates(dog):
+    def validates(dog, fired):
         dog.finished(8)
         with dog.patient():
-            time.sleep(0.6)
+            time.sleep(1.5)
         dog.finished(9)
 
-    assert _watch(0.3, validates) == []
+    assert _watch(1.0, validates) == []
 
 
 def test_zero_watches_nothing():
-    assert _watch(0.0, lambda dog: time.sleep(0.1)) == []
+    assert _watch(0.0, lambda dog, fired: time.sleep(0.1)) == []
 
 
 def test_a_log_that_hangs_does_not_hold_the_process(monkeypatch, capsys):

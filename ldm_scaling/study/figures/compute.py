@@ -8,7 +8,7 @@ from ldm_scaling.study import labels, plot_style, plots
 from ldm_scaling.study.figures import rows
 from ldm_scaling.study.figures.source import Drawn, Source
 from ldm_scaling.study.records import Record
-from ldm_scaling.study.statistics import bands, trends
+from ldm_scaling.study.statistics import trends
 from ldm_scaling.study.statistics.trends import Network
 
 _LEAST = 3
@@ -67,10 +67,9 @@ def _draw(
             if not mine:
                 continue
             points = [n.point for n in mine]
-            plots.curve(ax, [n.compute for n in mine], points, **marks[model])
+            band = plots.curve(ax, [n.compute for n in mine], points, **marks[model])
             for some, at in ((starts, 0), (ends, -1)):
                 some.append((mine[at].compute, points[at].value, model, marks[model]["color"]))
-            band = bands.of_points(points) if len(points) > 1 else None
             out += [
                 {"model": n.model, "params": n.params, "gflops": n.gflops,
                  "train_step": n.train_step, "compute": n.compute}

@@ -10,7 +10,6 @@ from ldm_scaling.study.curves import Point
 from ldm_scaling.study.figures import rows
 from ldm_scaling.study.figures.downstream import by_size
 from ldm_scaling.study.figures.source import Drawn, Source
-from ldm_scaling.study.statistics import bands
 
 _STEPS = 4
 _OTHERS = (10, 20, 50)
@@ -56,9 +55,8 @@ def consistency(source: Source) -> dict[str, Drawn]:
     lines.append((f"distilled, {best[sizes[-1]].steps} steps", list(best.values()), _ACCENT, "o"))
     for text, points, colour, marker in lines:
         x = [sizes.index(p.model) for p in points]
-        plots.curve(ax, x, points, color=colour, marker=marker)
+        band = plots.curve(ax, x, points, color=colour, marker=marker)
         ends.append((x[-1], points[-1].value, text, colour))
-        band = bands.of_points(points) if len(points) > 1 else None
         for k, p in enumerate(points):
             ratio = speed_up(p, plain[p.model], sign) if marker == "o" else None
             out.append({"network": "distilled" if marker == "o" else "undistilled"}
@@ -100,10 +98,9 @@ def guided(source: Source) -> dict[str, Drawn]:
     out, ends = [], []
     for (model, _), curve in sorted(curves.items(), key=lambda item: sizes.index(item[0][0])):
         points = sorted(curve, key=lambda p: p.steps)
-        plots.curve(ax, [p.steps for p in points], points, **marks[model])
+        band = plots.curve(ax, [p.steps for p in points], points, **marks[model])
         ends.append((points[-1].steps, points[-1].value, f"{model}, distilled",
                      marks[model]["color"]))
-        band = bands.of_points(points) if len(points) > 1 else None
         out += [{"network": "distilled"} | row
                 for row in rows.of_curve(points, source.metric, band)]
         same = sorted((p for p in plain.get(model, ()) if p.steps in {q.steps for q in points}),

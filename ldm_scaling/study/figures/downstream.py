@@ -8,7 +8,6 @@ from ldm_scaling.study import curves as curves_lib
 from ldm_scaling.study import labels, plot_style, plots
 from ldm_scaling.study.figures import rows
 from ldm_scaling.study.figures.source import Drawn, Source
-from ldm_scaling.study.statistics import bands
 
 FEW_STEPS = 20
 """Fig. 12 parts step counts here."""
@@ -43,10 +42,9 @@ def super_resolution(source: Source) -> dict[str, Drawn]:
             points = [p for p in curve if p.steps in shown]
             if not points:
                 continue
-            plots.curve(ax, [p.cost for p in points], points, **marks[model])
+            band = plots.curve(ax, [p.cost for p in points], points, **marks[model])
             for some, at in ((starts, 0), (ends, -1)):
                 some.append((points[at].cost, points[at].value, model, marks[model]["color"]))
-            band = bands.of_points(points) if len(points) > 1 else None
             out += [{"panel": title} | row for row in rows.of_curve(points, metric, band)]
             all_points += points
         plots.scale_y(ax, all_points)
@@ -80,10 +78,9 @@ def dreambooth(source: Source) -> dict[str, Drawn]:
     out = []
     for ax, (metric, points) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items(),
                                     strict=True):
-        band = bands.of_points(points)
+        x = [sizes.index(p.model) for p in points]
+        band = plots.curve(ax, x, points, color=plot_style.ramp(2)[0], marker="o")
         out += rows.of_curve(points, metric, band)
-        plots.curve(ax, [sizes.index(p.model) for p in points], points, color=plot_style.ramp(2)[0],
-                    marker="o")
         by_size(ax, sizes)
         plot_style.best_arrow(ax, metric)
     p = points[-1]

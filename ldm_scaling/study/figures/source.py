@@ -58,9 +58,9 @@ class Source:
     def __post_init__(self) -> None:
         labels.measure(self.metric)
 
-    def of_task(self, *tasks: str) -> list[Record]:
-        """Records of networks for these tasks, at any training step."""
-        return [r for r in self.records if r.task in tasks]
+    def of_task(self, task: str) -> list[Record]:
+        """Records of networks for a task, at any training step."""
+        return [r for r in self.records if r.task == task]
 
     @functools.cached_property
     def main(self) -> list[Record]:
@@ -69,12 +69,7 @@ class Source:
 
     def distinct(self, records: Sequence[Record]) -> list[Record]:
         """Of each size the longest training, see `curves.distinct`."""
-        last: dict[str, int] = {}
-        for r in records:
-            last[r.identity.model] = max(r.identity.train_step, last.get(r.identity.model, 0))
-        return curves_lib.distinct(
-            [r for r in records if r.identity.train_step == last[r.identity.model]]
-        )
+        return curves_lib.distinct(curves_lib.longest(records))
 
     @functools.cached_property
     def curves(self) -> Curves:
@@ -98,8 +93,7 @@ class Source:
 
     def measures(self, records: Sequence[Record]) -> list[str]:
         """The measures that these hold: the main one first, then in the table's order."""
-        held = [name for name in labels.MEASURES if any(name in r.metrics for r in records)]
-        return sorted(held, key=lambda name: name != self.metric)
+        return sorted(curves_lib.measures(records), key=lambda name: name != self.metric)
 
     def blocks(self, records: Sequence[Record]) -> tuple[int, int]:
         """The seed blocks that choose the guidance and are reported.

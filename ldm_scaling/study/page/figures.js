@@ -43,6 +43,13 @@ function drawQuality(svg, width) {
     curve.sort((a, b) => a[axis] - b[axis]);
     const { model, sampler } = curve[0], style = `stroke:${colour(model)}`;
     if ($("quality-ends").checked) {
+      const inside = (v) => sy(Math.min(Math.max(v, yl), yh));
+      const held = curve.filter((p) => typeof p.band_low === "number");
+      if (held.length > 1) {
+        const edge = (key) => held.map((p) => `${sx(p[axis])} ${inside(p[key])}`);
+        add(svg, "path", { d: `M${[...edge("band_high"), ...edge("band_low").reverse()].join("L")}Z`,
+          style: `fill:${colour(model)}`, opacity: 0.13 });
+      }
       for (const p of curve.filter((q) => q.low !== null)) {
         add(svg, "line", { x1: sx(p[axis]), x2: sx(p[axis]), y1: sy(p.low), y2: sy(p.high), style,
           "stroke-width": 1.6, opacity: 0.6 });

@@ -102,7 +102,7 @@ def verdicts(
       UserError: on a measure that is not known, or two records of one configuration.
     """
     blocks = (select_block, report_block)
-    last = _last(evidence.records)
+    last = curves_lib.longest(evidence.records)
     curves = _curves(last, metric, blocks)
     third, fourth = _crossing(curves, metric, curves_lib.models(last))
     return [
@@ -110,14 +110,6 @@ def verdicts(
         _super_resolution(evidence.super_resolution, metric, blocks),
         _distilled(evidence.distilled, metric, blocks),
     ]
-
-
-def _last(records: Sequence[Record]) -> list[Record]:
-    """The records of each size's longest training."""
-    steps: dict[str, int] = {}
-    for r in records:
-        steps[r.identity.model] = max(steps.get(r.identity.model, 0), r.identity.train_step)
-    return [r for r in records if r.identity.train_step == steps[r.identity.model]]
 
 
 def _curves(records: Sequence[Record], metric: str, blocks: tuple[int, int]) -> Curves:
@@ -242,12 +234,25 @@ def _super_resolution(
 ) -> Verdict:
     test = (
         f"On records of at most {_FEW_STEPS} steps: the share of paired replicates in which a size "
-        "below the largest wins the smallest budget that every size can afford."
+        "below the largest wins the smallest budget that every size can afford. To support the "
+        "claim, one of them alone must beat the largest there, surely enough for as many as try."
     )
     few = [r for r in records if r.identity.steps <= _FEW_STEPS and metric in r.metrics]
     if not few:
         return _blank(5, test, "No records of super-resolution.")
-    return _pattern(5, test, few, metric, blocks, lambda cross: cross.small_wins)
+    return _pattern(5, test, few, metric, blocks, _small_wins)
+
+
+def _small_wins(cross: winners.Crossover) -> tuple[words.Outcome, float | None]:
+    """Against the claim speaks that none wins; for it, that one of them alone does."""
+    if words.judge(cross.small_wins) == "contradicted":
+        return "contradicted", cross.small_wins
+    supported = words.judge(cross.small_alone) == "supported"
+    return "supported" if supported else "undecided", cross.small_alone
+
+
+def _crosses(cross: winners.Crossover) -> tuple[words.Outcome, float | None]:
+    return words.judge(cross.probability), cross.probability
 
 
 def _distilled(records: Sequence[Record], metric: str, blocks: tuple[int, int]) -> Verdict:
@@ -255,10 +260,10 @@ def _distilled(records: Sequence[Record], metric: str, blocks: tuple[int, int]) 
     records = [r for r in records if metric in r.metrics]
     if not records:
         return _blank(6, test, "No records of distilled members.")
-    return _pattern(6, test, records, metric, blocks, lambda cross: cross.probability)
+    return _pattern(6, test, records, metric, blocks, _crosses)
 
 
-def _pattern(number, test, records, metric, blocks, probability) -> Verdict:
+def _pattern(number, test, records, metric, blocks, judge) -> Verdict:
     arms = curves_lib.distinct(records)
     found, _ = winners.crossovers(
         curves_lib.quality_curves(arms, metric, None, *blocks), metric, curves_lib.models(arms),
@@ -267,9 +272,9 @@ def _pattern(number, test, records, metric, blocks, probability) -> Verdict:
     if not found:
         return _blank(number, test, "No two sizes meet at two budgets in these records.")
     sampler, cross = next(iter(found.items()))
-    sure = probability(cross)
+    outcome, sure = judge(cross)
     return Verdict(
-        number, CLAIMS[number - 1], test, words.judge(sure),
+        number, CLAIMS[number - 1], test, outcome,
         f"{_where(sampler, cross)}: {words.sure(sure)}.", _cross(metric, cross),
         probability=sure, **_lead(metric, cross),
     )

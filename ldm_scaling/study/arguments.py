@@ -1,0 +1,45 @@
+"""What the commands with flags of their own share: a parser with one-line errors, numbers, and
+what is left for the config."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+from ldm_scaling.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose `prog` is the whole command; raises `UserError` and never ends the process.
+    """
+
+    def error(self, message: str):
+        raise UserError(f"{self.prog.split()[-1]}: {message}; see  {self.prog} --help")
+
+    def parse_with_config(
+        self, arguments: list[str]
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """The flags, and the `--config.KEY=VALUE`s among them, which a config reads itself.
+
+        Raises:
+          UserError: for another argument that the parser does not know.
+        """
+        given, overrides = self.parse_known_args(list(arguments))
+        unknown = [one for one in overrides if not re.match(r"--?config\.", one)]
+        if unknown:
+            raise UserError(f"unknown argument {unknown[0]!r}; see  {self.prog} --help")
+        return given, overrides
+
+
+def whole(text: str) -> int:
+    """A flag's whole number, 0 or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def above_0(text: str) -> int:
+    """A flag's whole number, 1 or more."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0: give 1 or more")
+    return int(text)
