@@ -118,10 +118,14 @@ def _splash_kernel(shape_NLW: tuple[int, int, int], keys: int, interpret: bool):
 
     heads, queries, width = shape_NLW
     block_q, block_kv, compute = splash_blocks(queries, keys, width)
+    # Tokens last: with a head's width last, what is kept for the backward pass would be filled up
+    # to 128 lanes.
+    tokens_last = splash_attention_kernel.QKVLayout.SEQ_MINOR
     sizes = splash_attention_kernel.BlockSizes(
         block_q=block_q, block_kv=block_kv, block_kv_compute=compute,
         block_q_dkv=block_q, block_kv_dkv=block_kv, block_kv_dkv_compute=compute,
         use_fused_bwd_kernel=True,
+        q_layout=tokens_last, k_layout=tokens_last, v_layout=tokens_last,
     )
     mask = splash_attention_mask.MultiHeadMask(
         [splash_attention_mask.FullMask((queries, keys))] * heads
@@ -163,6 +167,8 @@ class Attention:
             raise UserError(f"attention={self.how!r}: choose one of {', '.join(FORMS)}")
         if self.how == "cudnn" and self.platform != "gpu":
             raise UserError(f"attention=cudnn runs on GPUs, and this is for a {self.platform}")
+        if self.how == "splash" and self.platform == "gpu":
+            raise UserError("attention=splash runs on TPUs, and this is for a gpu: use auto")
 
     def choice(self, q_BNLW: jax.ShapeDtypeStruct, k_BNMW: jax.ShapeDtypeStruct) -> str:
         """The form that these operands take.

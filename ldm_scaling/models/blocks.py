@@ -5,6 +5,7 @@ Shape legend: B batch, H height, W width, C channels, L tokens, D width of a tok
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -127,6 +128,42 @@ def norm(groups: int, eps: float, dtype: Dtype, name: str) -> GroupNorm:
     return GroupNorm(groups, eps, dtype, name=name)
 
 
+# What a gradient needs of these is computed again from their operands, in float32: kept, it takes
+# as much memory as they do. It is written otherwise than forward, where the compiler would join
+# equal expressions and keep them after all.
+
+
+@jax.custom_vjp
+def silu(x: jax.Array) -> jax.Array:
+    """x sigmoid(x) (Elfwing et al. 2017, arXiv 1702.03118)."""
+    return nn.silu(x)
+
+
+def _silu_backward(x: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
+    y, d = x.astype(jnp.float32), cotangent.astype(jnp.float32)
+    weight = 1.0 / (1.0 + jnp.exp(-y))
+    return ((d * weight * (1.0 + y * (1.0 - weight))).astype(x.dtype),)
+
+
+@jax.custom_vjp
+def geglu(x: jax.Array, gate: jax.Array) -> jax.Array:
+    """x gate Phi(gate), with the exact normal distribution function (Shazeer 2020, arXiv
+    2002.05202)."""
+    return x * nn.gelu(gate, approximate=False)
+
+
+def _geglu_backward(kept: tuple[jax.Array, jax.Array], cotangent: jax.Array):
+    x, gate, d = (y.astype(jnp.float32) for y in (*kept, cotangent))
+    below = 0.5 * (1.0 + jax.lax.erf(gate / math.sqrt(2.0)))
+    slope = below + gate * jnp.exp(-0.5 * gate * gate) / math.sqrt(2.0 * math.pi)
+    dtype = cotangent.dtype
+    return (d * gate * below).astype(dtype), (d * x * slope).astype(dtype)
+
+
+silu.defvjp(lambda x: (silu(x), x), _silu_backward)
+geglu.defvjp(lambda x, gate: (geglu(x, gate), (x, gate)), _geglu_backward)
+
+
 def upsample(x_BHWC: jax.Array) -> jax.Array:
     """Nearest-neighbour doubling of both sides."""
     b, h, w, c = x_BHWC.shape
@@ -153,12 +190,12 @@ class ResBlock(nn.Module):
     @nn.compact
     def __call__(self, x_BHWC: jax.Array, emb_BD: jax.Array | None = None) -> jax.Array:
         width, dtype, gather = self.features, self.dtype, self.gather
-        h = nn.silu(norm(self.groups, self.eps, dtype, "norm1")(x_BHWC))
+        h = silu(norm(self.groups, self.eps, dtype, "norm1")(x_BHWC))
         h = conv(width, 3, dtype, "conv1", gather=gather)(h)
         if emb_BD is not None:
-            shift = dense(width, dtype, "time_emb_proj", gather)(nn.silu(emb_BD))
+            shift = dense(width, dtype, "time_emb_proj", gather)(silu(emb_BD))
             h = h + shift[:, None, None, :]
-        h = nn.silu(norm(self.groups, self.eps, dtype, "norm2")(h))
+        h = silu(norm(self.groups, self.eps, dtype, "norm2")(h))
         h = conv(width, 3, dtype, "conv2", gather=gather)(h)
         if x_BHWC.shape[-1] != width:
             x_BHWC = conv(width, 1, dtype, "conv_shortcut", gather=gather)(x_BHWC)
@@ -223,7 +260,7 @@ class TransformerBlock(nn.Module):
         # Two products, where checkpoints hold one of twice the width: its split is slow backward.
         h = dense(4 * d, self.dtype, "ff_in", self.gather)(y)
         gate = dense(4 * d, self.dtype, "ff_gate", self.gather)(y)
-        h = h * nn.gelu(gate, approximate=False)
+        h = geglu(h, gate)
         return x + dense(d, self.dtype, "ff_out", self.gather)(h)
 
 

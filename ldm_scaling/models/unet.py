@@ -146,7 +146,7 @@ class UNet(nn.Module):
         c = spec.base_channels
         emb = blocks.timestep_embedding(t_B, c).astype(dtype)
         emb = dense(4 * c, "time_embedding_1")(emb)
-        emb = dense(4 * c, "time_embedding_2")(nn.silu(emb))
+        emb = dense(4 * c, "time_embedding_2")(blocks.silu(emb))
         ctx = ctx_BLD.astype(dtype)
 
         h = conv(c, 3, "conv_in")(x_BHWC.astype(dtype))
@@ -178,7 +178,7 @@ class UNet(nn.Module):
                 h = blocks.upsample(h)
                 h = conv(c * spec.channel_mults[i], 3, f"up_{i}_upsample")(h)
 
-        h = nn.silu(blocks.norm(spec.groups, 1e-5, dtype, "norm_out")(h))
+        h = blocks.silu(blocks.norm(spec.groups, 1e-5, dtype, "norm_out")(h))
         return conv(spec.out_channels, 3, "conv_out")(h).astype(jnp.float32)
 
 

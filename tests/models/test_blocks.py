@@ -97,6 +97,23 @@ def test_group_norm_equals_flaxs():
     np.testing.assert_allclose(out[0, 0, 0], params["params"]["bias"], atol=1e-2)
 
 
+@pytest.mark.parametrize("ours, flaxs", [
+    (lambda x, y: y * blocks.silu(x), lambda x, y: y * nn.silu(x)),
+    (blocks.geglu, lambda x, y: x * nn.gelu(y, approximate=False)),
+])
+def test_activations_and_their_gradients_are_flaxs(ours, flaxs):
+    ends = np.array([0.0, -1e-3, 5.0, -5.0, 12.0, -12.0, 200.0, -200.0], np.float32)
+    x = np.concatenate([ends, 3 * np.random.default_rng(0).standard_normal(500)]).astype("f4")
+    x, y = np.meshgrid(x, x)
+
+    def value_and_gradients(f):
+        value, backward = jax.vjp(f, x, y)
+        return value, *backward(np.sin(x + 2 * y))
+
+    for mine, theirs in zip(value_and_gradients(ours), value_and_gradients(flaxs), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=2e-6, atol=2e-6 * 200)
+
+
 def test_remat_changes_neither_output_nor_gradient():
     spec = dataclasses.replace(TINY, channel_mults=(1,), attention_levels=(True,))
     inputs, params = tiny_inputs(), random_params(spec)
