@@ -85,8 +85,9 @@ def trained(materials: Materials) -> Networks:
     def restored(init: Callable, config: Train, directory, what: str) -> Any:
         _require(config, directory, what)
         with checkpoint.Checkpoints(directory / "checkpoints", config.keep) as checkpoints:
-            state, _ = checkpoints.restore(step.abstract_state(init, config, materials.mesh))
-        return state.ema
+            return checkpoints.restore_average(
+                step.abstract_state(init, config, materials.mesh)
+            )
 
     def params(member: str) -> Any:
         init = functools.partial(unet.init, zoo.get(member).spec)
@@ -111,7 +112,7 @@ def trained(materials: Materials) -> Networks:
     def latent_scale() -> float:
         if given and published.scale:
             return published.scale
-        return materials.caches.statistics.scale
+        return materials.latent_scale
 
     return Networks(
         spec=lambda member: zoo.get(member).spec,

@@ -124,3 +124,20 @@ def test_new_bookkeeping_is_not_in_the_hash_of_a_network():
     other = dataclasses.replace(study, train=train)
     assert json.dumps(study.identity()) == json.dumps(other.identity())
     assert study.training_hash("866m") == other.training_hash("866m")
+
+
+def test_the_average_is_read_alone(tmp_path):
+    mesh = toy.one_device()
+    state = loop.fit(toy.task(), toy.CONFIG, toy.Loader, tmp_path, mesh, seed=0)
+    abstract = step.abstract_state(toy.init, toy.CONFIG, mesh)
+    nbytes = sum(x.nbytes for x in jax.tree.leaves(state.ema))
+    with checkpoint.Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        before = jax.live_arrays()
+        average = checkpoints.restore_average(abstract)
+        left = {id(x): x.nbytes for x in jax.live_arrays()}
+        for array in before:
+            left.pop(id(array), None)
+        assert sum(left.values()) == nbytes
+        jax.tree.map(np.testing.assert_array_equal, average, state.ema)
+        with pytest.raises(UserError, match="not of this network"):
+            checkpoints.restore_average(abstract._replace(ema={"other": abstract.ema}))
