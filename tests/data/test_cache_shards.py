@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import multiprocessing
+import os
 import pickle
 import threading
 
@@ -105,7 +106,9 @@ def test_a_broken_run_ends_as_an_unbroken_one(unbroken, tmp_path, stop_at):
     with pytest.raises(UserError, match="not finished"):
         cache.CacheSource(folder)
     assert not cache.is_current(folder, "abc")
-    (folder / ".tmp-0a1b2c3d-shard-00006-of-00007.array_record").write_bytes(b"of a killed run")
+    left = folder / ".tmp-0a1b2c3d-shard-00006-of-00007.array_record"
+    left.write_bytes(b"of a killed run")
+    os.utime(left, (0, 0))
 
     def counted(start, stop):
         made.append(start)
@@ -118,6 +121,14 @@ def test_a_broken_run_ends_as_an_unbroken_one(unbroken, tmp_path, stop_at):
     made.clear()
     write(folder, counted)
     assert not made
+
+
+def test_what_another_study_is_writing_is_left_alone(tmp_path):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    (folder / ".tmp-0a1b2c3d-shard-00006-of-00007.array_record").write_bytes(b"half of a shard")
+    write(folder)
+    assert list(folder.glob(".tmp-*"))
 
 
 def test_a_shard_that_is_lost_or_removed_is_made_again(unbroken, tmp_path):
