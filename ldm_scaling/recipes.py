@@ -69,7 +69,7 @@ def text_to_image(member: str, arg: str = "", *, remat: str = "none") -> ml_coll
     config.sweep.steps = (4, 6, 8, 10, 20, 50)
     config.sweep.guidance = (1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
     config.sweep.num_images = 30_000
-    config.sweep.batch_size = 512
+    config.sweep.batch_size = 256
 
     if arg == "local":
         _shrink(config)

@@ -106,6 +106,11 @@ def shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def rounded(size: int, mesh: Mesh) -> int:
+    """The batch of at least this size that splits evenly over the mesh."""
+    return -(-size // shards(mesh)) * shards(mesh)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of a batch: its first axis over replicas and shards."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))

@@ -21,7 +21,7 @@ from ldm_scaling.data.loading.source import Source
 from ldm_scaling.errors import UserError
 from ldm_scaling.metrics import agreement, moments
 from ldm_scaling.metrics.frechet import ReferenceStats
-from ldm_scaling.models import efficientnet, text_encoder, unet
+from ldm_scaling.models import efficientnet, pretrained, text_encoder, unet
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.parallel import processes
 from ldm_scaling.study import caches, datasets, encoders, published
@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 SPLITS = ("train", "validation")
 LAYER = "trunk"
 SANITY = "reference/probe_sanity.json"
+LATENT_SCALE = "latent_scale.json"
 # A fixed part of the validation split: for losses along the way, and for pictures.
 VALIDATION_EXAMPLES = 512
 SHOWN_EXAMPLES = 64
@@ -216,6 +217,20 @@ class Materials:
         return (side // spec.downsampling, side // spec.downsampling, spec.latent_channels)
 
     @functools.cached_property
+    def latent_scale(self) -> float:
+        """1 / the deviation of the training latents. The workdir keeps it, so that who draws needs
+        the networks alone; several processes ask the caches, as all of them must."""
+        if processes.several():
+            return self.caches.statistics.scale
+        path = self.workdir / LATENT_SCALE
+        encoder = pretrained.hash_of(self.networks.decoder()["encoder"])
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        if kept.get("encoder") != encoder:
+            kept = {"encoder": encoder, "scale": self.caches.statistics.scale}
+            files.atomic_write_text(path, json.dumps(kept, indent=1) + "\n")
+        return kept["scale"]
+
+    @functools.cached_property
     def frozen(self) -> Frozen:
         """What is the same under every member."""
         return Frozen(
@@ -247,9 +262,11 @@ class Materials:
     @functools.cache  # noqa: B019
     def drawer(self, member: str) -> Drawer:
         """What draws pictures with a member's network; compiled once for every stage."""
+        # Pictures along the way are drawn by all processes together: lanes for all their devices.
+        lanes = mesh_lib.rounded(self.study.sweep.batch_size, self.mesh)
         return Drawer(
-            self.spec(member), self.frozen, self.study.diffusion, self.study.sweep.batch_size,
-            self.decode, self.mesh, self.study.train.compute_dtype, self.study.train.attention,
+            self.spec(member), self.frozen, self.study.diffusion, lanes, self.decode, self.mesh,
+            self.study.train.compute_dtype, self.study.train.attention,
         )
 
     def member_params(self, member: str) -> Any:

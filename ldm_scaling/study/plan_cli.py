@@ -15,8 +15,8 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.study.arguments import Parser, above_0
 
 _USAGE = """
-  ldm-scaling plan --config=FILE --topology=v5e:16x16       what training will need
-  ldm-scaling plan --config=FILE --topology=... --kind=all-parts
+  ldm-scaling plan --config=FILE --topology=v5e:16x16       what the job will need
+  ldm-scaling plan --config=FILE --topology=... --kind=train
   ldm-scaling plan --all                                    the family, into launch/plans/"""
 _ALL = "all-parts"
 
@@ -36,9 +36,9 @@ def _parser() -> Parser:
     add("--member", metavar="NAME", help="the network, where the config has several")
     add("--batch", type=above_0, metavar="N",
         help="examples a step; with --kind=sample, lanes of each process")
-    add("--kind", choices=("train", "sample", _ALL), default="train",
-        help="the train step; a guided row of the sampler; or these, the autoencoder's encoder and "
-        "decoder and the text encoder")
+    add("--kind", choices=("train", "sample", _ALL),
+        help="the train step alone; a guided row of the sampler; or these, the autoencoder's "
+        "encoder and decoder and the text encoder (without --all this is what is planned)")
     add("--format", choices=("text", "json"), default="text", help="how to print")
     add("--to", metavar="PATH", help="writes JSON to this file; with --all, the folder "
         "(launch/plans)")
@@ -93,7 +93,7 @@ def _all(given: argparse.Namespace, overrides: list[str], study_of: Callable) ->
     for name in ("config", "topology", "member"):
         if getattr(given, name):
             raise UserError(f"--{name} does not go with --all, which plans the whole family")
-    if given.kind != "train":
+    if given.kind:
         raise UserError("--kind does not go with --all, which plans train and sample")
     folder = _folder(given.to or plan_family.FOLDER)
     if given.baseline and _folder(given.baseline).resolve() == folder.resolve():
@@ -121,13 +121,17 @@ def _one(given: argparse.Namespace, study_of: Callable) -> list[dict]:
         raise UserError(f"--member: name the network: {', '.join(study.members)}")
     member = given.member or study.members[0]
     target = plan.Target(given.topology, given.num_slices)
-    kinds = plan_parts.KINDS if given.kind == _ALL else (given.kind,)
+    asked = given.kind or _ALL
+    kinds = plan_parts.KINDS if asked == _ALL else (asked,)
+    if study.data.text_weights and "text" in kinds:
+        kinds = tuple(kind for kind in kinds if kind != "text")
+        print("the text encoder of data.text_weights is not read, and not planned", file=sys.stderr)
     plans = {}
     for kind in kinds:
-        batch = given.batch if kind == "train" or given.kind == "sample" else None
+        batch = given.batch if kind == "train" or asked == "sample" else None
         plans[kind] = plan.make(plan.with_batch(study, kind, batch), member, target, kind)
-    share = plan.frozen_share(plans) if given.kind == _ALL else None
-    body: Any = plans[given.kind] if given.kind != _ALL else {
+    share = plan.frozen_share(plans) if len(plans) == len(plan_parts.KINDS) else None
+    body: Any = plans[asked] if asked != _ALL else {
         "member": member, "topology": target.topology, "num_slices": target.num_slices,
         "frozen_encoders_share_of_seconds": share, "parts": plans,
     }

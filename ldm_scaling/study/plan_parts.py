@@ -217,7 +217,7 @@ def _encode(study: Study, member: str, devices: list[jax.Device]) -> Part:
     encoder = LatentEncoder(autoencoder_of(study), None, None, dtype, "")
     params = {"encoder": _autoencoder_params(study)["encoder"]}
     params = _placed(params, mesh_lib.replicated(mesh))
-    size, side = _rounded(_PICTURES, mesh), study.data.side
+    size, side = mesh_lib.rounded(_PICTURES, mesh), study.data.side
     images = jax.ShapeDtypeStruct(
         (size, side, side, 3), jnp.uint8, sharding=mesh_lib.batch_sharding(mesh)
     )
@@ -248,12 +248,12 @@ def _text(study: Study, member: str, devices: list[jax.Device]) -> Part:
     if study.data.text_weights:
         raise UserError(
             f"data.text_weights={study.data.text_weights!r} is not read by plan: only MiniLM's "
-            "program is planned; leave out --kind=all-parts"
+            "program is planned"
         )
     mesh, copies = own_mesh(study, devices)
     spec = text_encoder.BertSpec()
     params = _placed(text_encoder.param_shapes(spec), mesh_lib.replicated(mesh))
-    size = _rounded(_CAPTIONS, mesh)
+    size = mesh_lib.rounded(_CAPTIONS, mesh)
 
     def tokens(dtype: Any) -> jax.ShapeDtypeStruct:
         sharding = mesh_lib.batch_sharding(mesh)
@@ -264,7 +264,3 @@ def _text(study: Study, member: str, devices: list[jax.Device]) -> Part:
         "text", text_encoder.encode_fn(spec), (params, ids, tokens(jnp.bool_)), mesh, size, copies,
         {"parameters": local_bytes(params), "tokens": local_bytes(ids)},
     )
-
-
-def _rounded(size: int, mesh: jax.sharding.Mesh) -> int:
-    return -(-size // mesh_lib.shards(mesh)) * mesh_lib.shards(mesh)
