@@ -49,7 +49,7 @@ class Sweep:
     """What is measured.
 
     The guidance rate of every (model, sampler, steps) is chosen on `select_block`, where all rates
-    run, and reported on `report_block`, where only the chosen one does: no figure needs the rest.
+    run, and reported on `report_blocks`, where only the chosen one does: no figure needs the rest.
 
     Attributes:
       samplers: as `sampling.solvers` knows them, with options or without: `ddim:eta=0.5`.
@@ -63,7 +63,9 @@ class Sweep:
       saving: how many times fewer pictures racing draws there, at least.
       num_images: pictures per configuration and block.
       select_block, report_block: two different blocks of validation prompts and noise.
-      replicates: bootstrap replicates on the report block.
+      more_blocks: further blocks that are reported on, see `statistics.blocks`: what is reported is
+        the mean over all of them. They may be added when the others are measured.
+      replicates: bootstrap replicates on each report block.
       batch_size: lanes: pictures that are sampled at a time, over all devices.
       feature_side: side that pictures are resized to for the feature network.
     """
@@ -78,6 +80,7 @@ class Sweep:
     num_images: int = 5_000
     select_block: int = 0
     report_block: int = 1
+    more_blocks: tuple[int, ...] = ()
     replicates: int = 200
     batch_size: int = 512
     feature_side: int = 224
@@ -112,3 +115,12 @@ class Sweep:
                  "must differ from sweep.select_block, or the choice of guidance biases the report")
         require(self.select_block >= 0 and self.report_block >= 0, "sweep.select_block",
                  (self.select_block, self.report_block), "blocks are not below 0")
+        blocks = (self.select_block, *self.report_blocks)
+        require(len(set(blocks)) == len(blocks) and min(blocks) >= 0, "sweep.more_blocks",
+                 self.more_blocks, f"blocks are not below 0, and each differs from the others, "
+                 f"select_block={self.select_block} and report_block={self.report_block} too")
+
+    @property
+    def report_blocks(self) -> tuple[int, ...]:
+        """All blocks that are reported on."""
+        return (self.report_block, *self.more_blocks)

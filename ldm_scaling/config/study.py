@@ -78,7 +78,7 @@ class Study:
             trained = not (self.weights or (name != "train" and self.autoencoder.weights))
             require(not trained or run.batch_size <= train, f"{name}.batch_size", run.batch_size,
                     f"more than the {train} pictures for training: lower it")
-        blocks = max(self.sweep.select_block, self.sweep.report_block) + 1
+        blocks = max(self.sweep.select_block, *self.sweep.report_blocks) + 1
         need = self.sweep.num_images * blocks
         require(need <= validation, "sweep.num_images", self.sweep.num_images,
                 f"{blocks} blocks of as many prompts need at least {need} pictures for validation, "

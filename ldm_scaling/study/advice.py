@@ -176,9 +176,7 @@ def of_records(
     found = curves_lib.distinct(records)
     metric = metric_of(found, metric)
     report_blocks = list(dict.fromkeys(report_blocks))
-    pooled = found
-    if len(report_blocks) != 1 or select_block in report_blocks:
-        pooled = blocks.pooled(found, select_block, report_blocks)
+    pooled = blocks.pooled(found, select_block, report_blocks)
     curves = curves_lib.quality_curves(pooled, metric, None, select_block, report_blocks[0])
     points = [p for curve in curves.values() for p in curve]
     if not points:

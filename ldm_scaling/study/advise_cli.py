@@ -19,7 +19,7 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.study import advice, budgets, cost_files, labels
 from ldm_scaling.study import records as records_lib
 from ldm_scaling.study.advice import Advice
-from ldm_scaling.study.arguments import Parser, above_0, whole
+from ldm_scaling.study.arguments import Parser, above_0, several, whole
 from ldm_scaling.study.budgets import Budget
 from ldm_scaling.study.curves import Point
 from ldm_scaling.study.records import Record
@@ -32,10 +32,6 @@ _USAGE = """
 
 # The name of a record's file, see `records.Identity.key`.
 _NAMED = re.compile(r"[0-9a-f]{16}\.json")
-
-
-def _several(text: str) -> list[int]:
-    return [whole(piece.strip()) for piece in text.split(",")]
 
 
 def _parser() -> Parser:
@@ -58,7 +54,7 @@ def _parser() -> Parser:
     add("--metric", metavar="NAME", help="the measure; the first that the records have")
     add("--task", metavar="NAME", help="of the records, where they are of several")
     add("--select-block", type=whole, default=0, metavar="N", help="seed block that chooses (0)")
-    add("--report-blocks", type=_several, default=[1], metavar="N,M", help="seed blocks that are "
+    add("--report-blocks", type=several, default=[1], metavar="N,M", help="seed blocks that are "
         "reported, pooled (1)")
     add("--format", choices=("text", "json"), default="text", help="how to print")
     return parser
@@ -189,7 +185,10 @@ def text(found: Advice) -> str:
     """The advice for a terminal; no line is longer than 100 characters."""
     options = found.options
     out = io.StringIO()
-    console = Console(file=out, width=100, highlight=False, markup=False)
+    console = Console(  # A notebook's console would show the text itself, and in colour.
+        file=out, width=100, highlight=False, markup=False, force_jupyter=False,
+        force_terminal=False,
+    )
     limit = "Whatever it costs" if math.isinf(found.budget.value) else (
         f"For {budgets.amount(found.budget.value, found.budget.unit)}"
     )

@@ -38,6 +38,11 @@ def whole(text: str) -> int:
     return int(text)
 
 
+def several(text: str) -> list[int]:
+    """A flag's whole numbers with commas between."""
+    return [whole(piece.strip()) for piece in text.split(",")]
+
+
 def above_0(text: str) -> int:
     """A flag's whole number, 1 or more."""
     if not text.isdecimal() or not int(text):

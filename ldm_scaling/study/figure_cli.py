@@ -13,7 +13,7 @@ from etils import epath
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.study import curves, labels, records
-from ldm_scaling.study.arguments import Parser
+from ldm_scaling.study.arguments import Parser, several
 from ldm_scaling.study.figures import beside, catalogue
 from ldm_scaling.study.figures.source import Source
 from ldm_scaling.study.records import Record
@@ -41,8 +41,8 @@ def _parser() -> Parser:
         f"{', '.join(labels.MEASURES)}")
     add("--select-block", "--select_block", type=int, default=0, metavar="N",
         help="seed block that chooses the guidance (0)")
-    add("--report-block", "--report_block", type=int, default=1, metavar="N",
-        help="seed block that is reported (1)")
+    add("--report-blocks", "--report-block", "--report_block", type=several, default=[1],
+        metavar="N,M", help="seed blocks that are reported, their mean (1)")
     add("--list", action="store_true", help="prints the figures and what each needs")
     return parser
 
@@ -70,11 +70,11 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     if not found:
         raise UserError(f"no records are in {folder}: give the folder that holds a sweep's .json "
                         "files, such as --records=runs/demo/records")
-    source = Source(found, _metric(given, found, folder), given.select_block, given.report_block)
+    source = Source(found, _metric(given, found, folder), given.select_block, given.report_blocks)
     if home:
         source = dataclasses.replace(
             source, loss_curves=beside.losses(home, curves.models(found)),
-            images=beside.strips(home / "strips", source.main, given.report_block),
+            images=beside.strips(home / "strips", source.main, source.report_block),
         )
     to = epath.Path(given.to).expanduser() if given.to else folder.parent / "figures"
     written = catalogue.write(to, source, given.names)

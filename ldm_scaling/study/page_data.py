@@ -196,7 +196,7 @@ def _measured(record: Record, name: str) -> dict[str, Any]:
 
 
 def table(
-    records: Sequence[Record], arms: Sequence[Record], curves: Curves, report: int
+    records: Sequence[Record], arms: Sequence[Record], curves: Curves, report: Sequence[int]
 ) -> dict[str, Any]:
     """Columns, rows and filters of the table of all records.
 
@@ -204,7 +204,7 @@ def table(
       records: as read; each becomes one row that carries its key.
       arms: the same records in the same order as `curves.distinct` names them.
       curves: tell which rows are the reported ones.
-      report: the reported seed block.
+      report: the reported seed blocks.
     """
     chosen = {(p.model, p.sampler, p.steps, p.guidance) for c in curves.values() for p in c}
     shown = [labels.MEASURES[name] for name in curves_lib.measures(records)]
@@ -229,7 +229,7 @@ def table(
         place = (i.model, arm.identity.sampler, i.steps, i.guidance)
         rows.append({"model": i.model, "sampler": labels.sampler(i.sampler), "steps": i.steps,
                      "guidance": f"{i.guidance:g}", "block": i.seed_block, "cells": cells,
-                     "chosen": i.seed_block == report and place in chosen})
+                     "chosen": i.seed_block in report and place in chosen})
     rates = sorted({r.identity.guidance for r in records})
     return {
         "columns": [{"title": head, "word": head in words} for head in heads],

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import logging
 import os
+from collections.abc import Sequence
 
 from ldm_scaling import __version__
 from ldm_scaling.study import report
@@ -29,7 +30,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _context(materials: Materials) -> dict:
+def _context(materials: Materials, captions: Sequence[str]) -> dict:
     study = materials.study
     sweep = study.sweep
     probed = min(materials.count("train"), PROBE_PICTURES)
@@ -56,11 +57,12 @@ def _context(materials: Materials) -> dict:
         **({"summary": materials.networks.summary} if materials.networks.summary else {}),
         "metric": FRECHET,
         "select_block": sweep.select_block,
-        "report_block": sweep.report_block,
+        "report_blocks": sweep.report_blocks,
         "dataset": [
             *(dataset.about for dataset in materials.datasets),
             *materials.networks.about,
         ],
+        "captions": captions,
         "measures": measures,
         "protocol": [
             f"Timestep spacing: {sweep.spacing}.",
@@ -74,13 +76,18 @@ def _context(materials: Materials) -> dict:
 def write(materials: Materials, found: list[Record]) -> str:
     """Writes `figures/` and `report.html`; returns the page's path."""
     sweep, figures = materials.study.sweep, materials.workdir / "figures"
+    strips, captions = (
+        materials.workdir / "strips", materials.prompts(sweep.report_block).captions[:STRIP]
+    )
     written = catalogue.write(figures, Source(
-        found, FRECHET, sweep.select_block, sweep.report_block,
+        found, FRECHET, sweep.select_block, sweep.report_blocks,
         loss_curves=beside.losses(materials.workdir, materials.study.members),
-        images=beside.strips(materials.workdir / "strips", found, sweep.report_block),
-        captions=materials.prompts(sweep.report_block).captions[:STRIP],
+        images=beside.strips(strips, found, sweep.report_block),
+        captions=captions,
     ))
     for line in written.skipped:
         log.info("skipped: %s", line)
-    path = report.write(materials.workdir.path, found, figures, _context(materials))
+    path = report.write(
+        materials.workdir.path, found, figures, _context(materials, captions), strips
+    )
     return os.fspath(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -15,13 +16,19 @@ from etils import epath
 from ldm_scaling import files
 from ldm_scaling.errors import UserError
 from ldm_scaling.study import curves as curves_lib
-from ldm_scaling.study import findings, labels, page_data, plot_style
+from ldm_scaling.study import findings, labels, page_advice, page_data, plot_style, thumbnails
+from ldm_scaling.study.curves import Curves
 from ldm_scaling.study.figures import catalogue, rows
 from ldm_scaling.study.records import Record
+from ldm_scaling.study.statistics import blocks as blocks_lib
 from ldm_scaling.study.statistics import claims, words
 
 _PAGE = pathlib.Path(__file__).parent / "page"
-_SCRIPTS = ("charts.js", "figures.js", "table.js")
+_SCRIPTS = ("charts.js", "panel.js", "figures.js", "advice.js", "table.js")
+
+MOST_BYTES = 16 * 2**20
+"""What the page may weigh before it shows fewer pictures of each point; other parts stay whole."""
+_NOTE_BYTES = 256  # Room for the sentence that says so.
 
 # File name's start -> (section of the page, title, what it shows).
 _PICTURES = {e.name: (e.section, e.heading, e.alt) for e in catalogue.FIGURES}
@@ -36,8 +43,9 @@ class Context:
       summary: one or two sentences under it.
       metric: the main measure.
       select_block: seed block that chose the guidance.
-      report_block: seed block that is reported.
+      report_blocks: seed blocks that are reported; the mean over several.
       dataset: paragraphs on the data set: what it is, where from, how many pairs, the split.
+      captions: of the first pictures that a reported record keeps, for those that the page shows.
       measures: measure -> one more paragraph on how it was computed here.
       protocol: paragraphs that follow the built-in ones.
       limits: sentences that follow the built-in ones.
@@ -53,8 +61,9 @@ class Context:
     )
     metric: str = "fd_effnetlite0"
     select_block: int = 0
-    report_block: int = 1
+    report_blocks: Sequence[int] = (1,)
     dataset: Sequence[str] = ()
+    captions: Sequence[str] = ()
     measures: Mapping[str, str] = dataclasses.field(default_factory=dict)
     protocol: Sequence[str] = ()
     limits: Sequence[str] = ()
@@ -142,11 +151,13 @@ def _protocol(records: Sequence[Record], context: Context) -> list[str]:
         for block in sorted(images)
     )
     draws = {len(v) for r in records for v in r.replicates.values()}
+    several = len(context.report_blocks) > 1
+    where = labels.listing([str(block) for block in context.report_blocks])
     protocol = [
         f"Every configuration draws images for the same prompts from the same noise ({counts}). "
         f"The best guidance rate of each size, sampler and step count is chosen on seed block "
-        f"{context.select_block}; what is reported was sampled anew on block "
-        f"{context.report_block}, with other prompts and noise, so the choice does not flatter "
+        f"{context.select_block}; what is reported was sampled anew on block{'s' * several} "
+        f"{where}, with other prompts and noise, so the choice does not flatter "
         "the result. The step count that a size takes within a budget is chosen in the same way.",
     ]
     if any(r.round for r in records):
@@ -162,6 +173,12 @@ def _protocol(records: Sequence[Record], context: Context) -> list[str]:
             "half of the prompts, centred because fewer images give a larger Fréchet distance. A "
             "replicate takes the same prompts for every configuration, so differences between "
             "sizes are paired."
+        )
+    if several:
+        protocol.append(
+            f"What is reported is the mean over seed blocks {where}, each with prompts and noise "
+            "of its own: the score that one block's number of images has, known more precisely. "
+            "Replicates are means over the blocks as well."
         )
     return [*protocol, *context.protocol]
 
@@ -186,11 +203,43 @@ def _limits(
     ]
 
 
+def _images(
+    records: Sequence[Record], arms: Sequence[Record], curves: Curves, block: int,
+    strips: epath.PathLike | None,
+) -> dict[str, list[str]]:
+    """The kept pictures of every point of the curves, as data URIs, by the lines "size", "sampler"
+    and "steps"."""
+    if strips is None:
+        return {}
+    points = {(p.model, p.sampler, p.steps, p.guidance) for c in curves.values() for p in c}
+    keys = {}
+    for record, arm in zip(records, arms, strict=True):
+        i = arm.identity
+        cell = (i.model, i.sampler, i.steps)
+        if i.seed_block == block and (*cell, i.guidance) in points:
+            keys["\n".join(map(str, cell))] = record.identity.key
+    found = thumbnails.read(strips, keys.values())
+    return {cell: found[key] for cell, key in keys.items() if key in found}
+
+
+def _thinned(found: Mapping[str, list[str]], room: int) -> tuple[dict[str, list[str]], str]:
+    """Those pictures that there is room for, and a sentence on what is left out."""
+    shown = thumbnails.thinned(found, room)
+    all_of, some_of = (max(map(len, images.values()), default=0) for images in (found, shown))
+    note = "" if some_of == all_of else (
+        f"Of the {all_of} pictures kept of each point {some_of or 'none'} "
+        f"{'is' if some_of < 2 else 'are'} here: they are not to take the page beyond "
+        f"{MOST_BYTES // 2**20} MiB."
+    )
+    return shown, note
+
+
 def write(
     workdir: epath.PathLike,
     records: Sequence[Record],
     figures_dir: epath.PathLike,
     context: Mapping[str, Any],
+    strips: epath.PathLike | None = None,
 ) -> epath.Path:
     """Writes `report.html` into `workdir`; the same input gives the same bytes.
 
@@ -200,6 +249,8 @@ def write(
       figures_dir: what `figures.catalogue.write` drew; other PNG or SVG files there are shown
         too.
       context: the keys of `Context`.
+      strips: folder of the strips of pictures that the sweep kept, `KEY.png`; the page shows them
+        as thumbnails, fewer of each where it would weigh more than `MOST_BYTES`.
 
     Returns:
       The page's path.
@@ -215,19 +266,25 @@ def write(
         raise UserError(f"no records to report for {workdir}: run the sweep first")
     measure = labels.measure(told.metric)
     arms = curves_lib.distinct(records)
-    blocks = (told.select_block, told.report_block)
+    blocks = (told.select_block, told.report_blocks[0])
+    pooled = blocks_lib.pooled(arms, told.select_block, told.report_blocks)
     sizes = curves_lib.models(arms)
-    curves = curves_lib.quality_curves(arms, told.metric, None, *blocks)
-    data = page_data.charts(arms, told.metric, *blocks)
-    sentences = findings.findings(arms, told.metric, *blocks)
-    verdicts = claims.verdicts(claims.Evidence.of(arms), told.metric, *blocks)
+    curves = curves_lib.quality_curves(pooled, told.metric, None, *blocks)
+    data = page_data.charts(pooled, told.metric, *blocks)
+    sentences = findings.findings(pooled, told.metric, *blocks)
+    sentences += findings.between_blocks(
+        arms, told.metric, told.select_block, told.report_blocks)
+    verdicts = claims.verdicts(claims.Evidence.of(pooled), told.metric, *blocks)
     untested = [f"claim {v.number}" for v in verdicts if not v.tested]
-    table = page_data.table(records, arms, curves, told.report_block)
+    advice = page_advice.units(
+        arms, told.metric, told.select_block, told.report_blocks) if curves else []
+    table = page_data.table(records, arms, curves, told.report_blocks)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_PAGE), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )
-    page = environment.get_template("report.html.jinja").render(
+    draw = functools.partial(
+        environment.get_template("report.html.jinja").render,
         context=told,
         css=(_PAGE / "report.css").read_text("utf-8"),
         js="\n".join((_PAGE / name).read_text("utf-8") for name in _SCRIPTS),
@@ -239,7 +296,8 @@ def write(
         findings=sentences,
         confidence=f"{words.CONFIDENCE:g}",
         doubt=f"{1 - words.CONFIDENCE:.2g}",
-        data=data,
+        data=data | {"advice": advice},
+        advice=advice,
         has_curves=bool(curves),
         measure=measure,
         measures=[labels.measure(m["name"]) for m in data["measures"]],
@@ -254,6 +312,11 @@ def write(
         config=json.dumps(told.config, indent=1, sort_keys=True, default=str),
         **table,
     )
+    images = _images(records, arms, curves, blocks[1], strips)
+    page = draw(images={"captions": told.captions, "points": {}, "note": ""})
+    if images:
+        shown, note = _thinned(images, MOST_BYTES - len(page.encode()) - _NOTE_BYTES)
+        page = draw(images={"captions": told.captions, "points": shown, "note": note})
     path = epath.Path(workdir) / "report.html"
     files.atomic_write_text(path, page)
     return path

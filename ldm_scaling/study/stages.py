@@ -48,16 +48,14 @@ def check(study: Study, workdir: Workdir, measured: bool = True) -> Materials:
     materials = Materials(study, workdir)
     for member in (*study.members, study.reference):
         materials.spec(member)
-    for name, size in (
-        ("autoencoder.train.batch_size", study.autoencoder.train.batch_size),
-        ("train.batch_size", study.train.batch_size),
-        ("sweep.batch_size", study.sweep.batch_size),
-    ):
-        mesh_lib.check_batch(materials.mesh, size, f"config: {name}")
-    mesh_lib.check_batch(
-        materials.own.mesh, study.sweep.batch_size, "config: sweep.batch_size of each process"
-    )
-    for name, run in (("autoencoder.train", study.autoencoder.train), ("train", study.train)):
+    runs = {} if study.weights else {"train": study.train}
+    if not (study.weights or study.autoencoder.weights):
+        runs["autoencoder.train"] = study.autoencoder.train
+    for name, run in runs.items():
+        mesh_lib.check_batch(materials.mesh, run.batch_size, f"config: {name}.batch_size")
+    # Of each process.
+    mesh_lib.check_batch(materials.own.mesh, study.sweep.batch_size, "config: sweep.batch_size")
+    for name, run in runs.items():
         if run.batch_size % jax.process_count():
             raise UserError(
                 f"config: {name}.batch_size={run.batch_size} cannot be shared equally by "
@@ -204,7 +202,7 @@ def run_sweep(materials: Materials) -> None:
     study, workdir, own = materials.study, materials.workdir, materials.own
     own.require_trained()
     scorer = own.scorer
-    for block in (study.sweep.select_block, study.sweep.report_block):
+    for block in (study.sweep.select_block, *study.sweep.report_blocks):
         own.prompts(block)  # While all processes are here.
     reference_cost = cost.of(own.spec(study.reference))
     costs = {m: cost.of(own.spec(m)) for m in study.members}

@@ -103,12 +103,21 @@ def selection(study: Study, member: str, reference_hash: str) -> list[Identity]:
 def reporting(
     study: Study, member: str, reference_hash: str, chosen: list[Record]
 ) -> list[Identity]:
-    """The records that are reported: the chosen guidance of each cell on the report block."""
+    """The records that are reported: the chosen guidance of each cell on every report block."""
     best = curves.best_guidance(chosen, FRECHET, study.sweep.select_block)
-    return _identities(
-        study, member, study.sweep.report_block, reference_hash,
+    return _reported(
+        study, member, reference_hash,
         lambda name, steps: (best[member, solvers.canonical(name), steps],),
     )
+
+
+def _reported(
+    study: Study, member: str, reference_hash: str, guidance: Callable
+) -> list[Identity]:
+    return [
+        i for block in study.sweep.report_blocks
+        for i in _identities(study, member, block, reference_hash, guidance)
+    ]
 
 
 def calls(study: Study, identity: Identity) -> int:
@@ -146,12 +155,12 @@ def shared(work_N: Sequence[float], count: int) -> list[list[int]]:
 
 
 def planned(study: Study, member: str) -> list[Identity]:
-    """What a member gets, over both blocks; which rates will be reported, or go on in a race, is a
+    """What a member gets, over all blocks; which rates will be reported, or go on in a race, is a
     guess."""
     guess = (max(study.sweep.guidance),)
     first = selection(study, member, "")
-    return (raced.planned(study, first) if _races(study) else first) + _identities(
-        study, member, study.sweep.report_block, "", lambda *_: guess
+    return (raced.planned(study, first) if _races(study) else first) + _reported(
+        study, member, "", lambda *_: guess
     )
 
 
@@ -162,7 +171,7 @@ def _races(study: Study) -> bool:
 def existing(
     study: Study, member: str, reference_hash: str, directory: epath.Path
 ) -> list[Record]:
-    """The records of this config that are there, of both blocks; of a race each rate's last."""
+    """The records of this config that are there, of all blocks; of a race each rate's last."""
 
     def there(identities: list[Identity]) -> list[Record]:
         paths = [records.path_of(directory, i.key) for i in identities]
@@ -216,7 +225,7 @@ def run_member(study: Study, member: str, bench: Bench, progress: Progress) -> l
     """Measures what is missing of a member, and returns all its records.
 
     The rates of the selection block run together in lanes, all at once or in the rounds of a race,
-    then the chosen ones on the report block. Pictures are decoded and scored behind the sampler; a
+    then the chosen ones on the report blocks. Pictures are decoded and scored behind the sampler; a
     record is written when the last picture of its configuration is scored, so that a run that is
     killed loses what was under way.
 
@@ -231,7 +240,8 @@ def run_member(study: Study, member: str, bench: Bench, progress: Progress) -> l
         processes.barrier("selected")
         chosen = [records.read(records.path_of(bench.directory, i.key)) for i in first]
     last = reporting(study, member, bench.scorer.hash, chosen)
-    _complete(study, last, bench, progress)
+    for block in study.sweep.report_blocks:
+        _complete(study, [i for i in last if i.seed_block == block], bench, progress)
     processes.barrier("reported")
     return chosen + [records.read(records.path_of(bench.directory, i.key)) for i in last]
 
@@ -306,7 +316,7 @@ def _complete(
             pictures.save_png(
                 bench.strips / f"{identity.key}.png", np.concatenate(images_NHWC, axis=1)
             )
-        reported = identity.seed_block == study.sweep.report_block
+        reported = identity.seed_block in study.sweep.report_blocks
         seed = identity.seed_block if reported or race else None
         metrics, intervals, replicates = bench.scorer.score(
             features_ND, block.embeddings_NE[: len(features_ND)], seed,

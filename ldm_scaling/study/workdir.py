@@ -33,6 +33,7 @@ class Workdir:
         weights.json          hashes of published weights' files
         autoencoder/          checkpoints/, events/, samples/, curves.csv
         latents/, buckets/    the training and validation latents, square and of other aspects
+        latent_scale.json     what latents are multiplied by: all that drawing needs of them
         models/NAME/          as autoencoder/, one folder a member
         reference/            statistics of the real pictures, the caption probe
         records/KEY.json      one record per configuration

@@ -74,9 +74,10 @@ def make(
     shared: float = 1.5,
     replicates: int = 200,
     num_images: int = 512,
+    report_blocks: tuple[int, ...] = (1,),
     seed: int = 0,
 ) -> list[Record]:
-    """Records of a whole study: every rate on block 0, the best of each cell on block 1.
+    """Records of a whole study: every rate on block 0, the best of each cell on those that report.
 
     Args:
       truth: see `Truth`.
@@ -86,15 +87,17 @@ def make(
       guidance: rates on block 0.
       noise: standard deviation of the error that every cell has alone.
       shared: standard deviation of the error that all cells of a block share (its prompts).
-      replicates: bootstrap replicates on block 1. They scatter about the cell's noisy value as
+      replicates: bootstrap replicates on these. They scatter about the cell's noisy value as
         that value scatters about the truth, which is what a bootstrap aims at.
       num_images: images of a block.
+      report_blocks: the blocks that report.
       seed: of all the noise.
     """
     truth, steps = truth or Truth(), steps or STEPS
     rng = np.random.default_rng(seed)
-    common = rng.normal(0, shared, 2)
-    common_R = rng.normal(0, shared, replicates)
+    common = dict(zip((0, *report_blocks), rng.normal(0, shared, 1 + len(report_blocks)),
+                      strict=True))
+    common_R = {block: rng.normal(0, shared, replicates) for block in report_blocks}
     out = []
 
     def record(model: str, sampler: str, n: int, rate: float, block: int) -> Record:
@@ -106,8 +109,8 @@ def make(
         metrics, intervals, drawn = {}, {}, {}
         for name, value in true.items():
             metrics[name] = float(value + scale[name] * (common[block] + rng.normal(0, noise)))
-            if block == 1 and replicates:
-                noise_R = common_R + rng.normal(0, noise, replicates)
+            if block and replicates:
+                noise_R = common_R[block] + rng.normal(0, noise, replicates)
                 values_R = metrics[name] + scale[name] * noise_R
                 drawn[name] = [float(v) for v in values_R]
                 low, high = np.percentile(values_R, (2.5, 97.5))
@@ -130,7 +133,8 @@ def make(
             for n in steps[sampler]:
                 block_0 = [record(model, sampler, n, rate, 0) for rate in guidance]
                 best = min(block_0, key=lambda r: r.metrics["fd_effnetlite0"])
-                out += [*block_0, record(model, sampler, n, best.identity.guidance, 1)]
+                out += block_0
+                out += [record(model, sampler, n, best.identity.guidance, b) for b in report_blocks]
     return out
 
 

@@ -327,3 +327,24 @@ def test_without_prompts_validation_captions_are_drawn_with_their_own_noise(
     assert "validation" in path
     stages.sample(materials, steps=3, seeds=[1, 2])
     assert drawn[-1][0].seeds == ((1, 2),) * 8
+
+
+def test_small_networks_stay_loaded_and_large_ones_do_not(monkeypatch):
+    """A notebook that compares sizes asks for all of them again and again."""
+    loaded = []
+
+    def member_params(member):
+        loaded.append(member)
+        return {"w": np.zeros(4, np.float32)}
+
+    materials = Stub(member_params=member_params)
+    monkeypatch.setattr(gallery, "_kept", {})
+    for most, expected in ((32, ["a", "b"]), (31, ["a", "b"] * 3), (1, ["a", "b"] * 3)):
+        gallery._kept.clear()
+        loaded.clear()
+        monkeypatch.setattr(gallery, "_KEPT_BYTES", most)
+        for member in ("a", "b") * 3:
+            gallery._params(materials, member)
+        assert loaded == expected
+    gallery._params(materials, "b")  # The last one stays, whatever its size.
+    assert loaded == ["a", "b"] * 3

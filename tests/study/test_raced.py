@@ -1,6 +1,9 @@
 """A racing sweep: fewer pictures, records that say their round, and a resume by them alone."""
 
 import dataclasses
+import json
+import re
+import shutil
 import types
 
 import jax
@@ -20,14 +23,14 @@ from ldm_scaling.sampling import solvers
 from ldm_scaling.sampling.lanes import Finished
 from ldm_scaling.study import curves, raced, records, report, sweep
 from ldm_scaling.study.scorer import FRECHET
-from ldm_scaling.study.statistics import racing
+from ldm_scaling.study.statistics import blocks, racing
 from ldm_scaling.study.sweep import Bench, Prompts
 
 D, IMAGES = 12, 256
 RATES = (1.0, 2.0, 4.0, 8.0)
 REAL = ReferenceStats(Moments(10**6, np.zeros(D), np.eye(D) * (10**6 - 1)), "planted")
 STUDY = Study(
-    members=("c8",), reference="c8", data=Data(validation_pictures=2 * IMAGES),
+    members=("c8",), reference="c8", data=Data(validation_pictures=4 * IMAGES),
     sweep=Sweep(samplers=("ddim", "dpmpp_2m"), steps=(2, 8), guidance=RATES, num_images=IMAGES,
                 batch_size=32, strategy="racing"),
 )
@@ -87,8 +90,8 @@ class _Drawer:
 
     def draw(self, params, configurations, ctx_PLD, key):
         for number, c in enumerate(configurations):
-            np.testing.assert_array_equal(c.index_N, _prompts(0).index_N[c.prompt_N]
-                                          if c.index_N[0] < IMAGES else _prompts(1).index_N)
+            block = _prompts(c.index_N[0] // IMAGES)
+            np.testing.assert_array_equal(c.index_N, block.index_N[c.prompt_N])
             for part in np.array_split(np.arange(len(c.index_N)), 3):
                 x = np.stack([_picture(c.index_N[j], c.table.calls, c.guidance) for j in part])
                 x = x.reshape(len(part), 2, 2, 3).astype(np.float32)
@@ -144,6 +147,28 @@ def test_it_draws_a_quarter_and_chooses_as_the_grid_does(unbroken, grid):
     a, b = (curves.quality_curves(r, FRECHET) for r in (found, full))
     assert {k: [p.value for p in v] for k, v in a.items()} == {
         k: [p.value for p in v] for k, v in b.items()}
+
+
+def test_blocks_that_report_are_added_to_a_sweep_that_is_whole(unbroken, tmp_path):
+    """Old records stay, each chosen rate is measured on the new blocks, and the mean is reported;
+    killed on the way it goes on."""
+    more = dataclasses.replace(STUDY, sweep=dataclasses.replace(STUDY.sweep, more_blocks=(3, 2)))
+    workdir, found, _ = unbroken
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    old = _contents(tmp_path)
+    with pytest.raises(_Killed):
+        _run(tmp_path, more, most=5 * IMAGES)
+    wider, drawn = _run(tmp_path, more)
+    assert drawn == (8 - 5) * IMAGES  # Of 4 cells on 2 blocks.
+    assert old.items() < _contents(tmp_path).items()
+    assert sweep.existing(more, "c8", "planted", tmp_path / "records") == wider
+    assert len(wider) == len(sweep.planned(more, "c8")) == len(found) + 8
+    assert all(r.replicates[FRECHET] and not r.round for r in wider if r.identity.seed_block)
+    pooled = curves.quality_curves(blocks.pooled(wider, 0, more.sweep.report_blocks), FRECHET)
+    for p in (p for points in pooled.values() for p in points):
+        own = [_picture(k, p.steps, p.guidance) for k in range(IMAGES, 4 * IMAGES)]
+        parts = np.split(np.array(own, np.float32), 3)
+        assert p.value == pytest.approx(np.mean([frechet_from_features(x, REAL) for x in parts]))
 
 
 def test_records_say_their_round_and_number_and_score_the_first_pictures(unbroken):
@@ -203,6 +228,12 @@ def test_the_report_shows_a_raced_sweep(unbroken, tmp_path):
     text = report.write(tmp_path, found, tmp_path / "none", {}).read_text("utf-8")
     whole = report.write(tmp_path, records.read_all(workdir / "records"), tmp_path / "none", {})
     assert "raced" in text and "raced" in whole.read_text("utf-8")
+    # Each point of the curves has the pictures that its record drew.
+    page = report.write(tmp_path, found, tmp_path / "none", {}, workdir / "strips")
+    images = re.search(r'id="study-images">(.*?)</script>', page.read_text("utf-8"), re.S).group(1)
+    points = [p for c in curves.quality_curves(found, FRECHET).values() for p in c]
+    assert json.loads(images)["points"].keys() == {
+        f"{p.model}\n{p.sampler}\n{p.steps}" for p in points}
 
 
 def test_a_round_waits_for_the_races_behind(unbroken):

@@ -11,10 +11,13 @@ import json
 import random
 import re
 
+import numpy as np
 import pytest
 
+from ldm_scaling import pictures
 from ldm_scaling.errors import UserError
-from ldm_scaling.study import curves, findings, report
+from ldm_scaling.study import advice, advise_cli, curves, findings, report, thumbnails
+from ldm_scaling.study.budgets import Budget
 from ldm_scaling.study.figures import catalogue
 from ldm_scaling.study.figures.source import Source
 from ldm_scaling.study.statistics import claims
@@ -211,6 +214,93 @@ def test_the_interactive_data_hold_every_point(text, study):
     for won in data["winners"]:
         for budget in won["budgets"]:
             assert sum(c["probability"] for c in budget["contenders"]) == pytest.approx(1, rel=1e-5)
+
+
+@pytest.mark.parametrize("blocks", [(1,), (1, 2)], ids=["one block", "two blocks"])
+def test_the_page_carries_the_advice_at_every_budget(tmp_path, study, blocks):
+    study = [dataclasses.replace(r, device="2 CPU cores") for r in study]
+    for r in [r for r in study if r.identity.seed_block == 1 and 2 in blocks]:
+        values = {name: 1.01 * v for name, v in r.metrics.items()}
+        other = dataclasses.replace(r.identity, seed_block=2)
+        study.append(dataclasses.replace(r, identity=other, metrics=values))
+    context = {"report_blocks": blocks}
+    data = json.loads(_script(report.write(tmp_path, study, tmp_path, context).read_text("utf-8")))
+    assert [u["unit"] for u in data["advice"]] == ["cost", "seconds", "gflops"]
+    for told in data["advice"]:
+        unit, points, pieces = told["unit"], told["points"], told["pieces"]
+        options = advice.of_records(study, unit, FD, report_blocks=blocks)
+        costs = sorted(p.cost for p in options.points)
+        for budget in (v * f for v in costs for f in (0.9999, 1.0, 1.0001)):
+            # As the page's script looks it up.
+            piece = [p for p in pieces if p["from"] <= budget * (1 + 1e-9)][-1:]
+            if not piece:
+                with pytest.raises(UserError, match="is below the cheapest"):
+                    advice.advise(options, Budget(budget, unit))
+                continue
+            (piece,) = piece
+            found = advise_cli.plain(advice.advise(options, Budget(budget, unit)))
+            for name in ("best", "runner_up"):
+                point = None if piece[name] is None else points[piece[name]]
+                assert (point and {**point, unit: point["cost"]}) == (
+                    found[name] and {"cost": found[name][unit], **_without(found[name])})
+            assert piece["probability"] == found["probability_runner_up_is_better"]
+            assert (piece["advantage"] and piece["advantage"][0]) == found["advantage"]
+            front = [points[k] for k in told["front"] if points[k]["cost"] <= budget * (1 + 1e-9)]
+            assert [(p["cost"], p["value"]) for p in front] == [
+                (p[unit], p["value"]) for p in found["front"]]
+            extra = told["beyond"] if budget > costs[-1] else []
+            assert sorted([*told["notes"], *piece["notes"], *extra]) == sorted(found["notes"])
+
+
+def _without(row):
+    return {k: v for k, v in row.items() if k != "num_images"}
+
+
+def test_seconds_of_two_devices_give_no_budget(text):
+    data = json.loads(_script(text))
+    assert [u["unit"] for u in data["advice"]] == ["cost", "gflops"]
+    assert all(any("do not compare" in note for note in u["notes"]) for u in data["advice"])
+
+
+def _images(text):
+    return json.loads(re.search(
+        r'<script type="application/json" id="study-images">(.*?)</script>', text, re.S).group(1))
+
+
+def test_points_carry_their_own_pictures_as_many_as_the_page_holds(tmp_path, study, monkeypatch):
+    drawn = fake.images(("c8", "c16", "c24"), n=8, size=16)
+    chosen = [r.identity for r in study if r.identity.seed_block == 1]
+    for i in chosen:
+        strip = np.concatenate(drawn[i.model, i.sampler, i.steps], axis=1)
+        pictures.save_png(tmp_path / "strips" / f"{i.key}.png", strip)
+    lost, damaged = (tmp_path / "strips" / f"{i.key}.png" for i in chosen[:2])
+    lost.unlink()
+    damaged.write_bytes(damaged.read_bytes()[:200])
+
+    def write():
+        path = report.write(tmp_path, study, tmp_path / "none", {"captions": [NASTY]},
+                            tmp_path / "strips")
+        return path.read_text("utf-8")
+
+    whole = write()
+    found = _images(whole)
+    assert found["captions"] == [NASTY] and found["note"] == ""
+    assert {tuple(cell.split("\n")) for cell in found["points"]} == {
+        (i.model, i.sampler, str(i.steps)) for i in chosen[2:]}
+    for cell, uris in found["points"].items():
+        model, sampler, steps = cell.split("\n")
+        assert uris == [thumbnails.encode(x) for x in drawn[model, sampler, int(steps)]]
+    # Less room: fewer of each, the first ones; then none at all.
+    for most, count in ((len(whole.encode()) - 9, range(4, 8)), (1, [0])):
+        monkeypatch.setattr(report, "MOST_BYTES", most)
+        text = write()
+        fewer = _images(text)
+        assert len(text.encode()) <= most or not fewer["points"]
+        shown = {len(uris) for uris in fewer["points"].values()} or {0}
+        assert len(shown) == 1 and shown <= set(count)
+        assert all(uris == found["points"][cell][: len(uris)]
+                   for cell, uris in fewer["points"].items())
+        assert "Of the 8 pictures kept of each point" in fewer["note"]
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path, study, figures, text):

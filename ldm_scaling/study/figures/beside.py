@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -13,6 +15,8 @@ from ldm_scaling.study.image_grids import Images
 from ldm_scaling.study.records import Record
 from ldm_scaling.study.workdir import Workdir
 from ldm_scaling.training.events import read_curves
+
+log = logging.getLogger(__name__)
 
 TRAIN, VALIDATION = "train/loss", "validation/loss"
 
@@ -31,15 +35,26 @@ def losses(workdir: Workdir, members: Iterable[str]) -> dict[str, list]:
     return out
 
 
+def strip(path: epath.PathLike) -> np.ndarray | None:
+    """The pictures of one strip of squares, uint8 (n, H, W, 3); None where it is lost or damaged:
+    a figure lacks them then, and the records say all they did."""
+    path = epath.Path(path)
+    if not path.exists():
+        return None
+    try:
+        whole_HWC = pictures.load_png(path)
+        side = whole_HWC.shape[0]
+        return whole_HWC.reshape(side, -1, side, 3).swapaxes(0, 1)
+    except (OSError, ValueError) as e:
+        log.warning("the pictures in %s are left out: the file is damaged (%s)", os.fspath(path), e)
+        return None
+
+
 def strips(folder: epath.Path, records: Sequence[Record], block: int) -> Images:
-    """The first pictures of every configuration that is reported, cut from its strip of squares."""
+    """The first pictures of every configuration that is reported."""
     out: dict[tuple[str, str, int], np.ndarray] = {}
-    for record in records:
-        identity = record.identity
-        path = folder / f"{identity.key}.png"
-        if identity.seed_block == block and path.exists():
-            strip = pictures.load_png(path)
-            side = strip.shape[0]
-            cut = strip.reshape(side, -1, side, 3).swapaxes(0, 1)
-            out[identity.model, identity.sampler, identity.steps] = cut
+    for identity in (r.identity for r in records if r.identity.seed_block == block):
+        images_NHWC = strip(folder / f"{identity.key}.png")
+        if images_NHWC is not None:
+            out[identity.model, identity.sampler, identity.steps] = images_NHWC
     return out

@@ -19,9 +19,11 @@ from ldm_scaling.study.figures import (
     compute,
     distilled,
     downstream,
+    equal_compute,
     family,
     guidance,
     rows,
+    scaling,
     text_to_image,
 )
 from ldm_scaling.study.figures.source import Drawn, Source
@@ -60,8 +62,13 @@ class Entry:
 _CURVE = "records on both seed blocks"
 FIGURES = (
     Entry("tab1_family", "Tab. 1", "The family", family.table,
-          f"{_CURVE} at one step count that all sizes share", "quality",
-          "Parameters, GFLOPs, cost and quality of every size, the paper's own beside them."),
+          f"{_CURVE} at one step count that all sizes share", "family",
+          "Parameters, GFLOPs, cost and quality of every size; of the paper's sizes its own "
+          "figures beside them."),
+    Entry("tab1_cost", "Tab. 1", "What a size costs", family.cost,
+          "records of text-to-image networks", "family",
+          "GFLOPs of a network call against parameters: this study's sizes, and the paper's family "
+          "as counted here and as printed, with the one misprint marked."),
     Entry("fig9_cost", "Fig. 9", "Cost and quality", text_to_image.cost, _CURVE, "quality",
           "Left: sampling cost against steps for every size. Right: quality at the best guidance "
           "against sampling cost for every size, with 95% intervals."),
@@ -94,6 +101,26 @@ FIGURES = (
     Entry("training", "", "Training curves", text_to_image.losses, "the workdir's loss curves",
           "training",
           "Training loss (thin lines) and validation loss (marked) against the step, by size."),
+    Entry("law_compute", "", "A law of training compute", scaling.by_compute,
+          "validation losses in the workdir, or records on both seed blocks, of three networks "
+          "that differ in compute", "training",
+          "Validation loss and quality against training compute, with the power law through the "
+          "best at each compute and its 95% interval."),
+    Entry("law_size", "", "A law of size", scaling.by_size,
+          "validation losses in the workdir, or records on both seed blocks, of three sizes",
+          "training",
+          "Validation loss and quality at the end of training against parameters, with the power "
+          "law and its 95% interval."),
+    Entry("law_isoflop", "", "Sizes at equal training compute", equal_compute.profiles,
+          "validation losses or checkpoints' records of four sizes whose runs pass the same "
+          "training compute", "training",
+          "Left: loss against parameters, a parabola for each training compute, its least marked. "
+          "Right: the best size against training compute."),
+    Entry("law_largest", "", "The largest size foretold", scaling.largest_held_out,
+          "validation losses in the workdir, or records on both seed blocks, of four sizes",
+          "training",
+          "Loss and quality against training compute, and what a law of the smaller sizes "
+          "foretells of the largest, with its 95% interval."),
     Entry("fig4_super", "Fig. 4", "Super-resolution and fine-tuning compute", compute.fine_tuning,
           "records of task super_resolution with FID or LPIPS, of three sizes or fine-tuning "
           "lengths", "downstream",

@@ -1,14 +1,18 @@
-"""Table 1: the family, its cost and its quality, with the paper's own figures beside."""
+"""Table 1: the family, its cost and its quality, with the paper's own figures beside.
+
+Two figures: the table, and what a network of each size costs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ldm_scaling.models import zoo
+from ldm_scaling.models import analytic, zoo
 from ldm_scaling.models.zoo import Published
-from ldm_scaling.study import labels, plot_style
+from ldm_scaling.study import curves, labels, plot_style
 from ldm_scaling.study.figures.source import Drawn, Source
 from ldm_scaling.study.records import Record
 
@@ -125,3 +129,76 @@ def _draw(rows: Sequence[Mapping], shown: Sequence[str], title: str) -> Figure:
 
 def _text(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
+
+
+# --- what a size costs ----------------------------------------------------------------------------
+
+RECORDS, BY_HAND, PRINTED = "this study, counted by XLA", "the paper's, counted by hand", "Table 1"
+
+
+def cost(source: Source) -> dict[str, Drawn]:
+    """GFLOPs of a network call by parameters: this study's sizes, and beside them the paper's
+    family, as its layers' products say and as Table 1 prints it."""
+    mine = {r.identity.model: r for r in source.main}
+    if not mine:
+        return {}
+    rows = [_size(RECORDS, m, r.params / 1e6, r.gflops, r.norm_cost)
+            for m, r in ((m, mine[m]) for m in curves.models(source.main))]
+    by_hand = {m.name: analytic.gflops(m.spec) for m in zoo.PAPER}
+    one = by_hand[zoo.PAPER_REFERENCE]
+    for m in zoo.PAPER:
+        rows.append(_size(BY_HAND, m.name, m.published.params, by_hand[m.name],
+                          by_hand[m.name] / one))
+    for m in zoo.PAPER:
+        printed = m.published
+        rows.append(_size(PRINTED, m.name, printed.params, printed.gflops, printed.norm_cost))
+    return {"": Drawn(_draw_cost(rows), rows)}
+
+
+def _size(
+    source: str, model: str, params: float, gflops: float, norm_cost: float
+) -> dict[str, object]:
+    return {"source": source, "model": model, "params_M": params, "gflops": gflops,
+            "norm_cost": norm_cost, "misprint": (source, model) == (PRINTED, MISPRINT)}
+
+
+def _draw_cost(rows: Sequence[Mapping]) -> Figure:
+    fig = plot_style.figure(7.6, 4.6)
+    ax = fig.add_subplot()
+    of = {source: [r for r in rows if r["source"] == source]
+          for source in (RECORDS, BY_HAND, PRINTED)}
+    at = {source: ([r["params_M"] for r in found], [r["gflops"] for r in found])
+          for source, found in of.items()}
+    ax.plot(*at[BY_HAND], color=plot_style.SOFT, lw=1.2, marker=".", ms=5, label=BY_HAND, zorder=2)
+    ax.plot(*at[PRINTED], ls="", marker="o", ms=9, mfc="none", mec=plot_style.INK, mew=1.1,
+            label="the paper's, as Table 1 prints it", zorder=3)
+    marks = plot_style.marks([r["model"] for r in of[RECORDS]])
+    for k, r in enumerate(of[RECORDS]):
+        ax.plot(r["params_M"], r["gflops"], ls="", ms=7, zorder=4, **marks[r["model"]],
+                label=None if k else RECORDS)
+    plot_style.log_x(ax)
+    plot_style.log_y(ax)
+    ax.set_xlabel("parameters (millions)")
+    ax.set_ylabel("GFLOPs of a network call")
+    ax.set_title("What a size costs")
+    ax.legend(loc="upper left")
+    for r in of[RECORDS]:
+        _name(ax, r, (8, -4), "left")
+    # To both sides in turn: the family's upper half is dense.
+    for k, r in enumerate(r for r in of[BY_HAND] if r["model"] not in marks):
+        _name(ax, r, (-8, 4) if k % 2 else (8, -10), "right" if k % 2 else "left")
+    wrong = next(r for r in of[PRINTED] if r["misprint"])
+    one = next(r for r in of[PRINTED] if r["model"] == zoo.PAPER_REFERENCE)
+    ax.annotate(
+        f"a misprint: {wrong['gflops']:g} for {MISPRINT} repeats its FID;\nits own norm. cost of "
+        f"{wrong['norm_cost']:g} is {wrong['norm_cost'] * one['gflops']:.0f}",
+        (wrong["params_M"], wrong["gflops"]), textcoords="offset points", xytext=(34, 0),
+        va="center", fontsize=8, color=plot_style.INK,
+        arrowprops={"arrowstyle": "->", "color": plot_style.INK, "lw": 0.9, "shrinkB": 6},
+    )
+    return fig
+
+
+def _name(ax: Axes, row: Mapping, offset: tuple[int, int], align: str) -> None:
+    ax.annotate(row["model"], (row["params_M"], row["gflops"]), textcoords="offset points",
+                xytext=offset, ha=align, fontsize=7.5, color=plot_style.SOFT)

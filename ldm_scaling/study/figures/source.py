@@ -13,7 +13,7 @@ from ldm_scaling.study import curves as curves_lib
 from ldm_scaling.study import image_grids, labels
 from ldm_scaling.study.curves import Curves
 from ldm_scaling.study.records import Record
-from ldm_scaling.study.statistics import bands
+from ldm_scaling.study.statistics import bands, blocks
 from ldm_scaling.study.statistics.bands import Band
 
 Losses = Mapping[str, Sequence[Sequence[float | None]]]
@@ -41,7 +41,7 @@ class Source:
       records: of one study, finished or not, of any task and training length.
       metric: the main measure.
       select_block: seed block that chooses the guidance.
-      report_block: seed block that is reported.
+      report_blocks: seed blocks that are reported; the mean over several, see `statistics.blocks`.
       loss_curves: of every size.
       images: of cells, for the grids at equal cost.
       captions: of the images.
@@ -50,7 +50,7 @@ class Source:
     records: Sequence[Record]
     metric: str
     select_block: int = 0
-    report_block: int = 1
+    report_blocks: Sequence[int] = (1,)
     loss_curves: Losses = dataclasses.field(default_factory=dict)
     images: image_grids.Images = dataclasses.field(default_factory=dict)
     captions: Sequence[str] = ()
@@ -58,9 +58,19 @@ class Source:
     def __post_init__(self) -> None:
         labels.measure(self.metric)
 
+    @property
+    def report_block(self) -> int:
+        """The block that stands for all that are reported."""
+        return self.report_blocks[0]
+
+    @functools.cached_property
+    def _pooled(self) -> list[Record]:
+        return blocks.pooled(self.records, self.select_block, self.report_blocks)
+
     def of_task(self, task: str) -> list[Record]:
-        """Records of networks for a task, at any training step."""
-        return [r for r in self.records if r.task == task]
+        """Records of networks for a task, at any training step, those of the blocks that report as
+        one."""
+        return [r for r in self._pooled if r.task == task]
 
     @functools.cached_property
     def main(self) -> list[Record]:

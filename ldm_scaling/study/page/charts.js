@@ -20,6 +20,7 @@ const measure = (name) => study.measures.find((m) => m.name === name);
 function number(v) {
   if (v === null || v === undefined) return "–";
   const a = Math.abs(v);
+  if (a < 0.00005) return String(Number(v.toPrecision(2)));
   const digits = a >= 99.95 ? 0 : a >= 9.995 ? 1 : a >= 0.9995 ? 2 : a >= 0.09995 ? 3 : 4;
   return v.toFixed(digits);
 }
@@ -91,10 +92,14 @@ function axes(svg, box, x, y) {
 
 /**
  * Keeps a chart drawn in `host`: `draw(svg, width)` returns its height and its hits, places
- * {x, y, reach, lines} that the pointer, a touch or the arrow keys can visit.
+ * {x, y, lines} that the pointer, a touch or the arrow keys can visit. Where there is `open`, a
+ * click or Enter on the k-th of them calls `open(hits, k, show)`; `show(k)` marks another.
  */
-function chart(host, draw) {
-  const svg = add(host, "svg", { role: "img", tabindex: 0, "aria-label": host.dataset.label });
+function chart(host, draw, open = null) {
+  // An application: screen readers leave the arrow keys to it.
+  const svg = add(host, "svg", { role: "application", tabindex: 0, "aria-roledescription": "chart",
+    "aria-label": host.dataset.label });
+  if (open) host.classList.add("opens");
   const tip = document.createElement("div");
   tip.className = "tip";
   tip.hidden = true;
@@ -136,9 +141,18 @@ function chart(host, draw) {
   }
   svg.addEventListener("pointermove", visit);
   svg.addEventListener("pointerdown", visit);
-  svg.addEventListener("pointerleave", () => show(-1));
+  // A finger that is lifted leaves too, and has only now said what it wants to see.
+  svg.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") show(-1); });
   svg.addEventListener("blur", () => show(-1));
+  svg.addEventListener("click", (event) => {
+    visit(event);
+    if (open && at >= 0) open(hits, at, show);
+  });
   svg.addEventListener("keydown", (event) => {
+    if (open && at >= 0 && (event.key === "Enter" || event.key === " ")) {
+      event.preventDefault();
+      open(hits, at, show);
+    }
     const move = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
     if (event.key === "Escape") show(-1);
     if (!move || !hits.length) return;

@@ -1,11 +1,12 @@
 "use strict";
-// The report's interactive figures; needs charts.js.
+// The report's interactive figures; needs charts.js and panel.js.
 
 /** Quality against cost, seconds or steps. */
 function drawQuality(svg, width) {
   const axis = $("quality-axis").value, name = $("quality-measure").value, m = measure(name);
   const keep = filters();
-  const points = study.points.filter((p) => p.measure === name && keep(p));
+  const points = study.points.filter((p) => p.measure === name && keep(p))
+    .sort((a, b) => size(a.model) - size(b.model));
   if (!points.length) return empty(svg, width);
   const all = $("quality-all").checked
     ? study.cells.filter((c) => keep(c) && c.values[name] !== undefined) : [];
@@ -16,7 +17,7 @@ function drawQuality(svg, width) {
   const [yl, yh] = extent(values, log);
   const box = { left: 54, right: width - (width < 560 ? 34 : 44), top: 34, bottom: 400 };
   const [sx, sy] = axes(svg, box,
-    { low: xl, high: xh, log: true, title: study.axes[axis] + (width > 560 ? " (log scale)" : ""),
+    { low: xl, high: xh, log: true, title: width > 560 ? `${study.axes[axis]} (log scale)` : study.axes[axis].split(" = ")[0],
       ticks: axis === "steps" ? [...new Set(points.map((p) => p.steps))].sort((a, b) => a - b) : null },
     { low: yl, high: yh, log, title: `${width > 560 ? m.label : m.short}, ${m.better} is better` });
 
@@ -61,7 +62,7 @@ function drawQuality(svg, width) {
       const x = sx(p[axis]), y = sy(p.value);
       add(svg, "path", { d: mark(model), transform: `translate(${x} ${y})`,
         style: `fill:${colour(model)}`, stroke: "var(--card)", "stroke-width": 1 });
-      hits.push({ x, y, lines: [`${model}, ${label(sampler)}, ${p.steps} steps`,
+      hits.push({ x, y, point: p, lines: [`${model}, ${label(sampler)}, ${p.steps} steps`,
         `${m.short} ${number(p.value)}${range(p.low, p.high)}`, `guidance ${p.guidance}`,
         `cost ${number(p.cost)}, ${number(p.seconds)} s per image`] });
     }
@@ -233,10 +234,15 @@ function drawTrade(svg, width) {
   return { height: 412, hits };
 }
 
+/** The pictures of a point; afterwards the chart marks the last that was looked at. */
+const openPoint = (hits, k, show) => panel(hits.map((hit) => hit.point), k, show);
+
 const drawings = { quality: drawQuality, winner: drawWinners, heat: drawHeat, trade: drawTrade };
 const redraw = {};
 for (const [name, draw] of Object.entries(drawings)) {
-  if ($(`${name}-chart`)) redraw[name] = chart($(`${name}-chart`), draw);
+  if ($(`${name}-chart`)) {
+    redraw[name] = chart($(`${name}-chart`), draw, name === "quality" ? openPoint : null);
+  }
 }
 for (const name of Object.keys(redraw)) {
   for (const control of document.querySelectorAll(`[id^="${name}-"]`)) {

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import stats
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.metrics import bootstrap
@@ -29,11 +30,12 @@ def pooled(records: Sequence[Record], select_block: int, report_blocks: Sequence
     are independent, and the mean of the r-th ones is a replicate of the mean, paired between
     configurations as before. All that works on two blocks then works on K + 1.
 
-    A configuration that lacks one of the blocks is left out, as in an unfinished sweep.
+    A configuration that lacks one of the blocks is left out, as in an unfinished sweep. Of a
+    single block that reports the records stay what they are.
 
     Raises:
-      UserError: when a block both chooses and reports, none reports, or the blocks of one
-        configuration hold different numbers of images or replicates.
+      UserError: when a block both chooses and reports, none reports, one of several holds a
+        configuration twice, or the blocks of a configuration different numbers of replicates.
     """
     report_blocks = list(dict.fromkeys(report_blocks))
     if not report_blocks or select_block in report_blocks:
@@ -49,12 +51,20 @@ def pooled(records: Sequence[Record], select_block: int, report_blocks: Sequence
         elif r.identity.seed_block == select_block:
             out.append(r)
     for group in groups.values():
-        if {r.identity.seed_block for r in group} == set(report_blocks):
-            out.append(_mean(group, report_blocks[0]))
+        if len(report_blocks) == 1:
+            out += group
+        elif {r.identity.seed_block for r in group} == set(report_blocks):
+            out.append(_mean(group, report_blocks))
     return out
 
 
-def _mean(group: Sequence[Record], block: int) -> Record:
+def _mean(group: Sequence[Record], order: Sequence[int]) -> Record:
+    if len(group) > len(order):
+        raise UserError(
+            f"{group[0].identity.model}, {group[0].identity.sampler}, {group[0].identity.steps} "
+            f"steps: {len(group)} records of {len(order)} seed blocks; give each once"
+        )
+    group = sorted(group, key=lambda r: order.index(r.identity.seed_block))
     metrics = {
         name: float(np.mean([r.metrics[name] for r in group]))
         for name in group[0].metrics if all(name in r.metrics for r in group)
@@ -74,7 +84,6 @@ def _mean(group: Sequence[Record], block: int) -> Record:
             intervals[name] = bootstrap.percentile_interval(mean_R)
     return dataclasses.replace(
         group[0],
-        identity=dataclasses.replace(group[0].identity, seed_block=block),
         metrics=metrics, replicates=replicates, intervals=intervals,
         seconds_per_image=float(np.mean([r.seconds_per_image for r in group])),
     )
@@ -123,3 +132,44 @@ def optimism(
         out.append(Optimism(cell, guidance, chosen, reported, low, high,
                             sign * (reported - chosen)))
     return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Flattery:
+    """How much better the choosing block looks than those that report, over all cells.
+
+    Attributes:
+      mean: over cells and blocks, in the measure's units; above 0 where the choosing block looks
+        better. It holds that block's own luck too, which all its cells share.
+      low, high: 95% for what choosing alone does: Student's t of the spread between the blocks
+        that report, of which the choosing block's luck is one more draw; None with one block.
+      cells: how many.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    cells: int
+
+
+def flattery(
+    records: Sequence[Record], metric: str, select_block: int, report_blocks: Sequence[int],
+    level: float = 0.95,
+) -> Flattery | None:
+    """The mean `Optimism` of the cells that all of `report_blocks` hold; None without any."""
+    sign = labels.measure(metric).sign
+    place = {(r.identity.model, r.identity.sampler, r.identity.steps, r.identity.guidance,
+              r.identity.seed_block): r.metrics.get(metric) for r in records}
+    found = optimism(records, metric, select_block, report_blocks, level)
+    if not found:
+        return None
+    mean_B = np.array([
+        np.mean([sign * (place[*o.cell, o.guidance, b] - o.chosen) for o in found])
+        for b in report_blocks
+    ])
+    low = high = None
+    if len(mean_B) > 1:
+        half = (stats.t.ppf((1 + level) / 2, len(mean_B) - 1) * mean_B.std(ddof=1)
+                * np.sqrt(1 + 1 / len(mean_B)))
+        low, high = (float(mean_B.mean() + side) for side in (-half, half))
+    return Flattery(float(mean_B.mean()), low, high, len(found))

@@ -15,22 +15,58 @@ import numpy as np
 from ldm_scaling.errors import UserError
 from ldm_scaling.study.statistics import laws
 
+LEAST_SIZES = 4
+"""Sizes at a budget below which a parabola would have nothing to be wrong about."""
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Profile:
     """One budget.
 
     Attributes:
       flops: of training, the mean of its points'.
-      points: how many.
-      best_size: N at the parabola's least loss; None where it has none inside the sizes measured.
-      best_loss: the loss there, or None.
+      size_M, loss_M: its points.
+      parabola: (c2, c1, c0) of log loss = c2 x^2 + c1 x + c0, x the log size less their mean; None
+        below `LEAST_SIZES` sizes.
     """
 
     flops: float
-    points: int
-    best_size: float | None
-    best_loss: float | None
+    size_M: np.ndarray
+    loss_M: np.ndarray
+    parabola: tuple[float, float, float] | None
+
+    @property
+    def points(self) -> int:
+        """How many there are."""
+        return len(self.size_M)
+
+    @property
+    def centre(self) -> float:
+        """Mean log size."""
+        return float(np.log(self.size_M).mean())
+
+    @property
+    def best_size(self) -> float | None:
+        """N at the parabola's least loss; None where it has none inside the sizes measured."""
+        if self.parabola is None:
+            return None
+        place, _ = _vertex(np.array(self.parabola))
+        size = np.exp(place + self.centre)
+        return float(size) if self.size_M.min() <= size <= self.size_M.max() else None
+
+    @property
+    def best_loss(self) -> float | None:
+        """The loss there, or None."""
+        return None if self.best_size is None else float(self.at(self.best_size))
+
+    def at(self, size: np.ndarray) -> np.ndarray:
+        """The parabola's loss at sizes. Raises `UserError` where there is none."""
+        if self.parabola is None:
+            raise UserError(
+                f"a budget of {self.flops:.3g} FLOPs has {self.points} sizes: a parabola needs "
+                f"{LEAST_SIZES}"
+            )
+        return np.exp(np.polyval(self.parabola, np.log(size) - self.centre))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,12 +77,14 @@ class Frontier:
       profiles: one per budget, rising.
       factor, exponent: by least squares on logs of those profiles that have a best size.
       exponent_interval: 95%, from bootstrap replicates that draw residuals about each parabola.
+      best_intervals: 95% of the best size of each profile that has one, in order.
     """
 
     profiles: tuple[Profile, ...]
     factor: float
     exponent: float
     exponent_interval: tuple[float, float]
+    best_intervals: tuple[tuple[float, float], ...]
 
     def best_size(self, flops: np.ndarray) -> np.ndarray:
         """N with the least loss at budgets, by the power law."""
@@ -61,64 +99,78 @@ def _vertex(coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return place, c0 + c1 * place / 2
 
 
-def frontier(
-    flops: np.ndarray, size: np.ndarray, loss: np.ndarray, *, replicates: int = 200,
-    tolerance: float = 0.05, seed: int = 0,
-) -> Frontier:
-    """Fits a parabola to log loss over log N at each budget, and a power law to their least.
+def profiles(
+    flops: np.ndarray, size: np.ndarray, loss: np.ndarray, *, tolerance: float = 0.05
+) -> tuple[Profile, ...]:
+    """A parabola of log loss over log N at each budget.
 
     Args:
       flops: training budgets (N,); those within `tolerance` of each other are one.
       size: parameters (N,).
       loss: values (N,) above 0.
-      replicates, seed: of the bootstrap.
       tolerance: relative.
 
     Raises:
-      UserError: when fewer than 2 budgets have at least 4 sizes about a least loss.
+      UserError: when the columns differ in length or hold a value that is not above 0.
     """
     logf_N, logn_N, logy_N = (
         np.log(laws.scales(np.asarray(v, np.float64))[:, 0]) for v in (flops, size, loss)
     )
     if not len(logf_N) == len(logn_N) == len(logy_N):
         raise UserError("iso-FLOP profiles need one size and one loss per training budget")
-    rng, profiles, kept, moved = np.random.default_rng(seed), [], [], []
+    out = []
     for group in _groups(logf_N, np.log1p(tolerance)):
         x_M, y_M = logn_N[group], logy_N[group]
-        if len(np.unique(x_M)) < 4:
-            profiles.append(Profile(float(np.exp(logf_N[group].mean())), len(group), None, None))
-            continue
-        centre = x_M.mean()
-        design = np.vander(x_M - centre, 3)
-        coefficients, *_ = np.linalg.lstsq(design, y_M)
-        place, least = _vertex(coefficients)
-        inside = bool(x_M.min() - centre <= place <= x_M.max() - centre)
-        flops_here = float(logf_N[group].mean())
-        profiles.append(Profile(
-            float(np.exp(flops_here)), len(group),
-            float(np.exp(place + centre)) if inside else None,
-            float(np.exp(least)) if inside else None,
-        ))
-        if inside:
-            residual_M = y_M - design @ coefficients
-            residual_M *= np.sqrt(len(x_M) / (len(x_M) - 3))
-            drawn_RM = design @ coefficients + rng.choice(residual_M, (replicates, len(x_M)))
-            places_R, _ = _vertex((np.linalg.pinv(design) @ drawn_RM.T).T)
-            # A replicate without a least inside says that it lies at the edge, or beyond.
-            edges = (x_M.min() - centre, x_M.max() - centre)
-            moved.append(centre + np.clip(np.where(np.isnan(places_R), edges[1], places_R), *edges))
-            kept.append((flops_here, place + centre))
+        parabola = None
+        if len(np.unique(x_M)) >= LEAST_SIZES:
+            coefficients, *_ = np.linalg.lstsq(np.vander(x_M - x_M.mean(), 3), y_M)
+            parabola = tuple(map(float, coefficients))
+        out.append(Profile(
+            float(np.exp(logf_N[group].mean())), np.exp(x_M), np.exp(y_M), parabola))
+    return tuple(out)
+
+
+def frontier(
+    flops: np.ndarray, size: np.ndarray, loss: np.ndarray, *, replicates: int = 200,
+    tolerance: float = 0.05, seed: int = 0,
+) -> Frontier:
+    """`profiles`, and a power law through their least.
+
+    Args:
+      flops, size, loss, tolerance: see `profiles`.
+      replicates, seed: of the bootstrap.
+
+    Raises:
+      UserError: when fewer than 2 budgets have at least `LEAST_SIZES` sizes about a least loss.
+    """
+    found = profiles(flops, size, loss, tolerance=tolerance)
+    kept = [p for p in found if p.best_size is not None]
     if len(kept) < 2:
         raise UserError(
-            f"{len(kept)} of {len(profiles)} training budgets have 4 sizes with the least loss "
-            "inside: iso-FLOP profiles need 2; train more sizes at each budget"
+            f"{len(kept)} of {len(found)} training budgets have {LEAST_SIZES} sizes with the least "
+            "loss inside: iso-FLOP profiles need 2; train more sizes at each budget"
         )
-    f_B, n_B = np.array(kept).T
-    exponent, intercept = np.polyfit(f_B, n_B, 1)
-    slopes_R = np.polyfit(f_B, np.stack(moved), 1)[0]
-    low, high = np.percentile(slopes_R, (2.5, 97.5))
-    return Frontier(tuple(profiles), float(np.exp(intercept)), float(exponent),
-                    (float(low), float(high)))
+    rng = np.random.default_rng(seed)
+    moved_BR = np.stack([_moved(p, replicates, rng) for p in kept])
+    logf_B, logn_B = np.log([(p.flops, p.best_size) for p in kept]).T
+    exponent, intercept = np.polyfit(logf_B, logn_B, 1)
+    low, high = np.percentile(np.polyfit(logf_B, moved_BR, 1)[0], (2.5, 97.5))
+    ends_B2 = np.exp(np.percentile(moved_BR, (2.5, 97.5), axis=1)).T
+    return Frontier(found, float(np.exp(intercept)), float(exponent), (float(low), float(high)),
+                    tuple((float(a), float(b)) for a, b in ends_B2))
+
+
+def _moved(profile: Profile, replicates: int, rng: np.random.Generator) -> np.ndarray:
+    """Log sizes of the least loss, of replicates that draw residuals about the parabola (R,)."""
+    x_M = np.log(profile.size_M) - profile.centre
+    design = np.vander(x_M, 3)
+    fit_M = design @ np.array(profile.parabola)
+    residual_M = (np.log(profile.loss_M) - fit_M) * np.sqrt(len(x_M) / (len(x_M) - 3))
+    drawn_RM = fit_M + rng.choice(residual_M, (replicates, len(x_M)))
+    place_R, _ = _vertex((np.linalg.pinv(design) @ drawn_RM.T).T)
+    # A replicate without a least inside says that it lies at the edge, or beyond.
+    place_R = np.where(np.isnan(place_R), x_M.max(), place_R)
+    return profile.centre + np.clip(place_R, x_M.min(), x_M.max())
 
 
 def _groups(logf_N: np.ndarray, width: float) -> Sequence[np.ndarray]:

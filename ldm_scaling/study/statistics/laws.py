@@ -61,6 +61,18 @@ class Law:
         return n, product / n
 
 
+    def least(self, flops: np.ndarray, per: float = 6.0) -> np.ndarray:
+        """The least L on flops = per x N x D, at `best_split`: itself a saturating power law, with
+        the same offset and `least_exponent`. Arguments and errors are those of `best_split`."""
+        return self(np.stack(self.best_split(np.atleast_1d(flops), per), axis=1))
+
+    @property
+    def least_exponent(self) -> float:
+        """alpha beta / (alpha + beta) of a law of two scales: how fast `least` falls."""
+        alpha, beta = self.exponents
+        return alpha * beta / (alpha + beta)
+
+
 def scales(x: np.ndarray, k: int | None = None) -> np.ndarray:
     """Scales as a positive matrix (N, K). Raises `UserError` where one is not."""
     x_NK = np.asarray(x, np.float64)

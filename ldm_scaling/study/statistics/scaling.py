@@ -14,7 +14,7 @@ from ldm_scaling.study.statistics import fits, isoflop, laws, trends
 from ldm_scaling.study.statistics.fits import Fit, HeldOut
 from ldm_scaling.study.statistics.isoflop import Frontier
 
-By = Literal["size", "images", "compute", "size and images"]
+By = Literal["size", "images", "compute", "size and images", "call and images"]
 
 BACKWARD = 3.0
 """FLOPs of a training step over those of its forward pass: the gradient takes twice as many."""
@@ -43,9 +43,14 @@ class Runs:
     value_RN: np.ndarray | None = None
 
     def scales(self, by: By) -> np.ndarray:
-        """The columns that a law is fitted over, (N, 1) or (N, 2)."""
+        """The columns that a law is fitted over, (N, 1) or (N, 2).
+
+        Those of "call and images" multiply to the compute, whatever a parameter costs, so that the
+        law's `Law.least` with `per=1` is of a training budget.
+        """
         columns = {"size": [self.params_N], "images": [self.images_N], "compute": [self.gflops_N],
-                   "size and images": [self.params_N, self.images_N]}
+                   "size and images": [self.params_N, self.images_N],
+                   "call and images": [self.gflops_N / self.images_N, self.images_N]}
         if by not in columns:
             raise UserError(f"a law is fitted by {', '.join(columns)}; not by {by!r}")
         return laws.scales(np.stack(columns[by], axis=1))
@@ -79,6 +84,55 @@ class Runs:
         """The best size for a training budget, by iso-FLOP profiles."""
         return isoflop.frontier(self.gflops_N * 1e9, self.params_N, self.value_N)
 
+    def some(self, number_N: np.ndarray) -> Runs:
+        """The rows with these numbers, or marks."""
+        number_N = np.arange(len(self.models))[number_N]
+        return Runs(
+            tuple(self.models[k] for k in number_N), self.params_N[number_N],
+            self.images_N[number_N], self.gflops_N[number_N], self.value_N[number_N],
+            None if self.value_RN is None else self.value_RN[:, number_N],
+        )
+
+    def ends(self) -> Runs:
+        """The last row of each size's run."""
+        return self.some(np.array([
+            max(np.flatnonzero(np.array(self.models) == m), key=lambda k: self.images_N[k])
+            for m in dict.fromkeys(self.models)
+        ]))
+
+    def at_budgets(self, count: int = 5) -> Runs:
+        """What each size would have at the same training budgets, for iso-FLOP profiles.
+
+        Interpolated along each size's run, straight on log axes; of a size only at budgets that its
+        run passes. With a constant learning rate the middle of a run is the end of a shorter one.
+
+        Args:
+          count: budgets, spread evenly on a log axis over where `isoflop.LEAST_SIZES` runs meet.
+
+        Returns:
+          Rows by budget; none where so many runs meet nowhere.
+        """
+        names = np.array(self.models)
+        runs = []
+        for m in dict.fromkeys(self.models):
+            order = np.flatnonzero(names == m)
+            runs.append(self.some(order[np.argsort(self.gflops_N[order], kind="stable")]))
+        ends_M2 = np.log([(run.gflops_N[0], run.gflops_N[-1]) for run in runs])
+        there = [
+            c for c in np.unique(ends_M2)
+            if ((ends_M2[:, 0] <= c) & (c <= ends_M2[:, 1])).sum() >= isoflop.LEAST_SIZES
+        ]
+        rows = []
+        for c in np.unique(np.linspace(min(there), max(there), count)) if there else ():
+            for run, (low, high) in zip(runs, ends_M2, strict=True):
+                if low - 1e-9 <= c <= high + 1e-9:
+                    x_K, gflops = np.log(run.gflops_N), np.exp(c)
+                    value = np.exp(np.interp(c, x_K, np.log(run.value_N)))
+                    images = run.images_N[0] * gflops / run.gflops_N[0]
+                    rows.append((run.models[0], run.params_N[0], images, gflops, value))
+        models, *columns = zip(*rows, strict=True) if rows else ((), (), (), (), ())
+        return Runs(tuple(models), *(np.array(column, np.float64) for column in columns))
+
 
 def of_records(
     records: Sequence[Record], metric: str, batch_size: int, select_block: int = 0,
@@ -110,7 +164,7 @@ def of_records(
 
 def of_losses(
     losses: Mapping[str, Sequence[tuple[int, float]]], params: Mapping[str, int],
-    gflops: Mapping[str, float], batch_size: int,
+    gflops: Mapping[str, float], batch_size: int, settled: float = 0.0,
 ) -> Runs:
     """Validation losses along training runs.
 
@@ -121,8 +175,14 @@ def of_losses(
       losses: size -> (step, validation loss) along its run.
       params, gflops: of each size.
       batch_size: images per step.
+      settled: share of each run that is left out at its beginning.
+
+    Raises:
+      UserError: without a validation loss.
     """
-    rows = [(m, step, loss) for m, run in losses.items() for step, loss in run if step > 0]
+    first = {m: settled * max((step for step, _ in run), default=0) for m, run in losses.items()}
+    rows = [(m, step, loss) for m, run in losses.items() for step, loss in run
+            if step > 0 and step >= first[m]]
     if not rows:
         raise UserError("no training run has a validation loss: set train.validate_every")
     images_N = np.array([float(step) * batch_size for _, step, _ in rows])

@@ -25,6 +25,7 @@ def _several(seed, report=3, **more):
     return out
 
 
+MODELS = ("c8", "c16")
 FLAT = {"models": ("c8",), "samplers": ("ddim",), "noise": 1.0, "shared": 0.0}
 
 
@@ -76,6 +77,23 @@ def test_optimism_is_what_choosing_flatters_by():
     assert np.mean(covered) == pytest.approx(0.95, abs=0.035)
 
 
+def test_flattery_tells_choosing_from_a_blocks_own_luck():
+    """Choosing the best of four equal rates flatters by 1.03; luck that a block's cells share does
+    not count as choosing."""
+    covered, mean = [], []
+    for seed in range(120):
+        found = fake.make(fake.flat_truth(MODELS), models=MODELS, samplers=("ddim",), noise=1.0,
+                          shared=0.7, replicates=0, report_blocks=(1, 2, 3, 4), seed=seed)
+        told = blocks.flattery(found, FD, 0, (1, 2, 3, 4))
+        assert told.cells == 10 and told.low < told.mean < told.high
+        covered.append(told.low <= 1.03 <= told.high)
+        mean.append(told.mean)
+    assert np.mean(mean) == pytest.approx(1.03, abs=0.25)
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.05)
+    assert blocks.flattery(found, FD, 0, (1,)).low is None
+    assert blocks.flattery(found, FD, 0, (9,)) is None
+
+
 def test_a_configuration_without_all_blocks_is_left_out():
     records = _several(0, report=2, models=("c8",), samplers=("ddim",), guidance=(3.0,))
     less = [r for r in records if not (r.identity.seed_block == 2 and r.identity.steps == 50)]
@@ -87,6 +105,9 @@ def test_mistakes_are_named():
     records = _several(0, report=2, models=("c8",), samplers=("ddim",), guidance=(3.0,))
     with pytest.raises(UserError, match="at least one other block"):
         blocks.pooled(records, 0, [0, 1])
+    with pytest.raises(UserError, match="c8, ddim, 4 steps: 3 records of 2 seed blocks"):
+        again = [r for r in records if r.identity.seed_block == 2]
+        blocks.pooled([*records, *again], 0, [1, 2])
     short = [dataclasses.replace(r, replicates={k: v[:50] for k, v in r.replicates.items()})
              if r.identity.seed_block == 2 else r for r in records]
     with pytest.raises(UserError, match=r"hold \[200, 50\] replicates"):

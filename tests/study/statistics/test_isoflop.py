@@ -47,6 +47,22 @@ def test_a_symmetric_law_gives_its_exponent_at_the_stated_rate():
     assert exact.best_size(1e20) == pytest.approx(law.best_split(1e20)[0], rel=1e-3)
 
 
+def test_best_sizes_have_intervals_and_parabolas_pass_the_points():
+    law = Law(1.7, (400.0, 400.0), (0.34, 0.34))
+    hit = []
+    for seed in range(30):
+        found = isoflop.frontier(*_runs(law, noise=0.003, seed=seed), seed=seed, replicates=150)
+        for p, (low, high) in zip(found.profiles, found.best_intervals, strict=True):
+            hit.append(low <= law.best_split(p.flops)[0] <= high)
+            assert low < p.best_size < high and p.best_loss <= p.at(p.size_M).min()
+            np.testing.assert_allclose(p.at(p.size_M), p.loss_M, rtol=0.02)
+    assert np.mean(hit) >= 0.85
+    few = isoflop.profiles(np.full(3, 1e18), np.array([1e6, 2e6, 4e6]), np.array([3.0, 2.0, 3.0]))
+    assert few[0].best_size is None and few[0].best_loss is None
+    with pytest.raises(UserError, match="has 3 sizes: a parabola needs 4"):
+        few[0].at(1e6)
+
+
 def test_unequal_exponents_bias_the_parabola_and_not_approach_3():
     """arXiv 2603.22339: sizes over a wide range move the parabola's least, without any noise."""
     law = Law(1.7, (60.0, 4000.0), (0.22, 0.42))

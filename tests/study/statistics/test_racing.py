@@ -18,14 +18,15 @@ REAL = ReferenceStats(Moments(10**6, np.zeros(D), np.eye(D) * (10**6 - 1)), "pla
 TOLERANCE = 0.013
 
 
-def _planted(seed, steps, n=N, flat=False):
-    """Features of every rate and their true distances.
+def _planted(seed, steps, n=N, flat=False, noise_ND=None):
+    """Features of every rate and their true distances; with `noise_ND` other step counts share it.
 
     Gaussians about a mean whose length is least at a rate that falls with steps, and whose spread
     shrinks as guidance rises. Prompts and noise, 90% of the variance, are common to all rates.
     """
     rng = np.random.default_rng([seed, steps])
     common_ND, features, truth = rng.normal(size=(n, D)), {}, {}
+    common_ND = common_ND if noise_ND is None else noise_ND
     for rate in RATES:
         away = 0.0 if flat else np.log(rate / (7 * steps**-0.25))
         spread = 0.9 if flat else 1 - 0.05 * np.log(rate)
@@ -51,6 +52,26 @@ def test_a_quarter_of_the_images_chooses_as_the_exhaustive_sweep_does(steps):
         regret.append(exhaustive[found.choice] / min(exhaustive.values()) - 1)
         images.append(found.images)
     assert max(images) <= len(RATES) * N / 4
+    assert np.mean(np.array(regret) <= TOLERANCE) >= 0.95
+
+
+def test_steps_and_guidance_race_together_within_a_budget():
+    """The best cell of a budget: any arms race, pairs as well. The most steps are not the best."""
+    noise_ND = np.random.default_rng(1).normal(size=(N, D))
+    features = {
+        (n, rate): f for n in (4, 10, 20)
+        for rate, f in _planted(0, n, noise_ND=noise_ND)[0].items() if rate in RATES[1::2]
+    }
+    for arm in [a for a in features if a[0] == 20]:
+        features[arm] = features[arm] + 0.4 * np.eye(D)[0]
+    exhaustive = {arm: frechet_from_features(f, REAL) for arm, f in features.items()}
+    assert min(exhaustive, key=exhaustive.get)[0] == 10
+    regret = []
+    for k in range(20):
+        order_N = np.random.default_rng(k).permutation(N)
+        found = racing.on_features(features, REAL, order_N=order_N, replicates=16).outcome()
+        regret.append(exhaustive[found.choice] / min(exhaustive.values()) - 1)
+        assert found.images <= len(features) * N / 4
     assert np.mean(np.array(regret) <= TOLERANCE) >= 0.95
 
 

@@ -73,6 +73,53 @@ def test_losses_along_runs_give_the_same_law():
     assert 0 < by_compute.law.exponents[0] < 1
 
 
+def test_the_warm_up_enters_no_law():
+    runs = scaling.of_losses({"a": [(s, 1.0) for s in range(0, 101, 5)], "b": [(40, 1.0)]},
+                             {"a": 1, "b": 2}, {"a": 1.0, "b": 2.0}, 1, settled=0.1)
+    assert runs.images_N.min() == 10 and len(runs.models) == 19 + 1
+
+
+def test_a_law_of_calls_and_images_gives_the_best_at_each_compute():
+    """Whatever a parameter costs: here larger networks cost less for each."""
+    law = Law(0.3, (2.0, 30.0), (0.3, 0.45))
+    gflops = {f"m{k}": 0.02 * 2.0**k for k in range(6)}
+    params = {m: int(1e6 * g**1.3) for m, g in gflops.items()}
+    losses = {m: [(s, law(np.array([[g, s * BATCH]]))[0]) for s in STEPS]
+              for m, g in gflops.items()}
+    runs = scaling.of_losses(losses, params, gflops, BATCH)
+    found = runs.fitted("call and images", replicates=2).law
+    compute = np.geomspace(1e3, 1e6, 5)
+    by_law = found.least(scaling.BACKWARD * compute, per=1.0)
+    grid = np.geomspace(1e-4, 1e4, 20001)
+    best = [law(np.stack([grid, c / grid], axis=1)).min() for c in compute]
+    np.testing.assert_allclose(by_law, best, rtol=1e-4)
+    assert found.least_exponent == pytest.approx(0.3 * 0.45 / 0.75, rel=1e-4)
+
+
+def test_runs_meet_at_budgets_that_enough_of_them_pass():
+    law = Law(0.3, (9.0, 30.0), (0.3, 0.35))
+    params = {f"m{k}": int(1e5 * 2**k) for k in range(5)}
+    gflops = {m: 1e-6 * n for m, n in params.items()}
+    steps = np.unique(np.geomspace(500, 32000, 40).astype(int))
+    losses = {m: [(s, law(np.array([[n, s * BATCH]]))[0]) for s in steps]
+              for m, n in params.items()}
+    runs = scaling.of_losses(losses, params, gflops, BATCH)
+    met = runs.at_budgets(4)
+    budgets, count = np.unique(met.gflops_N, return_counts=True)
+    assert len(budgets) == 4 and count.min() >= 4 and count.max() == 5
+    for k, m in enumerate(met.models):
+        own = runs.some(np.array(runs.models) == m)
+        assert own.gflops_N.min() <= met.gflops_N[k] * (1 + 1e-9)
+        assert met.gflops_N[k] <= own.gflops_N.max() * (1 + 1e-9)
+        assert met.gflops_N[k] == pytest.approx(3 * gflops[m] * met.images_N[k])
+        true = law(np.array([[params[m], met.images_N[k]]]))[0]
+        assert met.value_N[k] == pytest.approx(true, rel=1e-3)
+    three = runs.some(np.isin(runs.models, ["m0", "m1", "m2"]))
+    assert three.at_budgets().models == ()
+    ends = runs.ends()
+    assert set(ends.images_N) == {32000 * BATCH} and set(ends.models) == set(params)
+
+
 def test_mistakes_are_named():
     runs = scaling.of_records(_records(LAW, 0.0), FD, BATCH)
     with pytest.raises(UserError, match="fitted by size, images, compute.*not by 'cost'"):

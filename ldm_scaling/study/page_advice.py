@@ -1,0 +1,93 @@
+"""Page advice: what `ldm-scaling advise` says at every budget, as plain values for the page.
+
+Advice changes only at budgets that just pay for one configuration more, so a few pieces hold it
+for all budgets: the page looks one up and computes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ldm_scaling.study import advice, labels
+from ldm_scaling.study.advice import Advice, Options
+from ldm_scaling.study.budgets import Budget
+from ldm_scaling.study.costing import Unit
+from ldm_scaling.study.curves import Point
+from ldm_scaling.study.records import Record
+
+# Unit -> its name in the choice of units, and as a budget is written.
+_UNITS: dict[Unit, tuple[str, str]] = {
+    "cost": ("sampling cost", "cost"), "seconds": ("seconds", "s"), "gflops": ("GFLOPs", "gflops"),
+}
+
+
+def units(
+    records: Sequence[Record], metric: str, select: int, report: Sequence[int]
+) -> list[dict[str, Any]]:
+    """The advice in every unit that the records can give, ready for JSON.
+
+    Args:
+      records: distinct ones, of which some are reported.
+      metric: the measure that decides.
+      select: seed block that chooses.
+      report: seed blocks that are reported.
+
+    Returns:
+      A dictionary for each unit. `points` are the configurations, cheapest first, and everything
+      else names them by their number there: `front`, and `best` and `runner_up` of each of
+      `pieces`, which holds for budgets of its `from` (within a billionth) and more. Seconds are
+      left out where the records were measured on several devices.
+    """
+    devices = sorted({r.device for r in records})
+    skipped = [] if len(devices) == 1 else [
+        f"Seconds of {labels.listing(devices)} do not compare, so there are no budgets in seconds."
+    ]
+    out = []
+    for unit in _UNITS:
+        if unit == "seconds" and skipped:
+            continue
+        options = advice.of_records(
+            records, unit, metric, select_block=select, report_blocks=report
+        )
+        out.append(_unit(options, [*options.notes, *skipped]))
+    return out
+
+
+def _unit(options: Options, notes: list[str]) -> dict[str, Any]:
+    points = sorted(options.points, key=lambda p: (p.cost, p.chosen_by))
+    place = {id(p): k for k, p in enumerate(points)}
+    at = [advice.advise(options, Budget(p.cost, options.unit)) for p in points]
+    # What a budget above all costs adds to the notes.
+    whole = advice.advise(options, Budget(math.inf, options.unit))
+    pieces: list[dict[str, Any]] = []
+    for found in at:
+        piece = _piece(found, place)
+        if not pieces or any(pieces[-1][k] != piece[k] for k in ("best", "runner_up")):
+            pieces.append(piece)
+    name, written = _UNITS[options.unit]
+    return {
+        "unit": options.unit, "name": name, "written": written, "label": options.unit_label,
+        "measure": options.measure, "points": [_row(p) for p in points], "pieces": pieces,
+        "front": [place[id(p)] for p in whole.front], "notes": notes,
+        "beyond": [note for note in whole.notes if note not in at[-1].notes],
+    }
+
+
+def _row(p: Point) -> dict[str, Any]:
+    return {
+        "model": p.model, "sampler": p.sampler, "steps": p.steps, "guidance": p.guidance,
+        "cost": p.cost, "value": p.value, "low": p.low, "high": p.high,
+    }
+
+
+def _piece(found: Advice, place: dict[int, int]) -> dict[str, Any]:
+    duel = found.duel
+    return {
+        "from": found.budget.value, "best": place[id(found.best)],
+        "runner_up": None if found.runner_up is None else place[id(found.runner_up)],
+        "probability": found.other_is_better,
+        "advantage": duel and [duel.advantage, duel.low, duel.high],
+        "notes": list(found.notes[len(found.options.notes):]),
+    }

@@ -1,0 +1,164 @@
+"""Figures of scaling laws: planted laws stand in the numbers beside them."""
+
+import csv
+import dataclasses
+
+import numpy as np
+import pytest
+
+from ldm_scaling.study import plot_style
+from ldm_scaling.study.figures import catalogue
+from ldm_scaling.study.figures.source import Source
+from ldm_scaling.study.statistics.laws import Law
+from tests.study import fake_records as fake
+
+FD = "fd_effnetlite0"
+SIZES = {f"s{k}": int(1e6 * 1.55**k) for k in range(7)}
+LAST = 40_000
+PER = 2e-6  # GFLOPs of a call, by parameters.
+LAW = Law(0.1, (400.0, 20.0), (0.5, 0.5))
+
+
+def _loss(params, step, law=LAW):
+    return float(law(np.array([[params, step]]))[0])
+
+
+def _losses(sizes=SIZES, noise=0.002, law=LAW, seed=0):
+    """Validation losses by the law; in the warm-up, the first tenth, they are far off."""
+    rng = np.random.default_rng(seed)
+    steps = range(1000, LAST + 1, 1000)
+    return {
+        m: [[s, 1.0, _loss(n, s, law) * (3 if s < LAST / 10 else np.exp(noise * rng.normal()))]
+            for s in steps]
+        for m, n in sizes.items()
+    }
+
+
+def _records(sizes=SIZES, train_step=LAST, value=None):
+    """One reported network of each size; its distance is 100 times its loss unless given."""
+    base = fake.make(models=("c8",), samplers=("ddim",), steps={"ddim": (50,)}, guidance=(3.0,),
+                     noise=0.3, shared=0.0)
+    out = []
+    for m, n in sizes.items():
+        true = (value or (lambda n: 100 * _loss(n, LAST)))(n)
+        for r in base:
+            scale = true / r.metrics[FD]
+            out.append(dataclasses.replace(
+                r, params=n, gflops=PER * n, metrics={FD: true}, intervals={},
+                identity=dataclasses.replace(r.identity, model=m, train_step=train_step),
+                replicates={FD: [v * scale for v in r.replicates.get(FD, [])]}))
+    return out
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("laws")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plot_style, "DPI", 30)
+        patch.setattr(plot_style, "FORMATS", {"png": {}})
+        written = catalogue.write(folder, Source(_records(), FD, loss_curves=_losses()), ["law"])
+    return folder, written
+
+
+def _rows(folder, name, measure):
+    with open(folder / f"{name}.csv", newline="") as file:
+        return [row for row in csv.DictReader(file) if row["measure"] == measure]
+
+
+def _within(row, name, true):
+    return float(row[f"{name}_low"]) <= true <= float(row[f"{name}_high"])
+
+
+def test_all_four_are_drawn(drawn):
+    _, written = drawn
+    assert written.names == ("law_compute", "law_size", "law_isoflop", "law_largest")
+    assert written.skipped == ()
+
+
+def test_the_law_of_compute_is_that_of_the_best_size(drawn):
+    """In closed form: the exponent is alpha beta / (alpha + beta), the offset that of the law."""
+    folder, _ = drawn
+    rows = _rows(folder, "law_compute", "validation_loss")
+    row = rows[0]
+    assert float(row["alpha"]) == pytest.approx(0.25, abs=0.02) and _within(row, "alpha", 0.25)
+    assert float(row["E"]) == pytest.approx(0.1, abs=0.01) and _within(row, "E", 0.1)
+    for row in rows:
+        c = float(row["compute"])
+        assert c == pytest.approx(PER * int(row["params"]) * int(row["train_step"]))
+        n = np.geomspace(1e5, 1e9, 4000)
+        best = min(LAW(np.stack([n, c / (PER * n)], axis=1)))
+        assert float(row["law"]) == pytest.approx(best, rel=0.01)
+        assert float(row["law_low"]) <= float(row["law"]) <= float(row["law_high"])
+    assert {int(row["train_step"]) for row in rows} == set(range(LAST // 10, LAST + 1, 1000))
+    assert len(rows) == len(SIZES) * 37
+
+
+def test_the_law_of_size_is_that_of_the_ends(drawn):
+    folder, _ = drawn
+    rows = _rows(folder, "law_size", "validation_loss")
+    assert {int(row["train_step"]) for row in rows} == {LAST} and len(rows) == len(SIZES)
+    left = 0.1 + 20 / LAST**0.5
+    assert _within(rows[0], "alpha", 0.5) and _within(rows[0], "E", left)
+    exact = _rows(folder, "law_size", FD)[0]  # Networks without noise: to the last digits.
+    assert float(exact["alpha"]) == pytest.approx(0.5, rel=1e-3)
+    assert float(exact["E"]) == pytest.approx(100 * left, rel=1e-3)
+    for row in _rows(folder, "law_size", FD):
+        assert float(row["loss"]) == pytest.approx(100 * _loss(int(row["params"]), LAST))
+
+
+def test_profiles_have_their_least_at_the_best_size(drawn):
+    """Equal exponents: the best size grows as the root of the compute."""
+    folder, _ = drawn
+    rows = _rows(folder, "law_isoflop", "validation_loss")
+    best = {float(r["compute"]): float(r["best_size"]) for r in rows if r["best_size"]}
+    assert len(best) >= 3 and _within(rows[0], "exponent", 0.5)
+    assert float(rows[0]["exponent"]) == pytest.approx(0.5, abs=0.15)
+    for compute, size in best.items():
+        true, _ = LAW.best_split(compute / PER, per=1.0)
+        assert size == pytest.approx(true, rel=0.15)
+    for row in rows:
+        true = _loss(int(float(row["params"])), float(row["compute"]) / PER / float(row["params"]))
+        assert float(row["loss"]) == pytest.approx(true, rel=0.01)
+    # Networks at one length share no compute.
+    assert _rows(folder, "law_isoflop", FD) == []
+
+
+def test_the_largest_is_foretold_and_one_that_is_off_is_outside(drawn, tmp_path, monkeypatch):
+    folder, _ = drawn
+    rows = _rows(folder, "law_largest", "validation_loss")
+    assert {row["model"] for row in rows} == {"s6"} and rows[0]["law_of"] == "size and images"
+    assert float(rows[0]["error"]) < 0.006 and float(rows[0]["covered"]) > 0.8
+    row, = _rows(folder, "law_largest", FD)
+    assert row["law_of"] == "compute" and float(row["predicted"]) == pytest.approx(
+        100 * _loss(SIZES["s6"], LAST), rel=0.01)
+    monkeypatch.setattr(plot_style, "DPI", 30)
+    monkeypatch.setattr(plot_style, "FORMATS", {"png": {}})
+    off = _losses()
+    off["s6"] = [[s, a, 1.1 * b] for s, a, b in off["s6"]]
+    catalogue.write(tmp_path, Source(_records(), FD, loss_curves=off), ["law_largest"])
+    row = _rows(tmp_path, "law_largest", "validation_loss")[0]
+    assert float(row["error"]) == pytest.approx(0.1, abs=0.02) and float(row["covered"]) < 0.1
+
+
+def test_what_there_is_too_little_for_is_said_and_not_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(plot_style, "DPI", 30)
+    monkeypatch.setattr(plot_style, "FORMATS", {"png": {}})
+
+    def names(sizes, **more):
+        some = {m: n for m, n in SIZES.items() if m in sizes}
+        source = Source(more.pop("records", None) or _records(some), FD, **more)
+        return catalogue.write(tmp_path, source, ["law"]).names
+
+    assert names(("s0", "s1")) == ()
+    assert names(("s0", "s1", "s2")) == ("law_compute", "law_size")
+    assert names(("s0", "s1", "s2", "s3")) == ("law_compute", "law_size", "law_largest")
+    # Each size trained to the same compute: nothing to fit over it, but a profile.
+    alike = [
+        dataclasses.replace(r, gflops=1e6 / step) for m, n in list(SIZES.items())[:4]
+        for step in (int(1e11 / n),) for r in _records({m: n}, train_step=step)
+    ]
+    assert names((), records=alike) == ("law_size", "law_isoflop")
+    # Published networks: how long they were trained is not known.
+    assert names((), records=_records(train_step=0)) == ()
+    # Losses of members without records have no size.
+    assert names((), records=_records({"s0": 10**6}), loss_curves=_losses()) == ()

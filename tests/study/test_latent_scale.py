@@ -1,0 +1,34 @@
+"""A workdir keeps the latents' scale: who draws needs neither pictures nor latents."""
+
+import types
+
+import numpy as np
+
+from ldm_scaling.config import Study
+from ldm_scaling.study.materials import Materials
+from ldm_scaling.study.workdir import Workdir
+
+
+def materials_of(folder, weight, statistics=None):
+    """Materials with an autoencoder of one weight; without statistics there are no latents."""
+    out = Materials(Study(), Workdir(folder))
+    params = {"encoder": {"w": np.full(3, weight, np.float32)}, "decoder": {}}
+    parts = {"networks": types.SimpleNamespace(decoder=lambda: params)}
+    if statistics is not None:
+        parts["caches"] = types.SimpleNamespace(statistics=types.SimpleNamespace(scale=statistics))
+    else:
+        parts["caches"] = None  # Asking it for anything raises.
+    vars(out).update(parts)
+    return out
+
+
+def test_the_scale_is_read_without_latents(tmp_path):
+    exact = 1 / 3.7
+    assert materials_of(tmp_path, 1.0, exact).latent_scale == exact
+    assert materials_of(tmp_path, 1.0).latent_scale == exact
+
+
+def test_another_encoder_has_another_scale(tmp_path):
+    assert materials_of(tmp_path, 1.0, 0.5).latent_scale == 0.5
+    assert materials_of(tmp_path, 2.0, 0.25).latent_scale == 0.25
+    assert materials_of(tmp_path, 2.0).latent_scale == 0.25

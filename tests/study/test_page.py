@@ -1,0 +1,262 @@
+"""The report in a browser: it loads without a complaint, its controls change what is drawn, the
+keyboard reaches everything, a phone shows it without sideways scrolling, and paper shows contents
+and no controls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+
+from ldm_scaling import pictures
+from ldm_scaling.study import advice, advise_cli, budgets, curves, labels, report, thumbnails
+from ldm_scaling.study.budgets import Budget
+from tests.study import fake_records as fake
+
+sync_api = pytest.importorskip(
+    "playwright.sync_api", reason="drives a browser: pip install -e '.[parity]'"
+)
+BROWSER = next(filter(None, map(shutil.which, (
+    "chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"))), None)
+pytestmark = pytest.mark.skipif(
+    BROWSER is None, reason="no Chromium on this machine: apt-get install chromium (with [parity])"
+)
+
+FD = "fd_effnetlite0"
+MODELS = ("c8", "c16", "c24")
+PHONE = {"width": 390, "height": 844}
+DESK = {"width": 1280, "height": 900}
+
+
+@pytest.fixture(scope="module")
+def study():
+    steps = {"ddim": (4, 10, 20), "dpmpp_2m": (4, 10, 20)}
+    return fake.make(models=MODELS, samplers=tuple(steps), steps=steps, replicates=40)
+
+
+@pytest.fixture(scope="module")
+def kept(study):
+    """The first pictures of every point by (model, sampler, steps), but those of c24 in DDIM."""
+    found = fake.images(MODELS, n=3, size=16)
+    cells = {(p.model, p.sampler, p.steps) for c in curves.quality_curves(study, FD).values()
+             for p in c}
+    return {cell: found[cell] for cell in cells if cell[:2] != ("c24", "ddim")}
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory, study, kept):
+    work = tmp_path_factory.mktemp("work")
+    for i in (r.identity for r in study if r.identity.seed_block == 1):
+        cell = i.model, i.sampler, i.steps
+        if cell in kept:
+            strip = np.concatenate(kept[cell], axis=1)
+            pictures.save_png(work / "strips" / f"{i.key}.png", strip)
+    told = {"captions": fake.CAPTIONS[:3], "attribution": ["https://example.org/" + "x" * 60]}
+    return report.write(work, study, work / "figures", told, work / "strips").as_uri()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as play:
+        started = play.chromium.launch(executable_path=BROWSER)
+        yield started
+        started.close()
+
+
+@contextlib.contextmanager
+def _opened(browser, address, **how):
+    """The page of an address; fails where it complained, or asked for anything."""
+    complaints, asked = [], []
+    page = browser.new_page(**{"viewport": DESK, **how})
+    page.on("console", lambda m: complaints.append(m.text))
+    page.on("pageerror", lambda e: complaints.append(str(e)))
+    page.on("request", lambda r: asked.append(r.url))
+    page.goto(address)
+    page.wait_for_function(
+        "[...document.querySelectorAll('.chart > svg')].every((s) => s.dataset.points)")
+    yield page
+    assert complaints == []
+    assert [url for url in asked if not url.startswith("data:")] == [address]
+    page.close()
+
+
+@pytest.fixture
+def page(browser, address):
+    with _opened(browser, address) as page:
+        yield page
+
+
+def _wide(page):
+    return page.evaluate("document.documentElement.scrollWidth")
+
+
+def test_it_loads_and_draws_in_both_colour_schemes(page):
+    charts = page.locator(".chart > svg").all()
+    assert len(charts) == 4 and all(int(c.get_attribute("data-points")) > 0 for c in charts)
+    for scheme in ("dark", "light"):
+        page.emulate_media(color_scheme=scheme)
+        paper, ink = page.evaluate(
+            "['backgroundColor', 'color'].map((k) => getComputedStyle(document.body)[k])")
+        light = [np.mean([int(v) for v in text[4:-1].split(",")]) for text in (paper, ink)]
+        assert (light[0] < light[1]) == (scheme == "dark") and abs(light[0] - light[1]) > 150
+
+
+def test_controls_change_the_plots(page):
+    """One by one, each on top of those before."""
+    for chart, change in (
+        ("quality", lambda: page.select_option("#quality-measure", "caption_agreement")),
+        ("quality", lambda: page.select_option("#quality-measure", FD)),
+        ("quality", lambda: page.select_option("#quality-axis", "seconds")),
+        ("quality", lambda: page.select_option("#quality-axis", "steps")),
+        ("quality", lambda: page.uncheck("#quality-ends")),
+        ("quality", lambda: page.select_option("#quality-axis", "cost")),
+        ("quality", lambda: page.uncheck("#quality-winner")),
+        ("quality", lambda: page.check("#quality-all")),
+        ("quality", lambda: page.click("label:has([name=model][value=c16])")),
+        ("quality", lambda: page.click("label:has([name=sampler][value=dpmpp_2m])")),
+        ("quality", lambda: page.click("label:has([name=steps][value='4'])")),
+        ("heat", lambda: page.click("label:has([name=model][value=c24])")),
+        ("heat", lambda: page.select_option("#heat-measure", "caption_agreement")),
+        ("winner", lambda: page.select_option("#winner-sampler", "dpmpp_2m")),
+        ("winner", lambda: page.select_option("#winner-axis", "seconds")),
+        ("trade", lambda: page.select_option("#trade-steps", "20")),
+    ):
+        svg = page.locator(f"#{chart}-chart > svg")
+        before = svg.inner_html()
+        change()
+        assert svg.inner_html() != before, chart
+
+
+def _told(page):
+    return page.locator("#advice-result").inner_text()
+
+
+def test_the_slider_says_what_advise_says(page, study):
+    for unit, written in (("cost", "cost"), ("gflops", "gflops"), ("seconds", "s")):
+        page.select_option("#advice-unit", unit)
+        options = advice.of_records(study, unit, FD)
+        costs = sorted(p.cost for p in options.points)
+        for budget in (costs[0], costs[3] * 1.01, costs[8], costs[-1] * 2):
+            _compare(page, options, budget, written)
+
+
+def _compare(page, options, budget, written):
+    unit, dearest = options.unit, max(p.cost for p in options.points)
+    page.fill("#advice-amount", repr(budget))
+    page.press("#advice-amount", "Enter")
+    said, found = _told(page), advise_cli.plain(advice.advise(options, Budget(budget, unit)))
+    for row in (found["best"], found["runner_up"]):
+        steps = f"{row['steps']} step{'s' * (row['steps'] > 1)}"
+        assert (f"{row['model']}, {labels.sampler(row['sampler'])}, {steps}, guidance "
+                f"{row['guidance']:g}") in said
+        assert f"{labels.number(row['value'])} [{labels.number(row['low'])}, " in said
+        assert f"{labels.number(row[unit])} {written}" in said
+    sure = labels.probability(found["probability_runner_up_is_better"])
+    assert f"better with probability {sure}" in said
+    assert page.locator("#advice-front tbody tr").count() == len(found["front"])
+    beyond = "allows all that was measured" in page.locator("#advice-range").inner_text()
+    assert beyond == (budget > dearest)
+    command, quoted, _ = page.locator("#advice-command").inner_text().split('"')
+    assert command == "ldm-scaling advise --records=DIR --budget="
+    assert budgets.parse(quoted) == Budget(budget, unit)
+
+
+def test_the_keyboard_moves_the_slider(page):
+    slider = page.locator("#advice-slider")
+    slider.focus()
+    at = [float(page.input_value("#advice-amount"))]
+    for _ in range(3):
+        slider.press("ArrowRight")
+        at.append(float(page.input_value("#advice-amount")))
+    assert at == sorted(set(at))
+    slider.press("Home")
+    assert "Below range" in page.locator("#advice-range").inner_text()
+    assert _told(page) == "" and page.locator("#advice-images").is_disabled()
+    assert "below range" in slider.get_attribute("aria-valuetext")
+    slider.press("End")
+    assert "allows all that was measured" in page.locator("#advice-range").inner_text()
+    assert "Take" in _told(page) and "guidance" in slider.get_attribute("aria-valuetext")
+
+
+def _shown(page):
+    return [img.get_attribute("src") for img in page.locator("#panel-images img").all()]
+
+
+def test_the_keyboard_opens_walks_and_closes_the_pictures_of_a_point(page, kept):
+    svg, panel = page.locator("#quality-chart > svg"), page.locator("#panel")
+    svg.focus()
+    svg.press("ArrowRight")
+    assert not panel.is_visible()
+    svg.press("Enter")
+    assert panel.is_visible()
+    seen = []
+    for _ in range(9):
+        model, sampler, steps = page.inner_text("#panel-title").split(", ")[:3]
+        cell = model, {"DDIM": "ddim"}[sampler], int(steps.split()[0])
+        assert _shown(page) == [thumbnails.encode(image) for image in kept.get(cell, ())]
+        note = page.inner_text("#panel-note")
+        assert ("No images were kept" in note) == (cell not in kept)
+        seen.append(cell)
+        page.keyboard.press("ArrowRight")
+    assert set(seen) == {(m, "ddim", n) for m in MODELS for n in (4, 10, 20)}
+    assert page.inner_text("#panel-place") == "1 of 9"
+    page.keyboard.press("ArrowLeft")
+    assert page.inner_text("#panel-place") == "9 of 9"
+    page.keyboard.press("Escape")
+    assert not panel.is_visible()
+    assert page.evaluate("document.activeElement.matches('#quality-chart > svg')")
+
+
+def test_a_click_opens_the_pictures_and_their_captions(page):
+    svg = page.locator("#quality-chart > svg")
+    svg.scroll_into_view_if_needed()
+    place = svg.locator("path[transform]").first
+    box = place.bounding_box()
+    page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    assert page.inner_text("#panel-title").startswith("c8, DDIM, 4 steps, guidance ")
+    assert [i.get_attribute("alt") for i in page.locator("#panel-images img").all()
+            ] == fake.CAPTIONS[:3]
+    assert page.locator("#panel-images img").first.evaluate("(i) => i.naturalWidth") == 16
+    assert page.locator("#panel-images").inner_text().count("<b>") == 1  # a caption's own text
+    page.click("#panel-close")
+    page.click("#advice-images")
+    best = page.locator("#advice-result b").first.inner_text()
+    assert page.inner_text("#panel-title") == best
+
+
+def test_a_phone_needs_no_sideways_scrolling_and_a_tap_opens_pictures(browser, address):
+    with _opened(browser, address, viewport=PHONE, is_mobile=True, has_touch=True) as page:
+        assert _wide(page) == PHONE["width"]
+        assert all(svg.bounding_box()["width"] < PHONE["width"]
+                   for svg in page.locator(".chart > svg").all())
+        page.locator("#quality-chart > svg path[transform]").first.tap()
+        assert page.inner_text("#panel-title").startswith("c8, DDIM, 4 steps, guidance ")
+        box = page.locator("#panel").bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= PHONE["width"] == _wide(page)
+
+
+def test_paper_shows_contents_and_no_controls(page, study):
+    page.emulate_media(media="print")
+    for control in (".filters", "nav", "#advice-slider", "#quality-measure", "#records-search"):
+        assert not page.locator(control).first.is_visible()
+    for content in ("#found", "#advice-result", "#advice-front", "#quality-chart > svg", "#about"):
+        assert page.locator(content).is_visible()
+    points = sum(map(len, curves.quality_curves(study, FD).values()))
+    assert page.locator("#records-table tbody tr:visible").count() == points
+    assert len(page.pdf(format="A4")) > 20_000
+
+
+def test_a_study_without_pictures_or_reported_records_still_loads(browser, tmp_path, study):
+    for keep, has in ((lambda r: r.identity.seed_block == 0, 0), (lambda r: True, 1)):
+        some = [dataclasses.replace(r, replicates={}, intervals={}) for r in study if keep(r)]
+        address = report.write(tmp_path, some, tmp_path, {}).as_uri()
+        with _opened(browser, address) as page:
+            assert page.locator("#advice").count() == has
+            if has:
+                assert "not known (no replicates)" in _told(page)
+                page.click("#advice-images")
+                assert "No images were kept" in page.inner_text("#panel-note")

@@ -1,0 +1,126 @@
+"""Several blocks that report: the curves, the figures, the page and the sweep take their mean, and
+each configuration counts once."""
+
+import csv
+import dataclasses
+import json
+import re
+
+import numpy as np
+import pytest
+
+from ldm_scaling.config import Study, Sweep
+from ldm_scaling.errors import UserError
+from ldm_scaling.study import figure_cli, plot_style, records, report
+from ldm_scaling.study.figures import catalogue
+from ldm_scaling.study.figures.source import Source
+from ldm_scaling.study.statistics import claims
+from tests.study import fake_records as fake
+
+FD = "fd_effnetlite0"
+REPORT = (1, 2, 3)
+MODELS, SAMPLERS = ("c8", "c16", "c32"), ("ddim", "dpmpp_2m")
+
+
+@pytest.fixture(scope="module")
+def found():
+    return fake.make(models=MODELS, samplers=SAMPLERS, report_blocks=REPORT)
+
+
+def _means(found):
+    """(model, sampler, steps) -> the mean over the blocks that report."""
+    out = {}
+    for r in found:
+        if r.identity.seed_block:
+            cell = r.identity.model, r.identity.sampler, r.identity.steps
+            out.setdefault(cell, []).append(r.metrics[FD])
+    assert {len(v) for v in out.values()} == {len(REPORT)}
+    return {cell: np.mean(v) for cell, v in out.items()}
+
+
+def test_curves_hold_each_cell_once_at_its_mean(found):
+    source, means = Source(found, FD, report_blocks=REPORT), _means(found)
+    points = [p for curve in source.curves.values() for p in curve]
+    assert {(p.model, p.sampler, p.steps): p.value for p in points} == pytest.approx(means)
+    assert len(points) == len(means)
+    one = Source(found, FD)
+    narrower = [
+        (b.all_high_P - b.all_low_P).mean() / (a.all_high_P - a.all_low_P).mean()
+        for a, b in zip(one.bands.values(), source.bands.values(), strict=True)
+    ]
+    assert np.mean(narrower) == pytest.approx(len(REPORT) ** -0.5, rel=0.15)
+
+
+def test_one_block_is_what_it_was(found):
+    first = [r for r in found if r.identity.seed_block < 2]
+    for key, points in Source(found, FD).curves.items():
+        for a, b in zip(points, Source(first, FD).curves[key], strict=True):
+            assert (a.value, a.low, a.high) == (b.value, b.low, b.high)
+    def by_key(some):
+        return {r.identity.key: r for r in some}
+
+    assert by_key(Source(first, FD).main) == by_key(first)
+
+
+def test_figures_and_page_show_the_means(tmp_path, found, monkeypatch):
+    monkeypatch.setattr(plot_style, "DPI", 20)
+    means = _means(found)
+    catalogue.write(tmp_path, Source(found, FD, report_blocks=REPORT), ["fig11", "winners"])
+    with open(tmp_path / "fig11_samplers.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    shown = {(r["model"], r["sampler"], int(r["steps"])): float(r["value"]) for r in rows}
+    assert len(rows) == len(means) and shown == pytest.approx(means)
+    page = report.write(tmp_path, found, tmp_path, {"report_blocks": REPORT}).read_text("utf-8")
+    assert "anew on blocks 1, 2 and 3, with" in page
+    data = json.loads(re.search(
+        r'<script[^>]*type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL)[1])
+    shown = {(p["model"], p["sampler"], p["steps"]): p["value"] for p in data["points"]
+             if p["measure"] == FD}
+    assert shown == pytest.approx(means, rel=1e-5)
+    assert "on the choosing seed block than on the 3 that are reported" in page
+
+
+def test_claims_are_surer_with_more_blocks():
+    """A crossing within the noise of one block."""
+    truth = fake.Truth({"c8": 44.0, "c32": 42.4}, bend=30.0)
+    probability = {1: [], 6: []}
+    for seed in range(6):
+        found = fake.make(truth, models=("c8", "c32"), samplers=("ddim",), report_blocks=(
+            1, 2, 3, 4, 5, 6), noise=0.8, seed=seed)
+        for count in probability:
+            source = Source(found, FD, report_blocks=tuple(range(1, count + 1)))
+            third = claims.verdicts(claims.Evidence.of(source.main), FD)[2]
+            probability[count].append(third.probability)
+    assert np.mean(probability[6]) > np.mean(probability[1]) + 0.1
+
+
+def test_the_command_takes_several(tmp_path, capsys, found, monkeypatch):
+    monkeypatch.setattr(plot_style, "DPI", 20)
+    for r in found:
+        records.write(tmp_path / "records", r)
+    figure_cli.run(["fig9_cost", f"--workdir={tmp_path}", "--report-blocks=1,2,3"], None)
+    with open(tmp_path / "figures" / "fig9_cost.csv", newline="") as file:
+        shown = [float(row["value"]) for row in csv.DictReader(file)]
+    means = {cell: v for cell, v in _means(found).items() if cell[1] == "ddim"}
+    assert sorted(shown) == pytest.approx(sorted(means.values()))
+    with pytest.raises(UserError, match="chosen on seed block 0 and reported on .0, 1."):
+        figure_cli.run(["fig9_cost", f"--workdir={tmp_path}", "--report-blocks=0,1"], None)
+
+
+@pytest.mark.parametrize("more", [(0,), (1,), (2, 2), (-1,)])
+def test_a_block_that_already_has_a_part_is_refused(more):
+    with pytest.raises(UserError, match=r"sweep.more_blocks=.*each differs from the others"):
+        Sweep(more_blocks=more)
+
+
+def test_a_workdir_is_not_bound_to_the_blocks_that_were_added():
+    study = Study(sweep=Sweep(num_images=1000))
+    wider = dataclasses.replace(study, sweep=dataclasses.replace(study.sweep, more_blocks=(2,)))
+    assert study.identity() == wider.identity()
+    moved = dataclasses.replace(study, sweep=dataclasses.replace(study.sweep, report_block=2))
+    assert study.identity() != moved.identity()
+    assert wider.sweep.report_blocks == (1, 2)
+    few = dataclasses.replace(wider, sweep=dataclasses.replace(wider.sweep, num_images=4))
+    few.check_counts(10**6, 12)
+    with pytest.raises(UserError, match="3 blocks of as many prompts need at least 12 pictures"):
+        few.check_counts(10**6, 11)
