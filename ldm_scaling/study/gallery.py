@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from PIL import Image
@@ -257,15 +258,23 @@ def text_states(materials: Materials, prompts: Iterable[str]) -> np.ndarray:
     return materials.states(list(prompts))
 
 
-# A notebook asks again and again: what a workdir holds is loaded once, and so is the last network.
+# A notebook asks again and again: what a workdir holds is loaded once, and the last networks stay,
+# as many as are small together.
+_KEPT_BYTES = 2**30
+_kept: dict[str, Any] = {}
+
+
 @functools.lru_cache(maxsize=1)
 def _open(path: str, marker: str) -> Materials:
+    _kept.clear()
     return Materials(Workdir(path).last_config(), Workdir(path))
 
 
-@functools.lru_cache(maxsize=1)
 def _params(materials: Materials, member: str) -> Any:
-    return materials.member_params(member)
+    _kept[member] = _kept.pop(member) if member in _kept else materials.member_params(member)
+    while len(_kept) > 1 and sum(x.nbytes for x in jax.tree.leaves(_kept)) > _KEPT_BYTES:
+        del _kept[next(iter(_kept))]  # The one asked for longest ago.
+    return _kept[member]
 
 
 def sample(

@@ -43,6 +43,7 @@ NOTES = (
 )
 # What decides a program besides the config; whatever else changes, a plan stays.
 _ROOMS = ("config", "diffusion", "models", "parallel", "sampling", "tasks", "training")
+_FILES = ("caching", "plan", "plan_parts", "plan_remedies")  # of the study's room
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,7 +330,7 @@ def code() -> str:
     """Hash of the modules that programs are built from, without comments and docstrings."""
     root = Path(ldm_scaling.__file__).parent
     paths = [p for room in _ROOMS for p in sorted((root / room).rglob("*.py"))]
-    paths += sorted((root / "study").glob("plan*.py")) + [root / "study" / "caching.py"]
+    paths += [root / "study" / f"{name}.py" for name in _FILES]
     return files.sha256_of([[str(p.relative_to(root)), _bare(p.read_text())] for p in paths])
 
 

@@ -46,6 +46,8 @@ def _parser() -> Parser:
         "v5e:16x16, v5p:4x8x8 and v6e:16x16, train and sample; plans that are there and still "
         "hold are kept")
     add("--again", action="store_true", help="with --all: makes every plan anew")
+    add("--jobs", type=above_0, default=1, metavar="N",
+        help="with --all: so many at a time; each takes one core and up to 8 GB")
     add("--baseline", metavar="DIR", help="plans of before: says what is worse, and fails if "
         "anything is")
     return parser
@@ -102,7 +104,7 @@ def _all(given: argparse.Namespace, overrides: list[str], study_of: Callable) ->
         )
     plans = plan_family.run(
         study_of, Path("configs"), folder, overrides, given.num_slices, given.batch, given.again,
-        say=lambda line: print(line, file=sys.stderr, flush=True),
+        given.jobs, say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     print(json.dumps(plans, indent=1) if given.format == "json" else folder / "README.md")
     return plans
@@ -112,8 +114,8 @@ def _one(given: argparse.Namespace, study_of: Callable) -> list[dict]:
     for name in ("config", "topology"):
         if not getattr(given, name):
             raise UserError(f"ldm-scaling plan needs --{name}; see  ldm-scaling plan --help")
-    if given.again:
-        raise UserError("--again goes with --all")
+    if given.again or given.jobs > 1:
+        raise UserError(f"--{'again' if given.again else 'jobs'} goes with --all")
     from ldm_scaling.study import plan, plan_family, plan_parts, plan_show
 
     study = study_of(f"--config={given.config}")

@@ -3,6 +3,8 @@ with earlier ones."""
 
 from __future__ import annotations
 
+import concurrent.futures
+import dataclasses
 import json
 import os
 import subprocess
@@ -50,9 +52,18 @@ def write(path: Path, plan: Mapping[str, Any]) -> None:
     files.atomic_write_text(path, json.dumps(plan, indent=1, allow_nan=False) + "\n")
 
 
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """A plan to be had: its file, its key, and the words after `plan` that make it."""
+
+    path: Path
+    key: str
+    words: tuple[str, ...]
+
+
 def run(
     study_of: Callable[[str], Study], configs: Path, folder: Path, overrides: Sequence[str],
-    num_slices: int = 1, batch: int | None = None, again: bool = False,
+    num_slices: int = 1, batch: int | None = None, again: bool = False, jobs: int = 1,
     say: Callable[[str], None] = print, command: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Makes what is missing of the family's plans, each in a process of its own, which gives its
@@ -68,6 +79,7 @@ def run(
       overrides: `--config.KEY=VALUE`, for every member.
       num_slices, batch: for every plan; the batch is that of training.
       again: makes all anew.
+      jobs: how many are made at a time; a compilation keeps one core busy.
       say: told what is done.
       command: what a plan is made by; this program if not given.
 
@@ -75,37 +87,48 @@ def run(
       UserError: for a config that is missing; at the end, naming the plans that could not be made.
     """
     command = command or (sys.executable, "-m", "ldm_scaling")
-    found, failed = [], []
-    for topology in TOPOLOGIES:
-        for member in (m.name for m in zoo.PAPER):
-            config = configs / f"t2i_{member}.py"
-            if not config.is_file():
-                raise UserError(f"there is no {config}: run --all where configs/ lies")
-            study = study_of(f"--config={config}")
-            for kind in KINDS:
-                target = Target(topology, num_slices)
-                path = folder / file_name(member, target, kind)
-                given = batch if kind == "train" else None
-                key = plan_lib.key(plan_lib.with_batch(study, kind, given), member, target, kind)
-                plan = None if again else read(path)
-                if plan is None or plan["key"] != key:
-                    say(f"{path.name} ...")
-                    words = [
-                        "plan", f"--config={config}", f"--topology={topology}", f"--kind={kind}",
-                        f"--num-slices={num_slices}", f"--to={path}", "--format=json", *overrides,
-                    ]
-                    words += [f"--batch={given}"] if given else []
-                    why = _in_process([*command, *words])
-                    if why:
-                        say(f"{path.name}: {why}")
-                        failed.append(path.name)
-                        continue
-                    plan = read(path)
-                found.append(plan)
+    wanted = [
+        _job(study_of, configs, folder, overrides, Target(topology, num_slices), member.name, kind,
+             batch if kind == "train" else None)
+        for topology in TOPOLOGIES for member in zoo.PAPER for kind in KINDS
+    ]
+
+    def make(job: _Job) -> str:
+        """Why it could not be made, or nothing."""
+        plan = None if again else read(job.path)
+        if plan is not None and plan["key"] == job.key:
+            return ""
+        say(f"{job.path.name} ...")
+        why = _in_process([*command, *job.words])
+        if why:
+            say(f"{job.path.name}: {why}")
+        return why
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        made = list(pool.map(make, wanted))
+    failed = [job.path.name for job, why in zip(wanted, made, strict=True) if why]
+    found = [read(job.path) for job, why in zip(wanted, made, strict=True) if not why]
     files.atomic_write_text(folder / "README.md", plan_show.markdown(found))
     if failed:
         raise UserError(f"{len(failed)} plans could not be made: {', '.join(failed)}; see above")
     return found
+
+
+def _job(
+    study_of: Callable[[str], Study], configs: Path, folder: Path, overrides: Sequence[str],
+    target: Target, member: str, kind: str, batch: int | None,
+) -> _Job:
+    config = configs / f"t2i_{member}.py"
+    if not config.is_file():
+        raise UserError(f"there is no {config}: run --all where configs/ lies")
+    path = folder / file_name(member, target, kind)
+    study = plan_lib.with_batch(study_of(f"--config={config}"), kind, batch)
+    words = (
+        "plan", f"--config={config}", f"--topology={target.topology}", f"--kind={kind}",
+        f"--num-slices={target.num_slices}", f"--to={path}", "--format=json", *overrides,
+        *((f"--batch={batch}",) if batch else ()),
+    )
+    return _Job(path, plan_lib.key(study, member, target, kind), words)
 
 
 def _in_process(command: Sequence[str]) -> str:
