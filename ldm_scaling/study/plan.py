@@ -65,7 +65,8 @@ Compile = Callable[[Part], aot.Program]
 def kernel_cost(call: hlo.CustomCall) -> tuple[float, float] | None:
     """(FLOPs, bytes) of a run of splash attention on one device; None for other kernels.
 
-    Of q_BNLW, k_BNMW: 2 products forward, 5 in the fused backward pass, each 2 B N L M W.
+    Of q_BNWL, k_BNWM, as `models.attention` gives them to it: 2 products forward, 5 in the fused
+    backward pass, each 2 B N L M W.
     """
     products = {"fwd": 2, "dkv": 5}
     found = next((n for name, n in products.items() if f"_{name}" in call.name), None)
@@ -79,7 +80,7 @@ def kernel_cost(call: hlo.CustomCall) -> tuple[float, float] | None:
     heads = 1
     for size in q[:-2]:
         heads *= size
-    flops = 2.0 * found * heads * q[-2] * k[-2] * q[-1]
+    flops = 2.0 * found * heads * q[-1] * k[-1] * q[-2]
     return flops, float(sum(hlo.size_of((one,)) for one in tensors))
 
 

@@ -3,13 +3,16 @@ read, a family that goes on where it was; and one network by the TPU's own compi
 
 import dataclasses
 import json
+import re
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from ldm_scaling import cli, config, recipes
 from ldm_scaling.errors import UserError
+from ldm_scaling.models import attention
 from ldm_scaling.parallel import aot, chips, collectives, hlo
 from ldm_scaling.study import plan, plan_family, plan_parts, plan_remedies, plan_show
 from ldm_scaling.study.plan import Target
@@ -164,7 +167,7 @@ def test_share_of_frozen_encoders_by_time():
 
 def test_cost_of_the_attention_kernel():
     """Batch 2, 8 heads, 1024 queries, 512 keys, width 64; products of 2 B N L M W each."""
-    q, k = ("bf16", (2, 8, 1024, 64)), ("bf16", (2, 8, 512, 64))
+    q, k = ("bf16", (2, 8, 64, 1024)), ("bf16", (2, 8, 64, 512))
     mask, product = ("s8", (1, 1, 1)), 2 * 2 * 8 * 1024 * 512 * 64
 
     def cost(name, results):
@@ -175,6 +178,18 @@ def test_cost_of_the_attention_kernel():
     assert moved == 2 * 2 * 8 * 64 * (1024 + 512 + 512 + 1024)
     assert cost("splash_mha_dkv_no_residuals", (q, k, k))[0] == 5 * product
     assert cost("another_kernel", (q,)) is None
+
+
+def test_the_attention_kernel_takes_tokens_last():
+    """As its cost takes it to; 2 examples, 8 heads, 1024 queries, 256 keys, width 40."""
+    def shape(tokens):
+        return jax.ShapeDtypeStruct((2, 8, tokens, 40), jnp.bfloat16)
+
+    traced = jax.jit(attention.splash).trace(shape(1024), shape(256), shape(256))
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    (call,) = [line for line in text.splitlines() if "tpu_custom_call" in line]
+    operands = re.findall(r"tensor<([0-9x]+)xbf16>", call.split(" : ")[-1].split("->")[0])
+    assert operands == ["2x8x40x1024", "2x8x40x256", "2x8x40x256"]
 
 
 def test_a_batch_that_does_not_split_is_named(devices):

@@ -38,3 +38,12 @@ def uniform(keys_B: np.ndarray, name: str) -> np.ndarray:
     """A number in [0, 1) for each key, float64 (B,); draws of different names are independent."""
     bits = mixed(keys_B, seed_of("draw", name))
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def generator(key: np.ndarray | int, name: str) -> np.random.Generator:
+    """A generator of an example's own, for what takes many draws; those of different names and keys
+    are independent streams of Philox (Salmon et al. 2011, "Parallel random numbers: as easy as
+    1, 2, 3"), whose 128 bits of key they are."""
+    return np.random.Generator(
+        np.random.Philox(key=np.array([np.uint64(key), seed_of("draw", name)], np.uint64))
+    )
