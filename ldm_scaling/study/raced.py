@@ -18,6 +18,7 @@ from ldm_scaling import files
 from ldm_scaling.config import Study
 from ldm_scaling.errors import UserError
 from ldm_scaling.metrics import arrays
+from ldm_scaling.parallel import processes
 from ldm_scaling.study import records
 from ldm_scaling.study.records import Identity, Record
 from ldm_scaling.study.statistics import racing
@@ -122,6 +123,22 @@ def next_round(
     start, stop = now[0].race.span
     wanted = tuple(_at(c.identities[rate], stop) for c in now for rate in c.race.live)
     return Round(number + 1, wanted, start, stop)
+
+
+def agreed_round(
+    study: Study, grid: Sequence[Identity], directory: epath.PathLike, metric: str
+) -> Round | None:
+    """`next_round` as the lead sees it, in all processes: a shared folder may look different
+    elsewhere for a moment."""
+    def told() -> dict | None:
+        now = next_round(study, grid, directory, metric)
+        return None if now is None else dataclasses.asdict(now)
+
+    now = processes.from_lead("round", told)
+    if now is None:
+        return None
+    identities = tuple(Identity(**identity) for identity in now.pop("identities"))
+    return Round(identities=identities, **now)
 
 
 def last_rounds(

@@ -253,8 +253,7 @@ def _race(
 
     Between rounds features are kept. Where they are gone, all of a rate's pictures are drawn anew.
     """
-    while (now := raced.next_round(study, grid, bench.directory, FRECHET)) is not None:
-        processes.barrier("round chosen")  # From records that none has added to yet.
+    while (now := raced.agreed_round(study, grid, bench.directory, FRECHET)) is not None:
         lost = set(processes.from_lead("lost", lambda now=now: [
             i.key for i in now.identities
             if now.start and not raced.before(bench.features, i, now.start).exists()
