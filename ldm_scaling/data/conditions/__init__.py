@@ -1,0 +1,1 @@
+"""What image-conditioned tasks are given of an image: low resolution, holes, grey, blur, JPEG."""
