@@ -177,12 +177,46 @@ def markdown(plans: Iterable[Plan]) -> str:
     versions = {tuple(sorted(one["versions"].items())) for one in plans}
     for found in sorted(versions):
         lines.append("Compiled with " + ", ".join(f"{n} {v}" for n, v in found) + ".")
+    if trained := [one for one in plans if one["kind"] == "train"]:
+        lines += ["", "## Training at a glance", "", *glance(trained)]
     for kind in dict.fromkeys(one["kind"] for one in plans):
         lines += ["", f"## {kind}", ""]
         lines += _rows(kind, [one for one in plans if one["kind"] == kind])
     lines += ["", "## How these figures come about", ""]
     lines += [f"- {note}" for note in plan_lib.NOTES]
     return "\n".join(lines) + "\n"
+
+
+def glance(plans: list[Plan]) -> list[str]:
+    """The lines of a small table of training: networks down, topologies across."""
+    where = list(dict.fromkeys(_where(one) for one in plans))
+    found = {(one["member"], _where(one)): one for one in plans}
+    lines = [f"| s a step, GB a chip | {' | '.join(where)} |", "|" + "---|" * (1 + len(where))]
+    for member in dict.fromkeys(one["member"] for one in plans):
+        cells = [_short(found.get((member, place))) for place in where]
+        lines.append(f"| {member} | {' | '.join(cells)} |")
+    hours = [
+        sum(one["chip_hours_bound"] or float("nan") for one in plans if _where(one) == place)
+        for place in where
+    ]
+    lines.append(f"| chip-hours of all | {' | '.join(f'{value:,.0f}' for value in hours)} |")
+    if any(one["remedies"] for one in plans):
+        lines += ["", "Starred: with settings that make it fit, see below."]
+    return lines
+
+
+def _short(one: Plan | None) -> str:
+    if one is None:
+        return ""
+    if not one["fits"]:
+        return "does not fit"
+    star = "*" * bool(one["remedies"])
+    return f"{one['seconds_per_step_bound']:.3f}, {one['hbm_gb']:.1f}{star}"
+
+
+def _where(one: Plan) -> str:
+    slices = f"{one['num_slices']} x " if one["num_slices"] > 1 else ""
+    return f"{slices}{one['topology']}"
 
 
 def _rows(kind: str, plans: list[Plan]) -> list[str]:
@@ -196,7 +230,7 @@ def _rows(kind: str, plans: list[Plan]) -> list[str]:
     for one in plans:
         out.append(f"| {' | '.join(_row(one))} |")
         if kind == "train":
-            where = one["topology"]
+            where = _where(one)
             hours[where] = hours.get(where, 0.0) + (one["chip_hours_bound"] or float("nan"))
     if hours:
         said = ", ".join(f"{value:,.0f} on {where}" for where, value in hours.items())
@@ -205,9 +239,7 @@ def _rows(kind: str, plans: list[Plan]) -> list[str]:
 
 
 def _row(one: Plan) -> list[str]:
-    where = one["topology"] if one["num_slices"] == 1 \
-        else f"{one['num_slices']} x {one['topology']}"
-    start = [one["member"], where, f"{one['batch']}"]
+    start = [one["member"], _where(one), f"{one['batch']}"]
     capacity = f"{one['hbm_capacity_gb']:.1f}"
     size = "-" if one["hbm_gb"] is None else f"{one['hbm_gb']:.2f}"
     if not one["fits"]:
