@@ -9,7 +9,7 @@ import numpy as np
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import cost, zoo
-from ldm_scaling.study import budgets, costing, labels, winners
+from ldm_scaling.study import budgets, costing, labels, reported, winners
 from ldm_scaling.study import curves as curves_lib
 from ldm_scaling.study.budgets import Budget
 from ldm_scaling.study.costing import Counted, Price, Unit
@@ -119,9 +119,10 @@ def _too_little(options: Options, budget: Budget) -> str:
         f" (Table 1 has {PUBLISHED_STEPS} steps alone: what fewer would do, it does not say)"
     )
     return (
-        f"a budget of {budgets.amount(budget.value, budget.unit, 5)} is below the cheapest of what "
+        f"a budget of {budgets.amount(budget.value, budget.unit, 9)} is below the cheapest of what "
         f"there is, {least.model} with {labels.sampler(least.sampler)} and {least.steps} "
-        f"step{'s' * (least.steps > 1)}: {budgets.amount(least.cost, options.unit, 5)}{only}"
+        f"step{'s' * (least.steps > 1)}: "
+        f"{budgets.amount(budgets.enough(least.cost), options.unit, 5)}{only}"
     )
 
 
@@ -160,12 +161,15 @@ def of_records(
 ) -> Options:
     """Every measured cell at its chosen guidance.
 
+    A sweep reports one guidance rate of each cell, the best by one measure. Another measure is
+    then of that rate too, see `_chooser`, and decides between cells alone.
+
     Args:
-      records: of one study.
+      records: of one study; of each size those of its longest training are used.
       unit: of the budget; see `COUNTED` for what it counts.
       metric: the measure; the first that the records have if None.
       select_block: chooses guidance, and between cells.
-      report_blocks: are reported, pooled where there are several.
+      report_blocks: are reported, pooled where there are several; see `reported.whole`.
       prices: member -> measured seconds, for a budget in seconds on another device; without them
         seconds are the records' own.
       batch: pictures drawn at a time, for `prices`.
@@ -173,30 +177,49 @@ def of_records(
     Raises:
       UserError: where records, blocks or measured seconds are missing.
     """
-    found = curves_lib.distinct(records)
+    longest = curves_lib.longest(records)
+    found = curves_lib.distinct(longest)
     metric = metric_of(found, metric)
-    report_blocks = list(dict.fromkeys(report_blocks))
+    there = blocks.blocks(found)
+    if select_block not in there:
+        raise UserError(
+            f"advice chooses between configurations on seed block {select_block}, of which there "
+            f"is no record, and reports them on others (the records are of blocks {there}): "
+            "measure that block too, or give --select-block and --report-blocks, two different ones"
+        )
+    asked, report_blocks = report_blocks, reported.whole(found, metric, report_blocks)
     pooled = blocks.pooled(found, select_block, report_blocks)
-    curves = curves_lib.quality_curves(pooled, metric, None, select_block, report_blocks[0])
-    points = [p for curve in curves.values() for p in curve]
+    chooser, points = _chooser(pooled, metric, select_block, report_blocks[0])
     if not points:
         raise UserError(
             f"no configuration has {metric} on seed block {select_block} and, at the guidance "
-            f"chosen there, on {report_blocks}; the records are of blocks {blocks.blocks(found)}: "
+            f"chosen there, on {report_blocks}; the records are of blocks {there}: "
             "finish the sweep, or give --select-block and --report-blocks"
         )
     points, left_out = _priced_here(points, prices, batch)
     price, where = _pricing(found, points, unit, prices, batch)
     measure = labels.measure(metric)
     images = sorted({p.num_images for p in points})
-    reported = labels.listing([str(block) for block in report_blocks])
+    where_reported = labels.listing([str(block) for block in report_blocks])
     notes = [
-        f"Chosen on seed block {select_block}, reported on {reported} "
+        f"Chosen on seed block {select_block}, reported on {where_reported} "
         f"({labels.listing([f'{n:,}' for n in images])} pictures each): other prompts and noise. "
         "Intervals and probabilities do not cover the chance of another training run.",
     ]
+    if chooser != metric:
+        notes.append(
+            f"Guidance is the rate with the best {labels.measure(chooser).short} of each cell, "
+            f"the one that is reported; between cells {measure.short} decides."
+        )
+    notes += filter(None, [reported.left_out(asked, report_blocks)])
+    if len(longest) < len(records):
+        steps = sorted({r.identity.train_step for r in longest})
+        notes.append(
+            "Of each size its longest training is used "
+            f"({labels.listing([f'{n:,}' for n in steps], 'or')} steps), no earlier checkpoint."
+        )
     notes += left_out
-    gaps = [g for g in curves_lib.gaps(pooled, metric, select_block, report_blocks[0])
+    gaps = [g for g in curves_lib.gaps(pooled, chooser, select_block, report_blocks[0])
             if not g.reported]
     if gaps:
         notes.append(f"{len(gaps)} of {len(gaps) + len(points)} cells of the grid are not measured "
@@ -207,6 +230,30 @@ def of_records(
         tuple(dataclasses.replace(p, cost=price(p)) for p in points), unit,
         where, measure.short, measure.sign, metric, tuple(notes),
     )
+
+
+def _chooser(
+    records: Sequence[Record], metric: str, select: int, report: int
+) -> tuple[str, list[Point]]:
+    """The measure that chooses guidance, and the points of `metric`.
+
+    It is the measure at whose best rates most cells are reported: the one that the sweep chose by,
+    `metric` itself where it does as well. `chosen_by` is of `metric` all the same.
+    """
+    at = {(r.identity.model, r.identity.sampler, r.identity.steps, r.identity.guidance): r.metrics
+          for r in records if r.identity.seed_block == select}
+    sign = labels.measure(metric).sign
+
+    def points(chooser: str) -> list[Point]:
+        curves = curves_lib.quality_curves(records, metric, chooser, select, report)
+        return [
+            dataclasses.replace(p, chosen_by=sign * chosen)
+            for curve in curves.values() for p in curve
+            if (chosen := at[p.model, p.sampler, p.steps, p.guidance].get(metric)) is not None
+        ]
+
+    choosers = dict.fromkeys([metric, *curves_lib.measures(records)])
+    return max(((name, points(name)) for name in choosers), key=lambda c: len(c[1]))
 
 
 def _priced_here(

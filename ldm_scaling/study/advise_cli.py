@@ -6,7 +6,6 @@ import argparse
 import io
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ldm_scaling.errors import UserError
-from ldm_scaling.study import advice, budgets, cost_files, labels
+from ldm_scaling.study import advice, budgets, cost_files, labels, reported
 from ldm_scaling.study import records as records_lib
 from ldm_scaling.study.advice import Advice
 from ldm_scaling.study.arguments import Parser, above_0, several, whole
@@ -29,9 +28,6 @@ _USAGE = """
   ldm-scaling advise --records=runs/demo --budget="400ms" --device=h100
   ldm-scaling advise --records=runs/demo --budget="1e12 flops"
   ldm-scaling advise --budget="20 cost"                   from the paper's Table 1"""
-
-# The name of a record's file, see `records.Identity.key`.
-_NAMED = re.compile(r"[0-9a-f]{16}\.json")
 
 
 def _parser() -> Parser:
@@ -53,9 +49,10 @@ def _parser() -> Parser:
     add("--batch", type=above_0, metavar="N", help="pictures drawn at a time on the device (1)")
     add("--metric", metavar="NAME", help="the measure; the first that the records have")
     add("--task", metavar="NAME", help="of the records, where they are of several")
-    add("--select-block", type=whole, default=0, metavar="N", help="seed block that chooses (0)")
-    add("--report-blocks", type=several, default=[1], metavar="N,M", help="seed blocks that are "
-        "reported, pooled (1)")
+    add("--select-block", type=whole, metavar="N", help="seed block that chooses; the workdir's "
+        f"own, {reported.SELECT} without a workdir")
+    add("--report-blocks", type=several, metavar="N,M", help="seed blocks that are reported, "
+        f"pooled; the workdir's own, {reported.REPORT[0]} without a workdir")
     add("--format", choices=("text", "json"), default="text", help="how to print")
     return parser
 
@@ -94,10 +91,33 @@ def _options(given: argparse.Namespace, budget: Budget) -> advice.Options:
             raise UserError("--task goes with --records")
         return advice.of_published(budget.unit, given.metric, **common)
     records = _of_task(read(given.records), given.task)
+    select_block, report_blocks = _blocks(given)
     return advice.of_records(
-        records, budget.unit, given.metric, select_block=given.select_block,
-        report_blocks=given.report_blocks, **common,
+        records, budget.unit, given.metric, select_block=select_block,
+        report_blocks=report_blocks, **common,
     )
+
+
+def _blocks(given: argparse.Namespace) -> tuple[int, list[int]]:
+    """The seed blocks: of the flags, else of the workdirs, which must name the same."""
+    own = {
+        piece: reported.of_workdir(piece, given.select_block, given.report_blocks)
+        for piece in _pieces(given.records)
+    }
+    first = next(iter(own))
+    for piece, named in own.items():
+        if named != own[first]:
+            select, report = (f"seed blocks {select} and {report}" for select, report in
+                              (own[first], named))
+            raise UserError(
+                f"{first} chooses and reports on {select}, {piece} on {report}: give "
+                "--select-block=N and --report-blocks=N,M"
+            )
+    return own[first]
+
+
+def _pieces(places: Iterable[str]) -> list[str]:
+    return [piece.strip() for text in places for piece in text.split(",") if piece.strip()]
 
 
 def read(places: Iterable[str]) -> list[Record]:
@@ -107,7 +127,7 @@ def read(places: Iterable[str]) -> list[Record]:
       UserError: where there is no such place, or no record in all of them.
     """
     found: dict[str, Record] = {}
-    pieces = [piece.strip() for text in places for piece in text.split(",") if piece.strip()]
+    pieces = _pieces(places)
     for piece in pieces:
         path = epath.Path(piece).expanduser()
         if not path.exists():
@@ -115,9 +135,9 @@ def read(places: Iterable[str]) -> list[Record]:
         if path.is_dir():
             folder = path / "records" if (path / "records").is_dir() else path
             # A workdir before its sweep holds other JSON.
-            there = any(_NAMED.fullmatch(p.name) for p in folder.glob("*.json"))
+            there = any(records_lib.NAME.fullmatch(p.name) for p in folder.glob("*.json"))
             some = records_lib.read_all(folder) if there else []
-        elif _NAMED.fullmatch(path.name):
+        elif records_lib.NAME.fullmatch(path.name):
             some = [records_lib.read(path)]
         else:
             raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import decimal
 import math
 import re
 
@@ -47,15 +48,22 @@ def parse(text: str) -> Budget:
         value = float(found[1]) if found else math.nan
     except ValueError:
         value = math.nan
-    if found is None or found[2] not in _SPELLINGS or not 0 < value < math.inf:
+    unit, scale = _SPELLINGS.get(found[2] if found else "", ("cost", math.nan))
+    if not 0 < value * scale < math.inf:  # What overflows, or is too small to be told from 0, too.
         raise UserError(f"--budget={text!r} is no budget; write one as {FORMS}")
-    unit, scale = _SPELLINGS[found[2]]
     return Budget(value * scale, unit)
 
 
+def enough(value: float, digits: int = 5) -> float:
+    """The least number of so many digits that pays for `value` (within a billionth): who reads it
+    can type it."""
+    up = decimal.Context(prec=digits, rounding=decimal.ROUND_CEILING)
+    return float(up.create_decimal(value * (1 - 1e-9)))
+
+
 def amount(value: float, unit: Unit, digits: int | None = None) -> str:
-    """So much of a unit: `0.400 s`, `3.00 cost`, `1000 GFLOPs`; with more digits where two amounts
-    are held against each other."""
+    """So much of a unit: `0.400 s`, `3.00 cost`, `1000 GFLOPs`; with as many digits as are asked
+    for where two amounts are held against each other."""
     names = {"seconds": "s", "gflops": "GFLOPs", "cost": "cost", "calls": "calls"}
     text = labels.number(value) if digits is None else f"{value:.{digits}g}"
     return f"{text} {names[unit]}"

@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 
 from ldm_scaling.errors import UserError
-from ldm_scaling.study import curves, labels, records
+from ldm_scaling.study import curves, labels, records, reported
 from ldm_scaling.study.arguments import Parser, several
 from ldm_scaling.study.figures import beside, catalogue
 from ldm_scaling.study.figures.source import Source
@@ -39,10 +39,12 @@ def _parser() -> Parser:
         "records if not given")
     add("--metric", metavar="NAME", help="the main measure; the first that the records hold of "
         f"{', '.join(labels.MEASURES)}")
-    add("--select-block", "--select_block", type=int, default=0, metavar="N",
-        help="seed block that chooses the guidance (0)")
-    add("--report-blocks", "--report-block", "--report_block", type=several, default=[1],
-        metavar="N,M", help="seed blocks that are reported, their mean (1)")
+    add("--select-block", "--select_block", type=int, metavar="N",
+        help="seed block that chooses the guidance; the workdir's own, "
+        f"{reported.SELECT} without a workdir")
+    add("--report-blocks", "--report-block", "--report_block", type=several,
+        metavar="N,M", help="seed blocks that are reported, their mean; the workdir's own, "
+        f"{reported.REPORT[0]} without a workdir")
     add("--list", action="store_true", help="prints the figures and what each needs")
     return parser
 
@@ -70,7 +72,12 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     if not found:
         raise UserError(f"no records are in {folder}: give the folder that holds a sweep's .json "
                         "files, such as --records=runs/demo/records")
-    source = Source(found, _metric(given, found, folder), given.select_block, given.report_blocks)
+    metric = _metric(given, found, folder)
+    select_block, asked = reported.of_workdir(
+        home.path if home else folder, given.select_block, given.report_blocks)
+    # Who names blocks wants the main study's; else nothing that one block allows is to be missed.
+    report_blocks = reported.whole(_main(found) if given.report_blocks else found, metric, asked)
+    source = Source(found, metric, select_block, report_blocks)
     if home:
         source = dataclasses.replace(
             source, loss_curves=beside.losses(home, curves.models(found)),
@@ -82,6 +89,13 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
         print(os.fspath(to / f"{name}.png"))
     for line in written.skipped:
         print(f"skipped: {line}")
+    if lacking := reported.left_out(asked, report_blocks):
+        print(lacking)
+
+
+def _main(found: Sequence[Record]) -> Sequence[Record]:
+    """The records of the main study, where there are some: other tasks may have fewer blocks."""
+    return curves.longest([r for r in found if r.task == "text_to_image"]) or found
 
 
 def _metric(given: argparse.Namespace, found: Sequence[Record], folder: epath.Path) -> str:

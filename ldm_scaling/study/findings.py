@@ -189,13 +189,16 @@ def _trade_off(records: Sequence[Record], metric: str, block: int) -> list[str]:
 def between_blocks(
     records: Sequence[Record], metric: str, select_block: int, report_blocks: Sequence[int]
 ) -> list[str]:
-    """What several blocks that report say of the one that chose; nothing with one of them.
+    """What several blocks that report say of the one that chose; nothing with one of them, or where
+    rates raced: most were chosen on fewer images, whose distances are not comparable.
 
     Args:
       records: distinct ones of all blocks, not pooled.
       metric: the measure.
       select_block, report_blocks: see `statistics.blocks`.
     """
+    if any(r.round > 0 for r in records if r.identity.seed_block == select_block):
+        return []
     found = blocks.flattery(records, metric, select_block, report_blocks)
     if found is None or found.low is None:
         return []
@@ -211,6 +214,7 @@ def between_blocks(
 
 def _incomplete(records: Sequence[Record], metric: str, select: int, report: int) -> list[str]:
     gaps = curves_lib.gaps(records, metric, select, report)
+    curves = curves_lib.quality_curves(records, metric, None, select, report)
     silent = [g for g in gaps if not g.reported]
     thin = [g for g in gaps if g.guidance]
     out = []
@@ -221,8 +225,9 @@ def _incomplete(records: Sequence[Record], metric: str, select: int, report: int
         out.append(
             f"The sweep is not complete: {len(silent)} cell{'s' * (len(silent) > 1)} "
             f"of the full grid ({some}{more}) "
-            f"{'are' if len(silent) > 1 else 'is'} not yet reported at the chosen guidance; the "
-            "curves are drawn from the rest."
+            f"{'are' if len(silent) > 1 else 'is'} not yet reported at the chosen guidance; "
+            + ("the curves are drawn from the rest." if curves
+               else "none is, so there are no curves yet.")
         )
     if thin:
         out.append(

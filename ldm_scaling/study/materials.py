@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -224,11 +225,12 @@ class Materials:
             return self.caches.statistics.scale
         path = self.workdir / LATENT_SCALE
         encoder = pretrained.hash_of(self.networks.decoder()["encoder"])
-        kept = json.loads(path.read_text()) if path.exists() else {}
-        if kept.get("encoder") != encoder:
-            kept = {"encoder": encoder, "scale": self.caches.statistics.scale}
+        scale = _kept_scale(path, encoder)
+        if scale is None:
+            scale = self.caches.statistics.scale
+            kept = {"encoder": encoder, "scale": scale}
             files.atomic_write_text(path, json.dumps(kept, indent=1) + "\n")
-        return kept["scale"]
+        return scale
 
     @functools.cached_property
     def frozen(self) -> Frozen:
@@ -368,6 +370,21 @@ class Materials:
         """Some validation pictures, uint8."""
         index_N = self.some("validation", SHOWN_EXAMPLES)
         return self.source("validation", "image").batch(index_N)["image"]
+
+
+def _kept_scale(path: epath.Path, encoder: str) -> float | None:
+    """The scale that a workdir keeps of this encoder; None where it keeps none that can be read."""
+    if not path.exists():
+        return None
+    try:
+        kept = json.loads(path.read_text())
+        scale = kept["scale"] if kept["encoder"] == encoder else None
+        if scale is None or (math.isfinite(scale) and scale > 0):
+            return scale
+        raise ValueError(f"scale is {scale}")
+    except (ValueError, TypeError, KeyError) as e:
+        log.warning("%s is damaged (%s) and made anew", path, e)
+        return None
 
 
 def _slices(total: int, size: int):

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ldm_scaling.study import advice, labels
+from ldm_scaling.study import advice, labels, reported
 from ldm_scaling.study.advice import Advice, Options
 from ldm_scaling.study.budgets import Budget
 from ldm_scaling.study.costing import Unit
@@ -38,21 +38,34 @@ def units(
       A dictionary for each unit. `points` are the configurations, cheapest first, and everything
       else names them by their number there: `front`, and `best` and `runner_up` of each of
       `pieces`, which holds for budgets of its `from` (within a billionth) and more. Seconds are
-      left out where the records were measured on several devices.
+      left out where the records were measured on several devices. `flags` are those of
+      `ldm-scaling advise` without which it would not say the same.
     """
     devices = sorted({r.device for r in records})
     skipped = [] if len(devices) == 1 else [
         f"Seconds of {labels.listing(devices)} do not compare, so there are no budgets in seconds."
     ]
-    out = []
+    out: list[dict[str, Any]] = []
+    flags = _flags(records, metric, select, report)
     for unit in _UNITS:
         if unit == "seconds" and skipped:
             continue
         options = advice.of_records(
             records, unit, metric, select_block=select, report_blocks=report
         )
-        out.append(_unit(options, [*options.notes, *skipped]))
+        out.append(_unit(options, [*options.notes, *skipped]) | {"flags": flags})
     return out
+
+
+def _flags(records: Sequence[Record], metric: str, select: int, report: Sequence[int]) -> list[str]:
+    """Where the page's choice is another than that of the command without a flag."""
+    blocks = ",".join(map(str, report))
+    differ = {
+        f"--metric={metric}": metric != advice.metric_of(records, None),
+        f"--select-block={select}": select != reported.SELECT,
+        f"--report-blocks={blocks}": tuple(report) != reported.REPORT,
+    }
+    return [flag for flag, other in differ.items() if other]
 
 
 def _unit(options: Options, notes: list[str]) -> dict[str, Any]:

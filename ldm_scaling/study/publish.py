@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 
 from ldm_scaling import __version__
-from ldm_scaling.study import report
+from ldm_scaling.study import report, reported
 from ldm_scaling.study.figures import beside, catalogue
 from ldm_scaling.study.figures.source import Source
 from ldm_scaling.study.materials import LAYER, PROBE_PICTURES, SANITY, Materials
@@ -76,13 +76,14 @@ def _context(materials: Materials, captions: Sequence[str]) -> dict:
 def write(materials: Materials, found: list[Record]) -> str:
     """Writes `figures/` and `report.html`; returns the page's path."""
     sweep, figures = materials.study.sweep, materials.workdir / "figures"
+    report_blocks = reported.whole(found, FRECHET, sweep.report_blocks)
     strips, captions = (
-        materials.workdir / "strips", materials.prompts(sweep.report_block).captions[:STRIP]
+        materials.workdir / "strips", materials.prompts(report_blocks[0]).captions[:STRIP]
     )
     written = catalogue.write(figures, Source(
-        found, FRECHET, sweep.select_block, sweep.report_blocks,
+        found, FRECHET, sweep.select_block, report_blocks,
         loss_curves=beside.losses(materials.workdir, materials.study.members),
-        images=beside.strips(strips, found, sweep.report_block),
+        images=beside.strips(strips, found, report_blocks[0]),
         captions=captions,
     ))
     for line in written.skipped:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,7 +15,11 @@ from etils import epath
 from ldm_scaling import files
 from ldm_scaling.errors import UserError
 
+log = logging.getLogger(__name__)
+
 FORMAT = 1
+NAME = re.compile(r"[0-9a-f]{16}\.json")
+"""The name of a record's file, see `Identity.key`."""
 TASKS = (
     "text_to_image", "super_resolution", "dreambooth", "consistency", "guided_distillation"
 )
@@ -136,8 +142,26 @@ def write(directory: epath.PathLike, record: Record) -> None:
     files.atomic_write_text(path_of(directory, record.identity.key), text + "\n")
 
 
+def _check(record: Record) -> None:
+    """Raises `ValueError` or `TypeError` where a value is none that `write` wrote."""
+    numbers = {
+        name: getattr(record, name) for name in (
+            "base_channels", "params", "gflops", "norm_cost", "calls", "seconds_per_image", "round")
+    } | record.metrics
+    for name, value in numbers.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value}")
+    for name in ("norm_cost", "calls"):
+        if not numbers[name] > 0:
+            raise ValueError(f"{name} is {numbers[name]}, not above 0")
+    for name, values in (*record.intervals.items(), *record.replicates.items()):
+        if not all(map(math.isfinite, values)):
+            raise ValueError(f"an interval or a replicate of {name} is not finite")
+
+
 def read(path: epath.PathLike) -> Record:
-    """Reads one record. Raises `UserError` when the file is damaged or its key does not fit."""
+    """Reads one record. Raises `UserError` when the file is damaged, a value is not of its type or
+    not finite, or its key does not fit."""
     path = epath.Path(path)
     try:
         payload = json.loads(path.read_text())
@@ -147,9 +171,10 @@ def read(path: epath.PathLike) -> Record:
         identity = Identity(**payload.pop("identity"))
         intervals = {k: (v[0], v[1]) for k, v in payload.pop("intervals").items()}
         record = Record(identity=identity, intervals=intervals, **payload)
+        _check(record)
         if not key == identity.key == path.stem:
             raise ValueError(f"its key says {key}, its contents {identity.key}")
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as e:
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, IsADirectoryError) as e:
         raise UserError(
             f"the record {path} is damaged ({e}): delete the file and run the same command "
             "again to have it measured anew"
@@ -158,11 +183,20 @@ def read(path: epath.PathLike) -> Record:
 
 
 def read_all(directory: epath.PathLike) -> list[Record]:
-    """All records of a folder, in a stable order. An empty or missing folder gives []."""
+    """All records of a folder, in a stable order. An empty or missing folder gives [].
+
+    Files whose names are no record's are left alone, with a warning of those that end in .json.
+    """
     directory = epath.Path(directory)
     if not directory.exists():
         return []
-    found = [read(p) for p in sorted(directory.glob("*.json"))]
+    paths = sorted(p for p in directory.glob("*.json") if not p.name.startswith("."))
+    strange = [p.name for p in paths if not NAME.fullmatch(p.name)]
+    if strange:
+        more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+        log.warning("%s holds files that are no records and are not read: %s%s", directory,
+                    ", ".join(strange[:3]), more)
+    found = [read(p) for p in paths if NAME.fullmatch(p.name)]
     return sorted(found, key=lambda r: dataclasses.astuple(r.identity))
 
 

@@ -17,6 +17,7 @@ from ldm_scaling import files
 from ldm_scaling.errors import UserError
 from ldm_scaling.study import curves as curves_lib
 from ldm_scaling.study import findings, labels, page_advice, page_data, plot_style, thumbnails
+from ldm_scaling.study import reported as reported_lib
 from ldm_scaling.study.curves import Curves
 from ldm_scaling.study.figures import catalogue, rows
 from ldm_scaling.study.records import Record
@@ -43,7 +44,8 @@ class Context:
       summary: one or two sentences under it.
       metric: the main measure.
       select_block: seed block that chose the guidance.
-      report_blocks: seed blocks that are reported; the mean over several.
+      report_blocks: seed blocks that are reported; the mean over several, of those that hold all
+        that is reported, see `reported.whole`.
       dataset: paragraphs on the data set: what it is, where from, how many pairs, the split.
       captions: of the first pictures that a reported record keeps, for those that the page shows.
       measures: measure -> one more paragraph on how it was computed here.
@@ -266,6 +268,9 @@ def write(
         raise UserError(f"no records to report for {workdir}: run the sweep first")
     measure = labels.measure(told.metric)
     arms = curves_lib.distinct(records)
+    report_blocks = reported_lib.whole(arms, told.metric, told.report_blocks)
+    lacking = list(filter(None, [reported_lib.left_out(told.report_blocks, report_blocks)]))
+    told = dataclasses.replace(told, report_blocks=report_blocks)
     blocks = (told.select_block, told.report_blocks[0])
     pooled = blocks_lib.pooled(arms, told.select_block, told.report_blocks)
     sizes = curves_lib.models(arms)
@@ -274,6 +279,7 @@ def write(
     sentences = findings.findings(pooled, told.metric, *blocks)
     sentences += findings.between_blocks(
         arms, told.metric, told.select_block, told.report_blocks)
+    sentences += lacking
     verdicts = claims.verdicts(claims.Evidence.of(pooled), told.metric, *blocks)
     untested = [f"claim {v.number}" for v in verdicts if not v.tested]
     advice = page_advice.units(
@@ -307,7 +313,7 @@ def write(
         pictures=_pictures(epath.Path(figures_dir), records),
         winner_rows=page_data.winner_rows(curves, told.metric, sizes, data["samplers"][0]["name"]),
         csv=_csv(records),
-        protocol=_protocol(records, told),
+        protocol=[*_protocol(records, told), *lacking],
         limits=_limits(records, told, untested),
         config=json.dumps(told.config, indent=1, sort_keys=True, default=str),
         **table,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 from collections.abc import Callable, Sequence
 
 from etils import epath
@@ -27,6 +28,8 @@ from ldm_scaling.study.figures import (
     text_to_image,
 )
 from ldm_scaling.study.figures.source import Drawn, Source
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +155,7 @@ class Written:
 
     Attributes:
       names: of the pictures, without suffix, in the catalogue's order.
-      skipped: one line for each figure that the records do not allow.
+      skipped: one line for each figure that the records do not allow, or that failed.
     """
 
     names: tuple[str, ...]
@@ -183,20 +186,34 @@ def write(
 ) -> Written:
     """Writes figures as PNG, SVG and PDF, each with a CSV of its numbers.
 
-    Files of parts that are no longer drawn (of samplers that the study dropped) are removed.
+    Files of parts that are no longer drawn (of samplers that the study dropped) are removed. A
+    figure whose numbers fail (overflow, a singular matrix) is skipped, so that the others are
+    drawn; one that is asked for alone says so.
 
     Args:
       directory: folder for the files.
       source: what there is to draw.
       names: see `chosen`.
+
     Raises:
       UserError: for an unknown name, two records of one configuration, or replicates that cannot
-        be paired.
+        be paired; and for a figure asked for alone that fails.
     """
     written, skipped = [], []
-    for entry in chosen(names):
-        with plot_style.style():
-            parts = entry.draw(source)
+    entries = chosen(names)
+    for entry in entries:
+        why = f"{entry.name} needs {entry.needs}"
+        try:
+            with plot_style.style():
+                parts = entry.draw(source)
+        except UserError:
+            raise
+        except (ArithmeticError, ValueError) as error:
+            why = f"{entry.name} failed: {type(error).__name__}: {error}"
+            log.exception("%s", why)
+            if len(entries) == 1:
+                raise UserError(f"{why}; look for records or losses far off the others") from error
+            parts = {}
         drawn = {f"{entry.name}_{part}" if part else entry.name: one
                  for part, one in parts.items()}
         _remove_old(epath.Path(directory), entry, drawn)
@@ -205,7 +222,7 @@ def write(
             files.atomic_write_text(epath.Path(directory) / f"{name}.csv", rows.text(one.rows))
         written += drawn
         if not drawn:
-            skipped.append(f"{entry.name} needs {entry.needs}")
+            skipped.append(why)
     return Written(tuple(written), tuple(skipped))
 
 

@@ -26,7 +26,7 @@ def profiles(source: Source) -> dict[str, Drawn]:
         found = [p for p in isoflop.profiles(*columns) if p.parabola is not None]
         if found:
             try:
-                shown.append((one, found, isoflop.frontier(*columns)))
+                shown.append((one, found, one.runs.frontier(delta=one.noise)))
             except UserError:  # Sizes at the edge are best at all budgets but one.
                 shown.append((one, found, None))
     if not shown:

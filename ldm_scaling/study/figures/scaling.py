@@ -26,7 +26,11 @@ _QUALITY_NOISE = 0.01
 
 _LEAST = 3
 _LEAST_WITH_OFFSET = 5
+_LEAST_RUNS = 4
+"""Sizes for a law of size and training: factor, exponent and level fit any three sizes' luck."""
 _REPLICATES = 200
+_WITHOUT_BEST = 0.05
+"""Share of replicates without a best size above which the others' interval would be another's."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,7 +69,7 @@ def measured(source: Source) -> list[Measured]:
     records = [r for r in source.of_task("text_to_image") if r.identity.train_step > 0]
     size = {r.identity.model: (r.params, r.gflops) for r in records}
     losses = {
-        m: [(int(step), loss) for step, _, loss in rows if loss is not None and loss > 0]
+        m: [(int(step), loss) for step, _, loss in rows if loss is not None and 0 < loss < np.inf]
         for m, rows in source.loss_curves.items() if m in size
     }
     out = []
@@ -123,25 +127,28 @@ def _or_nothing(offset: float) -> str:
     return labels.number(offset) if offset > 1e-6 else "0"
 
 
-def _direct(one: Measured, runs: Runs, by: By) -> _Line | None:
-    """The law through the points themselves; without an offset where they are few."""
+def _direct(one: Measured, by: By, about: str = "") -> _Line | None:
+    """The law through the ends of the runs; without an offset where they are few."""
+    runs = one.runs.ends()
     if len(np.unique(runs.scales(by))) < _LEAST:
         return None
     offset = len(runs.models) >= _LEAST_WITH_OFFSET
     fit = runs.fitted(by, offset=offset, delta=one.noise, replicates=_REPLICATES)
     names = ("E", "A", "alpha") if offset else ("A", "alpha")
     return _Line(runs, by, {n: (fits.value(fit.law, n), *fit.interval(n)) for n in names},
-                 lambda x: (fit.law(x), *fit.predict(x)))
+                 lambda x: (fit.law(x), *fit.predict(x)), about)
 
 
 def _optimal(one: Measured) -> _Line | None:
     """What the best size has at each compute, by a law of size and images through all points:
-    it needs no run to be the best at any compute. None where that law has no best size."""
+    it needs no run to be the best at any compute. None where that law, or more of its replicates
+    than chance explains, has no best size."""
     runs = one.runs
     fit = runs.fitted("call and images", delta=one.noise, replicates=_REPLICATES)
-    if not _has_best(fit.law):
+    laws = [law for law in fit.replicates if law.has_best(runs.gflops_N, 1.0)]
+    if not fit.law.has_best(runs.gflops_N, 1.0) or (
+            len(laws) < (1 - _WITHOUT_BEST) * len(fit.replicates)):
         return None
-    laws = [law for law in fit.replicates if _has_best(law)]
 
     def factor(law: Law) -> float:
         return float(law.least(1.0, 1.0)[0] - law.offset)
@@ -158,30 +165,28 @@ def _optimal(one: Measured) -> _Line | None:
     return _Line(runs, "compute", parameters, at, "the best size at each compute, by all runs")
 
 
-def _has_best(law: Law) -> bool:
-    return min(*law.factors, *law.exponents) > 0
-
-
 def by_compute(source: Source) -> dict[str, Drawn]:
     """A saturating power law of training compute: of the best size at each where runs were
     measured at several lengths, else through the networks."""
     def line(one: Measured) -> _Line | None:
-        return _optimal(one) if _several_lengths(one.runs) else _direct(
-            one, one.runs.ends(), "compute")
+        if not _several_lengths(one.runs):
+            return _direct(one, "compute")
+        return _optimal(one) or _direct(
+            one, "compute", "through the runs' ends: all runs do not tell a best size")
 
     return _laws(source, line, labels.AXES["compute"],
-                 "Scaling with training compute (shaded: 95%)")
+                 "Scaling with training compute (shaded: 95%, of the law)")
 
 
 def _several_lengths(runs: Runs) -> bool:
     sizes, lengths = (len(np.unique(v)) for v in (runs.params_N, runs.images_N))
-    return min(sizes, lengths) >= _LEAST and len(runs.models) >= _LEAST**2
+    return sizes >= _LEAST_RUNS and lengths >= _LEAST and len(runs.models) >= _LEAST * sizes
 
 
 def by_size(source: Source) -> dict[str, Drawn]:
     """A saturating power law of size through the ends of the runs."""
-    return _laws(source, lambda one: _direct(one, one.runs.ends(), "size"), "parameters",
-                 "Scaling with size, at the end of training (shaded: 95%)")
+    return _laws(source, lambda one: _direct(one, "size"), "parameters",
+                 "Scaling with size, at the end of training (shaded: 95%, of the law)")
 
 
 def _laws(

@@ -9,7 +9,13 @@ if (study.advice.length) {
   const whole = (v) => Number(v.toPrecision(3));
   const written = (v) => `${v} ${of.written}`;
   const share = (v) => Math.log(v / low) / Math.log(high / low);
-  const spent = (p) => `${number(p.cost)} ${of.written}`;
+  /** The least amount of 5 digits that pays for a cost: typed, it buys what it is written at. */
+  const enough = (v) => {
+    const near = Number(v.toPrecision(5));
+    if (near * (1 + 1e-9) >= v) return near;
+    return Number((near + 10 ** (Math.floor(Math.log10(v)) - 4)).toPrecision(5));
+  };
+  const spent = (p) => written(enough(p.cost));
   const reached = (p) => `${of.measure} ${number(p.value)}${range(p.low, p.high)}`;
 
   /** The piece that holds for a budget, or nothing below the cheapest. A budget that is just what
@@ -33,7 +39,7 @@ if (study.advice.length) {
     body.replaceChildren();
     for (const p of affordable) {
       const row = element(body, "tr");
-      for (const [text, kind] of [[number(p.cost)], [p.model, "word"], [label(p.sampler), "word"],
+      for (const [text, kind] of [[enough(p.cost)], [p.model, "word"], [label(p.sampler), "word"],
         [p.steps], [p.guidance], [number(p.value)], [range(p.low, p.high).trim(), "word"]]) {
         element(row, "td", text, kind ? { class: kind } : {});
       }
@@ -88,7 +94,8 @@ if (study.advice.length) {
       slider.setAttribute("aria-valuetext", `${written(budget)}: below range`);
     }
     $("advice-range").textContent = notes.join(" ");
-    $("advice-command").textContent = `ldm-scaling advise --records=DIR --budget="${written(budget)}"`;
+    $("advice-command").textContent = ["ldm-scaling advise --records=DIR",
+      ...of.flags, `--budget="${written(budget)}"`].join(" ");
     front(affordable);
     band();
   }
@@ -105,7 +112,7 @@ if (study.advice.length) {
     $("advice-label").textContent = of.label;
     for (const head of document.querySelectorAll(".advice-written")) head.textContent = of.written;
     $("advice-notes").textContent = of.notes.join(" ");
-    set(whole(Math.sqrt(low * high)));
+    set(Math.max(whole(Math.sqrt(low * high)), enough(of.points[0].cost)));
   }
 
   slider.max = TICKS;

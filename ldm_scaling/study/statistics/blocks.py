@@ -30,8 +30,10 @@ def pooled(records: Sequence[Record], select_block: int, report_blocks: Sequence
     are independent, and the mean of the r-th ones is a replicate of the mean, paired between
     configurations as before. All that works on two blocks then works on K + 1.
 
-    A configuration that lacks one of the blocks is left out, as in an unfinished sweep. Of a
-    single block that reports the records stay what they are.
+    The blocks are those that a task has at a training step: networks that were measured on fewer
+    (earlier checkpoints, other tasks) have the mean over these. Of them a configuration that lacks
+    one is left out, as in an unfinished sweep. Of a single block the records stay what they are;
+    they stand as the first of `report_blocks`.
 
     Raises:
       UserError: when a block both chooses and reports, none reports, one of several holds a
@@ -50,12 +52,28 @@ def pooled(records: Sequence[Record], select_block: int, report_blocks: Sequence
             groups[dataclasses.astuple(dataclasses.replace(r.identity, seed_block=0))].append(r)
         elif r.identity.seed_block == select_block:
             out.append(r)
+    measured: dict[tuple, set[int]] = defaultdict(set)
+    for r in (r for group in groups.values() for r in group):
+        measured[_kind(r)].add(r.identity.seed_block)
     for group in groups.values():
-        if len(report_blocks) == 1:
-            out += group
-        elif {r.identity.seed_block for r in group} == set(report_blocks):
-            out.append(_mean(group, report_blocks))
+        there = [b for b in report_blocks if b in measured[_kind(group[0])]]
+        if len(there) == 1:
+            out += [_on_block(r, report_blocks[0]) for r in group]
+        elif {r.identity.seed_block for r in group} == set(there):
+            out.append(_on_block(_mean(group, there), report_blocks[0]))
     return out
+
+
+def _kind(record: Record) -> tuple[str, int]:
+    """What is measured on the same blocks."""
+    return record.task, record.identity.train_step
+
+
+def _on_block(record: Record, block: int) -> Record:
+    if record.identity.seed_block == block:
+        return record
+    return dataclasses.replace(
+        record, identity=dataclasses.replace(record.identity, seed_block=block))
 
 
 def _mean(group: Sequence[Record], order: Sequence[int]) -> Record:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -30,6 +31,45 @@ _STARTS = {"alpha": (0.0, 0.5, 1.0, 1.5, 2.0), "a": (0.0, 5.0, 10.0, 15.0, 20.0,
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Scatter:
+    """How points scatter about a law where several are of one training run.
+
+    A run's luck (its initialisation, its order of data) moves all of its points, so they are worth
+    little more than one: on what tells runs apart, the law knows as much as there are runs. This is
+    the balanced model with a random offset per run (Davison and Hinkley 1997, section 3.8), whose
+    few offsets are drawn from Student's t instead of from themselves.
+
+    Attributes:
+      run_N: number of each point's run, from 0.
+      sd: standard deviation of the runs' mean log residuals.
+      freedom: its degrees of freedom: runs, less the parameters that the runs' levels are fitted
+        by. At 0 or below the law goes through any levels: `sd` is 0 then, and says nothing.
+      within_N: log residuals about their run's mean, scaled up by what the fit took away.
+    """
+
+    run_N: np.ndarray
+    sd: float
+    freedom: int
+    within_N: np.ndarray
+
+    def draw(self, replicates: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Log noise (R, N) as that of the points, and the runs' standard deviation in each (R,).
+
+        The standard deviation is itself known from few runs, so each replicate has its own
+        (sd^2 x freedom / chi^2), which gives offsets, and what is fitted to them, Student's tails.
+        """
+        share_NG = np.eye(self.run_N.max() + 1)[self.run_N]
+        within_RN = rng.choice(self.within_N, (replicates, len(self.run_N)))
+        # The runs' means hold what noise within runs leaves of itself in them: not twice.
+        within_RN -= within_RN @ (share_NG / share_NG.sum(axis=0)) @ share_NG.T
+        luck_R = np.zeros(replicates)
+        if self.freedom > 0:
+            luck_R = self.sd * np.sqrt(self.freedom / rng.chisquare(self.freedom, replicates))
+        offset_RG = luck_R[:, None] * rng.normal(size=(replicates, share_NG.shape[1]))
+        return within_RN + offset_RG @ share_NG.T, luck_R
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Fit:
     """A fitted law.
 
@@ -40,6 +80,9 @@ class Fit:
       delta: see `DELTA`.
       offset: whether E was fitted.
       replicates: laws of the bootstrap replicates; empty before `bootstrap`.
+      scatter: how the points scatter by run, of a bootstrap by run; None where they were taken as
+        independent.
+      luck_R: standard deviation of a run's offset in each replicate, of a bootstrap by run.
     """
 
     law: Law
@@ -48,6 +91,8 @@ class Fit:
     delta: float
     offset: bool
     replicates: tuple[Law, ...] = ()
+    scatter: Scatter | None = None
+    luck_R: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
 
     def interval(self, name: str, level: float = 0.95) -> tuple[float, float]:
         """(low, high) of a parameter by name: "E", "A", "alpha", and "B", "beta" of the second
@@ -62,12 +107,19 @@ class Fit:
     def predict_new(
         self, x: np.ndarray, level: float = 0.95, seed: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(low, high) for new measurements at scales (N, K): the law's doubt and their noise."""
+        """(low, high) for new measurements at scales (N, K): the law's doubt and their noise; after
+        a bootstrap by run, measurements of a new run with its own luck."""
         law_RN = np.stack([one(x) for one in self._replicates])
         rng = np.random.default_rng(seed)
         # Each law several times, so that few replicates do not make the noise's tails rough.
         law_RN = np.repeat(law_RN, 10, axis=0)
-        return self._ends(law_RN * np.exp(rng.choice(self.noise, law_RN.shape)), level)
+        if self.scatter is None:
+            noise_RN = rng.choice(self.noise, law_RN.shape)
+        else:
+            luck_R1 = np.repeat(self.luck_R, 10)[:, None]
+            noise_RN = luck_R1 * rng.normal(size=law_RN.shape)
+            noise_RN = noise_RN + rng.choice(self.scatter.within_N, law_RN.shape)
+        return self._ends(law_RN * np.exp(noise_RN), level)
 
     @property
     def noise(self) -> np.ndarray:
@@ -75,6 +127,23 @@ class Fit:
         n, p = len(self.residuals_N), 2 * len(self.law.factors) + self.offset
         centred_N = self.residuals_N - self.residuals_N.mean()
         return centred_N * np.sqrt(n / max(n - p, 1))
+
+    def scatter_by(self, runs: Sequence[object]) -> Scatter:
+        """How the points scatter within and between runs, given the run of each point (N,).
+
+        Factor and exponent of the size, and the level, are known by runs alone; a second scale's,
+        the length of training, from inside them, unless each run has one point.
+        """
+        _, run_N = np.unique(np.asarray(runs), return_inverse=True)
+        points_G = np.bincount(run_N)
+        n, g, p = len(run_N), len(points_G), 2 * len(self.law.factors) + self.offset
+        between = p if points_G.max() == 1 else min(p, 2 + self.offset)
+        mean_G = np.bincount(run_N, self.residuals_N) / points_G
+        freedom = g - between
+        sd = float(np.sqrt((mean_G**2).sum() / freedom)) if freedom > 0 else 0.0
+        within_N = self.residuals_N - mean_G[run_N]
+        scale = np.sqrt(n / max(n - g - (p - between), 1))
+        return Scatter(run_N, sd, freedom, within_N * scale)
 
     @property
     def _replicates(self) -> tuple[Law, ...]:
@@ -277,6 +346,7 @@ def _newton(
 def bootstrap(
     fitted: Fit, x: np.ndarray, y: np.ndarray, *, replicates: int = 200, seed: int = 0,
     method: Literal["pairs", "residuals"] = "pairs", y_RN: np.ndarray | None = None,
+    runs: Sequence[object] | None = None,
 ) -> Fit:
     """The fit with the laws of bootstrap replicates, all fitted at once from its own estimate.
 
@@ -289,6 +359,8 @@ def bootstrap(
         others. "residuals" keeps the scales and draws log residuals anew: for few points at scales
         that were chosen, where a draw without the largest size says nothing.
       y_RN: replicates of the values themselves, of paired records say: these are fitted instead.
+      runs: the training run of each point (N,), of which several may be of one: residuals are
+        then drawn by run, see `Scatter`, whatever the method.
 
     Raises:
       UserError: as `fit`.
@@ -296,6 +368,7 @@ def bootstrap(
     problem = _Problem.of(x, y, fitted.offset, fitted.delta)
     n, rng = len(problem.logy_N), np.random.default_rng(seed)
     weight_RN, logy_RN = np.ones((replicates, n)), None
+    scatter, luck_R = None, np.zeros(0)
     if y_RN is not None:
         y_RN = np.asarray(y_RN, np.float64)
         if y_RN.ndim != 2 or y_RN.shape[1] != n or not (y_RN > 0).all():
@@ -303,6 +376,10 @@ def bootstrap(
                 f"replicates of shape {y_RN.shape} do not fit {n} points, or are not above 0"
             )
         logy_RN, weight_RN = np.log(y_RN), np.ones(y_RN.shape)
+    elif runs is not None:
+        scatter = fitted.scatter_by(runs)
+        noise_RN, luck_R = scatter.draw(replicates, rng)
+        logy_RN = problem.logy_N - fitted.residuals_N + noise_RN
     elif method == "pairs":
         weight_RN = rng.multinomial(n, np.full(n, 1 / n), replicates).astype(float)
     elif method == "residuals":
@@ -312,7 +389,8 @@ def bootstrap(
         raise UserError(f"a fit's bootstrap is of 'pairs' or 'residuals', not {method!r}")
     start_RP = np.tile(problem.parameters(fitted.law), (len(weight_RN), 1))
     found_RP, _ = _newton(problem, start_RP, weight_RN, logy_RN, tolerance=1e-6)
-    return dataclasses.replace(fitted, replicates=tuple(problem.law(p) for p in found_RP))
+    return dataclasses.replace(fitted, replicates=tuple(problem.law(p) for p in found_RP),
+                               scatter=scatter, luck_R=luck_R)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,13 +437,14 @@ def held_out(
 def without(
     x: np.ndarray, y: np.ndarray, last_N: np.ndarray, *, offset: bool = True,
     delta: float = DELTA, replicates: int = 200, seed: int = 0,
-    method: Literal["pairs", "residuals"] = "residuals",
+    method: Literal["pairs", "residuals"] = "residuals", runs: Sequence[object] | None = None,
 ) -> HeldOut:
-    """As `held_out`, without the points that are marked."""
+    """As `held_out`, without the points that are marked; `runs` is that of `bootstrap`."""
     x_NK, y_N = laws.scales(x), np.asarray(y, np.float64)
     rest = (x_NK[~last_N], y_N[~last_N])
     fitted = bootstrap(fit(*rest, offset=offset, delta=delta), *rest, replicates=replicates,
-                       seed=seed, method=method)
+                       seed=seed, method=method,
+                       runs=None if runs is None else np.asarray(runs)[~last_N])
     predicted = fitted.law(x_NK[last_N])
     low, high = fitted.predict_new(x_NK[last_N], seed=seed)
     measured = y_N[last_N]

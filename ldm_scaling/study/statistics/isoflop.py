@@ -76,7 +76,7 @@ class Frontier:
     Attributes:
       profiles: one per budget, rising.
       factor, exponent: by least squares on logs of those profiles that have a best size.
-      exponent_interval: 95%, from bootstrap replicates that draw residuals about each parabola.
+      exponent_interval: 95%, of bootstrap replicates.
       best_intervals: 95% of the best size of each profile that has one, in order.
     """
 
@@ -132,13 +132,15 @@ def profiles(
 
 def frontier(
     flops: np.ndarray, size: np.ndarray, loss: np.ndarray, *, replicates: int = 200,
-    tolerance: float = 0.05, seed: int = 0,
+    tolerance: float = 0.05, seed: int = 0, loss_RN: np.ndarray | None = None,
 ) -> Frontier:
     """`profiles`, and a power law through their least.
 
     Args:
       flops, size, loss, tolerance: see `profiles`.
-      replicates, seed: of the bootstrap.
+      replicates, seed: of the bootstrap, which draws residuals about each parabola: for points
+        that were each trained apart.
+      loss_RN: replicates of the losses (R, N), used in place of that: for points that share runs.
 
     Raises:
       UserError: when fewer than 2 budgets have at least `LEAST_SIZES` sizes about a least loss.
@@ -151,7 +153,12 @@ def frontier(
             "loss inside: iso-FLOP profiles need 2; train more sizes at each budget"
         )
     rng = np.random.default_rng(seed)
-    moved_BR = np.stack([_moved(p, replicates, rng) for p in kept])
+    if loss_RN is None:
+        moved_BR = np.stack([_moved(p, _drawn(p, replicates, rng)) for p in kept])
+    else:
+        groups = _groups(np.log(flops), np.log1p(tolerance))
+        moved_BR = np.stack([_moved(p, np.log(loss_RN[:, g]))
+                             for p, g in zip(found, groups, strict=True) if p.best_size is not None])
     logf_B, logn_B = np.log([(p.flops, p.best_size) for p in kept]).T
     exponent, intercept = np.polyfit(logf_B, logn_B, 1)
     low, high = np.percentile(np.polyfit(logf_B, moved_BR, 1)[0], (2.5, 97.5))
@@ -160,14 +167,18 @@ def frontier(
                     tuple((float(a), float(b)) for a, b in ends_B2))
 
 
-def _moved(profile: Profile, replicates: int, rng: np.random.Generator) -> np.ndarray:
-    """Log sizes of the least loss, of replicates that draw residuals about the parabola (R,)."""
+def _drawn(profile: Profile, replicates: int, rng: np.random.Generator) -> np.ndarray:
+    """Log losses of replicates that draw residuals about the parabola (R, M)."""
+    fit_M = np.log(profile.at(profile.size_M))
+    residual_M = np.log(profile.loss_M) - fit_M
+    scale = np.sqrt(len(fit_M) / (len(fit_M) - 3))
+    return fit_M + rng.choice(residual_M * scale, (replicates, len(fit_M)))
+
+
+def _moved(profile: Profile, drawn_RM: np.ndarray) -> np.ndarray:
+    """Log sizes of the least of replicates' log losses (R,)."""
     x_M = np.log(profile.size_M) - profile.centre
-    design = np.vander(x_M, 3)
-    fit_M = design @ np.array(profile.parabola)
-    residual_M = (np.log(profile.loss_M) - fit_M) * np.sqrt(len(x_M) / (len(x_M) - 3))
-    drawn_RM = fit_M + rng.choice(residual_M, (replicates, len(x_M)))
-    place_R, _ = _vertex((np.linalg.pinv(design) @ drawn_RM.T).T)
+    place_R, _ = _vertex((np.linalg.pinv(np.vander(x_M, 3)) @ drawn_RM.T).T)
     # A replicate without a least inside says that it lies at the edge, or beyond.
     place_R = np.where(np.isnan(place_R), x_M.max(), place_R)
     return profile.centre + np.clip(place_R, x_M.min(), x_M.max())

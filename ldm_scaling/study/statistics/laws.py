@@ -8,6 +8,9 @@ import numpy as np
 
 from ldm_scaling.errors import UserError
 
+_LARGEST_LOG = 700.0
+"""Beyond it exp of a float is infinite, or 0."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Law:
@@ -36,8 +39,13 @@ class Law:
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """L at scales (N, K), or (N,) where the law has one."""
-        x_NK = scales(x, len(self.factors))
-        return self.offset + (np.array(self.factors) * x_NK ** -np.array(self.exponents)).sum(1)
+        return self._at(np.log(scales(x, len(self.factors))))
+
+    def _at(self, logx_NK: np.ndarray) -> np.ndarray:
+        """L at log scales (N, K): a factor and a scale may both be beyond what a float holds."""
+        with np.errstate(divide="ignore", over="ignore"):
+            terms_NK = np.exp(np.log(self.factors) - np.array(self.exponents) * logx_NK)
+        return self.offset + terms_NK.sum(axis=1)
 
     def best_split(self, flops: np.ndarray, per: float = 6.0) -> tuple[np.ndarray, np.ndarray]:
         """(N, D) with the least L on flops = per x N x D (Hoffmann et al. 2022, eq. 4).
@@ -49,22 +57,38 @@ class Law:
         Raises:
           UserError: unless the law has two scales with positive factors and exponents.
         """
-        if len(self.factors) != 2 or min(*self.factors, *self.exponents) <= 0:
-            raise UserError(
-                "the best split of a training budget needs a law of two scales, size and data, "
-                f"both with positive factor and exponent; got {self}"
-            )
-        (a, b), (alpha, beta) = self.factors, self.exponents
-        product = np.asarray(flops, np.float64) / per
-        g = (alpha * a / (beta * b)) ** (1 / (alpha + beta))
-        n = g * product ** (beta / (alpha + beta))
-        return n, product / n
-
+        with np.errstate(over="ignore"):
+            n, d = np.exp(self._log_split(flops, per))
+        return n, d
 
     def least(self, flops: np.ndarray, per: float = 6.0) -> np.ndarray:
         """The least L on flops = per x N x D, at `best_split`: itself a saturating power law, with
         the same offset and `least_exponent`. Arguments and errors are those of `best_split`."""
-        return self(np.stack(self.best_split(np.atleast_1d(flops), per), axis=1))
+        return self._at(self._log_split(np.atleast_1d(flops), per).T)
+
+    def has_best(self, flops: np.ndarray, per: float = 6.0) -> bool:
+        """Whether `best_split` of all these budgets exists and is a finite number above 0: more of
+        either scale must help, and visibly. That of a flat law, its exponents all but 0, is not."""
+        if not self._splits:
+            return False
+        return bool((np.abs(self._log_split(flops, per)) < _LARGEST_LOG).all())
+
+    @property
+    def _splits(self) -> bool:
+        return len(self.factors) == 2 and min(*self.factors, *self.exponents) > 0
+
+    def _log_split(self, flops: np.ndarray, per: float) -> np.ndarray:
+        """Log (N, D) of `best_split`, first axis."""
+        if not self._splits:
+            raise UserError(
+                "the best split of a training budget needs a law of two scales, size and data, "
+                f"both with positive factor and exponent; got {self}"
+            )
+        (a, b), (alpha, beta) = np.log(self.factors), self.exponents
+        product = np.log(np.asarray(flops, np.float64) / per)
+        with np.errstate(over="ignore", invalid="ignore"):
+            n = (np.log(alpha) + a - np.log(beta) - b + beta * product) / (alpha + beta)
+        return np.stack([n, product - n])
 
     @property
     def least_exponent(self) -> float:

@@ -19,8 +19,6 @@ By = Literal["size", "images", "compute", "size and images", "call and images"]
 BACKWARD = 3.0
 """FLOPs of a training step over those of its forward pass: the gradient takes twice as many."""
 
-_SEVERAL = 30
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Runs:
@@ -59,30 +57,45 @@ class Runs:
         self, by: By, *, offset: bool = True, delta: float = fits.DELTA, replicates: int = 200,
         seed: int = 0,
     ) -> Fit:
-        """The law, with replicates: points drawn anew where there are many, else residuals.
+        """The law, with replicates that draw each run's luck and its points' noise, see
+        `fits.Scatter`; the luck only from 4 sizes on (with an offset; 3 without).
 
         Each network was trained once, so what paired replicates say of the choice of prompts is
         the smaller part of the doubt; `fits.bootstrap(..., y_RN=runs.value_RN)` has that part.
         """
         x_NK = self.scales(by)
         fit = fits.fit(x_NK, self.value_N, offset=offset, delta=delta)
-        method = "pairs" if len(x_NK) >= _SEVERAL else "residuals"
         return fits.bootstrap(fit, x_NK, self.value_N, replicates=replicates, seed=seed,
-                              method=method)
+                              runs=self.models)
 
     def held_out(
         self, by: By, *, offset: bool = True, delta: float = fits.DELTA, replicates: int = 200
     ) -> HeldOut:
-        """What the smaller sizes foretell of the largest, see `fits.held_out`."""
+        """What the smaller sizes foretell of the largest's run, see `fits.held_out`."""
         largest_N = self.params_N == self.params_N.max()
         return fits.without(
             self.scales(by), self.value_N, largest_N, offset=offset, delta=delta,
-            replicates=replicates,
+            replicates=replicates, runs=self.models,
         )
 
-    def frontier(self) -> Frontier:
-        """The best size for a training budget, by iso-FLOP profiles."""
-        return isoflop.frontier(self.gflops_N * 1e9, self.params_N, self.value_N)
+    def frontier(
+        self, count: int = 5, *, delta: float = fits.DELTA, replicates: int = 200, seed: int = 0
+    ) -> Frontier:
+        """The best size for a training budget, by iso-FLOP profiles of `at_budgets(count)`.
+
+        All budgets are read off the same runs, so a replicate moves the runs' points, by the
+        scatter about a law of calls and images, and is interpolated anew.
+
+        Raises:
+          UserError: where runs are too few for profiles, or too short for that law.
+        """
+        rows, weight_BN = self._interpolated(count)
+        columns = (rows.gflops_N * 1e9, rows.params_N, rows.value_N)
+        isoflop.frontier(*columns, replicates=1)  # Raises before what takes long.
+        fit = fits.fit(self.scales("call and images"), self.value_N, delta=delta)
+        noise_RN, _ = fit.scatter_by(self.models).draw(replicates, np.random.default_rng(seed))
+        loss_RB = np.exp((np.log(self.value_N) + noise_RN) @ weight_BN.T)
+        return isoflop.frontier(*columns, loss_RN=loss_RB)
 
     def some(self, number_N: np.ndarray) -> Runs:
         """The rows with these numbers, or marks."""
@@ -112,26 +125,34 @@ class Runs:
         Returns:
           Rows by budget; none where so many runs meet nowhere.
         """
-        names = np.array(self.models)
+        return self._interpolated(count)[0]
+
+    def _interpolated(self, count: int) -> tuple[Runs, np.ndarray]:
+        """`at_budgets`, and the weights of these rows' log values in its own (B, N)."""
+        names, logc_N = np.array(self.models), np.log(self.gflops_N)
         runs = []
         for m in dict.fromkeys(self.models):
-            order = np.flatnonzero(names == m)
-            runs.append(self.some(order[np.argsort(self.gflops_N[order], kind="stable")]))
-        ends_M2 = np.log([(run.gflops_N[0], run.gflops_N[-1]) for run in runs])
+            own = np.flatnonzero(names == m)
+            runs.append(own[np.argsort(logc_N[own], kind="stable")])
+        ends_M2 = np.array([(logc_N[own[0]], logc_N[own[-1]]) for own in runs])
         there = [
             c for c in np.unique(ends_M2)
             if ((ends_M2[:, 0] <= c) & (c <= ends_M2[:, 1])).sum() >= isoflop.LEAST_SIZES
         ]
-        rows = []
+        rows, weights = [], []
         for c in np.unique(np.linspace(min(there), max(there), count)) if there else ():
-            for run, (low, high) in zip(runs, ends_M2, strict=True):
+            for own, (low, high) in zip(runs, ends_M2, strict=True):
                 if low - 1e-9 <= c <= high + 1e-9:
-                    x_K, gflops = np.log(run.gflops_N), np.exp(c)
-                    value = np.exp(np.interp(c, x_K, np.log(run.value_N)))
-                    images = run.images_N[0] * gflops / run.gflops_N[0]
-                    rows.append((run.models[0], run.params_N[0], images, gflops, value))
+                    weight_N = np.zeros(len(names))
+                    weight_N[own] = [np.interp(c, logc_N[own], one) for one in np.eye(len(own))]
+                    first, gflops = own[0], np.exp(c)
+                    images = self.images_N[first] * gflops / self.gflops_N[first]
+                    value = np.exp(weight_N @ np.log(self.value_N))
+                    rows.append((names[first], self.params_N[first], images, gflops, value))
+                    weights.append(weight_N)
         models, *columns = zip(*rows, strict=True) if rows else ((), (), (), (), ())
-        return Runs(tuple(models), *(np.array(column, np.float64) for column in columns))
+        met = Runs(tuple(map(str, models)), *(np.array(one, np.float64) for one in columns))
+        return met, np.array(weights).reshape(len(weights), len(names))
 
 
 def of_records(
