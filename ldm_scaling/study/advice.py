@@ -187,7 +187,8 @@ def of_records(
             f"is no record, and reports them on others (the records are of blocks {there}): "
             "measure that block too, or give --select-block and --report-blocks, two different ones"
         )
-    asked, report_blocks = report_blocks, reported.whole(found, metric, report_blocks)
+    asked = report_blocks
+    report_blocks = reported.whole(found, metric, select_block, asked)
     pooled = blocks.pooled(found, select_block, report_blocks)
     chooser, points = _chooser(pooled, metric, select_block, report_blocks[0])
     if not points:

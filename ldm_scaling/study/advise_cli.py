@@ -100,18 +100,17 @@ def _options(given: argparse.Namespace, budget: Budget) -> advice.Options:
 
 def _blocks(given: argparse.Namespace) -> tuple[int, list[int]]:
     """The seed blocks: of the flags, else of the workdirs, which must name the same."""
+    homes = dict.fromkeys(map(reported.home_of, _pieces(given.records)))
     own = {
-        piece: reported.of_workdir(piece, given.select_block, given.report_blocks)
-        for piece in _pieces(given.records)
+        home: reported.of_workdir(home, given.select_block, given.report_blocks) for home in homes
     }
-    first = next(iter(own))
-    for piece, named in own.items():
-        if named != own[first]:
-            select, report = (f"seed blocks {select} and {report}" for select, report in
-                              (own[first], named))
+    first, *others = own
+    for other in others:
+        if own[other] != own[first]:
+            one, two = (f"{home} on {own[home][0]} and {own[home][1]}" for home in (first, other))
             raise UserError(
-                f"{first} chooses and reports on {select}, {piece} on {report}: give "
-                "--select-block=N and --report-blocks=N,M"
+                f"the places of --records choose and report on other seed blocks, {one}, {two}: "
+                "give --select-block=N and --report-blocks=N,M"
             )
     return own[first]
 

@@ -74,9 +74,10 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
                         "files, such as --records=runs/demo/records")
     metric = _metric(given, found, folder)
     select_block, asked = reported.of_workdir(
-        home.path if home else folder, given.select_block, given.report_blocks)
+        reported.home_of(folder), given.select_block, given.report_blocks)
     # Who names blocks wants the main study's; else nothing that one block allows is to be missed.
-    report_blocks = reported.whole(_main(found) if given.report_blocks else found, metric, asked)
+    report_blocks = reported.whole(
+        _main(found) if given.report_blocks else found, metric, select_block, asked)
     source = Source(found, metric, select_block, report_blocks)
     if home:
         source = dataclasses.replace(

@@ -76,7 +76,7 @@ def _context(materials: Materials, captions: Sequence[str]) -> dict:
 def write(materials: Materials, found: list[Record]) -> str:
     """Writes `figures/` and `report.html`; returns the page's path."""
     sweep, figures = materials.study.sweep, materials.workdir / "figures"
-    report_blocks = reported.whole(found, FRECHET, sweep.report_blocks)
+    report_blocks = reported.whole(found, FRECHET, sweep.select_block, sweep.report_blocks)
     strips, captions = (
         materials.workdir / "strips", materials.prompts(report_blocks[0]).captions[:STRIP]
     )

@@ -149,8 +149,8 @@ def _check(record: Record) -> None:
             "base_channels", "params", "gflops", "norm_cost", "calls", "seconds_per_image", "round")
     } | record.metrics
     for name, value in numbers.items():
-        if not math.isfinite(value):
-            raise ValueError(f"{name} is {value}")
+        if not (isinstance(value, int | float) and math.isfinite(value)):
+            raise ValueError(f"{name} is {value!r}, no finite number")
     for name in ("norm_cost", "calls"):
         if not numbers[name] > 0:
             raise ValueError(f"{name} is {numbers[name]}, not above 0")

@@ -268,7 +268,8 @@ def write(
         raise UserError(f"no records to report for {workdir}: run the sweep first")
     measure = labels.measure(told.metric)
     arms = curves_lib.distinct(records)
-    report_blocks = reported_lib.whole(arms, told.metric, told.report_blocks)
+    report_blocks = reported_lib.whole(
+        arms, told.metric, told.select_block, told.report_blocks)
     lacking = list(filter(None, [reported_lib.left_out(told.report_blocks, report_blocks)]))
     told = dataclasses.replace(told, report_blocks=report_blocks)
     blocks = (told.select_block, told.report_blocks[0])

@@ -2,17 +2,20 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 from ldm_scaling import cli
+from ldm_scaling.config import Study, Sweep
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import zoo
 from ldm_scaling.study import advice, budgets, cost_files, records
 from ldm_scaling.study.budgets import Budget
 from ldm_scaling.study.cost_files import CostFile, MemberCost, Timing
 from ldm_scaling.study.costing import Price
+from ldm_scaling.study.workdir import Workdir
 from tests.study import fake_records as fake
 
 FD = "fd_effnetlite0"
@@ -399,6 +402,72 @@ def test_a_damaged_record_and_other_tasks(capsys, tmp_path):
     assert status == 2 and "--task=dreambooth or text_to_image" in err
     assert run(capsys, f"--records={tmp_path}/both", "--task=text_to_image")[:2] == run(
         capsys, f"--records={tmp_path}/one")[:2]
-    (tmp_path / "one" / "bad.json").write_text("{")
+    bad = "0" * 16
+    (tmp_path / "one" / f"{bad}.json").write_text("{")
     status, _, err = run(capsys, f"--records={tmp_path}/one")
-    assert status == 2 and "bad.json is damaged" in err
+    assert status == 2 and f"{bad}.json is damaged" in err
+
+
+def test_another_measure_keeps_the_rate_that_is_reported(exact):
+    """A sweep reports at the best rate by FD: a cell more is none less, and the measure asked for
+    decides between the cells."""
+    one, other = (advice.of_records(exact, "cost", m) for m in (FD, "caption_agreement"))
+    assert {(*cell(p), p.guidance) for p in one.points} == {
+        (*cell(p), p.guidance) for p in other.points}
+    assert any("best FD of each cell" in note for note in other.notes)
+    assert not any("of each cell" in note for note in one.notes)
+    best = max(other.points, key=lambda p: TRUTH.agreement(*cell(p), p.guidance))
+    assert advice.advise(other, Budget(np.inf, "cost")).best is best
+    # Where its own best rates are reported, they are what counts.
+    alone = [r for r in exact if r.identity.seed_block == 0]
+    alone += [dataclasses.replace(r, identity=dataclasses.replace(r.identity, seed_block=1))
+              for r in alone]
+    own = advice.of_records(alone, "cost", "caption_agreement")
+    assert {p.guidance for p in own.points} == {max(fake.GUIDANCE)}
+
+
+def test_the_longest_training_counts(exact):
+    early = [dataclasses.replace(r, identity=dataclasses.replace(r.identity, train_step=500),
+                                 metrics={k: v / 2 for k, v in r.metrics.items()}) for r in exact]
+    one, both = within(exact, 9.0), within([*early, *exact], 9.0)
+    assert cell(one.best) == cell(both.best) and one.best.value == both.best.value
+    assert any("longest training is used (2,000 steps)" in note for note in both.notes)
+
+
+def test_advice_needs_the_block_that_chooses(study):
+    with pytest.raises(UserError, match="on seed block 0, of which there is no record"):
+        within([r for r in study if r.identity.seed_block == 1], 3.0)
+
+
+@pytest.mark.parametrize("text", ["1e306 tflops", "5e-324 ms"])
+def test_a_budget_that_no_number_holds_is_none(text):
+    with pytest.raises(UserError, match="is no budget"):
+        budgets.parse(text)
+
+
+@pytest.mark.parametrize("value", [0.67543218, 0.675, 1.0, 12345678.9, 3.3e-7])
+def test_the_least_budget_can_be_typed(value):
+    typed = budgets.enough(value)
+    assert typed * (1 + 1e-9) >= value and typed <= value * (1 + 1e-4)
+    assert float(f"{typed:.5g}") == typed
+
+
+def test_a_workdir_names_its_blocks(capsys, tmp_path):
+    study = Study(sweep=Sweep(
+        num_images=512, select_block=1, report_block=2, more_blocks=(3,)))
+    home = Workdir(tmp_path / "own")
+    home.bind(study)
+    moved = {0: 1, 1: 2, 2: 3}
+    for r in fake.make(models=("c8", "c48"), samplers=("ddim",), report_blocks=(1, 2)):
+        records.write(home / "records", dataclasses.replace(r, identity=dataclasses.replace(
+            r.identity, seed_block=moved[r.identity.seed_block])))
+    for place in (home.path, home / "records"):
+        status, out, err = run(capsys, f"--records={place}")
+        assert (status, err) == (0, "") and "on seed block 1, reported on 2 and 3" in out
+    asked = run(capsys, f"--records={home.path}", "--report-blocks=3")[1]
+    assert "on seed block 1, reported on 3 (" in asked
+    other = Workdir(tmp_path / "other")
+    other.bind(Study())
+    shutil.copytree(home / "records", other / "records")
+    status, _, err = run(capsys, f"--records={home.path},{other.path}")
+    assert status == 2 and "other seed blocks" in err and "--report-blocks" in err

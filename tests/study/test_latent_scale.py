@@ -3,6 +3,7 @@
 import types
 
 import numpy as np
+import pytest
 
 from ldm_scaling.config import Study
 from ldm_scaling.study.materials import Materials
@@ -26,6 +27,20 @@ def test_the_scale_is_read_without_latents(tmp_path):
     exact = 1 / 3.7
     assert materials_of(tmp_path, 1.0, exact).latent_scale == exact
     assert materials_of(tmp_path, 1.0).latent_scale == exact
+
+
+@pytest.mark.parametrize("kept", ["{", "[1]", "3", "", '{"encoder": 1}'])
+def test_a_damaged_file_is_made_anew(tmp_path, kept):
+    (tmp_path / "latent_scale.json").write_text(kept)
+    assert materials_of(tmp_path, 1.0, 0.5).latent_scale == 0.5
+    assert materials_of(tmp_path, 1.0).latent_scale == 0.5
+
+
+def test_a_damaged_scale_is_made_anew(tmp_path):
+    assert materials_of(tmp_path, 1.0, 0.5).latent_scale == 0.5
+    path = tmp_path / "latent_scale.json"
+    path.write_text(path.read_text().replace("0.5", '"0.5"'))
+    assert materials_of(tmp_path, 1.0, 0.25).latent_scale == 0.25
 
 
 def test_another_encoder_has_another_scale(tmp_path):

@@ -154,7 +154,8 @@ def _compare(page, options, budget, written):
         assert (f"{row['model']}, {labels.sampler(row['sampler'])}, {steps}, guidance "
                 f"{row['guidance']:g}") in said
         assert f"{labels.number(row['value'])} [{labels.number(row['low'])}, " in said
-        assert f"{labels.number(row[unit])} {written}" in said
+        # What the page prints can be typed: it pays for the configuration.
+        assert f"{budgets.enough(row[unit]):g} {written}" in said
     sure = labels.probability(found["probability_runner_up_is_better"])
     assert f"better with probability {sure}" in said
     assert page.locator("#advice-front tbody tr").count() == len(found["front"])
@@ -163,6 +164,26 @@ def _compare(page, options, budget, written):
     command, quoted, _ = page.locator("#advice-command").inner_text().split('"')
     assert command == "ldm-scaling advise --records=DIR --budget="
     assert budgets.parse(quoted) == Budget(budget, unit)
+
+
+def test_it_opens_on_something_and_the_least_that_it_names_can_be_typed(browser, tmp_path):
+    one = fake.make(models=("c16",), samplers=("ddim",), steps={"ddim": (4,)}, guidance=(3.0,),
+                    replicates=0, report_blocks=(1, 2))
+    address = report.write(tmp_path, one, tmp_path, {"report_blocks": (1, 2)}).as_uri()
+    page = browser.new_page()
+    page.goto(address)
+    for unit in ("cost", "seconds", "gflops"):
+        page.select_option("#advice-unit", unit)
+        assert "c16" in _told(page) and "Below range" not in page.inner_text("#advice-range")
+        page.fill("#advice-amount", "1e-9")
+        page.press("#advice-amount", "Enter")
+        assert _told(page) == ""
+        least = page.inner_text("#advice-range").split()[-2]
+        page.fill("#advice-amount", least)
+        page.press("#advice-amount", "Enter")
+        assert "c16" in _told(page)
+    assert "--records=DIR --report-blocks=1,2 --budget=" in page.inner_text("#advice-command")
+    page.close()
 
 
 def test_the_keyboard_moves_the_slider(page):

@@ -11,10 +11,12 @@ import pytest
 
 from ldm_scaling.config import Study, Sweep
 from ldm_scaling.errors import UserError
-from ldm_scaling.study import figure_cli, plot_style, records, report
+from ldm_scaling.study import figure_cli, findings, page_advice, plot_style, records, report
+from ldm_scaling.study import reported as reported_lib
 from ldm_scaling.study.figures import catalogue
 from ldm_scaling.study.figures.source import Source
 from ldm_scaling.study.statistics import claims
+from ldm_scaling.study.workdir import Workdir
 from tests.study import fake_records as fake
 
 FD = "fd_effnetlite0"
@@ -72,8 +74,7 @@ def test_figures_and_page_show_the_means(tmp_path, found, monkeypatch):
     assert len(rows) == len(means) and shown == pytest.approx(means)
     page = report.write(tmp_path, found, tmp_path, {"report_blocks": REPORT}).read_text("utf-8")
     assert "anew on blocks 1, 2 and 3, with" in page
-    data = json.loads(re.search(
-        r'<script[^>]*type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL)[1])
+    data = _data(page)
     shown = {(p["model"], p["sampler"], p["steps"]): p["value"] for p in data["points"]
              if p["measure"] == FD}
     assert shown == pytest.approx(means, rel=1e-5)
@@ -105,6 +106,47 @@ def test_the_command_takes_several(tmp_path, capsys, found, monkeypatch):
     assert sorted(shown) == pytest.approx(sorted(means.values()))
     with pytest.raises(UserError, match="chosen on seed block 0 and reported on .0, 1."):
         figure_cli.run(["fig9_cost", f"--workdir={tmp_path}", "--report-blocks=0,1"], None)
+
+
+def test_a_block_that_is_added_takes_nothing_away(tmp_path, capsys, found, monkeypatch):
+    """Until it is measured in every cell; it is named meanwhile."""
+    monkeypatch.setattr(plot_style, "DPI", 20)
+    first = [r for r in found if r.identity.seed_block < 2]
+    third = [r for r in found if r.identity.seed_block == 2]
+    some = [*first, *third[:3]]
+    for there, kept in (
+        (first, [1]), (some, [1]), ([*first, *third], [1, 2]), ([], [1, 2]),
+        # None is whole: the fuller one says more.
+        ([*first[:-1], *third[-1:]], [1]),
+    ):
+        assert reported_lib.whole(there, FD, 0, (1, 2)) == kept
+    assert reported_lib.left_out((1, 2), [1, 2]) == ""
+    lone = report.write(tmp_path, first, tmp_path, {"report_blocks": (1,)}).read_text("utf-8")
+    page = report.write(tmp_path, some, tmp_path, {"report_blocks": (1, 2)}).read_text("utf-8")
+    assert _data(page)["points"] == _data(lone)["points"] != []
+    assert page.count("Seed block 2 is not measured in every cell") >= 2 and (
+        "anew on block 1, with" in page)
+    Workdir(tmp_path / "own").bind(Study(sweep=Sweep(num_images=512, more_blocks=(2,))))
+    for r in some:
+        records.write(tmp_path / "own" / "records", r)
+    figure_cli.run(["fig9_cost", f"--workdir={tmp_path}/own"], None)
+    assert "fig9_cost.png" in (out := capsys.readouterr().out) and "Seed block 2 is not" in out
+    none = [r for r in found if r.identity.seed_block == 0]
+    assert findings.findings(none, FD)[-1].endswith("none is, so there are no curves yet.")
+
+
+def _data(page):
+    return json.loads(re.search(
+        r'<script[^>]*type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL)[1])
+
+
+def test_the_page_names_the_flags_that_say_the_same(found):
+    flags = ["--metric=caption_agreement", "--report-blocks=1,2,3"]
+    for told, named in (((FD, 0, (1,)), []), (("caption_agreement", 0, REPORT), flags)):
+        assert [unit["flags"] for unit in page_advice.units(found, *told)] == [named] * 3
+    (unit, *_) = page_advice.units(
+        [r for r in found if r.identity.seed_block != 0], FD, 1, (2, 3))
+    assert unit["flags"] == ["--select-block=1", "--report-blocks=2,3"]
 
 
 @pytest.mark.parametrize("more", [(0,), (1,), (2, 2), (-1,)])

@@ -49,7 +49,8 @@ def pooled(records: Sequence[Record], select_block: int, report_blocks: Sequence
     out = []
     for r in records:
         if r.identity.seed_block in report_blocks:
-            groups[dataclasses.astuple(dataclasses.replace(r.identity, seed_block=0))].append(r)
+            everywhere = dataclasses.replace(r.identity, seed_block=0)
+            groups[(r.task, *dataclasses.astuple(everywhere))].append(r)
         elif r.identity.seed_block == select_block:
             out.append(r)
     measured: dict[tuple, set[int]] = defaultdict(set)
@@ -174,7 +175,10 @@ def flattery(
     records: Sequence[Record], metric: str, select_block: int, report_blocks: Sequence[int],
     level: float = 0.95,
 ) -> Flattery | None:
-    """The mean `Optimism` of the cells that all of `report_blocks` hold; None without any."""
+    """The mean `Optimism` of the cells that all of `report_blocks` hold; None without any.
+
+    Of choosing records with as many images as those that report: not of a race's.
+    """
     sign = labels.measure(metric).sign
     place = {(r.identity.model, r.identity.sampler, r.identity.steps, r.identity.guidance,
               r.identity.seed_block): r.metrics.get(metric) for r in records}

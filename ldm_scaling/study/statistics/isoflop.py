@@ -157,8 +157,10 @@ def frontier(
         moved_BR = np.stack([_moved(p, _drawn(p, replicates, rng)) for p in kept])
     else:
         groups = _groups(np.log(flops), np.log1p(tolerance))
-        moved_BR = np.stack([_moved(p, np.log(loss_RN[:, g]))
-                             for p, g in zip(found, groups, strict=True) if p.best_size is not None])
+        moved_BR = np.stack([
+            _moved(p, np.log(loss_RN[:, group])) for p, group in zip(found, groups, strict=True)
+            if p.best_size is not None
+        ])
     logf_B, logn_B = np.log([(p.flops, p.best_size) for p in kept]).T
     exponent, intercept = np.polyfit(logf_B, logn_B, 1)
     low, high = np.percentile(np.polyfit(logf_B, moved_BR, 1)[0], (2.5, 97.5))

@@ -6,6 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from ldm_scaling.errors import UserError
 from ldm_scaling.study import plot_style
 from ldm_scaling.study.figures import catalogue
 from ldm_scaling.study.figures.source import Source
@@ -162,3 +163,40 @@ def test_what_there_is_too_little_for_is_said_and_not_drawn(tmp_path, monkeypatc
     assert names((), records=_records(train_step=0)) == ()
     # Losses of members without records have no size.
     assert names((), records=_records({"s0": 10**6}), loss_curves=_losses()) == ()
+
+
+def test_losses_without_a_law_leave_the_page_whole(tmp_path, monkeypatch):
+    """Losses that are flat, that rise with size, or infinite: the law through the ends is drawn."""
+    monkeypatch.setattr(plot_style, "DPI", 30)
+    monkeypatch.setattr(plot_style, "FORMATS", {"png": {}})
+    some = {m: n for m, n in SIZES.items() if m in ("s0", "s1", "s2", "s3")}
+    rng = np.random.default_rng(0)
+    steps = range(4000, LAST + 1, 4000)
+    flat = {m: [[s, 1.0, float(np.exp(0.003 * rng.normal()))] for s in steps] for m in some}
+    worse = {m: [[s, 1.0, (0.3 + 20 / s**0.5) * 1.05**k] for s in steps]
+             for k, m in enumerate(some)}
+    lost = _losses(some)
+    lost["s1"][20][2] = float("inf")
+    for losses in (flat, worse, lost):
+        source = Source(_records(some), FD, loss_curves=losses)
+        assert catalogue.write(tmp_path, source, ["law_compute"]).names == ("law_compute",)
+        rows = _rows(tmp_path, "law_compute", "validation_loss")
+        assert len(rows) == (len(some) * 37 - 1 if losses is lost else len(some))
+
+
+def test_a_figure_that_fails_is_skipped_unless_it_is_asked_for_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(plot_style, "DPI", 30)
+    monkeypatch.setattr(plot_style, "FORMATS", {"png": {}})
+
+    def fails(source):
+        raise OverflowError("math range error")
+
+    entries = [dataclasses.replace(e, draw=fails) if e.name == "law_compute" else e
+               for e in catalogue.FIGURES]
+    monkeypatch.setattr(catalogue, "FIGURES", tuple(entries))
+    source = Source(_records(), FD)
+    written = catalogue.write(tmp_path, source, ["law_compute", "law_size"])
+    assert written.names == ("law_size",)
+    assert written.skipped == ("law_compute failed: OverflowError: math range error",)
+    with pytest.raises(UserError, match="law_compute failed: OverflowError"):
+        catalogue.write(tmp_path, source, ["law_compute"])

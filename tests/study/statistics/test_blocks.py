@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ldm_scaling.errors import UserError
-from ldm_scaling.study import curves
+from ldm_scaling.study import curves, findings
 from ldm_scaling.study.statistics import blocks
 from tests.study import fake_records as fake
 
@@ -99,6 +99,33 @@ def test_a_configuration_without_all_blocks_is_left_out():
     less = [r for r in records if not (r.identity.seed_block == 2 and r.identity.steps == 50)]
     (curve,) = curves.quality_curves(blocks.pooled(less, 0, [1, 2]), FD).values()
     assert [p.steps for p in curve] == [4, 6, 10, 20]
+
+
+def test_nothing_is_said_of_choosing_where_rates_raced():
+    records = _several(0, report=2, models=("c8", "c16"), samplers=("ddim",))
+    assert len(findings.between_blocks(records, FD, 0, (1, 2))) == 1
+    raced = [dataclasses.replace(r, round=1) if r.identity.seed_block == 0 else r for r in records]
+    assert findings.between_blocks(raced, FD, 0, (1, 2)) == []
+
+
+def test_what_was_measured_on_fewer_blocks_is_kept():
+    """An earlier checkpoint on the first block alone, another task on the second alone."""
+    records = _several(0, report=2, models=("c8",), samplers=("ddim",), guidance=(3.0,))
+    last = records[0].identity.train_step
+
+    def at(r, step, task):
+        return dataclasses.replace(
+            r, task=task, identity=dataclasses.replace(r.identity, train_step=step))
+
+    early = [at(r, last + 1, r.task) for r in records if r.identity.seed_block == 1]
+    other = [at(r, last, "consistency") for r in records if r.identity.seed_block == 2]
+    found = blocks.pooled([*records, *early, *other], 0, [1, 2])
+    reported = [r for r in found if r.identity.seed_block]
+    assert {r.identity.seed_block for r in reported} == {1}
+    assert [r for r in reported if r.identity.train_step == last + 1] == early
+    assert [r.metrics for r in reported if r.task == "consistency"] == [r.metrics for r in other]
+    assert [r for r in found if r.identity.train_step == last and r.task == records[0].task] == (
+        blocks.pooled(records, 0, [1, 2]))
 
 
 def test_mistakes_are_named():

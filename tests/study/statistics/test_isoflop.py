@@ -1,5 +1,7 @@
 """Iso-FLOP profiles against the law's own frontier, which is known in closed form."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy import optimize
@@ -29,6 +31,15 @@ def test_best_split_is_the_least_of_the_law():
         n, d = law.best_split(flops)
         assert n == pytest.approx(np.exp(found.x), rel=1e-4)
         assert 6 * n * d == pytest.approx(flops)
+
+
+def test_a_flat_law_has_no_best_split_and_a_finite_least():
+    flat = Law(0.2, (0.4, 0.4), (1e-4, 1.3e-4))
+    assert not flat.has_best(np.array([1e3, 1e6]), 1.0)
+    assert 0.2 < flat.least(1e6, 1.0)[0] < 1.1
+    steep = Law(1.8, (480.0, 2085.0), (0.35, 0.37))
+    assert steep.has_best(1e20)
+    assert not dataclasses.replace(steep, exponents=(0.35, -0.1)).has_best(1e20)
 
 
 def test_a_symmetric_law_gives_its_exponent_at_the_stated_rate():

@@ -120,6 +120,25 @@ def test_runs_meet_at_budgets_that_enough_of_them_pass():
     assert set(ends.images_N) == {32000 * BATCH} and set(ends.models) == set(params)
 
 
+def test_budgets_read_off_the_same_runs_do_not_count_as_apart():
+    """Equal exponents: the best size grows as the root of the compute, within the interval."""
+    law, hit = Law(0.3, (60.0, 60.0), (0.4, 0.4)), []
+    params = {f"m{k}": int(200 * 1.7**k) for k in range(8)}
+    steps = np.geomspace(30, 32000, 14).astype(int)
+    for seed in range(16):
+        rng = np.random.default_rng(seed)
+        losses = {}
+        for m, n in params.items():
+            luck = rng.normal(0, 0.002)
+            losses[m] = [(s, law(np.array([[n, s]]))[0] * np.exp(luck + rng.normal(0, 0.004)))
+                         for s in steps]
+        runs = scaling.of_losses(losses, params, {m: 1e-6 * n for m, n in params.items()}, 1)
+        found = runs.frontier(replicates=100)
+        low, high = found.exponent_interval
+        hit.append(low <= 0.5 <= high)
+    assert np.mean(hit) >= 0.85
+
+
 def test_mistakes_are_named():
     runs = scaling.of_records(_records(LAW, 0.0), FD, BATCH)
     with pytest.raises(UserError, match="fitted by size, images, compute.*not by 'cost'"):

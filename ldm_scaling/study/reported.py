@@ -1,0 +1,92 @@
+"""Which seed blocks choose and are reported: a workdir's own, of those the ones that are whole."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from etils import epath
+
+from ldm_scaling.errors import UserError
+from ldm_scaling.study import labels
+from ldm_scaling.study.records import NAME, Record
+from ldm_scaling.study.workdir import MARKER, Workdir
+
+SELECT, REPORT = 0, (1,)
+"""The seed blocks of a study that names none."""
+
+
+def home_of(place: epath.PathLike) -> epath.Path:
+    """The folder that is the workdir, if any is, of a workdir, its `records/` or a record there."""
+    path = epath.Path(place).expanduser()
+    if NAME.fullmatch(path.name):
+        path = path.parent
+    return path.parent if path.name == "records" else path
+
+
+def of_workdir(
+    home: epath.PathLike, select: int | None = None, report: Sequence[int] | None = None
+) -> tuple[int, list[int]]:
+    """The seed blocks that choose and are reported: those given, else those that the workdir's
+    config names, else `SELECT` and `REPORT`.
+
+    Args:
+      home: a workdir, or a folder that is none.
+      select, report: what was asked for, if anything was.
+
+    Raises:
+      UserError: where one is not given and the workdir's config cannot be read.
+    """
+    own: tuple[int, Sequence[int]] = SELECT, REPORT
+    workdir = Workdir(home)
+    if (select is None or report is None) and (workdir / MARKER).exists():
+        try:
+            sweep = workdir.last_config().sweep
+        except UserError as e:
+            raise UserError(f"{e}, or --select-block=N and --report-blocks=N,M here") from e
+        own = sweep.select_block, sweep.report_blocks
+    return (
+        own[0] if select is None else select,
+        list(dict.fromkeys(own[1] if report is None else report)),
+    )
+
+
+def whole(
+    records: Sequence[Record], metric: str, select: int, blocks: Sequence[int]
+) -> list[int]:
+    """Of the seed blocks that are to be reported those that hold every cell that any of them holds,
+    at whatever guidance; where none does, the one that holds most.
+
+    A block that was added later says nothing until it is measured, and takes nothing away.
+
+    Args:
+      records: of one study.
+      metric: only records with this measure count.
+      select: the seed block that chooses. With it among `blocks` they stay what they are, for
+        `statistics.blocks.pooled` to refuse.
+      blocks: that are to be reported.
+    """
+    blocks = list(dict.fromkeys(blocks))
+    if select in blocks:
+        return blocks
+    held: dict[int, set[tuple]] = {block: set() for block in blocks}
+    for r in records:
+        i = r.identity
+        if i.seed_block in held and metric in r.metrics:
+            cell = dataclasses.replace(i, seed_block=0, guidance=0.0)
+            held[i.seed_block].add(dataclasses.astuple(cell))
+    every = set().union(*held.values())
+    return [b for b in blocks if held[b] == every] or [max(blocks, key=lambda b: len(held[b]))]
+
+
+def left_out(asked: Sequence[int], kept: Sequence[int]) -> str:
+    """A sentence on the blocks that were asked for and are not `whole`; empty where all are."""
+    lacking = [str(b) for b in dict.fromkeys(asked) if b not in kept]
+    if not lacking:
+        return ""
+    one = len(lacking) == 1
+    return (
+        f"Seed block{'' if one else 's'} {labels.listing(lacking)} {'is' if one else 'are'} not "
+        "measured in every cell that is reported and left out so far: what is reported is of "
+        f"{labels.listing([str(b) for b in kept])}."
+    )
