@@ -320,7 +320,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path):
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
         process.stdout.close()
-        for path in destination.glob("*.array_record*"):  # whole or not there
+        for path in destination.glob("pairs-*.array_record*"):  # whole or not there
             assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
     prepare.run(collection, destination, Options(workers=1))
     assert kills
