@@ -2,9 +2,9 @@
 
     ldm-scaling study --config=configs/t2i_2b.py --workdir=/mnt/disk/t2i_2b
 
-Hardware: 256 TPU v5e chips (16x16), each block recomputed in the backward pass.
-Hours: about 97 for the U-Net, an optimistic estimate that nothing has measured: 500k steps of
-0.70 s, 0.24 s of it for what plain attention reads and writes (scaled from the 866M step).
+Hardware: 256 TPU chips. Hours: 500k steps take at least 53 on v5e (16x16; 5.8 GB a chip), 23 on v5p
+(4x8x8; 5.8 GB a chip). These are bounds by the TPU compiler's figures, not measurements:
+launch/plans.
 Expected: the paper has FID 20.98 and CLIP .312 (COCO-2014, 50-step DDIM, guidance 7.5). Its data
 cannot be had; what this run reports is measured on its own pictures, with other networks.
 

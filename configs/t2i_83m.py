@@ -2,9 +2,9 @@
 
     ldm-scaling study --config=configs/t2i_83m.py --workdir=/mnt/disk/t2i_83m
 
-Hardware: 256 TPU v5e chips (16x16).
-Hours: about 36 for the U-Net, an optimistic estimate that nothing has measured: 500k steps of
-0.26 s, 0.24 s of it for what plain attention reads and writes (scaled from the 866M step).
+Hardware: 256 TPU chips. Hours: 500k steps take at least 6 on v5e (16x16; 3.7 GB a chip), 2 on v5p
+(4x8x8; 3.8 GB a chip), 3 on v6e (16x16; 3.7 GB a chip). These are bounds by the TPU compiler's
+figures, not measurements: launch/plans.
 Expected: the paper has FID 24.30 and CLIP .308 (COCO-2014, 50-step DDIM, guidance 7.5). Its data
 cannot be had; what this run reports is measured on its own pictures, with other networks.
 

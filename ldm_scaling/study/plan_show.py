@@ -195,11 +195,13 @@ def glance(plans: list[Plan]) -> list[str]:
     for member in dict.fromkeys(one["member"] for one in plans):
         cells = [_short(found.get((member, place))) for place in where]
         lines.append(f"| {member} | {' | '.join(cells)} |")
-    hours = [
-        sum(one["chip_hours_bound"] or float("nan") for one in plans if _where(one) == place)
-        for place in where
-    ]
-    lines.append(f"| chip-hours of all | {' | '.join(f'{value:,.0f}' for value in hours)} |")
+    members = {one["member"] for one in plans}
+    hours = []
+    for place in where:
+        here = [found.get((member, place)) for member in members]
+        whole = all(one and one["fits"] for one in here)
+        hours.append(f"{sum(one['chip_hours_bound'] for one in here):,.0f}" if whole else "")
+    lines.append(f"| chip-hours of all | {' | '.join(hours)} |")
     if any(one["remedies"] for one in plans):
         lines += ["", "Starred: with settings that make it fit, see below."]
     return lines

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from ldm_scaling.parallel import aot, chips, collectives, hlo
 from ldm_scaling.study import plan, plan_family, plan_parts, plan_remedies, plan_show
 from ldm_scaling.study.plan import Target
 
+ROOT = Path(__file__).parents[2]
 KEYS = {
     "member", "topology", "num_slices", "kind", "batch", "fits", "hbm_gb", "hbm_capacity_gb",
     "seconds_per_step_bound", "days_bound", "mesh", "remedies", "compile_seconds", "versions",
@@ -284,6 +286,16 @@ def test_the_family_goes_on_where_it_was(tmp_path, monkeypatch, devices):
     assert [line.rsplit("/", 1)[1] for line in made] == [
         "39m_v5e-16x16_train.json", "145m_v6e-16x16_train.json"
     ]
+
+
+def test_the_readme_shows_what_the_plans_say():
+    plans = [plan_family.read(path) for path in (ROOT / plan_family.FOLDER).glob("*_train.json")]
+    order = {(topology, member.name): (k, j) for k, topology in enumerate(plan_family.TOPOLOGIES)
+             for j, member in enumerate(plan_family.zoo.PAPER)}
+    plans.sort(key=lambda one: order[one["topology"], one["member"]])
+    table = "\n".join(plan_show.glance(plans))
+    assert table in (ROOT / "README.md").read_text()
+    assert table in (ROOT / plan_family.FOLDER / "README.md").read_text()
 
 
 def test_what_is_worse_than_the_baseline_is_told(tmp_path):
