@@ -43,10 +43,10 @@ FROM_256 = "batch 2048 over 256 chips, 8 examples each, as the config says"
 SMALLER = ("39m", "83m", "145m", "223m", "318m", "430m", "558m", "704m")
 TABLE = {
     **dict.fromkeys(SMALLER, ("v5e:16x16", FROM_256)),
-    "866m": ("v5e:16x16", "8.5 of 16 GB a chip with fused attention, without recomputing blocks"),
-    "2b": ("v5e:16x16", "fits with recomputed blocks, since 5b does: 13.0 of 16 GB a chip"),
-    "5b": ("v5p:4x8x8", "24.0 of 95 GB a chip, nothing recomputed; v5e has 3 GB to spare and "
-                        "takes 2.8 times as long"),
+    "866m": ("v5e:16x16", "8.6 of 16 GB a chip with fused attention, without recomputing blocks"),
+    "2b": ("v5e:16x16", "5.8 of 16 GB a chip with recomputed blocks"),
+    "5b": ("v5p:4x8x8", "18.0 of 95 GB a chip, nothing recomputed; v5e has 1.6 GB to spare and "
+                        "takes 2.2 times as long"),
 }  # fmt: skip
 LAUNCHERS = ("tpu-vm", "gke", "slurm", "local")
 

@@ -228,15 +228,8 @@ def _rows(kind: str, plans: list[Plan]) -> list[str]:
     if kind != "train":
         heads.remove("")
     out = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    hours: dict[str, float] = {}
     for one in plans:
         out.append(f"| {' | '.join(_row(one))} |")
-        if kind == "train":
-            where = _where(one)
-            hours[where] = hours.get(where, 0.0) + (one["chip_hours_bound"] or float("nan"))
-    if hours:
-        said = ", ".join(f"{value:,.0f} on {where}" for where, value in hours.items())
-        out += ["", f"Chip-hours of the whole family, at least: {said}."]
     return out
 
 

@@ -107,8 +107,8 @@ FIGURES = (
     Entry("law_compute", "", "A law of training compute", scaling.by_compute,
           "validation losses in the workdir, or records on both seed blocks, of three networks "
           "that differ in compute", "training",
-          "Validation loss and quality against training compute, with the power law through the "
-          "best at each compute and its 95% interval."),
+          "Validation loss and quality against training compute, with a power law and its 95% "
+          "interval."),
     Entry("law_size", "", "A law of size", scaling.by_size,
           "validation losses in the workdir, or records on both seed blocks, of three sizes",
           "training",

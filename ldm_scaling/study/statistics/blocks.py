@@ -116,7 +116,8 @@ class Optimism:
       cell: (model, sampler, steps).
       guidance: rate chosen on the selection block.
       chosen: the measure there, where it was chosen.
-      reported: its mean over the blocks that report.
+      values: the measure on each block that reports, in their order.
+      reported: its mean over them.
       low, high: interval of `reported` from the spread between blocks (Student's t): it needs no
         bootstrap, but at least two blocks; None otherwise.
       flattery: how much better `chosen` looks than `reported`, in the measure's units.
@@ -125,6 +126,7 @@ class Optimism:
     cell: curves_lib.Cell
     guidance: float
     chosen: float
+    values: tuple[float, ...]
     reported: float
     low: float | None
     high: float | None
@@ -148,7 +150,7 @@ def optimism(
         chosen, reported = place[(*cell, guidance, select_block)], float(np.mean(values))
         low, high = (bootstrap.block_interval(np.array(values), level) if len(values) > 1
                      else (None, None))
-        out.append(Optimism(cell, guidance, chosen, reported, low, high,
+        out.append(Optimism(cell, guidance, chosen, tuple(values), reported, low, high,
                             sign * (reported - chosen)))
     return out
 
@@ -180,15 +182,10 @@ def flattery(
     Of choosing records with as many images as those that report: not of a race's.
     """
     sign = labels.measure(metric).sign
-    place = {(r.identity.model, r.identity.sampler, r.identity.steps, r.identity.guidance,
-              r.identity.seed_block): r.metrics.get(metric) for r in records}
     found = optimism(records, metric, select_block, report_blocks, level)
     if not found:
         return None
-    mean_B = np.array([
-        np.mean([sign * (place[*o.cell, o.guidance, b] - o.chosen) for o in found])
-        for b in report_blocks
-    ])
+    mean_B = np.mean([sign * (np.array(o.values) - o.chosen) for o in found], axis=0)
     low = high = None
     if len(mean_B) > 1:
         half = (stats.t.ppf((1 + level) / 2, len(mean_B) - 1) * mean_B.std(ddof=1)

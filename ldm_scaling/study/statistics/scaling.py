@@ -58,7 +58,7 @@ class Runs:
         seed: int = 0,
     ) -> Fit:
         """The law, with replicates that draw each run's luck and its points' noise, see
-        `fits.Scatter`; the luck only from 4 sizes on (with an offset; 3 without).
+        `scatter.Scatter`; the luck only from 4 sizes on (with an offset; 3 without).
 
         Each network was trained once, so what paired replicates say of the choice of prompts is
         the smaller part of the doubt; `fits.bootstrap(..., y_RN=runs.value_RN)` has that part.
