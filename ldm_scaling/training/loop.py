@@ -164,7 +164,8 @@ def _check_metric(task: Task, config: Train, validation: dict[str, float]) -> No
 def _run(
     task, config, feed, record, root, abstract, state, checkpoints, about, dog, interruption
 ) -> TrainState:
-    train = step.make(task.loss, config, feed.sharding.mesh, abstract)
+    frozen = () if task.frozen is None else (task.frozen,)
+    train = step.make(task.loss, config, feed.sharding.mesh, abstract, *frozen)
     # By a program: `device_put` knows no keys on devices of other processes.
     key = jax.jit(
         jax.random.fold_in, out_shardings=mesh_lib.replicated(feed.sharding.mesh)
@@ -206,10 +207,10 @@ def _run(
             batch = next(feed)
             clock.lap(meter.DATA)
             if number == start + 1 and clock.peak:
-                clock.flops = meter.flops_of(task, config, train, state, batch, key)
+                clock.flops = meter.flops_of(task, config, train, state, batch, key, *frozen)
             # Tracing and compiling may move constants, such as a kernel's masks.
             with jax.transfer_guard("disallow" if number > start + 1 else "allow"):
-                state, values = train(state, batch, key)
+                state, values = train(state, batch, key, *frozen)
             read()  # The metrics of the step before: the device never waits for the host.
             scalars.push(number, values, before)
             stops = interruption.due()

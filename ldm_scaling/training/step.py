@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,13 +17,14 @@ from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.training import optimizer as optimizer_lib
 from ldm_scaling.training import state as state_lib
 from ldm_scaling.training.state import TrainState
+from ldm_scaling.training.task import Beside
 
-Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+Loss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 
 def train_step(
-    state: TrainState, batch: Any, key: jax.Array, *, loss: Loss, config: Train,
-    optimizer: optax.GradientTransformation,
+    state: TrainState, batch: Any, key: jax.Array, frozen: Any = None, *, loss: Loss,
+    config: Train, optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimiser step.
 
@@ -30,13 +32,17 @@ def train_step(
       state: before.
       batch: what the task's `make_batch` gave, leading axis B.
       key: the run's root key; the step folds its own number in.
-      loss: `loss(params, batch, key) -> (scalar, metrics)`.
+      frozen: see `task.Task`.
+      loss: `loss(params, batch, key) -> (scalar, metrics)`; with `frozen` see `task.Task`.
       config: the run.
       optimizer: optax's.
     Returns:
       The state after, and scalar metrics: `loss`, `grad_norm` and the task's.
     """
     key = jax.random.fold_in(key, state.step)
+    if frozen is not None:
+        beside = jax.lax.stop_gradient(Beside(frozen, state.ema))
+        loss = functools.partial(_with_beside, loss, beside)
     value, metrics, grads = _gradients(loss, state.params, batch, key, config.micro_batches)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -44,6 +50,10 @@ def train_step(
     ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, state.ema, params)
     metrics = {"loss": value, "grad_norm": optax.global_norm(grads), **metrics}
     return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+
+def _with_beside(loss: Loss, beside: Beside, params: Any, batch: Any, key: jax.Array):
+    return loss(params, batch, key, beside)
 
 
 def _gradients(loss: Loss, params: Any, batch: Any, key: jax.Array, parts: int):
@@ -92,8 +102,12 @@ def init_state(init: Callable, config: Train, mesh: Mesh, key: jax.Array) -> Tra
     )(key)
 
 
-def make(loss: Loss, config: Train, mesh: Mesh, abstract: TrainState) -> Callable:
+def make(
+    loss: Loss, config: Train, mesh: Mesh, abstract: TrainState, frozen: Any = None
+) -> Callable:
     """The jitted step `(state, batch, key) -> (state, metrics)`; the state is donated.
+
+    With `frozen`, arrays or shapes with shardings, it is `(state, batch, key, frozen)`.
 
     Raises:
       UserError: when a part of the batch does not split over the mesh.
@@ -104,12 +118,17 @@ def make(loss: Loss, config: Train, mesh: Mesh, abstract: TrainState) -> Callabl
     optimizer = optimizer_lib.make(config)
     shardings = jax.tree.map(lambda s: s.sharding, abstract)
 
-    def step(state, batch, key):
-        return train_step(state, batch, key, loss=loss, config=config, optimizer=optimizer)
+    def step(state, batch, key, *frozen):
+        return train_step(
+            state, batch, key, *frozen, loss=loss, config=config, optimizer=optimizer
+        )
 
+    aside = () if frozen is None else (jax.tree.map(lambda a: a.sharding, frozen),)
     return jax.jit(
         step,
-        in_shardings=(shardings, mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh)),
+        in_shardings=(
+            shardings, mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh), *aside
+        ),
         out_shardings=(shardings, mesh_lib.replicated(mesh)),
         donate_argnums=0,
     )

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+
+
+class Beside(NamedTuple):
+    """What a loss sees beside its parameters, and has no gradient in.
+
+    Attributes:
+      frozen: the task's, such as a teacher or an autoencoder.
+      average: the exponential moving average of the parameters, before the step.
+    """
+
+    frozen: Any
+    average: Any
 
 
 def _nothing(params: Any, step: int) -> dict[str, Any]:
@@ -22,18 +34,22 @@ class Task:
       name: in logs and progress bars.
       init: `init(key) -> params`.
       make_batch: `make_batch(host_batch) -> batch`, numpy to numpy, on the host.
-      loss: `loss(params, batch, key) -> (scalar, {name: scalar})`, traced.
+      loss: `loss(params, batch, key) -> (scalar, {name: scalar})`, traced; with `frozen`
+        `loss(params, batch, key, beside)`, see `Beside`.
       validate: `validate(params, step) -> {name: float}`.
       show: `show(params, step) -> {name: uint8 image (H, W, 3)}`. With several processes all call
         both.
       flops_per_example: gives those of training, forward and backward, without what is recomputed;
         None has XLA count the lowered step.
+      frozen: arrays on the run's mesh that a step reads and leaves alone: an argument of the
+        compiled step, neither a constant in it nor donated, nor part of a checkpoint.
     """
 
     name: str
     init: Callable[[jax.Array], Any]
     make_batch: Callable[[dict[str, np.ndarray]], Any]
-    loss: Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+    loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
     validate: Callable[[Any, int], dict[str, float]] = _nothing
     show: Callable[[Any, int], dict[str, np.ndarray]] = _nothing
     flops_per_example: Callable[[], float] | None = None
+    frozen: Any = None

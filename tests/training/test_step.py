@@ -146,3 +146,35 @@ def test_the_first_moment_may_be_kept_in_bfloat16():
     moments = step.abstract_state(init, config, mesh).opt_state[1][0]
     assert {leaf.dtype for leaf in jax.tree.leaves(moments.mu)} == {np.dtype(jnp.bfloat16)}
     assert {leaf.dtype for leaf in jax.tree.leaves(moments.nu)} == {np.dtype(np.float32)}
+
+
+def test_what_is_frozen_is_an_argument_and_has_no_gradient():
+    """loss = (p x f - average)^2 / 2 on a mesh: by hand, step by step."""
+    mesh = mesh_lib.make(4, 2)
+    config = Train(
+        batch_size=16, learning_rate=0.1, warmup_steps=0, weight_decay=0.0, ema_decay=0.5
+    )
+
+    def init(key):
+        return {"kernel": jnp.full((8, 8), 2.0)}
+
+    def loss(params, batch, key, beside):
+        error = params["kernel"] * beside.frozen["kernel"] - beside.average["kernel"]
+        return 0.5 * jnp.sum(error**2) + 0 * jnp.sum(batch), {}
+
+    abstract = step.abstract_state(init, config, mesh)
+    state = step.init_state(init, config, mesh, jax.random.key(0))
+    frozen = {"kernel": jax.device_put(jnp.full((8, 8), 3.0), mesh_lib.replicated(mesh))}
+    train = step.make(loss, config, mesh, abstract, frozen)
+    key = jax.device_put(jax.random.key(1), mesh_lib.replicated(mesh))
+    batch = jax.device_put(np.zeros((16, 1), np.float32), mesh_lib.batch_sharding(mesh))
+    for _ in range(2):
+        p, average = state.params["kernel"], state.ema["kernel"]
+        error = np.asarray(p) * 3.0 - np.asarray(average)
+        state, metrics = train(state, batch, key, frozen)
+        np.testing.assert_allclose(metrics["loss"], 0.5 * np.sum(error**2), rtol=1e-6)
+        # Of p alone: neither the average nor what is frozen adds to it.
+        np.testing.assert_allclose(
+            metrics["grad_norm"], np.sqrt(np.sum((3.0 * error) ** 2)), rtol=1e-6
+        )
+    np.testing.assert_array_equal(frozen["kernel"], 3.0)  # It was not donated.
