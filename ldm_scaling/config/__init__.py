@@ -6,12 +6,14 @@ ConfigDict. The dataclasses are the reference of every key.
 """
 
 from ldm_scaling.config.data import OPENMOJI, Data, Prepare
+from ldm_scaling.config.dreambooth import DreamBooth
 from ldm_scaling.config.edge import default, parse
+from ldm_scaling.config.finetune import FineTune
 from ldm_scaling.config.measuring import Sample, Sweep
 from ldm_scaling.config.study import Study
 from ldm_scaling.config.training import AUTO, Autoencoder, Diffusion, Mesh, Train
 
 __all__ = [
-    "AUTO", "OPENMOJI", "Autoencoder", "Data", "Diffusion", "Mesh", "Prepare", "Sample", "Study",
-    "Sweep", "Train", "default", "parse",
+    "AUTO", "OPENMOJI", "Autoencoder", "Data", "Diffusion", "DreamBooth", "FineTune", "Mesh",
+    "Prepare", "Sample", "Study", "Sweep", "Train", "default", "parse",
 ]

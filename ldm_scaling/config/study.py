@@ -8,6 +8,8 @@ from typing import Any
 from ldm_scaling import files
 from ldm_scaling.config.check import require
 from ldm_scaling.config.data import Data
+from ldm_scaling.config.dreambooth import DreamBooth
+from ldm_scaling.config.finetune import FineTune
 from ldm_scaling.config.measuring import Sample, Sweep
 from ldm_scaling.config.training import (
     AUTO,
@@ -33,7 +35,8 @@ class Study:
         member, under any name, and nothing is trained. Empty where members are trained.
       weights_hash: of the folder's files. Filled in when the folder is read; given, it is what
         they must have.
-      data, autoencoder, diffusion, train, mesh, sample, sweep: see their classes.
+      data, autoencoder, diffusion, train, mesh, sample, sweep, finetune, dreambooth: see their
+        classes.
     """
 
     name: str = "study"
@@ -49,6 +52,8 @@ class Study:
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     sample: Sample = dataclasses.field(default_factory=Sample)
     sweep: Sweep = dataclasses.field(default_factory=Sweep)
+    finetune: FineTune = dataclasses.field(default_factory=FineTune)
+    dreambooth: DreamBooth = dataclasses.field(default_factory=DreamBooth)
 
     def __post_init__(self):
         require(len(self.members) > 0, "members", self.members, "give at least one")
@@ -65,6 +70,13 @@ class Study:
                      "stable-diffusion-v1-5/stable-diffusion-v1-5")
         require(self.autoencoder.train.remat == "none", "autoencoder.train.remat",
                  self.autoencoder.train.remat, "the autoencoder has no blocks to recompute: none")
+        require(not (self.weights and self.finetune.pretrained), "finetune.pretrained",
+                 self.finetune.pretrained, f"weights={self.weights!r} are the pretrained network: "
+                 "give one of the two")
+        blocks = ("select_block", "report_block", "more_blocks")
+        theirs, ours = ([getattr(s, b) for b in blocks] for s in (self.finetune.sweep, self.sweep))
+        require(not self.finetune.task or theirs == ours, "finetune.sweep", theirs,
+                 f"its {', '.join(blocks)} must be those of sweep, {ours}: one page reports both")
         if self.data.composed:
             self.check_counts(self.data.train_pictures, self.data.validation_pictures)
 
@@ -74,15 +86,29 @@ class Study:
         Args:
           train, validation: how many there are.
         """
-        for name, run in (("autoencoder.train", self.autoencoder.train), ("train", self.train)):
-            trained = not (self.weights or (name != "train" and self.autoencoder.weights))
-            require(not trained or run.batch_size <= train, f"{name}.batch_size", run.batch_size,
+        runs = [("autoencoder.train", self.autoencoder.train), ("train", self.train)]
+        sweeps = [("sweep", self.sweep, (self.sweep.select_block, *self.sweep.report_blocks))]
+        if self.weights or self.finetune.pretrained:
+            runs = []
+        elif self.autoencoder.weights:
+            del runs[0]
+        if self.finetune.task:
+            sweep = self.finetune.sweep
+            chooses = (sweep.select_block,) if len(sweep.guidance) > 1 else ()
+            runs.append(("finetune.train", self.finetune.train))
+            sweeps.append(("finetune.sweep", sweep, (*chooses, *sweep.report_blocks)))
+            if self.finetune.pretrained:
+                del sweeps[0]
+        for name, run in runs:
+            require(run.batch_size <= train, f"{name}.batch_size", run.batch_size,
                     f"more than the {train} pictures for training: lower it")
-        blocks = max(self.sweep.select_block, *self.sweep.report_blocks) + 1
-        need = self.sweep.num_images * blocks
-        require(need <= validation, "sweep.num_images", self.sweep.num_images,
-                f"{blocks} blocks of as many prompts need at least {need} pictures for validation, "
-                f"there are {validation}: lower it, or hold back more for validation")
+        for name, sweep, used in sweeps:
+            blocks = max(used) + 1
+            need = sweep.num_images * blocks
+            require(need <= validation, f"{name}.num_images", sweep.num_images,
+                    f"{blocks} blocks of as many prompts need at least {need} pictures for "
+                    f"validation, there are {validation}: lower it, or hold back more for "
+                    "validation")
 
     def identity(self) -> dict[str, Any]:
         """What a workdir is bound to: all that decides a trained network or a record's numbers.
@@ -102,6 +128,9 @@ class Study:
         if weights:
             tree["autoencoder"] = {"weights_hash": hash}
         kept = ["seed", "reference", "data", "autoencoder", "diffusion", "train"]
+        if self.finetune.pretrained:  # Of these nothing else is trained here.
+            tree["pretrained_hash"] = self.finetune.pretrained_hash
+            kept = ["seed", "reference", "data", "diffusion", "pretrained_hash"]
         if self.weights:  # Nothing is trained.
             tree["train"] = {"compute_dtype": self.train.compute_dtype}
             kept = ["weights_hash", *(key for key in kept if key != "autoencoder")]
@@ -113,6 +142,9 @@ class Study:
     def training_hash(self, member: str | None) -> str:
         """Hash of all that decides a network: the autoencoder's, or a member's."""
         tree = self.identity()
+        if self.finetune.pretrained:
+            kept = {k: tree[k] for k in ("seed", "data", "diffusion", "pretrained_hash")}
+            return files.sha256_of(kept | {"member": member})
         if self.weights:
             kept = ("seed", "data", "diffusion", "train", "weights_hash")
             return files.sha256_of({k: tree[k] for k in kept})

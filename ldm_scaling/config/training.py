@@ -11,8 +11,8 @@ AUTO = "auto"
 # Keys of `Train` that decide no number of a run: a workdir is not bound to them.
 BOOKKEEPING = (
     "log_every", "validate_every", "checkpoint_every", "sample_every", "keep", "keep_every",
-    "keep_best", "keep_metric", "checkpoint_patience", "stall_seconds", "profile_steps",
-    "attention",
+    "keep_best", "keep_metric", "keep_steps", "checkpoint_patience", "stall_seconds",
+    "profile_steps", "attention",
 )
 # Keys that decide numbers, but came later: at these values a run is what it was without them.
 NEUTRAL = {"micro_batches": 1, "moment_dtype": "float32"}
@@ -44,6 +44,8 @@ class Train:
       keep_every: checkpoints of these steps are kept for ever; 0 is none.
       keep_best: best checkpoints kept, by `keep_metric`; 0 is none.
       keep_metric: a validation scalar, lower is better.
+      keep_steps: checkpoints of these steps are written and kept for ever, whatever
+        `checkpoint_every` is.
       checkpoint_patience: steps that may be at stake while checkpoints cannot be written, then the
         run stops; 0 is twice `checkpoint_every`.
       stall_seconds: without a finished step, after which the process ends itself so that a launcher
@@ -74,6 +76,7 @@ class Train:
     keep_every: int = 0
     keep_best: int = 0
     keep_metric: str = "loss"
+    keep_steps: tuple[int, ...] = ()
     checkpoint_patience: int = 0
     stall_seconds: float = 900.0
     profile_steps: tuple[int, ...] = ()
@@ -94,6 +97,8 @@ class Train:
         require(self.checkpoint_patience == 0 or self.checkpoint_patience > self.checkpoint_every,
                  "train.checkpoint_patience", self.checkpoint_patience,
                  f"above checkpoint_every={self.checkpoint_every}, or 0")
+        require(all(step > 0 for step in self.keep_steps), "train.keep_steps", self.keep_steps,
+                 "steps are above 0")
         window = self.profile_steps
         require(not window or (len(window) == 2 and 0 < window[0] <= window[1]),
                  "train.profile_steps", window, "the first and the last step, or nothing")

@@ -237,6 +237,11 @@ class FeatureNetwork:
                 out[layer][i : i + len(some)] = np.asarray(value)[: len(some)]
         return out
 
+    def logits(self, head_BD: np.ndarray) -> np.ndarray:
+        """The classifier's logits [B, 1000] of `features`' "head", before the softmax."""
+        last = self.params["classifier"]
+        return head_BD @ np.asarray(last["kernel"]) + np.asarray(last["bias"])
+
 
 def load(
     side: int, batch: int | None = None, devices: Sequence[jax.Device] | None = None

@@ -28,9 +28,12 @@ class UNetSpec:
       blocks_per_level: residual blocks a level on the way down (one more on the way up).
       heads: attention heads, the same at every width, or one entry a level as in SD v2.
       groups: groups of the group normalisation.
-      in_channels, out_channels: latent channels in and out.
+      in_channels, out_channels: latent channels in and out. There are more in than out where the
+        network sees a condition beside what it denoises, such as an image's latents.
       sample_size: side of the latents that FLOPs are counted at.
       context_length: tokens that FLOPs are counted at.
+      guidance_dim: width of the embedding of a guidance rate that the network is told, as after
+        guided distillation (256 in published ones); 0 for one that is told none.
     Raises:
       UserError: when heads, groups or levels do not fit the widths.
     """
@@ -46,6 +49,7 @@ class UNetSpec:
     out_channels: int = 4
     sample_size: int = 64
     context_length: int = 77
+    guidance_dim: int = 0
 
     def __post_init__(self):
         for name in ("channel_mults", "attention_levels", "heads"):
@@ -61,6 +65,9 @@ class UNetSpec:
         for name, value in numbers:
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"U-Net {name}={value!r}: give a whole number of at least 1")
+        wide = self.guidance_dim
+        if not isinstance(wide, int) or wide < 0 or wide % 2 or wide == 2:
+            raise UserError(f"U-Net guidance_dim={wide!r}: give 0, or an even number from 4 on")
         if len(self.channel_mults) != len(self.attention_levels) or not self.channel_mults:
             raise UserError(
                 f"U-Net channel_mults={self.channel_mults} and attention_levels="
@@ -92,12 +99,17 @@ class UNetSpec:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of the latents that FLOPs are counted at."""
-        return (self.sample_size, self.sample_size, self.in_channels)
+        """(H, W, C) of the latents that are denoised, at the size that FLOPs are counted at."""
+        return (self.sample_size, self.sample_size, self.out_channels)
+
+    def grown(self, channels: int) -> UNetSpec:
+        """The network that sees so many channels of a condition too. See `grow_input`."""
+        return dataclasses.replace(self, in_channels=self.in_channels + channels)
 
 
 class UNet(nn.Module):
-    """`UNet(spec).apply({"params": p}, x_BHWC, t_B, ctx_BLD)` -> (B, H, W, out_channels) float32.
+    """`UNet(spec).apply({"params": p}, x_BHWC, t_B, ctx_BLD)` -> (B, H, W, out_channels) float32;
+    with `spec.guidance_dim` the guidance rates w_B follow.
 
     Args:
       spec: the network.
@@ -115,8 +127,13 @@ class UNet(nn.Module):
     gather: Callable | None = None
 
     @nn.compact
-    def __call__(self, x_BHWC: jax.Array, t_B: jax.Array, ctx_BLD: jax.Array) -> jax.Array:
+    def __call__(
+        self, x_BHWC: jax.Array, t_B: jax.Array, ctx_BLD: jax.Array, w_B: jax.Array | None = None
+    ) -> jax.Array:
         spec, dtype = self.spec, self.dtype
+        if (w_B is None) == bool(spec.guidance_dim):
+            needs = "needs each sample's" if w_B is None else "knows no"
+            raise UserError(f"U-Net with guidance_dim={spec.guidance_dim} {needs} guidance rate")
         if self.remat not in ("none", "block"):
             raise UserError(f"remat={self.remat!r} is not one of none, block")
         # Under jit a block is traced once for all places of its shape: a U-Net in half the time.
@@ -145,6 +162,9 @@ class UNet(nn.Module):
 
         c = spec.base_channels
         emb = blocks.timestep_embedding(t_B, c).astype(dtype)
+        if w_B is not None:
+            told = blocks.guidance_embedding(w_B, spec.guidance_dim).astype(dtype)
+            emb += blocks.dense(c, dtype, "guidance_embedding", self.gather, use_bias=False)(told)
         emb = dense(4 * c, "time_embedding_1")(emb)
         emb = dense(4 * c, "time_embedding_2")(blocks.silu(emb))
         ctx = ctx_BLD.astype(dtype)
@@ -184,8 +204,23 @@ class UNet(nn.Module):
 
 def init(spec: UNetSpec, key: jax.Array) -> dict:
     """Random float32 parameters of a U-Net (use under `jax.eval_shape` to allocate nothing)."""
-    x, t, ctx = example_inputs(spec, batch=1)
-    return UNet(spec).init(key, x, t, ctx)["params"]
+    return UNet(spec).init(key, *example_inputs(spec, batch=1))["params"]
+
+
+def grow_input(params: Any, channels: int) -> Any:
+    """Parameters with a first layer that takes so many channels more, behind those it has, by
+    weights of zero: whatever is in them, the network gives what it gave (Saharia et al. 2022 and
+    Stable Diffusion's inpainting begin so)."""
+    kernel = params["conv_in"]["kernel"]
+    kernel = jnp.pad(kernel, [(0, 0), (0, 0), (0, channels), (0, 0)])
+    return {**params, "conv_in": {**params["conv_in"], "kernel": kernel}}
+
+
+def grow_guidance(params: Any, dim: int) -> Any:
+    """Parameters of a network that is told a guidance rate too (`guidance_dim=dim`), by weights of
+    zero: whatever the rate, it gives what it gave."""
+    width = params["conv_in"]["kernel"].shape[-1]
+    return {**params, "guidance_embedding": {"kernel": jnp.zeros((dim, width))}}
 
 
 @functools.cache
@@ -194,12 +229,13 @@ def param_shapes(spec: UNetSpec) -> Any:
     return jax.eval_shape(lambda: init(spec, jax.random.key(0)))
 
 
-def example_inputs(spec: UNetSpec, batch: int = 1) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Zeros of the shapes that a forward pass takes: x_BHWC, t_B, ctx_BLD."""
+def example_inputs(spec: UNetSpec, batch: int = 1) -> tuple[jax.Array, ...]:
+    """Zeros of the shapes that a forward pass takes: x_BHWC, t_B, ctx_BLD; w_B if there is one."""
     return (
-        jnp.zeros((batch, *spec.latent_shape)),
+        jnp.zeros((batch, spec.sample_size, spec.sample_size, spec.in_channels)),
         jnp.zeros((batch,)),
         jnp.zeros((batch, spec.context_length, spec.context_dim)),
+        *([jnp.zeros((batch,))] if spec.guidance_dim else []),
     )
 
 
@@ -207,11 +243,16 @@ def denoise_fn(
     spec: UNetSpec, dtype: Any = jnp.float32, remat: str = "none",
     attention: Callable = attention_lib.plain, gather: Callable | None = None,
 ) -> Callable:
-    """The network as `denoise(params, x_BHWC, t_B, cond) -> F_BHWC`, cond["context"] (B, L, D).
-    The arguments are `UNet`'s."""
+    """The network as `denoise(params, x_BHWC, t_B, cond) -> F_BHWC`: cond["context"] (B, L, D) and,
+    for a network that sees one, cond["condition"] (B, H, W, C'), which is laid behind x's channels;
+    for one that is told its guidance rate, cond["guidance"] (B,). The arguments are `UNet`'s."""
     module = UNet(spec, dtype, remat, attention, gather)
 
     def denoise(params, x_BHWC, t_B, cond):
-        return module.apply({"params": params}, x_BHWC, t_B, cond["context"])
+        if "condition" in cond:
+            beside_BHWC = cond["condition"].astype(x_BHWC.dtype)
+            x_BHWC = jnp.concatenate([x_BHWC, beside_BHWC], axis=-1)
+        told = [cond["guidance"]] if spec.guidance_dim else []
+        return module.apply({"params": params}, x_BHWC, t_B, cond["context"], *told)
 
     return denoise

@@ -70,7 +70,8 @@ _PAPER = (
     ("5b",   768,  4900.0, 4082.6, 5.17, 20.14, 0.314),
 )  # fmt: skip
 
-# For CPUs: (name, c, groups). Text states of a MiniLM are 384 wide.
+# For CPUs: (name, c, groups). Text states of a MiniLM are 384 wide. Each is there for latents of
+# side 8 and, as `c8_s16`, of side 16.
 _SMALL = (
     ("c8",   8, 4),
     ("c12", 12, 4),
@@ -82,17 +83,20 @@ _SMALL = (
 )  # fmt: skip
 
 
-def _small(c: int, groups: int) -> UNetSpec:
+def _small(c: int, groups: int, side: int = 8) -> UNetSpec:
     return UNetSpec(
         c, context_dim=384, channel_mults=(1, 2), attention_levels=(True, True),
-        blocks_per_level=1, heads=4, groups=groups, sample_size=8, context_length=18,
+        blocks_per_level=1, heads=4, groups=groups, sample_size=side, context_length=18,
     )
 
 
 PAPER = tuple(Member(n, UNetSpec(c), PAPER_REFERENCE, Published(*p)) for n, c, *p in _PAPER)
 SD15 = Member("sd15", UNetSpec(320, context_dim=768), PAPER_REFERENCE, Published(859.5))
 SMALL = tuple(Member(n, _small(c, groups), SMALL_REFERENCE) for n, c, groups in _SMALL)
-MEMBERS = {member.name: member for member in (*PAPER, SD15, *SMALL)}
+SMALL_16 = tuple(
+    Member(f"{n}_s16", _small(c, groups, 16), f"{SMALL_REFERENCE}_s16") for n, c, groups in _SMALL
+)
+MEMBERS = {member.name: member for member in (*PAPER, SD15, *SMALL, *SMALL_16)}
 
 
 def get(name: str) -> Member:

@@ -32,7 +32,8 @@ class Behind:
 
     Args:
       decode: `decode(latents_JHWC, configuration_J) -> uint8 pictures`.
-      features: `features(pictures) -> (J, D)`.
+      features: `features(pictures, places_J) -> (J, D)`; places are among the configuration's
+        samples.
       write: `write(configuration, pictures, features_ND)`, called when a configuration is whole.
       samples: N, the samples of every configuration.
       batch_size: how many latents are decoded at a time.
@@ -104,7 +105,8 @@ class Behind:
             return
         configurations = [i for i, _, _ in some]
         images_JHWC = self._decode(np.stack([z for _, _, z in some]), configurations)
-        features_JD = self._features(images_JHWC)
+        places_J = np.array([n for _, n, _ in some])
+        features_JD = self._features(images_JHWC, places_J)
         for (i, n, _), image, row in zip(some, images_JHWC, features_JD):
             if i not in self._gathered:
                 self._gathered[i] = _Gathered(

@@ -10,7 +10,7 @@ import numpy as np
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.study import labels
-from ldm_scaling.study.records import Identity, Record
+from ldm_scaling.study.records import TEXT_TO_IMAGE, Identity, Record
 
 Cell = tuple[str, str, int]
 """(model, sampler, steps): what has one best guidance rate."""
@@ -216,6 +216,34 @@ def _percentiles(replicates_R: np.ndarray) -> tuple[float | None, float | None]:
         return None, None
     low, high = np.percentile(replicates_R, (2.5, 97.5))
     return float(low), float(high)
+
+
+def own_blocks(
+    records: Sequence[Record], select_block: int, report_block: int
+) -> tuple[int, int]:
+    """The seed blocks that choose the guidance and are reported, of records of one task.
+
+    Networks that take no guidance (super-resolution, distilled ones) leave nothing to choose: where
+    they were measured on the report block alone, it stands for both. It never does for
+    text-to-image ones: steps within a budget are chosen too.
+
+    Raises:
+      UserError: where there would be something to choose.
+    """
+    if any(r.identity.seed_block == select_block or r.task == TEXT_TO_IMAGE for r in records):
+        return select_block, report_block
+    rates: dict[Cell, set[float]] = {}
+    for r in records:
+        i = r.identity
+        rates.setdefault((i.model, i.sampler, i.steps), set()).add(i.guidance)
+    for cell, some in rates.items():
+        if len(some) > 1:
+            raise UserError(
+                f"{cell[0]}, {labels.sampler(cell[1])}, {cell[2]} steps was measured at "
+                f"guidance {sorted(some)} on seed block {report_block} alone: measure "
+                f"block {select_block} too, where one is chosen without bias"
+            )
+    return report_block, report_block
 
 
 def gaps(

@@ -44,8 +44,11 @@ class Dataset(Protocol):
     def count(self, split: str) -> int:
         """Pictures of a split."""
 
-    def images(self, split: str, fields: Sequence[str], flip: bool = False) -> Source:
-        """Square pictures and what belongs to them: some of `image`, `caption`, `index`."""
+    def images(
+        self, split: str, fields: Sequence[str], flip: bool = False, side: int | None = None
+    ) -> Source:
+        """Square pictures and what belongs to them: some of `image`, `caption`, `index`; of
+        another side than the config's, where one is given."""
 
     def bucketed(self, split: str, buckets: Buckets, at_least: int, flip: bool) -> Source:
         """Pictures (`image`) in the sizes of a table, see `Buckets.assign`."""
@@ -132,9 +135,13 @@ class Composed:
         """See `Dataset`."""
         return self.prepared.builder.spec.count(split)
 
-    def images(self, split: str, fields: Sequence[str], flip: bool = False) -> Source:
+    def images(
+        self, split: str, fields: Sequence[str], flip: bool = False, side: int | None = None
+    ) -> Source:
         """See `Dataset`; the config knows that these are not mirrored."""
         del flip
+        if side not in (None, self.prepared.builder.spec.side):
+            raise ValueError("composed pictures have one side")
         return loader.image_source(self.prepared, split, fields)
 
     def bucketed(self, split: str, buckets: Buckets, at_least: int, flip: bool) -> Source:
@@ -218,10 +225,12 @@ class Collected:
     def _records(self, split: str) -> _Chosen:
         return _Chosen(self.shards.records(split), self._index(split))
 
-    def images(self, split: str, fields: Sequence[str], flip: bool = False) -> Source:
+    def images(
+        self, split: str, fields: Sequence[str], flip: bool = False, side: int | None = None
+    ) -> Source:
         """See `Dataset`."""
         return PairSource(
-            self._records(split), self.side, fields, flip, hash=f"{self.hash}/{split}"
+            self._records(split), side or self.side, fields, flip, hash=f"{self.hash}/{split}"
         )
 
     def bucketed(self, split: str, buckets: Buckets, at_least: int, flip: bool) -> Source:

@@ -85,6 +85,27 @@ _MEASURES = (
         )
         for net in ("alex", "vgg")
     ),
+    *(
+        Measure(
+            f"stlpips_{net}", f"ST-LPIPS ({net})", "ST-LPIPS", "lower",
+            "A learned distance between each picture and the real one that it should be: the "
+            "shift-tolerant variant of LPIPS, whose values compare with no published LPIPS.",
+        )
+        for net in ("alex", "vgg")
+    ),
+    Measure(
+        "psnr", "PSNR in dB", "PSNR", "higher",
+        "How near the pixels are to the real picture's. Blurred pictures do well by it.",
+    ),
+    Measure(
+        "ssim", "SSIM", "SSIM", "higher",
+        "How alike local structures are to the real picture's. Blurred pictures do well by it.",
+    ),
+    Measure(
+        "label_score_effnetlite0", "label score (EfficientNet-Lite0)", "label score", "higher",
+        "The inception score's formula on the labels that EfficientNet-Lite0 gives, in one split. "
+        "It is not the inception score: its values compare with no published ones.",
+    ),
     Measure(
         "inception_score", "inception score", "IS", "higher",
         "How sure and how varied the labels are that Inception gives. Real pictures are not asked.",
@@ -93,6 +114,12 @@ _MEASURES = (
         Measure(name, f"{label} (subject fidelity)", label, "higher",
                 "The cosine between states of drawn pictures of a subject and of its real ones.")
         for name, label in (("dino", "DINO"), ("clip_i", "CLIP-I"))
+    ),
+    Measure(
+        "subject_effnetlite0", "subject similarity (EfficientNet-Lite0)", "subject similarity",
+        "higher",
+        "The formula of DINO and CLIP-I, the cosine between features of drawn pictures of a "
+        "subject and of its real ones, in EfficientNet-Lite0's: it compares with neither.",
     ),
     Measure(
         "clip_t", "CLIP-T (prompt fidelity)", "CLIP-T", "higher",
@@ -152,6 +179,11 @@ def sampler(name: str) -> str:
             option.replace("=", " ", 1).replace("_", " ") for option in options.split(",")
         )
     return text + comma + spacing
+
+
+def task(name: str) -> str:
+    """A task's name for titles."""
+    return {"super_resolution": "Super-resolution"}.get(name, name.replace("_", " ").capitalize())
 
 
 def file_name(sampler: str) -> str:

@@ -198,12 +198,20 @@ class Materials:
         """What draws pictures: the networks that the study trains, or published ones."""
         if self.study.weights:
             return published.networks(self.study, self.workdir, self.mesh)
+        if self.study.finetune.pretrained:
+            return dataclasses.replace(self.pretrained, alone=self.alone).networks
         return networks_lib.trained(self)
 
     def require_trained(self, members: Iterable[str] | None = None) -> None:
         """Raises `UserError` naming the first network, of all members or of these, that is not
         trained."""
         self.networks.require(self.study.members if members is None else members)
+
+    @functools.cached_property
+    def pretrained(self) -> Materials:
+        """Of the study whose members are fine-tuned here, see `config.FineTune`."""
+        workdir = Workdir(self.study.finetune.pretrained)
+        return Materials(workdir.last_config(), workdir)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

@@ -73,15 +73,21 @@ def _context(materials: Materials, captions: Sequence[str]) -> dict:
     }
 
 
-def write(materials: Materials, found: list[Record]) -> str:
-    """Writes `figures/` and `report.html`; returns the page's path."""
+def write(materials: Materials, found: list[Record], others: Sequence[Record] = ()) -> str:
+    """Writes `figures/` and `report.html`; returns the page's path.
+
+    Args:
+      materials: of the study.
+      found: the records that the page is about, of one task.
+      others: of the same members' other tasks: for figures and claims.
+    """
     sweep, figures = materials.study.sweep, materials.workdir / "figures"
     report_blocks = reported.whole(found, FRECHET, sweep.select_block, sweep.report_blocks)
     strips, captions = (
         materials.workdir / "strips", materials.prompts(report_blocks[0]).captions[:STRIP]
     )
     written = catalogue.write(figures, Source(
-        found, FRECHET, sweep.select_block, report_blocks,
+        [*found, *others], FRECHET, sweep.select_block, report_blocks,
         loss_curves=beside.losses(materials.workdir, materials.study.members),
         images=beside.strips(strips, found, report_blocks[0]),
         captions=captions,
@@ -89,6 +95,6 @@ def write(materials: Materials, found: list[Record]) -> str:
     for line in written.skipped:
         log.info("skipped: %s", line)
     path = report.write(
-        materials.workdir.path, found, figures, _context(materials, captions), strips
+        materials.workdir.path, found, figures, _context(materials, captions), strips, others
     )
     return os.fspath(path)

@@ -20,7 +20,7 @@ from ldm_scaling.config import AUTO, Diffusion, Study
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import clip_text, sd_folder, zoo
 from ldm_scaling.parallel import placing, rules
-from ldm_scaling.study import weight_files
+from ldm_scaling.study import encoders, weight_files
 from ldm_scaling.study.networks import Networks
 from ldm_scaling.study.workdir import Workdir
 
@@ -81,11 +81,16 @@ def networks(study: Study, workdir: Workdir, mesh: Mesh) -> Networks:
     def states(texts: Sequence[str]) -> np.ndarray:
         return encoder().states(list(texts))[0]
 
-    def autoencoder() -> Any:
-        raise UserError(
-            f"{name} is the published model in {study.weights}: nothing is trained in its latents "
-            "here; to train networks in them give --config.autoencoder.weights instead of weights"
-        )
+    @functools.cache
+    def autoencoder() -> encoders.LatentEncoder:
+        if not study.finetune.task:
+            raise UserError(
+                f"{name} is the published model in {study.weights}: nothing is trained in its "
+                "latents here; to train networks in them give --config.autoencoder.weights instead "
+                "of weights, to fine-tune it --config.finetune.task"
+            )
+        dtype = study.finetune.train.compute_dtype
+        return encoders.latent_encoder_from(study.weights, dtype)
 
     return Networks(
         spec=lambda member: folder.unet_spec if member == name else zoo.get(member).spec,

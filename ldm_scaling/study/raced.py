@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from ldm_scaling import files
-from ldm_scaling.config import Study
+from ldm_scaling.config import Sweep
 from ldm_scaling.errors import UserError
 from ldm_scaling.metrics import arrays
 from ldm_scaling.parallel import processes
@@ -52,19 +52,18 @@ class _Cell:
     rounds: tuple[tuple[Record, ...], ...]
 
 
-def rounds(study: Study) -> tuple[int, ...]:
+def rounds(sweep: Sweep) -> tuple[int, ...]:
     """Pictures of a rate after each round."""
-    sweep = study.sweep
     return racing.schedule(len(sweep.guidance), sweep.num_images, sweep.saving)
 
 
 def _cells(
-    study: Study, grid: Sequence[Identity], directory: epath.PathLike, metric: str
+    sweep: Sweep, grid: Sequence[Identity], directory: epath.PathLike, metric: str
 ) -> list[_Cell]:
     """Every race as far as its records go.
 
     Args:
-      study: the config.
+      sweep: the grid.
       grid: the identities of the full grid on the selection block.
       directory: where records lie.
       metric: a distance: what the race is about.
@@ -72,13 +71,13 @@ def _cells(
     cells: dict[tuple[str, int], dict[float, Identity]] = {}
     for i in grid:
         cells.setdefault((i.sampler, i.steps), {})[i.guidance] = i
-    return [_replay(study, found, directory, metric) for found in cells.values()]
+    return [_replay(sweep, found, directory, metric) for found in cells.values()]
 
 
 def _replay(
-    study: Study, identities: dict[float, Identity], directory: epath.PathLike, metric: str
+    sweep: Sweep, identities: dict[float, Identity], directory: epath.PathLike, metric: str
 ) -> _Cell:
-    race, told = Race(tuple(sorted(identities)), rounds(study)), []
+    race, told = Race(tuple(sorted(identities)), rounds(sweep)), []
     while not race.over:
         wanted = [_at(identities[rate], race.span[1]) for rate in race.live]
         if records.missing(directory, wanted):
@@ -109,13 +108,13 @@ def _score(record: Record, metric: str) -> Score:
 
 
 def next_round(
-    study: Study, grid: Sequence[Identity], directory: epath.PathLike, metric: str
+    sweep: Sweep, grid: Sequence[Identity], directory: epath.PathLike, metric: str
 ) -> Round | None:
     """The earliest round that some race still has to run; None when all are over.
 
     Races run side by side, round by round, so that all of a round's pictures share the lanes.
     """
-    cells = _cells(study, grid, directory, metric)
+    cells = _cells(sweep, grid, directory, metric)
     number = min(len(c.rounds) for c in cells)
     now = [c for c in cells if len(c.rounds) == number and not c.race.over]
     if not now:
@@ -126,12 +125,12 @@ def next_round(
 
 
 def agreed_round(
-    study: Study, grid: Sequence[Identity], directory: epath.PathLike, metric: str
+    sweep: Sweep, grid: Sequence[Identity], directory: epath.PathLike, metric: str
 ) -> Round | None:
     """`next_round` as the lead sees it, in all processes: a shared folder may look different
     elsewhere for a moment."""
     def told() -> dict | None:
-        now = next_round(study, grid, directory, metric)
+        now = next_round(sweep, grid, directory, metric)
         return None if now is None else dataclasses.asdict(now)
 
     now = processes.from_lead("round", told)
@@ -142,23 +141,23 @@ def agreed_round(
 
 
 def last_rounds(
-    study: Study, grid: Sequence[Identity], directory: epath.PathLike, metric: str
+    sweep: Sweep, grid: Sequence[Identity], directory: epath.PathLike, metric: str
 ) -> tuple[list[Record], bool]:
     """The last record of every rate that has one, and whether all races are over.
 
     Its number of pictures is what was drawn for the rate in all.
     """
-    cells = _cells(study, grid, directory, metric)
+    cells = _cells(sweep, grid, directory, metric)
     last: dict[tuple[str, int, float], Record] = {}
     for r in (r for c in cells for told in c.rounds for r in told):
         last[r.identity.sampler, r.identity.steps, r.identity.guidance] = r
     return list(last.values()), all(c.race.over for c in cells)
 
 
-def planned(study: Study, grid: Sequence[Identity]) -> list[Identity]:
+def planned(sweep: Sweep, grid: Sequence[Identity]) -> list[Identity]:
     """The most that the races can draw: each rate with its last number of pictures, where every
     round drops half. Which rates go on is a guess."""
-    after, out = rounds(study), []
+    after, out = rounds(sweep), []
     cells: dict[tuple[str, int], list[Identity]] = {}
     for i in grid:
         cells.setdefault((i.sampler, i.steps), []).append(i)
@@ -171,10 +170,10 @@ def planned(study: Study, grid: Sequence[Identity]) -> list[Identity]:
     return out
 
 
-def forget(directory: epath.PathLike, study: Study, grid: Sequence[Identity]) -> None:
+def forget(directory: epath.PathLike, sweep: Sweep, grid: Sequence[Identity]) -> None:
     """Removes the features that lie between rounds; for races that are over."""
     for i in grid:
-        for images in rounds(study):
+        for images in rounds(sweep):
             before(directory, _at(i, images), images).unlink(missing_ok=True)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from etils import epath
 
 from ldm_scaling import files
+from ldm_scaling.data.conditions import table as conditions
 from ldm_scaling.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -20,8 +21,12 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 NAME = re.compile(r"[0-9a-f]{16}\.json")
 """The name of a record's file, see `Identity.key`."""
+TEXT_TO_IMAGE = "text_to_image"
+DISTILLED = ("consistency", "guided_distillation")
+RESTORING = tuple(conditions.CONDITIONS)
+"""Image-conditioned tasks, super-resolution first."""
 TASKS = (
-    "text_to_image", "super_resolution", "dreambooth", "consistency", "guided_distillation"
+    TEXT_TO_IMAGE, *RESTORING, "dreambooth", *DISTILLED
 )
 """What networks of records are for."""
 
@@ -98,7 +103,7 @@ class Record:
     seconds_per_image: float
     device: str
     round: int = 0
-    task: str = "text_to_image"
+    task: str = TEXT_TO_IMAGE
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:

@@ -242,6 +242,7 @@ def write(
     figures_dir: epath.PathLike,
     context: Mapping[str, Any],
     strips: epath.PathLike | None = None,
+    others: Sequence[Record] = (),
 ) -> epath.Path:
     """Writes `report.html` into `workdir`; the same input gives the same bytes.
 
@@ -253,6 +254,7 @@ def write(
       context: the keys of `Context`.
       strips: folder of the strips of pictures that the sweep kept, `KEY.png`; the page shows them
         as thumbnails, fewer of each where it would weigh more than `MOST_BYTES`.
+      others: records of the same members' other tasks, which claims are judged by too.
 
     Returns:
       The page's path.
@@ -281,7 +283,9 @@ def write(
     sentences += findings.between_blocks(
         arms, told.metric, told.select_block, told.report_blocks)
     sentences += lacking
-    verdicts = claims.verdicts(claims.Evidence.of(pooled), told.metric, *blocks)
+    evidence = claims.Evidence.of(
+        [*pooled, *blocks_lib.pooled(others, told.select_block, told.report_blocks)])
+    verdicts = claims.verdicts(evidence, told.metric, *blocks)
     untested = [f"claim {v.number}" for v in verdicts if not v.tested]
     advice = page_advice.units(
         arms, told.metric, told.select_block, told.report_blocks) if curves else []

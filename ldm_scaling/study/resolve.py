@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
+from ldm_scaling import files
 from ldm_scaling.config import Study
 from ldm_scaling.errors import UserError
-from ldm_scaling.study import datasets, published, weight_files
+from ldm_scaling.study import datasets, networks, published, weight_files
 from ldm_scaling.study.workdir import Workdir
 
 
@@ -18,7 +20,7 @@ def resolved(study: Study, workdir: Workdir) -> Study:
       UserError: for weights, shards and collections that are not there or not supported, and for
         those that do not have the hash that the config gives.
     """
-    study = published.resolved(study, workdir)
+    study = _with_pretrained(published.resolved(study, workdir))
     data = datasets.resolved(study.data, workdir / "data")
     autoencoder = study.autoencoder
     if data.text_weights:
@@ -29,6 +31,35 @@ def resolved(study: Study, workdir: Workdir) -> Study:
         hash = _hash("autoencoder.weights", given, autoencoder.weights_hash, workdir)
         autoencoder = dataclasses.replace(autoencoder, weights_hash=hash)
     return dataclasses.replace(study, data=data, autoencoder=autoencoder)
+
+
+def _with_pretrained(study: Study) -> Study:
+    """The study with the hash of the members that are fine-tuned, where another trained them."""
+    given = study.finetune.pretrained
+    if not given:
+        return study
+    theirs = Workdir(given).last_config()
+    lacks = [m for m in study.members if m not in theirs.members]
+    if lacks:
+        raise UserError(
+            f"config: members={study.members}: {given} has trained no {', '.join(lacks)}, but "
+            f"{', '.join(theirs.members)}"
+        )
+    if theirs.diffusion != study.diffusion:
+        raise UserError(
+            f"config: diffusion is {study.diffusion}, but the members in {given} were trained "
+            f"with {theirs.diffusion}: give theirs"
+        )
+    have = files.sha256_of([networks.model_hash(theirs, m) for m in study.members])
+    wanted = study.finetune.pretrained_hash
+    if wanted not in ("", have):
+        raise UserError(
+            f"the members in {given} have the hash {have}, but the config wants those of {wanted}: "
+            "restore them, or leave out finetune.pretrained_hash and choose another --workdir"
+        )
+    path = os.fspath(Path(given).expanduser().absolute())
+    finetune = dataclasses.replace(study.finetune, pretrained=path, pretrained_hash=have)
+    return dataclasses.replace(study, finetune=finetune)
 
 
 def _hash(key: str, given: str, wanted: str, workdir: Workdir) -> str:

@@ -11,19 +11,25 @@ from typing import Any
 import jax
 from etils import epath
 
+from ldm_scaling import files, pictures
 from ldm_scaling.config import Study, Train
 from ldm_scaling.data.composed import openmoji
+from ldm_scaling.data.conditions import pixels
 from ldm_scaling.data.loading import loader
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import cost, efficientnet, text_encoder
+from ldm_scaling.models import cost, efficientnet, lpips, text_encoder
 from ldm_scaling.parallel import hosts, processes
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling import solvers
-from ldm_scaling.study import gallery, publish, resolve, sweep
+from ldm_scaling.study import dreambooth_scores, gallery, publish, resolve, sweep, weights
 from ldm_scaling.study import request as request_lib
+from ldm_scaling.study.dreambooth import Taught
+from ldm_scaling.study.finetuned import PERCEPTUAL, FineTuned
 from ldm_scaling.study.materials import SPLITS, Materials
 from ldm_scaling.study.progress import Progress
+from ldm_scaling.study.records import TEXT_TO_IMAGE, Record
+from ldm_scaling.study.sweep import Subject
 from ldm_scaling.study.workdir import Workdir
 from ldm_scaling.tasks import autoencoder as autoencoder_task
 from ldm_scaling.tasks import text_to_image
@@ -48,13 +54,23 @@ def check(study: Study, workdir: Workdir, measured: bool = True) -> Materials:
     materials = Materials(study, workdir)
     for member in (*study.members, study.reference):
         materials.spec(member)
-    runs = {} if study.weights else {"train": study.train}
-    if not (study.weights or study.autoencoder.weights):
+    pretrains = not (study.weights or study.finetune.pretrained)
+    runs = {"train": study.train} if pretrains else {}
+    if pretrains and not study.autoencoder.weights:
         runs["autoencoder.train"] = study.autoencoder.train
+    fine_tuned = FineTuned(materials) if study.finetune.task else None
+    if fine_tuned is not None:
+        fine_tuned.check()
+        runs["finetune.train"] = study.finetune.train
     for name, run in runs.items():
         mesh_lib.check_batch(materials.mesh, run.batch_size, f"config: {name}.batch_size")
-    # Of each process.
-    mesh_lib.check_batch(materials.own.mesh, study.sweep.batch_size, "config: sweep.batch_size")
+    sweeps = {"sweep": study.sweep} if pretrains or study.weights else {}
+    if fine_tuned is not None:
+        sweeps["finetune.sweep"] = study.finetune.sweep
+    for name, grid in sweeps.items():  # Of each process.
+        mesh_lib.check_batch(
+            materials.own.mesh, grid.batch_size, f"config: {name}.batch_size"
+        )
     for name, run in runs.items():
         if run.batch_size % jax.process_count():
             raise UserError(
@@ -62,12 +78,14 @@ def check(study: Study, workdir: Workdir, measured: bool = True) -> Materials:
                 f"{jax.process_count()} processes: use a multiple of them"
             )
     schedule = schedule_lib.get(study.diffusion.schedule)
-    names = [solvers.canonical(name) for name in study.sweep.samplers]
-    if len(set(names)) < len(names):
-        raise UserError(f"config: sweep.samplers={study.sweep.samplers} names one of them twice")
-    tables = [(n, s, study.sweep.spacing) for n in study.sweep.samplers for s in study.sweep.steps
-              if s <= sweep.most_steps(study, n)]
-    tables += [(study.sample.sampler, study.sample.steps, study.sample.spacing)]
+    samples = [study.sample] if fine_tuned is None else [study.sample, study.finetune.sample]
+    tables = [(sample.sampler, sample.steps, sample.spacing) for sample in samples]
+    for key, grid in sweeps.items():
+        names = [solvers.canonical(name) for name in grid.samplers]
+        if len(set(names)) < len(names):
+            raise UserError(f"config: {key}.samplers={grid.samplers} names one of them twice")
+        tables += [(n, s, grid.spacing) for n in grid.samplers for s in grid.steps
+                   if s <= sweep.most_steps(grid, n)]
     for name, steps, spacing in tables:
         solvers.make(name, schedule, steps, study.diffusion.prediction, spacing)
     if measured:
@@ -77,6 +95,9 @@ def check(study: Study, workdir: Workdir, measured: bool = True) -> Materials:
             _ = materials.datasets
         text_encoder.load(study.data.text_length)
         efficientnet.load(study.sweep.feature_side)
+        if fine_tuned is not None:
+            lpips.load(PERCEPTUAL)
+            pixels.opencv()
     return materials
 
 
@@ -113,14 +134,19 @@ def _loader(materials: Materials, source, train):
 
 def train(materials: Materials) -> list[str]:
     """The autoencoder, its latents, then every member. Returns what there is to tell."""
-    study = materials.study
-    if study.weights:
+    study, finetune = materials.study, materials.study.finetune
+    if study.weights and not finetune.task:
         return [f"nothing to train: {study.members[0]} is the published model in {study.weights}"]
-    prepare(materials)
-    train_autoencoder(materials)
-    cache_latents(materials)
-    for member in study.members:
-        train_member(materials, member)
+    if not (study.weights or finetune.pretrained):
+        prepare(materials)
+        train_autoencoder(materials)
+        cache_latents(materials)
+        for member in study.members:
+            train_member(materials, member)
+    if finetune.task:
+        materials.require_trained()
+        for member in study.members:
+            fine_tune_member(materials, member)
     return []
 
 
@@ -157,6 +183,34 @@ def train_member(materials: Materials, member: str) -> None:
              about=dataclasses.asdict(study))
 
 
+def fine_tune_member(materials: Materials, member: str) -> None:
+    """A member for the image-conditioned task of the config, unless that is done."""
+    fine_tuned = FineTuned(materials)
+    if fine_tuned.trained(member):
+        return
+    study, run = materials.study, fine_tuned.config.run
+    loop.fit(
+        fine_tuned.task(member), run, _loader(materials, fine_tuned.source("train"), run),
+        fine_tuned.folder(member), materials.mesh, study.seed, about=dataclasses.asdict(study),
+    )
+
+
+def restored(materials: Materials) -> list[str]:
+    """A labelled grid of what fine-tuned members make of validation pictures; returns the file."""
+    fine_tuned = FineTuned(materials)
+    hashes = [fine_tuned.subject(m, fine_tuned.config.steps[-1]) for m in materials.study.members]
+    drawn_with = files.sha256_of([
+        [(s.member, s.hash, s.train_step) for s in hashes],
+        dataclasses.asdict(fine_tuned.config.sample),
+    ])
+    path = materials.workdir / "samples" / f"{fine_tuned.config.task}_{drawn_with[:8]}.png"
+    if not processes.from_lead("restored", path.exists):
+        image_HWC = fine_tuned.sheet(materials.study.members)
+        if hosts.is_lead():
+            pictures.save_png(path, image_HWC)
+    return [str(path)]
+
+
 def sample(
     materials: Materials, prompts: Sequence[str] = (),
     drawer: Callable[[str], Drawer] | None = None, **values: Any,
@@ -175,6 +229,19 @@ def sample(
       UserError: as `gallery.sample`.
     """
     study = materials.study
+    task = study.finetune.task
+    if task and prompts:
+        raise UserError(
+            f"the members are fine-tuned for {task}, which takes no prompt: leave out --prompt for "
+            "a grid of validation pictures, or --config.finetune.task= for the pretrained members"
+        )
+    if task:
+        if given := sorted(name for name, value in values.items() if value is not None):
+            raise UserError(
+                f"--{given[0]}: the grid of {task} is as the config's finetune.sample says: give "
+                "--config.finetune.sample.steps=N and the like"
+            )
+        return restored(materials)
     wanted = request_lib.of(study, prompts or ("",), **values)
     gallery.require_trained(materials, wanted.member)
     stem, context_PLD = wanted.name, None
@@ -198,34 +265,88 @@ def sample(
 def run_sweep(materials: Materials) -> None:
     """Every record that is missing. Several processes share out each member's configurations, and
     measure them each on its own devices."""
-    _prepare_together(materials)
-    study, workdir, own = materials.study, materials.workdir, materials.own
-    own.require_trained()
-    scorer = own.scorer
-    for block in (study.sweep.select_block, *study.sweep.report_blocks):
-        own.prompts(block)  # While all processes are here.
+    study, own = materials.study, materials.own
     reference_cost = cost.of(own.spec(study.reference))
-    costs = {m: cost.of(own.spec(m)) for m in study.members}
-    directory = workdir / "records"
+    if not study.finetune.pretrained:  # Those are measured where they were trained.
+        _prepare_together(materials)
+        own.require_trained()
+        blocks = (study.sweep.select_block, *study.sweep.report_blocks)
+        for block in blocks:
+            own.prompts(block)  # While all processes are here.
+
+        def bench(subject: Subject) -> sweep.Bench:
+            m = subject.member
+            return sweep.Bench(
+                spec=own.spec(m), drawer=own.drawer(m), params=own.member_params(m),
+                cost=cost.of(own.spec(m)), reference_cost=reference_cost, scorer=own.scorer,
+                prompts=own.prompts, directory=own.workdir / "records",
+                strips=own.workdir / "strips",
+            )
+
+        subjects = [sweep.of_member(study, m) for m in study.members]
+        _measure(own, subjects, own.scorer.hash, bench)
+    if study.finetune.task:
+        fine_tuned = FineTuned(own)
+        _measure(
+            own, fine_tuned.subjects(), fine_tuned.scorer.hash,
+            lambda subject: fine_tuned.bench(subject, reference_cost),
+        )
+
+
+def _measure(
+    own: Materials, subjects: Sequence[Subject], reference_hash: str,
+    bench: Callable[[Subject], sweep.Bench],
+) -> None:
+    """Every record of some networks that is missing."""
+    directory = own.workdir / "records"
 
     def outstanding() -> list[Any]:
-        done = {m: sweep.existing(study, m, scorer.hash, directory) for m in study.members}
-        planned = {m: sweep.planned(study, m) for m in study.members}
-        total = sum(sweep.work(study, costs[m], i) for m in planned for i in planned[m])
-        before = sum(sweep.work(study, costs[m], r.identity) for m in done for r in done[m])
-        return [[m for m in done if len(done[m]) < len(planned[m])], max(total, before), before]
+        short, total, before = [], 0.0, 0.0
+        for number, subject in enumerate(subjects):
+            size = cost.of(own.spec(subject.member))
+            done = [r.identity for r in sweep.existing(subject, reference_hash, directory)]
+            planned = sweep.planned(subject)
+            total += sum(sweep.work(subject.diffusion, size, i) for i in planned)
+            before += sum(sweep.work(subject.diffusion, size, i) for i in done)
+            short += [number] if len(done) < len(planned) else []
+        return [short, max(total, before), before]
 
-    members, total, before = processes.from_lead("outstanding", outstanding)
+    short, total, before = processes.from_lead("outstanding", outstanding)
     share = before + (total - before) / jax.process_count()
     with Progress(share, before) as progress:
-        for m in members:
-            progress.show(m)
-            bench = sweep.Bench(
-                spec=own.spec(m), drawer=own.drawer(m), params=own.member_params(m),
-                cost=costs[m], reference_cost=reference_cost, scorer=scorer, prompts=own.prompts,
-                directory=directory, strips=workdir / "strips",
-            )
-            sweep.run_member(study, m, bench, progress)
+        for number in short:
+            subject = subjects[number]
+            trained = f", {subject.train_step:,} steps of {subject.task}"
+            progress.show(subject.member + (trained if subject.task != TEXT_TO_IMAGE else ""))
+            sweep.run(subject, bench(subject), progress)
+
+
+def dreambooth(materials: Materials) -> list[str]:
+    """Every member is taught every subject, draws its prompts before and after, and is scored;
+    members that are not trained are trained first. Returns scores in words, and the grids."""
+    taught, study = Taught(materials), materials.study
+    told = taught.check()
+    if not study.weights:
+        train(materials)
+    materials.require_trained()
+    for member in study.members:
+        for subject in taught.subjects:
+            for after in (False, True):
+                taught.drawn(member, subject, after)
+    own = Taught(materials.own)
+    judged = dreambooth_scores.Scores(own, weights.folder(None))
+    _ = judged.reference_hash  # Made while all processes are here.
+
+    def score() -> list[str]:
+        lines = [judged.words(member) for member in study.members]
+        for subject in own.subjects:
+            path = materials.workdir / "samples" / f"{judged.grid_name(subject)}.png"
+            if not path.exists():
+                pictures.save_png(path, dreambooth_scores.grid(own, study.members, subject))
+            lines.append(str(path))
+        return lines
+
+    return told + processes.from_lead("scores", score)
 
 
 def require_records(materials: Materials) -> None:
@@ -242,23 +363,41 @@ def run_report(materials: Materials) -> str:
     """Plots and the page, from this config's records alone; returns the page's path. The lead
     writes them."""
     require_records(materials)
-    _prepare_together(materials)
     own = materials.own
+    finetune = own.study.finetune
+    if not finetune.pretrained:
+        _prepare_together(materials)
 
     def write() -> str:
-        found = []
-        for member in own.study.members:
-            found += sweep.existing(
-                own.study, member, own.scorer.hash, own.workdir / "records"
-            )
-        if not found:
+        found, others = _pretrained_records(own), []
+        if finetune.task:
+            fine_tuned = FineTuned(own)
+            others = _records(own, fine_tuned.subjects(), fine_tuned.scorer.hash)
+        if not (found or others):
             raise UserError(
                 f"no record in {own.workdir / 'records'} is of this config's sweep: run  "
                 "ldm-scaling sweep  with the same --config and --workdir first"
             )
-        return publish.write(own, found)
+        return publish.write(own, found or others, others if found else ())
 
     return processes.from_lead("report", write)
+
+
+def _pretrained_records(own: Materials) -> list[Record]:
+    """Those of text-to-image members; of members that another study trained those that it has."""
+    there = own.pretrained if own.study.finetune.pretrained else own
+    if there is not own and not (there.workdir / "records").exists():
+        return []
+    members = [m for m in there.study.members if m in own.study.members]
+    subjects = [sweep.of_member(there.study, m) for m in members]
+    return _records(there, subjects, there.scorer.hash)
+
+
+def _records(own: Materials, subjects: Sequence[Subject], reference_hash: str) -> list[Record]:
+    return [
+        r for subject in subjects
+        for r in sweep.existing(subject, reference_hash, own.workdir / "records")
+    ]
 
 
 def study_all(materials: Materials) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from ldm_scaling import __version__, pictures
-from ldm_scaling.config import Study
+from ldm_scaling.config import Diffusion, Study, Sweep
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import UserError
 from ldm_scaling.models.cost import Cost
@@ -25,6 +25,7 @@ from ldm_scaling.sampling.packing import Configuration
 from ldm_scaling.study import curves, raced, records
 from ldm_scaling.study.behind import Behind
 from ldm_scaling.study.networks import model_hash
+from ldm_scaling.study.paired_scorer import PairedScorer
 from ldm_scaling.study.progress import Progress
 from ldm_scaling.study.records import Identity, Record
 from ldm_scaling.study.scorer import FRECHET, Scorer
@@ -36,6 +37,44 @@ STRIP = 8
 
 
 @dataclasses.dataclass(frozen=True)
+class Subject:
+    """A network, and the grid that it is measured on; make one with `of_member`, or
+    `finetuned.subject`.
+
+    Attributes:
+      member: its name.
+      hash: of all that decides its parameters.
+      train_step: of its checkpoint, see `records.Record.task`.
+      sweep: the grid.
+      diffusion: the noise and what it predicts.
+      seed: of the study: noise is drawn by it.
+      task: see `records.TASKS`.
+    """
+
+    member: str
+    hash: str
+    train_step: int
+    sweep: Sweep
+    diffusion: Diffusion
+    seed: int
+    task: str = records.TEXT_TO_IMAGE
+
+    @property
+    def selects(self) -> bool:
+        """Whether anything is chosen on the selection block: guidance, or with text the steps that
+        are best within a budget. Others are measured on the blocks that report alone."""
+        return self.task == records.TEXT_TO_IMAGE or len(self.sweep.guidance) > 1
+
+
+def of_member(study: Study, member: str) -> Subject:
+    """A text-to-image member of a study."""
+    return Subject(
+        member, model_hash(study, member), 0 if study.weights else study.train.steps, study.sweep,
+        study.diffusion, study.seed,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Prompts:
     """A seed block: which captions, and which noise.
 
@@ -44,12 +83,17 @@ class Prompts:
       context_NLD: text states of the captions.
       embeddings_NE: their sentence embeddings.
       captions: the captions themselves.
+      condition_NHWC: what networks see beside the text, see `Drawer.draw`; None if nothing.
+      real: places in the block -> the real pictures, uint8, where drawn ones are compared with
+        their own; None where they are not.
     """
 
     index_N: np.ndarray
     context_NLD: np.ndarray
     embeddings_NE: np.ndarray
     captions: tuple[str, ...]
+    condition_NHWC: np.ndarray | None = None
+    real: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 def block_indices(block: int, size: int, total: int, seed: int) -> np.ndarray:
@@ -58,34 +102,34 @@ def block_indices(block: int, size: int, total: int, seed: int) -> np.ndarray:
     return order[block * size : (block + 1) * size]
 
 
-def most_steps(study: Study, sampler: str) -> float:
+def most_steps(sweep: Sweep, sampler: str) -> float:
     """The most steps that a sampler is run with: its own limit, or else that of its kind, which
     is its name without options."""
-    limits = {solvers.canonical(name): most for name, most in study.sweep.max_steps.items()}
+    limits = {solvers.canonical(name): most for name, most in sweep.max_steps.items()}
     name, _ = solvers.parse(sampler)
     return limits.get(solvers.canonical(sampler), limits.get(name, math.inf))
 
 
 def _identities(
-    study: Study, member: str, block: int, reference_hash: str, guidance: Callable
+    subject: Subject, block: int, reference_hash: str, guidance: Callable
 ) -> list[Identity]:
-    out = []
-    for name in study.sweep.samplers:
-        for steps in study.sweep.steps:
-            if steps > most_steps(study, name):
+    sweep, out = subject.sweep, []
+    for name in sweep.samplers:
+        for steps in sweep.steps:
+            if steps > most_steps(sweep, name):
                 continue
             for w in guidance(name, steps):
                 out.append(
                     Identity(
-                        model=member,
-                        model_hash=model_hash(study, member),
-                        train_step=0 if study.weights else study.train.steps,
+                        model=subject.member,
+                        model_hash=subject.hash,
+                        train_step=subject.train_step,
                         sampler=solvers.canonical(name),
                         steps=steps,
-                        spacing=solvers.spacing_of(name, study.sweep.spacing),
+                        spacing=solvers.spacing_of(name, sweep.spacing),
                         guidance=w,
                         seed_block=block,
-                        num_images=study.sweep.num_images,
+                        num_images=sweep.num_images,
                         reference_hash=reference_hash,
                         version=__version__,
                     )
@@ -93,36 +137,37 @@ def _identities(
     return out
 
 
-def selection(study: Study, member: str, reference_hash: str) -> list[Identity]:
-    """The records that guidance is chosen on: the full grid on the selection block."""
-    return _identities(
-        study, member, study.sweep.select_block, reference_hash, lambda *_: study.sweep.guidance
-    )
+def selection(subject: Subject, reference_hash: str) -> list[Identity]:
+    """The records that guidance is chosen on: the full grid on the selection block. None where
+    nothing is chosen."""
+    if not subject.selects:
+        return []
+    sweep = subject.sweep
+    return _identities(subject, sweep.select_block, reference_hash, lambda *_: sweep.guidance)
 
 
 def reporting(
-    study: Study, member: str, reference_hash: str, chosen: list[Record]
+    subject: Subject, reference_hash: str, chosen: list[Record]
 ) -> list[Identity]:
     """The records that are reported: the chosen guidance of each cell on every report block."""
-    best = curves.best_guidance(chosen, FRECHET, study.sweep.select_block)
+    if not subject.selects:
+        return _reported(subject, reference_hash, lambda *_: subject.sweep.guidance)
+    best = curves.best_guidance(chosen, FRECHET, subject.sweep.select_block)
     return _reported(
-        study, member, reference_hash,
-        lambda name, steps: (best[member, solvers.canonical(name), steps],),
+        subject, reference_hash,
+        lambda name, steps: (best[subject.member, solvers.canonical(name), steps],),
     )
 
 
-def _reported(
-    study: Study, member: str, reference_hash: str, guidance: Callable
-) -> list[Identity]:
+def _reported(subject: Subject, reference_hash: str, guidance: Callable) -> list[Identity]:
     return [
-        i for block in study.sweep.report_blocks
-        for i in _identities(study, member, block, reference_hash, guidance)
+        i for block in subject.sweep.report_blocks
+        for i in _identities(subject, block, reference_hash, guidance)
     ]
 
 
-def calls(study: Study, identity: Identity) -> int:
+def calls(diffusion: Diffusion, identity: Identity) -> int:
     """Network calls per picture."""
-    diffusion = study.diffusion
     return _calls(
         identity.sampler, diffusion.schedule, identity.steps, diffusion.prediction, identity.spacing
     )
@@ -135,10 +180,10 @@ def _calls(sampler: str, schedule: str, steps: int, prediction: str, spacing: st
     ).calls
 
 
-def work(study: Study, cost: Cost, identity: Identity) -> float:
+def work(diffusion: Diffusion, cost: Cost, identity: Identity) -> float:
     """GFLOPs of a record: every picture's calls, two evaluations each where guided, and one more
     for decoding and scoring. What time left is reckoned by."""
-    evaluations = calls(study, identity) * (1 if identity.guidance == 1 else 2)
+    evaluations = calls(diffusion, identity) * (1 if identity.guidance == 1 else 2)
     return (evaluations + 1) * cost.gflops * identity.num_images
 
 
@@ -154,22 +199,22 @@ def shared(work_N: Sequence[float], count: int) -> list[list[int]]:
     return [sorted(part) for part in parts]
 
 
-def planned(study: Study, member: str) -> list[Identity]:
-    """What a member gets, over all blocks; which rates will be reported, or go on in a race, is a
+def planned(subject: Subject) -> list[Identity]:
+    """What a network gets, over all blocks; which rates will be reported, or go on in a race, is a
     guess."""
-    guess = (max(study.sweep.guidance),)
-    first = selection(study, member, "")
-    return (raced.planned(study, first) if _races(study) else first) + _reported(
-        study, member, "", lambda *_: guess
+    guess = (max(subject.sweep.guidance),)
+    first = selection(subject, "")
+    return (raced.planned(subject.sweep, first) if _races(subject) else first) + _reported(
+        subject, "", lambda *_: guess
     )
 
 
-def _races(study: Study) -> bool:
-    return study.sweep.strategy == "racing"
+def _races(subject: Subject) -> bool:
+    return subject.selects and subject.sweep.strategy == "racing"
 
 
 def existing(
-    study: Study, member: str, reference_hash: str, directory: epath.Path
+    subject: Subject, reference_hash: str, directory: epath.Path
 ) -> list[Record]:
     """The records of this config that are there, of all blocks; of a race each rate's last."""
 
@@ -177,15 +222,15 @@ def existing(
         paths = [records.path_of(directory, i.key) for i in identities]
         return [records.read(p) for p in paths if p.exists()]
 
-    first = selection(study, member, reference_hash)
-    if _races(study):
-        chosen, whole = raced.last_rounds(study, first, directory, FRECHET)
+    first = selection(subject, reference_hash)
+    if _races(subject):
+        chosen, whole = raced.last_rounds(subject.sweep, first, directory, FRECHET)
     else:
         chosen = there(first)
         whole = len(chosen) == len(first)
     if not whole:
         return chosen
-    return chosen + there(reporting(study, member, reference_hash, chosen))
+    return chosen + there(reporting(subject, reference_hash, chosen))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -197,7 +242,7 @@ class Bench:
       drawer: draws with it.
       params: its averaged parameters.
       cost, reference_cost: of the member, and of the member whose cost is 1.
-      scorer: scores pictures.
+      scorer: scores pictures, see `scorer.Scorer` and `paired_scorer.PairedScorer`.
       prompts: block -> prompts.
       directory: where records lie.
       strips: where the first pictures of each configuration go.
@@ -209,7 +254,7 @@ class Bench:
     params: Any
     cost: Cost
     reference_cost: Cost
-    scorer: Scorer
+    scorer: Scorer | PairedScorer
     prompts: Callable[[int], Prompts]
     directory: epath.Path
     strips: epath.Path
@@ -221,8 +266,8 @@ class Bench:
         return epath.Path(self.directory).parent / "features"
 
 
-def run_member(study: Study, member: str, bench: Bench, progress: Progress) -> list[Record]:
-    """Measures what is missing of a member, and returns all its records.
+def run(subject: Subject, bench: Bench, progress: Progress) -> list[Record]:
+    """Measures what is missing of a network, and returns all its records.
 
     The rates of the selection block run together in lanes, all at once or in the rounds of a race,
     then the chosen ones on the report blocks. Pictures are decoded and scored behind the sampler; a
@@ -232,28 +277,28 @@ def run_member(study: Study, member: str, bench: Bench, progress: Progress) -> l
     Several processes share out each block's configurations, and all must come here: the rates that
     are reported are chosen among the records of all.
     """
-    first = selection(study, member, bench.scorer.hash)
-    if _races(study):
-        chosen = _race(study, first, bench, progress)
+    first = selection(subject, bench.scorer.hash)
+    if _races(subject):
+        chosen = _race(subject, first, bench, progress)
     else:
-        _complete(study, first, bench, progress)
+        _complete(subject, first, bench, progress)
         processes.barrier("selected")
         chosen = [records.read(records.path_of(bench.directory, i.key)) for i in first]
-    last = reporting(study, member, bench.scorer.hash, chosen)
-    for block in study.sweep.report_blocks:
-        _complete(study, [i for i in last if i.seed_block == block], bench, progress)
+    last = reporting(subject, bench.scorer.hash, chosen)
+    for block in subject.sweep.report_blocks:
+        _complete(subject, [i for i in last if i.seed_block == block], bench, progress)
     processes.barrier("reported")
     return chosen + [records.read(records.path_of(bench.directory, i.key)) for i in last]
 
 
 def _race(
-    study: Study, grid: list[Identity], bench: Bench, progress: Progress
+    subject: Subject, grid: list[Identity], bench: Bench, progress: Progress
 ) -> list[Record]:
     """Runs the rounds that are missing; the last record of each rate.
 
     Between rounds features are kept. Where they are gone, all of a rate's pictures are drawn anew.
     """
-    while (now := raced.agreed_round(study, grid, bench.directory, FRECHET)) is not None:
+    while (now := raced.agreed_round(subject.sweep, grid, bench.directory, FRECHET)) is not None:
         lost = set(processes.from_lead("lost", lambda now=now: [
             i.key for i in now.identities
             if now.start and not raced.before(bench.features, i, now.start).exists()
@@ -261,15 +306,15 @@ def _race(
         anew = dataclasses.replace(now, start=0)
         for part, stretch in ((True, anew), (False, now)):
             some = [i for i in now.identities if (i.key in lost) == part]
-            _complete(study, some, bench, progress, stretch)
+            _complete(subject, some, bench, progress, stretch)
         processes.barrier(f"round {now.number}")
     if hosts.is_lead():
-        raced.forget(bench.features, study, grid)
-    return raced.last_rounds(study, grid, bench.directory, FRECHET)[0]
+        raced.forget(bench.features, subject.sweep, grid)
+    return raced.last_rounds(subject.sweep, grid, bench.directory, FRECHET)[0]
 
 
 def _complete(
-    study: Study, wanted: list[Identity], bench: Bench, progress: Progress,
+    subject: Subject, wanted: list[Identity], bench: Bench, progress: Progress,
     race: raced.Round | None = None,
 ) -> None:
     """Measures this process's share of those of one block's configurations that have no record
@@ -279,13 +324,13 @@ def _complete(
     ))
     missing = [i for i in wanted if i.key in absent]
     parts = shared(
-        [work(study, bench.cost, i) for i in missing], jax.process_count()
+        [work(subject.diffusion, bench.cost, i) for i in missing], jax.process_count()
     )
     missing = [missing[k] for k in parts[jax.process_index()]]
     if not missing:
         return
     block = bench.prompts(missing[0].seed_block)
-    drawer, key = bench.drawer, sampling_key(study.seed)
+    drawer, key, sweep = bench.drawer, sampling_key(subject.seed), subject.sweep
     places = np.arange(race.start, race.stop) if race else np.arange(len(block.index_N))
     configurations = [
         Configuration(
@@ -315,11 +360,11 @@ def _complete(
             pictures.save_png(
                 bench.strips / f"{identity.key}.png", np.concatenate(images_NHWC, axis=1)
             )
-        reported = identity.seed_block in study.sweep.report_blocks
+        reported = identity.seed_block in sweep.report_blocks
         seed = identity.seed_block if reported or race else None
         metrics, intervals, replicates = bench.scorer.score(
             features_ND, block.embeddings_NE[: len(features_ND)], seed,
-            study.sweep.num_images if race else 0,
+            sweep.num_images if race else 0,
         )
         if race:
             raced.keep(raced.before(bench.features, identity, race.stop), features_ND)
@@ -338,15 +383,23 @@ def _complete(
                 seconds_per_image=seconds[number],
                 device=hosts.describe(list(drawer.mesh.devices.flat)),
                 round=race.number if race else 0,
+                task=subject.task,
             ),
         )
 
     def decode(latents_JHWC: np.ndarray, number_J: list[int]) -> np.ndarray:
         return drawer.decode(latents_JHWC, str, lambda j: broken.add(number_J[j]))
 
-    drawn = drawer.draw(bench.params, configurations, block.context_NLD, key)
+    def features(images_JHWC: np.ndarray, places_J: np.ndarray) -> np.ndarray:
+        if block.real is None:
+            return bench.scorer.features(images_JHWC)
+        return bench.scorer.features(images_JHWC, block.real(places[places_J]))
+
+    drawn = drawer.draw(
+        bench.params, configurations, block.context_NLD, key, block.condition_NHWC
+    )
     with Behind(
-        decode, bench.scorer.features, write, len(places), drawer.batch_size, STRIP
+        decode, features, write, len(places), drawer.batch_size, STRIP
     ) as behind:
         for finished in drawn:
             behind.put(finished)
@@ -377,7 +430,7 @@ def _seconds(
         kind = (guided, shortest.table.correction)
         if kind not in bench.seconds:
             bench.seconds[kind] = bench.drawer.seconds(
-                bench.params, shortest, block.context_NLD, key
+                bench.params, shortest, block.context_NLD, key, block.condition_NHWC
             )
         row, decode = bench.seconds[kind]
         for i in group:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import statistics
@@ -85,7 +86,8 @@ def lanes(
     spec: unet.UNetSpec, latent_shape: tuple[int, int, int], size: int, mesh: jax.sharding.Mesh,
     compute_dtype: str = "auto", attention: str = "auto",
 ) -> Lanes:
-    """The lanes that a network's pictures are drawn in, conditioned on `context` (B, L, D).
+    """The lanes that a network's pictures are drawn in, conditioned on `context` (B, L, D) and, for
+    a network that sees one, on `condition` (B, H, W, C').
 
     Args:
       spec, mesh, compute_dtype, attention: see `denoiser`.
@@ -94,10 +96,11 @@ def lanes(
     """
 
     def admit(cond: Any) -> Any:
-        return {"context": pad_context(cond["context"].astype(jnp.float32), spec.context_dim)}
+        cond = {name: value.astype(jnp.float32) for name, value in cond.items()}
+        return cond | {"context": pad_context(cond["context"], spec.context_dim)}
 
     denoise = denoiser(spec, mesh, compute_dtype, attention=attention)
-    return Lanes(denoise, latent_shape, size, mesh, admit)
+    return Lanes(denoise, latent_shape, size, mesh, admit, told=spec.guidance_dim > 0)
 
 
 def decoder(
@@ -164,6 +167,17 @@ class Drawer:
         self.schedule = schedule_lib.get(diffusion.schedule)
         self.lanes = lanes(spec, frozen.latent_shape, batch_size, mesh, compute_dtype, attention)
         self._uncond = {"context": frozen.null_ctx_LD[None]}
+        if channels := spec.in_channels - spec.out_channels:
+            shape = (1, *frozen.latent_shape[:2], channels)
+            self._uncond["condition"] = np.zeros(shape, np.float32)
+
+    def without(self, null_ctx_LD: np.ndarray) -> Drawer:
+        """The same program guided away from another empty caption, such as that of a text encoder
+        that was trained further."""
+        other = copy.copy(self)
+        other.frozen = dataclasses.replace(self.frozen, null_ctx_LD=null_ctx_LD)
+        other._uncond = self._uncond | {"context": null_ctx_LD[None]}
+        return other
 
     def table(self, name: str, steps: int, spacing: str | None = None) -> SamplerTable:
         """The sampler's table on this schedule, see `solvers.make`."""
@@ -171,7 +185,7 @@ class Drawer:
 
     def draw(
         self, params: Any, configurations: Sequence[Configuration], ctx_PLD: np.ndarray,
-        key: jax.Array,
+        key: jax.Array, condition_PHWC: np.ndarray | None = None,
     ) -> Iterator[Finished]:
         """Sampled latents as they end, see `Lanes.run`.
 
@@ -180,9 +194,18 @@ class Drawer:
           configurations: what to draw.
           ctx_PLD: text states of all prompts, which `Configuration.prompt_N` counts.
           key: see `sampling_key`.
+          condition_PHWC: what the network sees beside the text, of all prompts; None for one that
+            sees nothing.
         """
+        given = {"context": ctx_PLD}
+        if condition_PHWC is not None:
+            given["condition"] = condition_PHWC
+        if given.keys() != self._uncond.keys():
+            takes = sorted(self._uncond)
+            raise ValueError(f"the network is given {sorted(given)}, it takes {takes}")
         yield from self.lanes.run(
-            params, configurations, lambda prompt_M: {"context": ctx_PLD[prompt_M]},
+            params, configurations,
+            lambda prompt_M: {name: values[prompt_M] for name, values in given.items()},
             self._uncond, key,
         )
 
@@ -221,18 +244,19 @@ class Drawer:
     def pictures(
         self, params: Any, configurations: Sequence[Configuration], ctx_PLD: np.ndarray,
         key: jax.Array, on_rows: Callable[[int], Any] = lambda rows: None,
+        condition_PHWC: np.ndarray | None = None,
     ) -> list[np.ndarray]:
         """All pictures of few configurations, (N, H, W, 3) uint8 each; `draw` has the arguments.
 
         Args:
-          params, configurations, ctx_PLD, key: see `draw`.
+          params, configurations, ctx_PLD, key, condition_PHWC: see `draw`.
           on_rows: told how many rows are done, for a progress bar.
         Raises:
           UserError: as `decode`.
         """
         shape = self.frozen.latent_shape
         latents = [np.zeros((len(c.index_N), *shape), np.float32) for c in configurations]
-        for finished in self.draw(params, configurations, ctx_PLD, key):
+        for finished in self.draw(params, configurations, ctx_PLD, key, condition_PHWC):
             places = zip(finished.configuration, finished.position, finished.latents_JHWC)
             for i, j, z_HWC in places:
                 latents[i][j] = z_HWC
@@ -243,14 +267,15 @@ class Drawer:
         ]
 
     def seconds(
-        self, params: Any, configuration: Configuration, ctx_PLD: np.ndarray, key: jax.Array
+        self, params: Any, configuration: Configuration, ctx_PLD: np.ndarray, key: jax.Array,
+        condition_PHWC: np.ndarray | None = None,
     ) -> tuple[float, float]:
         """Measured seconds of one row of one sample, with all lanes full, and of decoding one.
 
         The median of three, after a run that compiles.
 
         Args:
-          params, ctx_PLD, key: see `draw`.
+          params, ctx_PLD, key, condition_PHWC: see `draw`.
           configuration: one that runs in the program to be timed (guided or not, correction).
         """
         calls = configuration.table.calls
@@ -262,7 +287,7 @@ class Drawer:
         z_BHWC = np.zeros((self.batch_size, *self.frozen.latent_shape), np.float32)
 
         def rows() -> None:
-            for _ in self.draw(params, [full], ctx_PLD, key):
+            for _ in self.draw(params, [full], ctx_PLD, key, condition_PHWC):
                 pass
 
         runs = (rows, functools.partial(self.decode, z_BHWC, lambda j: "a trial"))

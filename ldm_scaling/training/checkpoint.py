@@ -7,6 +7,7 @@ import json
 import os
 import threading
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -45,17 +46,20 @@ class Checkpoints:
       keep_every: those of its multiples are kept for ever; 0 is none.
       keep_best: as many of the lowest `keep_metric` are kept; 0 is none.
       keep_metric: see `save`.
+      keep_steps: those of these steps are kept for ever.
     """
 
     def __init__(
         self, directory: epath.PathLike, keep: int = 2, keep_every: int = 0, keep_best: int = 0,
-        keep_metric: str = "loss",
+        keep_metric: str = "loss", keep_steps: Sequence[int] = (),
     ):
         self.directory = epath.Path(os.path.abspath(directory))
         self._metric = keep_metric
         kept: list[policies.PreservationPolicy] = [policies.LatestN(keep)]
         if keep_every:
             kept.append(policies.EveryNSteps(keep_every))
+        if keep_steps:
+            kept.append(policies.CustomSteps(list(keep_steps)))
         if keep_best:
             kept.append(policies.BestN(
                 get_metric_fn=self._value, reverse=True, n=keep_best,
@@ -258,6 +262,13 @@ def latest(directory: epath.PathLike) -> int | None:
         return None
     steps = ocp.utils.checkpoint_steps(directory)
     return max(steps, default=None)
+
+
+def steps_of(directory: epath.PathLike) -> list[int]:
+    """All complete steps in a folder of checkpoints, ascending; makes nothing."""
+    if not epath.Path(directory).exists():
+        return []
+    return sorted(ocp.utils.checkpoint_steps(directory))
 
 
 def config_of(directory: epath.PathLike, step: int) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def checkpoints_of(directory: epath.PathLike, config: Train) -> checkpoint.Check
     """A run's checkpoints, kept as the config says."""
     return checkpoint.Checkpoints(
         epath.Path(directory) / "checkpoints", config.keep, config.keep_every, config.keep_best,
-        config.keep_metric,
+        config.keep_metric, config.keep_steps,
     )
 
 
@@ -90,7 +90,9 @@ def fit(
         dog = stack.enter_context(Watchdog(task.name, config.stall_seconds, start))
         stack.enter_context(watchdog.lost_host(task.name))
         if start == 0:
-            state = step.init_state(task.init, config, mesh, jax.random.fold_in(root, 0))
+            state = step.init_state(
+                task.init, config, mesh, jax.random.fold_in(root, 0), task.start
+            )
         else:
             state, iterator = checkpoints.restore(abstract, start)
             if start >= config.steps:
@@ -216,7 +218,7 @@ def _run(
             stops = interruption.due()
             logs = _due(number, config.log_every, last)
             validates = _due(number, config.validate_every, last)
-            saves = _due(number, config.checkpoint_every, last)
+            saves = _due(number, config.checkpoint_every, last) or number in config.keep_steps
             shows = _due(number, config.sample_every, last)
             meets = logs or validates or saves or shows or stops or profile.ends(number)
             if meets:  # Here all processes wait for the step, and decide together.
@@ -242,7 +244,7 @@ def _run(
                 if shows:
                     record.images(number, task.show(state.ema, number))
                 clock.lap(meter.OTHER)
-                if stops or number == last:
+                if stops or number == last or number in config.keep_steps:
                     saver.finish(number)
                 else:
                     saver.tend(number, saves)

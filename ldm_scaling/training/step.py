@@ -92,10 +92,17 @@ def abstract_state(init: Callable, config: Train, mesh: Mesh) -> TrainState:
     )
 
 
-def init_state(init: Callable, config: Train, mesh: Mesh, key: jax.Array) -> TrainState:
-    """A run's first state, made where it will live."""
+def init_state(
+    init: Callable, config: Train, mesh: Mesh, key: jax.Array, start: Callable | None = None
+) -> TrainState:
+    """A run's first state, made where it will live; see `task.Task` for `init` and `start`."""
     optimizer = optimizer_lib.make(config)
     shardings = jax.tree.map(lambda s: s.sharding, abstract_state(init, config, mesh))
+    if start is not None:
+        return jax.jit(
+            lambda params: state_lib.create(params, optimizer), out_shardings=shardings,
+            compiler_options=hosts.run_once_options(),
+        )(start())
     return jax.jit(
         lambda k: state_lib.create(init(k), optimizer), out_shardings=shardings,
         compiler_options=hosts.run_once_options(),

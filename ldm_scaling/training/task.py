@@ -33,6 +33,8 @@ class Task:
     Attributes:
       name: in logs and progress bars.
       init: `init(key) -> params`.
+      start: gives the parameters that a run begins with, where they are not `init`'s: of the same
+        shapes, on the run's mesh. Not called where the run goes on.
       make_batch: `make_batch(host_batch) -> batch`, numpy to numpy, on the host.
       loss: `loss(params, batch, key) -> (scalar, {name: scalar})`, traced; with `frozen`
         `loss(params, batch, key, beside)`, see `Beside`.
@@ -52,4 +54,5 @@ class Task:
     validate: Callable[[Any, int], dict[str, float]] = _nothing
     show: Callable[[Any, int], dict[str, np.ndarray]] = _nothing
     flops_per_example: Callable[[], float] | None = None
+    start: Callable[[], Any] | None = None
     frozen: Any = None

@@ -28,7 +28,7 @@ def decode(latents_JHWC, configuration_J):
     return (latents_JHWC % 100).astype(np.uint8)
 
 
-def features(images):
+def features(images, places):
     return np.repeat(images[:, 0, 0, :1].astype(np.float32), 5, axis=1)
 
 
@@ -50,7 +50,7 @@ def test_every_configuration_is_written_whole_and_once(seed):
 
 
 def test_an_error_stops_the_sampler():
-    def broken(images):
+    def broken(images, places):
         raise UserError("features are broken")
 
     with pytest.raises(UserError, match="features are broken"):

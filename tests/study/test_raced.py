@@ -88,7 +88,7 @@ class _Drawer:
     def seconds(self, *_):
         return 0.1, 0.2
 
-    def draw(self, params, configurations, ctx_PLD, key):
+    def draw(self, params, configurations, ctx_PLD, key, condition_PHWC=None):
         for number, c in enumerate(configurations):
             block = _prompts(c.index_N[0] // IMAGES)
             np.testing.assert_array_equal(c.index_N, block.index_N[c.prompt_N])
@@ -117,7 +117,7 @@ def _bench(workdir, most=10**9):
 def _run(workdir, study=STUDY, most=10**9):
     bench = _bench(workdir, most)
     progress = types.SimpleNamespace(update=lambda *_: None)
-    return sweep.run_member(study, "c8", bench, progress), bench.scorer.drawn
+    return sweep.run(sweep.of_member(study, "c8"), bench, progress), bench.scorer.drawn
 
 
 @pytest.fixture(scope="module")
@@ -161,8 +161,8 @@ def test_blocks_that_report_are_added_to_a_sweep_that_is_whole(unbroken, tmp_pat
     wider, drawn = _run(tmp_path, more)
     assert drawn == (8 - 5) * IMAGES  # Of 4 cells on 2 blocks.
     assert old.items() < _contents(tmp_path).items()
-    assert sweep.existing(more, "c8", "planted", tmp_path / "records") == wider
-    assert len(wider) == len(sweep.planned(more, "c8")) == len(found) + 8
+    assert sweep.existing(sweep.of_member(more, "c8"), "planted", tmp_path / "records") == wider
+    assert len(wider) == len(sweep.planned(sweep.of_member(more, "c8"))) == len(found) + 8
     assert all(r.replicates[FRECHET] and not r.round for r in wider if r.identity.seed_block)
     pooled = curves.quality_curves(blocks.pooled(wider, 0, more.sweep.report_blocks), FRECHET)
     for p in (p for points in pooled.values() for p in points):
@@ -173,7 +173,7 @@ def test_blocks_that_report_are_added_to_a_sweep_that_is_whole(unbroken, tmp_pat
 
 def test_records_say_their_round_and_number_and_score_the_first_pictures(unbroken):
     workdir, found, _ = unbroken
-    after = raced.rounds(STUDY)
+    after = raced.rounds(STUDY.sweep)
     for r in records.read_all(workdir / "records"):
         i = r.identity
         if i.seed_block == 0:
@@ -214,11 +214,11 @@ def test_killed_again_and_again_it_ends_with_the_same_records(unbroken, tmp_path
 
 def test_what_is_there_is_what_was_planned_once_the_sweep_is_whole(unbroken, tmp_path):
     workdir, found, drawn = unbroken
-    there = sweep.existing(STUDY, "c8", "planted", workdir / "records")
-    planned = sweep.planned(STUDY, "c8")
+    there = sweep.existing(sweep.of_member(STUDY, "c8"), "planted", workdir / "records")
+    planned = sweep.planned(sweep.of_member(STUDY, "c8"))
     assert len(there) == len(planned) == len(found)
     assert sum(i.num_images for i in planned) >= sum(r.identity.num_images for r in there) == drawn
-    assert sweep.existing(STUDY, "c8", "planted", tmp_path) == []
+    assert sweep.existing(sweep.of_member(STUDY, "c8"), "planted", tmp_path) == []
     _, anew = _run(workdir)
     assert anew == 0
 
@@ -239,17 +239,17 @@ def test_the_report_shows_a_raced_sweep(unbroken, tmp_path):
 def test_a_round_waits_for_the_races_behind(unbroken):
     """A record that is lost takes its race back to that round; the others wait."""
     workdir, found, _ = unbroken
-    grid = sweep.selection(STUDY, "c8", "planted")
+    grid = sweep.selection(sweep.of_member(STUDY, "c8"), "planted")
     first = next(r for r in records.read_all(workdir / "records") if r.round == 1)
     path = records.path_of(workdir / "records", first.identity.key)
     text = path.read_text()
     path.unlink()
-    now = raced.next_round(STUDY, grid, workdir / "records", FRECHET)
+    now = raced.next_round(STUDY.sweep, grid, workdir / "records", FRECHET)
     path.write_text(text)
-    assert (now.number, now.start, now.stop) == (1, 0, raced.rounds(STUDY)[0])
+    assert (now.number, now.start, now.stop) == (1, 0, raced.rounds(STUDY.sweep)[0])
     assert {(i.sampler, i.steps) for i in now.identities} == {
         (first.identity.sampler, first.identity.steps)}
-    assert raced.next_round(STUDY, grid, workdir / "records", FRECHET) is None
+    assert raced.next_round(STUDY.sweep, grid, workdir / "records", FRECHET) is None
 
 
 @pytest.mark.parametrize("change, said", [

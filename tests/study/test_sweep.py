@@ -26,37 +26,37 @@ def test_blocks_are_disjoint_and_fixed():
 
 
 def test_selection_is_the_whole_grid_under_the_step_limits():
-    found = sweep.selection(STUDY, "c8", "r")
+    found = sweep.selection(sweep.of_member(STUDY, "c8"), "r")
     assert len({i.key for i in found}) == len(found) == (3 + 3 + 2) * 2
     assert not [i for i in found if i.sampler == "dpmpp_2m" and i.steps > 20]
     assert {i.seed_block for i in found} == {0}
-    planned = sweep.planned(STUDY, "c8")
+    planned = sweep.planned(sweep.of_member(STUDY, "c8"))
     assert len(planned) == len(found) + 8
 
 
 def test_a_sampler_with_options_has_one_name_and_its_kinds_limit():
     names = ("ddim:final=zero,eta=0.50", "ddim:eta=0", "dpmpp_2m:solver_type=heun")
     study = dataclasses.replace(STUDY, sweep=dataclasses.replace(STUDY.sweep, samplers=names))
-    found = sweep.selection(study, "c8", "r")
+    found = sweep.selection(sweep.of_member(study, "c8"), "r")
     assert {i.sampler for i in found} == {
         "ddim:eta=0.5,final=zero", "ddim", "dpmpp_2m:solver_type=heun"
     }
     assert max(i.steps for i in found if i.sampler.startswith("dpmpp_2m")) == 20
-    assert sweep.most_steps(study, "ddim:eta=0.3") == math.inf
+    assert sweep.most_steps(study.sweep, "ddim:eta=0.3") == math.inf
 
 
 def test_work_counts_calls_and_evaluations():
     """Heun calls the network 2N - 1 times; guidance evaluates it twice."""
-    base = sweep.selection(STUDY, "c8", "r")[0]
+    base = sweep.selection(sweep.of_member(STUDY, "c8"), "r")[0]
     cost = Cost(params=1, gflops=2.0)
     for sampler, guidance, evaluations in (("ddim", 1.0, 5), ("ddim", 2.0, 10), ("heun", 1.0, 9)):
         identity = dataclasses.replace(base, sampler=sampler, guidance=guidance, steps=5)
-        assert sweep.work(STUDY, cost, identity) == (evaluations + 1) * 2.0 * 40
+        assert sweep.work(STUDY.diffusion, cost, identity) == (evaluations + 1) * 2.0 * 40
 
 
 def test_identity_follows_what_decides_numbers():
     def keys(study):
-        return {i.key for i in sweep.selection(study, "c8", "r")}
+        return {i.key for i in sweep.selection(sweep.of_member(study, "c8"), "r")}
 
     assert keys(STUDY) == keys(dataclasses.replace(STUDY, name="other", members=("c8",)))
     longer = dataclasses.replace(STUDY.train, steps=7)
@@ -65,7 +65,7 @@ def test_identity_follows_what_decides_numbers():
         dataclasses.replace(STUDY, data=dataclasses.replace(STUDY.data, seed=1)),
     ):
         assert not keys(STUDY) & keys(other)
-    assert not keys(STUDY) & {i.key for i in sweep.selection(STUDY, "c8", "another reference")}
+    assert not keys(STUDY) & {i.key for i in sweep.selection(sweep.of_member(STUDY, "c8"), "another reference")}
 
 
 def test_record_round_trip_and_damage(tmp_path):

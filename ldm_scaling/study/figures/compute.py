@@ -23,19 +23,19 @@ def training(source: Source) -> dict[str, Drawn]:
 
 def fine_tuning(source: Source) -> dict[str, Drawn]:
     """Fig. 4: super-resolution's distances against fine-tuning compute."""
-    records = source.of_task("super_resolution")
-    measures = [m for m in source.measures(records) if m != "inception_score"]
-    return _draw(source, records, measures[:3], _SUPER, _FINE_TUNING)
+    task, records = source.restoring
+    measures = [m for m in source.measures(records) if m not in _SCORES]
+    return _draw(source, records, measures[:3], labels.task(task), _FINE_TUNING)
 
 
 def fine_tuning_score(source: Source) -> dict[str, Drawn]:
     """Fig. 17: super-resolution's inception score against fine-tuning compute."""
-    records = source.of_task("super_resolution")
-    measures = [m for m in source.measures(records) if m == "inception_score"]
-    return _draw(source, records, measures, _SUPER, _FINE_TUNING)
+    task, records = source.restoring
+    measures = [m for m in source.measures(records) if m in _SCORES]
+    return _draw(source, records, measures, labels.task(task), _FINE_TUNING)
 
 
-_SUPER = "Super-resolution"
+_SCORES = ("inception_score", "label_score_effnetlite0")
 _FINE_TUNING = "fine-tuning compute\n= GFLOPs of a network call × iterations"
 
 

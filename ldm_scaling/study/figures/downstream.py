@@ -15,7 +15,8 @@ FEW_STEPS = 20
 
 def super_resolution(source: Source) -> dict[str, Drawn]:
     """Fig. 12: distance against sampling cost, few steps and many steps apart."""
-    records = source.distinct(source.of_task("super_resolution"))
+    task, records = source.restoring
+    records = source.distinct(records)
     measures = [m for m in source.measures(records) if labels.measure(m).better == "lower"]
     if not measures:
         return {}
@@ -53,7 +54,7 @@ def super_resolution(source: Source) -> dict[str, Drawn]:
         ax.set_xlabel(labels.AXES["cost"] + " (log scale)")
         plot_style.best_arrow(ax, metric)
         named.append((ax, starts, ends, True))
-    fig.suptitle(f"Super-resolution, {labels.sampler(names[0])}", x=0.01, ha="left")
+    fig.suptitle(f"{labels.task(task)}, {labels.sampler(names[0])}", x=0.01, ha="left")
     for names in named:
         plot_style.name_curves(*names)
     return {"": Drawn(fig, out)}

@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from ldm_scaling.errors import UserError
 from ldm_scaling.study import curves as curves_lib
 from ldm_scaling.study import image_grids, labels
 from ldm_scaling.study.curves import Curves
-from ldm_scaling.study.records import Record
+from ldm_scaling.study.records import RESTORING, Record
 from ldm_scaling.study.statistics import bands, blocks
 from ldm_scaling.study.statistics.bands import Band
 
@@ -73,6 +72,15 @@ class Source:
         return [r for r in self._pooled if r.task == task]
 
     @functools.cached_property
+    def restoring(self) -> tuple[str, list[Record]]:
+        """The image-conditioned task that there are records of, super-resolution before others,
+        and these."""
+        for task in RESTORING:
+            if found := self.of_task(task):
+                return task, found
+        return RESTORING[0], []
+
+    @functools.cached_property
     def main(self) -> list[Record]:
         """The text-to-image records of each size's longest training, one per configuration."""
         return self.distinct(self.of_task("text_to_image"))
@@ -106,30 +114,8 @@ class Source:
         return sorted(curves_lib.measures(records), key=lambda name: name != self.metric)
 
     def blocks(self, records: Sequence[Record]) -> tuple[int, int]:
-        """The seed blocks that choose the guidance and are reported.
-
-        Networks that take no guidance (super-resolution, distilled ones) leave nothing to choose:
-        where they were measured on the report block alone, it stands for both. It never does for
-        text-to-image ones: steps within a budget are chosen too.
-
-        Raises:
-          UserError: where there would be something to choose.
-        """
-        if any(r.identity.seed_block == self.select_block or r.task == "text_to_image"
-               for r in records):
-            return self.select_block, self.report_block
-        rates: dict[curves_lib.Cell, set[float]] = {}
-        for r in records:
-            i = r.identity
-            rates.setdefault((i.model, i.sampler, i.steps), set()).add(i.guidance)
-        for cell, some in rates.items():
-            if len(some) > 1:
-                raise UserError(
-                    f"{cell[0]}, {labels.sampler(cell[1])}, {cell[2]} steps was measured at "
-                    f"guidance {sorted(some)} on seed block {self.report_block} alone: measure "
-                    f"block {self.select_block} too, where one is chosen without bias"
-                )
-        return self.report_block, self.report_block
+        """The seed blocks that choose the guidance and are reported, see `curves.own_blocks`."""
+        return curves_lib.own_blocks(records, self.select_block, self.report_block)
 
     def curves_of(self, records: Sequence[Record], metric: str) -> Curves:
         """Curves of distinct records; guidance is chosen by the main measure where they hold it."""

@@ -13,7 +13,7 @@ from ldm_scaling.metrics import bootstrap
 from ldm_scaling.study import curves as curves_lib
 from ldm_scaling.study import labels, winners
 from ldm_scaling.study.curves import Curves
-from ldm_scaling.study.records import Record
+from ldm_scaling.study.records import DISTILLED, RESTORING, TEXT_TO_IMAGE, Record
 from ldm_scaling.study.statistics import trends, words
 from ldm_scaling.study.statistics.trends import FineTuned
 
@@ -76,21 +76,26 @@ class Evidence:
     Attributes:
       records: of text-to-image members, at any training steps.
       distilled: of distilled members.
-      super_resolution: of members fine-tuned to super-resolution.
-      fine_tuned: what members reached downstream, after fine-tuning of several lengths.
+      super_resolution: of members fine-tuned to super-resolution, at any steps of it.
+      fine_tuned: what members reached downstream, after fine-tuning of several lengths; by default
+        that of super-resolution.
     """
 
     records: Sequence[Record]
     distilled: Sequence[Record] = ()
     super_resolution: Sequence[Record] = ()
-    fine_tuned: Sequence[FineTuned] = ()
+    fine_tuned: Sequence[FineTuned] | None = None
 
     @classmethod
     def of(cls, records: Sequence[Record], **more) -> Evidence:
-        """Tells records of distilled members by their samplers, LCM's and CoDi's."""
-        distilled = [r for r in records if r.identity.sampler.startswith(_DISTILLED)]
-        rest = [r for r in records if not r.identity.sampler.startswith(_DISTILLED)]
-        return cls(rest, distilled=distilled, **more)
+        """Sorts records by their task; those of distilled members also by their samplers, LCM's and
+        CoDi's."""
+        main = [r for r in records if r.task == TEXT_TO_IMAGE]
+        distilled = [r for r in records if r.task in DISTILLED]
+        distilled += [r for r in main if r.identity.sampler.startswith(_DISTILLED)]
+        rest = [r for r in main if not r.identity.sampler.startswith(_DISTILLED)]
+        found = {"super_resolution": [r for r in records if r.task == RESTORING[0]]}
+        return cls(rest, distilled=distilled, **(found | more))
 
 
 def verdicts(
@@ -105,8 +110,11 @@ def verdicts(
     last = curves_lib.longest(evidence.records)
     curves = _curves(last, metric, blocks)
     third, fourth = _crossing(curves, metric, curves_lib.models(last))
+    fine_tuned = evidence.fine_tuned
+    if fine_tuned is None:
+        fine_tuned = trends.fine_tuned(last, evidence.super_resolution, metric, blocks)
     return [
-        _compute(evidence.records, metric, blocks), _downstream(evidence.fine_tuned), third, fourth,
+        _compute(evidence.records, metric, blocks), _downstream(fine_tuned), third, fourth,
         _super_resolution(evidence.super_resolution, metric, blocks),
         _distilled(evidence.distilled, metric, blocks),
     ]
@@ -237,9 +245,11 @@ def _super_resolution(
         "below the largest wins the smallest budget that every size can afford. To support the "
         "claim, one of them alone must beat the largest there, surely enough for as many as try."
     )
-    few = [r for r in records if r.identity.steps <= _FEW_STEPS and metric in r.metrics]
+    few = [r for r in curves_lib.longest(records)
+           if r.identity.steps <= _FEW_STEPS and metric in r.metrics]
     if not few:
         return _blank(5, test, "No records of super-resolution.")
+    blocks = curves_lib.own_blocks(few, *blocks)
     return _pattern(5, test, few, metric, blocks, _small_wins)
 
 

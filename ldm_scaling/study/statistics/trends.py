@@ -177,6 +177,30 @@ class FineTuned:
     downstream: float
 
 
+def fine_tuned(
+    pretrained: Sequence[Record], records: Sequence[Record], metric: str, blocks: tuple[int, int]
+) -> list[FineTuned]:
+    """What each member reached before and after fine-tuning of several lengths, as losses: at the
+    first sampler and the most steps that the most of them were sampled with.
+
+    Args:
+      pretrained: text-to-image records of one training length.
+      records: of the fine-tuned members, at any steps of fine-tuning.
+      metric: of both.
+      blocks: seed blocks that choose and are reported.
+    """
+    records = [r for r in records if metric in r.metrics]
+    if not pretrained or not records:
+        return []
+    sign = labels.measure(metric).sign
+    before = {n.model: sign * n.point.value for n in networks(pretrained, metric, *blocks)}
+    after = networks(records, metric, *curves_lib.own_blocks(records, *blocks))
+    return [
+        FineTuned(n.model, before[n.model], n.train_step, sign * n.point.value)
+        for n in after if n.model in before
+    ]
+
+
 @dataclasses.dataclass(frozen=True)
 class Shares:
     """What explains downstream quality.

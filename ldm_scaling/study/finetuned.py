@@ -1,0 +1,344 @@
+"""Members that are trained further for an image-conditioned task: their data, runs and networks."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from ldm_scaling import files, pictures
+from ldm_scaling.config import FineTune
+from ldm_scaling.data.conditions import table
+from ldm_scaling.data.conditions.source import ConditionedSource
+from ldm_scaling.data.loading.mixture import Mixture
+from ldm_scaling.data.loading.source import Source
+from ldm_scaling.errors import UserError
+from ldm_scaling.metrics import moments
+from ldm_scaling.metrics.frechet import ReferenceStats
+from ldm_scaling.models import cost, efficientnet, lpips, unet
+from ldm_scaling.parallel import mesh as mesh_lib
+from ldm_scaling.parallel import placing, processes
+from ldm_scaling.sampling.packing import Configuration
+from ldm_scaling.study import datasets, labels, sheet, sweep
+from ldm_scaling.study.materials import LAYER, SHOWN_EXAMPLES, VALIDATION_EXAMPLES, Materials
+from ldm_scaling.study.networks import model_hash
+from ldm_scaling.study.paired_scorer import PairedScorer
+from ldm_scaling.study.sweep import Prompts, Subject, block_indices
+from ldm_scaling.tasks import conditioned
+from ldm_scaling.tasks.drawing import Drawer, sampling_key
+from ldm_scaling.training import checkpoint, loop, step
+from ldm_scaling.training.task import Task
+
+log = logging.getLogger(__name__)
+
+_BATCH = 64
+PERCEPTUAL = "alex_shift_tolerant"
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Some validation pictures with what networks see of them.
+
+    Attributes:
+      index_N: their numbers.
+      mean_NHWC: latents, before scaling.
+      seen_NHWC: see `conditioned.latents_of`.
+      image_NHWC: the pictures, uint8.
+      given_NHWC: the conditions at the pictures' size, uint8.
+    """
+
+    index_N: np.ndarray
+    mean_NHWC: np.ndarray
+    seen_NHWC: np.ndarray
+    image_NHWC: np.ndarray
+    given_NHWC: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FineTuned:
+    """A study's members, fine-tuned as its config says. As `Materials`, parts are made when first
+    asked for, and all processes must ask together; `FineTuned(materials.own)` are a process's own.
+
+    Attributes:
+      materials: of the study.
+    """
+
+    materials: Materials
+
+    @property
+    def config(self) -> FineTune:
+        """What the members are fine-tuned for."""
+        return self.materials.study.finetune
+
+    # Networks.
+
+    @functools.cached_property
+    def condition(self) -> table.Condition:
+        """The task's condition. Raises `UserError` for a task that is none."""
+        return table.named(self.config.task)
+
+    def check(self) -> None:
+        """Raises `UserError` for settings that do not fit the data, before anything is made."""
+        study, side = self.materials.study, self.materials.study.data.side
+        self.condition.check((side, side))
+        source_side = self.config.source_side
+        if source_side:
+            self.condition.check((source_side, source_side))
+            if study.data.composed:
+                raise UserError(
+                    f"config: finetune.source_side={source_side}: composed pictures are drawn at "
+                    f"data.side={side}, 0 takes them as they are"
+                )
+            if source_side < side:
+                raise UserError(
+                    f"config: finetune.source_side={source_side} is below data.side={side}: "
+                    "examples are cut out of larger images"
+                )
+        if study.data.max_aspect != 1:
+            raise UserError(
+                f"config: data.max_aspect={study.data.max_aspect:g}: fine-tuning takes square "
+                "pictures, 1"
+            )
+
+    def spec(self, member: str) -> unet.UNetSpec:
+        """A member's network, grown by the condition."""
+        channels = self.materials.latent_shape[2] + self.condition.masked
+        return self.materials.spec(member).grown(channels)
+
+    def folder(self, member: str) -> epath.Path:
+        """Of a member's run; its name tells the settings, so that several lie side by side. To all
+        else that decides it the workdir is bound."""
+        name = f"{self.config.task}_{self.config.hash[:8]}"
+        return self.materials.workdir / "finetuned" / name / member
+
+    def _hash(self, member: str) -> str:
+        return files.sha256_of([model_hash(self.materials.study, member), self.config.hash])
+
+    def subject(self, member: str, steps: int) -> Subject:
+        """A member after so many steps of fine-tuning, as it is measured."""
+        study = self.materials.study
+        return Subject(
+            member, self._hash(member), steps, self.config.sweep, study.diffusion, study.seed,
+            self.config.task,
+        )
+
+    def params(self, member: str, steps: int) -> Any:
+        """A member's parameters after so many steps, averaged. Raises `UserError` where it has not
+        been trained so far."""
+        folder = self.folder(member) / "checkpoints"
+        if steps not in checkpoint.steps_of(folder):
+            raise UserError(
+                f"member {member} is not fine-tuned for {self.config.task}: {folder} holds no step "
+                f"{steps}; run  ldm-scaling train  with the same --config and --workdir"
+            )
+        init = functools.partial(unet.init, self.spec(member))
+        abstract = step.abstract_state(init, self.config.train, self.materials.mesh)
+        with loop.checkpoints_of(self.folder(member), self.config.run) as checkpoints:
+            return checkpoints.restore_average(abstract, steps)
+
+    @functools.cache  # noqa: B019  One object a run.
+    def drawer(self, member: str) -> Drawer:
+        """What draws pictures with a member's network."""
+        m, run = self.materials, self.config.train
+        lanes = mesh_lib.rounded(self.config.sweep.batch_size, m.mesh)
+        return Drawer(
+            self.spec(member), m.frozen, m.study.diffusion, lanes, m.decode, m.mesh,
+            run.compute_dtype, run.attention,
+        )
+
+    # Data.
+
+    @functools.cache  # noqa: B019
+    def source(self, split: str) -> Source | Mixture:
+        """A split's pictures with their conditions; of the training split as a loader takes it."""
+        data, config = self.materials.study.data, self.config
+        side, crop = config.source_side or None, data.side if config.source_side else None
+        flip = data.flip and split == "train"
+        several = [
+            ConditionedSource(
+                dataset.images(split, ("image",), flip, side), self.condition, crop,
+                self.materials.study.seed,
+            )
+            for dataset in self.materials.datasets
+        ]
+        if split == "train":
+            return datasets.mixed(several, data.weights)
+        return datasets.Joined(several)
+
+    @functools.cached_property
+    def _encoder_params(self) -> Any:
+        params = {"encoder": self.materials.networks.autoencoder().params["encoder"]}
+        return placing.replicate(self.materials.mesh, placing.fetch(params))
+
+    @functools.cached_property
+    def _encode(self) -> Any:
+        encode = self.materials.networks.autoencoder().encode
+        scale = self.materials.frozen.latent_scale
+
+        @jax.jit
+        def run(params, batch):
+            x_BHWC = batch["image"].astype(jnp.float32) / 127.5 - 1.0
+            given = {name: batch[name] for name in conditioned.FIELDS if name in batch}
+            size = x_BHWC.shape[1:3]
+            seen_BHWC = conditioned.latents_of(encode, params, scale, given, size)
+            shown_BHWC = given["condition"].astype(jnp.float32) / 127.5 - 1.0
+            return {
+                "mean": encode(params, x_BHWC).mean, "seen": seen_BHWC.astype(jnp.float32),
+                "given": conditioned.enlarged(shown_BHWC, size),
+            }
+
+        return run
+
+    def examples(self, index_N: np.ndarray) -> Examples:
+        """Validation pictures by their numbers, with conditions that are the same for all."""
+        mesh, source = self.materials.mesh, self.source("validation")
+        size, out = mesh_lib.rounded(_BATCH, mesh), []
+        with files.progress(len(index_N), f"{self.config.task}, conditions", "picture") as bar:
+            for start in range(0, len(index_N), size):
+                some = index_N[start : start + size]
+                batch = source.batch(some)
+                batch = {n: batch[n] for n in ("image", *conditioned.FIELDS) if n in batch}
+                full = {n: a[np.arange(size) % len(some)] for n, a in batch.items()}
+                made = placing.fetch(
+                    self._encode(self._encoder_params, placing.put_batch(mesh, full))
+                )
+                made = {name: values[: len(some)] for name, values in made.items()}
+                out.append(
+                    (made["mean"], made["seen"], batch["image"], pictures.to_uint8(made["given"]))
+                )
+                bar.update(len(some))
+        return Examples(np.asarray(index_N, np.int32), *map(np.concatenate, zip(*out)))
+
+    @functools.cache  # noqa: B019
+    def block(self, number: int) -> Examples:
+        """A seed block's pictures."""
+        m = self.materials
+        return self.examples(block_indices(
+            number, self.config.sweep.num_images, m.count("validation"), m.study.data.seed
+        ))
+
+    def prompts(self, number: int) -> Prompts:
+        """A seed block as a sweep takes it: under the empty caption."""
+        found, null_LD = self.block(number), self.materials.frozen.null_ctx_LD
+        count = len(found.index_N)
+        return Prompts(
+            index_N=found.index_N,
+            context_NLD=np.broadcast_to(null_LD, (count, *null_LD.shape)),
+            embeddings_NE=np.zeros((count, 0), np.float32),
+            captions=("",) * count,
+            condition_NHWC=found.seen_NHWC,
+            real=lambda places: found.image_NHWC[places],
+        )
+
+    # Training.
+
+    def task(self, member: str) -> Task:
+        """What a member's run trains."""
+        m = self.materials
+        examples = self.examples(m.some("validation", VALIDATION_EXAMPLES))
+        shown = np.concatenate([examples.given_NHWC, examples.image_NHWC], axis=2)
+        channels = self.spec(member).in_channels - m.spec(member).in_channels
+
+        def start() -> Any:
+            return jax.jit(unet.grow_input, static_argnums=1)(m.member_params(member), channels)
+
+        return conditioned.make(
+            f"{member}, {self.config.task}", self.spec(member), self.config, m.study.diffusion,
+            m.networks.autoencoder().encode, self._encoder_params, self.drawer(member), start,
+            {"mean": examples.mean_NHWC, "seen": examples.seen_NHWC, "index": examples.index_N,
+             "shown": shown[:SHOWN_EXAMPLES]},
+        )
+
+    def trained(self, member: str) -> bool:
+        """Whether a member has all its checkpoints; all processes hear the same."""
+        folder = self.folder(member) / "checkpoints"
+        return processes.from_lead(
+            "fine-tuned", lambda: set(self.config.steps) <= set(checkpoint.steps_of(folder))
+        )
+
+    # Measuring.
+
+    @functools.cached_property
+    def scorer(self) -> PairedScorer:
+        """Scores restored pictures; the lead makes the reference's statistics."""
+        config, m = self.config.sweep, self.materials
+        network, perceptual = efficientnet.load(config.feature_side), lpips.load(PERCEPTUAL)
+        extractor = network.layer_hash(LAYER)
+
+        def trunk_and_logits(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            found = network.features(images)
+            return found[LAYER], network.logits(found["head"])
+
+        path = m.workdir / "reference" / f"{self.config.task}_{extractor[:8]}.npz"
+        with processes.lead_first("reference of restored pictures"):
+            if not path.exists():
+                moments.save(path, self._reference(trunk_and_logits), extractor)
+        return PairedScorer(
+            trunk_and_logits, perceptual.distance,
+            ReferenceStats(moments.load(path, extractor), extractor),
+            network.layer_hash("head"), perceptual.hash(), config.replicates,
+        )
+
+    def _reference(self, trunk_and_logits: Any) -> moments.Moments:
+        """Of all validation pictures, cut as the drawn ones are."""
+        images, out = self.source("validation"), []
+        count = len(images)
+        with files.progress(count, "features of real pictures", "picture") as bar:
+            for start in range(0, count, _BATCH):
+                some = range(start, min(start + _BATCH, count))
+                out.append(trunk_and_logits(images.batch(some)["image"])[0])
+                bar.update(len(some))
+        return moments.Moments.of(np.concatenate(out))
+
+    def subjects(self) -> list[Subject]:
+        """All that is measured, the smallest member first, after ever more steps."""
+        members = self.materials.study.members
+        return [self.subject(m, steps) for m in members for steps in self.config.steps]
+
+    def bench(self, subject: Subject, reference_cost: cost.Cost) -> sweep.Bench:
+        """What one of these is measured with."""
+        spec, workdir = self.spec(subject.member), self.materials.workdir
+        return sweep.Bench(
+            spec=spec, drawer=self.drawer(subject.member),
+            params=self.params(subject.member, subject.train_step), cost=cost.of(spec),
+            reference_cost=reference_cost, scorer=self.scorer, prompts=self.prompts,
+            directory=workdir / "records", strips=workdir / "strips",
+        )
+
+    # Looking.
+
+    def sheet(self, members: Sequence[str]) -> np.ndarray:
+        """A labelled grid, uint8 (H, W, 3): what is given, what each member makes of it after its
+        last step, and the real picture (the paper's Fig. 5)."""
+        sample, m = self.config.sample, self.materials
+        count = min(sample.num_images, m.count("validation"))
+        found = self.examples(m.some("validation", count))
+        null_LD = m.frozen.null_ctx_LD
+        columns = {"given": found.given_NHWC}
+        for member in members:
+            drawer = self.drawer(member)
+            table_ = drawer.table(sample.sampler, sample.steps, sample.spacing)
+            (columns[member],) = drawer.pictures(
+                self.params(member, self.config.steps[-1]),
+                [Configuration(table_, sample.guidance, found.index_N, np.arange(count))],
+                np.broadcast_to(null_LD, (count, *null_LD.shape)), sampling_key(m.study.seed),
+                condition_PHWC=found.seen_NHWC,
+            )
+        columns["real"] = found.image_NHWC
+        rows = [
+            sheet.Row([images[i][None] for images in columns.values()],
+                      heads=() if i else tuple(columns))
+            for i in range(count)
+        ]
+        about = (
+            f"{labels.sampler(sample.sampler)} · {sample.steps} steps · "
+            f"{self.config.steps[-1]:,} steps of fine-tuning"
+        )
+        return np.asarray(sheet.draw(sheet.Sheet(labels.task(self.config.task), about, rows)))
