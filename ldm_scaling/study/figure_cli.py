@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 
 from ldm_scaling.errors import UserError
-from ldm_scaling.study import curves, labels, records, reported
+from ldm_scaling.study import baselines, curves, labels, records, reported
 from ldm_scaling.study.arguments import Parser, several
 from ldm_scaling.study.figures import beside, catalogue
 from ldm_scaling.study.figures.source import Source
@@ -83,6 +83,7 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
         source = dataclasses.replace(
             source, loss_curves=beside.losses(home, curves.models(found)),
             images=beside.strips(home / "strips", source.main, source.report_block),
+            baselines=baselines.of_records(home, found),
         )
     to = epath.Path(given.to).expanduser() if given.to else folder.parent / "figures"
     written = catalogue.write(to, source, given.names)

@@ -23,10 +23,11 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.metrics import moments
 from ldm_scaling.metrics.frechet import ReferenceStats
 from ldm_scaling.models import cost, efficientnet, lpips, unet
+from ldm_scaling.parallel import hosts, placing, processes
 from ldm_scaling.parallel import mesh as mesh_lib
-from ldm_scaling.parallel import placing, processes
 from ldm_scaling.sampling.packing import Configuration
-from ldm_scaling.study import datasets, labels, sheet, sweep
+from ldm_scaling.study import baselines, datasets, labels, sheet, sweep
+from ldm_scaling.study.baselines import Baselines
 from ldm_scaling.study.materials import LAYER, SHOWN_EXAMPLES, VALIDATION_EXAMPLES, Materials
 from ldm_scaling.study.networks import model_hash
 from ldm_scaling.study.paired_scorer import PairedScorer
@@ -296,6 +297,38 @@ class FineTuned:
                 out.append(trunk_and_logits(images.batch(some)["image"])[0])
                 bar.update(len(some))
         return moments.Moments.of(np.concatenate(out))
+
+    def baselines(self) -> Baselines:
+        """The conditions themselves, and the real pictures out of the autoencoder, scored on the
+        first block that reports; kept in the workdir."""
+        block, m = self.config.sweep.report_block, self.materials
+        found, scorer = self.block(block), self.scorer
+        decoded = self.drawer(m.study.members[0]).decode(
+            found.mean_NHWC * m.frozen.latent_scale, lambda j: f"validation picture {j}"
+        )
+        none_NE = np.zeros((len(found.index_N), 0), np.float32)
+        scored = {
+            name: scorer.score(scorer.features(images, found.image_NHWC), none_NE, block)
+            for name, images in (
+                (baselines.GIVEN, found.given_NHWC), (baselines.AUTOENCODER, decoded)
+            )
+        }
+        return Baselines(
+            self.config.task, scorer.hash, block, len(found.index_N),
+            {name: metrics for name, (metrics, *_) in scored.items()},
+            {name: intervals for name, (_, intervals, _) in scored.items()},
+        )
+
+    def keep_baselines(self) -> None:
+        """Measures them where they are missing; the lead does."""
+        sweep_ = self.config.sweep
+        path = baselines.path_of(
+            self.materials.workdir.path, self.config.task, self.scorer.hash, sweep_.report_block,
+            sweep_.num_images,
+        )
+        with processes.lead_first("baselines"):
+            if not path.exists() and hosts.is_lead():
+                baselines.write(path, self.baselines())
 
     def subjects(self) -> list[Subject]:
         """All that is measured, the smallest member first, after ever more steps."""

@@ -10,10 +10,13 @@ import os
 from collections.abc import Sequence
 
 from ldm_scaling import __version__
-from ldm_scaling.study import report, reported
+from ldm_scaling.config import FineTune
+from ldm_scaling.study import baselines, labels, report, reported
+from ldm_scaling.study.baselines import Baselines
 from ldm_scaling.study.figures import beside, catalogue
 from ldm_scaling.study.figures.source import Source
 from ldm_scaling.study.materials import LAYER, PROBE_PICTURES, SANITY, Materials
+from ldm_scaling.study.paired_scorer import LPIPS, PSNR
 from ldm_scaling.study.records import Record
 from ldm_scaling.study.scorer import AGREEMENT, FRECHET
 from ldm_scaling.study.sweep import STRIP
@@ -34,6 +37,7 @@ def _context(materials: Materials, captions: Sequence[str]) -> dict:
     study = materials.study
     sweep = study.sweep
     probed = min(materials.count("train"), PROBE_PICTURES)
+    finetune = study.finetune
     measures = {
         FRECHET: (
             f"Features: {materials.feature_network.describe(LAYER)}, averaged over the picture. "
@@ -66,11 +70,36 @@ def _context(materials: Materials, captions: Sequence[str]) -> dict:
         "measures": measures,
         "protocol": [
             f"Timestep spacing: {sweep.spacing}.",
+            *([_fine_tuning(finetune)] if finetune.task else []),
         ],
         "attribution": [d.attribution for d in materials.datasets if d.attribution],
         "config": json.loads(json.dumps(dataclasses.asdict(study))),
         "versions": {"ldm_scaling": __version__} | {p: _version(p) for p in PACKAGES},
     }
+
+
+def _fine_tuning(finetune: FineTune) -> str:
+    lengths = labels.listing([f"{steps:,}" for steps in finetune.steps])
+    guided = "" if len(finetune.sweep.guidance) > 1 else (
+        " There is no guidance, so nothing is chosen, and they are measured on the blocks that "
+        "report alone"
+    )
+    return (
+        f"{labels.task(finetune.task)}: each member, trained from text, sees the condition's "
+        f"latents beside its own through weights that begin at zero, and is measured after "
+        f"{lengths} steps of fine-tuning.{guided}{'.' if guided else ''} The Fréchet distance is "
+        "to all validation pictures; LPIPS, PSNR and SSIM are to each picture's own."
+    )
+
+
+def _restored(held: Baselines | None, records: Sequence[Record]) -> list[str]:
+    """What the page says of restored pictures and their baselines."""
+    if held is None:
+        return []
+    return [
+        sentence for metric in (FRECHET, LPIPS, PSNR)
+        for sentence in baselines.sentences(held, records, metric)
+    ]
 
 
 def write(materials: Materials, found: list[Record], others: Sequence[Record] = ()) -> str:
@@ -83,18 +112,21 @@ def write(materials: Materials, found: list[Record], others: Sequence[Record] = 
     """
     sweep, figures = materials.study.sweep, materials.workdir / "figures"
     report_blocks = reported.whole(found, FRECHET, sweep.select_block, sweep.report_blocks)
-    strips, captions = (
-        materials.workdir / "strips", materials.prompts(report_blocks[0]).captions[:STRIP]
-    )
+    strips, captions = materials.workdir / "strips", ()
+    here = not materials.study.finetune.pretrained
+    if here:
+        captions = materials.prompts(report_blocks[0]).captions[:STRIP]
+    held = baselines.of_records(materials.workdir.path, [*found, *others])
     written = catalogue.write(figures, Source(
         [*found, *others], FRECHET, sweep.select_block, report_blocks,
         loss_curves=beside.losses(materials.workdir, materials.study.members),
         images=beside.strips(strips, found, report_blocks[0]),
-        captions=captions,
+        captions=captions, baselines=held,
     ))
     for line in written.skipped:
         log.info("skipped: %s", line)
     path = report.write(
-        materials.workdir.path, found, figures, _context(materials, captions), strips, others
+        materials.workdir.path, found, figures, _context(materials, captions),
+        strips if here else None, others, _restored(held, [*found, *others]),
     )
     return os.fspath(path)

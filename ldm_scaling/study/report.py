@@ -243,6 +243,7 @@ def write(
     context: Mapping[str, Any],
     strips: epath.PathLike | None = None,
     others: Sequence[Record] = (),
+    further: Sequence[str] = (),
 ) -> epath.Path:
     """Writes `report.html` into `workdir`; the same input gives the same bytes.
 
@@ -255,6 +256,7 @@ def write(
       strips: folder of the strips of pictures that the sweep kept, `KEY.png`; the page shows them
         as thumbnails, fewer of each where it would weigh more than `MOST_BYTES`.
       others: records of the same members' other tasks, which claims are judged by too.
+      further: findings that follow those of the records.
 
     Returns:
       The page's path.
@@ -282,7 +284,7 @@ def write(
     sentences = findings.findings(pooled, told.metric, *blocks)
     sentences += findings.between_blocks(
         arms, told.metric, told.select_block, told.report_blocks)
-    sentences += lacking
+    sentences += [*further, *lacking]
     evidence = claims.Evidence.of(
         [*pooled, *blocks_lib.pooled(others, told.select_block, told.report_blocks)])
     verdicts = claims.verdicts(evidence, told.metric, *blocks)

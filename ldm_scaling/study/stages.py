@@ -291,6 +291,7 @@ def run_sweep(materials: Materials) -> None:
             own, fine_tuned.subjects(), fine_tuned.scorer.hash,
             lambda subject: fine_tuned.bench(subject, reference_cost),
         )
+        fine_tuned.keep_baselines()
 
 
 def _measure(

@@ -65,7 +65,8 @@ def test_identity_follows_what_decides_numbers():
         dataclasses.replace(STUDY, data=dataclasses.replace(STUDY.data, seed=1)),
     ):
         assert not keys(STUDY) & keys(other)
-    assert not keys(STUDY) & {i.key for i in sweep.selection(sweep.of_member(STUDY, "c8"), "another reference")}
+    other = sweep.selection(sweep.of_member(STUDY, "c8"), "another reference")
+    assert not keys(STUDY) & {i.key for i in other}
 
 
 def test_record_round_trip_and_damage(tmp_path):

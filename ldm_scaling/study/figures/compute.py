@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ldm_scaling.study import labels, plot_style, plots
+from ldm_scaling.study import baselines, labels, plot_style, plots
 from ldm_scaling.study.figures import rows
 from ldm_scaling.study.figures.source import Drawn, Source
-from ldm_scaling.study.records import Record
+from ldm_scaling.study.records import RESTORING, Record
 from ldm_scaling.study.statistics import trends
 from ldm_scaling.study.statistics.trends import Network
 
@@ -76,6 +76,8 @@ def _draw(
                 | rows.of_point(n.point, name, band, k) for k, n in enumerate(mine)
             ]
         plots.scale_y(ax, [n.point for n in found])
+        if records[0].task in RESTORING:
+            baselines.draw(ax, source.baselines, name)
         plot_style.log_x(ax)
         ax.set_xlabel(f"{axis} (log scale)")
         plot_style.best_arrow(ax, name)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from ldm_scaling.study import baselines, labels, plot_style, plots
 from ldm_scaling.study import curves as curves_lib
-from ldm_scaling.study import labels, plot_style, plots
 from ldm_scaling.study.figures import rows
 from ldm_scaling.study.figures.source import Drawn, Source
 
@@ -49,6 +49,7 @@ def super_resolution(source: Source) -> dict[str, Drawn]:
             out += [{"panel": title} | row for row in rows.of_curve(points, metric, band)]
             all_points += points
         plots.scale_y(ax, all_points)
+        baselines.draw(ax, source.baselines, metric)
         plot_style.log_x(ax)
         ax.set_title(title)
         ax.set_xlabel(labels.AXES["cost"] + " (log scale)")

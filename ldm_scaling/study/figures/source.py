@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from ldm_scaling.study import curves as curves_lib
 from ldm_scaling.study import image_grids, labels
+from ldm_scaling.study.baselines import Baselines
 from ldm_scaling.study.curves import Curves
 from ldm_scaling.study.records import RESTORING, Record
 from ldm_scaling.study.statistics import bands, blocks
@@ -44,6 +45,7 @@ class Source:
       loss_curves: of every size.
       images: of cells, for the grids at equal cost.
       captions: of the images.
+      baselines: that restored pictures are held against; None where there are none.
     """
 
     records: Sequence[Record]
@@ -53,6 +55,7 @@ class Source:
     loss_curves: Losses = dataclasses.field(default_factory=dict)
     images: image_grids.Images = dataclasses.field(default_factory=dict)
     captions: Sequence[str] = ()
+    baselines: Baselines | None = None
 
     def __post_init__(self) -> None:
         labels.measure(self.metric)

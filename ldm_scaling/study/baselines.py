@@ -1,0 +1,148 @@
+"""What restored pictures are held against: the condition as it is given, enlarged, and the pictures
+out of the autoencoder, which bounds whoever draws in its latents."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+from matplotlib.axes import Axes
+
+from ldm_scaling import files
+from ldm_scaling.errors import UserError
+from ldm_scaling.study import labels
+from ldm_scaling.study.plot_style import INK, SOFT
+from ldm_scaling.study.records import Record
+
+GIVEN, AUTOENCODER = "as given", "autoencoder alone"
+FOLDER = "baselines"
+
+
+@dataclasses.dataclass(frozen=True)
+class Baselines:
+    """The scores of one seed block.
+
+    Attributes:
+      task: see `records.RESTORING`.
+      reference_hash: of what scored them, as in records.
+      seed_block, num_images: of the pictures.
+      metrics: baseline -> measure -> value.
+      intervals: baseline -> measure -> (low, high), 95%.
+    """
+
+    task: str
+    reference_hash: str
+    seed_block: int
+    num_images: int
+    metrics: dict[str, dict[str, float]]
+    intervals: dict[str, dict[str, tuple[float, float]]]
+
+    def fits(self, record: Record) -> bool:
+        """Whether a record is of the same pictures and measures."""
+        i = record.identity
+        return record.task == self.task and (
+            (i.reference_hash, i.num_images) == (self.reference_hash, self.num_images)
+        )
+
+    def value(self, name: str, metric: str) -> str:
+        """`0.61 [0.59, 0.63]`."""
+        return (
+            f"{labels.number(self.metrics[name][metric])} "
+            f"{labels.interval(*self.intervals[name][metric])}"
+        )
+
+
+def path_of(
+    workdir: epath.Path, task: str, reference_hash: str, seed_block: int, num_images: int
+) -> epath.Path:
+    """Where they lie in a workdir."""
+    name = files.sha256_of([task, reference_hash, seed_block, num_images])
+    return epath.Path(workdir) / FOLDER / f"{task}_{name[:8]}.json"
+
+
+def write(path: epath.Path, baselines: Baselines) -> None:
+    """Writes them, whole or not at all."""
+    files.atomic_write_text(path, json.dumps(dataclasses.asdict(baselines), indent=1) + "\n")
+
+
+def _read(path: epath.Path) -> Baselines:
+    try:
+        body: dict[str, Any] = json.loads(path.read_text())
+        body["intervals"] = {
+            name: {metric: (ends[0], ends[1]) for metric, ends in of.items()}
+            for name, of in body["intervals"].items()
+        }
+        found = Baselines(**body)
+        values = [v for of in found.metrics.values() for v in of.values()]
+        if not values or not all(map(math.isfinite, values)):
+            raise ValueError("it has no values")
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as e:
+        raise UserError(
+            f"the baselines in {path} are damaged ({e}): delete the file and run the same command "
+            "again to have them measured anew"
+        ) from e
+    return found
+
+
+def of_records(workdir: epath.PathLike, records: Sequence[Record]) -> Baselines | None:
+    """Those in a workdir that fit records; None where there are none.
+
+    Raises:
+      UserError: for a damaged file.
+    """
+    folder = epath.Path(workdir) / FOLDER
+    if not folder.exists():
+        return None
+    found = [_read(p) for p in sorted(folder.glob("*.json")) if not p.name.startswith(".")]
+    return next((b for b in found if any(map(b.fits, records))), None)
+
+
+def sentences(baselines: Baselines, records: Sequence[Record], metric: str) -> list[str]:
+    """How the largest member's best reported record compares with them, in a sentence."""
+    sign = labels.measure(metric).sign
+    fit = [r for r in records if baselines.fits(r) and metric in r.intervals
+           and r.identity.seed_block == baselines.seed_block]
+    if not fit or metric not in baselines.metrics[GIVEN]:
+        return []
+    largest = max(r.params for r in fit)
+    best = min((r for r in fit if r.params == largest), key=lambda r: sign * r.metrics[metric])
+    i, short = best.identity, labels.measure(metric).short
+    better = sign * (baselines.metrics[GIVEN][metric] - best.metrics[metric]) > 0
+    said = (
+        f"{labels.task(baselines.task)}: {i.model} reaches {short} "
+        f"{labels.number(best.metrics[metric])} {labels.interval(*best.intervals[metric])} in "
+        f"{i.steps} steps after {i.train_step:,} steps of fine-tuning, "
+        f"{'better' if better else 'worse'} than the condition {GIVEN} and enlarged, "
+        f"{baselines.value(GIVEN, metric)}"
+    )
+    if AUTOENCODER in baselines.metrics:
+        said += f"; real pictures through the {AUTOENCODER} have "
+        said += baselines.value(AUTOENCODER, metric)
+    return [f"{said}."]
+
+
+def draw(ax: Axes, baselines: Baselines | None, metric: str) -> None:
+    """Dashed lines for them; where one lies outside the panel, its value at the edge."""
+    if baselines is None:
+        return
+    low, high = sorted(ax.get_ylim())
+    for name, of in baselines.metrics.items():
+        if metric not in of:
+            continue
+        value, text = of[metric], f"{name}: {labels.number(of[metric])}"
+        inside = low <= value <= high
+        if inside:
+            ax.axhline(value, color=SOFT, linestyle="--", linewidth=1, zorder=0)
+        else:
+            text += " (above)" if value > high else " (below)"
+        y = value if inside else (high if value > high else low)
+        above = y < (low + high) / 2
+        ax.annotate(
+            text, (0.02, y), xycoords=("axes fraction", "data"), xytext=(0, 3 if above else -3),
+            textcoords="offset points", va="bottom" if above else "top", fontsize=8,
+            color=INK if inside else SOFT,
+        )
