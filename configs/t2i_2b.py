@@ -3,8 +3,8 @@
     ldm-scaling study --config=configs/t2i_2b.py --workdir=/mnt/disk/t2i_2b
 
 Hardware: 256 TPU chips. Hours: 500k steps take at least 53 on v5e (16x16; 5.8 GB a chip), 23 on v5p
-(4x8x8; 5.8 GB a chip). These are bounds by the TPU compiler's figures, not measurements:
-launch/plans.
+(4x8x8; 5.8 GB a chip), 15 on v6e (16x16; 5.8 GB a chip). These are bounds by the TPU compiler's
+figures, not measurements: launch/plans.
 Expected: the paper has FID 20.98 and CLIP .312 (COCO-2014, 50-step DDIM, guidance 7.5). Its data
 cannot be had; what this run reports is measured on its own pictures, with other networks.
 

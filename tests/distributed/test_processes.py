@@ -25,9 +25,10 @@ def data(tmp_path_factory):
     return folder
 
 
-def _job(directory, data, task, processes, fsdp):
+def _job(directory, data, task, processes, fsdp, tensor=1):
     return {
-        "task": task, "mesh": {"fsdp": fsdp}, "devices": DEVICES // processes, "train": TRAIN,
+        "task": task, "mesh": {"fsdp": fsdp, "tensor": tensor},
+        "devices": DEVICES // processes, "train": TRAIN,
         "data": str(data / f"{task}.array_record"), "directory": str(directory),
         "out": str(directory / "params.npz"),
     }
@@ -44,9 +45,9 @@ def run(nursery, data, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
 
     @functools.cache
-    def run(task, processes, fsdp):
-        directory = root / f"{task}_{processes}_{fsdp}"
-        job = _job(directory, data, task, processes, fsdp)
+    def run(task, processes, fsdp, tensor=1):
+        directory = root / f"{task}_{processes}_{fsdp}_{tensor}"
+        job = _job(directory, data, task, processes, fsdp, tensor)
         nursery.finish(job, processes, directory / "logs")
         return directory
 
@@ -54,10 +55,15 @@ def run(nursery, data, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "task, processes, fsdp", [("unet", 2, 2), ("linear", 2, 1), ("linear", 4, 1), ("linear", 4, 4)]
+    "task, processes, fsdp, tensor",
+    [
+        # Weights are gathered from the other process too; with `tensor` within each besides.
+        ("unet", 2, 4, 1), ("unet", 2, 2, 2),
+        ("linear", 2, 1, 1), ("linear", 4, 1, 1), ("linear", 4, 4, 1),
+    ],
 )
-def test_processes_train_as_one(run, task, processes, fsdp):
-    one, several = _losses(run(task, 1, 1)), _losses(run(task, processes, fsdp))
+def test_processes_train_as_one(run, task, processes, fsdp, tensor):
+    one, several = _losses(run(task, 1, 1)), _losses(run(task, processes, fsdp, tensor))
     assert len(one) == 6
     np.testing.assert_allclose(several, one, rtol=1e-5)
 

@@ -37,16 +37,17 @@ from ldm_scaling.errors import Interrupted, UserError
 from ldm_scaling.models import unet
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.parallel import placing, processes
+from ldm_scaling.tasks import drawing
 from ldm_scaling.training import loop
 from ldm_scaling.training.task import Task
 
 
-def network() -> Task:
-    """A small U-Net on 4x4 latents."""
+def network(mesh: jax.sharding.Mesh) -> Task:
+    """A small U-Net on 4x4 latents, spread over a mesh as studies spread theirs."""
     spec = unet.UNetSpec(
         8, 16, (1,), (True,), 1, heads=2, groups=4, sample_size=4, context_length=3
     )
-    schedule, denoise = schedule_lib.get("sd"), unet.denoise_fn(spec)
+    schedule, denoise = schedule_lib.get("sd"), drawing.denoiser(spec, mesh, "float32")
 
     def loss(params, batch, key):
         cond = {"context": batch["context"]}
@@ -90,7 +91,7 @@ def train(job: dict, address: str, k: int, n: int) -> None:
         )
 
     mesh = mesh_lib.make(**job.get("mesh", {}))
-    task = {"linear": toy.task, "unet": network}[job["task"]]()
+    task = network(mesh) if job["task"] == "unet" else toy.task()
     state = loop.fit(task, config, make_loader, job["directory"], mesh, seed=3)
     params = placing.fetch(state.params)
     if k == 0:
