@@ -1,0 +1,15 @@
+"""Restoration of images out of JPEG files of quality 5 to 30.
+
+    ldm-scaling study --config=configs/jpeg_restoration.py:866m --workdir=runs/jpeg_restoration \
+        --config.finetune.pretrained=runs/t2i_866m --config.data.source=photos:DIR
+
+The argument is the size, any of configs/t2i_*.py; `866m,local` is a small arm of the same for a
+CPU. Hardware and hours: as those of the size's own config, for a tenth of its steps at an eighth of
+its batch; not run. Expected: not in the paper; nothing published is measured alike.
+"""
+
+from ldm_scaling import recipes
+
+
+def get_config(arg: str = ""):
+    return recipes.conditioned("jpeg_restoration", arg)
