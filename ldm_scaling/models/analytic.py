@@ -46,7 +46,7 @@ def _products(spec: UNetSpec) -> int:
     emb = 4 * c
     widths = [c * mult for mult in spec.channel_mults]
     sides = [spec.sample_size >> i for i in range(last + 1)]
-    total = c * emb + emb * emb + _conv(3, spec.in_channels, c, sides[0])
+    total = spec.guidance_dim * c + c * emb + emb * emb + _conv(3, spec.in_channels, c, sides[0])
     width, skips = c, [c]
     for i, (side, attention) in enumerate(zip(sides, spec.attention_levels, strict=True)):
         for _ in range(spec.blocks_per_level):

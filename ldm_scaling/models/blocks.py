@@ -35,6 +35,24 @@ def timestep_embedding(t_B: jax.Array, dim: int, max_period: float = 10_000.0) -
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
+def guidance_embedding(w_B: jax.Array, dim: int) -> jax.Array:
+    """Sinusoids of a guidance rate, sines first, of w - 1: in published networks no guidance is 0.
+
+    Args:
+      w_B: rates w of F_u + w (F_c - F_u).
+      dim: width of the embedding, even, at least 4.
+    Returns:
+      (B, dim) float32.
+
+    Source: Meng et al. 2023 (On Distillation of Guided Diffusion Models), section 3; Luo et al.
+    2023 (LCM); diffusers' `get_guidance_scale_embedding`, after VDM's embedding of time.
+    """
+    half = dim // 2
+    frequencies = (10_000.0 ** -(np.arange(half) / (half - 1))).astype(np.float32)
+    angles = (1000.0 * (w_B.astype(jnp.float32) - 1.0))[:, None] * frequencies[None]
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
 class _Sharded:
     """A layer that may be given its part of the kernel in place of the whole."""
 

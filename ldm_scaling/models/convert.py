@@ -82,7 +82,7 @@ _UNET_FIXED = {
 _UNET_READ = {
     "attention_head_dim", "block_out_channels", "cross_attention_dim", "down_block_types",
     "in_channels", "layers_per_block", "norm_num_groups", "num_attention_heads", "out_channels",
-    "sample_size", "up_block_types",
+    "sample_size", "time_cond_proj_dim", "up_block_types",
 }  # fmt: skip
 _UNET_FREE = {"dropout", "upcast_attention", "use_linear_projection"}
 
@@ -166,7 +166,8 @@ def unet_spec(
     Raises:
       UserError: naming the option that our network does not have.
     """
-    _needs(config, sorted(_UNET_READ - {"num_attention_heads", "sample_size"}), source)
+    optional = {"num_attention_heads", "sample_size", "time_cond_proj_dim"}
+    _needs(config, sorted(_UNET_READ - optional), source)
     _check(config, _UNET_FIXED, _UNET_READ | _UNET_FREE, source)
     base, mults = _widths(config, source)
     down = _levels(
@@ -181,6 +182,7 @@ def unet_spec(
             f"{config['down_block_types']}, which is not supported"
         )
     named = config.get("num_attention_heads") is not None
+    told = config.get("time_cond_proj_dim") is not None
     number = functools.partial(_whole, config, source=source)
     return unet.UNetSpec(
         base,
@@ -193,6 +195,7 @@ def unet_spec(
         in_channels=number("in_channels"),
         out_channels=number("out_channels"),
         sample_size=64 if config.get("sample_size") is None else number("sample_size"),
+        guidance_dim=number("time_cond_proj_dim") if told else 0,
     )
 
 
@@ -283,6 +286,7 @@ def rules_of(source: str, target: str, layers: Sequence[tuple]) -> list[Rule]:
 def _unet_rules(spec: unet.UNetSpec) -> list[Rule]:
     rules = rules_of(r"conv_in", r"conv_in", one(CONV))
     rules += rules_of(r"time_embedding\.linear_(?P<k>[12])", r"time_embedding_\g<k>", one(DENSE))
+    rules += rules_of(r"time_embedding\.cond_proj", r"guidance_embedding", one(DENSE))
     rules += rules_of(r"mid_block\.resnets\.(?P<j>\d+)\.", r"mid_res_\g<j>/", _RESNET)
     rules += rules_of(r"mid_block\.attentions\.0\.", r"mid_attn/", TRANSFORMER)
     rules += rules_of(r"conv_norm_out", r"norm_out", one(NORM))

@@ -52,8 +52,8 @@ def of(spec: unet.UNetSpec) -> Cost:
     inputs = jax.eval_shape(functools.partial(unet.example_inputs, spec))
     network = unet.UNet(spec, attention=attention.textbook)
 
-    def forward(params, x_BHWC, t_B, ctx_BLD):
-        return network.apply({"params": params}, x_BHWC, t_B, ctx_BLD)
+    def forward(params, *inputs):
+        return network.apply({"params": params}, *inputs)
 
     with jax.default_device(_cpu()):
         counted = jax.jit(forward).lower(params, *inputs).cost_analysis()

@@ -29,6 +29,7 @@ DEFAULT: Rules = (
     (rf"/{_CONV}/kernel$", PartitionSpec(None, None, "fsdp")),
     (r"/kernel$", PartitionSpec("fsdp")),
     (r"/(bias|scale)$", PartitionSpec()),
+    (r"/(embedding|positions)$", PartitionSpec()),  # of text encoders that are trained along
 )
 
 

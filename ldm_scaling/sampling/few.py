@@ -5,22 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from ldm_scaling.diffusion import parameterization
+from ldm_scaling.diffusion.consistency import boundary
 from ldm_scaling.sampling.grid import Grid
 from ldm_scaling.sampling.step import Steps
 from ldm_scaling.sampling.table import SamplerTable
-
-_SIGMA_DATA = 0.5
-_TIME_SCALE = 10.0
-
-
-def boundary(timestep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """c_skip, c_out: a consistency model's output is c_skip x + c_out x0, which is x at t = 0.
-
-    Source: Song et al. 2023 (Consistency Models), eq. 5; Luo et al. 2023 (LCM) for the constants.
-    """
-    scaled = _TIME_SCALE * np.asarray(timestep, np.float64)
-    square = scaled**2 + _SIGMA_DATA**2
-    return _SIGMA_DATA**2 / square, scaled / np.sqrt(square)
 
 
 def _table(solver: str, grid: Grid, prediction: str, **columns: np.ndarray) -> SamplerTable:

@@ -88,6 +88,8 @@ class Lanes:
         admit: what is done on the device to the conditioning of a batch when it enters its lanes,
             such as a cast or padding; nothing by default.
         max_rows: S, the most rows between two visits of the host.
+        told: whether the network is told each sample's guidance rate, as cond["guidance"] (B,),
+            and so called once, whatever the rate.
 
     Beyond the network's needs the device holds each lane's prompt and the latents of its last
     rows, and for each chunk on its way B K prompts and latents, however long the sweep: K, the
@@ -102,11 +104,11 @@ class Lanes:
 
     def __init__(
         self, denoise: Denoise, latent_shape: tuple[int, ...], size: int, mesh: jax.sharding.Mesh,
-        admit: Callable[[Any], Any] = lambda cond: cond, max_rows: int = 32,
+        admit: Callable[[Any], Any] = lambda cond: cond, max_rows: int = 32, told: bool = False,
     ):
         mesh_lib.check_batch(mesh, size, "lanes")
         self.denoise, self.latent_shape, self.size, self.mesh = denoise, latent_shape, size, mesh
-        self.admit, self.max_rows = admit, max_rows
+        self.admit, self.max_rows, self.told = admit, max_rows, told
         self._programs: dict[tuple[Correction, bool], Callable] = {}
 
     def _program(self, correction: Correction, guided: bool) -> Callable:
@@ -142,14 +144,16 @@ class Lanes:
             state = lane.state
             row = sampler.columns(chunk["rows"][:, s], ndim=len(shape))
             t_B = row["t"].reshape(-1)
+            if guided or self.told:
+                w_B = 1 + row["g"].reshape(-1) * (lane.guidance - 1)
             if guided:
                 both = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), lane.cond)
-                w_B = 1 + row["g"].reshape(-1) * (lane.guidance - 1)
                 F_BHWC = guidance.guided(
                     self.denoise, params, state.x, t_B, both, w_B, correction
                 )
             else:
-                F_BHWC = self.denoise(params, state.x, t_B, lane.cond).astype(jnp.float32)
+                cond = lane.cond | {"guidance": w_B} if self.told else lane.cond
+                F_BHWC = self.denoise(params, state.x, t_B, cond).astype(jnp.float32)
             noise_BHWC = lax.cond(
                 chunk["noisy"][s],
                 lambda: sampler.row_noise(key, lane.index, chunk["stream"][:, s], shape),
@@ -220,8 +224,10 @@ class Lanes:
 
     def plans(self, configurations: Sequence[Configuration]) -> list[Plan]:
         """Where each sample runs, one plan per program; rows are known before any has run."""
-        groups = packing.split(configurations)
-        return [Plan([configurations[i] for i in some], self.size) for _, some in groups]
+        groups = packing.split(configurations, self.told)
+        return [
+            Plan([configurations[i] for i in some], self.size, self.told) for _, some in groups
+        ]
 
     def run(
         self, params: Any, configurations: Sequence[Configuration],
@@ -244,11 +250,11 @@ class Lanes:
         Raises:
             UserError: if a configuration is guided and `uncond` is None.
         """
-        for guided, some in packing.split(configurations):
+        for guided, some in packing.split(configurations, self.told):
             if guided and uncond is None:
                 raise UserError("guided configurations need the empty prompt: give uncond")
             group = np.array(some)
-            plan = Plan([configurations[i] for i in some], self.size)
+            plan = Plan([configurations[i] for i in some], self.size, self.told)
             empty = uncond if guided else None
             for finished in self._run_plan(params, plan, guided, cond_of, empty, key, in_flight):
                 yield finished._replace(configuration=group[finished.configuration])

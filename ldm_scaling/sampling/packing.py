@@ -92,6 +92,7 @@ class Plan:
     Args:
         configurations: what to draw.
         lanes: B, how many samples are under way at a time.
+        told: whether the network is told its rate, see `split`.
 
     Attributes:
         jobs: for every lane its jobs in order, (2, J) int32: configurations, places in them.
@@ -102,8 +103,10 @@ class Plan:
         UserError: if there is nothing to draw or no lane.
     """
 
-    def __init__(self, configurations: Sequence[Configuration], lanes: int):
-        self.configurations, self.lanes = tuple(configurations), lanes
+    def __init__(
+        self, configurations: Sequence[Configuration], lanes: int, told: bool = False
+    ):
+        self.configurations, self.lanes, self.told = tuple(configurations), lanes, told
         if lanes < 1:
             raise UserError(f"lanes={lanes}: give 1 or more")
         order = sorted(
@@ -131,7 +134,7 @@ class Plan:
     @property
     def correction(self) -> Correction:
         """What the plan's program is compiled for."""
-        return _program(self.configurations[0])[1]
+        return _program(self.configurations[0], self.told)[1]
 
     @property
     def samples(self) -> int:
@@ -199,20 +202,23 @@ class Plan:
         )
 
 
-def _program(c: Configuration) -> tuple[bool, Correction]:
+def _program(c: Configuration, told: bool) -> tuple[bool, Correction]:
     """What a configuration must be compiled for."""
-    guided = c.guidance != 1 and bool(c.table.g.any())
+    guided = c.guidance != 1 and bool(c.table.g.any()) and not told
     correction = c.table.correction
     # Only a guided output is rescaled.
     return guided, correction if guided else dataclasses.replace(correction, rescale=0.0)
 
 
-def split(configurations: Sequence[Configuration]) -> list[tuple[bool, list[int]]]:
+def split(
+    configurations: Sequence[Configuration], told: bool = False
+) -> list[tuple[bool, list[int]]]:
     """What one program can run together: (whether guided, the configurations' numbers).
 
-    Guidance costs a second evaluation and a `Correction` is compiled in, so these part.
+    Guidance costs a second evaluation and a `Correction` is compiled in, so these part. A network
+    that is told its rate, as after guided distillation, is never evaluated twice.
     """
     groups: dict[tuple[bool, Correction], list[int]] = {}
     for i, c in enumerate(configurations):
-        groups.setdefault(_program(c), []).append(i)
+        groups.setdefault(_program(c, told), []).append(i)
     return [(guided, members) for (guided, _), members in groups.items()]

@@ -33,7 +33,7 @@ def products(jaxpr):
     UNetSpec(
         16, context_dim=24, channel_mults=(1, 2, 3), attention_levels=(False, True, False),
         blocks_per_level=3, heads=(2, 4, 8), groups=8, in_channels=9, out_channels=5,
-        sample_size=12, context_length=7,
+        sample_size=12, context_length=7, guidance_dim=16,
     ),
 ], ids=["c8", "39m", "sd15", "odd"])  # fmt: skip
 def test_they_are_the_products_of_the_traced_network(spec):

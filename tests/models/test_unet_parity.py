@@ -191,7 +191,7 @@ def test_reads_without_torch_or_diffusers(saved):
     [
         ("class_embed_type", "timestep", "class_embed_type='timestep'"),
         ("act_fn", "gelu", "act_fn='gelu'"),
-        ("time_cond_proj_dim", 256, "time_cond_proj_dim=256"),
+        ("time_cond_proj_dim", 255, "guidance_dim=255"),
         ("transformer_layers_per_block", 2, "transformer_layers_per_block=2"),
         ("attention_head_dim", [4, 8, 8], r"heads=\(4, 8, 8\).* each of the 2 levels"),
         ("attention_head_dim", [4, 3], "width 16 .* heads=3"),

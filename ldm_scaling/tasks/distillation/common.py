@@ -1,0 +1,67 @@
+"""What the distillation losses share: their examples, their rates, and what they log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ldm_scaling.errors import UserError
+from ldm_scaling.sampling import guidance
+from ldm_scaling.sampling.guidance import Denoise
+from ldm_scaling.training.task import Beside
+
+Loss = Callable[[Any, Any, jax.Array, Beside], tuple[jax.Array, dict[str, jax.Array]]]
+"""`loss(params, batch, key, beside) -> (scalar, metrics)`."""
+
+Examples = Callable[[Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+"""`examples(batch, key) -> (x0_BHWC, cond)`: clean latents, float32, and what networks are told of
+them, captions dropped and all; arrays with leading axis B."""
+
+
+def check_rates(rates: tuple[float, float]) -> None:
+    """Raises `UserError` unless rates are two finite numbers from 1 on, the lower first."""
+    low, high = rates
+    if not 1 <= low <= high < np.inf:
+        raise UserError(
+            f"guidance rates from {low} to {high}: give two from 1 (none) on, the lower first"
+        )
+
+
+def draw_rates(key: jax.Array, rates: tuple[float, float], batch: int) -> jax.Array:
+    """w_B, uniform between the two rates."""
+    return jax.random.uniform(key, (batch,), jnp.float32, *rates)
+
+
+def told(cond: dict[str, jax.Array], w_B: jax.Array) -> dict[str, jax.Array]:
+    """What a network with a guidance embedding is told."""
+    return cond | {"guidance": w_B}
+
+
+def guided(
+    teacher: Denoise, params: Any, z_BHWC: jax.Array, t_B: jax.Array, cond: Any, uncond: Any,
+    w_B: jax.Array,
+) -> jax.Array:
+    """The teacher's guided output, from both of its calls in one; uncond has leading axis 1."""
+    both = guidance.with_unconditional(cond, uncond)
+    return guidance.guided(teacher, params, z_BHWC, t_B, both, w_B)
+
+
+def watched(params: Any, beside: Beside, target: jax.Array, got: jax.Array) -> dict[str, jax.Array]:
+    """What tells early that a distillation runs away.
+
+    Returns:
+        "gap", the distance of the parameters from their average over its norm; "target_rms", the
+        size of what is learned, which must stay that of the data; "error_rms", the distance from
+        it, without the loss's weights.
+    """
+    apart = jax.tree.map(jnp.subtract, params, beside.average)
+    return jax.lax.stop_gradient({
+        "gap": optax.global_norm(apart) / optax.global_norm(beside.average),
+        "target_rms": jnp.sqrt(jnp.mean(target**2)),
+        "error_rms": jnp.sqrt(jnp.mean((got - target) ** 2)),
+    })
