@@ -9,6 +9,7 @@ from ldm_scaling.study.statistics import claims, trends
 from ldm_scaling.study.statistics.claims import Evidence
 from ldm_scaling.study.statistics.trends import FineTuned
 from tests.study import fake_records as fake
+from tests.study import paper_records as paper
 
 FD = "fd_effnetlite0"
 SIZES = tuple(fake.CHANNELS)
@@ -161,3 +162,27 @@ def test_too_few_fine_tuned_sizes_say_nothing():
     rows = _fine_tuned(1.0, 0.2, 0.1)
     assert trends.downstream([r for r in rows if r.model in ("m0", "m1", "m2")]) is None
     assert trends.downstream([r for r in rows if r.length == 1e3]) is None
+
+
+def test_records_are_told_apart_by_their_task():
+    """Members fine-tuned for super-resolution, on the report block alone: what they reach follows
+    what they reached before, whose part in the variance is planted as the larger, and small ones
+    win small budgets. Text to image is judged as without them."""
+    exact = {"noise": 1e-3, "shared": 1e-3}
+    main = paper.grid(**exact)
+    fine_tuned = paper.super_resolution(**exact)
+    evidence = Evidence.of([*main, *fine_tuned, *paper.distilled(), *paper.dreambooth()])
+    assert {r.task for r in evidence.records} == {"text_to_image"}
+    assert {r.task for r in evidence.super_resolution} == {"super_resolution"}
+    assert {r.task for r in evidence.distilled} == {"consistency"}
+
+    rows = trends.fine_tuned(main, fine_tuned, paper.FID, (0, 1))
+    assert {(r.model, r.length) for r in rows} == {
+        (m, t) for m in paper.SIZES for t in (5_000, 10_000, 20_000)
+    }
+    for r in rows:  # As planted, at 50 steps.
+        far = paper.floor(r.model) * (20_000 / r.length) ** 0.1 + 40 / 50
+        assert r.downstream == pytest.approx(0.6 * far, rel=0.02)
+    found = _judged(evidence, paper.FID)
+    assert found[2].tested and found[5].tested and found[5].outcome == "supported"
+    assert found[1] == _judged(Evidence.of(main), paper.FID)[1]

