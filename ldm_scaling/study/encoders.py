@@ -30,6 +30,7 @@ from ldm_scaling.models import (
     spread,
     t5,
     text_encoder,
+    text_network,
 )
 from ldm_scaling.parallel import hosts, placing
 from ldm_scaling.parallel import mesh as mesh_lib
@@ -159,6 +160,11 @@ class TextStates:
     def spec(self) -> Any:
         """The network's sizes; None for MiniLM, which has no others."""
         return getattr(self._encoder, "spec", None)
+
+    @property
+    def network(self) -> text_network.TextNetwork:
+        """The encoder as it can be trained. Raises `UserError` for a T5."""
+        return text_network.of(self._encoder)
 
     def states(self, texts: Sequence[str]) -> np.ndarray:
         """ctx_BLD float32. Raises `UserError` for what is no list of Unicode texts."""

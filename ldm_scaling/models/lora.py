@@ -1,0 +1,238 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): a frozen kernel W is used as W + (alpha / r) A B.
+
+A and B of rank r are all that is trained. They form a tree of their own, laid out as the network's:
+beside `NAME/kernel` stand `NAME/down/kernel` (A) and `NAME/up/kernel` (B), so that rules for
+sharding and weight decay know them as kernels. The network sees merged kernels and knows of none of
+this: any network, any layer.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from flax import traverse_util
+
+from ldm_scaling import files
+from ldm_scaling.errors import UserError
+from ldm_scaling.models import pretrained
+
+# Of the U-Net, as peft and diffusers have it: all projections of its transformers' attention.
+UNET_TARGETS = (r"attn[12]/to_(q|k|v|out)$",)
+# Of a BERT or CLIP's text tower: the same.
+TEXT_TARGETS = (r"/(query|key|value|out)$",)
+_ENDS = {"down": "lora_A", "up": "lora_B"}
+
+
+def layers(params: Any, targets: Sequence[str]) -> list[str]:
+    """Names of the layers with a kernel that a pattern is found in, such as
+    `down_0_attn_0/block/attn1/to_q`, sorted.
+
+    Raises:
+      UserError: for a pattern that is none, or that no layer matches.
+    """
+    flat = traverse_util.flatten_dict(params, sep="/")
+    names = sorted(n.removesuffix("/kernel") for n in flat if n.endswith("/kernel"))
+    found: set[str] = set()
+    for pattern in targets:
+        try:
+            own = {name for name in names if re.search(pattern, name)}
+        except re.error as e:
+            raise UserError(f"LoRA target {pattern!r} is no regular expression: {e}") from e
+        if not own:
+            raise UserError(
+                f"LoRA target {pattern!r} matches none of the {len(names)} layers, which are "
+                f"called {', '.join(names[:2])}, ..., {names[-1]}"
+            )
+        found |= own
+    return sorted(found)
+
+
+def init(
+    params: Any, rank: int, key: jax.Array, targets: Sequence[str] = UNET_TARGETS
+) -> Any:
+    """Adapters that change nothing yet: A normal with a deviation of 1 / rank, B zero.
+
+    Args:
+      params: of the network; shapes will do.
+      rank: r.
+      key: of A; each layer's own is folded from it.
+      targets: regular expressions that find the layers, see `layers`.
+    Returns:
+      {layer: {"down": {"kernel": (..., in, r)}, "up": {"kernel": (..., r, out)}}}, nested as
+      `params`, float32. Of a convolution A has its size, B is pointwise.
+    Raises:
+      UserError: as `layers`, and for a rank below 1 or above a kernel's own.
+    """
+    flat, out = traverse_util.flatten_dict(params, sep="/"), {}
+    for number, name in enumerate(layers(params, targets)):
+        *size, wide, high = flat[f"{name}/kernel"].shape
+        if not 1 <= rank <= min(wide, high):
+            raise UserError(
+                f"LoRA rank {rank}: give 1 to {min(wide, high)}, the rank of {name}, whose kernel "
+                f"is {wide} x {high}, or leave that layer out of the targets"
+            )
+        own = jax.random.fold_in(key, number)
+        out[f"{name}/down/kernel"] = jax.random.normal(own, (*size, wide, rank)) / rank
+        out[f"{name}/up/kernel"] = jnp.zeros((*[1] * len(size), rank, high))
+    return traverse_util.unflatten_dict(out, sep="/")
+
+
+def rank_of(adapters: Any) -> int:
+    """r of an adapter tree."""
+    flat = traverse_util.flatten_dict(adapters, sep="/")
+    return next(v.shape[-1] for name, v in flat.items() if name.endswith("/down/kernel"))
+
+
+def merge(params: Any, adapters: Any, alpha: float | None = None) -> Any:
+    """The network's parameters with adapters in their kernels: W + (alpha / r) A B.
+
+    Args:
+      params: of the network.
+      adapters: of some of its layers, see `init`.
+      alpha: of the paper; None is r, a factor of 1.
+    """
+    flat = traverse_util.flatten_dict(params, sep="/")
+    for name, down in traverse_util.flatten_dict(adapters, sep="/").items():
+        if name.endswith("/down/kernel"):
+            layer = name.removesuffix("/down/kernel")
+            up = _at(adapters, f"{layer}/up/kernel")
+            rank = down.shape[-1]
+            # Two layers one after the other, the second pointwise, are one of their product.
+            product = jnp.matmul(down, up.reshape(rank, -1), precision="highest")
+            scale = 1.0 if alpha is None else alpha / rank
+            kernel = flat[f"{layer}/kernel"]
+            flat[f"{layer}/kernel"] = kernel + (scale * product).astype(kernel.dtype)
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _at(tree: Any, name: str) -> Any:
+    for part in name.split("/"):
+        tree = tree[part]
+    return tree
+
+
+# --- files ------------------------------------------------------------------------------------
+
+
+def _unet_name(name: str, levels: int) -> str:
+    """diffusers' name of a U-Net's layer. Its one GEGLU layer is two here, `[in]` and `[gate]`,
+    which diffusers does not read."""
+    name = re.sub(r"^up_(\d+)_", lambda m: f"up_blocks/{levels - 1 - int(m[1])}/", name)
+    for ours, theirs in (
+        (r"^down_(\d+)_", r"down_blocks/\1/"), (r"^mid_attn", "mid_block/attentions/0"),
+        (r"^mid_res_", "mid_block/resnets/"), (r"/res_(\d+)", r"/resnets/\1"),
+        (r"/attn_(\d+)", r"/attentions/\1"), (r"/block/", "/transformer_blocks/0/"),
+        (r"/(down|up)sample$", r"/\1samplers/0/conv"), (r"/to_out$", "/to_out/0"),
+        (r"/ff_(in|gate)$", r"/ff/net/0/proj[\1]"), (r"/ff_out$", "/ff/net/2"),
+        (r"^time_embedding_", "time_embedding/linear_"),
+    ):
+        name = re.sub(ours, theirs, name)
+    return "unet." + name.replace("/", ".")
+
+
+_TEXT_NAMES = (
+    (r"^block_(\d+)/(query|key|value|out)$", r"text_model.encoder.layers.\1.self_attn.\2"),
+    (r"^block_(\d+)/", r"text_model.encoder.layers.\1."),
+    (r"self_attn\.query", "self_attn.q_proj"), (r"self_attn\.key", "self_attn.k_proj"),
+    (r"self_attn\.value", "self_attn.v_proj"), (r"self_attn\.out", "self_attn.out_proj"),
+    (r"\.up$", ".mlp.fc1"), (r"\.down$", ".mlp.fc2"),
+    (r"^layer_(\d+)/(query|key|value)$", r"encoder.layer.\1.attention.self.\2"),
+    (r"^layer_(\d+)/out$", r"encoder.layer.\1.attention.output.dense"),
+    (r"^layer_(\d+)/up$", r"encoder.layer.\1.intermediate.dense"),
+    (r"^layer_(\d+)/down$", r"encoder.layer.\1.output.dense"),
+)
+
+
+def _text_name(name: str) -> str:
+    """transformers' name of a layer of CLIP's text tower or of a BERT."""
+    for ours, theirs in _TEXT_NAMES:
+        name = re.sub(ours, theirs, name)
+    return "text_encoder." + name.replace("/", ".")
+
+
+def tensors(
+    adapters: dict[str, Any], levels: int, alpha: float | None = None
+) -> dict[str, np.ndarray]:
+    """Adapters as peft and diffusers keep them: A (r, in) and B (out, r) of each layer, under its
+    name there, with `.lora_A.weight` and `.lora_B.weight`. B holds the factor alpha / r, so that
+    readers need not know alpha.
+
+    Args:
+      adapters: "unet" and, where it is trained, "text", to the tree of `init`.
+      levels: of the U-Net, which diffusers counts the other way on the way up.
+      alpha: see `merge`.
+    """
+    out = {}
+    for network, tree in adapters.items():
+        for name, value in traverse_util.flatten_dict(tree, sep="/").items():
+            layer, end = name.removesuffix("/kernel").rsplit("/", 1)
+            called = _unet_name(layer, levels) if network == "unet" else _text_name(layer)
+            value = np.asarray(value, np.float32)
+            if end == "up" and alpha is not None:
+                value = value * np.float32(alpha / value.shape[-2])
+            # Ours are (..., in, out), torch's (out, in, ...).
+            value = np.moveaxis(value, (-1, -2), (0, 1))
+            out[f"{called}.{_ENDS[end]}.weight"] = np.ascontiguousarray(value)
+    return out
+
+
+def save(
+    path: str | os.PathLike[str], adapters: dict[str, Any], levels: int, alpha: float | None = None
+) -> None:
+    """Writes `tensors` as safetensors, by rename: a file for diffusers' `load_lora_weights`."""
+    data = safetensors.numpy.save(tensors(adapters, levels, alpha), {"format": "pt"})
+    files.atomic_write_bytes(path, data)
+
+
+def load(
+    path: str | os.PathLike[str], params: dict[str, Any], levels: int
+) -> dict[str, Any]:
+    """Reads what `save` wrote, or another file of these names; merge it with alpha None.
+
+    Args:
+      path: the file.
+      params: "unet" and "text" to the networks' parameters, or their shapes.
+      levels: of the U-Net.
+    Raises:
+      UserError: for a file that cannot be read, a layer that the networks do not have, half a pair,
+        or sizes that do not fit.
+    """
+    found, out = pretrained.read_safetensors(path), {}
+    for network, tree in params.items():
+        flat, own = traverse_util.flatten_dict(tree, sep="/"), {}
+        for name in layers(tree, (".",)):
+            called = _unet_name(name, levels) if network == "unet" else _text_name(name)
+            pair = {end: found.pop(f"{called}.{theirs}.weight", None)
+                    for end, theirs in _ENDS.items()}
+            have = {end: v for end, v in pair.items() if v is not None}
+            if not have:
+                continue
+            kernel = flat[f"{name}/kernel"].shape
+            value = {end: np.moveaxis(v, (0, 1), (-1, -2)) for end, v in have.items()}
+            fits = len(have) == 2 and (
+                value["down"].shape[:-1] == kernel[:-1]
+                and value["up"].shape[-1] == kernel[-1]
+                and value["down"].shape[-1] == value["up"].shape[-2]
+            )
+            if not fits:
+                shapes = {_ENDS[end]: v.shape for end, v in have.items()}
+                raise UserError(
+                    f"{path}: {called} has {shapes}, which does not fit a kernel of {kernel}: it "
+                    "is of another network"
+                )
+            own |= {f"{name}/{end}/kernel": jnp.asarray(v) for end, v in value.items()}
+        if own:
+            out[network] = traverse_util.unflatten_dict(own, sep="/")
+    if found:
+        raise UserError(
+            f"{path} holds {len(found)} tensors of no layer here, such as {next(iter(found))}: it "
+            "is of another network"
+        )
+    return out

@@ -1,0 +1,394 @@
+"""DreamBooth of a study's members: what each is taught of each subject, and what it draws then.
+
+    WORKDIR/finetuned/dreambooth_HASH/MEMBER/
+      class/KIND/00000.png             pictures of the class that the pretrained member drew
+      subjects/SUBJECT/checkpoints/    its run, with events/ and curves.csv
+      subjects/SUBJECT/lora.safetensors    of a run with adapters, in diffusers' layout
+      before_HASH/SUBJECT/07_2.png     for prompt 7, by the pretrained member
+      after_HASH/SUBJECT/07_2.png      by the taught one, for `evaluate --protocol=dreambench`
+      scores_HASH.json                 of each subject, with intervals
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import logging
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from ldm_scaling import files, pictures
+from ldm_scaling.config import DreamBooth
+from ldm_scaling.data import subjects as subjects_lib
+from ldm_scaling.data.composed import subject as composed
+from ldm_scaling.data.loading import loader
+from ldm_scaling.data.subjects import Lesson, Subject, caption
+from ldm_scaling.diffusion import schedule as schedule_lib
+from ldm_scaling.errors import UserError
+from ldm_scaling.models import clip_text, identifier, lora, sd_folder, text_encoder, unet
+from ldm_scaling.models.text_network import TextNetwork
+from ldm_scaling.parallel import hosts, placing, processes
+from ldm_scaling.parallel import mesh as mesh_lib
+from ldm_scaling.sampling import solvers
+from ldm_scaling.sampling.packing import Configuration
+from ldm_scaling.study import encoders
+from ldm_scaling.study.materials import Materials
+from ldm_scaling.tasks import dreambooth as task_lib
+from ldm_scaling.tasks.drawing import Drawer, denoiser, sampling_key
+from ldm_scaling.training import checkpoint, loop, step
+from ldm_scaling.training.task import Task
+
+log = logging.getLogger(__name__)
+
+_MARKER = "subject.json"
+_ENCODED = 8  # pictures at a time
+# Numbers of the class's samples, out of the way of those that are scored.
+_CLASS_SAMPLES = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Taught:
+    """A study's members under DreamBooth. As `Materials`, parts are made when first asked for, and
+    all processes must ask together; `Taught(materials.own)` are a process's own.
+
+    Attributes:
+      materials: of the study.
+    """
+
+    materials: Materials
+
+    @property
+    def config(self) -> DreamBooth:
+        """What the members are taught, and how."""
+        return self.materials.study.dreambooth
+
+    @functools.cached_property
+    def subjects(self) -> list[Subject]:
+        """What they are taught. Raises `UserError` for a folder or settings that do not fit."""
+        c = self.config
+        if not c.subjects:
+            raise UserError(
+                "config: dreambooth.subjects='': give the folder of the subjects' pictures, "
+                "--config.dreambooth.subjects=DIR, see docs/dreambooth.md"
+            )
+        folder, kinds = c.subjects, c.classes
+        if composed.is_spec(folder):
+            place = self.materials.workdir / "data" / "subjects"
+            with processes.lead_first("subject"):
+                folder, kind = composed.write(folder, self.materials.study.data.side, place)
+            kinds = kinds or (kind,)
+        return subjects_lib.read(folder, kinds, c.prompts, c.only)
+
+    def check(self) -> list[str]:
+        """Finds contradictions before anything is computed; returns doubts, in words.
+
+        Raises:
+          UserError: naming what does not fit.
+        """
+        c, m = self.config, self.materials
+        study, run = m.study, c.train
+        if study.finetune.task:
+            raise UserError(
+                f"config: finetune.task={study.finetune.task!r} and dreambooth.subjects="
+                f"{c.subjects!r}: leave out one of the two"
+            )
+        mesh_lib.check_batch(m.mesh, run.batch_size, "config: dreambooth.train.batch_size")
+        sample, schedule = c.sample, schedule_lib.get(study.diffusion.schedule)
+        solvers.make(
+            sample.sampler, schedule, sample.steps, study.diffusion.prediction, sample.spacing
+        )
+        _ = self.text
+        for member in study.members:
+            shapes = unet.param_shapes(m.spec(member))
+            if c.lora_rank:
+                targets = c.lora_targets or lora.UNET_TARGETS
+                jax.eval_shape(
+                    lambda shapes=shapes, targets=targets: lora.init(
+                        shapes, c.lora_rank, jax.random.key(0), targets
+                    )
+                )
+        _ = self.subjects
+        doubts = [d for d in (self._word().doubt,) if d]
+        for doubt in doubts:
+            log.warning("%s", doubt)
+        return doubts
+
+    # Names.
+
+    @functools.cached_property
+    def root(self) -> epath.Path:
+        """Folder of all members under these settings."""
+        return self.materials.workdir / "finetuned" / f"dreambooth_{self.config.hash[:8]}"
+
+    def run_folder(self, member: str, subject: Subject) -> epath.Path:
+        """Of a member's run on a subject."""
+        return self.root / member / "subjects" / subject.name
+
+    @functools.cached_property
+    def drawn_hash(self) -> str:
+        """Of what is drawn, and how."""
+        sample = {k: v for k, v in dataclasses.asdict(self.config.sample).items()
+                  if k != "num_images"}
+        prompts = sorted({s.prompts for s in self.subjects})
+        return files.sha256_of([sample, self.config.images_per_prompt, prompts])
+
+    def drawn_folder(self, member: str, taught: bool) -> epath.Path:
+        """Of what a member draws for the subjects' prompts, before or after it is taught."""
+        return self.root / member / f"{'after' if taught else 'before'}_{self.drawn_hash[:8]}"
+
+    def captions(self, subject: Subject, word: bool) -> list[str]:
+        """A subject's prompts, with the identifier or without."""
+        given = self.config.identifier if word else ""
+        return [caption(prompt, given, subject.kind) for prompt in subject.prompts]
+
+    # Networks.
+
+    @functools.cached_property
+    def _text_encoder(self) -> Any:
+        study = self.materials.study
+        if study.weights:
+            return sd_folder.read(study.weights).text_encoder()
+        return self.materials.text_states._encoder
+
+    def _word(self) -> identifier.Identifier:
+        encoder, word = self._text_encoder, self.config.identifier
+        if isinstance(encoder, text_encoder.TextEncoder):
+            spec = text_encoder.BertSpec()
+            return identifier.read(encoder.tokenize, word, spec.vocabulary, text_encoder.UNKNOWN)
+        if isinstance(encoder, clip_text.ClipText):
+            return identifier.read(encoder.tokenize, word, encoder.spec.vocabulary)
+        return identifier.Identifier(word, (), "")  # A T5 spells what it does not know.
+
+    @functools.cached_property
+    def text(self) -> TextNetwork | None:
+        """The text encoder where it is taught along, else None."""
+        if not self.config.train_text_encoder:
+            return None
+        return encoders.text_states(self._text_encoder, "the text encoder").network
+
+    @functools.cached_property
+    def _encoder(self) -> encoders.LatentEncoder:
+        m = self.materials
+        if m.study.weights:
+            return encoders.latent_encoder_from(m.study.weights, self.config.train.compute_dtype)
+        return m.networks.autoencoder()
+
+    def pretrained(self, member: str) -> dict[str, Any]:
+        """The networks that are taught, as they were, on the mesh."""
+        networks = {"unet": self.materials.member_params(member)}
+        if self.text is not None:
+            networks["text"] = placing.replicate(self.materials.mesh, self.text.params)
+        return networks
+
+    @functools.cache  # noqa: B019
+    def drawer(self, member: str) -> Drawer:
+        """What draws with a member's network, whatever it was taught."""
+        m, run = self.materials, self.config.train
+        lanes = mesh_lib.rounded(self.config.sample.num_images, m.mesh)
+        return Drawer(
+            m.spec(member), m.frozen, m.study.diffusion, lanes, m.decode, m.mesh,
+            run.compute_dtype, run.attention,
+        )
+
+    # Drawing.
+
+    def _reading(
+        self, member: str, networks: dict[str, Any], texts: list[str]
+    ) -> tuple[Drawer, np.ndarray]:
+        """What draws with these networks, and their states of texts."""
+        drawer = self.drawer(member)
+        if self.text is None:
+            return drawer, self.materials.states(texts)
+        ctx_PLD = self.text.states(networks["text"], ["", *texts])
+        return drawer.without(ctx_PLD[0]), ctx_PLD[1:]
+
+    def _draw(
+        self, member: str, networks: dict[str, Any], texts: list[str], names: list[epath.Path],
+        numbers: list[int], what: str,
+    ) -> None:
+        """Draws one picture for each text and sample number into its file, those that are missing;
+        in this process alone."""
+        wanted = [i for i, path in enumerate(names) if not path.exists()]
+        if not wanted:
+            return
+        sample, distinct = self.config.sample, sorted(set(texts))
+        drawer, ctx_PLD = self._reading(member, networks, distinct)
+        table = drawer.table(sample.sampler, sample.steps, sample.spacing)
+        key, size = sampling_key(self.materials.study.seed), drawer.batch_size
+        with files.progress(len(names), what, "picture", len(names) - len(wanted)) as bar:
+            # Part by part, so that a killed run loses one of them.
+            for start in range(0, len(wanted), size):
+                some = wanted[start : start + size]
+                places = [distinct.index(texts[i]) for i in some]
+                one = Configuration(
+                    table, sample.guidance, np.array([numbers[i] for i in some], np.int32),
+                    np.array(places),
+                )
+                (images,) = drawer.pictures(networks["unet"], [one], ctx_PLD, key)
+                for i, image_HWC in zip(some, images):
+                    pictures.save_png(names[i], image_HWC)
+                bar.update(len(some))
+
+    def class_pictures(self, member: str, subject: Subject) -> list[epath.Path]:
+        """Pictures of a subject's class that the pretrained member drew; the lead draws those that
+        are missing. Subjects of one class share them."""
+        text = caption(self.config.caption, "", subject.kind)
+        folder = self.root / member / "class" / subject.kind.replace(" ", "_")
+        count = self.config.class_images
+        names = [folder / f"{i:05d}.png" for i in range(count)]
+        with processes.lead_first("class pictures"):
+            if not all(path.exists() for path in names):
+                own = Taught(self.materials.own)
+                own._draw(
+                    member, own.pretrained(member), [text] * count, names,
+                    [_CLASS_SAMPLES + i for i in range(count)], f"{member}, “{text}”",
+                )
+        return names
+
+    def drawn(self, member: str, subject: Subject, taught: bool) -> list[epath.Path]:
+        """Pictures of a subject's prompts, each prompt's one after the other; the lead draws those
+        that are missing. The same noise for each member, before and after."""
+        folder, each = self.drawn_folder(member, taught), self.config.images_per_prompt
+        places = list(itertools.product(range(len(subject.prompts)), range(each)))
+        names = [folder / subject.name / f"{p:02d}_{k}.png" for p, k in places]
+        texts = self.captions(subject, word=True)
+        if taught:
+            self._check_pictures(member, subject)
+        if processes.from_lead("drawn", lambda: all(path.exists() for path in names)):
+            return names
+        networks = self.taught(member, subject) if taught else None
+        if processes.several():  # From all devices to those of the lead.
+            networks = placing.fetch(networks)
+        with processes.lead_first("drawn pictures"):
+            if not all(path.exists() for path in names):
+                own = Taught(self.materials.own)
+                if networks is None:
+                    networks = own.pretrained(member)
+                elif processes.several():
+                    networks = placing.replicate(own.materials.mesh, networks)
+                when = "taught" if taught else "before"
+                own._draw(
+                    member, networks, [texts[p] for p, _ in places], names,
+                    [p * each + k for p, k in places], f"{member}, {subject.name}, {when}",
+                )
+        return names
+
+    # Teaching.
+
+    def _latents(self, images_NHWC: np.ndarray) -> dict[str, np.ndarray]:
+        """Posteriors of pictures, `mean` and `logvar` (N, h, w, C)."""
+        encoder, mesh = self._encoder, self.materials.own.mesh
+        params = placing.replicate(mesh, placing.fetch({"encoder": encoder.params["encoder"]}))
+        run, out = jax.jit(lambda p, x: encoder.encode(p, x)), []
+        size = mesh_lib.rounded(min(_ENCODED, len(images_NHWC)), mesh)
+        for start in range(0, len(images_NHWC), size):
+            some = images_NHWC[start : start + size]
+            x = pictures.from_uint8(some[np.arange(size) % len(some)])
+            found = placing.fetch(run(params, placing.put_batch(mesh, x)))
+            out.append((found.mean[: len(some)], found.logvar[: len(some)]))
+        mean, logvar = map(np.concatenate, zip(*out))
+        return {"mean": mean, "logvar": logvar}
+
+    def _captioned(self, images_NHWC: np.ndarray, text: str) -> dict[str, np.ndarray]:
+        """Arrays of pictures under one caption, as `tasks.dreambooth.loss_fn` takes them."""
+        count, arrays = len(images_NHWC), self._latents(images_NHWC)
+        if self.text is None:
+            states = {"context": self.materials.states([text])}
+        else:
+            states = dict(zip(("ids", "mask"), self.text.tokenize([text])))
+        return arrays | {name: np.repeat(a, count, axis=0) for name, a in states.items()}
+
+    def lesson(self, member: str, subject: Subject) -> Lesson:
+        """What a member is taught of a subject."""
+        c, side = self.config, self.materials.study.data.side
+        own = self._captioned(
+            subject.pictures(side), caption(c.caption, c.identifier, subject.kind)
+        )
+        others = None
+        if c.prior_weight:
+            drawn = [pictures.load_png(path) for path in self.class_pictures(member, subject)]
+            others = self._captioned(np.stack(drawn), caption(c.caption, "", subject.kind))
+        return Lesson(own, others, c.train.batch_size, task_lib.CLASS, self._mark(subject))
+
+    @staticmethod
+    def _mark(subject: Subject) -> str:
+        return files.sha256_of([subject.kind, subject.images.hashes])
+
+    def task(self, member: str, subject: Subject) -> Task:
+        """What a member's run on a subject trains."""
+        c, m, run = self.config, self.materials, self.config.train
+        spec = m.spec(member)
+        denoise = denoiser(spec, m.mesh, run.compute_dtype, run.remat, run.attention)
+        return task_lib.make(
+            f"{member}, {subject.name}", spec, run, m.study.diffusion, m.frozen, denoise,
+            self.pretrained(member), c.prior_weight, c.lora_rank, c.lora_targets, self.text,
+            m.study.seed, functools.partial(self._show, member, subject),
+        )
+
+    def _show(
+        self, member: str, subject: Subject, networks: dict[str, Any], number: int
+    ) -> dict[str, np.ndarray]:
+        """The first prompts, for a run's events."""
+        sample = self.config.sample
+        texts = self.captions(subject, word=True)[: sample.num_images]
+        drawer, ctx_PLD = self._reading(member, networks, texts)
+        table = drawer.table(sample.sampler, sample.steps, sample.spacing)
+        index = np.arange(len(texts))
+        one = Configuration(table, sample.guidance, index, index)
+        key = sampling_key(self.materials.study.seed)
+        (images,) = drawer.pictures(networks["unet"], [one], ctx_PLD, key)
+        return {"samples": pictures.tile(images)}
+
+    def _check_pictures(self, member: str, subject: Subject) -> None:
+        """Raises `UserError` where a member was taught a subject by other pictures."""
+        folder = self.run_folder(member, subject)
+        marker = folder / _MARKER
+        if marker.exists() and json.loads(marker.read_text())["hash"] != self._mark(subject):
+            drawn = self.drawn_folder(member, True) / subject.name
+            raise UserError(
+                f"{member} was taught {subject.name} by other pictures, or as another class, than "
+                f"{subject.images.root} holds now: restore them, or remove {folder} and {drawn}"
+            )
+
+    def teach(self, member: str, subject: Subject) -> Task:
+        """Trains a member on a subject, unless that is done; returns the task.
+
+        Raises:
+          UserError: where the subject's pictures are others than those it was taught by.
+        """
+        m, run, folder = self.materials, self.config.train, self.run_folder(member, subject)
+        self._check_pictures(member, subject)
+        task = self.task(member, subject)
+        done = processes.from_lead(
+            "taught", lambda: checkpoint.latest(folder / "checkpoints") == run.steps
+        )
+        if not done:
+            lesson = self.lesson(member, subject)
+            if hosts.is_lead():
+                about = {"hash": self._mark(subject), "kind": subject.kind,
+                         "pictures": list(subject.images.names)}
+                files.atomic_write_text(folder / _MARKER, json.dumps(about, indent=1) + "\n")
+            make_loader = functools.partial(
+                loader.train_loader, lesson, run.batch_size, seed=m.study.seed,
+                process_index=jax.process_index(), process_count=jax.process_count(),
+            )
+            loop.fit(task, run, make_loader, folder, m.mesh, m.study.seed,
+                     about=dataclasses.asdict(m.study))
+        return task
+
+    def taught(self, member: str, subject: Subject) -> dict[str, Any]:
+        """The networks of a member that was taught a subject; teaches it first if need be."""
+        task, run = self.teach(member, subject), self.config.train
+        folder = self.run_folder(member, subject)
+        abstract = step.abstract_state(task.init, run, self.materials.mesh)
+        with loop.checkpoints_of(folder, run) as checkpoints:
+            average = checkpoints.restore_average(abstract)
+        if self.config.lora_rank and hosts.is_lead():
+            levels = len(self.materials.spec(member).channel_mults)
+            lora.save(folder / "lora.safetensors", placing.fetch(average), levels)
+        return task_lib.whole(average, task.frozen)
