@@ -14,11 +14,11 @@ def get_config(arg: str = ""):
         raise ValueError(f"configs/demo_sr.py:{arg}: the argument is one of: (none), tiny")
     config = config_lib.default()
     config.name = "demo_sr"
-    config.members = ("c8_s16", "c16_s16", "c24_s16", "c32_s16")
-    config.reference = "c32_s16"
+    config.members = ("c8_s16", "c12_s16", "c16_s16", "c24_s16")
+    config.reference = "c24_s16"
 
     config.data.side = 64
-    config.data.train_pictures = 6_000
+    config.data.train_pictures = 5_000
     config.data.validation_pictures = 1_000
     config.data.text_length = 18
 
@@ -28,36 +28,36 @@ def get_config(arg: str = ""):
     config.autoencoder.groups = 8
     config.autoencoder.mid_attention = False
     run = config.autoencoder.train
-    run.steps = 1_000
+    run.steps = 500
     run.batch_size = 16
     run.learning_rate = 2e-3
 
     config.diffusion.prediction = "v"
-    config.train.steps = 300
-    config.train.batch_size = 32
+    config.train.steps = 400
+    config.train.batch_size = 16
     config.train.learning_rate = 2e-3
 
     tune = config.finetune
     tune.task = "super_resolution"
-    tune.budgets = (100, 200, 400)
-    tune.train.steps = 400
-    tune.train.batch_size = 32
-    tune.train.learning_rate = 1e-3
+    tune.budgets = (120, 240, 480)
+    tune.train.steps = 480
+    tune.train.batch_size = 16
+    tune.train.learning_rate = 2e-3
 
     for run in (config.autoencoder.train, config.train, tune.train):
         run.warmup_steps = 30
         run.ema_decay = 0.99
         run.log_every = 20
-        run.validate_every = 100
-        run.checkpoint_every = 200
+        run.validate_every = 120
+        run.checkpoint_every = 240
         run.sample_every = 0
 
     config.sample.steps = 20
     config.sample.spacing = "trailing"
     config.sample.guidance = 2.0
     config.sweep.samplers = ("ddim",)
-    config.sweep.steps = (4, 10, 20)
-    config.sweep.guidance = (1.0, 2.0, 4.0)
+    config.sweep.steps = (4, 16)
+    config.sweep.guidance = (1.0, 3.0)
     config.sweep.num_images = 128
     config.sweep.batch_size = 64
     config.sweep.feature_side = 96
@@ -65,8 +65,8 @@ def get_config(arg: str = ""):
 
     tune.sample.steps = 20
     tune.sample.spacing = "trailing"
-    tune.sweep.steps = (1, 2, 4, 10, 20, 50)
-    tune.sweep.num_images = 256
+    tune.sweep.steps = (2, 4, 8, 16, 32)
+    tune.sweep.num_images = 128
     tune.sweep.batch_size = 64
     tune.sweep.feature_side = 96
     tune.sweep.spacing = "trailing"
