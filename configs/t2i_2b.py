@@ -15,4 +15,4 @@ from ldm_scaling import recipes
 
 
 def get_config(arg: str = ""):
-    return recipes.text_to_image("2b", arg, remat="block")
+    return recipes.text_to_image("2b", arg)

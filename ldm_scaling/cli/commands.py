@@ -11,9 +11,12 @@ COMMANDS = {
     "sweep": "measure every sampler, step count and guidance rate",
     "report": "draw the plots and write report.html from the records",
     "study": "all of these in order; started again, it goes on where it was",
+    "dreambooth": "teach members subjects by a few pictures of each, then draw and score these",
     "figure": "draw the paper's figures and their tables of numbers from records alone",
     "convert": "turn published weights into an Orbax checkpoint that tells where it is from",
     "evaluate": "score any folder of images by FID and others, or by a published protocol",
+    "pairs": "cut pairs for super-resolution and other conditions out of photographs",
+    "upscale": "make pictures four times larger: bicubic, an ESRGAN, or a fine-tuned member",
     "plan": "what a job will need on TPUs that are not here, by their own compiler",
     "cost": "parameters, FLOPs and measured seconds of each member on the device that is here",
     "advise": "which size, sampler, steps and guidance for a budget, from records",
@@ -24,7 +27,8 @@ COMMANDS = {
 OWN = {
     "evaluate": "ldm_scaling.study.evaluate_cli", "plan": "ldm_scaling.study.plan_cli",
     "cost": "ldm_scaling.study.cost_cli", "advise": "ldm_scaling.study.advise_cli",
-    "figure": "ldm_scaling.study.figure_cli",
+    "figure": "ldm_scaling.study.figure_cli", "pairs": "ldm_scaling.study.pairs_cli",
+    "upscale": "ldm_scaling.study.upscale_cli",
 }
 # Commands that work in a workdir, in this order; they may run as several processes.
 STAGES = tuple(c for c in COMMANDS if c not in ("zoo", "convert", *OWN))

@@ -151,6 +151,8 @@ def _stage(
         return stages.train(materials)
     if command == "sample":
         return stages.sample(materials, **sample_values)
+    if command == "dreambooth":
+        return stages.dreambooth(materials)
     if command == "sweep":
         stages.run_sweep(materials)
         return []

@@ -65,8 +65,10 @@ class DreamBooth:
     def __post_init__(self):
         require(bool(self.identifier.strip()) and len(self.identifier.split()) == 1,
                 "dreambooth.identifier", self.identifier, "one word, such as 'sks'")
-        require("{0}" in self.caption and "{1}" in self.caption, "dreambooth.caption",
-                self.caption, "put {0} for the identifier and {1} for the class in it")
+        rest = self.caption.replace("{0}", "").replace("{1}", "")
+        require("{0}" in self.caption and "{1}" in self.caption and not set("{}") & set(rest),
+                "dreambooth.caption", self.caption,
+                "put {0} for the identifier and {1} for the class in it, and no other braces")
         require(0 <= self.prior_weight < float("inf"), "dreambooth.prior_weight",
                 self.prior_weight, "not below 0")
         require(self.class_images > 0, "dreambooth.class_images", self.class_images,

@@ -37,8 +37,8 @@ class FineTune:
       task: the image-conditioned task, a name of `data.conditions.table`; empty is none.
       pretrained: workdir of the study whose members are fine-tuned; empty is this one, which trains
         them first.
-      pretrained_hash: of these members, filled in when the workdir is read; given, it is what they
-        must have.
+      pretrained_hash: of how these members were trained, filled in when the workdir is read;
+        given, it is what they must have.
       budgets: steps of fine-tuning after which a member is measured, as the paper does over
         fine-tuning compute; the last is `train.steps`. Empty is that alone.
       source_side: side of the images that conditions are made of; the training examples are cut out
@@ -74,6 +74,8 @@ class FineTune:
         require(not self.task or self.condition_dropout > 0 or all(w == 1 for w in rates),
                 "finetune.sweep.guidance", rates, "there is nothing to guide away from: 1, or give "
                 "finetune.condition_dropout, e.g. 0.1")
+        require(not self.task or self.sweep.strategy == "grid", "finetune.sweep.strategy",
+                self.sweep.strategy, "restored pictures do not race: grid")
         require(not self.pretrained or bool(self.task), "finetune.task", self.task,
                 "finetune.pretrained is given: say for what its members are fine-tuned")
 

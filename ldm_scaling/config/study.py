@@ -73,10 +73,13 @@ class Study:
         require(not (self.weights and self.finetune.pretrained), "finetune.pretrained",
                  self.finetune.pretrained, f"weights={self.weights!r} are the pretrained network: "
                  "give one of the two")
-        blocks = ("select_block", "report_block", "more_blocks")
-        theirs, ours = ([getattr(s, b) for b in blocks] for s in (self.finetune.sweep, self.sweep))
+        require(not (self.autoencoder.weights and self.finetune.pretrained), "autoencoder.weights",
+                 self.autoencoder.weights, "the members of finetune.pretrained bring their own "
+                 "autoencoder: leave it out")
+        same = ("select_block", "report_block", "more_blocks", "replicates")
+        theirs, ours = ([getattr(s, k) for k in same] for s in (self.finetune.sweep, self.sweep))
         require(not self.finetune.task or theirs == ours, "finetune.sweep", theirs,
-                 f"its {', '.join(blocks)} must be those of sweep, {ours}: one page reports both")
+                 f"its {', '.join(same)} must be those of sweep, {ours}: one page reports both")
         if self.data.composed:
             self.check_counts(self.data.train_pictures, self.data.validation_pictures)
 

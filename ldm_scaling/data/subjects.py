@@ -89,7 +89,7 @@ def read(
             f"{root}: there is no such folder of subjects: give one with a folder of pictures for "
             "each subject, or with one subject's pictures"
         )
-    wrong = [p for p in prompts if set(re.findall(r"\{[^}]*\}?", p)) != {"{0}", "{1}"}]
+    wrong = [p for p in prompts if set(re.findall(r"\{[^}]*\}?|\}", p)) != {"{0}", "{1}"}]
     if wrong:
         raise UserError(
             f"prompt {wrong[0]!r}: put {{0}} for the identifier and {{1}} for the class in it"
@@ -101,7 +101,7 @@ def read(
     if strange:
         raise UserError(f"{root} holds no subject {strange[0]!r}; there are {', '.join(places)}")
     found = []
-    for name in sorted(only or places):
+    for name in sorted(set(only) or places):
         kind = said.get(name) or said.get("") or (bench.classes[name] if bench else "")
         if not kind:
             raise UserError(

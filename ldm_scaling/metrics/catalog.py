@@ -81,7 +81,13 @@ FEATURES = {
     "clip_b32": "image embedding of CLIP ViT-B/32",
     "dino_s16": "class token of DINO ViT-S/16",
     "lpips": "LPIPS distance of each generated image from its real one (N, 1)",
+    "psnr": "PSNR of each generated image and its real one (N, 1), over three colours",
+    "psnr_y": "the same over the luma",
+    "ssim": "SSIM of each generated image and its real one (N, 1), over three colours",
+    "ssim_y": "the same over the luma",
 }
+# Of those, the ones taken of pairs: each generated image with the real one that it stands for.
+PAIRED = ("lpips", "psnr", "psnr_y", "ssim", "ssim_y")
 
 
 def _alone(function: Callable) -> Callable:
@@ -103,7 +109,7 @@ _CMMD = (kernel.cmmd, kernel.cmmd_replicates)
 _IS = (_alone(inception_score.inception_score), _alone(inception_score.inception_score_replicates))
 _CLIP = _mean_of(similarity.pair_cosines)
 _SUBJECT = _mean_of(lambda x, y: similarity.subject_cosines(x, *y))
-_LPIPS = _mean_of(lambda x, _: np.asarray(x).reshape(len(x)))
+_PAIR = _mean_of(lambda x, _: np.asarray(x).reshape(len(x)))
 _K3, _K5 = (
     tuple(functools.partial(f, k=k) for f in (prdc.prdc, prdc.prdc_replicates)) for k in (3, 5)
 )
@@ -138,15 +144,25 @@ _TABLE = (
      "Ruiz et al. 2023 (DreamBooth)"),
     ("dino", "DINO", "higher", "dino_s16", "subjects", _SUBJECT, "",
      "Ruiz et al. 2023 (DreamBooth)"),
-    ("lpips", "LPIPS", "lower", "lpips", "nothing", _LPIPS, "",
+    ("lpips", "LPIPS", "lower", "lpips", "nothing", _PAIR, "",
      "Zhang et al. 2018, v0.1"),
+    ("psnr", "PSNR", "higher", "psnr", "nothing", _PAIR, "",
+     "three colours; basicsr, scikit-image"),
+    ("psnr_y", "PSNR (luma)", "higher", "psnr_y", "nothing", _PAIR, "",
+     "luma of ITU-R BT.601; basicsr"),
+    ("ssim", "SSIM", "higher", "ssim", "nothing", _PAIR, "",
+     "Wang et al. 2004, three colours; basicsr, scikit-image"),
+    ("ssim_y", "SSIM (luma)", "higher", "ssim_y", "nothing", _PAIR, "",
+     "Wang et al. 2004, luma of ITU-R BT.601; basicsr"),
 )
 # fmt: on
 # KID, unbiased, and FID-infinity, an extrapolation, have no bounds: both may be negative.
 _RANGES = {
-    **dict.fromkeys(("fid", "fd_dinov2", "cmmd", "density", "lpips"), (0.0, math.inf)),
+    **dict.fromkeys(
+        ("fid", "fd_dinov2", "cmmd", "density", "lpips", "psnr", "psnr_y"), (0.0, math.inf)
+    ),
     **dict.fromkeys(("precision", "recall", "coverage"), (0.0, 1.0)),
-    **dict.fromkeys(("clip_score", "clip_t", "clip_i", "dino"), (-1.0, 1.0)),
+    **dict.fromkeys(("clip_score", "clip_t", "clip_i", "dino", "ssim", "ssim_y"), (-1.0, 1.0)),
     "inception_score": (1.0, math.inf),
 }
 METRICS: dict[str, Metric] = {

@@ -84,12 +84,6 @@ def init(
     return traverse_util.unflatten_dict(out, sep="/")
 
 
-def rank_of(adapters: Any) -> int:
-    """r of an adapter tree."""
-    flat = traverse_util.flatten_dict(adapters, sep="/")
-    return next(v.shape[-1] for name, v in flat.items() if name.endswith("/down/kernel"))
-
-
 def merge(params: Any, adapters: Any, alpha: float | None = None) -> Any:
     """The network's parameters with adapters in their kernels: W + (alpha / r) A B.
 

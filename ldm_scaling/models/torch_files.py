@@ -32,7 +32,7 @@ class _Refused(Exception):
 
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 # Keys under which training programs keep the weights beside other things.
-_WRAPPERS = ("state_dict", "teacher", "model")
+_WRAPPERS = ("state_dict", "teacher", "model", "params_ema", "params")
 # What published checkpoints hold beside their tensors (Stable Diffusion's .ckpt, DINO's full ones).
 # Objects of these names are replaced by empty ones; any other name is refused by torch.
 _BOOKKEEPING = (
@@ -65,8 +65,8 @@ def _remedy(path: Path, load: str) -> str:
 def read_pth(path: str | os.PathLike[str]) -> FlatTensors:
     """The tensors of a .pth, .pt, .bin or .ckpt file, by torch with `weights_only=True`.
 
-    A table kept under "state_dict", "teacher" or "model" is taken out of there. Without torch a
-    file in the format of before 1.6 is read by `read_legacy_pth`.
+    A table kept under "state_dict", "teacher", "model", "params_ema" or "params" is taken out of
+    there. Without torch a file in the format of before 1.6 is read by `read_legacy_pth`.
 
     Raises `UserError` for another kind of file, one that holds more than tensors or is broken, a
     TorchScript archive, and when torch is needed and missing.

@@ -12,9 +12,9 @@ from typing import Any
 from etils import epath
 from matplotlib.axes import Axes
 
-from ldm_scaling import files
+from ldm_scaling import __version__, files
 from ldm_scaling.errors import UserError
-from ldm_scaling.study import labels
+from ldm_scaling.study import curves, labels
 from ldm_scaling.study.plot_style import INK, SOFT
 from ldm_scaling.study.records import Record
 
@@ -60,7 +60,7 @@ def path_of(
     workdir: epath.Path, task: str, reference_hash: str, seed_block: int, num_images: int
 ) -> epath.Path:
     """Where they lie in a workdir."""
-    name = files.sha256_of([task, reference_hash, seed_block, num_images])
+    name = files.sha256_of([task, reference_hash, seed_block, num_images, __version__])
     return epath.Path(workdir) / FOLDER / f"{task}_{name[:8]}.json"
 
 
@@ -102,22 +102,29 @@ def of_records(workdir: epath.PathLike, records: Sequence[Record]) -> Baselines 
 
 
 def sentences(baselines: Baselines, records: Sequence[Record], metric: str) -> list[str]:
-    """How the largest member's best reported record compares with them, in a sentence."""
+    """How the largest member compares with them after the longest fine-tuning, at the most steps of
+    the first sampler, in a sentence. Nothing is picked by what it scored."""
     sign = labels.measure(metric).sign
     fit = [r for r in records if baselines.fits(r) and metric in r.intervals
            and r.identity.seed_block == baselines.seed_block]
     if not fit or metric not in baselines.metrics[GIVEN]:
         return []
     largest = max(r.params for r in fit)
-    best = min((r for r in fit if r.params == largest), key=lambda r: sign * r.metrics[metric])
+    order = curves.samplers(fit)
+    best = max(
+        (r for r in fit if r.params == largest),
+        key=lambda r: (r.identity.train_step, -order.index(r.identity.sampler), r.identity.steps),
+    )
     i, short = best.identity, labels.measure(metric).short
     better = sign * (baselines.metrics[GIVEN][metric] - best.metrics[metric]) > 0
+    (low, high), (least, most) = best.intervals[metric], baselines.intervals[GIVEN][metric]
+    sure = "" if high < least or most < low else ", which the intervals leave open"
     said = (
         f"{labels.task(baselines.task)}: {i.model} reaches {short} "
         f"{labels.number(best.metrics[metric])} {labels.interval(*best.intervals[metric])} in "
         f"{i.steps} steps after {i.train_step:,} steps of fine-tuning, "
         f"{'better' if better else 'worse'} than the condition {GIVEN} and enlarged, "
-        f"{baselines.value(GIVEN, metric)}"
+        f"{baselines.value(GIVEN, metric)}{sure}"
     )
     if AUTOENCODER in baselines.metrics:
         said += f"; real pictures through the {AUTOENCODER} have "

@@ -54,13 +54,19 @@ _CLASS_SAMPLES = 1_000_000
 @dataclasses.dataclass(frozen=True, eq=False)
 class Taught:
     """A study's members under DreamBooth. As `Materials`, parts are made when first asked for, and
-    all processes must ask together; `Taught(materials.own)` are a process's own.
+    all processes must ask together; `own` are a process's own.
 
     Attributes:
       materials: of the study.
     """
 
     materials: Materials
+
+    @functools.cached_property
+    def own(self) -> Taught:
+        """The same on this process's devices; kept, for what draws compiles once."""
+        own = self.materials.own
+        return self if own is self.materials else Taught(own)
 
     @property
     def config(self) -> DreamBooth:
@@ -104,12 +110,13 @@ class Taught:
         )
         _ = self.text
         for member in study.members:
-            shapes = unet.param_shapes(m.spec(member))
+            shapes = {"unet": unet.param_shapes(m.spec(member))}
+            if self.text is not None:
+                shapes["text"] = self.text.params
             if c.lora_rank:
-                targets = c.lora_targets or lora.UNET_TARGETS
                 jax.eval_shape(
-                    lambda shapes=shapes, targets=targets: lora.init(
-                        shapes, c.lora_rank, jax.random.key(0), targets
+                    lambda shapes=shapes: task_lib.begin(
+                        shapes, c.lora_rank, jax.random.key(0), c.lora_targets
                     )
                 )
         _ = self.subjects
@@ -134,8 +141,11 @@ class Taught:
         """Of what is drawn, and how."""
         sample = {k: v for k, v in dataclasses.asdict(self.config.sample).items()
                   if k != "num_images"}
-        prompts = sorted({s.prompts for s in self.subjects})
-        return files.sha256_of([sample, self.config.images_per_prompt, prompts])
+        decides = [sample, self.config.images_per_prompt,
+                   sorted({s.prompts for s in self.subjects})]
+        if self.config.classes:  # Those that a folder says stay as they are.
+            decides.append(sorted(self.config.classes))
+        return files.sha256_of(decides)
 
     def drawn_folder(self, member: str, taught: bool) -> epath.Path:
         """Of what a member draws for the subjects' prompts, before or after it is taught."""
@@ -178,6 +188,10 @@ class Taught:
             return encoders.latent_encoder_from(m.study.weights, self.config.train.compute_dtype)
         return m.networks.autoencoder()
 
+    @functools.cached_property
+    def _encode(self) -> Any:
+        return jax.jit(self._encoder.encode)
+
     def pretrained(self, member: str) -> dict[str, Any]:
         """The networks that are taught, as they were, on the mesh."""
         networks = {"unet": self.materials.member_params(member)}
@@ -204,7 +218,8 @@ class Taught:
         drawer = self.drawer(member)
         if self.text is None:
             return drawer, self.materials.states(texts)
-        ctx_PLD = self.text.states(networks["text"], ["", *texts])
+        # Fetched: of several processes each reads by itself, whatever the shards.
+        ctx_PLD = self.text.states(placing.fetch(networks["text"]), ["", *texts])
         return drawer.without(ctx_PLD[0]), ctx_PLD[1:]
 
     def _draw(
@@ -243,7 +258,7 @@ class Taught:
         names = [folder / f"{i:05d}.png" for i in range(count)]
         with processes.lead_first("class pictures"):
             if not all(path.exists() for path in names):
-                own = Taught(self.materials.own)
+                own = self.own
                 own._draw(
                     member, own.pretrained(member), [text] * count, names,
                     [_CLASS_SAMPLES + i for i in range(count)], f"{member}, “{text}”",
@@ -266,7 +281,7 @@ class Taught:
             networks = placing.fetch(networks)
         with processes.lead_first("drawn pictures"):
             if not all(path.exists() for path in names):
-                own = Taught(self.materials.own)
+                own = self.own
                 if networks is None:
                     networks = own.pretrained(member)
                 elif processes.several():
@@ -284,12 +299,12 @@ class Taught:
         """Posteriors of pictures, `mean` and `logvar` (N, h, w, C)."""
         encoder, mesh = self._encoder, self.materials.own.mesh
         params = placing.replicate(mesh, placing.fetch({"encoder": encoder.params["encoder"]}))
-        run, out = jax.jit(lambda p, x: encoder.encode(p, x)), []
+        out = []
         size = mesh_lib.rounded(min(_ENCODED, len(images_NHWC)), mesh)
         for start in range(0, len(images_NHWC), size):
             some = images_NHWC[start : start + size]
             x = pictures.from_uint8(some[np.arange(size) % len(some)])
-            found = placing.fetch(run(params, placing.put_batch(mesh, x)))
+            found = placing.fetch(self._encode(params, placing.put_batch(mesh, x)))
             out.append((found.mean[: len(some)], found.logvar[: len(some)]))
         mean, logvar = map(np.concatenate, zip(*out))
         return {"mean": mean, "logvar": logvar}
@@ -349,7 +364,7 @@ class Taught:
         folder = self.run_folder(member, subject)
         marker = folder / _MARKER
         if marker.exists() and json.loads(marker.read_text())["hash"] != self._mark(subject):
-            drawn = self.drawn_folder(member, True) / subject.name
+            drawn = self.root / member / "after_*" / subject.name
             raise UserError(
                 f"{member} was taught {subject.name} by other pictures, or as another class, than "
                 f"{subject.images.root} holds now: restore them, or remove {folder} and {drawn}"
@@ -388,7 +403,9 @@ class Taught:
         abstract = step.abstract_state(task.init, run, self.materials.mesh)
         with loop.checkpoints_of(folder, run) as checkpoints:
             average = checkpoints.restore_average(abstract)
-        if self.config.lora_rank and hosts.is_lead():
-            levels = len(self.materials.spec(member).channel_mults)
-            lora.save(folder / "lora.safetensors", placing.fetch(average), levels)
+        if self.config.lora_rank:
+            adapters = placing.fetch(average)  # By all: a process may lack a shard.
+            if hosts.is_lead():
+                levels = len(self.materials.spec(member).channel_mults)
+                lora.save(folder / "lora.safetensors", adapters, levels)
         return task_lib.whole(average, task.frozen)

@@ -234,11 +234,11 @@ def _group(
     found: Mapping[str, Path],
 ) -> dict[str, Score]:
     images, real, against = task.generated, {}, {}
-    if rows[0].definition.needs == "lpips":
+    if rows[0].definition.needs in catalog.PAIRED:
         # In the generated images' order.
         folder = pairs.match(task.real.folder, images.folder)
         images = PairSet(images, dataclasses.replace(task.real, folder=folder))
-        evaluate_checks.sides(rows[0], task.generated)
+        evaluate_checks.sides(rows, task.generated)
         same = _Against(None, images.second.list_hash, len(images), str(folder.root))
         against = {row.metric: same for row in rows}
     else:

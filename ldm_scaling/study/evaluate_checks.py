@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ldm_scaling.errors import UserError
+from ldm_scaling.metrics import catalog, fidelity
 from ldm_scaling.models import lpips
 from ldm_scaling.study import references
 from ldm_scaling.study.features import ImageSet
@@ -23,11 +24,13 @@ _LEAST = {"inception_score": 10, "precision": 4, "recall": 4, "density": 6, "cov
           "fid": 2, "fid_infinity": 2, "fd_dinov2": 2, "kid": 2}  # fmt: skip
 # The fewest generated ones, where that is another number.
 _LEAST_GENERATED = {"fid_infinity": 5001}
+# Pixels that a side of a pair needs; 1 for those that are not here.
+_SIDES = {"lpips": lpips.MIN_SIDE, "ssim": fidelity.WINDOW, "ssim_y": fidelity.WINDOW}
 
 
 def takes_real(row: Row) -> bool:
     """Whether a score holds images against real ones."""
-    return row.definition.needs == "lpips" or row.definition.against in _REAL
+    return row.definition.needs in catalog.PAIRED or row.definition.against in _REAL
 
 
 def counts_and_kinds(rows: Sequence[Row], task: Task) -> None:
@@ -39,7 +42,7 @@ def counts_and_kinds(rows: Sequence[Row], task: Task) -> None:
     """
     for row in rows:
         against, real = row.definition.against, task.real
-        paired = row.definition.needs == "lpips"
+        paired = row.definition.needs in catalog.PAIRED
         least = _LEAST.get(row.metric, 1)
         _check_count(row, _LEAST_GENERATED.get(row.metric, least), task.generated, "images")
         if takes_real(row) and isinstance(real, ImageSet):
@@ -84,18 +87,20 @@ def _check_count(row: Row, least: int, images: ImageSet, what: str) -> None:
         )
 
 
-def sides(row: Row, images: ImageSet) -> None:
-    """Before distances of pairs are worked out.
+def sides(rows: Sequence[Row], images: ImageSet) -> None:
+    """Before pairs are measured.
 
     Raises `UserError` for images that are too small.
     """
     shortest = [images.side or min(size) for size in images.folder.sizes]
     small = int(np.argmin(shortest))
-    if shortest[small] < lpips.MIN_SIDE:
-        raise UserError(
-            f"{images.folder.path(small)} is scored at {shortest[small]} px, and {row.name} needs "
-            f"{lpips.MIN_SIDE}: give larger images, or --side={lpips.MIN_SIDE} or more"
-        )
+    for row in rows:
+        least = _SIDES.get(row.metric, 1)
+        if shortest[small] < least:
+            raise UserError(
+                f"{images.folder.path(small)} is scored at {shortest[small]} px, and {row.name} "
+                f"needs {least}: give larger images, or --side={least} or more"
+            )
 
 
 def width(row: Row, file: Path, have: int, wanted: int) -> None:

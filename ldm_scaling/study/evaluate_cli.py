@@ -286,6 +286,8 @@ def _protocol(given, common, about, check: Callable[[], Any]) -> Task:
 
 def _draw(given, common, read: protocols.Given, about: dict[str, Any]) -> Path:
     """Draws with a study's network; returns the folder."""
+    if read.low is not None:
+        return _upscale(given, common, read, about)
     if read.captions is None:
         raise UserError(
             f"the images of {read.protocol.name} are not drawn here: draw them, give --images=DIR"
@@ -312,6 +314,30 @@ def _draw(given, common, read: protocols.Given, about: dict[str, Any]) -> Path:
     with lock, workdir.log_to_file():
         folder = protocol_images.folder_of(materials, drawing, read.captions)
         protocol_images.draw(materials, drawing, read.captions, folder)
+    return Path(os.fspath(folder))
+
+
+def _upscale(given, common, read: protocols.Given, about: dict[str, Any]) -> Path:
+    """Enlarges the protocol's low-resolution images with a fine-tuned member; returns the folder.
+    """
+    from ldm_scaling.study import upscale_cli, upscaling
+
+    if given.guidance not in (None, read.protocol.guidance):
+        raise UserError(f"--guidance={given.guidance:g}: {read.protocol.name} is without guidance")
+    tuned, workdir, study = upscale_cli.opened(common)
+    settings = upscaling.Settings(
+        upscale_cli.chosen(given.member, study.members),
+        given.sampler or read.protocol.sampler, given.steps or read.protocol.steps, 0,
+    )
+    way = upscaling.member(tuned, settings)
+    about["drawn"] = way.about | {"workdir": str(workdir.path)}
+    decides = [way.about, str(read.low.root), read.low.hashes]
+    name = f"{settings.member}_{settings.sampler}_{settings.steps}steps".replace(":", "-")
+    folder = workdir.path / "evaluate" / f"{name}_{files.sha256_of(decides)[:8]}"
+    lock = workdir.lock()
+    workdir.bind(study)
+    with lock, workdir.log_to_file():
+        upscaling.write(way, read.low, folder)
     return Path(os.fspath(folder))
 
 

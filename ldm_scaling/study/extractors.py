@@ -1,4 +1,5 @@
-"""The feature networks that scores are computed with, each from the weights on disk."""
+"""What scores are computed with: feature networks, from the weights on disk, and measures of pairs.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.files import sha256_of
+from ldm_scaling.metrics import fidelity
 from ldm_scaling.models import clip, clip_image, clip_text, dino, efficientnet, inception, lpips
 
 # What EfficientNet-Lite0 sees here: its own side, whatever the image's.
@@ -25,8 +27,8 @@ class Network:
     """A network in memory.
 
     Attributes:
-      run: uint8 images [H, W, 3], of any sizes, to layer -> features [N, D]; of LPIPS pairs
-        [2, H, W, 3].
+      run: uint8 images [H, W, 3], of any sizes, to layer -> features [N, D]; of LPIPS and of
+        `fidelity` pairs [2, H, W, 3].
       hash_of: hash of all that decides a layer's features.
       describe: a layer's name, for people.
     """
@@ -117,6 +119,39 @@ def _lpips(name: str, path: Path | None = None) -> Network:
     )  # fmt: skip
 
 
+# Layer to measure, and whether it is of the luma alone.
+_MEASURES = {
+    "psnr": (fidelity.psnr, False), "psnr_y": (fidelity.psnr, True),
+    "ssim": (fidelity.ssim, False), "ssim_y": (fidelity.ssim, True),
+}  # fmt: skip
+_MEASURED = "8 bits, no border left out"
+# dB, of two pictures that are the same: no mean takes in what is infinite.
+MOST_PSNR = 100.0
+
+
+def _fidelity() -> Network:
+    def run(pairs_BPHWC: np.ndarray) -> dict[str, np.ndarray]:
+        return {  # An SSIM is at most 1.
+            layer: np.minimum(
+                measure(pairs_BPHWC[:, 0], pairs_BPHWC[:, 1], luma), MOST_PSNR
+            )[:, None]
+            for layer, (measure, luma) in _MEASURES.items()
+        }
+
+    def describe(layer: str) -> str:
+        measure, luma = _MEASURES[layer]
+        over = "the luma of ITU-R BT.601, 16 to 235" if luma else "three colours"
+        how = f"window {fidelity.WINDOW}, sigma {fidelity.SIGMA}"
+        if measure is fidelity.psnr:
+            how = f"{MOST_PSNR:g} dB for two that are the same"
+        return f"{over}, {_MEASURED}, {how}"
+
+    return Network(
+        functools.partial(_by_size, run), lambda layer: sha256_of([layer, describe(layer)]),
+        describe,
+    )
+
+
 # What tells the models of CLIP apart.
 _SIZES = ("side", "patch", "width", "layers")
 _CLIP_RESIZER = "Pillow's bicubic, short side, centre, 8 bits"
@@ -152,6 +187,7 @@ EXTRACTORS: dict[str, Extractor] = {
             ("vgg_shift_tolerant", ()),
         )
     },
+    "fidelity": Extractor((), "none", _fidelity),
 }  # fmt: skip
 
 

@@ -240,10 +240,15 @@ class FineTuned:
 
     # Training.
 
+    @functools.cached_property
+    def _held_out(self) -> Examples:
+        """The fixed part of the validation split that validation losses are computed on."""
+        return self.examples(self.materials.some("validation", VALIDATION_EXAMPLES))
+
     def task(self, member: str) -> Task:
         """What a member's run trains."""
         m = self.materials
-        examples = self.examples(m.some("validation", VALIDATION_EXAMPLES))
+        examples = self._held_out
         shown = np.concatenate([examples.given_NHWC, examples.image_NHWC], axis=2)
         channels = self.spec(member).in_channels - m.spec(member).in_channels
 
@@ -264,6 +269,17 @@ class FineTuned:
             "fine-tuned", lambda: set(self.config.steps) <= set(checkpoint.steps_of(folder))
         )
 
+    def passed(self, member: str) -> list[int]:
+        """Steps to be measured that a member's run has left behind without a checkpoint; all
+        processes hear the same."""
+        folder = self.folder(member) / "checkpoints"
+
+        def found() -> list[int]:
+            have = checkpoint.steps_of(folder)
+            return [s for s in self.config.steps if s not in have and s < max(have, default=0)]
+
+        return processes.from_lead("passed", found)
+
     # Measuring.
 
     @functools.cached_property
@@ -277,7 +293,8 @@ class FineTuned:
             found = network.features(images)
             return found[LAYER], network.logits(found["head"])
 
-        path = m.workdir / "reference" / f"{self.config.task}_{extractor[:8]}.npz"
+        cut = f"_of_{self.config.source_side}" if self.config.source_side else ""
+        path = m.workdir / "reference" / f"{self.config.task}{cut}_{extractor[:8]}.npz"
         with processes.lead_first("reference of restored pictures"):
             if not path.exists():
                 moments.save(path, self._reference(trunk_and_logits), extractor)
@@ -289,7 +306,9 @@ class FineTuned:
 
     def _reference(self, trunk_and_logits: Any) -> moments.Moments:
         """Of all validation pictures, cut as the drawn ones are."""
-        images, out = self.source("validation"), []
+        # Without a cut they are the study's own, which need no conditions made.
+        cut, out = self.config.source_side, []
+        images = self.source("validation") if cut else self.materials.source("validation", "image")
         count = len(images)
         with files.progress(count, "features of real pictures", "picture") as bar:
             for start in range(0, count, _BATCH):

@@ -183,7 +183,8 @@ def sampler(name: str) -> str:
 
 def task(name: str) -> str:
     """A task's name for titles."""
-    return {"super_resolution": "Super-resolution"}.get(name, name.replace("_", " ").capitalize())
+    spelt = {"super_resolution": "Super-resolution", "jpeg_restoration": "JPEG restoration"}
+    return spelt.get(name, name.replace("_", " ").capitalize())
 
 
 def file_name(sampler: str) -> str:

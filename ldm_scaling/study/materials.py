@@ -209,9 +209,11 @@ class Materials:
 
     @functools.cached_property
     def pretrained(self) -> Materials:
-        """Of the study whose members are fine-tuned here, see `config.FineTune`."""
+        """Of the study whose members are fine-tuned here, see `config.FineTune`; on the devices of
+        this one, which may be others than they were trained on."""
         workdir = Workdir(self.study.finetune.pretrained)
-        return Materials(workdir.last_config(), workdir)
+        study = dataclasses.replace(workdir.last_config(), mesh=self.study.mesh)
+        return Materials(study, workdir)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

@@ -64,7 +64,7 @@ _OWN = "an autoencoder trained in this study"
 def model_hash(study: Study, member: str) -> str:
     """Hash of all that decides a member's parameters, and of its network."""
     # The sizes of published networks are among their files.
-    spec = None if study.weights or study.finetune.pretrained else zoo.get(member).spec
+    spec = None if study.weights else zoo.get(member).spec
     return files.sha256_of([study.training_hash(member), spec])
 
 

@@ -109,7 +109,7 @@ _TABLE = (
     Protocol(
         "div2k-sr", None, 512, image_folder.SQUARE,
         "the high-resolution crops that the images were made from", 3_000,
-        ("lpips", "fid", "is"), "ddim", 50, 1.0,
+        ("lpips", "psnr", "ssim", "fid", "is"), "ddim", 50, 1.0,
         {
             "captions": "none: images are drawn from low-resolution images",
             "side": "512 from 128: StableSR (arXiv 2305.07015), its DIV2K test pairs",
@@ -117,7 +117,8 @@ _TABLE = (
             "reference": f"{_PAPER}, section 3.2: 3,000 random crops of DIV2K's validation images, "
             "degraded as Real-ESRGAN does (arXiv 2107.10833)",
             "metrics": f"{_PAPER}, Fig. 4 and 17: FID, LPIPS, IS; which LPIPS it does not say, so "
-            "both are given",
+            "both are given. PSNR and SSIM: StableSR, over the luma (its authors, "
+            "github.com/IceClear/StableSR/issues/45); over RGB beside them",
             "sampler": f"{_PAPER}: DDIM, 50 steps, no guidance",
         },
     ),
@@ -161,6 +162,7 @@ class Given:
       caption_hash: of all prompts in order.
       real: folder of the real images; None where a file of statistics stands for them.
       bench: DreamBench's subjects and prompts; None for the other protocols.
+      low: low-resolution images, in the order of `real`; None but for super-resolution.
     """
 
     protocol: Protocol
@@ -170,6 +172,7 @@ class Given:
     caption_hash: str | None
     real: ImageFolder | None
     bench: DreamBench | None = None
+    low: ImageFolder | None = None
 
     def about(self) -> dict[str, Any]:
         """For the record."""
@@ -224,16 +227,18 @@ def _coco(protocol, data, limit, with_real, texts) -> Given:
 
 
 def _div2k(protocol, data, limit, with_real, texts) -> Given:
-    real = pairs.read(data).high
+    both = pairs.read(data)
+    real, low = both.high, both.low
     if limit:
-        real = real.take(range(min(limit, len(real))))
+        some = range(min(limit, len(real)))
+        real, low = real.take(some), low.take(some)
     elif len(real) != protocol.reference_count:
         raise UserError(
             f"{data} holds {len(real):,} pairs, {protocol.name} is over "
             f"{protocol.reference_count:,}: give all, or try out with --limit=N"
         )
     _no_texts(protocol, texts)
-    return Given(protocol, data, limit, None, None, real)
+    return Given(protocol, data, limit, None, None, real, low=low)
 
 
 def _dreambench(protocol, data, limit, with_real, texts) -> Given:

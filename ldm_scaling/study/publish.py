@@ -88,7 +88,7 @@ def _fine_tuning(finetune: FineTune) -> str:
         f"{labels.task(finetune.task)}: each member, trained from text, sees the condition's "
         f"latents beside its own through weights that begin at zero, and is measured after "
         f"{lengths} steps of fine-tuning.{guided}{'.' if guided else ''} The Fréchet distance is "
-        "to all validation pictures; LPIPS, PSNR and SSIM are to each picture's own."
+        "to all validation pictures; ST-LPIPS, PSNR and SSIM are to each picture's own."
     )
 
 

@@ -92,6 +92,8 @@ def networks(study: Study, workdir: Workdir, mesh: Mesh) -> Networks:
         dtype = study.finetune.train.compute_dtype
         return encoders.latent_encoder_from(study.weights, dtype)
 
+    task = study.finetune.task
+    here = f"Only the fine-tuning for {task} was done here" if task else "Nothing was trained here"
     return Networks(
         spec=lambda member: folder.unet_spec if member == name else zoo.get(member).spec,
         params=lambda member: place(folder.unet_params()),
@@ -106,7 +108,7 @@ def networks(study: Study, workdir: Workdir, mesh: Mesh) -> Networks:
         require=lambda members: None,
         summary="A published latent diffusion model, its samplers compared at equal sampling cost.",
         about=(
-            f"Nothing was trained here: the U-Net, the autoencoder and the text encoder of {name} "
+            f"{here}: the U-Net, the autoencoder and the text encoder of {name} "
             f"are published weights (hash of their files {study.weights_hash}); none of them was "
             "trained on these pictures.",
         ),

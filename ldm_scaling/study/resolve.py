@@ -6,10 +6,9 @@ import dataclasses
 import os
 from pathlib import Path
 
-from ldm_scaling import files
 from ldm_scaling.config import Study
 from ldm_scaling.errors import UserError
-from ldm_scaling.study import datasets, networks, published, weight_files
+from ldm_scaling.study import datasets, published, weight_files
 from ldm_scaling.study.workdir import Workdir
 
 
@@ -45,12 +44,17 @@ def _with_pretrained(study: Study) -> Study:
             f"config: members={study.members}: {given} has trained no {', '.join(lacks)}, but "
             f"{', '.join(theirs.members)}"
         )
+    if theirs.weights:
+        raise UserError(
+            f"config: finetune.pretrained={given!r} draws with the published model in "
+            f"{theirs.weights} and has trained none: give --config.weights={theirs.weights} instead"
+        )
     if theirs.diffusion != study.diffusion:
         raise UserError(
             f"config: diffusion is {study.diffusion}, but the members in {given} were trained "
             f"with {theirs.diffusion}: give theirs"
         )
-    have = files.sha256_of([networks.model_hash(theirs, m) for m in study.members])
+    have = theirs.training_hash("")  # Of all that its members share: more may be fine-tuned later.
     wanted = study.finetune.pretrained_hash
     if wanted not in ("", have):
         raise UserError(

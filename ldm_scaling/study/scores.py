@@ -95,6 +95,11 @@ _ROWS = [
             "distance", "the shift-tolerant variant (arXiv 2207.13686); not LPIPS")
         for net in ("alex", "vgg")
     ),
+    *(
+        Row(f"{metric}_{short}", f"{metric.upper()} ({over})", layer, "fidelity", layer)
+        for metric in ("psnr", "ssim")
+        for short, over, layer in (("rgb", "RGB", metric), ("y", "Y", f"{metric}_y"))
+    ),
 ]  # fmt: skip
 SCORES = {row.name: row for row in _ROWS}
 # Several at once.
@@ -106,6 +111,9 @@ GROUPS = {
     "prdc": ("precision", "recall", "density", "coverage"),
     "clip_score": ("clip_score_b32", "clip_score_l14", "clip_score_g14"),
     "lpips": ("lpips_alex", "lpips_vgg"),
+    "stlpips": ("stlpips_alex", "stlpips_vgg"),
+    "psnr": ("psnr_rgb", "psnr_y"),
+    "ssim": ("ssim_rgb", "ssim_y"),
 }
 
 

@@ -22,7 +22,15 @@ from ldm_scaling.models import cost, efficientnet, lpips, text_encoder
 from ldm_scaling.parallel import hosts, processes
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling import solvers
-from ldm_scaling.study import dreambooth_scores, gallery, publish, resolve, sweep, weights
+from ldm_scaling.study import (
+    curves,
+    dreambooth_scores,
+    gallery,
+    publish,
+    resolve,
+    sweep,
+    weights,
+)
 from ldm_scaling.study import request as request_lib
 from ldm_scaling.study.dreambooth import Taught
 from ldm_scaling.study.finetuned import PERCEPTUAL, FineTuned
@@ -145,8 +153,9 @@ def train(materials: Materials) -> list[str]:
             train_member(materials, member)
     if finetune.task:
         materials.require_trained()
+        fine_tuned = FineTuned(materials)
         for member in study.members:
-            fine_tune_member(materials, member)
+            fine_tune_member(fine_tuned, member)
     return []
 
 
@@ -183,12 +192,19 @@ def train_member(materials: Materials, member: str) -> None:
              about=dataclasses.asdict(study))
 
 
-def fine_tune_member(materials: Materials, member: str) -> None:
+def fine_tune_member(fine_tuned: FineTuned, member: str) -> None:
     """A member for the image-conditioned task of the config, unless that is done."""
-    fine_tuned = FineTuned(materials)
     if fine_tuned.trained(member):
         return
-    study, run = materials.study, fine_tuned.config.run
+    if passed := fine_tuned.passed(member):
+        raise UserError(
+            f"member {member} is fine-tuned for {fine_tuned.config.task} beyond step {passed[0]} "
+            f"and no checkpoint was kept there: leave {passed[0]} out of finetune.budgets, or "
+            f"delete the later steps in {fine_tuned.folder(member) / 'checkpoints'} to have them "
+            "made anew"
+        )
+    materials, run = fine_tuned.materials, fine_tuned.config.run
+    study = materials.study
     loop.fit(
         fine_tuned.task(member), run, _loader(materials, fine_tuned.source("train"), run),
         fine_tuned.folder(member), materials.mesh, study.seed, about=dataclasses.asdict(study),
@@ -334,7 +350,7 @@ def dreambooth(materials: Materials) -> list[str]:
         for subject in taught.subjects:
             for after in (False, True):
                 taught.drawn(member, subject, after)
-    own = Taught(materials.own)
+    own = taught.own
     judged = dreambooth_scores.Scores(own, weights.folder(None))
     _ = judged.reference_hash  # Made while all processes are here.
 
@@ -379,7 +395,10 @@ def run_report(materials: Materials) -> str:
                 f"no record in {own.workdir / 'records'} is of this config's sweep: run  "
                 "ldm-scaling sweep  with the same --config and --workdir first"
             )
-        return publish.write(own, found or others, others if found else ())
+        if not found:  # A page is about networks of one length of training; figures are of all.
+            found = curves.longest(others)
+            others = [r for r in others if r not in found]
+        return publish.write(own, found, others)
 
     return processes.from_lead("report", write)
 
@@ -403,7 +422,8 @@ def _records(own: Materials, subjects: Sequence[Subject], reference_hash: str) -
 
 def study_all(materials: Materials) -> str:
     """All stages, in order."""
-    prepare(materials)
+    if not materials.study.finetune.pretrained:  # Whose members see no captions here.
+        prepare(materials)
     train(materials)
     sample(materials, drawer=materials.drawer)
     run_sweep(materials)

@@ -35,6 +35,8 @@ class Workdir:
         latents/, buckets/    the training and validation latents, square and of other aspects
         latent_scale.json     what latents are multiplied by: all that drawing needs of them
         models/NAME/          as autoencoder/, one folder a member
+        finetuned/TASK_HASH/  members trained further: NAME/ as autoencoder/; DreamBooth's has more
+        baselines/            what restored pictures are held against
         reference/            statistics of the real pictures, the caption probe
         records/KEY.json      one record per configuration
         features/KEY.npz      features of a racing sweep between its rounds

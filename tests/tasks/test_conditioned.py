@@ -159,6 +159,8 @@ def test_settings_that_contradict_each_other_are_refused():
         ({"budgets": (4, 2)}, "ascending"),
         ({"budgets": (2, 4), "train": Train(steps=5)}, "ends the run"),
         ({"task": "inpainting", "sweep": Sweep(guidance=(1.0, 3.0))}, "nothing to guide away"),
+        ({"task": "inpainting", "condition_dropout": 0.1,
+          "sweep": Sweep(guidance=(1.0, 3.0), strategy="racing")}, "do not race"),
         ({"pretrained": "runs/x"}, "say for what"),
         ({"condition_dropout": 1.0}, r"in \[0, 1\)"),
     ):

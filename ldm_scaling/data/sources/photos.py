@@ -58,9 +58,13 @@ class Photos:
     options: Options
     once: Once = dataclasses.field(default_factory=Once, compare=False, repr=False)
 
+    def files(self) -> list[str]:
+        """Paths of the images below the folder."""
+        return self.once.get(self._names)
+
     def parts(self) -> tuple[Part, ...]:
         """As `Collection.parts`."""
-        names = self.once.get(self._names)
+        names = self.files()
         return tuple(
             Part(f"{self.root.name}[{a}:{b}]", str(self.root), a, b)
             for a, b in listing.cut(len(names), self.options.part_size)
@@ -86,7 +90,7 @@ class Photos:
 
     def read(self, part: Part) -> Iterator[Pair]:
         """As `Collection.read`."""
-        for name in self.once.get(self._names)[part.start : part.stop]:
+        for name in self.files()[part.start : part.stop]:
             data, error = listing.contents(self.root / name)
             group = listing.key(photograph(name))
             yield Pair(listing.key(name), data, group=group, error=error)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from ldm_scaling.study import baselines, labels, plot_style, plots
 from ldm_scaling.study import curves as curves_lib
 from ldm_scaling.study.figures import rows
 from ldm_scaling.study.figures.source import Drawn, Source
+from ldm_scaling.study.records import Record
 
 FEW_STEPS = 20
 """Fig. 12 parts step counts here."""
@@ -63,7 +66,7 @@ def super_resolution(source: Source) -> dict[str, Drawn]:
 
 def dreambooth(source: Source) -> dict[str, Drawn]:
     """Fig. 6, in numbers: fidelity to subject and prompt of every size, at the most steps."""
-    records = source.distinct(source.of_task("dreambooth"))
+    records = source.distinct(_one_lesson(source.of_task("dreambooth")))
     measures = source.measures(records)
     sizes = curves_lib.models(records)
     panels = {}
@@ -88,6 +91,23 @@ def dreambooth(source: Source) -> dict[str, Drawn]:
     p = points[-1]
     fig.suptitle(f"DreamBooth, {labels.sampler(p.sampler)}, {p.steps} steps", x=0.01, ha="left")
     return {"": Drawn(fig, out)}
+
+
+def _one_lesson(records: Sequence[Record]) -> list[Record]:
+    """Those of one set of subjects and measures, where a workdir holds several (other subjects,
+    adapters beside full training): of the set that most sizes were taught, the first by its hash.
+    """
+    def lesson(r: Record) -> tuple[str, int]:
+        return r.identity.reference_hash, r.identity.train_step
+
+    taught: dict[tuple[str, int], dict[str, str]] = {}
+    for r in sorted(records, key=lambda r: r.identity.model_hash):
+        taught.setdefault(lesson(r), {}).setdefault(r.identity.model, r.identity.model_hash)
+    if not taught:
+        return []
+    chosen = min(taught, key=lambda k: (-len(taught[k]), -k[1], k))
+    return [r for r in records if lesson(r) == chosen
+            and r.identity.model_hash == taught[chosen][r.identity.model]]
 
 
 def by_size(ax, sizes) -> None:
