@@ -65,7 +65,7 @@ def get_config(arg: str = ""):
 
     tune.sample.steps = 20
     tune.sample.spacing = "trailing"
-    tune.sweep.steps = (2, 4, 8, 16, 32)
+    tune.sweep.steps = (2, 4, 8, 24)
     tune.sweep.num_images = 128
     tune.sweep.batch_size = 64
     tune.sweep.feature_side = 96
