@@ -17,6 +17,7 @@ COMMANDS = {
     "evaluate": "score any folder of images by FID and others, or by a published protocol",
     "pairs": "cut pairs for super-resolution and other conditions out of photographs",
     "upscale": "make pictures four times larger: bicubic, an ESRGAN, or a fine-tuned member",
+    "restore": "fill in, colour, sharpen or clean pictures by a fine-tuned member",
     "plan": "what a job will need on TPUs that are not here, by their own compiler",
     "cost": "parameters, FLOPs and measured seconds of each member on the device that is here",
     "advise": "which size, sampler, steps and guidance for a budget, from records",
@@ -28,7 +29,7 @@ OWN = {
     "evaluate": "ldm_scaling.study.evaluate_cli", "plan": "ldm_scaling.study.plan_cli",
     "cost": "ldm_scaling.study.cost_cli", "advise": "ldm_scaling.study.advise_cli",
     "figure": "ldm_scaling.study.figure_cli", "pairs": "ldm_scaling.study.pairs_cli",
-    "upscale": "ldm_scaling.study.upscale_cli",
+    "upscale": "ldm_scaling.study.upscale_cli", "restore": "ldm_scaling.study.restore_cli",
 }
 # Commands that work in a workdir, in this order; they may run as several processes.
 STAGES = tuple(c for c in COMMANDS if c not in ("zoo", "convert", *OWN))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.parallel import compiled, hosts
 from ldm_scaling.study.arguments import Parser, above_0, whole
 
-_COMMON = ("config", "workdir")
+COMMON = ("config", "workdir")
 _USAGE = """
   ldm-scaling upscale IN --to=DIR --by=bicubic               a picture, or a folder of them
   ldm-scaling upscale IN --to=DIR --by=RealESRGAN_x4plus.pth  a published network
@@ -31,13 +32,7 @@ def _parser() -> Parser:
     add("--to", metavar="DIR", help="the folder to make: PNG files named as what is given")
     add("--by", metavar="WAY", help="bicubic, or a file of an ESRGAN's weights: .pth, .safetensors "
         "or ncnn's .param")
-    add("--workdir", metavar="DIR", help="of a study whose members are fine-tuned for it")
-    add("--config", metavar="FILE[:argument]", help="of the study; the workdir knows the one that "
-        "was last used in it")
-    add("--member", metavar="NAME", help="the network")
-    add("--sampler", metavar="NAME", help="the config's finetune.sample's if not given")
-    add("--steps", type=above_0, metavar="N", help="how many; 50 if not given, as the paper")
-    add("--seed", type=whole, metavar="N", help="of the noise; 0 if not given")
+    add_drawing(add)
     return parser
 
 
@@ -51,7 +46,7 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
       UserError: for what the user can mend.
     """
     given, rest = _parser().parse_with_config(arguments)
-    values = {name: getattr(given, name) for name in _COMMON}
+    values = {name: getattr(given, name) for name in COMMON}
     common = parse([*(f"--{name}={value}" for name, value in values.items() if value), *rest])
     if not given.given or not given.to:
         raise UserError("upscale needs a picture and --to=DIR; see  ldm-scaling upscale --help")
@@ -64,7 +59,7 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     for name in drawn if given.by else ():
         if getattr(given, name) is not None:
             raise UserError(f"--{name} needs --workdir=DIR, not --by={given.by}")
-    pictures = _listing(given.given)
+    pictures = listing(given.given)
     hosts.use_cpu_cores()
     compiled.keep()
     from ldm_scaling.study import upscaling
@@ -74,6 +69,26 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
         way = upscaling.bicubic() if given.by == "bicubic" else upscaling.esrgan(given.by)
         print(upscaling.write(way, pictures, to))
         return
+    with drawing(common, given, enlarges=True) as way:
+        print(upscaling.write(way, pictures, to))
+
+
+def add_drawing(add: Callable[..., Any]) -> None:
+    """Adds the flags that say which member draws, and how."""
+    add("--workdir", metavar="DIR", help="of a study whose members are fine-tuned for it")
+    add("--config", metavar="FILE[:argument]", help="of the study; the workdir knows the one that "
+        "was last used in it")
+    add("--member", metavar="NAME", help="the network")
+    add("--sampler", metavar="NAME", help="the config's finetune.sample's if not given")
+    add("--steps", type=above_0, metavar="N", help="how many; 50 if not given, as the paper")
+    add("--seed", type=whole, metavar="N", help="of the noise; 0 if not given")
+
+
+@contextlib.contextmanager
+def drawing(common: Any, given: Any, enlarges: bool) -> Iterator[Any]:
+    """The way of the member that is named, while its workdir is held."""
+    from ldm_scaling.study import upscaling
+
     tuned, workdir, study = opened(common)
     settings = upscaling.Settings(
         chosen(given.member, study.members), given.sampler or study.finetune.sample.sampler,
@@ -82,7 +97,7 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     lock = workdir.lock()
     workdir.bind(study)
     with lock, workdir.log_to_file():
-        print(upscaling.write(upscaling.member(tuned, settings), pictures, to))
+        yield upscaling.member(tuned, settings, enlarges)
 
 
 def opened(common: Any) -> tuple[Any, Any, Any]:
@@ -105,7 +120,7 @@ def chosen(member: str | None, members: Sequence[str]) -> str:
     return member or members[0]
 
 
-def _listing(given: Sequence[str]) -> ImageFolder:
+def listing(given: Sequence[str]) -> ImageFolder:
     """One folder's images, or those named."""
     paths = [Path(path).expanduser() for path in given]
     folders = [path for path in paths if path.is_dir()]

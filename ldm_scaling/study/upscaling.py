@@ -1,5 +1,6 @@
 """Ways to make a picture of any size four times larger: bicubic interpolation, a network of
-ESRGAN's kind, and a member that was fine-tuned for super-resolution."""
+ESRGAN's kind, and a member that was fine-tuned for super-resolution; members of other
+image-conditioned tasks restore pictures in the same way."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ class Way:
     """One way.
 
     Attributes:
-      enlarge: uint8 pictures (N, h, w, 3) and their numbers (N,) to uint8 (N, 4 h, 4 w, 3).
+      enlarge: uint8 pictures (N, h, w, 3) and their numbers (N,) to uint8 (N, 4 h, 4 w, 3); of
+        other tasks to pictures of the same size, from (N, h, w, 4) with the mask behind, if any.
       batch: N at most.
       about: all that decides a pixel, for the manifest.
       check: raises `UserError` for a picture of a (height, width) that it does not take, or None.
@@ -125,20 +127,26 @@ class Settings:
     seed: int
 
 
-def member(tuned: FineTuned, settings: Settings) -> Way:
+def member(tuned: FineTuned, settings: Settings, enlarges: bool = True) -> Way:
     """A fine-tuned member, after its last step. What is larger than what it was trained on it
     draws on one canvas, by overlapping tiles at each step.
 
+    Args:
+      tuned: the members.
+      settings: how it draws.
+      enlarges: whether it is to be one for super-resolution, or one for another task.
     Raises:
       UserError: for a study without such members, a member that is none or not trained, and a
         sampler that does not take the steps.
     """
     m, config = tuned.materials, tuned.config
-    if config.task != TASK:
+    if not config.task or (config.task == TASK) != enlarges:
+        wanted = f"finetune.task={TASK!r}" if enlarges else "another finetune.task"
+        remedy = f"or use  ldm-scaling {'restore' if enlarges else 'upscale'}"
         raise UserError(
-            f"{m.workdir.path} holds no members that were fine-tuned for {TASK}, but "
-            f"{config.task or 'none at all'}: give the workdir of a study whose config has "
-            f"finetune.task={TASK!r}"
+            f"{m.workdir.path} holds members that were fine-tuned for "
+            f"{config.task or 'nothing'}: give the workdir of a study whose config has {wanted}"
+            f"{f', {remedy}' if config.task else ''}"
         )
     if settings.member not in m.study.members:
         raise UserError(
@@ -151,7 +159,7 @@ def member(tuned: FineTuned, settings: Settings) -> Way:
     params = tuned.params(settings.member, steps)
     upscaler = _Upscaler(tuned, settings.member, table.padded(), params, settings.seed)
     about = {
-        "by": settings.member, "trained": model_hash(m.study, settings.member),
+        "by": settings.member, "task": config.task, "trained": model_hash(m.study, settings.member),
         "tuned": config.hash, "train_step": steps, "sampler": table.name, "steps": settings.steps,
         "spacing": spacing or "", "seed": settings.seed,
     }
@@ -170,6 +178,7 @@ class _Upscaler:
         self._decode, self._key = m.decode, sampling_key(seed)
         self._step = m.study.data.side // m.frozen.latent_shape[0]
         self._tile = m.frozen.latent_shape[:2]
+        self._factor, self._masked = tuned.condition.scale, tuned.condition.masked
         self.batch = mesh_lib.rounded(_BATCH, m.mesh)
         null_LD = pad_context(m.frozen.null_ctx_LD.astype(np.float32), spec.context_dim)
         self._null_LD = null_LD
@@ -187,7 +196,7 @@ class _Upscaler:
 
     def check(self, size: tuple[int, int]) -> None:
         """Raises `UserError` for a picture that is smaller than a tile."""
-        least = math.ceil(self._tile[0] * self._step / FACTOR)
+        least = math.ceil(self._tile[0] * self._step / self._factor)
         if min(size) < least:
             raise UserError(
                 f"a picture of {size[0]}x{size[1]} pixels is smaller than the network's tile of "
@@ -196,10 +205,11 @@ class _Upscaler:
 
     def __call__(self, images_NhwC: np.ndarray, index_N: np.ndarray) -> np.ndarray:
         count, height, width = images_NhwC.shape[:3]
+        factor = self._factor
         # Latents are of whole blocks of pixels: what is short of one is filled up, and cut again.
-        unit = self._step // math.gcd(self._step, FACTOR)
+        unit = self._step // math.gcd(self._step, factor)
         fill = [(0, -height % unit), (0, -width % unit)]
-        alone = (FACTOR * height, FACTOR * width) == tuple(self._step * n for n in self._tile)
+        alone = (factor * height, factor * width) == tuple(self._step * n for n in self._tile)
         # A large picture has tiles enough of its own.
         rows = self.batch if alone else mesh_lib.rounded(1, self._mesh)
         if count > rows:
@@ -210,13 +220,16 @@ class _Upscaler:
         images = np.pad(images_NhwC, [(0, rows - count), *fill, (0, 0)], mode="edge")
         given = np.asarray(
             conditioned.enlarged(
-                images.astype(np.float32) / 127.5 - 1,
-                tuple(FACTOR * n for n in images.shape[1:3]),
+                images[..., :3].astype(np.float32) / 127.5 - 1,
+                tuple(factor * n for n in images.shape[1:3]),
             )
         )
         canvas = tuple(n // self._step for n in given.shape[1:3])
         made = Tiles(canvas, self._tile, int(_OVERLAP * self._tile[0]))
         seen = self._over(self._seen, given, made, inner=self._step)
+        if self._masked:
+            mask = images[:, :: self._step, :: self._step, 3:].astype(np.float32)
+            seen = np.concatenate([mask, seen], axis=-1)
         index = np.pad(np.asarray(index_N, np.int32), (0, rows - count), mode="edge")
         null_BLD = np.broadcast_to(self._null_LD, (rows, *self._null_LD.shape))
         put = functools.partial(placing.put_batch, self._mesh)
@@ -232,7 +245,11 @@ class _Upscaler:
                 "the network draws pictures that are not finite: use train.compute_dtype=float32, "
                 "or train anew"
             )
-        return pictures.to_uint8(out)[:, : FACTOR * height, : FACTOR * width]
+        out = pictures.to_uint8(out)[:, : factor * height, : factor * width]
+        if not self._masked:
+            return out
+        # What was seen stays as it is, pixel for pixel.
+        return np.where(images_NhwC[..., 3:] == 1, out, images_NhwC[..., :3])
 
     def _seen(self, x_BHWC: np.ndarray) -> np.ndarray:
         return placing.fetch(self._latents(self._encoder, placing.put_batch(self._mesh, x_BHWC)))
@@ -269,10 +286,20 @@ def stems(names: Sequence[str]) -> list[str]:
     return out
 
 
-def write(way: Way, given: ImageFolder, to: epath.PathLike) -> epath.Path:
+def write(
+    way: Way, given: ImageFolder, to: epath.PathLike,
+    read: Callable[[int], np.ndarray] | None = None, beside: Sequence[str] = (),
+) -> epath.Path:
     """Makes what is missing of a folder of enlarged pictures, as PNG; returns it.
 
     Picture i has the noise of sample number i.
+
+    Args:
+      way: how.
+      given: the pictures.
+      to: the folder.
+      read: number -> what the way is given of a picture; the picture itself if None.
+      beside: hashes of what `read` adds to them.
 
     Raises:
       UserError: for a folder that was made in another way, with what differs, for pictures that
@@ -280,7 +307,9 @@ def write(way: Way, given: ImageFolder, to: epath.PathLike) -> epath.Path:
     """
     to = epath.Path(to)
     hashes = dict(zip(given.names, given.hashes))
-    _bind(to, {"version": __version__, **way.about, "images": hashes})
+    about = {"version": __version__, **way.about, "images": hashes}
+    _bind(to, about | ({"beside": list(beside)} if beside else {}))
+    read = read or given.read
     targets = [to / f"{stem}.png" for stem in stems(given.names)]
     missing = [i for i, path in enumerate(targets) if not path.exists()]
     # Those of one size together: as many as the way takes.
@@ -288,12 +317,12 @@ def write(way: Way, given: ImageFolder, to: epath.PathLike) -> epath.Path:
     for i in missing:
         groups.setdefault(given.sizes[i], []).append(i)
     with files.progress(
-        len(targets), f"upscale, {way.about['by']}", "picture", initial=len(targets) - len(missing)
+        len(targets), f"drawing, {way.about['by']}", "picture", initial=len(targets) - len(missing)
     ) as bar:
         for places in groups.values():
             for start in range(0, len(places), way.batch):
                 some = places[start : start + way.batch]
-                images = {i: given.read(i) for i in some}
+                images = {i: read(i) for i in some}
                 for i, image in images.items():
                     try:
                         way.check(image.shape[:2])
@@ -324,7 +353,8 @@ def _bind(to: epath.Path, about: dict[str, Any]) -> None:
         raise UserError(f"cannot read {path} ({e}): name a new folder") from e
     for key in sorted({*have, *about}):
         if have.get(key) != about.get(key):
-            shown = "" if key == "images" else f" ({have.get(key)}, now {about.get(key)})"
+            shown = f" ({have.get(key)}, now {about.get(key)})"
+            shown = "" if key in ("images", "beside") else shown
             raise UserError(
                 f"{to} holds pictures that were made in another way, {key!r} differs{shown}: name "
                 "a new folder"
