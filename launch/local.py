@@ -195,11 +195,12 @@ class Launcher:
         while any(process.poll() is None for process in self.running):
             if not first:
                 first = first_failure(p.poll() or 0 for p in self.running)
+            # Those that were told to end have that signal: another would cut short what they do.
+            if self.asked is not None and deadline is None:
+                deadline = time.monotonic() + self.plan.saving
             if first and deadline is None:
                 self._send(signal.SIGTERM)
                 deadline = time.monotonic() + self.plan.grace
-            if self.asked is not None and deadline is None:
-                deadline = time.monotonic() + self.plan.saving
             if deadline is not None and time.monotonic() > deadline:
                 self._send(signal.SIGKILL)
             time.sleep(POLL_S)
