@@ -3,6 +3,8 @@ four times and measured after three lengths of fine-tuning.
 
     ldm-scaling study --config=configs/demo_sr.py --workdir=runs/sr
 
+Hours: about 24 minutes on two free cores. Expected: docs/finetuning.md has what it found.
+
 `configs/demo_sr.py:tiny` is one width in a minute or two, for tests: its pictures are noise.
 """
 

@@ -137,6 +137,7 @@ def draw(ax: Axes, baselines: Baselines | None, metric: str) -> None:
     if baselines is None:
         return
     low, high = sorted(ax.get_ylim())
+    at_edge = {True: 0, False: 0}
     for name, of in baselines.metrics.items():
         if metric not in of:
             continue
@@ -148,8 +149,13 @@ def draw(ax: Axes, baselines: Baselines | None, metric: str) -> None:
             text += " (above)" if value > high else " (below)"
         y = value if inside else (high if value > high else low)
         above = y < (low + high) / 2
+        lines = 0
+        if not inside:  # Below one another.
+            lines = at_edge[above]
+            at_edge[above] += 1
+        away = (3 + 10 * lines) * (1 if above else -1)
         ax.annotate(
-            text, (0.02, y), xycoords=("axes fraction", "data"), xytext=(0, 3 if above else -3),
+            text, (0.02, y), xycoords=("axes fraction", "data"), xytext=(0, away),
             textcoords="offset points", va="bottom" if above else "top", fontsize=8,
             color=INK if inside else SOFT,
         )

@@ -33,7 +33,7 @@ def super_resolution(source: Source) -> dict[str, Drawn]:
     mine = {m: curves[m, names[0]] for m in entries if (m, names[0]) in curves}
     steps = [p.steps for curve in mine.values() for p in curve]
     parts = [
-        (f"{min(few)} to {max(few)} steps", few)
+        (f"{min(few)} to {max(few)} steps" if few[1:] else f"{few[0]} steps", few)
         for few in (sorted(n for n in set(steps) if n <= FEW_STEPS),
                     sorted(n for n in set(steps) if n > FEW_STEPS)) if few
     ]
