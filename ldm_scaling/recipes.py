@@ -79,6 +79,61 @@ def text_to_image(member: str, arg: str = "") -> ml_collections.ConfigDict:
     return config
 
 
+def demo(name: str) -> ml_collections.ConfigDict:
+    """What configs/demo.py and others that go on from its networks share: all that decides these,
+    so that one workdir may serve several of them.
+
+    Pictures of 32 px composed of pictograms, an autoencoder and U-Nets that two CPU cores train in
+    a minute or two each, and a sweep of a few hundred configurations.
+
+    Args:
+      name: of the study.
+    """
+    config = config_lib.default()
+    config.name = name
+
+    config.data.side = 32
+    config.data.train_pictures = 10_000
+    config.data.validation_pictures = 2_000
+    config.data.text_length = 18
+
+    config.autoencoder.base_channels = 16
+    config.autoencoder.channel_mults = (1, 2, 2)
+    config.autoencoder.blocks_per_level = 1
+    config.autoencoder.groups = 8
+    run = config.autoencoder.train
+    run.steps = 1000
+    run.batch_size = 32
+    run.learning_rate = 2e-3
+    run.warmup_steps = 50
+    run.ema_decay = 0.995
+
+    config.diffusion.prediction = "v"
+    run = config.train
+    run.steps = 600
+    run.batch_size = 64
+    run.learning_rate = 2e-3
+    run.warmup_steps = 50
+    run.ema_decay = 0.995
+
+    for run in (config.autoencoder.train, config.train):
+        run.log_every = 20
+        run.validate_every = 200
+        run.checkpoint_every = 200
+        run.sample_every = 400
+
+    config.sample.steps = 20
+    config.sample.spacing = "trailing"
+    config.sample.guidance = 2.0
+    config.sweep.steps = (1, 2, 4, 10, 50)
+    config.sweep.guidance = (1.0, 2.0, 4.0, 8.0)
+    config.sweep.num_images = 128
+    config.sweep.batch_size = 64
+    config.sweep.feature_side = 96
+    config.sweep.spacing = "trailing"
+    return config
+
+
 def conditioned(task: str, arg: str = "") -> ml_collections.ConfigDict:
     """The fine-tuning of one member of Table 1 for an image-conditioned task, as section 3.2 of
     arXiv 2404.01367 has it for super-resolution.

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from ldm_scaling.errors import UserError
 
@@ -15,6 +17,24 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise UserError(f"{self.prog.split()[-1]}: {message}; see  {self.prog} --help")
+
+    def parse_with_common(
+        self, arguments: Sequence[str], parse: Callable[[list[str]], Any], names: Sequence[str]
+    ) -> tuple[argparse.Namespace, Any]:
+        """The flags, and those of them that are every command's, as `parse` reads these: a config
+        with its overrides, a workdir.
+
+        Args:
+          arguments: of the command.
+          parse: reads flags that belong to every command.
+          names: of those that this one has.
+        Raises:
+          UserError: for another argument that the parser does not know, or what `parse` refuses.
+        """
+        given, overrides = self.parse_with_config(list(arguments))
+        values = {name: getattr(given, name) for name in names}
+        flags = [f"--{name}={value}" for name, value in values.items() if value]
+        return given, parse([*flags, *overrides])
 
     def parse_with_config(
         self, arguments: list[str]

@@ -104,10 +104,7 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     Raises:
       UserError: for what the user can mend.
     """
-    given, rest = _parser().parse_with_config(arguments)
-    # A config reads its own overrides.
-    values = {name: getattr(given, name) for name in _COMMON}
-    common = parse([*(f"--{name}={value}" for name, value in values.items() if value), *rest])
+    given, common = _parser().parse_with_common(arguments, parse, _COMMON)
     if given.protocols:
         print(protocols.text())
         return

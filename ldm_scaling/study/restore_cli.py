@@ -44,9 +44,7 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     Raises:
       UserError: for what the user can mend.
     """
-    given, rest = _parser().parse_with_config(arguments)
-    values = {name: getattr(given, name) for name in COMMON}
-    common = parse([*(f"--{name}={value}" for name, value in values.items() if value), *rest])
+    given, common = _parser().parse_with_common(arguments, parse, COMMON)
     if not (given.given and given.to and common.workdir):
         raise UserError(
             "restore needs a picture, --to=DIR and --workdir=DIR; see  ldm-scaling restore --help"

@@ -45,9 +45,7 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     Raises:
       UserError: for what the user can mend.
     """
-    given, rest = _parser().parse_with_config(arguments)
-    values = {name: getattr(given, name) for name in COMMON}
-    common = parse([*(f"--{name}={value}" for name, value in values.items() if value), *rest])
+    given, common = _parser().parse_with_common(arguments, parse, COMMON)
     if not given.given or not given.to:
         raise UserError("upscale needs a picture and --to=DIR; see  ldm-scaling upscale --help")
     if bool(given.by) == bool(common.workdir):
