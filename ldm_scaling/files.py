@@ -77,6 +77,37 @@ def atomic_write_text(path: epath.PathLike, text: str) -> None:
     atomic_write_bytes(path, text.encode())
 
 
+def bind(folder: epath.PathLike, name: str, about: dict[str, Any], other: str) -> None:
+    """Ties a new folder to what decides its contents, or holds one that is there against it.
+
+    Args:
+      folder: made if need be.
+      name: of the JSON file in it.
+      about: all that decides the contents, JSON.
+      other: what to say of a folder of something else; `{key}` is the first that differs.
+    Raises:
+      UserError: for a folder of something else, and one that cannot be used.
+    """
+    path, about = epath.Path(folder) / name, json.loads(json.dumps(about))
+    if not path.exists():
+        if path.parent.exists() and any(path.parent.iterdir()):
+            raise UserError(f"{folder} is not empty, and holds no {name}: name a new folder")
+        atomic_write_text(path, json.dumps(about, indent=1) + "\n")
+        return
+    try:
+        have = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as e:
+        raise UserError(f"cannot use {path} ({e}): name a new folder") from e
+    for key in dict.fromkeys([*about, *have]):
+        was, now = have.get(key), about.get(key)
+        if was != now:
+            long = isinstance(was, (dict, list)) or isinstance(now, (dict, list))
+            shown = "" if long else f" ({was}, now {now})"
+            raise UserError(
+                f"{folder} holds {other.format(key=repr(key))}{shown}: name a new folder"
+            )
+
+
 def _plain(value: Any) -> Any:
     """JSON's view of dataclasses and numpy values; floats keep every digit."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

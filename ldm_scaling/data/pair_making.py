@@ -154,7 +154,7 @@ def make(request: Request, given: Photographs, to: str | os.PathLike[str]) -> Pa
     """
     to = Path(to).expanduser()
     wanted = json.loads(json.dumps(manifest(request, given)))
-    _bind(to, wanted)
+    files.bind(to, MANIFEST, wanted, "other pairs, they differ in {key}")
     folders = {"HR": to / pairs.HIGH[0], "LR": to / pairs.LOW[0]}
     if request.row.masked:
         folders[MASKS] = to / MASKS
@@ -186,24 +186,3 @@ def make(request: Request, given: Photographs, to: str | os.PathLike[str]) -> Pa
             pictures.save_png(folders["LR"] / stems[i], made.image)
             bar.update()
     return to
-
-
-def _bind(to: Path, wanted: dict[str, Any]) -> None:
-    """Writes the manifest into a new folder, or holds the one that is there against it."""
-    path = to / MANIFEST
-    try:
-        if not path.exists():
-            if to.exists() and any(to.iterdir()):
-                raise UserError(f"{to} is not empty, and holds no {MANIFEST}: name a new folder")
-            files.atomic_write_text(path, json.dumps(wanted, indent=1) + "\n")
-            return
-        have = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise UserError(f"cannot use {path} ({e}): name a new folder") from e
-    for key in wanted:
-        if have.get(key) != wanted[key]:
-            short = not isinstance(wanted[key], (dict, list))
-            shown = f" ({have.get(key)}, now {wanted[key]})" if short else ""
-            raise UserError(
-                f"{to} holds other pairs, they differ in {key!r}{shown}: name a new folder"
-            )

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -308,7 +307,8 @@ def write(
     to = epath.Path(to)
     hashes = dict(zip(given.names, given.hashes))
     about = {"version": __version__, **way.about, "images": hashes}
-    _bind(to, about | ({"beside": list(beside)} if beside else {}))
+    about |= {"beside": list(beside)} if beside else {}
+    files.bind(to, MANIFEST, about, "pictures that were made in another way, {key} differs")
     read = read or given.read
     targets = [to / f"{stem}.png" for stem in stems(given.names)]
     missing = [i for i, path in enumerate(targets) if not path.exists()]
@@ -337,25 +337,3 @@ def write(
                         pictures.save_png(targets[i], image)
                 bar.update(len(some))
     return to
-
-
-def _bind(to: epath.Path, about: dict[str, Any]) -> None:
-    """Writes the manifest into a new folder, or holds the one that is there against it."""
-    path, about = to / MANIFEST, json.loads(json.dumps(about))
-    if not path.exists():
-        if to.exists() and any(to.iterdir()):
-            raise UserError(f"{to} is not empty, and holds no {MANIFEST}: name a new folder")
-        files.atomic_write_text(path, json.dumps(about, indent=1) + "\n")
-        return
-    try:
-        have = json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-        raise UserError(f"cannot read {path} ({e}): name a new folder") from e
-    for key in sorted({*have, *about}):
-        if have.get(key) != about.get(key):
-            shown = f" ({have.get(key)}, now {about.get(key)})"
-            shown = "" if key in ("images", "beside") else shown
-            raise UserError(
-                f"{to} holds pictures that were made in another way, {key!r} differs{shown}: name "
-                "a new folder"
-            )
