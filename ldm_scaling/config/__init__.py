@@ -6,6 +6,7 @@ ConfigDict. The dataclasses are the reference of every key.
 """
 
 from ldm_scaling.config.data import OPENMOJI, Data, Prepare
+from ldm_scaling.config.distill import Consistency, Distill, Halving
 from ldm_scaling.config.dreambooth import DreamBooth
 from ldm_scaling.config.edge import default, parse
 from ldm_scaling.config.finetune import FineTune
@@ -14,6 +15,7 @@ from ldm_scaling.config.study import Study
 from ldm_scaling.config.training import AUTO, Autoencoder, Diffusion, Mesh, Train
 
 __all__ = [
-    "AUTO", "OPENMOJI", "Autoencoder", "Data", "Diffusion", "DreamBooth", "FineTune", "Mesh",
-    "Prepare", "Sample", "Study", "Sweep", "Train", "default", "parse",
+    "AUTO", "OPENMOJI", "Autoencoder", "Consistency", "Data", "Diffusion", "Distill", "DreamBooth",
+    "FineTune", "Halving", "Mesh", "Prepare", "Sample", "Study", "Sweep", "Train", "default",
+    "parse",
 ]

@@ -29,8 +29,8 @@ def default() -> ml_collections.ConfigDict:
     """The locked ConfigDict of all keys, at the paper's recipe where it gives one."""
     config = _to_dict(Study, Study())
     config.lock()
-    for sweep in (config.sweep, config.finetune.sweep):
-        sweep.max_steps.unlock()
+    for part in (config, config.finetune, config.consistency, config.halving):
+        part.sweep.max_steps.unlock()
     return config
 
 

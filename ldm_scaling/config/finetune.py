@@ -93,9 +93,12 @@ class FineTune:
     @property
     def hash(self) -> str:
         """Of all that decides a fine-tuned network but the pretrained one. A run may be made
-        longer, so its length is not part of it."""
+        longer, so its length is not part of it, unless the learning rate falls to its end."""
+        free = (*BOOKKEEPING, "caption_dropout")
+        if self.train.learning_rate_decay == "none":
+            free += ("steps",)
         run = {k: v for k, v in dataclasses.asdict(self.train).items()
-               if k not in (*BOOKKEEPING, "steps", "caption_dropout") and NEUTRAL.get(k) != v}
+               if k not in free and NEUTRAL.get(k) != v}
         decides: dict[str, Any] = {"task": self.task, "train": run}
         for name in ("source_side", "condition_dropout"):
             if getattr(self, name):

@@ -43,6 +43,11 @@ class Sample:
     def __post_init__(self):
         positive(self, "steps", "num_images")
 
+    @property
+    def table(self) -> tuple[str, int, str]:
+        """(sampler, steps, spacing)."""
+        return self.sampler, self.steps, self.spacing
+
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:

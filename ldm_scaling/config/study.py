@@ -8,6 +8,7 @@ from typing import Any
 from ldm_scaling import files
 from ldm_scaling.config.check import require
 from ldm_scaling.config.data import Data
+from ldm_scaling.config.distill import Consistency, Distill, Halving
 from ldm_scaling.config.dreambooth import DreamBooth
 from ldm_scaling.config.finetune import FineTune
 from ldm_scaling.config.measuring import Sample, Sweep
@@ -15,6 +16,7 @@ from ldm_scaling.config.training import (
     AUTO,
     BOOKKEEPING,
     NEUTRAL,
+    NEUTRAL_DIFFUSION,
     Autoencoder,
     Diffusion,
     Mesh,
@@ -35,8 +37,8 @@ class Study:
         member, under any name, and nothing is trained. Empty where members are trained.
       weights_hash: of the folder's files. Filled in when the folder is read; given, it is what
         they must have.
-      data, autoencoder, diffusion, train, mesh, sample, sweep, finetune, dreambooth: see their
-        classes.
+      data, autoencoder, diffusion, train, mesh, sample, sweep, finetune, consistency, halving,
+        dreambooth: see their classes.
     """
 
     name: str = "study"
@@ -53,6 +55,8 @@ class Study:
     sample: Sample = dataclasses.field(default_factory=Sample)
     sweep: Sweep = dataclasses.field(default_factory=Sweep)
     finetune: FineTune = dataclasses.field(default_factory=FineTune)
+    consistency: Consistency = dataclasses.field(default_factory=Consistency)
+    halving: Halving = dataclasses.field(default_factory=Halving)
     dreambooth: DreamBooth = dataclasses.field(default_factory=DreamBooth)
 
     def __post_init__(self):
@@ -77,11 +81,35 @@ class Study:
                  self.autoencoder.weights, "the members of finetune.pretrained bring their own "
                  "autoencoder: leave it out")
         same = ("select_block", "report_block", "more_blocks", "replicates")
-        theirs, ours = ([getattr(s, k) for k in same] for s in (self.finetune.sweep, self.sweep))
-        require(not self.finetune.task or theirs == ours, "finetune.sweep", theirs,
-                 f"its {', '.join(same)} must be those of sweep, {ours}: one page reports both")
+        parts = {"finetune": self.finetune.sweep} if self.finetune.task else {}
+        parts |= {d.NAME: d.sweep for d in self.distillations}
+        for name, sweep in parts.items():
+            theirs, ours = ([getattr(s, k) for k in same] for s in (sweep, self.sweep))
+            require(theirs == ours, f"{name}.sweep", theirs,
+                    f"its {', '.join(same)} must be those of sweep, {ours}: one page reports both")
+        for distill in self.distillations:
+            self._check(distill)
         if self.data.composed:
             self.check_counts(self.data.train_pictures, self.data.validation_pictures)
+
+    @property
+    def distillations(self) -> tuple[Distill, ...]:
+        """Those that there are."""
+        return tuple(d for d in (self.consistency, self.halving) if d.method)
+
+    def _check(self, distill: Distill) -> None:
+        name = distill.NAME
+        require(not self.finetune.task, f"{name}.method", distill.method,
+                f"with finetune.task={self.finetune.task!r}: fine-tuned members are not distilled; "
+                "give one of the two in a config, a workdir may serve several configs")
+        same = ("num_images", "feature_side")
+        theirs, ours = ([getattr(s, k) for k in same] for s in (distill.sweep, self.sweep))
+        require(theirs == ours, f"{name}.sweep", theirs,
+                f"its {' and '.join(same)} must be those of sweep, {ours}: students are compared "
+                "with their teachers")
+        wanted = distill.prediction or self.diffusion.prediction
+        require(wanted != "epsilon" or self.diffusion.schedule != "sd_zero_snr",
+                f"{name}.prediction", wanted, "the schedule ends in pure noise: v or x0")
 
     def check_counts(self, train: int, validation: int) -> None:
         """Raises `UserError` where there are too few pictures for the batches or the sweep.
@@ -102,6 +130,10 @@ class Study:
             sweeps.append(("finetune.sweep", sweep, (*chooses, *sweep.report_blocks)))
             if self.finetune.pretrained:
                 del sweeps[0]
+        for distill in self.distillations:
+            used = {stage.train for stage in distill.stages(self.diffusion.prediction)}
+            runs += [(f"{distill.NAME}.{key}", getattr(distill, key))
+                     for key in ("imitation", "train") if getattr(distill, key) in used]
         for name, run in runs:
             require(run.batch_size <= train, f"{name}.batch_size", run.batch_size,
                     f"more than the {train} pictures for training: lower it")
@@ -126,6 +158,9 @@ class Study:
             for name, value in NEUTRAL.items():
                 if run[name] == value:
                     del run[name]
+        for name, value in NEUTRAL_DIFFUSION.items():
+            if tree["diffusion"][name] == value:
+                del tree["diffusion"][name]
         tree["data"] = self.data.identity()
         weights, hash = (tree["autoencoder"].pop(name) for name in ("weights", "weights_hash"))
         if weights:

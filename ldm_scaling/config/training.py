@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from ldm_scaling.config import named
 from ldm_scaling.config.check import positive, require
 
 # A value of `Diffusion` that the weights of a published model decide.
@@ -15,18 +16,20 @@ BOOKKEEPING = (
     "profile_steps", "attention",
 )
 # Keys that decide numbers, but came later: at these values a run is what it was without them.
-NEUTRAL = {"micro_batches": 1, "moment_dtype": "float32"}
+NEUTRAL = {"micro_batches": 1, "moment_dtype": "float32", "learning_rate_decay": "none"}
+NEUTRAL_DIFFUSION = {"timesteps": "uniform", "weighting": "none"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """One training run: AdamW, linear warm-up then constant, EMA, clipping by global norm.
+    """One training run: AdamW, linear warm-up, then constant or falling, EMA, clipping by norm.
 
     Attributes:
       steps: optimiser steps.
       batch_size: examples a step, over all devices.
       learning_rate: after the warm-up.
       warmup_steps: steps of linear warm-up.
+      learning_rate_decay: `none`, or `linear`: from there to 0 at the last step.
       weight_decay: AdamW's, on kernels only.
       beta1, beta2: AdamW's.
       clip_norm: largest global norm of the gradient.
@@ -57,6 +60,7 @@ class Train:
     batch_size: int = 2_048
     learning_rate: float = 1e-4
     warmup_steps: int = 10_000
+    learning_rate_decay: str = "none"
     weight_decay: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.999
@@ -110,6 +114,11 @@ class Train:
         require(self.remat in ("none", "block"), "train.remat", self.remat, "choose none or block")
         require(self.attention in ("auto", "plain", "chunked", "splash", "cudnn"),
                  "train.attention", self.attention, "choose auto, plain, chunked, splash or cudnn")
+        require(self.learning_rate_decay in ("none", "linear"), "train.learning_rate_decay",
+                 self.learning_rate_decay, "choose none or linear")
+        require(self.learning_rate_decay == "none" or self.warmup_steps < self.steps,
+                 "train.warmup_steps", self.warmup_steps, f"below steps={self.steps}, or there is "
+                 "nothing left to fall over")
         require(self.moment_dtype in ("float32", "bfloat16"), "train.moment_dtype",
                  self.moment_dtype, "choose float32 or bfloat16")
         require(self.batch_size % self.micro_batches == 0, "train.micro_batches",
@@ -155,18 +164,29 @@ class Diffusion:
     """The noise and what the network predicts.
 
     Attributes:
-      schedule: `sd` (Stable Diffusion's) or `sd_zero_snr`; `auto` is what `Study.weights` says.
-      prediction: `epsilon`, `v` or `x0`; `auto` likewise.
+      schedule: `sd` (Stable Diffusion's), `sd_zero_snr`, `flow` (rectified flow) or `edm`, see
+        `diffusion.schedule`; `auto` is what `Study.weights` says.
+      prediction: `epsilon`, `v`, `x0` or `flow`; `auto` likewise.
+      timesteps: how often each is trained at: `uniform`, `shifted`, `logit_normal`, `mode` or
+        `log_normal`, see `diffusion.timesteps`. Validation is even over all, whatever this is.
+      weighting: of the loss by timestep: `none`, `min_snr`, `snr`, `sigma_sqrt` or `cosmap`, see
+        `diffusion.weighting`. Validation is not weighted.
+
+    All but prediction take options, as in `flow:shift=3`, see `config.named`.
     """
 
     schedule: str = "sd"
     prediction: str = "epsilon"
+    timesteps: str = "uniform"
+    weighting: str = "none"
 
     def __post_init__(self):
-        require(self.schedule in ("sd", "sd_zero_snr", AUTO), "diffusion.schedule", self.schedule,
-                 "choose sd or sd_zero_snr, or auto with weights")
-        require(self.prediction in ("epsilon", "v", "x0", AUTO), "diffusion.prediction",
-                 self.prediction, "choose epsilon, v or x0, or auto with weights")
+        if self.schedule != AUTO:
+            named.parse("diffusion.schedule", self.schedule, named.SCHEDULES)
+        named.parse("diffusion.timesteps", self.timesteps, named.TIMESTEPS)
+        named.parse("diffusion.weighting", self.weighting, named.WEIGHTINGS)
+        require(self.prediction in ("epsilon", "v", "x0", "flow", AUTO), "diffusion.prediction",
+                 self.prediction, "choose epsilon, v, x0 or flow, or auto with weights")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -313,8 +313,7 @@ def _pricing(
 
     def price(p: Point) -> float:
         record = cells[p.model, p.sampler, p.steps]
-        # After guided distillation the rate is an input of the network, and a call is one call.
-        guided = p.guidance != 1 and record.task != "guided_distillation"
+        guided = p.guidance != 1 and not record.told
         return costing.sampling(prices[p.model], record.calls, guided, unit, counted)
 
     return price, costing.label(unit, counted, device)

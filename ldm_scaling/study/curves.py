@@ -101,6 +101,18 @@ def longest(records: Sequence[Record]) -> list[Record]:
     return [r for r in records if r.identity.train_step == steps[r.identity.model]]
 
 
+def last_students(records: Sequence[Record]) -> list[Record]:
+    """Of students by halving, which are measured at each other's steps too, each cell's last."""
+    last: dict[tuple[str, Cell], int] = {}
+    for r in records:
+        cell = (r.task, (r.identity.model, r.identity.sampler, r.identity.steps))
+        last[cell] = max(last.get(cell, 0), r.identity.train_step)
+    return [
+        r for r in records if not r.student_steps or r.identity.train_step == last[
+            r.task, (r.identity.model, r.identity.sampler, r.identity.steps)]
+    ]
+
+
 def last_rounds(records: Sequence[Record]) -> list[Record]:
     """The records without those that a later round of the same race replaces: it holds their
     images and more."""

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from ldm_scaling import files, pictures
-from ldm_scaling.config import FineTune
+from ldm_scaling.config import FineTune, Train
 from ldm_scaling.data.conditions import table
 from ldm_scaling.data.conditions.source import ConditionedSource
 from ldm_scaling.data.loading.mixture import Mixture
@@ -72,11 +72,22 @@ class FineTuned:
     """
 
     materials: Materials
+    name: ClassVar[str] = "finetune"  # Of its part of the config.
 
     @property
     def config(self) -> FineTune:
         """What the members are fine-tuned for."""
         return self.materials.study.finetune
+
+    @property
+    def runs(self) -> dict[str, Train]:
+        """The config's runs that are used, by their keys."""
+        return {"finetune.train": self.config.train}
+
+    @property
+    def tables(self) -> list[tuple[str, int, str]]:
+        """(sampler, steps, spacing) of all that is drawn."""
+        return [self.config.sample.table, *sweep.tables(self.config.sweep)]
 
     # Networks.
 

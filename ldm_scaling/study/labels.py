@@ -183,7 +183,10 @@ def sampler(name: str) -> str:
 
 def task(name: str) -> str:
     """A task's name for titles."""
-    spelt = {"super_resolution": "Super-resolution", "jpeg_restoration": "JPEG restoration"}
+    spelt = {
+        "super_resolution": "Super-resolution", "jpeg_restoration": "JPEG restoration",
+        "consistency": "Consistency distillation",
+    }
     return spelt.get(name, name.replace("_", " ").capitalize())
 
 

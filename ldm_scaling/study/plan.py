@@ -25,6 +25,7 @@ from ldm_scaling.parallel import aot, chips, hlo
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.study import caching_cost, plan_parts, plan_remedies
 from ldm_scaling.study.plan_parts import Part
+from ldm_scaling.tasks.distillation import student
 
 GB = 1e9
 NOTES = (
@@ -96,6 +97,10 @@ def with_batch(study: Study, kind: str, batch: int | None) -> Study:
     """The config with another batch: of training, or as lanes of sampling and decoding."""
     if batch is None:
         return study
+    if kind == plan_parts.DISTILL:
+        distill, _ = plan_parts.stage_of(study)
+        train = dataclasses.replace(distill.train, batch_size=batch)
+        return plan_remedies.changed(study, distill.NAME, train=train)
     part = "sweep" if kind in ("sample", "decode") else "train"
     return plan_remedies.changed(study, part, batch_size=batch)
 
@@ -121,6 +126,11 @@ def make(
     if devices is None:
         devices = aot.topology(target.topology, target.num_slices)
     chip, shared = aot.chip_of(devices)
+    its_key = key(study, member, target, kind)
+    train = "train"
+    if kind == plan_parts.DISTILL:
+        train = f"{plan_parts.stage_of(study)[0].NAME}.train"
+        study = plan_parts.distilling(study)
     changed: dict[str, Any] = {}
     if study.mesh.data != -1 and study.mesh.data % target.num_slices:
         # Slices hold whole replicas: a config for one slice is spread over them.
@@ -129,6 +139,7 @@ def make(
     found, tried = _attempt(study, member, kind, devices, compile, None)
     if found is None:
         for remedy in plan_remedies.of(study, kind, devices):
+            remedy = remedy.of_run(train)
             found, row = _attempt(remedy.study, member, kind, devices, compile, remedy)
             tried, changed = tried + row, changed | remedy.keys
             if found:
@@ -143,7 +154,7 @@ def make(
         "seconds_per_step_bound": None, "days_bound": None, "chip_hours_bound": None,
         "mesh": None, "compile_seconds": None,
         "remedies": [f"--config.{k}={v}" for k, v in changed.items() if found],
-        "tried": tried, "key": key(study, member, target, kind), "versions": versions(),
+        "tried": tried, "key": its_key, "versions": versions(),
         "notes": list(NOTES),
     }
     if found is None:
@@ -180,6 +191,7 @@ def _attempt(
 def _batch(study: Study, kind: str) -> int | None:
     """What the config says; the caches' batches are none of its keys."""
     batches = {"train": study.train.batch_size, "encode": None, "text": None}
+    batches[plan_parts.DISTILL] = study.train.batch_size
     return batches.get(kind, study.sweep.batch_size)
 
 
@@ -282,6 +294,16 @@ def _of_kind(
             "analytic_flops": analytic, "flops_over_analytic": work.flops / analytic,
             "frozen_encoders_share_of_flops": share,
         }
+    if part.kind == plan_parts.DISTILL:
+        distill, stage = plan_parts.stage_of(study)
+        specs = plan_parts.distilled_specs(study, member)
+        analytic = student.flops_per_example(stage, distill, *specs) * part.examples / devices
+        days = study.train.steps * seconds / 86400
+        return {
+            "stage": stage.name, "steps": study.train.steps, "days_bound": days,
+            "chip_hours_bound": 24 * days * devices / shared,
+            "analytic_flops": analytic, "flops_over_analytic": work.flops / analytic,
+        }
     if part.kind == "sample":
         spec = plan_parts.spec_of(study, member)
         analytic = cost.gflops(spec) * 1e9 * 2 * part.examples / part.mesh.size
@@ -320,6 +342,8 @@ def key(study: Study, member: str, target: Target, kind: str) -> str:
         ("sweep", ("batch_size", "steps")),
     ):
         kept[part] = {name: tree[part][name] for name in names}
+    if kind == plan_parts.DISTILL:
+        kept["distill"] = dataclasses.asdict(plan_parts.stage_of(study)[0])
     spec = zoo.get(member).spec
     return files.sha256_of(
         [kept, member, spec, dataclasses.astuple(target), kind, code(), versions()]

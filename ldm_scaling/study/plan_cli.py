@@ -36,8 +36,9 @@ def _parser() -> Parser:
     add("--member", metavar="NAME", help="the network, where the config has several")
     add("--batch", type=above_0, metavar="N",
         help="examples a step; with --kind=sample, lanes of each process")
-    add("--kind", choices=("train", "sample", _ALL),
-        help="the train step alone; a guided row of the sampler; or these, the autoencoder's "
+    add("--kind", choices=("train", "sample", "distill", _ALL),
+        help="the train step alone; a guided row of the sampler; the step of a distillation's last "
+        "stage; or the first two, the autoencoder's "
         "encoder and decoder and the text encoder (without --all this is what is planned)")
     add("--format", choices=("text", "json"), default="text", help="how to print")
     add("--to", metavar="PATH", help="writes JSON to this file; with --all, the folder "
@@ -130,7 +131,7 @@ def _one(given: argparse.Namespace, study_of: Callable) -> list[dict]:
         print("the text encoder of data.text_weights is not read, and not planned", file=sys.stderr)
     plans = {}
     for kind in kinds:
-        batch = given.batch if kind == "train" or asked == "sample" else None
+        batch = given.batch if kind in ("train", "distill") or asked == "sample" else None
         plans[kind] = plan.make(plan.with_batch(study, kind, batch), member, target, kind)
     share = plan.frozen_share(plans) if len(plans) == len(plan_parts.KINDS) else None
     body: Any = plans[asked] if asked != _ALL else {

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_scaling.config import Study
+from ldm_scaling.config import Distill, Study
+from ldm_scaling.config.distill import Stage
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import autoencoder, text_encoder, unet, zoo
 from ldm_scaling.parallel import aot, hosts, rules
@@ -21,9 +22,12 @@ from ldm_scaling.study import caching, encoders
 from ldm_scaling.study.encoders import LatentEncoder
 from ldm_scaling.tasks import autoencoder as autoencoder_task
 from ldm_scaling.tasks import drawing, text_to_image
+from ldm_scaling.tasks.distillation import student
 from ldm_scaling.training import step as step_lib
 
 KINDS = ("train", "sample", "encode", "decode", "text")
+# Of a config that distils; its run stands in the place of `train`, see `distilling`.
+DISTILL = "distill"
 # Pictures and captions that the caches are made with at a time, see `caching`.
 _PICTURES, _CAPTIONS = 128, 256
 
@@ -33,7 +37,7 @@ class Part:
     """A program of a job.
 
     Attributes:
-      kind: one of `KINDS`.
+      kind: one of `KINDS`, or `DISTILL`.
       program: what `jax.jit` returned.
       args: its arguments as shapes with shardings.
       mesh: what one call runs on.
@@ -58,7 +62,7 @@ def build(study: Study, member: str, devices: list[jax.Device], kind: str) -> Pa
       study: the config.
       member: the network that is trained or drawn with.
       devices: of all processes.
-      kind: one of `KINDS`.
+      kind: one of `KINDS`, or `DISTILL`.
 
     Raises:
       UserError: for a config that does not fit its own networks or the devices.
@@ -69,7 +73,8 @@ def build(study: Study, member: str, devices: list[jax.Device], kind: str) -> Pa
             "for networks that are"
         )
     makers: dict[str, Callable] = {
-        "train": _train, "sample": _sample, "encode": _encode, "decode": _decode, "text": _text
+        "train": _train, "sample": _sample, "encode": _encode, "decode": _decode, "text": _text,
+        DISTILL: _distill,
     }
     return makers[kind](study, member, devices)
 
@@ -174,6 +179,69 @@ def _train(study: Study, member: str, devices: list[jax.Device]) -> Part:
         {
             "parameters": local_bytes(state.params), "optimiser": local_bytes(state.opt_state),
             "average": local_bytes(state.ema), "batch": local_bytes(batch),
+        },
+    )
+
+
+def stage_of(study: Study) -> tuple[Distill, Stage]:
+    """The distillation that is planned, the first that the config has, and its last stage, whose
+    network is the largest.
+
+    Raises:
+      UserError: for a config that distils nothing.
+    """
+    if not study.distillations:
+        raise UserError(
+            "--kind=distill: the config distils nothing: give one of configs/distill_*.py, or "
+            "--config.consistency.method=codi"
+        )
+    distill = study.distillations[0]
+    return distill, distill.stages(study.diffusion.prediction)[-1]
+
+
+def distilling(study: Study) -> Study:
+    """The config with the run of its distillation as `train`, which is planned as one."""
+    return dataclasses.replace(study, train=stage_of(study)[1].train)
+
+
+def distilled_specs(study: Study, member: str) -> tuple[unet.UNetSpec, unet.UNetSpec]:
+    """The last student's network, and its teacher's."""
+    distill, stage = stage_of(study)
+    own = spec_of(study, member)
+    told = dataclasses.replace(own, guidance_dim=distill.guidance_dim) if stage.told else own
+    return told, told if stage.kind == "halving" else own
+
+
+def _distill(study: Study, member: str, devices: list[jax.Device]) -> Part:
+    """One step of a distillation's last stage, see `tasks.distillation`; `study` is that of
+    `distilling`, whose remedies are in `train`."""
+    train, mesh = study.train, mesh_of(study, devices)
+    distill, stage = stage_of(study)
+    stage = dataclasses.replace(stage, train=train)
+    spec, teacher_spec = distilled_specs(study, member)
+    mesh_lib.check_batch(mesh, train.batch_size, f"{distill.NAME}.train.batch_size")
+    context = context_shape(study, spec)
+    examples, uncond = student.examples_fn(stage, spec, 1.0, np.zeros(context, np.float32))
+    predicts = student.prediction_of(distill, study.diffusion)
+    loss = student.loss_fn(
+        stage, distill, study.diffusion, *student.networks(stage, spec, teacher_spec, mesh),
+        predicts, examples, uncond,
+    )
+    state = step_lib.abstract_state(functools.partial(unet.init, spec), train, mesh)
+    batch = text_to_image.batch_shapes(
+        train.batch_size, spec.latent_shape, context, study.data.latent_dtype, mesh
+    )
+    teacher: Any = ()
+    if student.has_teacher(stage, distill):
+        teacher = unet.param_shapes(teacher_spec)
+        teacher = _placed(teacher, rules.shardings(teacher, mesh))
+    return Part(
+        DISTILL, step_lib.make(loss, train, mesh, state, teacher), (state, batch, _key(), teacher),
+        mesh, train.batch_size, 1,
+        {
+            "parameters": local_bytes(state.params), "optimiser": local_bytes(state.opt_state),
+            "average": local_bytes(state.ema), "teacher": local_bytes(teacher),
+            "batch": local_bytes(batch),
         },
     )
 

@@ -27,6 +27,13 @@ class Remedy:
     keys: dict[str, Any]
     study: Study
 
+    def of_run(self, name: str) -> Remedy:
+        """The same with keys of `train` said to be those of another run, such as
+        `consistency.train`."""
+        keys = {k.replace("train", name) if k.startswith("train.") else k: v
+                for k, v in self.keys.items()}
+        return dataclasses.replace(self, keys=keys)
+
     @property
     def flags(self) -> list[str]:
         """As a command line takes it."""
@@ -36,8 +43,9 @@ class Remedy:
 def of(study: Study, kind: str, devices: list[jax.Device]) -> Iterator[Remedy]:
     """Changes to try where a part does not fit, in order, each on top of those before it.
 
-    In training: the attention kernel, rematerialisation, all devices as shards, gradient
-    accumulation in 2, 4 and 8 parts, the optimiser's type. In sampling and decoding: fewer lanes.
+    In training, and distillation (`plan_parts.distilling`): the attention kernel,
+    rematerialisation, all devices as shards, gradient accumulation in 2, 4 and 8 parts, the
+    optimiser's type. In sampling and decoding: fewer lanes.
     """
     if kind in ("sample", "decode"):
         while study.sweep.batch_size % 2 == 0:
@@ -50,7 +58,7 @@ def of(study: Study, kind: str, devices: list[jax.Device]) -> Iterator[Remedy]:
                 return
             yield Remedy("lanes", {"sweep.batch_size": size}, study)
         return
-    if kind != "train":
+    if kind not in ("train", plan_parts.DISTILL):
         return
     if study.train.attention in ("plain", "chunked"):
         study = changed(study, "train", attention="splash")

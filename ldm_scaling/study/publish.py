@@ -10,8 +10,9 @@ import os
 from collections.abc import Sequence
 
 from ldm_scaling import __version__
-from ldm_scaling.config import FineTune
-from ldm_scaling.study import baselines, labels, report, reported
+from ldm_scaling.config import Distill, FineTune
+from ldm_scaling.sampling import solvers
+from ldm_scaling.study import baselines, labels, report, reported, students
 from ldm_scaling.study.baselines import Baselines
 from ldm_scaling.study.figures import beside, catalogue
 from ldm_scaling.study.figures.source import Source
@@ -71,6 +72,7 @@ def _context(materials: Materials, captions: Sequence[str]) -> dict:
         "protocol": [
             f"Timestep spacing: {sweep.spacing}.",
             *([_fine_tuning(finetune)] if finetune.task else []),
+            *(_distilling(d, study.diffusion.prediction) for d in study.distillations),
         ],
         "attribution": [d.attribution for d in materials.datasets if d.attribution],
         "config": json.loads(json.dumps(dataclasses.asdict(study))),
@@ -89,6 +91,28 @@ def _fine_tuning(finetune: FineTune) -> str:
         f"latents beside its own through weights that begin at zero, and is measured after "
         f"{lengths} steps of fine-tuning.{guided}{'.' if guided else ''} The Fréchet distance is "
         "to all validation pictures; ST-LPIPS, PSNR and SSIM are to each picture's own."
+    )
+
+
+_METHODS = {
+    "codi": "students are made consistent along their own steps and near the data (CoDi)",
+    "lcm": "students are told a guidance rate and made consistent along their teachers' guided "
+           "steps (LCM)",
+    "guided": "students are told a guidance rate and learn in one evaluation what the guided "
+              "teacher says in two; then each learns two steps of the one before in one",
+    "progressive": "each student learns two steps of the one before in one",
+}
+
+
+def _distilling(distill: Distill, prediction: str) -> str:
+    stages = distill.stages(prediction)
+    spacings = sorted({solvers.spacing_of(name) for name in distill.sweep.samplers})
+    trained = labels.listing([f"{s.train.steps:,}" for s in stages])
+    return (
+        f"{labels.task(distill.task)}: each member is the teacher of students of its own size, "
+        f"which start from it; {_METHODS[distill.method]}. Steps of training: {trained}. Students "
+        "are drawn for their teachers' prompts, from the same noise; timestep spacing: "
+        f"{distill.sweep.spacing or labels.listing(spacings)}."
     )
 
 
@@ -127,6 +151,8 @@ def write(materials: Materials, found: list[Record], others: Sequence[Record] = 
         log.info("skipped: %s", line)
     path = report.write(
         materials.workdir.path, found, figures, _context(materials, captions),
-        strips if here else None, others, _restored(held, [*found, *others]),
+        strips if here else None, others,
+        [*_restored(held, [*found, *others]),
+         *students.sentences([*found, *others], FRECHET, sweep.select_block, report_blocks)],
     )
     return os.fspath(path)

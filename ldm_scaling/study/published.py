@@ -83,17 +83,23 @@ def networks(study: Study, workdir: Workdir, mesh: Mesh) -> Networks:
 
     @functools.cache
     def autoencoder() -> encoders.LatentEncoder:
-        if not study.finetune.task:
+        further = [d.train for d in study.distillations]
+        if study.finetune.task:
+            further = [study.finetune.train]
+        if not further:
             raise UserError(
                 f"{name} is the published model in {study.weights}: nothing is trained in its "
                 "latents here; to train networks in them give --config.autoencoder.weights instead "
-                "of weights, to fine-tune it --config.finetune.task"
+                "of weights, to fine-tune it --config.finetune.task, to distil it "
+                "--config.consistency.method"
             )
-        dtype = study.finetune.train.compute_dtype
-        return encoders.latent_encoder_from(study.weights, dtype)
+        return encoders.latent_encoder_from(study.weights, further[0].compute_dtype)
 
-    task = study.finetune.task
-    here = f"Only the fine-tuning for {task} was done here" if task else "Nothing was trained here"
+    here = "Nothing was trained here"
+    if study.finetune.task:
+        here = f"Only the fine-tuning for {study.finetune.task} was done here"
+    if study.distillations:
+        here = "Only its distillation was done here"
     return Networks(
         spec=lambda member: folder.unet_spec if member == name else zoo.get(member).spec,
         params=lambda member: place(folder.unet_params()),

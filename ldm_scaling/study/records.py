@@ -22,12 +22,10 @@ FORMAT = 1
 NAME = re.compile(r"[0-9a-f]{16}\.json")
 """The name of a record's file, see `Identity.key`."""
 TEXT_TO_IMAGE = "text_to_image"
-DISTILLED = ("consistency", "guided_distillation")
+DISTILLED = ("consistency", "guided_distillation", "progressive_distillation")
 RESTORING = tuple(conditions.CONDITIONS)
 """Image-conditioned tasks, super-resolution first."""
-TASKS = (
-    TEXT_TO_IMAGE, *RESTORING, "dreambooth", *DISTILLED
-)
+TASKS = (TEXT_TO_IMAGE, *RESTORING, "dreambooth", *DISTILLED)
 """What networks of records are for."""
 
 
@@ -89,6 +87,8 @@ class Record:
         raced with nothing.
       task: what the network is for, of `TASKS`. A fine-tuned or distilled one's
         `identity.train_step` counts that training.
+      told: whether the network is told its guidance rate, so that a guided call is one evaluation.
+      student_steps: that halving was to reach; 0 of other networks.
     """
 
     identity: Identity
@@ -104,6 +104,8 @@ class Record:
     device: str
     round: int = 0
     task: str = TEXT_TO_IMAGE
+    told: bool = False
+    student_steps: int = 0
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -125,7 +127,8 @@ class Record:
         for name, (low, high) in self.intervals.items():
             row |= {f"{name}_low": low, f"{name}_high": high}
         return row | {"seconds_per_image": self.seconds_per_image, "device": self.device,
-                      "round": self.round, "task": self.task}
+                      "round": self.round, "task": self.task, "told": self.told,
+                      "student_steps": self.student_steps}
 
 
 def path_of(directory: epath.PathLike, key: str) -> epath.Path:
@@ -151,7 +154,8 @@ def _check(record: Record) -> None:
     """Raises `ValueError` or `TypeError` where a value is none that `write` wrote."""
     numbers = {
         name: getattr(record, name) for name in (
-            "base_channels", "params", "gflops", "norm_cost", "calls", "seconds_per_image", "round")
+            "base_channels", "params", "gflops", "norm_cost", "calls", "seconds_per_image", "round",
+            "student_steps")
     } | record.metrics
     for name, value in numbers.items():
         if not (isinstance(value, int | float) and math.isfinite(value)):

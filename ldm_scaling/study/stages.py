@@ -9,13 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from etils import epath
 
-from ldm_scaling import files, pictures
-from ldm_scaling.config import Study, Train
+from ldm_scaling import pictures
+from ldm_scaling.config import Study
 from ldm_scaling.data.composed import openmoji
 from ldm_scaling.data.conditions import pixels
-from ldm_scaling.data.loading import loader
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import cost, efficientnet, lpips, text_encoder
@@ -28,12 +26,15 @@ from ldm_scaling.study import (
     gallery,
     publish,
     resolve,
+    runs,
     sweep,
     weights,
 )
+from ldm_scaling.study import further as further_lib
 from ldm_scaling.study import request as request_lib
 from ldm_scaling.study.dreambooth import Taught
 from ldm_scaling.study.finetuned import PERCEPTUAL, FineTuned
+from ldm_scaling.study.further import Further
 from ldm_scaling.study.materials import SPLITS, Materials
 from ldm_scaling.study.progress import Progress
 from ldm_scaling.study.records import TEXT_TO_IMAGE, Record
@@ -42,7 +43,7 @@ from ldm_scaling.study.workdir import Workdir
 from ldm_scaling.tasks import autoencoder as autoencoder_task
 from ldm_scaling.tasks import text_to_image
 from ldm_scaling.tasks.drawing import Drawer
-from ldm_scaling.training import checkpoint, loop
+from ldm_scaling.training import loop
 
 log = logging.getLogger(__name__)
 
@@ -63,37 +64,33 @@ def check(study: Study, workdir: Workdir, measured: bool = True) -> Materials:
     for member in (*study.members, study.reference):
         materials.spec(member)
     pretrains = not (study.weights or study.finetune.pretrained)
-    runs = {"train": study.train} if pretrains else {}
+    trains = {"train": study.train} if pretrains else {}
     if pretrains and not study.autoencoder.weights:
-        runs["autoencoder.train"] = study.autoencoder.train
-    fine_tuned = FineTuned(materials) if study.finetune.task else None
-    if fine_tuned is not None:
-        fine_tuned.check()
-        runs["finetune.train"] = study.finetune.train
-    for name, run in runs.items():
+        trains["autoencoder.train"] = study.autoencoder.train
+    several = further_lib.of(materials)
+    for further in several:
+        further.check()
+        trains |= further.runs
+    for name, run in trains.items():
         mesh_lib.check_batch(materials.mesh, run.batch_size, f"config: {name}.batch_size")
-    sweeps = {"sweep": study.sweep} if pretrains or study.weights else {}
-    if fine_tuned is not None:
-        sweeps["finetune.sweep"] = study.finetune.sweep
-    for name, grid in sweeps.items():  # Of each process.
-        mesh_lib.check_batch(
-            materials.own.mesh, grid.batch_size, f"config: {name}.batch_size"
-        )
-    for name, run in runs.items():
         if run.batch_size % jax.process_count():
             raise UserError(
                 f"config: {name}.batch_size={run.batch_size} cannot be shared equally by "
                 f"{jax.process_count()} processes: use a multiple of them"
             )
     schedule = schedule_lib.get(study.diffusion.schedule)
-    samples = [study.sample] if fine_tuned is None else [study.sample, study.finetune.sample]
-    tables = [(sample.sampler, sample.steps, sample.spacing) for sample in samples]
-    for key, grid in sweeps.items():
+    tables = [study.sample.table]
+    grids = {"sweep": study.sweep} if pretrains or study.weights else {}
+    tables += [table for grid in grids.values() for table in sweep.tables(grid)]
+    for further in several:
+        tables += further.tables
+        grids[further.name] = further.config.sweep
+    for key, grid in grids.items():
+        # Of each process.
+        mesh_lib.check_batch(materials.own.mesh, grid.batch_size, f"config: {key}.batch_size")
         names = [solvers.canonical(name) for name in grid.samplers]
         if len(set(names)) < len(names):
             raise UserError(f"config: {key}.samplers={grid.samplers} names one of them twice")
-        tables += [(n, s, grid.spacing) for n in grid.samplers for s in grid.steps
-                   if s <= sweep.most_steps(grid, n)]
     for name, steps, spacing in tables:
         solvers.make(name, schedule, steps, study.diffusion.prediction, spacing)
     if measured:
@@ -103,7 +100,7 @@ def check(study: Study, workdir: Workdir, measured: bool = True) -> Materials:
             _ = materials.datasets
         text_encoder.load(study.data.text_length)
         efficientnet.load(study.sweep.feature_side)
-        if fine_tuned is not None:
+        if study.finetune.task:
             lpips.load(PERCEPTUAL)
             pixels.opencv()
     return materials
@@ -131,31 +128,20 @@ def cache_latents(materials: Materials) -> list[str]:
     return materials.caches.make(SPLITS)
 
 
-def _loader(materials: Materials, source, train):
-    data = materials.study.data
-    return functools.partial(
-        loader.train_loader, source, train.batch_size, seed=materials.study.seed,
-        process_index=jax.process_index(), process_count=jax.process_count(),
-        workers=data.workers, max_corrupt=data.max_corrupt,
-    )
-
-
 def train(materials: Materials) -> list[str]:
-    """The autoencoder, its latents, then every member. Returns what there is to tell."""
-    study, finetune = materials.study, materials.study.finetune
-    if study.weights and not finetune.task:
+    """The autoencoder, its latents, then every member; then what is made of members further.
+    Returns what there is to tell."""
+    study, several = materials.study, further_lib.of(materials)
+    if study.weights and not several:
         return [f"nothing to train: {study.members[0]} is the published model in {study.weights}"]
-    if not (study.weights or finetune.pretrained):
+    if not (study.weights or study.finetune.pretrained):
         prepare(materials)
         train_autoencoder(materials)
         cache_latents(materials)
         for member in study.members:
             train_member(materials, member)
-    if finetune.task:
-        materials.require_trained()
-        fine_tuned = FineTuned(materials)
-        for member in study.members:
-            fine_tune_member(fine_tuned, member)
+    for further in several:
+        further_lib.train(further)
     return []
 
 
@@ -163,68 +149,26 @@ def train_autoencoder(materials: Materials) -> None:
     """The first stage, unless it is trained or given."""
     study, folder = materials.study, materials.workdir / "autoencoder"
     run = study.autoencoder.train
-    if study.autoencoder.weights or _trained(folder, run):
+    if study.autoencoder.weights or runs.done(folder, run):
         return
     task = autoencoder_task.make(study.autoencoder, materials.shown())
     source = materials.training_images()
-    loop.fit(task, run, _loader(materials, source, run), folder, materials.mesh, study.seed,
+    loop.fit(task, run, runs.loader_of(study, source, run), folder, materials.mesh, study.seed,
              about=dataclasses.asdict(study))
-
-
-def _trained(folder: epath.Path, run: Train) -> bool:
-    """Whether a run is done; all processes hear the same, whenever they ask."""
-    return processes.from_lead(
-        "trained", lambda: checkpoint.latest(folder / "checkpoints") == run.steps
-    )
 
 
 def train_member(materials: Materials, member: str) -> None:
     """A member, from the caches, unless it is trained."""
     study, folder, run = materials.study, materials.workdir.member(member), materials.study.train
-    if _trained(folder, run):
+    if runs.done(folder, run):
         return
     task = text_to_image.make(
         member, materials.spec(member), run, study.diffusion, study.sample, materials.frozen,
         materials.drawer(member), materials.validation,
     )
     source = materials.caches.training()
-    loop.fit(task, run, _loader(materials, source, run), folder, materials.mesh, study.seed,
+    loop.fit(task, run, runs.loader_of(study, source, run), folder, materials.mesh, study.seed,
              about=dataclasses.asdict(study))
-
-
-def fine_tune_member(fine_tuned: FineTuned, member: str) -> None:
-    """A member for the image-conditioned task of the config, unless that is done."""
-    if fine_tuned.trained(member):
-        return
-    if passed := fine_tuned.passed(member):
-        raise UserError(
-            f"member {member} is fine-tuned for {fine_tuned.config.task} beyond step {passed[0]} "
-            f"and no checkpoint was kept there: leave {passed[0]} out of finetune.budgets, or "
-            f"delete the later steps in {fine_tuned.folder(member) / 'checkpoints'} to have them "
-            "made anew"
-        )
-    materials, run = fine_tuned.materials, fine_tuned.config.run
-    study = materials.study
-    loop.fit(
-        fine_tuned.task(member), run, _loader(materials, fine_tuned.source("train"), run),
-        fine_tuned.folder(member), materials.mesh, study.seed, about=dataclasses.asdict(study),
-    )
-
-
-def restored(materials: Materials) -> list[str]:
-    """A labelled grid of what fine-tuned members make of validation pictures; returns the file."""
-    fine_tuned = FineTuned(materials)
-    hashes = [fine_tuned.subject(m, fine_tuned.config.steps[-1]) for m in materials.study.members]
-    drawn_with = files.sha256_of([
-        [(s.member, s.hash, s.train_step) for s in hashes],
-        dataclasses.asdict(fine_tuned.config.sample),
-    ])
-    path = materials.workdir / "samples" / f"{fine_tuned.config.task}_{drawn_with[:8]}.png"
-    if not processes.from_lead("restored", path.exists):
-        image_HWC = fine_tuned.sheet(materials.study.members)
-        if hosts.is_lead():
-            pictures.save_png(path, image_HWC)
-    return [str(path)]
 
 
 def sample(
@@ -245,19 +189,8 @@ def sample(
       UserError: as `gallery.sample`.
     """
     study = materials.study
-    task = study.finetune.task
-    if task and prompts:
-        raise UserError(
-            f"the members are fine-tuned for {task}, which takes no prompt: leave out --prompt for "
-            "a grid of validation pictures, or --config.finetune.task= for the pretrained members"
-        )
-    if task:
-        if given := sorted(name for name, value in values.items() if value is not None):
-            raise UserError(
-                f"--{given[0]}: the grid of {task} is as the config's finetune.sample says: give "
-                "--config.finetune.sample.steps=N and the like"
-            )
-        return restored(materials)
+    if several := further_lib.of(materials):
+        return [_further_grid(further, prompts, values) for further in several]
     wanted = request_lib.of(study, prompts or ("",), **values)
     gallery.require_trained(materials, wanted.member)
     stem, context_PLD = wanted.name, None
@@ -276,6 +209,24 @@ def sample(
         if hosts.is_lead():
             drawn.save(path)
     return [str(path)]
+
+
+def _further_grid(further: Further, prompts: Sequence[str], values: dict[str, Any]) -> str:
+    """Of members that are trained further; the config alone says how."""
+    key = "finetune.task" if further.name == "finetune" else f"{further.name}.method"
+    value = getattr(further.config, key.partition(".")[2])
+    here = f"a config with {key}={value} draws a grid of its own"
+    if prompts:
+        raise UserError(
+            f"{here}, without prompts: leave out --prompt, or give --config.{key}= for the members "
+            "as they were pretrained"
+        )
+    if given := sorted(name for name, value in values.items() if value is not None):
+        raise UserError(
+            f"{here}: instead of --{given[0]} give --config.{further.name}.sample.steps=N and the "
+            "like"
+        )
+    return further_lib.grid(further)
 
 
 def run_sweep(materials: Materials) -> None:
@@ -301,13 +252,13 @@ def run_sweep(materials: Materials) -> None:
 
         subjects = [sweep.of_member(study, m) for m in study.members]
         _measure(own, subjects, own.scorer.hash, bench)
-    if study.finetune.task:
-        fine_tuned = FineTuned(own)
+    for further in further_lib.of(own):
         _measure(
-            own, fine_tuned.subjects(), fine_tuned.scorer.hash,
-            lambda subject: fine_tuned.bench(subject, reference_cost),
+            own, further.subjects(), further.scorer.hash,
+            functools.partial(further.bench, reference_cost=reference_cost),
         )
-        fine_tuned.keep_baselines()
+        if isinstance(further, FineTuned):
+            further.keep_baselines()
 
 
 def _measure(
@@ -323,8 +274,8 @@ def _measure(
             size = cost.of(own.spec(subject.member))
             done = [r.identity for r in sweep.existing(subject, reference_hash, directory)]
             planned = sweep.planned(subject)
-            total += sum(sweep.work(subject.diffusion, size, i) for i in planned)
-            before += sum(sweep.work(subject.diffusion, size, i) for i in done)
+            total += sum(sweep.work(subject, size, i) for i in planned)
+            before += sum(sweep.work(subject, size, i) for i in done)
             short += [number] if len(done) < len(planned) else []
         return [short, max(total, before), before]
 
@@ -381,15 +332,13 @@ def run_report(materials: Materials) -> str:
     writes them."""
     require_records(materials)
     own = materials.own
-    finetune = own.study.finetune
-    if not finetune.pretrained:
+    if not own.study.finetune.pretrained:
         _prepare_together(materials)
 
     def write() -> str:
         found, others = _pretrained_records(own), []
-        if finetune.task:
-            fine_tuned = FineTuned(own)
-            others = _records(own, fine_tuned.subjects(), fine_tuned.scorer.hash)
+        for further in further_lib.of(own):
+            others += _records(own, further.subjects(), further.scorer.hash)
         if not (found or others):
             raise UserError(
                 f"no record in {own.workdir / 'records'} is of this config's sweep: run  "

@@ -38,8 +38,8 @@ STRIP = 8
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A network, and the grid that it is measured on; make one with `of_member`, or
-    `finetuned.subject`.
+    """A network, and the grid that it is measured on; make one with `of_member`, or `subject` of
+    `finetuned` or `distilled`.
 
     Attributes:
       member: its name.
@@ -49,6 +49,7 @@ class Subject:
       diffusion: the noise and what it predicts.
       seed: of the study: noise is drawn by it.
       task: see `records.TASKS`.
+      told, student_steps: see `records.Record`.
     """
 
     member: str
@@ -58,6 +59,8 @@ class Subject:
     diffusion: Diffusion
     seed: int
     task: str = records.TEXT_TO_IMAGE
+    told: bool = False
+    student_steps: int = 0
 
     @property
     def selects(self) -> bool:
@@ -110,31 +113,33 @@ def most_steps(sweep: Sweep, sampler: str) -> float:
     return limits.get(solvers.canonical(sampler), limits.get(name, math.inf))
 
 
+def tables(sweep: Sweep) -> list[tuple[str, int, str]]:
+    """(sampler, steps, spacing) of all that a grid draws with."""
+    return [
+        (name, steps, sweep.spacing) for name in sweep.samplers for steps in sweep.steps
+        if steps <= most_steps(sweep, name)
+    ]
+
+
 def _identities(
     subject: Subject, block: int, reference_hash: str, guidance: Callable
 ) -> list[Identity]:
-    sweep, out = subject.sweep, []
-    for name in sweep.samplers:
-        for steps in sweep.steps:
-            if steps > most_steps(sweep, name):
-                continue
-            for w in guidance(name, steps):
-                out.append(
-                    Identity(
-                        model=subject.member,
-                        model_hash=subject.hash,
-                        train_step=subject.train_step,
-                        sampler=solvers.canonical(name),
-                        steps=steps,
-                        spacing=solvers.spacing_of(name, sweep.spacing),
-                        guidance=w,
-                        seed_block=block,
-                        num_images=sweep.num_images,
-                        reference_hash=reference_hash,
-                        version=__version__,
-                    )
-                )
-    return out
+    return [
+        Identity(
+            model=subject.member,
+            model_hash=subject.hash,
+            train_step=subject.train_step,
+            sampler=solvers.canonical(name),
+            steps=steps,
+            spacing=solvers.spacing_of(name, spacing),
+            guidance=w,
+            seed_block=block,
+            num_images=subject.sweep.num_images,
+            reference_hash=reference_hash,
+            version=__version__,
+        )
+        for name, steps, spacing in tables(subject.sweep) for w in guidance(name, steps)
+    ]
 
 
 def selection(subject: Subject, reference_hash: str) -> list[Identity]:
@@ -180,10 +185,11 @@ def _calls(sampler: str, schedule: str, steps: int, prediction: str, spacing: st
     ).calls
 
 
-def work(diffusion: Diffusion, cost: Cost, identity: Identity) -> float:
+def work(subject: Subject, cost: Cost, identity: Identity) -> float:
     """GFLOPs of a record: every picture's calls, two evaluations each where guided, and one more
     for decoding and scoring. What time left is reckoned by."""
-    evaluations = calls(diffusion, identity) * (1 if identity.guidance == 1 else 2)
+    pairs = identity.guidance != 1 and not subject.told
+    evaluations = calls(subject.diffusion, identity) * (2 if pairs else 1)
     return (evaluations + 1) * cost.gflops * identity.num_images
 
 
@@ -324,7 +330,7 @@ def _complete(
     ))
     missing = [i for i in wanted if i.key in absent]
     parts = shared(
-        [work(subject.diffusion, bench.cost, i) for i in missing], jax.process_count()
+        [work(subject, bench.cost, i) for i in missing], jax.process_count()
     )
     missing = [missing[k] for k in parts[jax.process_index()]]
     if not missing:
@@ -384,6 +390,8 @@ def _complete(
                 device=hosts.describe(list(drawer.mesh.devices.flat)),
                 round=race.number if race else 0,
                 task=subject.task,
+                told=subject.told,
+                student_steps=subject.student_steps,
             ),
         )
 
@@ -425,7 +433,7 @@ def _seconds(
     configurations share a batch, so none has a time of its own.
     """
     out = [0.0] * len(configurations)
-    for guided, group in packing.split(configurations):
+    for guided, group in packing.split(configurations, bench.drawer.lanes.told):
         shortest = min((configurations[i] for i in group), key=lambda c: c.table.calls)
         kind = (guided, shortest.table.correction)
         if kind not in bench.seconds:

@@ -22,6 +22,28 @@ from ldm_scaling.tasks.drawing import Drawer, Frozen, denoiser, pad_context
 from ldm_scaling.training.task import Task
 
 
+def examples_fn(
+    spec: unet.UNetSpec, train: Train, latent_scale: float, null_ctx_LD: np.ndarray
+) -> Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]:
+    """`examples(batch, z_key, drop_key) -> (z_BHWC, cond)`: clean latents, drawn from the
+    autoencoder's posterior, and what a network is told of them, some captions dropped.
+
+    Args:
+      spec, train: of the network and its run.
+      latent_scale, null_ctx_LD: see `Frozen`.
+    """
+    null_LD = pad_context(null_ctx_LD.astype(np.float32), spec.context_dim)
+
+    def examples(batch: Any, z_key: jax.Array, drop_key: jax.Array):
+        mean, logvar = (batch[k].astype(jnp.float32) for k in ("mean", "logvar"))
+        z_BHWC = latent_scale * autoencoder.Posterior(mean, logvar).sample(z_key)
+        ctx_BLD = pad_context(batch["context"].astype(jnp.float32), spec.context_dim)
+        dropped_B = jax.random.uniform(drop_key, z_BHWC.shape[:1]) < train.caption_dropout
+        return z_BHWC, {"context": jnp.where(dropped_B[:, None, None], null_LD, ctx_BLD)}
+
+    return examples
+
+
 def loss_fn(
     denoise: Denoise, spec: unet.UNetSpec, train: Train, diffusion: Diffusion,
     latent_scale: float, null_ctx_LD: np.ndarray,
@@ -34,18 +56,14 @@ def loss_fn(
       latent_scale, null_ctx_LD: see `Frozen`.
     """
     schedule = schedule_lib.get(diffusion.schedule)
-    null_LD = pad_context(null_ctx_LD.astype(np.float32), spec.context_dim)
+    examples = examples_fn(spec, train, latent_scale, null_ctx_LD)
 
     def loss(params: Any, batch: Any, key: jax.Array):
         z_key, drop_key, diffusion_key = jax.random.split(key, 3)
-        mean, logvar = (batch[k].astype(jnp.float32) for k in ("mean", "logvar"))
-        z_BHWC = latent_scale * autoencoder.Posterior(mean, logvar).sample(z_key)
-        ctx_BLD = pad_context(batch["context"].astype(jnp.float32), spec.context_dim)
-        dropped_B = jax.random.uniform(drop_key, z_BHWC.shape[:1]) < train.caption_dropout
-        ctx_BLD = jnp.where(dropped_B[:, None, None], null_LD, ctx_BLD)
+        z_BHWC, cond = examples(batch, z_key, drop_key)
         loss_B = loss_lib.diffusion_loss(
-            denoise, params, z_BHWC, {"context": ctx_BLD}, diffusion_key, schedule,
-            diffusion.prediction,
+            denoise, params, z_BHWC, cond, diffusion_key, schedule, diffusion.prediction,
+            diffusion.timesteps, diffusion.weighting,
         )
         return jnp.mean(loss_B), {}
 
@@ -73,6 +91,32 @@ def batch_shapes(
     return {"mean": latent, "logvar": latent, "context": shape(*context_shape, dtype="float16")}
 
 
+def make_batch(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What a step is given of a loader's batch."""
+    return {name: np.asarray(batch[name]) for name in ("mean", "logvar", "context")}
+
+
+def show_fn(
+    drawer: Drawer, sample: Sample, validation: dict[str, np.ndarray]
+) -> Callable[[Any, int], dict[str, np.ndarray]]:
+    """`show(params, step) -> {"samples": grid}`: what a network draws for the first captions.
+
+    Args:
+      drawer: of the network.
+      sample: how.
+      validation: see `make`.
+    """
+    table = drawer.table(sample.sampler, sample.steps, sample.spacing)
+
+    def show(params: Any, step: int) -> dict[str, np.ndarray]:
+        n = min(sample.num_images, len(validation["index"]))
+        shown = Configuration(table, sample.guidance, validation["index"][:n], np.arange(n))
+        (images,) = drawer.pictures(params, [shown], validation["context"], jax.random.key(0))
+        return {"samples": pictures.tile(images)}
+
+    return show
+
+
 def make(
     name: str, spec: unet.UNetSpec, train: Train, diffusion: Diffusion, sample: Sample,
     frozen: Frozen, drawer: Drawer, validation: dict[str, np.ndarray],
@@ -92,17 +136,12 @@ def make(
         spec, drawer.mesh, train.compute_dtype, train.remat, train.attention
     )
     loss = loss_fn(denoise, spec, train, diffusion, frozen.latent_scale, frozen.null_ctx_LD)
-    table = drawer.table(sample.sampler, sample.steps, sample.spacing)
-    sample_key = jax.random.key(0)
     count = len(validation["index"])
     # Over any number of devices: those that fill up the last row are left out of the mean.
     rows = np.arange(mesh_lib.rounded(count, drawer.mesh))
     held_out = placing.put_batch(
         drawer.mesh, {name: a[rows % count] for name, a in validation.items()}
     )
-
-    def make_batch(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {name: np.asarray(batch[name]) for name in ("mean", "logvar", "context")}
 
     @jax.jit
     def validation_loss(params, mean, ctx_BLD, index_B):
@@ -118,12 +157,6 @@ def make(
         value = validation_loss(params, held_out["mean"], held_out["context"], held_out["index"])
         return {"loss": float(value)}
 
-    def show(params: Any, step: int) -> dict[str, np.ndarray]:
-        n = min(sample.num_images, len(validation["index"]))
-        shown = Configuration(table, sample.guidance, validation["index"][:n], np.arange(n))
-        (images,) = drawer.pictures(params, [shown], validation["context"], sample_key)
-        return {"samples": pictures.tile(images)}
-
     def init(key: jax.Array) -> Any:
         return unet.init(spec, key)
 
@@ -131,4 +164,7 @@ def make(
         # Backward takes two products for each one forward.
         return 3e9 * cost.of(spec).gflops
 
-    return Task(name, init, make_batch, loss, validate, show, flops_per_example)
+    return Task(
+        name, init, make_batch, loss, validate, show_fn(drawer, sample, validation),
+        flops_per_example,
+    )

@@ -21,7 +21,7 @@ from ldm_scaling.training import feed as feed_lib
 from ldm_scaling.training.events import Events
 from ldm_scaling.training.interruption import Interruption
 from ldm_scaling.training.meter import Meter
-from ldm_scaling.training.nonfinite import NonFiniteLossError
+from ldm_scaling.training.nonfinite import DivergedError, NonFiniteLossError
 from ldm_scaling.training.profile import Profile
 from ldm_scaling.training.saver import Saver
 from ldm_scaling.training.scalars import Scalars
@@ -29,7 +29,7 @@ from ldm_scaling.training.state import TrainState
 from ldm_scaling.training.task import Task
 from ldm_scaling.training.watchdog import Watchdog
 
-__all__ = ["Interrupted", "NonFiniteLossError", "checkpoints_of", "fit"]
+__all__ = ["DivergedError", "Interrupted", "NonFiniteLossError", "checkpoints_of", "fit"]
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +69,7 @@ def fit(
       seed: of initialisation and training noise.
       about: what the run is, JSON, kept in every checkpoint.
     Raises:
+      DivergedError: where `task.diverges`; the last checkpoint stays.
       NonFiniteLossError: naming the step and a file with the batch's examples; the last good
         checkpoint stays.
       StoreError: checkpoints could not be written for `checkpoint_patience` steps.
@@ -233,8 +234,14 @@ def _run(
             told = [f"loss {scalars.loss:.4f}", f"data {clock.wait():.1%}", saver.trouble()]
             bar.set_postfix_str(", ".join(filter(None, told)), refresh=bool(saver.trouble()))
             if logs:
-                record.scalars(number, "train", scalars.averages())
+                averages = scalars.averages()
+                record.scalars(number, "train", averages)
                 record.timings(number)
+                if why := task.diverges(averages):
+                    raise DivergedError(
+                        f"{task.name} diverges at step {number}: {why}; the checkpoint of step "
+                        f"{saver.settle()} is kept in {checkpoints.directory}"
+                    )
             with dog.patient():
                 if validates:
                     scores = task.validate(state.ema, number)

@@ -19,6 +19,10 @@ class NonFiniteLossError(UserError):
     """The loss, or another metric, was NaN or infinite."""
 
 
+class DivergedError(UserError):
+    """What a task watches left its bounds."""
+
+
 def names(values: dict[str, float]) -> list[str]:
     """Those of the metrics that are NaN or infinite."""
     return [name for name, value in values.items() if not math.isfinite(value)]

@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up, then constant, behind clipping by global norm; and the EMA's decay."""
+"""AdamW behind clipping by global norm, its learning rate, and the EMA's decay."""
 
 from __future__ import annotations
 
@@ -17,10 +17,14 @@ def decays(params: Any) -> Any:
 
 
 def learning_rate(config: Train) -> optax.Schedule:
-    """Linear from 0 over `warmup_steps`, then constant (the recipe of the SD v1 model card)."""
-    if config.warmup_steps == 0:
-        return optax.constant_schedule(config.learning_rate)
-    return optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+    """Linear from 0 over `warmup_steps`, then constant (the recipe of the SD v1 model card) or
+    linear to 0 at the last step (Salimans & Ho 2022, of every halving)."""
+    rate, warm = config.learning_rate, config.warmup_steps
+    rises = optax.linear_schedule(0.0, rate, warm)
+    if config.learning_rate_decay == "none":
+        return rises if warm else optax.constant_schedule(rate)
+    falls = optax.linear_schedule(rate, 0.0, config.steps - warm)
+    return optax.join_schedules([rises, falls], [warm]) if warm else falls
 
 
 def make(config: Train) -> optax.GradientTransformation:

@@ -26,6 +26,10 @@ def _nothing(params: Any, step: int) -> dict[str, Any]:
     return {}
 
 
+def _sound(averages: dict[str, float]) -> str:
+    return ""
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """A training problem.
@@ -45,6 +49,8 @@ class Task:
         None has XLA count the lowered step.
       frozen: arrays on the run's mesh that a step reads and leaves alone: an argument of the
         compiled step, neither a constant in it nor donated, nor part of a checkpoint.
+      diverges: `diverges(averages) -> what is wrong`, in words or empty, of the metrics' averages
+        over `log_every` steps. What is wrong ends the run, without a checkpoint of that step.
     """
 
     name: str
@@ -56,3 +62,4 @@ class Task:
     flops_per_example: Callable[[], float] | None = None
     start: Callable[[], Any] | None = None
     frozen: Any = None
+    diverges: Callable[[dict[str, float]], str] = _sound

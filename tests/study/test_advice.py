@@ -155,7 +155,7 @@ def test_unguided_points_cost_half_the_flops():
     assert found.best.cost == pytest.approx(2.1 * fake.norm_cost("c8") * 50)
     # A distilled network takes the rate as an input: no pairs either.
     distilled = [
-        dataclasses.replace(r, task="guided_distillation", identity=dataclasses.replace(
+        dataclasses.replace(r, task="consistency", told=True, identity=dataclasses.replace(
             r.identity, guidance=3.0)) for r in half
     ]
     assert within(distilled, 1e6, "gflops").best.cost == pytest.approx(found.best.cost)

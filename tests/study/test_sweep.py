@@ -46,12 +46,16 @@ def test_a_sampler_with_options_has_one_name_and_its_kinds_limit():
 
 
 def test_work_counts_calls_and_evaluations():
-    """Heun calls the network 2N - 1 times; guidance evaluates it twice."""
-    base = sweep.selection(sweep.of_member(STUDY, "c8"), "r")[0]
+    """Heun calls the network 2N - 1 times; guidance evaluates it twice, but for a network that is
+    told its rate."""
+    subject = sweep.of_member(STUDY, "c8")
+    base, told = sweep.selection(subject, "r")[0], dataclasses.replace(subject, told=True)
     cost = Cost(params=1, gflops=2.0)
     for sampler, guidance, evaluations in (("ddim", 1.0, 5), ("ddim", 2.0, 10), ("heun", 1.0, 9)):
         identity = dataclasses.replace(base, sampler=sampler, guidance=guidance, steps=5)
-        assert sweep.work(STUDY.diffusion, cost, identity) == (evaluations + 1) * 2.0 * 40
+        assert sweep.work(subject, cost, identity) == (evaluations + 1) * 2.0 * 40
+        once = evaluations if guidance == 1 else evaluations / 2
+        assert sweep.work(told, cost, identity) == (once + 1) * 2.0 * 40
 
 
 def test_identity_follows_what_decides_numbers():

@@ -142,10 +142,11 @@ FIGURES = (
           "Fidelity to subject and prompt of every size after DreamBooth."),
     Entry("fig13_distilled", "Fig. 13", "Consistency distillation", distilled.consistency,
           "records of task consistency beside undistilled ones of the same sizes", "downstream",
-          "Quality of distilled networks in few steps beside undistilled ones in more, by size."),
-    Entry("fig19_guided", "Fig. 19", "Guided distillation", distilled.guided,
-          "records of task guided_distillation", "downstream",
-          "Quality of guided-distilled networks at every stage, by size."),
+          "Quality of distilled networks in few steps beside undistilled ones in more, by size and "
+          "against sampling cost."),
+    Entry("fig19_guided", "Fig. 19", "Guided distillation", distilled.halving,
+          "records of task guided_distillation or progressive_distillation", "downstream",
+          "Quality of students of every stage over their sampling steps, a panel for each size."),
 )
 
 

@@ -266,11 +266,20 @@ def _crosses(cross: winners.Crossover) -> tuple[words.Outcome, float | None]:
 
 
 def _distilled(records: Sequence[Record], metric: str, blocks: tuple[int, int]) -> Verdict:
-    test = "As claim 3, on records of distilled members."
     records = [r for r in records if metric in r.metrics]
     if not records:
+        test = "As claim 3, on records of distilled members."
         return _blank(6, test, "No records of distilled members.")
-    return _pattern(6, test, records, metric, blocks, _crosses)
+    # Those of one method: the paper's where there are several.
+    task = next(t for t in (*DISTILLED, TEXT_TO_IMAGE) if any(r.task == t for r in records))
+    others = sorted({labels.task(r.task).lower() for r in records if r.task != task})
+    test = "As claim 3, on records of distilled members"
+    if others:
+        test += f": {labels.task(task).lower()}, not {labels.listing(others, 'or')}"
+    chosen = curves_lib.last_students([r for r in records if r.task == task])
+    return _pattern(
+        6, f"{test}.", chosen, metric, curves_lib.own_blocks(chosen, *blocks), _crosses
+    )
 
 
 def _pattern(number, test, records, metric, blocks, judge) -> Verdict:

@@ -15,6 +15,9 @@ from ldm_scaling.sampling import guidance
 from ldm_scaling.sampling.guidance import Denoise
 from ldm_scaling.training.task import Beside
 
+# In deviations of the latents: guided targets have 2 or 3, those of a run that is lost hundreds.
+_MOST_RMS = 10.0
+
 Loss = Callable[[Any, Any, jax.Array, Beside], tuple[jax.Array, dict[str, jax.Array]]]
 """`loss(params, batch, key, beside) -> (scalar, metrics)`."""
 
@@ -65,3 +68,23 @@ def watched(params: Any, beside: Beside, target: jax.Array, got: jax.Array) -> d
         "target_rms": jnp.sqrt(jnp.mean(target**2)),
         "error_rms": jnp.sqrt(jnp.mean((got - target) ** 2)),
     })
+
+
+def diverges(averages: dict[str, float]) -> str:
+    """What says that a distillation has run away, in words; empty where nothing does.
+
+    Latents have a deviation of 1, and so have what students learn and, but for a small part, what
+    they say; their parameters stay near their average.
+    """
+    for name, what in (("target_rms", "what it learns has a root mean square of"),
+                       ("error_rms", "it is off what it learns by a root mean square of"),
+                       ("gap", "its parameters are off their average, of its norm, by")):
+        most = 1.0 if name == "gap" else _MOST_RMS
+        if not averages[name] <= most:
+            return (
+                f"{what} {averages[name]:.3g}, beyond {most:g} (loss {averages['loss']:.3g}, "
+                f"gradient norm {averages['grad_norm']:.3g}, distance from the average "
+                f"{averages['gap']:.3g}): lower learning_rate or clip_norm, raise warmup_steps or "
+                "ema_decay, or distil in v (prediction=v)"
+            )
+    return ""

@@ -20,25 +20,6 @@ from ldm_scaling.tasks.distillation import common
 from ldm_scaling.training.task import Beside
 
 
-def stages(first: int, last: int) -> tuple[int, ...]:
-    """Steps of the students, each half of the one before: (16, 4) gives 16, 8, 4.
-
-    The teacher of the first one takes 2 * first.
-
-    Raises:
-      UserError: unless halving leads from the first to the last.
-    """
-    out = [first]
-    while out[-1] > last >= 1 and out[-1] % 2 == 0:
-        out.append(out[-1] // 2)
-    if first < 1 or out[-1] != last:
-        raise UserError(
-            f"halving does not lead from {first} steps to {last}: give the last times a power of 2,"
-            " such as 16 and 4"
-        )
-    return tuple(out)
-
-
 def weights(alpha: np.ndarray, sigma: np.ndarray) -> np.ndarray:
     """max(SNR, 1), of the squared error in x0: as much as the larger of those in x0 and in eps.
 

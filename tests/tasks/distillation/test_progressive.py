@@ -80,7 +80,7 @@ def test_halving_reaches_the_teachers_samples():
     """8 steps learn 16, 4 learn 8: the last draws what the teacher draws in 16, within 0.01."""
     student, params = known.linear(SHORT)
     network, frozen = known.teacher("x0", SHORT), known.FROZEN
-    for steps in progressive.stages(8, 4):
+    for steps in (8, 4):
         loss = progressive.loss_fn(
             student, network, trailing(2 * steps, schedule=SHORT), "x0", known.plain_examples
         )
@@ -143,11 +143,7 @@ def test_a_small_student_learns_to_guide_and_then_to_halve():
     assert second["error_rms"][0] > 0.05 and second["error_rms"][-1] < 0.005
 
 
-def test_stages_and_grids_that_do_not_halve():
-    assert progressive.stages(16, 4) == (16, 8, 4) and progressive.stages(4, 4) == (4,)
-    for first, last in ((16, 3), (12, 4), (4, 8), (0, 0), (8, -1)):
-        with pytest.raises(UserError, match=f"from {first} steps to {last}"):
-            progressive.stages(first, last)
+def test_grids_that_do_not_halve():
     network = known.teacher("v", SD)
     with pytest.raises(UserError, match="5 steps: halving"):
         progressive.loss_fn(network, network, trailing(5), "v", known.examples)

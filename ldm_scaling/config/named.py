@@ -1,0 +1,85 @@
+"""Things of a config that go by a name with options: "flow:shift=3"."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from ldm_scaling.errors import UserError
+
+
+class Option(NamedTuple):
+    """A number: what it is unless it is told, and what it lies strictly between."""
+
+    default: float
+    low: float = 0.0
+    high: float = math.inf
+
+
+Known = Mapping[str, Mapping[str, Option]]
+
+SCHEDULES: Known = {
+    "sd": {},
+    "sd_zero_snr": {},
+    "flow": {"shift": Option(1.0)},
+    "edm": {"sigma_min": Option(0.002), "sigma_max": Option(80.0), "sigma_data": Option(0.5)},
+}
+TIMESTEPS: Known = {
+    "uniform": {},
+    "shifted": {"shift": Option(3.0)},
+    "logit_normal": {"mean": Option(0.0, -math.inf), "std": Option(1.0)},
+    # Beyond these the mode's map would fall somewhere (Esser et al. 2024, eq. 20).
+    "mode": {"scale": Option(1.29, -1.0, 2 / (math.pi - 2))},
+    # EDM's ln sigma ~ N(-1.2, 1.2^2) at its sigma_data = 0.5.
+    "log_normal": {"mean": Option(-1.2 + math.log(2), -math.inf), "std": Option(1.2)},
+}
+WEIGHTINGS: Known = {
+    "none": {}, "min_snr": {"gamma": Option(5.0)}, "snr": {}, "sigma_sqrt": {}, "cosmap": {},
+}
+
+
+def parse(what: str, text: str, known: Known) -> tuple[str, dict[str, float]]:
+    """The name and all of its options, told or not.
+
+    Args:
+        what: it is, in errors.
+        text: `name` or `name:option=value,option=value`.
+        known: names, and the options of each.
+
+    Raises:
+        UserError: for an unknown name or option, or a value that is none; it lists what there is.
+    """
+    name, colon, told = text.partition(":")
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 1)
+        nearest = f", did you mean {close[0]!r}?" if close else ":"
+        raise UserError(f"unknown {what} {name!r}{nearest} choose one of {', '.join(known)}")
+    options = {option: has.default for option, has in known[name].items()}
+    seen = set()
+    for pair in told.split(",") if colon else ():
+        option, _, value = (part.strip() for part in pair.partition("="))
+        if option not in options or option in seen:
+            has = ", ".join(f"{o}={v:g}" for o, v in options.items()) or "none"
+            raise UserError(
+                f"{what} {text!r}: write name:option=value,option=value, each option once; "
+                f"{name!r} has {has}"
+            )
+        seen.add(option)
+        low, high = known[name][option][1:]
+        try:
+            options[option] = float(value)
+        except ValueError:
+            options[option] = math.nan
+        if not low < options[option] < high:
+            raise UserError(
+                f"{what} {text!r}: {option}={value!r}: give a number between {low:g} and {high:g}"
+            )
+    return name, options
+
+
+def spell(name: str, options: Mapping[str, float], known: Known) -> str:
+    """The one spelling of all texts that say the same: what is as it is unless told left out."""
+    told = [f"{o}={v:.12g}" for o, v in options.items() if v != known[name][o].default]
+    return name + (":" + ",".join(told) if told else "")

