@@ -37,7 +37,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.schedulers import DDIMScheduler, DPMSolverMultistepScheduler
 
-from ldm_scaling.diffusion.schedule import Schedule
+from ldm_scaling.diffusion.schedule import variance_preserving
 from ldm_scaling.models import convert, unet
 from ldm_scaling.parallel import hosts, placing
 from ldm_scaling.parallel import mesh as mesh_lib
@@ -84,7 +84,7 @@ class Sweep:
         self.empty = rng.normal(size=(1, LENGTH, WIDTH)).astype(np.float32)
         self.key, self.index = jax.random.key(0), np.arange(args.samples, dtype=np.int32)
         self.size, self.samples = args.lanes, args.samples
-        schedule = Schedule("sd", peer_scheduler("ddim").alphas_cumprod.double().numpy())
+        schedule = variance_preserving("sd", peer_scheduler("ddim").alphas_cumprod.double().numpy())
         self.configurations = [
             Configuration(solvers.make(name, schedule, steps), w, self.index)
             for name, steps, w in itertools.product(SOLVERS, STEPS, GUIDANCE)

@@ -11,6 +11,8 @@ import numpy as np
 from jax import Array
 
 from ldm_scaling.diffusion import parameterization
+from ldm_scaling.diffusion import timesteps as timesteps_lib
+from ldm_scaling.diffusion import weighting as weighting_lib
 from ldm_scaling.diffusion.schedule import Schedule
 from ldm_scaling.errors import UserError
 
@@ -55,17 +57,25 @@ def loss_at(
 
 def diffusion_loss(
     denoise: Denoise, params: Any, x0_BHWC: Array, cond: Any, key: Array, schedule: Schedule,
-    prediction: str,
+    prediction: str, timesteps: str = "uniform", weighting: str = "none",
 ) -> Array:
-    """The training loss of each sample, its timestep uniform and its noise standard normal.
+    """The training loss of each sample, its timestep random and its noise standard normal.
 
-    Arguments, return value (loss_B, float32) and errors are `loss_at`'s; `key` is a JAX random
-    key. Source: Ho et al. 2020, eq. 14, for any parameterisation.
+    Arguments, return value (loss_B, float32) and errors are `loss_at`'s, and
+
+    Args:
+        key: a JAX random key.
+        timesteps: their density, see `timesteps.draw`.
+        weighting: of the loss by timestep, see `weighting.weights`.
+
+    Source: Ho et al. 2020, eq. 14, for any parameterisation.
     """
     t_key, eps_key = jax.random.split(key)
-    t_B = jax.random.randint(t_key, x0_BHWC.shape[:1], 0, schedule.num_timesteps)
+    t_B = timesteps_lib.draw(timesteps, t_key, x0_BHWC.shape[0], schedule)
     eps_BHWC = jax.random.normal(eps_key, x0_BHWC.shape, jnp.float32)
-    return loss_at(denoise, params, x0_BHWC, cond, t_B, eps_BHWC, schedule, prediction)
+    loss_B = loss_at(denoise, params, x0_BHWC, cond, t_B, eps_BHWC, schedule, prediction)
+    weight_T = weighting_lib.weights(weighting, schedule, prediction)
+    return loss_B if weight_T is None else jnp.asarray(weight_T, jnp.float32)[t_B] * loss_B
 
 
 def validation_points(

@@ -1,4 +1,4 @@
-"""What the network predicts, eps, v or x0, and the linear maps between them."""
+"""What the network predicts, eps, v, x0 or flow, and the linear maps between them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from ldm_scaling.diffusion.schedule import Schedule
 from ldm_scaling.errors import UserError
 
-PREDICTIONS = ("epsilon", "v", "x0")
+PREDICTIONS = ("epsilon", "v", "x0", "flow")
 
 Array = TypeVar("Array")
 
@@ -26,7 +26,7 @@ def check(prediction: str, schedule: Schedule | None = None) -> None:
 
 _NO_SIGNAL = (
     "epsilon prediction cannot tell x0 from pure noise (alpha = 0: {where}): use prediction 'v' "
-    "or 'x0', or a schedule without zero terminal SNR such as 'sd'"
+    "or 'x0' or 'flow', or a schedule without zero terminal SNR such as 'sd'"
 )
 
 
@@ -34,7 +34,9 @@ def target(prediction: str, x0: Array, eps: Array, alpha: Array, sigma: Array) -
     """What the network should output at x = alpha x0 + sigma eps.
 
     Args:
-        prediction: one of `PREDICTIONS`. v = alpha eps - sigma x0 (Salimans & Ho 2022, eq. 11).
+        prediction: one of `PREDICTIONS`. v = alpha eps - sigma x0 (Salimans & Ho 2022, eq. 11);
+            flow is the velocity eps - x0 of x = (1 - s) x0 + s eps as s rises (Esser et al. 2024,
+            eq. 8), and the same difference on any other schedule.
         x0: clean latents, any shape.
         eps: the noise, the same shape.
         alpha: signal scale, broadcastable to `x0`.
@@ -48,7 +50,12 @@ def target(prediction: str, x0: Array, eps: Array, alpha: Array, sigma: Array) -
         return eps
     if prediction == "v":
         return alpha * eps - sigma * x0
-    return x0
+    return eps - x0 if prediction == "flow" else x0
+
+
+def _over(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """part / whole, and part to the last bit where whole is 1 but for rounding."""
+    return part / np.where(np.abs(whole - 1) < 1e-12, 1.0, whole)
 
 
 def x0_coefficients(
@@ -66,7 +73,10 @@ def x0_coefficients(
             raise UserError(_NO_SIGNAL.format(where=f"node {int(np.argmin(alpha))} of the grid"))
         return 1 / alpha, -sigma / alpha
     if prediction == "v":
-        return alpha.copy(), -sigma
+        square = alpha**2 + sigma**2
+        return _over(alpha, square), _over(-sigma, square)
+    if prediction == "flow":
+        return _over(np.ones_like(alpha), alpha + sigma), _over(-sigma, alpha + sigma)
     return np.zeros_like(alpha), np.ones_like(alpha)
 
 
@@ -83,7 +93,10 @@ def eps_coefficients(
     if prediction == "epsilon":
         return np.zeros_like(alpha), np.ones_like(alpha)
     if prediction == "v":
-        return sigma.copy(), alpha.copy()
+        square = alpha**2 + sigma**2
+        return _over(sigma, square), _over(alpha, square)
+    if prediction == "flow":
+        return _over(np.ones_like(alpha), alpha + sigma), _over(alpha, alpha + sigma)
     if np.any(sigma == 0):
         raise UserError(
             "x0 prediction holds no noise where sigma = 0: ask for eps at noisier timesteps only"

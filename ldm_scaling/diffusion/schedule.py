@@ -6,62 +6,69 @@ import dataclasses
 
 import numpy as np
 
+from ldm_scaling.config import named
 from ldm_scaling.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
-    """A variance-preserving schedule, x_t = alpha_t x0 + sigma_t eps with alpha^2 + sigma^2 = 1.
+    """x_t = alpha_t x0 + sigma_t eps at every timestep t, with ever more noise.
 
-    Everything is float64: built in float32, abar is off by 2e-6 relative and sigma by 1e-5.
+    Everything is float64: built in float32, Stable Diffusion's sigma is off by 1e-5.
 
     Attributes:
         name: what records and tables call it.
-        alphas_cumprod: abar_t, shape (T,), float64 in [0, 1], strictly falling.
+        alpha: signal scale, shape (T,), not below 0; 0 is pure noise.
+        sigma: noise scale, the same.
+
+    Samplers need the ratio sigma / alpha alone: a common factor of both rescales x and no more.
 
     Raises:
-        UserError: if `alphas_cumprod` is not such an array.
+        UserError: if the arrays are not such, or sigma / alpha does not rise with every timestep.
     """
 
     name: str
-    alphas_cumprod: np.ndarray
+    alpha: np.ndarray
+    sigma: np.ndarray
 
     def __post_init__(self):
-        abar_T = np.array(self.alphas_cumprod, dtype=np.float64)
-        if abar_T.ndim != 1 or abar_T.size == 0:
+        for field in ("alpha", "sigma"):
+            array_T = np.array(getattr(self, field), dtype=np.float64)
+            if array_T.ndim != 1 or array_T.size == 0:
+                raise UserError(
+                    f"schedule {self.name!r}: {field} has shape {array_T.shape}: give one value "
+                    "per timestep"
+                )
+            if not np.all((array_T >= 0) & (array_T < np.inf)):
+                raise UserError(
+                    f"schedule {self.name!r}: {field} runs from {array_T.min()} to "
+                    f"{array_T.max()}: every value must be finite and not below 0"
+                )
+            array_T.setflags(write=False)
+            object.__setattr__(self, field, array_T)
+        if self.alpha.shape != self.sigma.shape or np.any(self.alpha + self.sigma == 0):
             raise UserError(
-                f"schedule {self.name!r}: alphas_cumprod has shape {abar_T.shape}: give one "
-                "value per timestep"
+                f"schedule {self.name!r}: alpha has shape {self.alpha.shape}, sigma "
+                f"{self.sigma.shape}: give one of each per timestep, not both 0"
             )
-        if not np.all((abar_T >= 0) & (abar_T <= 1)):
+        noise_T = self.noise
+        stays = np.flatnonzero(~(noise_T[1:] > noise_T[:-1]))
+        if stays.size:
+            t = int(stays[0])
             raise UserError(
-                f"schedule {self.name!r}: alphas_cumprod runs from {abar_T.min()} to "
-                f"{abar_T.max()}: every value must lie in [0, 1]"
+                f"schedule {self.name!r}: sigma / alpha must rise at every timestep, but goes from "
+                f"{noise_T[t]} at t={t} to {noise_T[t + 1]} at t={t + 1}"
             )
-        rises = np.flatnonzero(np.diff(abar_T) >= 0)
-        if rises.size:
-            t = int(rises[0])
-            raise UserError(
-                f"schedule {self.name!r}: alphas_cumprod must fall at every timestep, but goes "
-                f"from {abar_T[t]} at t={t} to {abar_T[t + 1]} at t={t + 1}"
-            )
-        abar_T.setflags(write=False)
-        object.__setattr__(self, "alphas_cumprod", abar_T)
 
     @property
     def num_timesteps(self) -> int:
         """T, the number of training timesteps."""
-        return len(self.alphas_cumprod)
+        return len(self.alpha)
 
     @property
-    def alpha(self) -> np.ndarray:
-        """Signal scale sqrt(abar_t), shape (T,)."""
-        return np.sqrt(self.alphas_cumprod)
-
-    @property
-    def sigma(self) -> np.ndarray:
-        """Noise scale sqrt(1 - abar_t), shape (T,)."""
-        return np.sqrt(1 - self.alphas_cumprod)
+    def noise(self) -> np.ndarray:
+        """Noise level sigma_t / alpha_t, shape (T,), infinite without signal."""
+        return noise_level(self.alpha, self.sigma)
 
     @property
     def lam(self) -> np.ndarray:
@@ -75,7 +82,99 @@ class Schedule:
     @property
     def zero_terminal_snr(self) -> bool:
         """Whether the last timestep is pure noise."""
-        return bool(self.alphas_cumprod[-1] == 0)
+        return bool(self.alpha[-1] == 0)
+
+    @property
+    def straight(self) -> bool:
+        """Whether x goes straight from x0 to eps: alpha + sigma = 1 (flow matching)."""
+        return _on_line(self.alpha, self.sigma)
+
+    def at(self, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """alpha, sigma at timesteps in [0, T-1]. Between whole ones sigma / alpha is linear, as in
+        diffusers' Euler; on a straight schedule sigma is."""
+        t = np.asarray(t, np.float64)
+        nodes = np.floor(t).astype(np.int64)
+        alpha, sigma = self.alpha[nodes], self.sigma[nodes]
+        between = nodes != t
+        if np.any(between):
+            known = self.sigma if self.straight else self.noise
+            value = np.interp(t[between], np.arange(self.num_timesteps), known)
+            alpha[between], sigma[between] = (
+                (1 - value, value) if self.straight else self.at_noise(value)
+            )
+        return alpha, sigma
+
+    def at_noise(self, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """alpha, sigma at finite noise levels sigma / alpha within its range."""
+        return at_noise(self.alpha, self.sigma, noise)
+
+    def timestep_at(self, noise: np.ndarray) -> np.ndarray:
+        """The timesteps at these noise levels sigma / alpha, linear in log between known ones; on a
+        straight schedule linear in sigma."""
+        known_T = np.arange(self.num_timesteps)
+        if self.straight:
+            return np.interp(1 - 1 / (1 + np.asarray(noise)), self.sigma, known_T)
+        return np.interp(log_noise(noise), log_noise(self.noise), known_T)
+
+
+def noise_level(alpha: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+    """sigma / alpha, infinite without signal."""
+    with np.errstate(divide="ignore"):
+        return sigma / alpha
+
+
+def log_noise(noise: np.ndarray) -> np.ndarray:
+    """The logarithm of noise levels, -inf of none."""
+    with np.errstate(divide="ignore"):
+        return np.log(noise)
+
+
+def _on_line(alpha: np.ndarray, sigma: np.ndarray) -> bool:
+    return bool(np.all(np.abs(alpha + sigma - 1) < 1e-9))
+
+
+def at_noise(
+    alpha_N: np.ndarray, sigma_N: np.ndarray, noise: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """alpha, sigma at finite noise levels sigma / alpha between those of nodes.
+
+    Exact where the nodes have alpha^2 + sigma^2 = 1, alpha + sigma = 1 or alpha = 1; of others
+    alpha^2 + sigma^2 is interpolated, log-linear.
+
+    Args:
+        alpha_N, sigma_N: the nodes, sigma / alpha rising.
+        noise: any shape.
+    """
+    if np.all(np.abs(alpha_N**2 + sigma_N**2 - 1) < 1e-9):
+        alpha = 1 / np.hypot(1, noise)
+    elif _on_line(alpha_N, sigma_N):
+        alpha = 1 / (1 + noise)
+    elif np.all(alpha_N == 1):
+        alpha = np.ones_like(noise)
+    else:
+        known = log_noise(noise_level(alpha_N, sigma_N))
+        scale = np.interp(log_noise(noise), known, np.log(np.hypot(alpha_N, sigma_N)))
+        alpha = np.exp(scale) / np.hypot(1, noise)
+    return alpha, noise * alpha
+
+
+def variance_preserving(name: str, alphas_cumprod: np.ndarray) -> Schedule:
+    """The schedule of alpha_t = sqrt(abar_t) and sigma_t = sqrt(1 - abar_t).
+
+    Args:
+        name: what records and tables call it.
+        alphas_cumprod: abar_t, shape (T,), in [0, 1], strictly falling.
+
+    Raises:
+        UserError: if `alphas_cumprod` is not such an array.
+    """
+    abar_T = np.array(alphas_cumprod, dtype=np.float64)
+    if not np.all((abar_T >= 0) & (abar_T <= 1)):
+        raise UserError(
+            f"schedule {name!r}: alphas_cumprod runs from {abar_T.min()} to {abar_T.max()}: every "
+            "value must lie in [0, 1]"
+        )
+    return Schedule(name, np.sqrt(abar_T), np.sqrt(1 - abar_T))
 
 
 def sd(
@@ -94,15 +193,18 @@ def sd(
             f"beta_end={beta_end}: needs num_timesteps >= 1 and 0 < beta_start <= beta_end < 1"
         )
     beta_T = np.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=np.float64) ** 2
-    return Schedule("sd", np.cumprod(1 - beta_T))
+    return variance_preserving("sd", np.cumprod(1 - beta_T))
 
 
 def zero_terminal_snr(schedule: Schedule) -> Schedule:
     """The schedule shifted and scaled so that its last timestep is pure noise; the first stays.
 
-    Needs v or x0 prediction, and a sampler that starts at the last timestep (trailing spacing).
-    Source: Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed",
-    algorithm 1.
+    Needs v, x0 or flow prediction, and a sampler that starts at the last timestep (trailing
+    spacing). Source: Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are
+    Flawed", algorithm 1.
+
+    Args:
+        schedule: a variance-preserving one.
 
     Raises:
         UserError: if the schedule has a single timestep.
@@ -111,18 +213,82 @@ def zero_terminal_snr(schedule: Schedule) -> Schedule:
         raise UserError("a schedule of one timestep cannot end in pure noise: give it two or more")
     alpha_T = schedule.alpha
     alpha_T = (alpha_T - alpha_T[-1]) * (alpha_T[0] / (alpha_T[0] - alpha_T[-1]))
-    return Schedule(f"{schedule.name}_zero_snr", alpha_T**2)
+    return variance_preserving(f"{schedule.name}_zero_snr", alpha_T**2)
 
 
-_BY_NAME = {"sd": sd, "sd_zero_snr": lambda: zero_terminal_snr(sd())}
+def flow(num_timesteps: int = 1000, shift: float = 1.0) -> Schedule:
+    """Rectified flow: x = (1 - s) x0 + s eps, at timestep t with s = (t + 1) / T.
+
+    The first timestep has a little noise, the last nothing else: it needs flow, v or x0 prediction
+    and a sampler that starts there. These s are those that diffusers' flow-matching schedulers
+    train at; they tell the network 1000 s, which is t + 1.
+
+    Args:
+        num_timesteps: T.
+        shift: s becomes shift s / (1 + (shift - 1) s): more noise at every timestep, for pictures
+            of more pixels; 1 changes nothing.
+
+    Source: Liu et al. 2023 (Rectified Flow); Esser et al. 2024 (Stable Diffusion 3), eq. 23.
+
+    Raises:
+        UserError: unless num_timesteps >= 1 and shift > 0.
+    """
+    if num_timesteps < 1 or not 0 < shift < np.inf:
+        raise UserError(
+            f"flow schedule with num_timesteps={num_timesteps}, shift={shift}: needs num_timesteps "
+            ">= 1 and shift > 0"
+        )
+    s_T = np.arange(1, num_timesteps + 1) / num_timesteps
+    alpha_T = (1 - s_T) / (1 + (shift - 1) * s_T)
+    return Schedule(named.spell("flow", {"shift": shift}, named.SCHEDULES), alpha_T, 1 - alpha_T)
+
+
+def edm(
+    num_timesteps: int = 1000, sigma_min: float = 0.002, sigma_max: float = 80.0,
+    sigma_data: float = 0.5,
+) -> Schedule:
+    """EDM's noise levels, even in sigma^(1/7), with its c_in on both scales.
+
+    EDM's x = x0 + sigma eps of data with standard deviation sigma_data enters its network as
+    c_in x. That product is what x is here, for latents of unit variance: noise levels are sigma /
+    sigma_data, alpha^2 + sigma^2 = 1, and any network is fed as EDM feeds its own. Under v
+    prediction its c_skip and c_out follow, and the plain loss of v is EDM's weighted one.
+    Karras spacing is EDM's nodes.
+
+    Args:
+        num_timesteps: T.
+        sigma_min, sigma_max, sigma_data: EDM's.
+
+    Source: Karras et al. 2022 (EDM), table 1.
+
+    Raises:
+        UserError: unless num_timesteps >= 1, 0 < sigma_min < sigma_max and sigma_data > 0.
+    """
+    if num_timesteps < 1 or not 0 < sigma_min < sigma_max < np.inf or not 0 < sigma_data < np.inf:
+        raise UserError(
+            f"edm schedule with num_timesteps={num_timesteps}, sigma_min={sigma_min}, "
+            f"sigma_max={sigma_max}, sigma_data={sigma_data}: needs num_timesteps >= 1, 0 < "
+            "sigma_min < sigma_max and sigma_data > 0"
+        )
+    ends = (np.array([sigma_min, sigma_max]) / sigma_data) ** (1 / _EDM_RHO)
+    noise_T = np.linspace(*ends, num_timesteps) ** _EDM_RHO
+    alpha_T = 1 / np.hypot(1, noise_T)
+    told = {"sigma_min": sigma_min, "sigma_max": sigma_max, "sigma_data": sigma_data}
+    return Schedule(named.spell("edm", told, named.SCHEDULES), alpha_T, noise_T * alpha_T)
+
+
+_EDM_RHO = 7.0
+_BY_NAME = {
+    "sd": sd, "sd_zero_snr": lambda: zero_terminal_snr(sd()), "flow": flow, "edm": edm,
+}
 
 
 def get(name: str) -> Schedule:
-    """The schedule called `name`: "sd" or "sd_zero_snr".
+    """The schedule called `name`: "sd", "sd_zero_snr", "flow", "edm", or with options
+    "flow:shift=3"; see `config.named`.
 
     Raises:
-        UserError: for another name.
+        UserError: for another name or option.
     """
-    if name not in _BY_NAME:
-        raise UserError(f"unknown schedule {name!r}: choose one of {', '.join(_BY_NAME)}")
-    return _BY_NAME[name]()
+    kind, options = named.parse("schedule", name, named.SCHEDULES)
+    return _BY_NAME[kind](**options)

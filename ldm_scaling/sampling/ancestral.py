@@ -50,6 +50,11 @@ def euler_ancestral(grid: Grid, prediction: str, *, eta: float = 1.0) -> Sampler
     return _with_fresh_noise(f"euler_ancestral_eta{eta:g}", grid, prediction, eta)
 
 
+def _size(alpha: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+    size = np.hypot(alpha, sigma)
+    return np.where(np.abs(size - 1) < 1e-12, 1.0, size)  # to the last bit
+
+
 def ddpm(
     grid: Grid, prediction: str, *, variance: str = "fixed_small", final_noise: bool = False
 ) -> SamplerTable:
@@ -77,10 +82,15 @@ def ddpm(
     if final_noise and not large:
         raise UserError("final_noise=True belongs to variance='fixed_large': leave it out")
     steps = Steps.of(grid)
-    kept = (steps.alpha / steps.alpha1) ** 2
-    a = np.sqrt(kept) * (steps.sigma1 / steps.sigma) ** 2
-    b0 = steps.alpha1 * (1 - kept) / steps.sigma**2
-    c = np.sqrt(1 - kept) * (1 if large else steps.sigma1 / steps.sigma)
+    # Variance preserving, where the papers' formulas hold, and then to the grid's own scales.
+    size, size1 = _size(steps.alpha, steps.sigma), _size(steps.alpha1, steps.sigma1)
+    alpha, sigma, alpha1, sigma1 = (
+        steps.alpha / size, steps.sigma / size, steps.alpha1 / size1, steps.sigma1 / size1
+    )
+    kept = (alpha / alpha1) ** 2
+    a = size1 / size * (np.sqrt(kept) * (sigma1 / sigma) ** 2)
+    b0 = size1 * (alpha1 * (1 - kept) / sigma**2)
+    c = size1 * (np.sqrt(1 - kept) * (1 if large else sigma1 / sigma))
     solver = "ddpm" + ("_large" if large else "") + ("_final_noise" if final_noise else "")
     return one_row_a_step(
         solver, grid, prediction, a=a, b0=b0, c=c, keeps_noise=not large,

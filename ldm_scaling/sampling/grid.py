@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ldm_scaling.diffusion.schedule import Schedule
+from ldm_scaling.diffusion.schedule import Schedule, at_noise, log_noise, noise_level, sd
 from ldm_scaling.errors import UserError
 
 CONVENTIONS = ("ddim", "dpm", "euler")
@@ -34,8 +34,8 @@ class Grid:
 
     Attributes:
         timesteps: (N,) float64, strictly falling, what the network is told.
-        alpha: (N+1,) float64 signal scale, not falling.
-        sigma: (N+1,) float64 noise scale, alpha^2 + sigma^2 = 1.
+        alpha: (N+1,) float64 signal scale.
+        sigma: (N+1,) float64 noise scale; sigma / alpha does not rise.
         name: how the nodes were placed.
         schedule: tells the timestep of noise levels between the nodes; a grid without one
             interpolates between its own, its end taken for t = 0.
@@ -71,14 +71,16 @@ class Grid:
                 f"grid {self.name!r}: timesteps must fall strictly, but {self.timesteps[k]:g} is "
                 f"followed by {self.timesteps[k + 1]:g}"
             )
-        variance = self.alpha**2 + self.sigma**2
-        if not np.all(np.abs(variance - 1) < 1e-9) or np.any(self.alpha < 0):
+        low, least = min(self.alpha.min(), self.sigma.min()), (self.alpha + self.sigma).min()
+        if not (low >= 0 and 0 < least < np.inf):
             raise UserError(
-                f"grid {self.name!r}: nodes must have alpha >= 0 and alpha^2 + sigma^2 = 1, but "
-                f"that ranges from {variance.min()} to {variance.max()}"
+                f"grid {self.name!r}: nodes must have alpha >= 0 and sigma >= 0 and not both 0, "
+                f"but alpha is {self.alpha} and sigma {self.sigma}"
             )
-        if np.any(np.diff(self.alpha) < 0) or self.sigma.min() < 0:
-            raise UserError(f"grid {self.name!r}: the signal must not fall from node to node")
+        if np.any(self.noise[1:] > self.noise[:-1]):
+            raise UserError(
+                f"grid {self.name!r}: the signal must not fall against the noise from node to node"
+            )
 
     @property
     def steps(self) -> int:
@@ -88,14 +90,20 @@ class Grid:
     @property
     def noise(self) -> np.ndarray:
         """(N+1,) noise levels sigma / alpha, infinite without signal."""
-        return _noise(self.alpha, self.sigma)
+        return noise_level(self.alpha, self.sigma)
 
     def timestep_at(self, noise: np.ndarray) -> np.ndarray:
         """The timesteps at these noise levels sigma / alpha, linear in log between known ones."""
         if self.schedule is not None:
-            return _timestep_at(self.schedule, noise)
+            return self.schedule.timestep_at(noise)
         known, t = self.noise[::-1], np.append(self.timesteps, 0.0)[::-1]
-        return np.interp(_log(noise), _log(known), t)
+        return np.interp(log_noise(noise), log_noise(known), t)
+
+    def at_noise(self, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """alpha, sigma at finite noise levels between the nodes, see `schedule.at_noise`."""
+        if self.schedule is not None:
+            return self.schedule.at_noise(noise)
+        return at_noise(self.alpha[::-1], self.sigma[::-1], noise)
 
     @property
     def timestep_at_end(self) -> float:
@@ -107,33 +115,13 @@ class Grid:
         noise = self.noise
         k = np.flatnonzero(np.isfinite(noise[:-1]) & (noise[1:] > 0) & (noise[1:] < noise[:-1]))
         middle = np.sqrt(noise[k] * noise[k + 1])
-        alpha, sigma = _from_noise(middle)
+        alpha, sigma = self.at_noise(middle)
         return dataclasses.replace(
             self,
             timesteps=np.insert(self.timesteps, k + 1, self.timestep_at(middle)),
             alpha=np.insert(self.alpha, k + 1, alpha), sigma=np.insert(self.sigma, k + 1, sigma),
             name=f"{self.name}-midpoints",
         )
-
-
-def _log(noise: np.ndarray) -> np.ndarray:
-    with np.errstate(divide="ignore"):
-        return np.log(noise)
-
-
-def _noise(alpha: np.ndarray, sigma: np.ndarray) -> np.ndarray:
-    with np.errstate(divide="ignore"):
-        return sigma / alpha
-
-
-def _from_noise(noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    alpha = 1 / np.hypot(1, noise)
-    return alpha, noise * alpha
-
-
-def _timestep_at(schedule: Schedule, noise: np.ndarray) -> np.ndarray:
-    known = _noise(schedule.alpha, schedule.sigma)
-    return np.interp(_log(noise), _log(known), np.arange(schedule.num_timesteps))
 
 
 def _end(schedule: Schedule, final: str) -> tuple[float, float]:
@@ -149,8 +137,7 @@ def from_timesteps(
 
     Args:
         schedule: the noise schedule.
-        timesteps: in [0, T-1], strictly falling. Between whole numbers sigma / alpha is linear,
-            as in diffusers' Euler.
+        timesteps: in [0, T-1], strictly falling; between whole numbers see `Schedule.at`.
         final: where the last step ends: "abar_0" at the schedule's first node (CompVis's, and
             diffusers' set_alpha_to_one=False and final_sigmas_type="sigma_min"), "zero" without
             noise.
@@ -165,13 +152,7 @@ def from_timesteps(
     wrong = t_N[~((t_N >= 0) & (t_N <= last))]
     if wrong.size:
         raise UserError(f"timestep {wrong.flat[0]:g}: give numbers from {last} down to 0")
-    nodes = np.floor(t_N).astype(np.int64)
-    alpha, sigma = schedule.alpha[nodes], schedule.sigma[nodes]
-    between = nodes != t_N
-    if np.any(between):
-        noise = _noise(schedule.alpha, schedule.sigma)
-        noise = np.interp(t_N[between], np.arange(last + 1), noise)
-        alpha[between], sigma[between] = _from_noise(noise)
+    alpha, sigma = schedule.at(t_N)
     alpha, sigma = np.append(alpha, end[0]), np.append(sigma, end[1])
     return Grid(t_N, alpha, sigma, f"{name}-{final}", schedule)
 
@@ -181,7 +162,7 @@ def from_sigmas(
 ) -> Grid:
     """The grid that visits the given noise levels sigma / alpha, first to last.
 
-    The network is told fractional timesteps, linear in the logarithm of the noise level.
+    The network is told fractional timesteps, see `Schedule.timestep_at`.
 
     Args:
         schedule: the noise schedule.
@@ -195,7 +176,7 @@ def from_sigmas(
     """
     end = _end(schedule, final)
     noise_N = np.asarray(sigmas, np.float64)
-    low, high = _noise(schedule.alpha, schedule.sigma)[[0, -1]]
+    low, high = schedule.noise[[0, -1]]
     wrong = noise_N[~((noise_N >= 0.99 * low) & (noise_N <= 1.01 * high) & (noise_N < np.inf))]
     if wrong.size:
         raise UserError(
@@ -203,11 +184,11 @@ def from_sigmas(
             f"from {high:.6g} down to {low:.6g}"
         )
     inside = np.clip(noise_N, low, high)
-    alpha, sigma = _from_noise(inside)
+    alpha, sigma = schedule.at_noise(inside)
     if final == "abar_0" and inside.size and np.isclose(inside[-1], low, rtol=1e-9):
         alpha[-1], sigma[-1] = end  # the end itself, to the last bit
     alpha, sigma = np.append(alpha, end[0]), np.append(sigma, end[1])
-    return Grid(_timestep_at(schedule, inside), alpha, sigma, f"{name}-{final}", schedule)
+    return Grid(schedule.timestep_at(inside), alpha, sigma, f"{name}-{final}", schedule)
 
 
 def _leading(steps: int, T: int, convention: str, offset: int) -> np.ndarray:
@@ -339,7 +320,12 @@ def build(
                 f"{spacing} spacing goes by noise levels sigma / alpha, which have no highest on "
                 f"schedule {schedule.name!r}, that ends in pure noise: use spacing 'trailing'"
             )
-        noise_T = _noise(schedule.alpha, schedule.sigma)
+        noise_T = schedule.noise
+        if kind == "ays" and not np.allclose(noise_T[[0, -1]], sd().noise[[0, -1]], rtol=0.01):
+            raise UserError(
+                f"ays spacing is Stable Diffusion's, but schedule {schedule.name!r} has other "
+                f"noise levels, {noise_T[-1]:.6g} down to {noise_T[0]:.6g}: use spacing 'karras'"
+            )
         return from_sigmas(schedule, _SIGMAS[kind](steps, noise_T, **options), final, spacing)
     return _build_timesteps(kind, schedule, steps, convention, final, offset)
 

@@ -125,14 +125,14 @@ class Lanes:
         """Runs a chunk's rows; returns the lanes and the latents that ended, (B, K, H, W, C)."""
         K, shape = chunk["index"].shape[1], self.latent_shape
 
-        def begin(lane: Lane, start_B: Array) -> Lane:
+        def begin(lane: Lane, start_B: Array, scale_B111: Array) -> Lane:
             index_B = _take(chunk["index"], start_B)
             cond = self.admit(_take(cond_BK, start_B))
             if guided:
                 both = guidance.with_unconditional(cond, self.admit(uncond))
                 cond = jax.tree.map(lambda leaf: leaf.reshape(-1, 2, *leaf.shape[1:]), both)
             fresh = Lane(
-                State.start(sampler.initial_noise(key, index_B, shape)),
+                State.start(scale_B111 * sampler.initial_noise(key, index_B, shape)),
                 _take(chunk["guidance"], start_B), index_B, cond,
             )
             return _pick(start_B < K, fresh, lane)
@@ -140,9 +140,11 @@ class Lanes:
         def body(s: Array, carry: tuple[Lane, Array]) -> tuple[Lane, Array]:
             lane, out_BKHWC = carry
             start_B, end_B = chunk["start"][:, s], chunk["end"][:, s]
-            lane = lax.cond(chunk["starts"][s], begin, lambda lane, _: lane, lane, start_B)
-            state = lane.state
             row = sampler.columns(chunk["rows"][:, s], ndim=len(shape))
+            lane = lax.cond(
+                chunk["starts"][s], begin, lambda lane, *_: lane, lane, start_B, row["s"]
+            )
+            state = lane.state
             t_B = row["t"].reshape(-1)
             if guided or self.told:
                 w_B = 1 + row["g"].reshape(-1) * (lane.guidance - 1)

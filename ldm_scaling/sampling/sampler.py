@@ -75,7 +75,8 @@ def normal(key: Array, index_B: Array, stream: Array | int, shape: tuple[int, ..
 
 
 def initial_noise(key: Array, index_B: Array, latent_shape: tuple[int, ...]) -> Array:
-    """The noise x_BHWC that samples start from: a function of (key, sample index) alone."""
+    """The noise that samples start from, but for the table's scale: x_BHWC, a function of (key,
+    sample index) alone."""
     return normal(key, index_B, 0, latent_shape)
 
 
@@ -155,7 +156,8 @@ def make_sampler(
             )
             return update(row, state, F_BHWC, noise, correction)
 
-        start = State.start(initial_noise(key, index_B, latent_shape))
+        scale = columns(table["rows"][0])["s"]
+        start = State.start(scale * initial_noise(key, index_B, latent_shape))
         # The trip count is an array: XLA compiles a while loop, once for every table.
         return lax.fori_loop(0, table["n"], body, start).x
 

@@ -55,7 +55,7 @@ SOLVERS: dict[str, Solver] = {
     ),
     "euler": Solver(ddim, "euler", "zero"),
     "euler_ancestral": Solver(euler_ancestral, "euler", "zero", {"eta": 1.0}),
-    "heun": Solver(heun, "euler", "zero"),
+    "heun": Solver(heun, "euler", "zero", {"over": "noise"}),
     "dpmpp_1s": Solver(partial(dpm_solver_pp, order=1), "dpm", "zero"),
     "dpmpp_2s": Solver(
         partial(dpm_solver_pp, variant="singlestep"), "dpm", "zero",

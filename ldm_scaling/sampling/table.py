@@ -13,6 +13,7 @@ from ldm_scaling.sampling.guidance import NONE, Correction
 MAX_ROWS = 1000
 COLUMNS = (
     "t", "p", "q", "g", "kx", "ky", "k0", "k1", "k2", "k3", "a", "b0", "b1", "b2", "c",
+    "s",
 )  # fmt: skip
 _TOLERANCE = 1e-9
 
@@ -25,6 +26,9 @@ class SamplerTable:
         m0 = p x + q F                                 the network's x0
         y  = kx x + ky y1 + k0 m0 + k1 m1 + k2 m2 + k3 m3
         x' = a y + b0 m0 + b1 m1 + b2 m2 + c z         z standard normal
+
+    A sample starts from x = s z, with s = sqrt(alpha^2 + sigma^2) of the first node: what an x0 of
+    unit variance would have there, and 1 wherever variance is preserved.
 
     m1, m2, m3 are the x0 of the rows before and y1 is the y before. Only a predictor-corrector
     (UniPC) corrects where it stands; everywhere else y = x, which is what the defaults say.
@@ -47,6 +51,7 @@ class SamplerTable:
         kx, ky, k0, k1, k2, k3: (R,) the correction before it.
         g: (R,) the share of guidance that the row takes: 0 is none, 1 the rate that is asked for.
         alpha, sigma: (R+1,) the nodes that the rows go between.
+        s: (R,) the scale of the first x, in every row.
         keeps_signal, keeps_noise: (R,) bool or one for all; False where a row breaks the
             invariant on purpose, as DDPM's larger variance does.
         correction: what the sampler does that no row can say; a program of its own.
@@ -75,12 +80,15 @@ class SamplerTable:
     k2: np.ndarray | float = 0.0
     k3: np.ndarray | float = 0.0
     g: np.ndarray | float = 1.0
+    s: np.ndarray = dataclasses.field(init=False)
     keeps_signal: np.ndarray | bool = True
     keeps_noise: np.ndarray | bool = True
     correction: Correction = NONE
 
     def __post_init__(self):
         rows = len(np.atleast_1d(self.t))
+        scale = np.hypot(np.atleast_1d(self.alpha)[0], np.atleast_1d(self.sigma)[0])
+        object.__setattr__(self, "s", scale)
         shapes = dict.fromkeys(COLUMNS, (rows,)) | dict.fromkeys(("alpha", "sigma"), (rows + 1,))
         for field, shape in shapes.items():
             array = np.array(getattr(self, field), dtype=np.float64)

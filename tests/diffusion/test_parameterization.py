@@ -27,7 +27,7 @@ def test_v_and_x0_work_at_pure_noise_and_epsilon_is_refused():
     zero = schedule.get("sd_zero_snr")
     alpha, sigma = zero.alpha[-2:], zero.sigma[-2:]
     x0, eps = np.array([2.0, 2.0]), np.array([-3.0, -3.0])
-    for prediction in ("v", "x0"):
+    for prediction in ("v", "x0", "flow"):
         F = parameterization.target(prediction, x0, eps, alpha, sigma)
         p, q = parameterization.x0_coefficients(prediction, alpha, sigma)
         np.testing.assert_allclose(p * (alpha * x0 + sigma * eps) + q * F, x0)
@@ -39,7 +39,7 @@ def test_v_and_x0_work_at_pure_noise_and_epsilon_is_refused():
 
 
 def test_user_errors():
-    with pytest.raises(UserError, match="choose one of epsilon, v, x0"):
-        parameterization.target("flow", 1.0, 1.0, 1.0, 0.0)
+    with pytest.raises(UserError, match="choose one of epsilon, v, x0, flow"):
+        parameterization.target("noise", 1.0, 1.0, 1.0, 0.0)
     with pytest.raises(UserError, match="sigma = 0"):
         parameterization.eps_coefficients("x0", [1.0], [0.0])

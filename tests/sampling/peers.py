@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_scaling.diffusion.schedule import Schedule
+from ldm_scaling.diffusion.schedule import Schedule, variance_preserving
 from ldm_scaling.sampling import sampler
 from ldm_scaling.sampling.sampler import State
 from ldm_scaling.sampling.table import SamplerTable
@@ -26,7 +26,7 @@ SCAN_ROWS = 2 * sum(STEP_COUNTS)
 
 def schedule_of(alphas_cumprod) -> Schedule:
     """The peer's schedule: it is built in float32, and what is compared is the solver."""
-    return Schedule("peer", np.asarray(alphas_cumprod, np.float64))
+    return variance_preserving("peer", np.asarray(alphas_cumprod, np.float64))
 
 
 class Path(NamedTuple):

@@ -1,5 +1,6 @@
 """docs/samplers.md: its code runs and its tables are the registry's."""
 
+import contextlib
 import math
 import pathlib
 import re
@@ -7,7 +8,9 @@ import re
 import numpy as np
 import pytest
 
-from ldm_scaling.diffusion import schedule
+from ldm_scaling.config import named
+from ldm_scaling.diffusion import parameterization, schedule
+from ldm_scaling.errors import UserError
 from ldm_scaling.sampling import grid, solvers
 
 SD = schedule.get("sd")
@@ -76,6 +79,42 @@ def test_the_table_of_common_options_is_the_registrys():
     for option, default in listed.items():
         if option != "final":
             assert math.isclose(float(default), known[option])
+
+
+def test_the_tables_of_schedules_and_predictions_are_all_there_are():
+    for heading, known in (
+        ("schedule", named.SCHEDULES), ("density", named.TIMESTEPS),
+        ("weighting", named.WEIGHTINGS),
+    ):
+        listed = {}
+        for name, _, options, *_ in rows_of(heading):
+            pairs = (pair.split("=") for pair in re.findall(r"`([^`]*)`", options))
+            listed[name.strip("`")] = {option: float(value) for option, value in pairs}
+        defaults = {
+            name: {option: float(f"{has.default:g}") for option, has in options.items()}
+            for name, options in known.items()
+        }
+        assert listed == defaults
+    listed = [row[0].strip("`") for row in rows_of("prediction")]
+    assert tuple(listed) == parameterization.PREDICTIONS
+
+
+def test_every_schedule_takes_the_spacings_that_are_said():
+    every = {*grid.SPACINGS} - {"codi"}
+    for name, _, _, end, spacings in rows_of("schedule"):
+        given = schedule.get(name.strip("`"))
+        if end == "pure noise":
+            assert given.zero_terminal_snr
+        else:
+            assert math.isclose(float(end.split("=")[1]), given.noise[-1], rel_tol=2e-3)
+        said = every - {"ays"} if spacings.startswith("all but") else every
+        said = said if spacings.startswith("all") else set(spacings.split(", "))
+        fits = set()
+        for spacing in every:
+            with contextlib.suppress(UserError):
+                solvers.make("dpmpp_2m", given, 5, "v", spacing)
+                fits.add(spacing)
+        assert fits == said, name
 
 
 def test_every_spec_and_spacing_is_one():

@@ -228,7 +228,10 @@ def test_other_user_errors():
             grid.from_timesteps(SD, timesteps)
     with pytest.raises(UserError, match="signal must not fall"):
         grid.Grid([1], [1.0, 0.0], [0.0, 1.0], "mine")
-    with pytest.raises(UserError, match=r"alpha\^2 \+ sigma\^2"):
-        grid.Grid([1], [0.5, 1.0], [0.5, 0.0], "mine")
+    for alpha, sigma in (
+        ([-0.5, 1.0], [0.5, 0.0]), ([0.0, 1.0], [0.0, 0.0]), ([1, 1], [np.nan, 0]),
+    ):
+        with pytest.raises(UserError, match="alpha >= 0 and sigma >= 0 and not both 0"):
+            grid.Grid([1], alpha, sigma, "mine")
     with pytest.raises(UserError, match="need 2 nodes"):
         grid.Grid([1], [1.0], [0.0], "mine")

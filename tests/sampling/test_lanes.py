@@ -13,6 +13,7 @@ from ldm_scaling.sampling.lanes import Lanes
 from ldm_scaling.sampling.packing import Configuration
 
 SD = schedule.get("sd")
+EXPLODING = schedule.Schedule("exploding", np.ones(1000), SD.noise)
 SHAPE = (3, 3, 4)
 RNG = np.random.default_rng(0)
 MIX = RNG.standard_normal((4, 4)).astype("f4") / 2
@@ -58,6 +59,10 @@ def grid(samples=5):
         steps = 4
         table = solvers.make("dpmpp_2m", SD, steps, spacing=spacing)
         out.append(Configuration(table, 3.0, np.arange(2)))
+    for name, prediction in (("flow", "flow"), ("exploding", "v")):  # the latter from 15 z
+        given = schedule.get("flow") if name == "flow" else EXPLODING
+        table = solvers.make("euler", given, 5, prediction, "trailing")
+        out.append(Configuration(table, 2.0, np.arange(4)))
     return [*out, Configuration(limited, 4.0, np.arange(7)), Configuration(rescaled, 4.0, [3, 1])]
 
 

@@ -26,7 +26,7 @@ REASON = "parity needs: pip install -e '.[parity]' && pip install --no-deps k-di
 torch = pytest.importorskip("torch", reason=REASON)
 torch.set_num_threads(1)
 SD = schedule.get("sd")
-ABAR = torch.from_numpy(SD.alphas_cumprod.copy())
+ABAR = torch.from_numpy(SD.alpha**2)
 
 
 @pytest.fixture(scope="module")

@@ -132,7 +132,7 @@ def test_mistakes_in_a_spec(spec, message):
 def test_mistakes_in_a_call():
     for args, options, message in (
         (("ddim", SD, 20, "epsilon", "karas"), {}, "unknown spacing 'karas': choose one of lea"),
-        (("ddim", SD, 20, "flow"), {}, "epsilon, v, x0"),
+        (("ddim", SD, 20, "noise"), {}, "epsilon, v, x0, flow"),
         (("ddim", SD, 1000), {}, "it can place 1 to 999;"), (("ddim", SD, 0), {}, "steps=0"),
         (("lcm", SD, 60, "v", None), {}, "it can place 1 to 50;"),
         (("codi", SD, 20, "v", None), {}, "it can place 1 to 10, 13, 17, 25, 50;"),
