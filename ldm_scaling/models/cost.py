@@ -9,7 +9,7 @@ import math
 import jax
 
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import attention, unet
+from ldm_scaling.models import attention, backbone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +25,12 @@ class Cost:
     gflops: float
 
 
-def param_count(spec: unet.UNetSpec) -> int:
+def param_count(spec: backbone.Spec) -> int:
     """Number of parameters."""
     return of(spec).params
 
 
-def gflops(spec: unet.UNetSpec) -> float:
+def gflops(spec: backbone.Spec) -> float:
     """1e9 FLOPs of one forward pass as XLA counts them, before any optimisation.
 
     Batch 1, float32, at `spec.sample_size` and `spec.context_length`; a multiply-add is 2 FLOPs,
@@ -42,18 +42,19 @@ def gflops(spec: unet.UNetSpec) -> float:
 
 
 @functools.cache
-def of(spec: unet.UNetSpec) -> Cost:
+def of(spec: backbone.Spec) -> Cost:
     """Both figures, in about a second, kept for the life of the process.
 
     Raises:
       UserError: where JAX may not use the CPU: other platforms' plug-ins do not count.
     """
-    params = unet.param_shapes(spec)
-    inputs = jax.eval_shape(functools.partial(unet.example_inputs, spec))
-    network = unet.UNet(spec, attention=attention.textbook)
+    params = backbone.param_shapes(spec)
+    inputs = jax.eval_shape(functools.partial(backbone.example_inputs, spec))
+    denoise = backbone.denoise_fn(spec, attention=attention.textbook)
 
-    def forward(params, *inputs):
-        return network.apply({"params": params}, *inputs)
+    def forward(params, x_BHWC, t_B, ctx_BLD, *w_B):
+        told = {"guidance": w_B[0]} if w_B else {}
+        return denoise(params, x_BHWC, t_B, {"context": ctx_BLD} | told)
 
     with jax.default_device(_cpu()):
         counted = jax.jit(forward).lower(params, *inputs).cost_analysis()

@@ -102,6 +102,11 @@ class UNetSpec:
         """(H, W, C) of the latents that are denoised, at the size that FLOPs are counted at."""
         return (self.sample_size, self.sample_size, self.out_channels)
 
+    @property
+    def downsampling(self) -> int:
+        """What sides of latents must be a multiple of."""
+        return 2 ** (len(self.channel_mults) - 1)
+
     def grown(self, channels: int) -> UNetSpec:
         """The network that sees so many channels of a condition too. See `grow_input`."""
         return dataclasses.replace(self, in_channels=self.in_channels + channels)

@@ -24,7 +24,16 @@ from rich.table import Table
 from ldm_scaling.diffusion import loss as loss_lib
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import attention, autoencoder, clip, clip_text, t5, text_encoder, unet, zoo
+from ldm_scaling.models import (
+    attention,
+    autoencoder,
+    backbone,
+    clip,
+    clip_text,
+    t5,
+    text_encoder,
+    zoo,
+)
 
 TextSpec = clip.TextSpec | t5.T5Spec | text_encoder.BertSpec
 # The encoders that states of captions are commonly taken from, by the names that configs use.
@@ -245,13 +254,10 @@ def text_gflops(spec: TextSpec, length: int) -> float:
 
 
 @functools.cache
-def train_gflops(spec: unet.UNetSpec) -> float:
+def train_gflops(spec: backbone.Spec) -> float:
     """1e9 FLOPs of the loss and its gradient for one example, without the optimiser."""
-    network = unet.UNet(spec, attention=attention.textbook)
+    denoise = backbone.denoise_fn(spec, attention=attention.textbook)
     schedule = schedule_lib.get("sd")
-
-    def denoise(params, x_BHWC, t_B, cond):
-        return network.apply({"params": params}, x_BHWC, t_B, cond["context"])
 
     def loss(params, x_BHWC, ctx_BLD, key):
         cond = {"context": ctx_BLD}
@@ -259,8 +265,8 @@ def train_gflops(spec: unet.UNetSpec) -> float:
             loss_lib.diffusion_loss(denoise, params, x_BHWC, cond, key, schedule, "epsilon")
         )
 
-    params = unet.param_shapes(spec)
-    x_BHWC, _, ctx_BLD = jax.eval_shape(functools.partial(unet.example_inputs, spec))
+    params = backbone.param_shapes(spec)
+    x_BHWC, _, ctx_BLD = jax.eval_shape(functools.partial(backbone.example_inputs, spec))
     key = jax.eval_shape(lambda: jax.random.key(0))
     return _gflops(jax.value_and_grad(loss), params, x_BHWC, ctx_BLD, key)
 

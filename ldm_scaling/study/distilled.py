@@ -11,10 +11,10 @@ import numpy as np
 from etils import epath
 
 from ldm_scaling import files
-from ldm_scaling.config import Diffusion, Distill, Train
+from ldm_scaling.config import Diffusion, Distill, Sample, Train
 from ldm_scaling.config.distill import Stage
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import cost, sd_folder, unet
+from ldm_scaling.models import backbone, cost, sd_folder
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling.packing import Configuration
 from ldm_scaling.study import encoders, labels, runs, sheet, sweep
@@ -68,10 +68,27 @@ class Distilled:
         """(sampler, steps, spacing) of all that is drawn."""
         first = self.materials.study.members[0]
         grids = [self.subject(first, stage).sweep for stage in self.measured]
-        return [self.config.sample.table, *(t for grid in grids for t in sweep.tables(grid))]
+        samples = [self.sample(stage).table for stage in self.stages]
+        return [*samples, *(t for grid in grids for t in sweep.tables(grid))]
+
+    def sample(self, stage: Stage) -> Sample:
+        """How a stage's student is drawn: of halving in its own steps; one that imitates as its
+        teacher is."""
+        own = self.config.sample
+        if stage.kind == "halving":
+            return dataclasses.replace(own, steps=stage.steps, spacing=self.config.sweep.spacing)
+        if stage.kind == "imitation":
+            return dataclasses.replace(self.materials.study.sample, guidance=own.guidance)
+        return own
 
     def check(self) -> None:
         """Raises `UserError` for settings that do not fit, before anything is made."""
+        for member in self.materials.study.members:
+            if self.materials.spec(member).guidance_dim:
+                raise UserError(
+                    f"config: {self.name}.method={self.config.method!r}: {member} is told its "
+                    "guidance rate, as after distillation: only other networks are teachers here"
+                )
         nothing = np.zeros((1, 1), np.float32)
         for stage in self.stages:
             # Losses check their settings when they are made; none calls a network.
@@ -98,18 +115,22 @@ class Distilled:
         place = self.stages.index(stage)
         return self.stages[place - 1] if place else None
 
-    def spec(self, member: str, stage: Stage | None) -> unet.UNetSpec:
+    def spec(self, member: str, stage: Stage | None) -> backbone.Spec:
         """A student's network; without a stage the member's own."""
         spec = self.materials.spec(member)
         if stage is None or not stage.told:
             return spec
         return dataclasses.replace(spec, guidance_dim=self.config.guidance_dim)
 
+    @property
+    def setting(self) -> str:
+        """The method and what decides it, in a word."""
+        return f"{self.config.method}_{self.config.hash[:8]}"
+
     def folder(self, member: str, stage: Stage) -> epath.Path:
         """Of a student's run; its name tells the settings, so that several lie side by side. To all
         else that decides it the workdir is bound."""
-        name = f"{self.config.method}_{self.config.hash[:8]}"
-        return self.materials.workdir / "distilled" / name / member / stage.name
+        return self.materials.workdir / "distilled" / self.setting / member / stage.name
 
     def subject(self, member: str, stage: Stage) -> Subject:
         """A student as it is measured."""
@@ -120,23 +141,29 @@ class Distilled:
         return Subject(
             member, files.sha256_of([model_hash(study, member), self.config.hash, stage.name]),
             stage.trained, sweep_, self.diffusion, study.seed, self.config.task, stage.told,
-            stage.steps,
+            stage.steps, self.setting,
         )
 
     def params(self, member: str, stage: Stage | None) -> Any:
         """A student's parameters, averaged; without a stage the member's own. Raises `UserError`
         where it is not trained."""
+        if stage is not None:
+            folder, run = self.folder(member, stage), stage.train
+            have = checkpoint.latest(folder / "checkpoints")
+            if have != run.steps:
+                raise UserError(
+                    f"member {member} is not distilled ({self.config.method}, {stage.name}): "
+                    f"{folder / 'checkpoints'} holds step {have or 0} of {run.steps}; run  "
+                    "ldm-scaling train  with the same --config and --workdir"
+                )
+        return self._trained(member, stage)
+
+    def _trained(self, member: str, stage: Stage | None) -> Any:
+        """The same of a stage that is known to be done: a shared folder may lag for a moment."""
         if stage is None:
             return self.materials.member_params(member)
         folder, run = self.folder(member, stage), stage.train
-        have = checkpoint.latest(folder / "checkpoints")
-        if have != run.steps:
-            raise UserError(
-                f"member {member} is not distilled ({self.config.method}, {stage.name}): "
-                f"{folder / 'checkpoints'} holds step {have or 0} of {run.steps}; run  "
-                "ldm-scaling train  with the same --config and --workdir"
-            )
-        init = functools.partial(unet.init, self.spec(member, stage))
+        init = functools.partial(backbone.init, self.spec(member, stage))
         abstract = step.abstract_state(init, run, self.materials.mesh)
         with loop.checkpoints_of(folder, run) as checkpoints:
             return checkpoints.restore_average(abstract, run.steps)
@@ -163,8 +190,9 @@ class Distilled:
             return m.caches
         own = sd_folder.read(m.study.weights).text_encoder()
         return dataclasses.replace(
-            m.caches, folder=m.workdir / "distilled" / "caches", shared=False,
-            text=lambda: encoders.text_states(own, m.study.members[0]),
+            m.caches, text=lambda: encoders.text_states(own, m.study.members[0]),
+            # Among other studies' caches names tell what made them.
+            folder=m.caches.folder if m.caches.shared else m.workdir / "distilled" / "caches",
         )
 
     @functools.cached_property
@@ -184,8 +212,8 @@ class Distilled:
         return student.make(
             f"{member}, {self.config.method}, {stage.name}", stage, self.config,
             m.study.diffusion, self.spec(member, stage), self.spec(member, before),
-            self._teacher_predicts(stage), self.params(member, before), m.frozen,
-            self.drawer(member, stage.told), self.validation,
+            self._teacher_predicts(stage), lambda: self._trained(member, before), m.frozen,
+            self.drawer(member, stage.told), self.sample(stage), self.validation,
         )
 
     def train(self) -> None:
@@ -233,7 +261,8 @@ class Distilled:
     def sheet(self, members: Sequence[str]) -> np.ndarray:
         """A labelled grid, uint8 (H, W, 3): of each member what it draws in few steps and in many,
         and what its last student draws in few, for the same captions from the same noise."""
-        m, sample, teacher = self.materials, self.config.sample, self.materials.study.sample
+        m, teacher = self.materials, self.materials.study.sample
+        sample = self.sample(self.stages[-1])
         block = m.prompts(m.study.sweep.report_block)
         count = min(sample.num_images, len(block.index_N))
         index_N, places_N = block.index_N[:count], np.arange(count)

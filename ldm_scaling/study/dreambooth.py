@@ -30,7 +30,15 @@ from ldm_scaling.data.loading import loader
 from ldm_scaling.data.subjects import Lesson, Subject, caption
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import clip_text, identifier, lora, sd_folder, text_encoder, unet
+from ldm_scaling.models import (
+    backbone,
+    clip_text,
+    identifier,
+    lora,
+    sd_folder,
+    text_encoder,
+    unet,
+)
 from ldm_scaling.models.text_network import TextNetwork
 from ldm_scaling.parallel import hosts, placing, processes
 from ldm_scaling.parallel import mesh as mesh_lib
@@ -98,11 +106,14 @@ class Taught:
         """
         c, m = self.config, self.materials
         study, run = m.study, c.train
-        if study.finetune.task:
-            raise UserError(
-                f"config: finetune.task={study.finetune.task!r} and dreambooth.subjects="
-                f"{c.subjects!r}: leave out one of the two"
-            )
+        others = {"finetune.task": study.finetune.task}
+        others |= {f"{d.NAME}.method": d.method for d in study.distillations}
+        for key, value in others.items():
+            if value:
+                raise UserError(
+                    f"config: {key}={value!r} and dreambooth.subjects={c.subjects!r}: leave out "
+                    "one of the two"
+                )
         mesh_lib.check_batch(m.mesh, run.batch_size, "config: dreambooth.train.batch_size")
         sample, schedule = c.sample, schedule_lib.get(study.diffusion.schedule)
         solvers.make(
@@ -110,9 +121,14 @@ class Taught:
         )
         _ = self.text
         for member in study.members:
-            shapes = {"unet": unet.param_shapes(m.spec(member))}
+            shapes = {"unet": backbone.param_shapes(m.spec(member))}
             if self.text is not None:
                 shapes["text"] = self.text.params
+            if c.lora_rank and not isinstance(m.spec(member), unet.UNetSpec):
+                raise UserError(
+                    f"config: dreambooth.lora_rank={c.lora_rank}: {member} is no U-Net, of which "
+                    "adapters are kept in diffusers' names: 0, which trains all of it"
+                )
             if c.lora_rank:
                 jax.eval_shape(
                     lambda shapes=shapes: task_lib.begin(

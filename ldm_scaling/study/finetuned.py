@@ -22,7 +22,7 @@ from ldm_scaling.data.loading.source import Source
 from ldm_scaling.errors import UserError
 from ldm_scaling.metrics import moments
 from ldm_scaling.metrics.frechet import ReferenceStats
-from ldm_scaling.models import cost, efficientnet, lpips, unet
+from ldm_scaling.models import backbone, cost, efficientnet, lpips
 from ldm_scaling.parallel import hosts, placing, processes
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling.packing import Configuration
@@ -119,7 +119,7 @@ class FineTuned:
                 "pictures, 1"
             )
 
-    def spec(self, member: str) -> unet.UNetSpec:
+    def spec(self, member: str) -> backbone.Spec:
         """A member's network, grown by the condition."""
         channels = self.materials.latent_shape[2] + self.condition.masked
         return self.materials.spec(member).grown(channels)
@@ -150,7 +150,7 @@ class FineTuned:
                 f"member {member} is not fine-tuned for {self.config.task}: {folder} holds no step "
                 f"{steps}; run  ldm-scaling train  with the same --config and --workdir"
             )
-        init = functools.partial(unet.init, self.spec(member))
+        init = functools.partial(backbone.init, self.spec(member))
         abstract = step.abstract_state(init, self.config.train, self.materials.mesh)
         with loop.checkpoints_of(self.folder(member), self.config.run) as checkpoints:
             return checkpoints.restore_average(abstract, steps)
@@ -264,7 +264,9 @@ class FineTuned:
         channels = self.spec(member).in_channels - m.spec(member).in_channels
 
         def start() -> Any:
-            return jax.jit(unet.grow_input, static_argnums=1)(m.member_params(member), channels)
+            return jax.jit(
+                lambda params: backbone.grow_input(m.spec(member), params, channels)
+            )(m.member_params(member))
 
         return conditioned.make(
             f"{member}, {self.config.task}", self.spec(member), self.config, m.study.diffusion,

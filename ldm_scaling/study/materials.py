@@ -22,7 +22,7 @@ from ldm_scaling.data.loading.source import Source
 from ldm_scaling.errors import UserError
 from ldm_scaling.metrics import agreement, moments
 from ldm_scaling.metrics.frechet import ReferenceStats
-from ldm_scaling.models import efficientnet, pretrained, text_encoder, unet
+from ldm_scaling.models import backbone, efficientnet, pretrained, text_encoder
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.parallel import processes
 from ldm_scaling.study import caches, datasets, encoders, published
@@ -134,8 +134,8 @@ class Materials:
         data, study = self.study.data, self.study
 
         def step() -> int:
-            levels = max(len(self.networks.spec(m).channel_mults) for m in study.members)
-            return self.networks.decoder_spec.downsampling * 2 ** (levels - 1)
+            halves = math.lcm(*(self.networks.spec(m).downsampling for m in study.members))
+            return self.networks.decoder_spec.downsampling * halves
 
         return caches.Caches(
             folder=epath.Path(data.cache).expanduser() if data.cache else self.workdir.path,
@@ -260,7 +260,7 @@ class Materials:
 
     # Members.
 
-    def spec(self, member: str) -> unet.UNetSpec:
+    def spec(self, member: str) -> backbone.Spec:
         """A member's network. Raises `UserError` when it does not take these latents."""
         spec = self.networks.spec(member)
         if spec.latent_shape != self.latent_shape:

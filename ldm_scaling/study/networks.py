@@ -12,7 +12,7 @@ import numpy as np
 from ldm_scaling import files
 from ldm_scaling.config import Study, Train
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import autoencoder, unet, zoo
+from ldm_scaling.models import autoencoder, backbone, zoo
 from ldm_scaling.models.tiny_decoder import TinyDecoderSpec
 from ldm_scaling.parallel import placing, rules
 from ldm_scaling.study import encoders
@@ -44,7 +44,7 @@ class Networks:
       about: what a report says of them further.
     """
 
-    spec: Callable[[str], unet.UNetSpec]
+    spec: Callable[[str], backbone.Spec]
     params: Callable[[str], Any]
     autoencoder: Callable[[], LatentEncoder]
     decoder_spec: autoencoder.AutoencoderSpec | TinyDecoderSpec
@@ -90,7 +90,7 @@ def trained(materials: Materials) -> Networks:
             )
 
     def params(member: str) -> Any:
-        init = functools.partial(unet.init, zoo.get(member).spec)
+        init = functools.partial(backbone.init, zoo.get(member).spec)
         return restored(init, study.train, workdir.member(member), f"member {member}")
 
     @functools.cache

@@ -15,7 +15,7 @@ import numpy as np
 from ldm_scaling.config import Distill, Study
 from ldm_scaling.config.distill import Stage
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import autoencoder, text_encoder, unet, zoo
+from ldm_scaling.models import autoencoder, backbone, text_encoder, zoo
 from ldm_scaling.parallel import aot, hosts, rules
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.study import caching, encoders
@@ -26,7 +26,8 @@ from ldm_scaling.tasks.distillation import student
 from ldm_scaling.training import step as step_lib
 
 KINDS = ("train", "sample", "encode", "decode", "text")
-# Of a config that distils; its run stands in the place of `train`, see `distilling`.
+# Of a config that distils, or `distill:STAGE`; its run stands in the place of `train`, see
+# `distilling`.
 DISTILL = "distill"
 # Pictures and captions that the caches are made with at a time, see `caching`.
 _PICTURES, _CAPTIONS = 128, 256
@@ -74,8 +75,9 @@ def build(study: Study, member: str, devices: list[jax.Device], kind: str) -> Pa
         )
     makers: dict[str, Callable] = {
         "train": _train, "sample": _sample, "encode": _encode, "decode": _decode, "text": _text,
-        DISTILL: _distill,
     }
+    if kind.partition(":")[0] == DISTILL:
+        return _distill(study, member, devices, kind)
     return makers[kind](study, member, devices)
 
 
@@ -95,7 +97,7 @@ def own_mesh(study: Study, devices: list[jax.Device]) -> tuple[jax.sharding.Mesh
     return mesh_lib.own(study.mesh.fsdp, own), len(processes)
 
 
-def spec_of(study: Study, member: str) -> unet.UNetSpec:
+def spec_of(study: Study, member: str) -> backbone.Spec:
     """A member's network. Raises `UserError` when it does not take the autoencoder's latents."""
     spec, latents = zoo.get(member).spec, latent_shape(study)
     if spec.latent_shape != latents:
@@ -129,7 +131,7 @@ def _published(path: str) -> autoencoder.AutoencoderSpec:
     return encoders.latent_encoder_from(path).spec
 
 
-def context_shape(study: Study, spec: unet.UNetSpec) -> tuple[int, int]:
+def context_shape(study: Study, spec: backbone.Spec) -> tuple[int, int]:
     """(L, D) of the text states; of an encoder of one's own (`data.text_weights`), which is not
     read here, as wide as the network takes."""
     own = bool(study.data.text_weights)
@@ -169,7 +171,7 @@ def _train(study: Study, member: str, devices: list[jax.Device]) -> Part:
     loss = text_to_image.loss_fn(
         denoise, spec, train, study.diffusion, 1.0, np.zeros(context, np.float32)
     )
-    state = step_lib.abstract_state(functools.partial(unet.init, spec), train, mesh)
+    state = step_lib.abstract_state(functools.partial(backbone.init, spec), train, mesh)
     batch = text_to_image.batch_shapes(
         train.batch_size, spec.latent_shape, context, study.data.latent_dtype, mesh
     )
@@ -183,60 +185,70 @@ def _train(study: Study, member: str, devices: list[jax.Device]) -> Part:
     )
 
 
-def stage_of(study: Study) -> tuple[Distill, Stage]:
-    """The distillation that is planned, the first that the config has, and its last stage, whose
-    network is the largest.
+def stage_of(study: Study, kind: str = DISTILL) -> tuple[Distill, Stage]:
+    """What is planned of a config that distils: the stage that `distill:NAME` names; without a name
+    the last one of its first distillation.
 
     Raises:
-      UserError: for a config that distils nothing.
+      UserError: for a config that distils nothing, or a stage that there is not.
     """
     if not study.distillations:
         raise UserError(
             "--kind=distill: the config distils nothing: give one of configs/distill_*.py, or "
             "--config.consistency.method=codi"
         )
-    distill = study.distillations[0]
-    return distill, distill.stages(study.diffusion.prediction)[-1]
+    name = kind.partition(":")[2]
+    several = [(d, s) for d in study.distillations for s in d.stages(study.diffusion.prediction)]
+    if not name:
+        return next(pair for pair in reversed(several) if pair[0] is study.distillations[0])
+    for pair in several:
+        if pair[1].name == name:
+            return pair
+    names = ", ".join(stage.name for _, stage in several)
+    raise UserError(f"--stage={name}: the config has no such stage, but {names}")
 
 
-def distilling(study: Study) -> Study:
-    """The config with the run of its distillation as `train`, which is planned as one."""
-    return dataclasses.replace(study, train=stage_of(study)[1].train)
+def distilling(study: Study, kind: str) -> Study:
+    """The config with the run of a distillation's stage as `train`, which is planned as one."""
+    return dataclasses.replace(study, train=stage_of(study, kind)[1].train)
 
 
-def distilled_specs(study: Study, member: str) -> tuple[unet.UNetSpec, unet.UNetSpec]:
-    """The last student's network, and its teacher's."""
-    distill, stage = stage_of(study)
+def distilled_specs(
+    study: Study, member: str, kind: str
+) -> tuple[backbone.Spec, backbone.Spec]:
+    """A student's network, and its teacher's."""
+    distill, stage = stage_of(study, kind)
     own = spec_of(study, member)
     told = dataclasses.replace(own, guidance_dim=distill.guidance_dim) if stage.told else own
     return told, told if stage.kind == "halving" else own
 
 
-def _distill(study: Study, member: str, devices: list[jax.Device]) -> Part:
-    """One step of a distillation's last stage, see `tasks.distillation`; `study` is that of
+def _distill(study: Study, member: str, devices: list[jax.Device], kind: str) -> Part:
+    """One step of a distillation's stage, see `tasks.distillation`; `study` is that of
     `distilling`, whose remedies are in `train`."""
     train, mesh = study.train, mesh_of(study, devices)
-    distill, stage = stage_of(study)
+    distill, stage = stage_of(study, kind)
     stage = dataclasses.replace(stage, train=train)
-    spec, teacher_spec = distilled_specs(study, member)
+    spec, teacher_spec = distilled_specs(study, member, kind)
     mesh_lib.check_batch(mesh, train.batch_size, f"{distill.NAME}.train.batch_size")
     context = context_shape(study, spec)
     examples, uncond = student.examples_fn(stage, spec, 1.0, np.zeros(context, np.float32))
-    predicts = student.prediction_of(distill, study.diffusion)
+    first = stage.trained == train.steps
     loss = student.loss_fn(
         stage, distill, study.diffusion, *student.networks(stage, spec, teacher_spec, mesh),
-        predicts, examples, uncond,
+        study.diffusion.prediction if first else student.prediction_of(distill, study.diffusion),
+        examples, uncond,
     )
-    state = step_lib.abstract_state(functools.partial(unet.init, spec), train, mesh)
+    state = step_lib.abstract_state(functools.partial(backbone.init, spec), train, mesh)
     batch = text_to_image.batch_shapes(
         train.batch_size, spec.latent_shape, context, study.data.latent_dtype, mesh
     )
     teacher: Any = ()
     if student.has_teacher(stage, distill):
-        teacher = unet.param_shapes(teacher_spec)
+        teacher = backbone.param_shapes(teacher_spec)
         teacher = _placed(teacher, rules.shardings(teacher, mesh))
     return Part(
-        DISTILL, step_lib.make(loss, train, mesh, state, teacher), (state, batch, _key(), teacher),
+        kind, step_lib.make(loss, train, mesh, state, teacher), (state, batch, _key(), teacher),
         mesh, train.batch_size, 1,
         {
             "parameters": local_bytes(state.params), "optimiser": local_bytes(state.opt_state),
@@ -257,7 +269,7 @@ def _sample(study: Study, member: str, devices: list[jax.Device]) -> Part:
     )
     context = jax.ShapeDtypeStruct((1, *context_shape(study, spec)), jnp.float16)
     program, rest = lanes.abstract({"context": context}, guided=True)
-    params = unet.param_shapes(spec)
+    params = backbone.param_shapes(spec)
     params = _placed(params, rules.shardings(params, mesh))
     return Part(
         "sample", program, (params, *rest), mesh, size, copies,

@@ -17,8 +17,8 @@ from ldm_scaling import __version__, pictures
 from ldm_scaling.config import Diffusion, Study, Sweep
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import UserError
+from ldm_scaling.models import backbone
 from ldm_scaling.models.cost import Cost
-from ldm_scaling.models.unet import UNetSpec
 from ldm_scaling.parallel import hosts, processes
 from ldm_scaling.sampling import packing, solvers
 from ldm_scaling.sampling.packing import Configuration
@@ -49,7 +49,7 @@ class Subject:
       diffusion: the noise and what it predicts.
       seed: of the study: noise is drawn by it.
       task: see `records.TASKS`.
-      told, student_steps: see `records.Record`.
+      told, student_steps, setting: see `records.Record`.
     """
 
     member: str
@@ -61,6 +61,7 @@ class Subject:
     task: str = records.TEXT_TO_IMAGE
     told: bool = False
     student_steps: int = 0
+    setting: str = ""
 
     @property
     def selects(self) -> bool:
@@ -255,7 +256,7 @@ class Bench:
       seconds: measured seconds of a row and of decoding a picture, by program.
     """
 
-    spec: UNetSpec
+    spec: backbone.Spec
     drawer: Drawer
     params: Any
     cost: Cost
@@ -392,6 +393,7 @@ def _complete(
                 task=subject.task,
                 told=subject.told,
                 student_steps=subject.student_steps,
+                setting=subject.setting,
             ),
         )
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_scaling import __version__, files
-from ldm_scaling.models import autoencoder, clip, clip_text, text_encoder, unet
+from ldm_scaling.models import autoencoder, backbone, clip, clip_text, text_encoder
 from ldm_scaling.parallel import hosts
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling import guidance
@@ -88,7 +88,7 @@ def _floats(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def network(name: str, spec: unet.UNetSpec, batches: Sequence[int], device: jax.Device) -> Group:
+def network(name: str, spec: backbone.Spec, batches: Sequence[int], device: jax.Device) -> Group:
     """A call of a member's network and a guided pair of calls, as sampling runs them."""
     denoise = drawing.denoiser(spec, mesh_lib.make(devices=[device]))
     dtype = hosts.compute_dtype("auto", device.platform).name
@@ -108,7 +108,7 @@ def network(name: str, spec: unet.UNetSpec, batches: Sequence[int], device: jax.
             Program("network", name, b, once, inputs, spec, dtype),
             Program("guided", name, b, pair, (*inputs, _floats(b), _floats(1, *text)), spec, dtype),
         ]
-    return Group(unet.param_shapes(spec), programs)
+    return Group(backbone.param_shapes(spec), programs)
 
 
 def decoder(

@@ -14,7 +14,7 @@ from ldm_scaling import pictures
 from ldm_scaling.config import Diffusion, FineTune
 from ldm_scaling.diffusion import loss as loss_lib
 from ldm_scaling.diffusion import schedule as schedule_lib
-from ldm_scaling.models import cost, unet
+from ldm_scaling.models import backbone, cost
 from ldm_scaling.models.autoencoder import Posterior
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.parallel import placing
@@ -62,7 +62,7 @@ def latents_of(
 
 
 def loss_fn(
-    denoise: Denoise, spec: unet.UNetSpec, finetune: FineTune, diffusion: Diffusion,
+    denoise: Denoise, spec: backbone.Spec, finetune: FineTune, diffusion: Diffusion,
     encode: Encode, latent_scale: float, null_ctx_LD: np.ndarray,
 ) -> Callable[[Any, Any, jax.Array, Beside], tuple[jax.Array, dict[str, jax.Array]]]:
     """`loss(params, batch, key, beside) -> (scalar, metrics)`: the diffusion loss of the pictures'
@@ -90,7 +90,7 @@ def loss_fn(
         ctx_BLD = jnp.broadcast_to(null_LD, (len(x_BHWC), *null_LD.shape))
         loss_B = loss_lib.diffusion_loss(
             denoise, params, z_BHWC, {"context": ctx_BLD, "condition": seen_BHWC}, diffusion_key,
-            schedule, diffusion.prediction,
+            schedule, diffusion.prediction, diffusion.timesteps, diffusion.weighting,
         )
         return jnp.mean(loss_B), {}
 
@@ -98,7 +98,7 @@ def loss_fn(
 
 
 def make(
-    name: str, spec: unet.UNetSpec, finetune: FineTune, diffusion: Diffusion, encode: Encode,
+    name: str, spec: backbone.Spec, finetune: FineTune, diffusion: Diffusion, encode: Encode,
     encoder_params: Any, drawer: Drawer, start: Callable[[], Any],
     validation: Mapping[str, np.ndarray],
 ) -> Task:
@@ -164,6 +164,6 @@ def make(
         return 3e9 * cost.of(spec).gflops
 
     return Task(
-        name, lambda key: unet.init(spec, key), make_batch, loss, validate, show,
+        name, lambda key: backbone.init(spec, key), make_batch, loss, validate, show,
         flops_per_example, start, encoder_params,
     )

@@ -19,7 +19,7 @@ from ldm_scaling.config import Diffusion
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import attention as attention_lib
-from ldm_scaling.models import autoencoder, tiny_decoder, unet
+from ldm_scaling.models import autoencoder, backbone, tiny_decoder
 from ldm_scaling.parallel import gathering, hosts, placing
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling import solvers
@@ -58,7 +58,7 @@ def pad_context(ctx: Any, width: int) -> Any:
 
 
 def denoiser(
-    spec: unet.UNetSpec, mesh: jax.sharding.Mesh, compute_dtype: str = "auto", remat: str = "none",
+    spec: backbone.Spec, mesh: jax.sharding.Mesh, compute_dtype: str = "auto", remat: str = "none",
     attention: str = "auto",
 ) -> Denoise:
     """A network as it runs on a mesh, in training and in sampling.
@@ -76,14 +76,14 @@ def denoiser(
     )
 
     def make(gather: Callable | None, apart: bool) -> Denoise:
-        return unet.denoise_fn(spec, dtype, remat, form if apart else form.unfused(), gather)
+        return backbone.denoise_fn(spec, dtype, remat, form if apart else form.unfused(), gather)
 
-    shapes = unet.param_shapes(spec)
+    shapes = backbone.param_shapes(spec)
     return gathering.spread(make, shapes, mesh)
 
 
 def lanes(
-    spec: unet.UNetSpec, latent_shape: tuple[int, int, int], size: int, mesh: jax.sharding.Mesh,
+    spec: backbone.Spec, latent_shape: tuple[int, int, int], size: int, mesh: jax.sharding.Mesh,
     compute_dtype: str = "auto", attention: str = "auto",
 ) -> Lanes:
     """The lanes that a network's pictures are drawn in, conditioned on `context` (B, L, D) and, for
@@ -158,7 +158,7 @@ class Drawer:
     """
 
     def __init__(
-        self, spec: unet.UNetSpec, frozen: Frozen, diffusion: Diffusion, batch_size: int,
+        self, spec: backbone.Spec, frozen: Frozen, diffusion: Diffusion, batch_size: int,
         decode: Callable, mesh: jax.sharding.Mesh, compute_dtype: str = "auto",
         attention: str = "auto",
     ):

@@ -20,7 +20,7 @@ import numpy as np
 from ldm_scaling.config import Diffusion, Train
 from ldm_scaling.diffusion import loss as loss_lib
 from ldm_scaling.diffusion import schedule as schedule_lib
-from ldm_scaling.models import autoencoder, lora, unet
+from ldm_scaling.models import autoencoder, backbone, lora
 from ldm_scaling.models.text_network import TextNetwork
 from ldm_scaling.sampling.guidance import Denoise
 from ldm_scaling.tasks.drawing import Frozen, pad_context
@@ -60,7 +60,7 @@ def whole(trained: Any, base: Any = None) -> Any:
 
 
 def loss_fn(
-    denoise: Denoise, spec: unet.UNetSpec, train: Train, diffusion: Diffusion,
+    denoise: Denoise, spec: backbone.Spec, train: Train, diffusion: Diffusion,
     latent_scale: float, null_ctx_LD: np.ndarray, prior_weight: float,
     text: TextNetwork | None = None,
 ) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
@@ -104,7 +104,7 @@ def loss_fn(
         ctx_BLD = jnp.where(dropped_B[:, None, None], null_LD, ctx_BLD)
         loss_B = loss_lib.diffusion_loss(
             denoise, params["unet"], z_BHWC, {"context": ctx_BLD}, diffusion_key, schedule,
-            diffusion.prediction,
+            diffusion.prediction, diffusion.timesteps, diffusion.weighting,
         )
         if not prior_weight:
             return jnp.mean(loss_B), {}
@@ -121,7 +121,7 @@ def _beside(subject: jax.Array, prior: jax.Array) -> jax.Array:
 
 
 def make(
-    name: str, spec: unet.UNetSpec, train: Train, diffusion: Diffusion, frozen: Frozen,
+    name: str, spec: backbone.Spec, train: Train, diffusion: Diffusion, frozen: Frozen,
     denoise: Denoise, networks: Mapping[str, Any], prior_weight: float = 1.0, rank: int = 0,
     targets: Sequence[str] = (), text: TextNetwork | None = None, seed: int = 0,
     show: Callable[[Any, int], dict[str, np.ndarray]] | None = None,

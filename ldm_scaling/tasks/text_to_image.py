@@ -13,7 +13,7 @@ from ldm_scaling import pictures
 from ldm_scaling.config import Diffusion, Sample, Train
 from ldm_scaling.diffusion import loss as loss_lib
 from ldm_scaling.diffusion import schedule as schedule_lib
-from ldm_scaling.models import autoencoder, cost, unet
+from ldm_scaling.models import autoencoder, backbone, cost
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.parallel import placing
 from ldm_scaling.sampling.guidance import Denoise
@@ -23,7 +23,7 @@ from ldm_scaling.training.task import Task
 
 
 def examples_fn(
-    spec: unet.UNetSpec, train: Train, latent_scale: float, null_ctx_LD: np.ndarray
+    spec: backbone.Spec, train: Train, latent_scale: float, null_ctx_LD: np.ndarray
 ) -> Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]:
     """`examples(batch, z_key, drop_key) -> (z_BHWC, cond)`: clean latents, drawn from the
     autoencoder's posterior, and what a network is told of them, some captions dropped.
@@ -45,7 +45,7 @@ def examples_fn(
 
 
 def loss_fn(
-    denoise: Denoise, spec: unet.UNetSpec, train: Train, diffusion: Diffusion,
+    denoise: Denoise, spec: backbone.Spec, train: Train, diffusion: Diffusion,
     latent_scale: float, null_ctx_LD: np.ndarray,
 ) -> Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]:
     """`loss(params, batch, key) -> (scalar, metrics)`, see `batch_shapes` for the batch.
@@ -118,7 +118,7 @@ def show_fn(
 
 
 def make(
-    name: str, spec: unet.UNetSpec, train: Train, diffusion: Diffusion, sample: Sample,
+    name: str, spec: backbone.Spec, train: Train, diffusion: Diffusion, sample: Sample,
     frozen: Frozen, drawer: Drawer, validation: dict[str, np.ndarray],
 ) -> Task:
     """The task of one member.
@@ -158,7 +158,7 @@ def make(
         return {"loss": float(value)}
 
     def init(key: jax.Array) -> Any:
-        return unet.init(spec, key)
+        return backbone.init(spec, key)
 
     def flops_per_example() -> float:
         # Backward takes two products for each one forward.

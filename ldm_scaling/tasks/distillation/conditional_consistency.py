@@ -56,7 +56,12 @@ def loss_fn(
     if not data_weight >= 0:
         raise UserError(f"data_weight={data_weight}: give 0 or more")
     nodes = Nodes.of(schedule, prediction)
-    read = {"x0": nodes.x0, "epsilon": nodes.eps}[match]
+
+    def said(z_BHWC: jax.Array, F_BHWC: jax.Array, i_B: jax.Array) -> jax.Array:
+        # The boundary is x0's: at timestep 0 f is the latent itself, which no noise is.
+        if match == "epsilon":
+            return nodes.eps(z_BHWC, F_BHWC, i_B)
+        return consistency.bounded(nodes, z_BHWC, nodes.x0(z_BHWC, F_BHWC, i_B), i_B)
 
     def loss(params: Any, batch: Any, key: jax.Array, beside: Beside):
         example_key, t_key, eps_key = jax.random.split(key, 3)
@@ -77,10 +82,10 @@ def loss_fn(
         )
         F_BHWC = student(beside.average, s_BHWC, nodes.t(s_B), cond)
         target_BHWC = jax.lax.stop_gradient(
-            consistency.bounded(nodes, s_BHWC, read(s_BHWC, F_BHWC, s_B), s_B)
+            said(s_BHWC, F_BHWC, s_B)
         )
         F_BHWC = student(params, z_BHWC, nodes.t(t_B), cond)
-        got_BHWC = consistency.bounded(nodes, z_BHWC, read(z_BHWC, F_BHWC, t_B), t_B)
+        got_BHWC = said(z_BHWC, F_BHWC, t_B)
         x_BHWC = consistency.bounded(nodes, z_BHWC, nodes.x0(z_BHWC, F_BHWC, t_B), t_B)
         # Eq. 8: d_eps (or its like in x0) and d_x, both squared distances in latents.
         same, near = (

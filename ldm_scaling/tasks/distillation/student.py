@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
-from ldm_scaling.config import Diffusion, Distill
+from ldm_scaling.config import Diffusion, Distill, Sample
 from ldm_scaling.config.distill import Stage
 from ldm_scaling.diffusion import reparameterized
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import cost, unet
+from ldm_scaling.models import backbone, cost
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.parallel import placing
 from ldm_scaling.sampling import grid as grids
@@ -95,7 +96,7 @@ def has_teacher(stage: Stage, distill: Distill) -> bool:
 
 
 def networks(
-    stage: Stage, spec: unet.UNetSpec, teacher_spec: unet.UNetSpec, mesh: jax.sharding.Mesh
+    stage: Stage, spec: backbone.Spec, teacher_spec: backbone.Spec, mesh: jax.sharding.Mesh
 ) -> tuple[Denoise, Denoise]:
     """Student and teacher on a mesh, as the run computes."""
     run = stage.train
@@ -106,7 +107,7 @@ def networks(
 
 
 def examples_fn(
-    stage: Stage, spec: unet.UNetSpec, latent_scale: float, null_ctx_LD: np.ndarray
+    stage: Stage, spec: backbone.Spec, latent_scale: float, null_ctx_LD: np.ndarray
 ) -> tuple[common.Examples, Any]:
     """(examples, uncond): see `loss_fn`; arguments as `text_to_image.examples_fn`."""
     drawn = text_to_image.examples_fn(spec, stage.train, latent_scale, null_ctx_LD)
@@ -115,7 +116,7 @@ def examples_fn(
 
 
 def flops_per_example(
-    stage: Stage, distill: Distill, spec: unet.UNetSpec, teacher_spec: unet.UNetSpec
+    stage: Stage, distill: Distill, spec: backbone.Spec, teacher_spec: backbone.Spec
 ) -> float:
     """FLOPs of training: of the student forward and backward (three times a call's), of its
     average, and of the teacher."""
@@ -127,9 +128,9 @@ def flops_per_example(
 
 
 def make(
-    name: str, stage: Stage, distill: Distill, diffusion: Diffusion, spec: unet.UNetSpec,
-    teacher_spec: unet.UNetSpec, teacher_predicts: str, teacher_params: Any, frozen: Frozen,
-    drawer: Drawer, validation: dict[str, np.ndarray],
+    name: str, stage: Stage, distill: Distill, diffusion: Diffusion, spec: backbone.Spec,
+    teacher_spec: backbone.Spec, teacher_predicts: str, teacher: Callable[[], Any],
+    frozen: Frozen, drawer: Drawer, sample: Sample, validation: dict[str, np.ndarray],
 ) -> Task:
     """The task of one student.
 
@@ -138,15 +139,16 @@ def make(
       stage, distill, diffusion: see `loss_fn`.
       spec, teacher_spec: their networks.
       teacher_predicts: what the teacher's network outputs.
-      teacher_params: on the run's mesh; the student starts from them too.
+      teacher: gives its parameters on the run's mesh; the student starts from them too. Not called
+        by a run that goes on without a teacher.
       frozen: autoencoder, latent scale, empty caption.
-      drawer: draws the student's pictures along the way.
+      drawer, sample: draw the student's pictures along the way.
       validation: `mean`, `logvar` (N, H, W, C), `context` (N, L, D), `index` (N,) of a fixed set.
     """
-    student, teacher = networks(stage, spec, teacher_spec, drawer.mesh)
+    own, its = networks(stage, spec, teacher_spec, drawer.mesh)
     examples, uncond = examples_fn(stage, spec, frozen.latent_scale, frozen.null_ctx_LD)
     loss = loss_fn(
-        stage, distill, diffusion, student, teacher, teacher_predicts, examples, uncond
+        stage, distill, diffusion, own, its, teacher_predicts, examples, uncond
     )
     shards = mesh_lib.shards(drawer.mesh)
     count = max(shards, len(validation["index"]) // shards * shards)
@@ -154,7 +156,7 @@ def make(
     held_out = placing.put_batch(
         drawer.mesh, {n: a[rows] for n, a in validation.items() if n != "index"}
     )
-    beside = teacher_params if has_teacher(stage, distill) else ()
+    beside = teacher() if has_teacher(stage, distill) else ()
 
     @jax.jit
     def validation_loss(params: Any, batch: Any, frozen: Any) -> Any:
@@ -165,14 +167,17 @@ def make(
         return {"loss": float(validation_loss(params, held_out, beside))}
 
     def start() -> Any:
+        params = beside if has_teacher(stage, distill) else teacher()
         if spec.guidance_dim and not teacher_spec.guidance_dim:
-            return jax.jit(unet.grow_guidance, static_argnums=1)(teacher_params, spec.guidance_dim)
+            return jax.jit(
+                lambda params: backbone.grow_guidance(teacher_spec, params, spec.guidance_dim)
+            )(params)
         # Copies: the run gives its own away from step to step.
-        return jax.tree.map(lambda leaf: leaf.copy(), teacher_params)
+        return jax.tree.map(lambda leaf: leaf.copy(), params)
 
     return Task(
-        name, lambda key: unet.init(spec, key), text_to_image.make_batch, loss, validate,
-        text_to_image.show_fn(drawer, distill.sample, validation),
+        name, lambda key: backbone.init(spec, key), text_to_image.make_batch, loss, validate,
+        text_to_image.show_fn(drawer, sample, validation),
         lambda: flops_per_example(stage, distill, spec, teacher_spec), start, beside,
         common.diverges,
     )
