@@ -23,7 +23,7 @@ def get_config(arg: str = ""):
 
     codi = config.consistency
     codi.method = "codi"
-    codi.train.steps = 300
+    codi.train.steps = 240
     codi.train.learning_rate = 5e-4
     codi.train.ema_decay = 0.95
     codi.sample.guidance = 2.0
@@ -35,22 +35,22 @@ def get_config(arg: str = ""):
     guided.rates = (1.0, 8.0)
     guided.guidance_dim = 32
     guided.steps = (16, 8, 4)
-    guided.imitation.steps = 150
+    guided.imitation.steps = 120
     guided.imitation.learning_rate = 1e-3
     guided.imitation.ema_decay = 0.95
-    guided.train.steps = 120
+    guided.train.steps = 90
     guided.train.learning_rate = 5e-4
     guided.sample.guidance = 2.0
-    guided.sweep.steps = (4, 8)
+    guided.sweep.steps = (4,)
     guided.sweep.guidance = (1.0, 2.0, 4.0)
 
     for run in (codi.train, guided.imitation, guided.train):
         run.batch_size = 64
         run.warmup_steps = 20
         run.log_every = 20
-        run.validate_every = 60
-        run.checkpoint_every = 60
-        run.sample_every = 300
+        run.validate_every = 120
+        run.checkpoint_every = 120
+        run.sample_every = 240
     for part in (codi, guided):
         part.sweep.num_images = config.sweep.num_images
         part.sweep.batch_size = config.sweep.batch_size

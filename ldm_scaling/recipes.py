@@ -212,6 +212,8 @@ def distilled(method: str, arg: str = "") -> ml_collections.ConfigDict:
     config = text_to_image(member, "local" if small else "")
     config.name = f"{method}_local" if small else f"{method}_{member}"
     config.sweep.samplers = ("ddim",)
+    # Students of halving have trailing nodes; so have those that they are held against.
+    config.sweep.spacing = "trailing"
     halves = method in ("guided", "progressive")
     part = config.halving if halves else config.consistency
     part.method = method
@@ -220,6 +222,8 @@ def distilled(method: str, arg: str = "") -> ml_collections.ConfigDict:
     part.sample.guidance = 3.0
     if method != "lcm":
         part.prediction = "v"
+    if halves:
+        part.sample.spacing = "trailing"
     if method == "codi":
         part.train.steps = 200_000
         part.imitation.steps = 10_000

@@ -14,7 +14,7 @@ from ldm_scaling.config.training import BOOKKEEPING, NEUTRAL, Train
 def _train() -> Train:
     return Train(
         steps=50_000, batch_size=256, learning_rate=1e-5, warmup_steps=1_000, weight_decay=0.0,
-        ema_decay=0.999,
+        ema_decay=0.999, ema_ramp=False,
     )
 
 
@@ -53,17 +53,19 @@ class Distill:
       guidance_dim: width of the embedding of that rate.
       imitation: the run of the stage that imitates.
       train: the run of every other stage.
-      sample: what is drawn along the way.
+      sample: what is drawn along the way, and by `ldm-scaling sample`; halving's students take
+        their own steps.
       sweep: what is measured of students.
     """
 
     NAME: ClassVar[str]
     TASKS: ClassVar[dict[str, str]]
+    SAMPLERS: ClassVar[dict[str, str]]
     TOLD: ClassVar[str]
 
     method: str = ""
     prediction: str = ""
-    rates: tuple[float, ...] = (2.0, 14.0)
+    rates: tuple[float, ...] = (1.0, 15.0)
     guidance_dim: int = 256
     imitation: Train = dataclasses.field(default_factory=_train)
     train: Train = dataclasses.field(default_factory=_train)
@@ -74,8 +76,9 @@ class Distill:
         name = self.NAME
         require(self.method in ("", *self.TASKS), f"{name}.method", self.method,
                 f"choose {' or '.join(self.TASKS)}, or leave it empty")
-        require(self.prediction in ("", "epsilon", "v", "x0"), f"{name}.prediction",
-                self.prediction, "choose epsilon, v or x0, or leave it empty for the teacher's")
+        require(self.prediction in ("", "epsilon", "v", "x0", "flow"), f"{name}.prediction",
+                self.prediction, "choose epsilon, v, x0 or flow, or leave it empty for the "
+                "teacher's")
         require(len(self.rates) == 2 and 1 <= self.rates[0] <= self.rates[-1] < float("inf"),
                 f"{name}.rates", self.rates, "two from 1 (no guidance) on, the lower first")
         wide = self.guidance_dim
@@ -83,9 +86,18 @@ class Distill:
                 "an even number from 4 on")
         if self.told:
             low, high = self.rates
-            asked = (*self.sweep.guidance, self.sample.guidance)
-            require(all(low <= w <= high for w in asked), f"{name}.sweep.guidance", asked,
-                    f"students are told rates of {name}.rates={self.rates}: no others")
+            for key, asked in (("sweep.guidance", self.sweep.guidance),
+                               ("sample.guidance", (self.sample.guidance,))):
+                require(all(low <= w <= high for w in asked), f"{name}.{key}", asked,
+                        f"students are told rates of {name}.rates={self.rates} alone: leave out "
+                        "others, or widen it")
+        if self.method:
+            own = self.SAMPLERS[self.method]
+            for key, names in (("sweep.samplers", self.sweep.samplers),
+                               ("sample.sampler", (self.sample.sampler,))):
+                require(all(n.partition(":")[0] == own for n in names), f"{name}.{key}", names,
+                        f"students of {self.method} are drawn by {own}, at whose nodes they are "
+                        f"trained: {own}")
 
     @property
     def task(self) -> str:
@@ -154,6 +166,7 @@ class Consistency(Distill):
 
     NAME: ClassVar[str] = "consistency"
     TASKS: ClassVar[dict[str, str]] = {"codi": "consistency", "lcm": "consistency"}
+    SAMPLERS: ClassVar[dict[str, str]] = {"codi": "codi", "lcm": "lcm"}
     TOLD: ClassVar[str] = "lcm"
 
     skip: int = 20
@@ -172,6 +185,9 @@ class Consistency(Distill):
         require(self.match in ("x0", "epsilon"), "consistency.match", self.match,
                 "choose x0 or epsilon")
         require(self.skip >= 1, "consistency.skip", self.skip, "at least 1")
+        require(self.method != "lcm" or 20 % self.skip == 0, "consistency.skip", self.skip,
+                "lcm's sampler stops at every 20th timestep, which must be among those that are "
+                "trained: a divisor of 20")
         require(self.huber > 0, "consistency.huber", self.huber, "above 0")
         require(self.data_weight >= 0, "consistency.data_weight", self.data_weight, "not below 0")
 
@@ -204,6 +220,7 @@ class Halving(Distill):
     TASKS: ClassVar[dict[str, str]] = {
         "guided": "guided_distillation", "progressive": "progressive_distillation",
     }
+    SAMPLERS: ClassVar[dict[str, str]] = {"guided": "ddim", "progressive": "ddim"}
     TOLD: ClassVar[str] = "guided"
 
     steps: tuple[int, ...] = (16, 8, 4)

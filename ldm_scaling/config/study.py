@@ -108,8 +108,9 @@ class Study:
                 f"its {' and '.join(same)} must be those of sweep, {ours}: students are compared "
                 "with their teachers")
         wanted = distill.prediction or self.diffusion.prediction
-        require(wanted != "epsilon" or self.diffusion.schedule != "sd_zero_snr",
-                f"{name}.prediction", wanted, "the schedule ends in pure noise: v or x0")
+        noise = self.diffusion.schedule.partition(":")[0] in ("sd_zero_snr", "flow")
+        require(not noise or wanted != "epsilon", f"{name}.prediction", wanted,
+                "the schedule ends in pure noise, of which epsilon tells nothing: v, x0 or flow")
 
     def check_counts(self, train: int, validation: int) -> None:
         """Raises `UserError` where there are too few pictures for the batches or the sweep.

@@ -16,7 +16,8 @@ BOOKKEEPING = (
     "profile_steps", "attention",
 )
 # Keys that decide numbers, but came later: at these values a run is what it was without them.
-NEUTRAL = {"micro_batches": 1, "moment_dtype": "float32", "learning_rate_decay": "none"}
+NEUTRAL = {"micro_batches": 1, "moment_dtype": "float32", "learning_rate_decay": "none",
+           "ema_ramp": True}
 NEUTRAL_DIFFUSION = {"timesteps": "uniform", "weighting": "none"}
 
 
@@ -33,7 +34,9 @@ class Train:
       weight_decay: AdamW's, on kernels only.
       beta1, beta2: AdamW's.
       clip_norm: largest global norm of the gradient.
-      ema_decay: of the averaged parameters; below it the average is taken over a tenth of the run.
+      ema_decay: of the averaged parameters.
+      ema_ramp: whether a run's first average is shorter: over a tenth of the run so far. A run that
+        starts from trained parameters needs none.
       caption_dropout: share of captions replaced by the empty one (U-Nets only).
       compute_dtype: `float32`, `bfloat16`, or `auto`: bfloat16 on TPU and GPU, float32 on a CPU.
       remat: `none` or `block`: what is computed again in the backward pass rather than kept.
@@ -66,6 +69,7 @@ class Train:
     beta2: float = 0.999
     clip_norm: float = 1.0
     ema_decay: float = 0.9999
+    ema_ramp: bool = True
     caption_dropout: float = 0.1
     compute_dtype: str = "auto"
     remat: str = "none"

@@ -213,7 +213,12 @@ def of_records(
             f"the one that is reported; between cells {measure.short} decides."
         )
     notes += filter(None, [reported.left_out(asked, report_blocks)])
-    if len(longest) < len(records):
+    if any(r.student_steps for r in longest):
+        notes.append(
+            "Of students by halving each number of steps has that which was made for it, or for "
+            "the nearest."
+        )
+    elif len(longest) < len(records):
         steps = sorted({r.identity.train_step for r in longest})
         notes.append(
             "Of each size its longest training is used "

@@ -94,23 +94,44 @@ def measures(records: Sequence[Record]) -> list[str]:
 
 
 def longest(records: Sequence[Record]) -> list[Record]:
-    """The records of each size's longest training."""
+    """The records of each size's longest training, of one task.
+
+    Students of halving are no lengths of one training: each cell has that of `own_students`. Of
+    several settings of a distillation one is taken, see `one_setting`.
+    """
+    records = one_setting(records)
     steps: dict[str, int] = {}
     for r in records:
         steps[r.identity.model] = max(steps.get(r.identity.model, 0), r.identity.train_step)
-    return [r for r in records if r.identity.train_step == steps[r.identity.model]]
-
-
-def last_students(records: Sequence[Record]) -> list[Record]:
-    """Of students by halving, which are measured at each other's steps too, each cell's last."""
-    last: dict[tuple[str, Cell], int] = {}
-    for r in records:
-        cell = (r.task, (r.identity.model, r.identity.sampler, r.identity.steps))
-        last[cell] = max(last.get(cell, 0), r.identity.train_step)
+    students = own_students([r for r in records if r.student_steps])
     return [
-        r for r in records if not r.student_steps or r.identity.train_step == last[
-            r.task, (r.identity.model, r.identity.sampler, r.identity.steps)]
+        r for r in records if not r.student_steps and
+        r.identity.train_step == steps[r.identity.model]
+    ] + students
+
+
+def own_students(records: Sequence[Record]) -> list[Record]:
+    """Of students of halving, which are measured at each other's steps too, each cell's own: that
+    of as many steps, or the nearest."""
+    nearest: dict[Cell, tuple[int, int]] = {}
+    for r in records:
+        cell = (r.identity.model, r.identity.sampler, r.identity.steps)
+        away = (abs(r.student_steps - r.identity.steps), r.student_steps)
+        nearest[cell] = min(nearest.get(cell, away), away)
+    return [
+        r for r in records if r.student_steps == nearest[
+            r.identity.model, r.identity.sampler, r.identity.steps][1]
     ]
+
+
+def one_setting(records: Sequence[Record]) -> list[Record]:
+    """The records with one setting of each task, where a workdir holds students of several methods
+    or settings: that of most sizes, of these the first by name, CoDi's before LCM's."""
+    sizes: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for r in records:
+        sizes[r.task][r.setting].add(r.identity.model)
+    kept = {task: min(of, key=lambda name: (-len(of[name]), name)) for task, of in sizes.items()}
+    return [r for r in records if r.setting == kept[r.task]]
 
 
 def last_rounds(records: Sequence[Record]) -> list[Record]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from ldm_scaling import files, pictures
 from ldm_scaling.errors import UserError
@@ -17,8 +18,9 @@ from ldm_scaling.training import loop
 Further = FineTuned | Distilled
 
 
+@functools.lru_cache(maxsize=2)
 def of(materials: Materials) -> list[Further]:
-    """What the config says."""
+    """What the config says; kept, for what draws with networks is compiled once for every stage."""
     study = materials.study
     fine_tuned = [FineTuned(materials)] if study.finetune.task else []
     return [*fine_tuned, *(Distilled(materials, d.NAME) for d in study.distillations)]

@@ -19,6 +19,7 @@ import jax
 import ldm_scaling
 from ldm_scaling import files
 from ldm_scaling.config import Study
+from ldm_scaling.config.distill import Stage
 from ldm_scaling.config.training import BOOKKEEPING
 from ldm_scaling.models import cost, zoo
 from ldm_scaling.parallel import aot, chips, hlo
@@ -93,14 +94,20 @@ def compile_part(part: Part) -> aot.Program:
 # --- a plan -----------------------------------------------------------------------------------
 
 
+def _run_of(stage: Stage) -> str:
+    """The key of a stage's run."""
+    return "imitation" if stage.kind == "imitation" else "train"
+
+
 def with_batch(study: Study, kind: str, batch: int | None) -> Study:
     """The config with another batch: of training, or as lanes of sampling and decoding."""
     if batch is None:
         return study
-    if kind == plan_parts.DISTILL:
-        distill, _ = plan_parts.stage_of(study)
-        train = dataclasses.replace(distill.train, batch_size=batch)
-        return plan_remedies.changed(study, distill.NAME, train=train)
+    if kind.startswith(plan_parts.DISTILL):
+        distill, stage = plan_parts.stage_of(study, kind)
+        run = _run_of(stage)
+        train = dataclasses.replace(getattr(distill, run), batch_size=batch)
+        return plan_remedies.changed(study, distill.NAME, **{run: train})
     part = "sweep" if kind in ("sample", "decode") else "train"
     return plan_remedies.changed(study, part, batch_size=batch)
 
@@ -128,9 +135,10 @@ def make(
     chip, shared = aot.chip_of(devices)
     its_key = key(study, member, target, kind)
     train = "train"
-    if kind == plan_parts.DISTILL:
-        train = f"{plan_parts.stage_of(study)[0].NAME}.train"
-        study = plan_parts.distilling(study)
+    if kind.startswith(plan_parts.DISTILL):
+        distill, stage = plan_parts.stage_of(study, kind)
+        train = f"{distill.NAME}.{_run_of(stage)}"
+        study = plan_parts.distilling(study, kind)
     changed: dict[str, Any] = {}
     if study.mesh.data != -1 and study.mesh.data % target.num_slices:
         # Slices hold whole replicas: a config for one slice is spread over them.
@@ -191,7 +199,8 @@ def _attempt(
 def _batch(study: Study, kind: str) -> int | None:
     """What the config says; the caches' batches are none of its keys."""
     batches = {"train": study.train.batch_size, "encode": None, "text": None}
-    batches[plan_parts.DISTILL] = study.train.batch_size
+    if kind.startswith(plan_parts.DISTILL):
+        return study.train.batch_size
     return batches.get(kind, study.sweep.batch_size)
 
 
@@ -294,9 +303,9 @@ def _of_kind(
             "analytic_flops": analytic, "flops_over_analytic": work.flops / analytic,
             "frozen_encoders_share_of_flops": share,
         }
-    if part.kind == plan_parts.DISTILL:
-        distill, stage = plan_parts.stage_of(study)
-        specs = plan_parts.distilled_specs(study, member)
+    if part.kind.startswith(plan_parts.DISTILL):
+        distill, stage = plan_parts.stage_of(study, part.kind)
+        specs = plan_parts.distilled_specs(study, member, part.kind)
         analytic = student.flops_per_example(stage, distill, *specs) * part.examples / devices
         days = study.train.steps * seconds / 86400
         return {
@@ -342,8 +351,9 @@ def key(study: Study, member: str, target: Target, kind: str) -> str:
         ("sweep", ("batch_size", "steps")),
     ):
         kept[part] = {name: tree[part][name] for name in names}
-    if kind == plan_parts.DISTILL:
-        kept["distill"] = dataclasses.asdict(plan_parts.stage_of(study)[0])
+    if kind.startswith(plan_parts.DISTILL):
+        distill, stage = plan_parts.stage_of(study, kind)
+        kept["distill"] = [distill.hash, stage.name, stage.train.attention]
     spec = zoo.get(member).spec
     return files.sha256_of(
         [kept, member, spec, dataclasses.astuple(target), kind, code(), versions()]

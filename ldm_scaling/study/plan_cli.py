@@ -37,9 +37,11 @@ def _parser() -> Parser:
     add("--batch", type=above_0, metavar="N",
         help="examples a step; with --kind=sample, lanes of each process")
     add("--kind", choices=("train", "sample", "distill", _ALL),
-        help="the train step alone; a guided row of the sampler; the step of a distillation's last "
-        "stage; or the first two, the autoencoder's "
+        help="the train step alone; a guided row of the sampler; the step of a distillation; or "
+        "the first two, the autoencoder's "
         "encoder and decoder and the text encoder (without --all this is what is planned)")
+    add("--stage", metavar="NAME", help="with --kind=distill: student, imitation, s16, ...; the "
+        "last one if not given")
     add("--format", choices=("text", "json"), default="text", help="how to print")
     add("--to", metavar="PATH", help="writes JSON to this file; with --all, the folder "
         "(launch/plans)")
@@ -124,14 +126,16 @@ def _one(given: argparse.Namespace, study_of: Callable) -> list[dict]:
         raise UserError(f"--member: name the network: {', '.join(study.members)}")
     member = given.member or study.members[0]
     target = plan.Target(given.topology, given.num_slices)
-    asked = given.kind or _ALL
+    if given.stage and given.kind != "distill":
+        raise UserError("--stage goes with --kind=distill")
+    asked = f"distill:{given.stage}" if given.stage else given.kind or _ALL
     kinds = plan_parts.KINDS if asked == _ALL else (asked,)
     if study.data.text_weights and "text" in kinds:
         kinds = tuple(kind for kind in kinds if kind != "text")
         print("the text encoder of data.text_weights is not read, and not planned", file=sys.stderr)
     plans = {}
     for kind in kinds:
-        batch = given.batch if kind in ("train", "distill") or asked == "sample" else None
+        batch = given.batch if kind == "train" or asked.startswith(("sample", "distill")) else None
         plans[kind] = plan.make(plan.with_batch(study, kind, batch), member, target, kind)
     share = plan.frozen_share(plans) if len(plans) == len(plan_parts.KINDS) else None
     body: Any = plans[asked] if asked != _ALL else {

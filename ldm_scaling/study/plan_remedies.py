@@ -58,7 +58,7 @@ def of(study: Study, kind: str, devices: list[jax.Device]) -> Iterator[Remedy]:
                 return
             yield Remedy("lanes", {"sweep.batch_size": size}, study)
         return
-    if kind not in ("train", plan_parts.DISTILL):
+    if kind.partition(":")[0] not in ("train", plan_parts.DISTILL):
         return
     if study.train.attention in ("plain", "chunked"):
         study = changed(study, "train", attention="splash")

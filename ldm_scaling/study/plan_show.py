@@ -109,8 +109,9 @@ def _collectives(one: Plan) -> Table:
 
 def _words(one: Plan) -> list[str]:
     out = []
-    unit = {"train": "examples", "sample": "rows of samples", "text": "captions"}
-    unit = (unit | {"distill": "examples"}).get(one["kind"], "pictures")
+    unit = {"train": "examples", "distill": "examples", "sample": "rows of samples",
+            "text": "captions"}
+    unit = unit.get(one["kind"].partition(":")[0], "pictures")
     rate = f"{one['examples_per_second_bound']:,.0f} {unit}/s at most"
     if one["days_bound"] is not None:
         rate += (

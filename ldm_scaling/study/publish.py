@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 
 from ldm_scaling import __version__
-from ldm_scaling.config import Distill, FineTune
+from ldm_scaling.config import Consistency, Distill, FineTune
 from ldm_scaling.sampling import solvers
 from ldm_scaling.study import baselines, labels, report, reported, students
 from ldm_scaling.study.baselines import Baselines
@@ -70,7 +70,7 @@ def _context(materials: Materials, captions: Sequence[str]) -> dict:
         "captions": captions,
         "measures": measures,
         "protocol": [
-            f"Timestep spacing: {sweep.spacing}.",
+            f"Timestep spacing: {sweep.spacing or 'that of each sampler'}.",
             *([_fine_tuning(finetune)] if finetune.task else []),
             *(_distilling(d, study.diffusion.prediction) for d in study.distillations),
         ],
@@ -94,23 +94,29 @@ def _fine_tuning(finetune: FineTune) -> str:
     )
 
 
-_METHODS = {
-    "codi": "students are made consistent along their own steps and near the data (CoDi)",
-    "lcm": "students are told a guidance rate and made consistent along their teachers' guided "
-           "steps (LCM)",
-    "guided": "students are told a guidance rate and learn in one evaluation what the guided "
-              "teacher says in two; then each learns two steps of the one before in one",
-    "progressive": "each student learns two steps of the one before in one",
-}
+def _method(distill: Distill) -> str:
+    if isinstance(distill, Consistency) and distill.method == "codi":
+        whose = "their teachers'" if distill.teacher_step else "their own"
+        near = " and near the data" if distill.data_weight else ""
+        return f"students are made consistent along {whose} steps{near} (CoDi)"
+    return {
+        "lcm": "students are told a guidance rate and made consistent along their teachers' guided "
+               "steps (LCM)",
+        "guided": "students are told a guidance rate and learn in one evaluation what the guided "
+                  "teacher says in two; then each learns two steps of the one before in one",
+        "progressive": "each student learns two steps of the one before in one",
+    }[distill.method]
 
 
 def _distilling(distill: Distill, prediction: str) -> str:
     stages = distill.stages(prediction)
     spacings = sorted({solvers.spacing_of(name) for name in distill.sweep.samplers})
     trained = labels.listing([f"{s.train.steps:,}" for s in stages])
+    first = stages[0].kind == "imitation" and not stages[0].told
+    changes = f" They learn to say it as {distill.prediction} first." if first else ""
     return (
         f"{labels.task(distill.task)}: each member is the teacher of students of its own size, "
-        f"which start from it; {_METHODS[distill.method]}. Steps of training: {trained}. Students "
+        f"which start from it; {_method(distill)}.{changes} Steps of training: {trained}. Students "
         "are drawn for their teachers' prompts, from the same noise; timestep spacing: "
         f"{distill.sweep.spacing or labels.listing(spacings)}."
     )

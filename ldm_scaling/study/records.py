@@ -89,6 +89,8 @@ class Record:
         `identity.train_step` counts that training.
       told: whether the network is told its guidance rate, so that a guided call is one evaluation.
       student_steps: that halving was to reach; 0 of other networks.
+      setting: how it was distilled: the method, and a hash of all that decides it; empty of other
+        networks.
     """
 
     identity: Identity
@@ -106,6 +108,7 @@ class Record:
     task: str = TEXT_TO_IMAGE
     told: bool = False
     student_steps: int = 0
+    setting: str = ""
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -128,7 +131,7 @@ class Record:
             row |= {f"{name}_low": low, f"{name}_high": high}
         return row | {"seconds_per_image": self.seconds_per_image, "device": self.device,
                       "round": self.round, "task": self.task, "told": self.told,
-                      "student_steps": self.student_steps}
+                      "student_steps": self.student_steps, "setting": self.setting}
 
 
 def path_of(directory: epath.PathLike, key: str) -> epath.Path:

@@ -32,12 +32,14 @@ from ldm_scaling.study import (
 )
 from ldm_scaling.study import further as further_lib
 from ldm_scaling.study import request as request_lib
+from ldm_scaling.study.distilled import Distilled
 from ldm_scaling.study.dreambooth import Taught
 from ldm_scaling.study.finetuned import PERCEPTUAL, FineTuned
 from ldm_scaling.study.further import Further
 from ldm_scaling.study.materials import SPLITS, Materials
 from ldm_scaling.study.progress import Progress
 from ldm_scaling.study.records import TEXT_TO_IMAGE, Record
+from ldm_scaling.study.request import Request
 from ldm_scaling.study.sweep import Subject
 from ldm_scaling.study.workdir import Workdir
 from ldm_scaling.tasks import autoencoder as autoencoder_task
@@ -188,43 +190,75 @@ def sample(
     Raises:
       UserError: as `gallery.sample`.
     """
-    study = materials.study
     if several := further_lib.of(materials):
-        return [_further_grid(further, prompts, values) for further in several]
-    wanted = request_lib.of(study, prompts or ("",), **values)
+        asked = bool(prompts) or any(value is not None for value in values.values())
+        return [
+            _students_grid(further, prompts, values)
+            if asked and isinstance(further, Distilled) else _further_grid(further, prompts, values)
+            for further in several
+        ]
+    wanted = request_lib.of(materials.study, prompts or ("",), **values)
     gallery.require_trained(materials, wanted.member)
-    stem, context_PLD = wanted.name, None
+    return [_grid(materials, wanted, prompts, values, "", functools.partial(
+        gallery.draw, materials, drawer=drawer))]
+
+
+def _grid(
+    materials: Materials, wanted: Request, prompts: Sequence[str], values: dict[str, Any],
+    whose: str, draw: Callable[[Request, Any], gallery.Gallery],
+) -> str:
+    """Draws a request unless its file is there; returns the file."""
+    study, context_PLD = materials.study, None
+    stem = f"{whose}{wanted.name}"
     if not prompts:
         block = materials.prompts(study.sweep.report_block)
         n = min(study.sample.num_images, len(block.index_N))
         own = [(seed,) for seed in block.index_N[:n].tolist()]
         seeds = own if values.get("seeds") is None else wanted.seeds * n
         wanted = dataclasses.replace(wanted, prompt=block.captions[:n], seeds=tuple(seeds))
-        stem, context_PLD = f"validation_{wanted.name}", block.context_NLD[:n]
+        stem, context_PLD = f"{whose}validation_{wanted.name}", block.context_NLD[:n]
     path = materials.workdir / "samples" / f"{stem}.png"
     if not processes.from_lead("drawn", path.exists):
         if context_PLD is None:
             context_PLD = gallery.text_states(materials, wanted.prompt)
-        drawn = gallery.draw(materials, wanted, context_PLD, drawer)
+        drawn = draw(wanted, context_PLD)
         if hosts.is_lead():
             drawn.save(path)
-    return [str(path)]
+    return str(path)
+
+
+def _students_grid(distilled: Distilled, prompts: Sequence[str], values: dict[str, Any]) -> str:
+    """Of members' last students, for prompts and settings of one's own."""
+    materials, last = distilled.materials, distilled.stages[-1]
+    theirs = dataclasses.replace(
+        materials.study, sample=distilled.sample(last), diffusion=distilled.diffusion
+    )
+    wanted = request_lib.of(theirs, prompts or ("",), **values)
+    low, high = distilled.config.rates
+    if last.told and not all(low <= w <= high for w in wanted.guidance):
+        raise UserError(
+            f"--guidance={','.join(f'{w:g}' for w in wanted.guidance)}: students of "
+            f"{distilled.config.method} are told rates from {low:g} to {high:g}"
+        )
+    return _grid(materials, wanted, prompts, values, f"{distilled.setting}_", functools.partial(
+        gallery.draw, dataclasses.replace(materials, study=theirs),
+        drawer=lambda member: distilled.drawer(member, last.told),
+        params=lambda member: distilled.params(member, last),
+    ))
 
 
 def _further_grid(further: Further, prompts: Sequence[str], values: dict[str, Any]) -> str:
     """Of members that are trained further; the config alone says how."""
-    key = "finetune.task" if further.name == "finetune" else f"{further.name}.method"
-    value = getattr(further.config, key.partition(".")[2])
-    here = f"a config with {key}={value} draws a grid of its own"
     if prompts:
         raise UserError(
-            f"{here}, without prompts: leave out --prompt, or give --config.{key}= for the members "
-            "as they were pretrained"
+            f"the members are fine-tuned for {further.config.task}, which takes no prompt: leave "
+            "out --prompt for a grid of validation pictures, or --config.finetune.task= for the "
+            "pretrained members"
         )
     if given := sorted(name for name, value in values.items() if value is not None):
         raise UserError(
-            f"{here}: instead of --{given[0]} give --config.{further.name}.sample.steps=N and the "
-            "like"
+            f"--{given[0]}: the grid of {further.config.task} is as the config's finetune.sample "
+            "says: give --config.finetune.sample.steps=N and the like"
         )
     return further_lib.grid(further)
 

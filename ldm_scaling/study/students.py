@@ -11,15 +11,12 @@ from ldm_scaling.study.curves import Curves, Point
 from ldm_scaling.study.records import DISTILLED, TEXT_TO_IMAGE, Record
 from ldm_scaling.study.statistics import blocks, duels, words
 
-_STEPS = 4
-
 
 def sentences(
     records: Sequence[Record], metric: str, select_block: int, report_blocks: Sequence[int]
 ) -> list[str]:
-    """One for every member and task of distillation. A student of halving is that of the fewest
-    steps, at these; another is taken at 4 steps, or the nearest to them that its teacher was
-    measured at too. Nothing is picked by what it scored.
+    """One for every member and task of distillation, over all numbers of steps that both were
+    measured at: of halving the students' own alone.
 
     Args:
       records: of members and of their students, of one study.
@@ -32,16 +29,16 @@ def sentences(
     out = []
     for task in DISTILLED:
         found = [r for r in pooled if r.task == task and metric in r.metrics]
+        found = curves_lib.longest(found)
         if not (found and teachers):
             continue
-        shortest = min(r.student_steps for r in found)
-        found = [r for r in found if r.student_steps == shortest]
         own_blocks = curves_lib.own_blocks(found, select_block, report_blocks[0])
-        students = _curves(found, metric, own_blocks)
-        for model in curves_lib.models(found):
-            pair = _pair(students, teachers, model, shortest or _STEPS)
-            if pair is not None:
-                out.append(_sentence(task, *pair, metric))
+        students = _curves(
+            [r for r in found if r.student_steps in (0, r.identity.steps)], metric, own_blocks)
+        out += [
+            _sentence(task, model, _pairs(students, teachers, model), metric)
+            for model in curves_lib.models(found)
+        ]
     return out
 
 
@@ -49,33 +46,43 @@ def _curves(records: Sequence[Record], metric: str, its_blocks: tuple[int, int])
     return curves_lib.quality_curves(curves_lib.distinct(records), metric, None, *its_blocks)
 
 
-def _pair(
-    students: Curves, teachers: Curves, model: str, steps: int
-) -> tuple[Point, Point] | None:
-    """The student and its teacher in as many steps, with the teacher's first sampler."""
+def _pairs(students: Curves, teachers: Curves, model: str) -> list[tuple[Point, Point]]:
+    """Students and their teacher in as many steps, with the teacher's first sampler."""
     several = {s for m, s in teachers if m == model}
     first = sorted(several, key=lambda s: (s.partition(", ")[0] != "ddim", s))[:1]
     there = {p.steps: p for name in first for p in teachers[model, name]}
     same = [p for (m, _), curve in students.items() if m == model for p in curve
             if p.steps in there]
-    if not same:
-        return None
-    student = min(same, key=lambda p: (abs(p.steps - steps), p.chosen_by))
-    return student, there[student.steps]
+    return [(p, there[p.steps]) for p in sorted(same, key=lambda p: p.steps)]
 
 
-def _sentence(task: str, student: Point, teacher: Point, metric: str) -> str:
+def _sentence(
+    task: str, model: str, pairs: Sequence[tuple[Point, Point]], metric: str
+) -> str:
+    if not pairs:
+        return (
+            f"{labels.task(task)}: students of {model} and their teacher were measured at no "
+            "number of steps in common, so that nothing is said of which is better."
+        )
+    sampler = labels.sampler(pairs[0][1].sampler)
+    parts = [_part(student, teacher, metric) for student, teacher in pairs]
+    return (
+        f"{labels.task(task)}: against its teacher in as many steps of {sampler}, the student of "
+        f"{model} reaches {'; '.join(parts)}."
+    )
+
+
+def _part(student: Point, teacher: Point, metric: str) -> str:
     short, sign = labels.measure(metric).short, labels.measure(metric).sign
     sure, how = "", "better" if sign * student.value < sign * teacher.value else "worse"
     if student.replicates_R.size and teacher.replicates_R.size:
         chance = duels.between(student, teacher, metric, student.cost, "cost").probability
         sure = f" ({words.sure(max(chance, 1 - chance))})"
         if words.judge(chance) == "undecided":
-            how = f"{how}, which the replicates leave open,"
+            how += ", which the replicates leave open"
     ends = "" if student.low is None else f" {labels.interval(student.low, student.high)}"
     steps = "step" if student.steps == 1 else "steps"
     return (
-        f"{labels.task(task)}: in {student.steps} {steps} the student of {student.model} reaches "
-        f"{short} {labels.number(student.value)}{ends}, {how} than its teacher in as many steps of "
-        f"{labels.sampler(teacher.sampler)}, {short} {labels.number(teacher.value)}{sure}."
+        f"in {student.steps} {steps} {short} {labels.number(student.value)}{ends} against "
+        f"{labels.number(teacher.value)}, {how}{sure}"
     )

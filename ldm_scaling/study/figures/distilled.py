@@ -45,7 +45,8 @@ def consistency(source: Source) -> dict[str, Drawn]:
     left, right = fig.subplots(1, 2)
     shown, ends = _by_size(left, source, curves, plain, sizes)
     more, names = _by_cost(right, source, curves, plain, sizes)
-    fig.suptitle("Distilled in few steps, undistilled in more\n"
+    method = records[0].setting.partition("_")[0]
+    fig.suptitle(f"Distilled{f' ({method})' if method else ''} in few steps, undistilled in more\n"
                  "Above: how many times more the cheapest as good undistilled setting costs "
                  "(–: none is)", x=0.01, ha="left", fontsize=10)
     plot_style.name_ends(left, ends)
@@ -128,6 +129,7 @@ def halving(source: Source) -> dict[str, Drawn]:
     out = {}
     for task in DISTILLED[1:]:
         records = [r for r in source.of_task(task) if source.metric in r.metrics]
+        records = curves_lib.one_setting(records)
         if records and (drawn := _stages(source, task, records)) is not None:
             out["" if task == DISTILLED[1] else "progressive"] = drawn
     return out

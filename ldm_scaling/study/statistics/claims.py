@@ -276,7 +276,7 @@ def _distilled(records: Sequence[Record], metric: str, blocks: tuple[int, int]) 
     test = "As claim 3, on records of distilled members"
     if others:
         test += f": {labels.task(task).lower()}, not {labels.listing(others, 'or')}"
-    chosen = curves_lib.last_students([r for r in records if r.task == task])
+    chosen = curves_lib.longest([r for r in records if r.task == task])
     return _pattern(
         6, f"{test}.", chosen, metric, curves_lib.own_blocks(chosen, *blocks), _crosses
     )

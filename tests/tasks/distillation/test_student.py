@@ -30,10 +30,9 @@ DIFFUSION = Diffusion(prediction="v")
 
 def distil(method, **more):
     if method in ("codi", "lcm"):
-        rates = {"guidance": (3.0,)}
         return Consistency(
             method=method, train=RUN, imitation=RUN, guidance_dim=8,
-            sample=Sample(guidance=3.0), sweep=Sweep(samplers=(method,), **rates), **more,
+            sample=Sample(sampler=method), sweep=Sweep(samplers=(method,)), **more,
         )
     return Halving(
         method=method, train=RUN, imitation=RUN, guidance_dim=8, steps=(2, 1), **more,
@@ -153,7 +152,8 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn():
     teacher = teacher_on(mesh)
     told = Halving(
         method="guided", train=RUN, imitation=RUN, guidance_dim=8, rates=(1.0, 1.0),
-        sample=Sample(guidance=1.0), sweep=Sweep(guidance=(1.0,), spacing="trailing"),
+        sample=Sample(guidance=1.0), sweep=Sweep(
+            samplers=("ddim",), guidance=(1.0,), spacing="trailing"),
     )
     stage = told.stages("v")[0]
     params = unet.grow_guidance(teacher, 8)
@@ -188,7 +188,7 @@ def test_a_run_that_is_lost_ends_early(tmp_path):
 
     def loss(params, batch, key):
         value, _ = toy.loss(params, batch, key)
-        return value, {name: value / 100 for name in ("gap", "target_rms", "error_rms")}
+        return value, dict.fromkeys(("gap", "target_rms", "error_rms"), value / 100)
 
     def diverges(averages):
         told.update(averages)
