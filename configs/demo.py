@@ -2,22 +2,46 @@
 
     ldm-scaling study --config=configs/demo.py --workdir=runs/demo
 
-Expected: `report.html` in the workdir. `configs/demo.py:tiny` is the same in about a minute, for
-tests: its pictures are noise. What it shares with other demos is in ldm_scaling/recipes.py.
+Expected: `report.html` in the workdir. What it shares with other demos is in
+ldm_scaling/recipes.py.
+
+The argument takes other backbones: `configs/demo.py:dit` (or uvit, mmdit) has four networks whose
+operations are those of the four U-Nets within a fifth, in the same time; `configs/demo.py:families`
+a small and a large one of each, compared at equal cost. Costs are in units of the largest U-Net's.
+
+`configs/demo.py:tiny` is the same in about a minute, for tests: its pictures are noise; `dit,tiny`
+and the like are of that family.
 """
 
 from ldm_scaling import recipes
 
+MEMBERS = {
+    "": ("c8", "c16", "c24", "c32"),
+    "dit": ("dit_w40", "dit_w72", "dit_w104", "dit_w128"),
+    "uvit": ("uvit_w32", "uvit_w56", "uvit_w80", "uvit_w104"),
+    "mmdit": ("mmdit_d5", "mmdit_d7", "mmdit_d8", "mmdit_d10"),
+    "families": ("c8", "c24", "dit_w40", "dit_w104", "uvit_w32", "uvit_w80"),
+}
+
 
 def get_config(arg: str = ""):
-    if arg not in ("", "tiny"):
-        raise ValueError(f"configs/demo.py:{arg}: the argument is one of: (none), tiny")
-    config = recipes.demo("demo")
-    config.members = ("c8", "c16", "c24", "c32")
+    family, _, rest = arg.partition(",")
+    if family == "tiny" and not rest:
+        family, rest = "", "tiny"
+    if family not in MEMBERS or rest not in ("", "tiny"):
+        names = ", ".join(filter(None, MEMBERS))
+        raise ValueError(
+            f"configs/demo.py:{arg}: the argument is one of (none), tiny, {names}, or one of these "
+            "with ,tiny behind it"
+        )
+    config = recipes.demo("_".join(filter(None, ("demo", family))))
+    config.members = MEMBERS[family]
     config.reference = "c32"
+    if family == "families":
+        config.sweep.samplers = ("ddim", "dpmpp_2m")
 
-    if arg == "tiny":
-        config.members = ("c8", "c16")
+    if rest == "tiny":
+        config.members = MEMBERS[family][:2] if family else ("c8", "c16")
         config.reference = "c16"
         config.data.train_pictures = 128
         config.data.validation_pictures = 32

@@ -10,6 +10,8 @@ from ldm_scaling.models import zoo
 
 # What of a member is computed again in the backward pass, so that it fits all of launch/plans.
 _REMAT = {"2b": "block"}
+# What stands for each family on a CPU.
+_SMALLEST = {"unet": "c8", "dit": "dit_w40", "uvit": "uvit_w32", "mmdit": "mmdit_d5"}
 
 
 def text_to_image(member: str, arg: str = "") -> ml_collections.ConfigDict:
@@ -75,7 +77,7 @@ def text_to_image(member: str, arg: str = "") -> ml_collections.ConfigDict:
     config.sweep.batch_size = 256
 
     if arg == "local":
-        _shrink(config)
+        _shrink(config, _SMALLEST[zoo.family_of(member)])
     return config
 
 
@@ -279,11 +281,11 @@ def _shrink_distilled(part: ml_collections.ConfigDict) -> None:
     part.sweep.guidance = (3.0, 7.5)
 
 
-def _shrink(config: ml_collections.ConfigDict) -> None:
+def _shrink(config: ml_collections.ConfigDict, member: str) -> None:
     """The same code paths at a size that a CPU trains in seconds."""
     config.name += "_local"
-    config.members = ("c8",)
-    config.reference = "c8"
+    config.members = (member,)
+    config.reference = member
     config.data.side = 32
     config.data.train_pictures = 64
     config.data.validation_pictures = 32

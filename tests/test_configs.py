@@ -1,5 +1,6 @@
 """The configs of the paper's sizes, and their local arm."""
 
+import dataclasses
 import importlib.util
 import os
 import pathlib
@@ -10,11 +11,12 @@ import pytest
 
 from ldm_scaling import config as config_lib
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import zoo
+from ldm_scaling.models import backbone_tables, zoo
 from ldm_scaling.study import materials, workdir
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAPER = [member.name for member in zoo.PAPER]
+LARGE = [backbone.name for backbone in backbone_tables.LARGE]
 
 
 def load(name):
@@ -46,7 +48,19 @@ def test_recipe(name, tmp_path):
 
 def test_every_size_has_a_config():
     files = {path.stem for path in (ROOT / "configs").glob("t2i_*.py")}
-    assert files == {f"t2i_{name}" for name in PAPER}
+    assert files == {f"t2i_{name}" for name in (*PAPER, *LARGE)}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_other_backbones_have_the_papers_recipe(name):
+    """All but the network is that of the U-Nets, and costs are in units of 866M."""
+    study = config_lib.parse(load(f"t2i_{name}").get_config())
+    unet = config_lib.parse(load("t2i_866m").get_config())
+    assert study.members == (name,) and study.reference == "866m"
+    assert dataclasses.replace(study, members=unet.members, name=unet.name) == unet
+    spec = zoo.get(name).spec
+    assert spec.latent_shape == zoo.get("866m").spec.latent_shape
+    assert spec.context_dim == zoo.get("866m").spec.context_dim
 
 
 def test_another_argument_is_refused():

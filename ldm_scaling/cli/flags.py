@@ -68,6 +68,7 @@ FLAGS = {
         ("prepare",), "--dry-run",
         "only says what caching latents and text states would cost and save",
     ),
+    "family": (("zoo",), "--family=unet|dit|uvit|mmdit", "which networks; the U-Nets if not given"),
     "format": (("zoo", "prepare"), "--format=text|json", "how to print a table"),
 }
 
@@ -79,7 +80,8 @@ def _define_flags():
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "config file", flag_values=values)
     for name in (
-        "workdir", "spacing", "kind", "from", "to", "model", "source", "runner", "distributed"
+        "workdir", "spacing", "kind", "from", "to", "model", "source", "runner", "distributed",
+        "family",
     ):
         flags.DEFINE_string(name, None, name, flag_values=values)
     for name in ("prompt", "sampler", "steps", "guidance", "seeds", "member"):

@@ -47,9 +47,9 @@ def _run(command: str, arguments: list[str]) -> None:
         from ldm_scaling.models import zoo_table
 
         if values.format == "json":
-            print(json.dumps(zoo_table.rows(), indent=1))
+            print(json.dumps(zoo_table.rows(values.family or "unet"), indent=1))
         else:
-            print(zoo_table.text())
+            print(zoo_table.text(values.family or "unet"))
         return
     if command == "convert":
         from ldm_scaling.models import converted

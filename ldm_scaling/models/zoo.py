@@ -11,8 +11,11 @@ import difflib
 from collections.abc import Sequence
 
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import cost
+from ldm_scaling.models import backbone, backbone_tables, cost
+from ldm_scaling.models.dit import DiTSpec
+from ldm_scaling.models.mmdit import MMDiTSpec
 from ldm_scaling.models.unet import UNetSpec
+from ldm_scaling.models.uvit import UViTSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +42,13 @@ class Member:
 
     Attributes:
       name: what configs call it.
-      spec: the network.
+      spec: the network, see `backbone.Spec`.
       reference: name of the member of cost 1 in its family.
       published: the printed figures, or None.
     """
 
     name: str
-    spec: UNetSpec
+    spec: backbone.Spec
     reference: str
     published: Published | None = None
 
@@ -96,7 +99,26 @@ SMALL = tuple(Member(n, _small(c, groups), SMALL_REFERENCE) for n, c, groups in 
 SMALL_16 = tuple(
     Member(f"{n}_s16", _small(c, groups, 16), f"{SMALL_REFERENCE}_s16") for n, c, groups in _SMALL
 )
-MEMBERS = {member.name: member for member in (*PAPER, SD15, *SMALL, *SMALL_16)}
+UNETS = (*PAPER, SD15, *SMALL, *SMALL_16)
+
+
+def _family(kind: type) -> tuple[Member, ...]:
+    return tuple(
+        Member(b.name, b.spec, b.reference) for b in backbone_tables.BACKBONES.values()
+        if isinstance(b.spec, kind)
+    )
+
+
+FAMILIES = {
+    "unet": UNETS, "dit": _family(DiTSpec), "uvit": _family(UViTSpec), "mmdit": _family(MMDiTSpec),
+}
+"""Networks by what they are; a family's own widths and depths side by side."""
+MEMBERS = {member.name: member for members in FAMILIES.values() for member in members}
+
+
+def family_of(name: str) -> str:
+    """The family of a member; empty of a network that is none of these."""
+    return next((f for f, members in FAMILIES.items() if name in {m.name for m in members}), "")
 
 
 def get(name: str) -> Member:
@@ -108,7 +130,9 @@ def get(name: str) -> Member:
     if name in MEMBERS:
         return MEMBERS[name]
     near = difflib.get_close_matches(str(name).lower(), MEMBERS, n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(MEMBERS)}"
+    names = ", ".join(m.name for m in UNETS)
+    hint = f"did you mean {' or '.join(near)}?" if near else (
+        f"choose from {names}, or of another family:  ldm-scaling zoo --family=dit")
     raise UserError(f"no network is called {name!r}; {hint}")
 
 

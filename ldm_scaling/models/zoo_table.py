@@ -9,7 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ldm_scaling.models import cost, zoo
+from ldm_scaling.errors import UserError
+from ldm_scaling.models import backbone_tables, cost, zoo
 
 _NOTES = (
     f"cost: GFLOPs over those of {zoo.PAPER_REFERENCE}; for the small members c8 to c64, over "
@@ -20,16 +21,47 @@ _NOTES = (
     "39m: the paper's 25.3 GFLOPs are a misprint (they repeat its FID, 25.30): its own cost 0.07 "
     "needs about 56.6.",
 )
+_TRANSFORMER_NOTES = (
+    "cost: GFLOPs over those of the family's reference; a study's own reference may be any member.",
+    "GFLOPs: one forward pass, batch 1, float32, without guidance, counted by XLA; the papers' "
+    "Gflops are multiply-adds, and stand here doubled.",
+    "*: as its paper has it, with its own text or classes and latents; the member of the same name "
+    "has the text and the latents of the U-Nets.",
+)
 
 
-def rows() -> list[dict[str, Any]]:
-    """One dict a member, in the zoo's order, ready for JSON.
+def rows(family: str = "unet") -> list[dict[str, Any]]:
+    """One dict a member of a family, in the zoo's order, ready for JSON; of transformers those that
+    their papers printed come first, for the papers' own text and latents.
 
     Both `params` and `published_params` are plain counts (38800580 and 38800000, the latter as
     exact as it was printed); what was not published is None. Costs are those of the member's own
     family, see `zoo.Member.reference`.
     """
-    return [_row(member) for member in zoo.MEMBERS.values()]
+    if family not in zoo.FAMILIES:
+        raise UserError(f"--family={family}: choose one of {', '.join(zoo.FAMILIES)}")
+    members = zoo.FAMILIES[family]
+    printed = [
+        _printed(name, printed) for name, printed in backbone_tables.PRINTED.items()
+        if type(printed.spec) is type(members[0].spec)
+    ]
+    return [*printed, *map(_row, members)]
+
+
+def _printed(name: str, printed: backbone_tables.Printed) -> dict[str, Any]:
+    spent = cost.of(printed.spec)
+    return {
+        "name": f"{name}*",
+        "base_channels": printed.spec.base_channels,
+        "context_dim": printed.spec.context_dim,
+        "params": spent.params,
+        "gflops": spent.gflops,
+        "norm_cost": None,
+        "published_params": round(printed.params * 1e6),
+        # Papers on transformers count multiply-adds.
+        "published_gflops": printed.gmacs and 2 * printed.gmacs,
+        "published_norm_cost": None, "published_fid": None, "published_clip": None,
+    }
 
 
 def _row(member: zoo.Member) -> dict[str, Any]:
@@ -62,13 +94,13 @@ def _number(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def text() -> str:
+def text(family: str = "unet") -> str:
     """The table for a terminal, with its notes; no line is longer than 100 characters."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("name", "c", "context", "params", "paper", "GFLOPs", "paper", "cost", "paper",
                     "FID", "CLIP"):
         table.add_column(heading, justify="left" if heading == "name" else "right", no_wrap=True)
-    for row in rows():
+    for row in rows(family):
         table.add_row(
             row["name"], str(row["base_channels"]), str(row["context_dim"]),
             _millions(row["params"]), _millions(row["published_params"]),
@@ -81,6 +113,6 @@ def text() -> str:
     out = io.StringIO()
     console = Console(file=out, width=100, highlight=False)
     console.print(table)
-    for note in _NOTES:
+    for note in _NOTES if family == "unet" else _TRANSFORMER_NOTES:
         console.print(note)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip()

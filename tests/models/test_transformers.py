@@ -87,14 +87,26 @@ def test_every_input_matters_and_examples_stay_apart(module, spec):
 
 
 @each
-def test_pictures_that_are_not_square(module, spec):
-    """They come out of their own sides; sides that no patches make are refused."""
+def test_sides_that_no_patches_make(module, spec):
     params, (x, t, ctx) = parameters(module, spec), inputs(4, 12)
-    denoise = module.denoise_fn(spec)
-    out = run(lambda p, x: denoise(p, x, t, {"context": ctx}), params, x)
-    assert out.shape == x.shape and np.isfinite(out).all()
+    denoise, cond = module.denoise_fn(spec), {"context": ctx}
+    assert jax.eval_shape(denoise, params, x, t, cond).shape == x.shape
     with pytest.raises(UserError, match="latents of 4 x 7 do not split into patches of 2 x 2"):
-        jax.eval_shape(denoise, params, x[:, :, :7], t, {"context": ctx})
+        jax.eval_shape(denoise, params, x[:, :, :7], t, cond)
+
+
+def test_learned_places_are_resampled_for_other_sides():
+    """Places that do not differ stay what they are, at any side."""
+    module, spec = SPECS["uvit"]
+    params, (x, t, ctx) = parameters(module, spec), inputs(4, 12)
+    even = params["positions"].at[4:].set(params["positions"][4])
+    wide = dataclasses.replace(spec, sample_size=4)  # has 4 places
+    outs = []
+    for one, places in ((spec, even), (wide, even[:8])):
+        denoise = module.denoise_fn(one)
+        outs.append(run(denoise, {**params, "positions": places}, x, t, {"context": ctx}))
+    close(outs[0], outs[1])
+    assert outs[0].shape == x.shape and np.std(outs[0]) > 0.1
 
 
 @each

@@ -72,7 +72,7 @@ def test_stable_diffusion(rows):
 
 def test_rows_are_json(rows):
     table = json.loads(json.dumps(list(rows.values())))
-    assert [row["name"] for row in table] == list(zoo.MEMBERS)
+    assert [row["name"] for row in table] == [m.name for m in zoo.UNETS]
     for row in table:
         assert list(row) == KEYS
         assert isinstance(row["params"], int) and row["gflops"] > 0
@@ -130,3 +130,16 @@ def test_unknown_names():
         zoo.get("2B")
     with pytest.raises(UserError, match="choose from 39m, 83m"):
         zoo.get("inception")
+
+
+def test_families_of_transformers():
+    """Each by its own table; a member has one family."""
+    names = [m.name for members in zoo.FAMILIES.values() for m in members]
+    assert len(set(names)) == len(names) == len(zoo.MEMBERS)
+    assert {zoo.family_of(m) for m in ("dit_w40", "dit_xl2")} == {"dit"}
+    assert zoo.family_of("c8") == "unet" and zoo.family_of("inception") == ""
+    text = zoo_table.text("uvit")
+    assert "uvit_s*" in text.split() and "uvit_w32" in text and "c8" not in text.split()
+    assert max(map(len, text.splitlines())) <= 100
+    with pytest.raises(UserError, match="--family=vit: choose one of unet, dit, uvit, mmdit"):
+        zoo_table.rows("vit")
