@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 from ldm_scaling import __version__
 from ldm_scaling.config import Consistency, Distill, FineTune
+from ldm_scaling.models import zoo
 from ldm_scaling.sampling import solvers
-from ldm_scaling.study import baselines, labels, report, reported, students
+from ldm_scaling.study import baselines, families, labels, report, reported, students
 from ldm_scaling.study.baselines import Baselines
 from ldm_scaling.study.figures import beside, catalogue
 from ldm_scaling.study.figures.source import Source
@@ -59,7 +60,7 @@ def _context(materials: Materials, captions: Sequence[str]) -> dict:
         )
     return {
         "title": f"{study.name}: quality against sampling cost",
-        **({"summary": materials.networks.summary} if materials.networks.summary else {}),
+        **({"summary": summary} if (summary := _summary(materials)) else {}),
         "metric": FRECHET,
         "select_block": sweep.select_block,
         "report_blocks": sweep.report_blocks,
@@ -119,6 +120,18 @@ def _distilling(distill: Distill, prediction: str) -> str:
         f"which start from it; {_method(distill)}.{changes} Steps of training: {trained}. Students "
         "are drawn for their teachers' prompts, from the same noise; timestep spacing: "
         f"{distill.sweep.spacing or labels.listing(spacings)}."
+    )
+
+
+def _summary(materials: Materials) -> str | None:
+    """Of networks that do not differ in width alone; None where the page's own holds."""
+    names = sorted({zoo.family_of(m) for m in materials.study.members} - {""})
+    if materials.networks.summary or names in ([], ["unet"]):
+        return materials.networks.summary
+    several = labels.listing([families.NAMES[name] for name in names])
+    return (
+        f"Latent diffusion models of {'the families ' if names[1:] else ''}{several} in several "
+        "sizes, trained alike and compared at equal sampling cost."
     )
 
 

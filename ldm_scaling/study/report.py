@@ -16,7 +16,15 @@ from etils import epath
 from ldm_scaling import files
 from ldm_scaling.errors import UserError
 from ldm_scaling.study import curves as curves_lib
-from ldm_scaling.study import findings, labels, page_advice, page_data, plot_style, thumbnails
+from ldm_scaling.study import (
+    families,
+    findings,
+    labels,
+    page_advice,
+    page_data,
+    plot_style,
+    thumbnails,
+)
 from ldm_scaling.study import reported as reported_lib
 from ldm_scaling.study.curves import Curves
 from ldm_scaling.study.figures import catalogue, rows
@@ -284,7 +292,7 @@ def write(
     sentences = findings.findings(pooled, told.metric, *blocks)
     sentences += findings.between_blocks(
         arms, told.metric, told.select_block, told.report_blocks)
-    sentences += [*further, *lacking]
+    sentences += [*families.sentences(curves, told.metric), *further, *lacking]
     evidence = claims.Evidence.of(
         [*pooled, *blocks_lib.pooled(others, told.select_block, told.report_blocks)])
     verdicts = claims.verdicts(evidence, told.metric, *blocks)

@@ -21,6 +21,7 @@ from ldm_scaling.study.figures import (
     distilled,
     downstream,
     equal_compute,
+    families,
     family,
     guidance,
     rows,
@@ -101,6 +102,10 @@ FIGURES = (
           "images",
           "Sampled images of the same captions, one row per size, grouped so that the rows of a "
           "group cost nearly the same."),
+    Entry("families", "", "Families at equal cost", families.by_cost,
+          f"{_CURVE} of two families of networks", "family",
+          "What each family of networks reaches within a sampling budget, at its best size, "
+          "sampler and steps."),
     Entry("training", "", "Training curves", text_to_image.losses, "the workdir's loss curves",
           "training",
           "Training loss (thin lines) and validation loss (marked) against the step, by size."),

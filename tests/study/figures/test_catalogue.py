@@ -23,7 +23,7 @@ from tests.study import paper_records as paper
 SIZES = ("39m", "223m", "866m")
 SMALL = {"sizes": SIZES, "samplers": ("ddim", "dpmpp_2m"), "steps": (4, 20, 50),
          "rates": (2.0, 4.0, 6.0)}
-NEED_FOUR_SIZES = {"law_isoflop", "law_largest"}  # See test_scaling.
+NEED_MORE = {"law_isoflop", "law_largest", "families"}  # See test_scaling, test_families.
 NEED_OTHER_TASKS = {"fig4_super", "fig17_super", "fig12_super", "fig6_dreambooth",
                     "fig13_distilled", "fig19_guided"}
 
@@ -61,8 +61,8 @@ def _rows(folder, name):
 
 def test_every_figure_is_drawn_in_every_format(drawn):
     folder, written = drawn
-    assert {line.split(" needs ")[0] for line in written.skipped} == NEED_FOUR_SIZES
-    starts = [e.name for e in catalogue.FIGURES if e.name not in NEED_FOUR_SIZES]
+    assert {line.split(" needs ")[0] for line in written.skipped} == NEED_MORE
+    starts = [e.name for e in catalogue.FIGURES if e.name not in NEED_MORE]
     assert all(any(n == s or n.startswith(f"{s}_") for n in written.names) for s in starts)
     assert {p.name for p in folder.iterdir()} == {
         f"{n}.{k}" for n in written.names for k in ("png", "svg", "pdf", "csv")}
@@ -187,7 +187,7 @@ def test_what_lacks_records_is_a_line_and_no_picture(tmp_path, main, monkeypatch
     monkeypatch.setattr(plot_style, "DPI", 20)
     monkeypatch.setattr(plot_style, "FORMATS", {"png": {}})
     written = catalogue.write(tmp_path, Source(main, paper.FID))
-    lacking = NEED_OTHER_TASKS | NEED_FOUR_SIZES | {"fig10_images", "training"}
+    lacking = NEED_OTHER_TASKS | NEED_MORE | {"fig10_images", "training"}
     assert {line.split(" needs ")[0] for line in written.skipped} == lacking
     assert all("records" in line or "workdir" in line for line in written.skipped)
     assert all("\n" not in line for line in written.skipped)
@@ -248,7 +248,7 @@ def test_the_report_shows_every_figure_in_its_section(tmp_path, drawn, main):
     assert text.count("data:image/") == len(written.names)
     assert 'id="downstream"' in text and 'id="other"' not in text
     for entry in catalogue.FIGURES:
-        drawn_here = entry.name not in NEED_FOUR_SIZES
+        drawn_here = entry.name not in NEED_MORE
         assert (entry.heading.replace("'", "&#39;") in text) == drawn_here
 
 

@@ -1,0 +1,81 @@
+"""Families of networks at equal cost: does the finding belong to the U-Net?
+
+A family enters a budget with the one cell, of whatever size, sampler and steps, that was best on
+the selection block, and is valued on the report block, as a size does in `winners`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from ldm_scaling.models import zoo
+from ldm_scaling.study import labels, winners
+from ldm_scaling.study.curves import Curves, Point
+from ldm_scaling.study.statistics import words
+from ldm_scaling.study.winners import Winner
+
+NAMES = {"unet": "U-Net", "dit": "DiT", "uvit": "U-ViT", "mmdit": "MM-DiT"}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Family:
+    """What a family can do.
+
+    Attributes:
+      name: for readers.
+      frontier: (budget, the point it enters with) at every budget that it can afford, rising.
+    """
+
+    name: str
+    frontier: tuple[tuple[float, Point], ...]
+
+
+def compared(curves: Curves, metric: str) -> tuple[list[Family], list[Winner]]:
+    """Families, in the zoo's order, and the winner among them at every budget; nothing where there
+    are not two. A winner's `model` is a family's name. Networks that the zoo does not know are left
+    out."""
+    pools: dict[str, list[Point]] = {}
+    for (model, _), points in curves.items():
+        if family := zoo.family_of(model):
+            pools.setdefault(family, []).extend(points)
+    names = [family for family in zoo.FAMILIES if family in pools]
+    if len(names) < 2:
+        return [], []
+    every = [p for pool in pools.values() for p in pool]
+    families = []
+    for name in names:
+        frontier = (
+            (budget, winners.best_within(pools[name], budget, "cost"))
+            for budget in winners.budgets(every, "cost")
+        )
+        families.append(Family(NAMES[name], tuple((b, p) for b, p in frontier if p is not None)))
+    as_sizes = {
+        (NAMES[name], "any"): [dataclasses.replace(p, model=NAMES[name]) for p in pools[name]]
+        for name in names
+    }
+    return families, winners.winner_by_budget(as_sizes, metric, [f.name for f in families])
+
+
+def sentences(curves: Curves, metric: str) -> list[str]:
+    """Which family is best at the smallest budget that all can afford, and at the largest."""
+    families, found = compared(curves, metric)
+    met = [w for w in found if w.complete]
+    if not met:
+        return []
+    at = {f.name: dict(f.frontier) for f in families}
+
+    def one(w: Winner) -> str:
+        point = at[w.best.model][w.budget]
+        return (
+            f"at a budget of {labels.number(w.budget)} {w.best.model} is the best family, with "
+            f"{point.model} in {point.steps} steps of {labels.sampler(point.sampler)}, "
+            f"{words.reached(metric, w.best)} ({words.sure(w.best.probability)})"
+        )
+
+    ends = [met[0]] if met[0].budget == met[-1].budget else [met[0], met[-1]]
+    names: Sequence[str] = [f.name for f in families]
+    return [
+        f"Of the families {labels.listing(names)}, each at its best size, sampler and steps: "
+        f"{'; '.join(map(one, ends))}."
+    ]
