@@ -38,6 +38,11 @@ class Stage:
     told: bool
     trained: int
 
+    @property
+    def run(self) -> str:
+        """The key of its run."""
+        return "imitation" if self.kind == "imitation" else "train"
+
 
 @dataclasses.dataclass(frozen=True)
 class Distill:
@@ -116,6 +121,11 @@ class Distill:
           prediction: of the pretrained members.
         """
         raise NotImplementedError
+
+    def runs(self, prediction: str) -> dict[str, Train]:
+        """The runs that are used, by their keys; `prediction` as of `stages`."""
+        used = {s.run for s in self.stages(prediction)}
+        return {f"{self.NAME}.{name}": getattr(self, name) for name in sorted(used)}
 
     def _stages(self, imitates: bool, rest: list[tuple[str, str, int]]) -> tuple[Stage, ...]:
         out: list[Stage] = []

@@ -132,9 +132,7 @@ class Study:
             if self.finetune.pretrained:
                 del sweeps[0]
         for distill in self.distillations:
-            used = {stage.train for stage in distill.stages(self.diffusion.prediction)}
-            runs += [(f"{distill.NAME}.{key}", getattr(distill, key))
-                     for key in ("imitation", "train") if getattr(distill, key) in used]
+            runs += distill.runs(self.diffusion.prediction).items()
         for name, run in runs:
             require(run.batch_size <= train, f"{name}.batch_size", run.batch_size,
                     f"more than the {train} pictures for training: lower it")

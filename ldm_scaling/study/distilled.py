@@ -55,8 +55,7 @@ class Distilled:
     @property
     def runs(self) -> dict[str, Train]:
         """The config's runs that are used, by their keys."""
-        used = {"imitation" if s.kind == "imitation" else "train" for s in self.stages}
-        return {f"{self.name}.{name}": getattr(self.config, name) for name in sorted(used)}
+        return self.config.runs(self.materials.study.diffusion.prediction)
 
     @property
     def measured(self) -> tuple[Stage, ...]:

@@ -19,7 +19,6 @@ import jax
 import ldm_scaling
 from ldm_scaling import files
 from ldm_scaling.config import Study
-from ldm_scaling.config.distill import Stage
 from ldm_scaling.config.training import BOOKKEEPING
 from ldm_scaling.models import cost, zoo
 from ldm_scaling.parallel import aot, chips, hlo
@@ -94,18 +93,13 @@ def compile_part(part: Part) -> aot.Program:
 # --- a plan -----------------------------------------------------------------------------------
 
 
-def _run_of(stage: Stage) -> str:
-    """The key of a stage's run."""
-    return "imitation" if stage.kind == "imitation" else "train"
-
-
 def with_batch(study: Study, kind: str, batch: int | None) -> Study:
     """The config with another batch: of training, or as lanes of sampling and decoding."""
     if batch is None:
         return study
     if kind.startswith(plan_parts.DISTILL):
         distill, stage = plan_parts.stage_of(study, kind)
-        run = _run_of(stage)
+        run = stage.run
         train = dataclasses.replace(getattr(distill, run), batch_size=batch)
         return plan_remedies.changed(study, distill.NAME, **{run: train})
     part = "sweep" if kind in ("sample", "decode") else "train"
@@ -137,7 +131,7 @@ def make(
     train = "train"
     if kind.startswith(plan_parts.DISTILL):
         distill, stage = plan_parts.stage_of(study, kind)
-        train = f"{distill.NAME}.{_run_of(stage)}"
+        train = f"{distill.NAME}.{stage.run}"
         study = plan_parts.distilling(study, kind)
     changed: dict[str, Any] = {}
     if study.mesh.data != -1 and study.mesh.data % target.num_slices:

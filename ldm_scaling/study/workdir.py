@@ -36,6 +36,7 @@ class Workdir:
         latent_scale.json     what latents are multiplied by: all that drawing needs of them
         models/NAME/          as autoencoder/, one folder a member
         finetuned/TASK_HASH/  members trained further: NAME/ as autoencoder/; DreamBooth's has more
+        distilled/METHOD_HASH/ students: NAME/STAGE/ as autoencoder/
         baselines/            what restored pictures are held against
         reference/            statistics of the real pictures, the caption probe
         records/KEY.json      one record per configuration

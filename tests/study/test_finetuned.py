@@ -36,7 +36,7 @@ def run(command, workdir, *more, config="configs/demo_sr.py:tiny"):
         [sys.executable, "-m", "ldm_scaling", command, f"--config={config}",
          f"--workdir={workdir}", *more],
         cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )
 
 

@@ -127,6 +127,37 @@ def test_fewer_lanes_where_sampling_does_not_fit(devices):
     assert list(plan_remedies.of(_study(), "encode", devices)) == []
 
 
+def test_a_distillation_holds_its_teacher_once_in_shards(devices):
+    """As the student's parameters, which are cut as it is; CoDi's own step needs none. What makes
+    it fit is said of the distillation's run."""
+    def study(method):
+        given = recipes.distilled(method, "39m,local")
+        small = config.parse(given)
+        part = small.distillations[0]
+        run = dataclasses.replace(part.train, batch_size=64)
+        part = dataclasses.replace(part, train=run, imitation=run)
+        mesh = dataclasses.replace(small.mesh, data=1, fsdp=8)
+        return dataclasses.replace(small, mesh=mesh, **{part.NAME: part})
+
+    held = {}
+    for method, kind in (("codi", "distill"), ("codi", "distill:imitation"), ("lcm", "distill")):
+        part = plan_parts.build(plan_parts.distilling(study(method), kind), "c8", devices, kind)
+        held[method, kind] = part.held
+        assert part.examples == 64 and part.kind == kind
+    assert held["codi", "distill"]["teacher"] == 0
+    for key in (("codi", "distill:imitation"), ("lcm", "distill")):
+        assert held[key]["teacher"] == pytest.approx(held[key]["average"], rel=0.05) != 0
+    body, compiler = _make(study("lcm"), devices, fits_at=2, kind="distill")
+    assert body["remedies"] == ["--config.consistency.train.remat=block"]
+    assert body["batch"] == 64 and body["steps"] == 4
+    body, _ = _make(study("codi"), devices, fits_at=2, kind="distill:imitation")
+    assert body["remedies"] == ["--config.consistency.imitation.remat=block"]
+    assert plan.with_batch(study("lcm"), "distill", 16).consistency.train.batch_size == 16
+    for wrong, message in ((_study(), "distils nothing"), (study("lcm"), "no such stage")):
+        with pytest.raises(UserError, match=message):
+            plan_parts.stage_of(wrong, "distill:s16")
+
+
 @pytest.mark.parametrize("kind", plan_parts.KINDS)
 def test_every_part_is_lowered_and_has_the_keys(kind, devices):
     def compile(part):

@@ -18,6 +18,7 @@ from ldm_scaling.models import cost
 from ldm_scaling.sampling import sampler
 from ldm_scaling.sampling.packing import Configuration
 from ldm_scaling.study import published, records, weight_files
+from ldm_scaling.study.distilled import Distilled
 from ldm_scaling.study.materials import Materials
 from ldm_scaling.study.workdir import Workdir
 from ldm_scaling.tasks.drawing import sampling_key
@@ -284,3 +285,32 @@ def test_parameters_lie_on_the_mesh(made, tmp_path):
     materials = materials_of(made(1)[1], tmp_path)
     for tree in (materials.member_params("mini"), materials.networks.decoder()):
         assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree))
+
+
+def test_it_is_its_own_teacher(made, tmp_path, capsys):
+    """A student that is told its rate, trained in the model's own latents and text states."""
+    _, folder = made(1)
+    small = {
+        "data.side": mini.SIDE, "data.train_pictures": 32, "data.validation_pictures": 32,
+        "data.text_length": 12, "sweep.num_images": 8, "sweep.batch_size": 8,
+        "sweep.feature_side": 32, "consistency.method": "lcm", "consistency.guidance_dim": 8,
+        "consistency.sample.sampler": "lcm", "consistency.sweep.samplers": "('lcm',)",
+        "consistency.sweep.num_images": 8, "consistency.sweep.batch_size": 8,
+        "consistency.sweep.feature_side": 32, "consistency.train.steps": 2,
+        "consistency.train.batch_size": 8, "consistency.train.warmup_steps": 0,
+        "consistency.sample.num_images": 2,
+    }
+    flags = [f"--config={ROOT}/configs/sd15.py", f"--config.weights={folder}",
+             f"--workdir={tmp_path}", *(f"--config.{key}={value}" for key, value in small.items())]
+    assert cli.main(["train", *flags]) == 0
+    assert list(tmp_path.glob("distilled/lcm_*/sd15/student/checkpoints/2"))
+    materials = Materials(Workdir(tmp_path).last_config(), Workdir(tmp_path))
+    distilled = Distilled(materials, "consistency")
+    # What it is told while it is trained is what its teacher's pipeline is told.
+    pairs = distilled.caches.first_states("validation").batch([0, 5])
+    captions = materials.source("validation", "caption").batch([0, 5])["caption"].tolist()
+    np.testing.assert_allclose(pairs["context"], materials.states(captions), atol=2e-3)
+    capsys.readouterr()
+    assert cli.main(["sample", *flags, "--prompt=a red apple", "--steps=2", "--seeds=0:2"]) == 0
+    drawn = pathlib.Path(capsys.readouterr().out.strip())
+    assert drawn.name.startswith("lcm_") and drawn.is_file()
