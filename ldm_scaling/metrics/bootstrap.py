@@ -97,7 +97,8 @@ def frechet_replicates(
     shift_D = features_ND.mean(axis=0)
     x_ND = features_ND - shift_D
     y_ND = x_ND @ reference.root_DR
-    gram_NN = y_ND @ y_ND.T
+    few_R = np.count_nonzero(counts_RN, axis=1) <= d
+    gram_NN = y_ND @ y_ND.T if few_R.any() else None
 
     weight_RN = counts_RN / total_R[:, None]
     mean_RD = weight_RN @ x_ND
@@ -107,7 +108,7 @@ def frechet_replicates(
     for r, weight_N in enumerate(weight_RN):
         used = np.flatnonzero(weight_N)
         w = weight_N[used]
-        if len(used) <= d:
+        if few_R[r]:
             k = gram_NN[np.ix_(used, used)]
             row = k @ w
             k = (k - row[:, None] - row + w @ row) * np.sqrt(np.outer(w, w))

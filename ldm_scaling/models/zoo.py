@@ -85,6 +85,14 @@ _SMALL = (
     ("c64", 64, 8),
 )  # fmt: skip
 
+# For one accelerator, in latents of side 16 alone: configs/h200_ladder.py.
+_WIDE = (
+    ("c96",   96, 8),
+    ("c128", 128, 8),
+    ("c192", 192, 8),
+    ("c256", 256, 8),
+)  # fmt: skip
+
 
 def _small(c: int, groups: int, side: int = 8) -> UNetSpec:
     return UNetSpec(
@@ -97,7 +105,8 @@ PAPER = tuple(Member(n, UNetSpec(c), PAPER_REFERENCE, Published(*p)) for n, c, *
 SD15 = Member("sd15", UNetSpec(320, context_dim=768), PAPER_REFERENCE, Published(859.5))
 SMALL = tuple(Member(n, _small(c, groups), SMALL_REFERENCE) for n, c, groups in _SMALL)
 SMALL_16 = tuple(
-    Member(f"{n}_s16", _small(c, groups, 16), f"{SMALL_REFERENCE}_s16") for n, c, groups in _SMALL
+    Member(f"{n}_s16", _small(c, groups, 16), f"{SMALL_REFERENCE}_s16")
+    for n, c, groups in (*_SMALL, *_WIDE)
 )
 UNETS = (*PAPER, SD15, *SMALL, *SMALL_16)
 

@@ -1,0 +1,398 @@
+"""What the scripts of this folder share: pieces that are done once, the clock, timings, the table.
+
+A script is a list of pieces. Each writes one JSON file with its date, device and versions below
+`--to` when it is done, and what is there is not done again; a script that has used up `--minutes`
+stops by itself and says what is left. On an accelerator each piece is a process of its own, so that
+each side has all of the memory and one that runs out of it ends nothing but itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import functools
+import importlib.util
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ldm_scaling import files
+from ldm_scaling.models import unet, zoo
+from ldm_scaling.parallel import chips, compiled
+
+ROOT = Path(__file__).resolve().parents[2]
+# JAX takes memory as it needs it, so that the peer in the same process finds some, and leaves what
+# CUDA's contexts take.
+_MEMORY = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
+# Results of the units for special functions: 16 a cycle on each multiprocessor of compute
+# capability 9.0 (CUDA C++ Programming Guide, throughput of arithmetic instructions), 132 of them at
+# the highest clock of 1.98 GHz.
+_EXPONENTIALS = {"h100": 132 * 16 * 1.98e9, "h200": 132 * 16 * 1.98e9}
+# A network that a CPU compiles in seconds.
+TOY = unet.UNetSpec(
+    8, context_dim=16, channel_mults=(1,), attention_levels=(False,), blocks_per_level=1, heads=2,
+    groups=4, sample_size=8, context_length=5,
+)
+
+
+def spec_of(member: str) -> unet.UNetSpec:
+    """A member's network; `toy` is `TOY`."""
+    return TOY if member == "toy" else zoo.get(member).spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A part of a script.
+
+    Attributes:
+      name: of its file.
+      run: `run(book) -> result`, JSON.
+      minutes: that it takes at most, about; it is not begun with less left.
+      first: whether nothing else counts without it: the script ends where it fails.
+    """
+
+    name: str
+    run: Callable[[Book], dict[str, Any]]
+    minutes: float = 2.0
+    first: bool = False
+
+
+class Book:
+    """The results of one script, one file a piece.
+
+    Args:
+      folder: where they lie.
+      args: of the script.
+    """
+
+    def __init__(self, folder: Path, args: argparse.Namespace):
+        self.folder, self.args = folder, args
+
+    def get(self, name: str) -> dict[str, Any] | None:
+        """A piece's result; None where it is not done."""
+        path = self.folder / f"{name}.json"
+        return json.loads(path.read_text())["result"] if path.exists() else None
+
+    def put(self, name: str, result: dict[str, Any], seconds: float) -> None:
+        """Writes a piece's result."""
+        body = {
+            "piece": name, "when": datetime.date.today().isoformat(), "device": device(),
+            "seconds": seconds, "versions": versions(), "settings": settings(self.args),
+            "result": result,
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(body, indent=1, allow_nan=False) + "\n"
+        files.atomic_write_text(self.folder / f"{name}.json", text)
+
+    def all(self) -> dict[str, dict[str, Any]]:
+        """Results by piece, in the order of their names."""
+        return {p.stem: self.get(p.stem) for p in sorted(self.folder.glob("*.json"))}
+
+
+# --- what is here -----------------------------------------------------------------------------
+
+
+def device() -> str:
+    """JAX's name of the first device."""
+    return jax.local_devices()[0].device_kind
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Of what computes."""
+    out = {}
+    for name in ("jax", "jaxlib", "flax", "optax", "torch", "diffusers", "triton"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            out[name] = metadata.version(name)
+    return out
+
+
+def no_peer(args: argparse.Namespace, *packages: str) -> str | None:
+    """Why the PyTorch peer does not run; None where it does. `--toy` runs it on a CPU too."""
+    if args.no_peer:
+        return "peer not asked for (--no-peer)"
+    absent = [
+        p for p in ("torch", *packages)
+        if p not in sys.modules and importlib.util.find_spec(p) is None
+    ]
+    if absent:
+        return f"peer not here: {', '.join(absent)} not installed"
+    if args.toy:
+        return None
+    import torch
+
+    return None if torch.cuda.is_available() else "peer not here: torch finds no CUDA device"
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """What the device does at most, by its makers' pages.
+
+    Attributes:
+      flops: of bfloat16 products, a second.
+      bandwidth: bytes/s.
+      exponentials: a second.
+    """
+
+    flops: float
+    bandwidth: float
+    exponentials: float
+
+
+def ceilings() -> Ceilings | None:
+    """Those of the first device; None for one that is in no table."""
+    chip = chips.by_kind(device())
+    if chip is None:
+        return None
+    return Ceilings(chip.bf16_flops, chip.hbm_bandwidth, _EXPONENTIALS.get(chip.name, math.inf))
+
+
+def share(flops: float, seconds: float) -> float | None:
+    """FLOP utilisation; None for a device that is in no table."""
+    found = ceilings()
+    return flops / seconds / found.flops if found else None
+
+
+def measured_ceilings(toy: bool) -> dict[str, float]:
+    """The same, measured: a large product and a large copy on random numbers, and a chain of
+    exponentials that stays in registers. FLOP/s, bytes/s, results/s."""
+    n, size, chain = (256, 2**20, 16) if toy else (8192, 2**29, 64)
+    keys = jax.random.split(jax.random.key(0), 3)
+    a, b = (jax.random.normal(k, (n, n), jnp.bfloat16) for k in keys[:2])
+    x = jax.random.normal(keys[2], (size,), jnp.bfloat16)
+    y = jax.random.uniform(keys[2], (size // 8,), jnp.float32)
+    product, copy = jax.jit(jnp.matmul), jax.jit(lambda x: -x)
+
+    @jax.jit
+    def exponentials(y):
+        for _ in range(chain):
+            y = jnp.exp(-y)
+        return y
+
+    found = interleaved({
+        "product": lambda: jax.block_until_ready(product(a, b)),
+        "copy": lambda: jax.block_until_ready(copy(x)),
+        "exponentials": lambda: jax.block_until_ready(exponentials(y)),
+    }, toy=toy)
+    return {
+        "flops": 2.0 * n**3 / found["product"]["median"],
+        "bandwidth": 2.0 * x.nbytes / found["copy"]["median"],
+        "exponentials": float(y.size * chain) / found["exponentials"]["median"],
+    }
+
+
+# --- timing -----------------------------------------------------------------------------------
+
+
+def interleaved(
+    runs: dict[str, Callable[[], Any]], toy: bool, seconds: float = 8.0
+) -> dict[str, dict[str, float]]:
+    """Seconds of each run, one after the other in turns: median, quartiles and how many.
+
+    Args:
+      runs: each waits until its work is done.
+      toy: two turns and no more.
+      seconds: that all turns take about.
+    """
+    for run in runs.values():
+        run()
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    start, turns = time.perf_counter(), 0
+    while turns < 2 or (not toy and turns < 100 and time.perf_counter() - start < seconds):
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            run()
+            found[name].append(time.perf_counter() - begin)
+        turns += 1
+    return {name: _quartiles(times) for name, times in found.items()}
+
+
+def _quartiles(times: Sequence[float]) -> dict[str, float]:
+    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
+    return {"median": statistics.median(times), "low": low, "high": high, "n": len(times)}
+
+
+def sustained(run: Callable[[int], Any], count: int, seconds: float, toy: bool) -> dict[str, Any]:
+    """Rates of windows of about five seconds of calls in a row, for so many seconds.
+
+    Args:
+      run: `run(calls)` makes so many calls and waits for the last.
+      count: what one call works off.
+      seconds: in all.
+      toy: two windows of one call.
+    """
+    run(1)
+    begin = time.perf_counter()
+    run(1)
+    one = time.perf_counter() - begin
+    calls = 1 if toy else max(1, round(5.0 / one))
+    rates, start = [], time.perf_counter()
+    while len(rates) < 2 or (not toy and time.perf_counter() - start < seconds):
+        begin = time.perf_counter()
+        run(calls)
+        rates.append(calls * count / (time.perf_counter() - begin))
+    total = time.perf_counter() - start
+    return {
+        "per_second": len(rates) * calls * count / total, "seconds": total,
+        "slowest_window": min(rates), "fastest_window": max(rates),
+    }
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a run ended for want of memory, JAX's or PyTorch's."""
+    said = f"{type(error).__name__} {error}"
+    return any(word in said for word in ("RESOURCE_EXHAUSTED", "OutOfMemory", "out of memory"))
+
+
+def relative(a: Any, b: Any) -> float:
+    """|a - b| / |b|, and infinite where something is not finite."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    error = float(np.linalg.norm(a - b) / np.linalg.norm(b))
+    return error if math.isfinite(error) else math.inf
+
+
+def check(name: str, error: float, limit: float) -> float:
+    """The error, if it is below its limit. Raises `AssertionError` naming both."""
+    assert error < limit, f"{name}: differs by {error:.2e} of its size, the limit is {limit:.0e}"
+    return error
+
+
+# --- a script ---------------------------------------------------------------------------------
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What of the arguments decides results."""
+    aside = ("to", "minutes", "piece")
+    return {k: v for k, v in sorted(vars(args).items()) if k not in aside}
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """Flags that all scripts have."""
+    out = argparse.ArgumentParser(
+        description=doc.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    out.add_argument("--to", type=Path, default=Path("runs/gpu"), help="folder of results")
+    out.add_argument("--minutes", type=float, default=8.5, help="after which it stops")
+    out.add_argument("--toy", action="store_true", help="everything, tiny, on a CPU")
+    out.add_argument("--no-peer", action="store_true", help="leave out the PyTorch peer")
+    out.add_argument("--piece", help=argparse.SUPPRESS)
+    return out
+
+
+def main(
+    script: str, args: argparse.Namespace, pieces: Sequence[Piece],
+    table: Callable[[Book], list[list[str]]], notes: Sequence[str] = (),
+) -> int:
+    """Does what is missing, prints the table; 0 if nothing is left.
+
+    Args:
+      script: its path.
+      args: see `parser`.
+      pieces: in order.
+      table: rows of cells, the first a heading.
+      notes: lines below it.
+    """
+    book = Book(args.to / Path(script).stem, args)
+    if args.toy:
+        # Most of a toy's time is its compilation: as little of it as there is, and once for all.
+        level = "--xla_backend_optimization_level=0"
+        if level not in os.environ.get("XLA_FLAGS", ""):
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {level}"
+        jax.config.update("jax_compilation_cache_dir", str(args.to / "compiled"))
+    if args.piece:
+        _one(book, next(p for p in pieces if p.name == args.piece))
+        return 0
+    start = time.perf_counter()
+    left, failed = [], []
+    # Bound by no device here: this process leaves the card to the others.
+    files.bind(
+        args.to / Path(script).stem / "bound", "settings.json", settings(args),
+        "results of other settings, by {key}",
+    )
+    for piece in pieces:
+        if book.get(piece.name) is not None:
+            continue
+        spare = args.minutes - (time.perf_counter() - start) / 60
+        if left or (spare < piece.minutes and not args.toy):
+            left.append(piece.name)
+            continue
+        print(f"{piece.name} ...", file=sys.stderr, flush=True)
+        why = _in_process(book, piece) if args.toy else _apart(script, piece, 60 * spare)
+        if why:
+            failed.append(f"{piece.name}: {why}")
+            if piece.first:
+                break
+    print(text(table(book)))
+    for line in (*notes, *(f"failed: {line}" for line in failed)):
+        print(line)
+    if left:
+        print(f"left: {', '.join(left)}: run the same line again")
+    return 1 if left or failed else 0
+
+
+def _one(book: Book, piece: Piece) -> None:
+    compiled.keep()
+    start = time.perf_counter()
+    result = piece.run(book)
+    book.put(piece.name, result, time.perf_counter() - start)
+
+
+def _in_process(book: Book, piece: Piece) -> None:
+    _one(book, piece)
+
+
+def _apart(script: str, piece: Piece, seconds: float) -> str | None:
+    """Runs a piece as a process; why it failed."""
+    line = [sys.executable, script, *sys.argv[1:], f"--piece={piece.name}"]
+    env = {**_MEMORY, **os.environ}
+    try:
+        done = subprocess.run(line, env=env, timeout=seconds, stderr=subprocess.PIPE, text=True)
+    except subprocess.TimeoutExpired:
+        return f"stopped after {seconds:.0f} s"
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+        sys.stderr.write(done.stderr[-4000:])
+        return said[-1][:300]
+    return None
+
+
+def text(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells in columns; numbers to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """For a cell: so many digits, without exponents where they do not help; - for None."""
+    if value is None:
+        return "-"
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        places = max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0
+        return f"{value:,.{places}f}"
+    return f"{value:.{digits - 1}e}"
+
+
+def percent(value: float | None) -> str:
+    """For a cell."""
+    return "-" if value is None else f"{100 * value:.1f}%"

@@ -1,0 +1,224 @@
+"""The heaviest kernels of a train step and of sampling, and what share of its bound each reaches.
+
+    python benchmarks/gpu/kernels.py --to=runs/gpu [--member=866m --batch=64]
+    python benchmarks/gpu/kernels.py --toy --to=/tmp/toy
+
+`jax.profiler` records some steps; `jax.profiler.ProfileData` reads the trace, so nothing else is
+needed. A kernel's bound is the larger of its products over the chip's FLOP/s and of its operands'
+and results' bytes over the bandwidth, by the compiled program's text: what a kernel that reads
+everything once could take. The compiler's own counts of the whole program stand beside.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import math
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import bench
+import jax
+import jax.numpy as jnp
+import sampling
+import train_step
+from bench import Book, Piece
+
+from ldm_scaling.parallel import hlo
+
+TOP = 10
+_STEPS = 5
+_AROUND = ("while", "conditional", "call")
+
+
+# --- what a kernel does, by the program's text ------------------------------------------------
+
+
+def products(module: hlo.Module, computation: str, i: hlo.Instruction) -> float:
+    """FLOPs of an instruction's products, those inside a fusion included; 0 where it has none.
+
+    Of a product of sizes (m, k), (k, n) and (m, n), b of them at once, the three arrays together
+    have b^3 (m k n)^2 elements; of a convolution, whichever of its three arrays is the result, the
+    square of its multiply-adds over the window's taps. Attention's kernels are told by their name:
+    two products forward, five backward.
+    """
+    called = i.attributes if i.opcode == "custom-call" else ""
+    shapes = [dims for _, dims in (*module.operand_shapes(computation, i), *i.shapes)]
+    if "fmha" in called:
+        whole = [dims for dims in shapes if len(dims) == 4]
+        if len(whole) < 3:
+            return 0.0
+        lengths = [dims[1] for dims in whole[:2]]
+        one = 2.0 * math.prod(whole[0]) * lengths[1]
+        return one * (5 if "Backward" in called else 2)
+    if i.opcode == "fusion":
+        inside = [name for name in hlo.called_by(i) if name in module.computations]
+        return sum(
+            products(module, name, j)
+            for name in inside for j in module.computations[name].values()
+        )
+    convolves = i.opcode == "convolution" or "cudnn$conv" in called
+    if not convolves and i.opcode != "dot" and "gemm" not in called and "matmul" not in called:
+        return 0.0
+    if len(shapes) < 3:
+        return 0.0
+    three = (shapes[0], shapes[1], i.shapes[0][1])
+    elements = math.prod(math.prod(dims) for dims in three)
+    if convolves:
+        labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes)
+        if not labels:
+            return 0.0
+        taps, small, large = sorted(
+            math.prod(size for size, label in zip(dims, text) if label.isdigit())
+            for dims, text in zip(three, labels.groups())
+        )
+        return 2.0 * math.sqrt(elements * taps * small / large)
+    batched = re.search(r'lhs_batch_dim\w*"?[:=]\s*[{\[]([\d,"\s]*)[}\]]', i.attributes)
+    dims = hlo.ints(batched.group(1).replace('"', "")) if batched else []
+    return 2.0 * math.sqrt(elements / math.prod(shapes[0][d] for d in dims))
+
+
+def work(compiled: Any) -> dict[str, dict[str, Any]]:
+    """FLOPs, bytes and a name of what each instruction of a program does."""
+    module = hlo.parse(compiled.as_text())
+    out = {}
+    for name, i in module.instructions():
+        moved = hlo.size_of(i.shapes) + hlo.size_of(module.operand_shapes(name, i))
+        told = re.search(r'op_name="([^"]*)"', i.attributes)
+        out[i.name] = {
+            "flops": products(module, name, i), "bytes": moved,
+            "opcode": i.opcode,
+            "what": "/".join(told.group(1).split("/")[-3:]) if told else i.opcode,
+        }
+    return out
+
+
+# --- what the profiler saw --------------------------------------------------------------------
+
+
+def recorded(run: Any, steps: int) -> dict[str, tuple[float, int]]:
+    """Seconds and calls of each instruction on the device, over so many calls of `run`."""
+    run()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(steps):
+                run()
+        (path,) = Path(folder).rglob("*.xplane.pb")
+        return read(jax.profiler.ProfileData.from_file(str(path)))
+
+
+def read(data: Any) -> dict[str, tuple[float, int]]:
+    """Seconds and calls by instruction: of the devices' planes, or of the host's where there are
+    none."""
+    planes = list(data.planes)
+    on_device = [p for p in planes if p.name.startswith("/device:GPU")]
+    found: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0])
+    for plane in on_device or [p for p in planes if p.name == "/host:CPU"]:
+        for line in plane.lines:
+            for event in line.events:
+                told = dict(event.stats)
+                # Lines of modules and of scopes hold the same time again.
+                if "hlo_op" not in told or not (line.name.startswith("Stream") or not on_device):
+                    continue
+                one = found[str(told["hlo_op"])]
+                one[0] += event.duration_ns / 1e9
+                one[1] += 1
+    return {name: (seconds, int(calls)) for name, (seconds, calls) in found.items()}
+
+
+def heaviest(compiled: Any, seen: dict[str, tuple[float, int]], steps: int) -> dict[str, Any]:
+    """The ten kernels that took longest, and the whole."""
+    does = work(compiled)
+    # What holds other instructions would count their time twice.
+    seen = {k: v for k, v in seen.items() if does.get(k, {}).get("opcode") not in _AROUND}
+    total = sum(seconds for seconds, _ in seen.values())
+    chip = bench.ceilings()
+    rows = []
+    for name, (seconds, calls) in sorted(seen.items(), key=lambda kv: -kv[1][0])[:TOP]:
+        one = does.get(name, {"flops": 0.0, "bytes": 0.0, "what": "not in the text"})
+        bound = None
+        if chip and name in does:
+            bound = max(one["flops"] / chip.flops, one["bytes"] / chip.bandwidth)
+        rows.append({
+            "name": name, "what": one["what"], "calls": calls / steps,
+            "seconds": seconds / steps, "share": seconds / total if total else 0.0,
+            "flops": one["flops"], "bytes": one["bytes"],
+            "of_bound": None if bound is None else bound * calls / seconds,
+        })
+    counted = compiled.cost_analysis() or {}
+    held = compiled.memory_analysis()
+    return {
+        "kernels": rows, "instructions": len(seen), "device_seconds": total / steps,
+        "compiler": {
+            "flops": counted.get("flops"), "bytes": counted.get("bytes accessed"),
+            "temporary_bytes": held.temp_size_in_bytes if held else None,
+        },
+    }
+
+
+# --- pieces -----------------------------------------------------------------------------------
+
+
+def training(args: Any, book: Book) -> dict[str, Any]:
+    """Of a train step."""
+    member, batch = ("toy", 2) if args.toy else (args.member, args.batch)
+    ours = train_step.Ours(member, batch)
+    seen = recorded(lambda: ours(1), _STEPS)
+    return {"batch": batch} | heaviest(ours.compiled, seen, _STEPS)
+
+
+def drawing(args: Any, book: Book) -> dict[str, Any]:
+    """Of a guided pair of calls of the network, as sampling makes them."""
+    member, batch = ("toy", 2) if args.toy else (args.member, args.lanes)
+    job = sampling.Job(member, sampling.TOY_DECODER, 4)
+    ours = sampling.Ours(job)
+    ctx, null = job.inputs(batch)
+    table = sampling.solvers.make("ddim", sampling.schedule_lib.get("sd"), job.steps).padded()
+    given = (
+        ours.params, table, jnp.full(batch, sampling.GUIDANCE), {"context": ctx},
+        {"context": null}, ours.key, jnp.arange(batch, dtype=jnp.int32),
+    )
+    compiled = ours.draw.lower(*given).compile()
+    seen = recorded(lambda: jax.block_until_ready(compiled(*given)), 1)
+    return {"batch": batch} | heaviest(compiled, seen, job.steps)
+
+
+def pieces(args: Any) -> list[Piece]:
+    """In order."""
+    return [
+        Piece("train_step", functools.partial(training, args), 4.0),
+        Piece("sampling", functools.partial(drawing, args), 4.0),
+    ]
+
+
+def table(book: Book) -> list[list[str]]:
+    """What there is."""
+    rows = [["kernel", "calls", "ms a step", "share", "GFLOP", "MB", "of bound", "what"]]
+    for name, r in book.all().items():
+        rows.append([
+            f"{name}, batch {r['batch']}", str(r["instructions"]),
+            bench.number(1e3 * r["device_seconds"]), "100%", "", "", "", "all",
+        ])
+        for k in r["kernels"]:
+            rows.append([
+                k["name"][:32], bench.number(k["calls"]), bench.number(1e3 * k["seconds"]),
+                bench.percent(k["share"]), bench.number(k["flops"] / 1e9),
+                bench.number(k["bytes"] / 1e6), bench.percent(k["of_bound"]), k["what"][-40:],
+            ])
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = bench.parser(__doc__)
+    parser.add_argument("--member", default="866m")
+    parser.add_argument("--batch", type=int, default=64, help="of the train step")
+    parser.add_argument("--lanes", type=int, default=16, help="samples that are drawn at a time")
+    args = parser.parse_args(argv)
+    return bench.main(__file__, args, pieces(args), table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

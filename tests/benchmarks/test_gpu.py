@@ -1,0 +1,239 @@
+"""benchmarks/gpu: every script runs as a toy; what they reckon with is right."""
+
+import importlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tarfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_scaling.errors import UserError
+from ldm_scaling.models import analytic, unet, zoo
+from ldm_scaling.parallel import hlo
+
+GPU = pathlib.Path(__file__).parents[2] / "benchmarks" / "gpu"
+SCRIPTS = {
+    "train_step": ["ceilings", "ours_002", "parity", "peer_002", "sustained", "turn1_ours"],
+    "sampling": ["ceilings", "decoder_002", "ours_002", "parity", "peer_002", "small_002"],
+    "lanes": ["cold", "parity", "warm"],
+    "kernels": ["sampling", "train_step"],
+    "metrics": ["clip_image", "clip_text", "fid", "inception"],
+}
+RUN = """
+import importlib, sys
+sys.path.insert(0, sys.argv[1])
+for name in sys.argv[4:]:
+    print(f"== {name}")
+    flags = ["--toy", *sys.argv[2].split(), f"--to={sys.argv[3]}"]
+    status = importlib.import_module(name).main(flags)
+    assert status == 0, (name, status)
+"""
+
+
+def run(to, names, *flags):
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    line = [sys.executable, "-c", RUN, str(GPU), " ".join(flags), str(to), *names]
+    done = subprocess.run(line, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """`scripts("name")` imports a module of benchmarks/gpu as its scripts do."""
+    monkeypatch.syspath_prepend(str(GPU))
+    yield importlib.import_module
+    for name, module in list(sys.modules.items()):
+        if getattr(module, "__file__", None) and pathlib.Path(module.__file__).parent == GPU:
+            del sys.modules[name]
+
+
+def test_toys(tmp_path):
+    """All scripts end to end, without the peers; what is done is not done again."""
+    first = run(tmp_path, SCRIPTS, "--no-peer")
+    written = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.json")}
+    for script, pieces in SCRIPTS.items():
+        there = {p.stem for p in (tmp_path / script).glob("*.json")}
+        assert there >= set(pieces)
+        for piece in pieces:
+            body = json.loads((tmp_path / script / f"{piece}.json").read_text())
+            assert body["piece"] == piece and body["result"] and body["seconds"] >= 0
+            assert len(body["when"].split("-")) == 3 and body["versions"]["jax"] == jax.__version__
+    assert "peer not asked for" in first and "left" not in first
+    for word in ("images/s", "lanes are faster by", "of bound", "FID of"):
+        assert word in first
+    names = [name for name in SCRIPTS if name != "train_step"]
+    assert run(tmp_path, names, "--no-peer") == first[first.index("== sampling"):]
+    assert written == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.json")}
+
+
+def test_peers(tmp_path):
+    """The pieces that hold both sides' losses, gradients and samples together."""
+    reason = "needs the parity extra: pip install -e '.[parity]'"
+    for package in ("torch", "diffusers"):
+        pytest.importorskip(package, reason=reason)
+    code = RUN.replace('["--toy", ', '["--toy", "--piece=parity", ')
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    line = [sys.executable, "-c", code, str(GPU), "", str(tmp_path), "train_step", "sampling"]
+    subprocess.run(line, env=env, check=True)
+    found = json.loads((tmp_path / "train_step" / "parity.json").read_text())["result"]
+    assert found["peer_loss"] < 1e-4 and found["peer_gradients"] < 1e-3
+    found = json.loads((tmp_path / "sampling" / "parity.json").read_text())["result"]
+    assert found["peer_error"] < 1e-4
+
+
+def test_what_is_left(tmp_path, scripts, capsys):
+    """A script without time does nothing, says so and fails; one of other settings is refused."""
+    bench = scripts("bench")
+    args = bench.parser("Nothing.").parse_args(["--minutes=0", f"--to={tmp_path}"])
+    piece = bench.Piece("one", lambda book: pytest.fail("it ran"), 1.0)
+    assert bench.main("script.py", args, [piece], lambda book: [["a table"]]) == 1
+    assert capsys.readouterr().out == "a table\nleft: one: run the same line again\n"
+    args = bench.parser("Nothing.").parse_args(["--no-peer", f"--to={tmp_path}"])
+    with pytest.raises(UserError, match="no_peer"):
+        bench.main("script.py", args, [piece], lambda book: [["a table"]])
+
+
+# --- what they reckon with --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["39m", "866m", "c32_s16"])
+def test_layers_hold_all_products(name, scripts):
+    """Their FLOPs are those that `models.analytic` counts from the spec; attention's exponentials
+    are as many as its logits."""
+    spec = zoo.get(name).spec
+    found = scripts("roofline").layers(spec, 2)
+    assert sum(layer.flops for layer in found) == pytest.approx(2e9 * analytic.gflops(spec))
+    # On the way down, in the middle and up: tokens squared, and tokens by the text's.
+    levels = range(len(spec.channel_mults))
+    blocks = [2 * spec.blocks_per_level + 1 if spec.attention_levels[i] else 0 for i in levels]
+    blocks[-1] += 1
+    sides = [spec.sample_size >> i for i in levels]
+    wanted = sum(
+        n * 8 * s * s * (s * s + spec.context_length) for n, s in zip(blocks, sides)
+    ) * spec.heads / 8
+    assert sum(layer.exponentials for layer in found) == pytest.approx(2 * wanted)
+
+
+def test_the_slowest_means_binds(scripts):
+    """Without limits on two of the three the bound is what the third needs alone."""
+    bench, roofline = scripts("bench"), scripts("roofline")
+    for means, chip in {
+        "products": bench.Ceilings(1e9, np.inf, np.inf),
+        "bytes": bench.Ceilings(np.inf, 1e9, np.inf),
+        "exponentials": bench.Ceilings(np.inf, np.inf, 1e9),
+    }.items():
+        found = roofline.seconds(bench.TOY, 3, chip)
+        assert found["bound"] == pytest.approx(found[means]) and found[means] > 0
+
+
+def _conv(stride):
+    def run(x, k):
+        return jax.lax.conv_general_dilated(
+            x, k, (stride, stride), [(1, 1), (1, 1)], dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes", "flops"),
+    [
+        (lambda a, b: a @ b, [(64, 128), (128, 32)], 2 * 64 * 128 * 32),
+        (lambda a, b: a @ b, [(3, 5, 64, 16), (3, 5, 16, 8)], 15 * 2 * 64 * 16 * 8),
+        (_conv(1), [(2, 16, 16, 8), (3, 3, 8, 12)], 2 * 2 * 256 * 9 * 8 * 12),
+        (_conv(2), [(2, 16, 16, 8), (3, 3, 8, 12)], 2 * 2 * 64 * 9 * 8 * 12),
+        # Forward, and with respect to both operands.
+        (jax.grad(lambda x, k: jnp.sum(_conv(2)(x, k) ** 2), (0, 1)),
+         [(2, 16, 16, 8), (3, 3, 8, 12)], 3 * 2 * 2 * 64 * 9 * 8 * 12),
+    ],
+)  # fmt: skip
+def test_products_of_kernels(function, shapes, flops, scripts):
+    """What is read off a compiled program's text is the textbook's count, padding among it."""
+    kernels = scripts("kernels")
+    given = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    module = hlo.parse(jax.jit(function).lower(*given).compile().as_text())
+    fused = {n for _, i in module.instructions() if i.opcode == "fusion" for n in hlo.called_by(i)}
+    found = sum(
+        kernels.products(module, name, i) for name, i in module.instructions() if name not in fused
+    )
+    assert found == pytest.approx(flops)
+
+
+# --- the ladder -------------------------------------------------------------------------------
+
+
+def test_ladder_packs_what_it_needs(tmp_path, scripts, monkeypatch):
+    """Parts of a limited size hold records, statistics and the autoencoder, and no member's
+    parameters nor what one that is not done has; a missing part is told."""
+    ladder = scripts("ladder")
+    monkeypatch.setattr(ladder, "PART", 1500)
+    work, noise = tmp_path / "work", np.random.default_rng(0)
+
+    def record(model, block):
+        return json.dumps({"identity": {"model": model, "seed_block": block}}).encode()
+
+    kept = {
+        "study.json": b"{}", "ladder.json": b'{"done": ["c8_s16"]}', "latent_scale.json": b"1",
+        "records/a.json": record("c8_s16", 1), "strips/a.png": noise.bytes(900),
+        "records/b.json": record("c8_s16", 0), "early/2/records/c.json": record("c8_s16", 0),
+        "reference/stats.npz": noise.bytes(900), "models/c8_s16/curves.csv": b"x",
+        "autoencoder/checkpoints/4/state/d/1": noise.bytes(900),
+    }
+    left = {
+        "strips/b.png": b"x", "models/c8_s16/checkpoints/4/state/d/1": b"x", "log.txt": b"x",
+        "records/d.json": record("c12_s16", 1),  # of a member that is not done
+    }
+    for name, data in (kept | left).items():
+        path = work / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    found = ladder.Ladder("configs/h200_ladder.py:tiny", work, ladder.Clock(0))
+    assert found.done == ["c8_s16"]
+    found.pack(tmp_path / "out")
+    parts = sorted((tmp_path / "out").glob("ladder.tar.xz.*"))
+    assert len(parts) > 1 and all(p.stat().st_size <= 1500 for p in parts)
+    ladder.unpack(tmp_path / "out", tmp_path / "back")
+    back = {str(p.relative_to(tmp_path / "back")): p.read_bytes()
+            for p in (tmp_path / "back").rglob("*") if p.is_file()}
+    assert back == kept
+    parts[-1].unlink()
+    with pytest.raises(UserError, match="not whole"):
+        ladder.unpack(tmp_path / "out", tmp_path / "again")
+    with pytest.raises(UserError, match="no parts"):
+        ladder.unpack(work, tmp_path / "again")
+
+
+def test_ladder_without_time_starts_nothing(tmp_path, scripts, capsys):
+    ladder = scripts("ladder")
+    status = ladder.main([
+        "run", "--config=configs/h200_ladder.py:tiny", f"--workdir={tmp_path / 'w'}",
+        f"--to={tmp_path / 'out'}", "--minutes=0",
+    ])
+    assert status == 1
+    assert "left: c8_s16, c12_s16" in capsys.readouterr().out
+    with tarfile.open(tmp_path / "out" / "ladder.tar.xz.0") as tar:
+        assert not tar.getnames()
+
+
+def test_the_ladder_of_six(scripts):
+    """Six widths from 32 to 256, and three early checkpoints, of which each is written."""
+    study = scripts("ladder").study_of("configs/h200_ladder.py")
+    widths = [int(name.removeprefix("c").removesuffix("_s16")) for name in study.members]
+    assert len(widths) >= 6 and (widths[0], widths[-1]) == (32, 256)
+    assert widths == sorted(widths) and study.reference == study.members[-1]
+    assert (min(study.sweep.steps), max(study.sweep.steps)) == (1, 100)
+    assert len(study.sweep.guidance) == 8 and study.sweep.num_images >= 5000
+    assert len(study.train.keep_steps) >= 2 and max(study.train.keep_steps) < study.train.steps
+    for c in widths:  # cuDNN's attention takes heads of multiples of 8.
+        spec = unet.UNetSpec(
+            c, context_dim=384, channel_mults=(1, 2), attention_levels=(True, True),
+            blocks_per_level=1, heads=4, groups=8, sample_size=16, context_length=18,
+        )
+        assert all((c * m // 4) % 8 == 0 for m in spec.channel_mults)
