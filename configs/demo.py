@@ -20,7 +20,7 @@ MEMBERS = {
     "dit": ("dit_w40", "dit_w72", "dit_w104", "dit_w128"),
     "uvit": ("uvit_w32", "uvit_w56", "uvit_w80", "uvit_w104"),
     "mmdit": ("mmdit_d5", "mmdit_d7", "mmdit_d8", "mmdit_d10"),
-    "families": ("c8", "c24", "dit_w40", "dit_w104", "uvit_w32", "uvit_w80"),
+    "families": ("c8", "dit_w40", "uvit_w32", "c24", "dit_w104", "uvit_w80"),
 }
 
 

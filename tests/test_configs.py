@@ -82,3 +82,18 @@ def test_the_local_arm_trains(tmp_path):
     for run in ("autoencoder", "models/c8"):
         assert (tmp_path / run / "checkpoints" / str(arms["5b"].train.steps)).is_dir()
         assert list((tmp_path / run / "samples").glob("*.png"))
+
+
+@pytest.mark.parametrize("family", ["", "dit", "uvit", "mmdit", "families"])
+def test_the_demo_takes_a_family(family):
+    """Of networks that take the demo's latents; all that decides them but their shape is one."""
+    study = config_lib.parse(load("demo").get_config(family))
+    small = config_lib.parse(load("demo").get_config(f"{family},tiny" if family else "tiny"))
+    assert study.identity() == config_lib.parse(load("demo").get_config()).identity()
+    for name in (*study.members, *small.members):
+        assert zoo.get(name).spec.latent_shape == (8, 8, 4)
+    families = {zoo.family_of(name) for name in study.members}
+    assert families == ({"unet", "dit", "uvit"} if family == "families" else {family or "unet"})
+    assert len({zoo.family_of(name) for name in small.members}) == min(2, len(families))
+    with pytest.raises(ValueError, match="one of .none., tiny, dit"):
+        load("demo").get_config("vit")

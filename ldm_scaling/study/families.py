@@ -69,7 +69,8 @@ def sentences(curves: Curves, metric: str) -> list[str]:
         point = at[w.best.model][w.budget]
         return (
             f"at a budget of {labels.number(w.budget)} {w.best.model} is the best family, with "
-            f"{point.model} in {point.steps} steps of {labels.sampler(point.sampler)}, "
+            f"{point.model} in {point.steps} {'step' if point.steps == 1 else 'steps'} of "
+            f"{labels.sampler(point.sampler)}, "
             f"{words.reached(metric, w.best)} ({words.sure(w.best.probability)})"
         )
 
