@@ -16,7 +16,7 @@ def get_config(arg: str = ""):
     if arg not in ("", "tiny"):
         raise ValueError(f"configs/demo_distill.py:{arg}: the argument is one of: (none), tiny")
     config = recipes.demo("demo_distill")
-    config.members = ("c8", "c16", "c24")
+    config.members = ("c8", "c12", "c16")
     config.reference = "c32"
     config.sweep.samplers = ("ddim",)
     config.sweep.steps = (4, 10, 20, 50)
