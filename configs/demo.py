@@ -5,9 +5,10 @@
 Expected: `report.html` in the workdir. What it shares with other demos is in
 ldm_scaling/recipes.py.
 
-The argument takes other backbones: `configs/demo.py:dit` (or uvit, mmdit) has four networks whose
-operations are those of the four U-Nets within a fifth, in the same time; `configs/demo.py:families`
-a small and a large one of each, compared at equal cost. Costs are in units of the largest U-Net's.
+The argument takes other backbones: `configs/demo.py:dit` (or uvit, mmdit, edm2) has four networks
+whose operations are those of the four U-Nets within a fifth, in the same time;
+`configs/demo.py:families` a small and a large one of each, compared at equal cost. Costs are in
+units of the largest U-Net's.
 
 `configs/demo.py:tiny` is the same in about a minute, for tests: its pictures are noise; `dit,tiny`
 and the like are of that family.
@@ -20,6 +21,7 @@ MEMBERS = {
     "dit": ("dit_w40", "dit_w72", "dit_w104", "dit_w128"),
     "uvit": ("uvit_w32", "uvit_w56", "uvit_w80", "uvit_w104"),
     "mmdit": ("mmdit_d5", "mmdit_d7", "mmdit_d8", "mmdit_d10"),
+    "edm2": ("edm2_c14", "edm2_c24", "edm2_c32", "edm2_c44"),
     "families": ("c8", "dit_w40", "uvit_w32", "c24", "dit_w104", "uvit_w80"),
 }
 

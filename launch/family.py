@@ -62,7 +62,8 @@ class Chips:
 
 
 def members_known() -> list[str]:
-    """Members with a config, smallest first, as the table has them; then others by name."""
+    """Members with a config: the paper's smallest first, as the table has them, which are those
+    that run unless others are named; then others by name."""
     found = {path.stem.removeprefix("t2i_") for path in CONFIGS.glob("t2i_*.py")}
     return [*(m for m in TABLE if m in found), *sorted(found - set(TABLE))]
 
@@ -194,7 +195,9 @@ def main(arguments: list[str]) -> int:
     p.add_argument("--dry-run", action="store_true")
     given, flags = p.parse_known_args(own)
     known = members_known()
-    members = [m.strip() for m in given.members.split(",")] if given.members else known
+    members = [m for m in known if m in TABLE]
+    if given.members:
+        members = [m.strip() for m in given.members.split(",")]
     for member in members:
         if member not in known:
             raise LaunchError(f"--members: no config of {member!r}; there are {', '.join(known)}")

@@ -11,7 +11,8 @@ from ldm_scaling.models import zoo
 # What of a member is computed again in the backward pass, so that it fits all of launch/plans.
 _REMAT = {"2b": "block"}
 # What stands for each family on a CPU.
-_SMALLEST = {"unet": "c8", "dit": "dit_w40", "uvit": "uvit_w32", "mmdit": "mmdit_d5"}
+_SMALLEST = {"unet": "c8", "dit": "dit_w40", "uvit": "uvit_w32", "mmdit": "mmdit_d5",
+             "edm2": "edm2_c14"}
 
 
 def text_to_image(member: str, arg: str = "") -> ml_collections.ConfigDict:

@@ -100,7 +100,8 @@ class Book:
 
     def all(self) -> dict[str, dict[str, Any]]:
         """Results by piece, in the order of their names."""
-        return {p.stem: self.get(p.stem) for p in sorted(self.folder.glob("*.json"))}
+        paths = sorted(p for p in self.folder.glob("*.json") if not p.name.startswith("."))
+        return {p.stem: self.get(p.stem) for p in paths}
 
 
 # --- what is here -----------------------------------------------------------------------------
@@ -262,6 +263,13 @@ def relative(a: Any, b: Any) -> float:
     """|a - b| / |b|, and infinite where something is not finite."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     error = float(np.linalg.norm(a - b) / np.linalg.norm(b))
+    return error if math.isfinite(error) else math.inf
+
+
+def turned(a: Any, b: Any) -> float:
+    """1 less the cosine between a and b, and infinite where something is not finite."""
+    a, b = (np.asarray(x, np.float64).ravel() for x in (a, b))
+    error = 1 - float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
     return error if math.isfinite(error) else math.inf
 
 

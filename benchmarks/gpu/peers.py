@@ -8,6 +8,7 @@ toys, the same in float32 without the compiler. torch and diffusers are imported
 from __future__ import annotations
 
 import contextlib
+import functools
 import tempfile
 from typing import Any
 
@@ -18,8 +19,10 @@ from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.models import autoencoder, convert, unet
 
 
+@functools.cache
 def torch() -> Any:
-    """The module, its products in TF32 where they are float32, as JAX's are."""
+    """The module, its products in TF32 where they are float32, as JAX's are, unless who asks first
+    changes that."""
     import torch
 
     torch.backends.cudnn.benchmark = True

@@ -68,7 +68,9 @@ FLAGS = {
         ("prepare",), "--dry-run",
         "only says what caching latents and text states would cost and save",
     ),
-    "family": (("zoo",), "--family=unet|dit|uvit|mmdit", "which networks; the U-Nets if not given"),
+    "family": (
+        ("zoo",), "--family=unet|dit|uvit|mmdit|edm2", "which networks; the U-Nets if not given"
+    ),
     "format": (("zoo", "prepare"), "--format=text|json", "how to print a table"),
 }
 

@@ -37,7 +37,7 @@ class Train:
       ema_decay: of the averaged parameters.
       ema_ramp: whether a run's first average is shorter: over a tenth of the run so far. A run that
         starts from trained parameters needs none.
-      caption_dropout: share of captions replaced by the empty one (U-Nets only).
+      caption_dropout: share of captions replaced by the empty one (not of autoencoders).
       compute_dtype: `float32`, `bfloat16`, or `auto`: bfloat16 on TPU and GPU, float32 on a CPU.
       remat: `none` or `block`: what is computed again in the backward pass rather than kept.
       attention: `auto`, or `plain`, `chunked`, `splash` (TPU), `cudnn` (GPU) wherever its shapes
@@ -176,6 +176,8 @@ class Diffusion:
       weighting: of the loss by timestep: `none`, `min_snr`, `snr`, `sigma_sqrt` or `cosmap`, see
         `diffusion.weighting`. Validation is not weighted.
 
+    Distillation has timesteps and weights of its own: of these two it takes none.
+
     All but prediction take options, as in `flow:shift=3`, see `config.named`.
     """
 
@@ -185,10 +187,13 @@ class Diffusion:
     weighting: str = "none"
 
     def __post_init__(self):
-        if self.schedule != AUTO:
-            named.parse("diffusion.schedule", self.schedule, named.SCHEDULES)
-        named.parse("diffusion.timesteps", self.timesteps, named.TIMESTEPS)
-        named.parse("diffusion.weighting", self.weighting, named.WEIGHTINGS)
+        for name, known in (("schedule", named.SCHEDULES), ("timesteps", named.TIMESTEPS),
+                            ("weighting", named.WEIGHTINGS)):
+            value = getattr(self, name)
+            if value != AUTO or name != "schedule":
+                spelt = named.spell(*named.parse(f"diffusion.{name}", value, known), known)
+                # One spelling of all that say the same: a workdir is bound to it.
+                object.__setattr__(self, name, spelt)
         require(self.prediction in ("epsilon", "v", "x0", "flow", AUTO), "diffusion.prediction",
                  self.prediction, "choose epsilon, v, x0 or flow, or auto with weights")
 

@@ -13,14 +13,15 @@ import jax
 import jax.numpy as jnp
 
 from ldm_scaling.models import attention as attention_lib
-from ldm_scaling.models import dit, mmdit, unet, uvit
+from ldm_scaling.models import dit, edm2, mmdit, unet, uvit
 
-Spec = unet.UNetSpec | dit.DiTSpec | uvit.UViTSpec | mmdit.MMDiTSpec
+Spec = unet.UNetSpec | dit.DiTSpec | uvit.UViTSpec | mmdit.MMDiTSpec | edm2.EDM2Spec
 """What fixes a network. All have `base_channels`, `in_channels`, `out_channels`, `sample_size`,
 `latent_shape`, `downsampling`, `context_dim`, `context_length`, `guidance_dim` and `grown`."""
 
 _MODULES: dict[type, ModuleType] = {
     unet.UNetSpec: unet, dit.DiTSpec: dit, uvit.UViTSpec: uvit, mmdit.MMDiTSpec: mmdit,
+    edm2.EDM2Spec: edm2,
 }
 
 
@@ -45,6 +46,22 @@ def denoise_fn(
 ) -> Callable:
     """The network as `denoise(params, x_BHWC, t_B, cond) -> F_BHWC`, see `unet.denoise_fn`."""
     return _MODULES[type(spec)].denoise_fn(spec, dtype, remat, attention, gather)
+
+
+def most_tokens(spec: Spec) -> int | None:
+    """The most text tokens that a network takes; None of one that takes any number."""
+    return spec.context_length if isinstance(spec, uvit.UViTSpec) else None
+
+
+def heads(spec: Spec) -> set[int]:
+    """The numbers of attention heads in its layers."""
+    if isinstance(spec, edm2.EDM2Spec):
+        levels = (*spec.attention_levels[:-1], True)  # The middle has the last one's.
+        return {
+            spec.base_channels * mult // spec.head_channels
+            for mult, attends in zip(spec.channel_mults, levels) if attends
+        }
+    return {spec.heads} if isinstance(spec.heads, int) else set(spec.heads)
 
 
 def grow_input(spec: Spec, params: Any, channels: int) -> Any:

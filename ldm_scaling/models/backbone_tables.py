@@ -1,10 +1,12 @@
-"""Transformers by name: as their papers printed them, and as members of the study."""
+"""Other networks than the paper's U-Nets, by name: as their papers printed them, and as members of
+the study."""
 
 from __future__ import annotations
 
 import dataclasses
 
 from ldm_scaling.models.dit import DiTSpec
+from ldm_scaling.models.edm2 import EDM2Spec
 from ldm_scaling.models.mmdit import MMDiTSpec
 from ldm_scaling.models.tokens import TransformerSpec
 from ldm_scaling.models.uvit import UViTSpec
@@ -17,18 +19,18 @@ class Printed:
     Attributes:
       spec: the network, for the text (or classes) and the latents of the paper.
       params: millions of parameters, as printed.
-      gmacs: 1e9 multiply-adds of one step, which papers on transformers call Gflops: half of the
-        FLOPs that `cost` counts. None where none is printed.
+      gmacs: 1e9 multiply-adds of one step, which these papers call Gflops: half of the FLOPs that
+        `cost` counts. None where none is printed.
     """
 
-    spec: TransformerSpec
+    spec: TransformerSpec | EDM2Spec
     params: float
     gmacs: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Backbone:
-    """A transformer as a member of the study.
+    """A network as a member of the study.
 
     Attributes:
       name: what configs call it.
@@ -37,7 +39,7 @@ class Backbone:
     """
 
     name: str
-    spec: TransformerSpec
+    spec: TransformerSpec | EDM2Spec
     reference: str
 
 
@@ -78,6 +80,19 @@ _MMDIT = (
 )  # fmt: skip
 _SD3 = {"context_dim": 4096, "context_length": 154, "in_channels": 16, "out_channels": 16}
 
+# Karras et al. 2024 (arXiv 2312.02696): config G for ImageNet's 1000 classes, Gflops at 64 x 64
+# latents. They are multiply-adds too, and one to two hundredths more than those of all kernels,
+# with their taps on padding, and of attention.
+_EDM2 = (
+    #  name        c    params  GMACs
+    ("edm2_xs",  128,   124.7,   46.0),
+    ("edm2_s",   192,   280.2,  102.0),
+    ("edm2_m",   256,   497.8,  181.0),
+    ("edm2_l",   320,   777.5,  282.0),
+    ("edm2_xl",  384,  1119.3,  406.0),
+    ("edm2_xxl", 448,  1523.2,  552.0),
+)  # fmt: skip
+
 # Chen et al. 2023 (arXiv 2310.00426), section 2.3; T5's states, 120 of them.
 _PIXART = Printed(
     DiTSpec(1152, 28, 16, context_dim=4096, context_length=120, out_channels=8), 611.0
@@ -101,6 +116,11 @@ PRINTED: dict[str, Printed] = {
     },
 }
 
+PRINTED_EDM2: dict[str, Printed] = {
+    name: Printed(EDM2Spec(c, context_dim=1000, context_length=1), params, gmacs)
+    for name, c, params, gmacs in _EDM2
+}
+
 # The same sizes for the text and the latents of the paper's U-Nets: `dit_xl2` is PixArt-alpha's
 # then.
 _LARGE = {"context_dim": 1024, "context_length": 77, "sample_size": 64}
@@ -108,13 +128,26 @@ _LARGE = {"context_dim": 1024, "context_length": 77, "sample_size": 64}
 # For CPUs, beside the U-Nets c8 to c32, whose GFLOPs they have to within a fifth: for latents of
 # side 8 and, as `dit_w40_s16`, of side 16. Text states of a MiniLM are 384 wide.
 _SMALL = {"context_dim": 384, "context_length": 18}
+
+
+def _edm2(c: int, **kw) -> EDM2Spec:
+    """Two levels, and two heads in the lower."""
+    return EDM2Spec(
+        c, channel_mults=(1, 2), attention_levels=(False, True), blocks_per_level=1,
+        head_channels=c, **kw,
+    )
+
+
 _SMALL_SPECS = {
     #  beside                                           c8 c12 c16 c24  c32
     **{f"dit_w{c}": (DiTSpec, (c, 6, 4)) for c in      (40, 56, 72, 104, 128)},
     **{f"uvit_w{c}": (UViTSpec, (c, 5, 4)) for c in    (32, 44, 56, 80, 104)},
     **{f"mmdit_d{d}": (MMDiTSpec, (d, 8)) for d in     (5, 6, 7, 8, 10)},
+    **{f"edm2_c{c}": (_edm2, (c,)) for c in            (14, 20, 24, 32, 44)},
 }  # fmt: skip
-_REFERENCES = {DiTSpec: "dit_w128", UViTSpec: "uvit_w104", MMDiTSpec: "mmdit_d10"}
+_REFERENCES = {
+    DiTSpec: "dit_w128", UViTSpec: "uvit_w104", MMDiTSpec: "mmdit_d10", _edm2: "edm2_c44",
+}
 
 
 def _small(side: int, ending: str) -> tuple[Backbone, ...]:
@@ -130,6 +163,7 @@ LARGE = (
     *(Backbone(name, DiTSpec(*sizes, **_LARGE), "dit_xl2") for name, *sizes, _, _ in _DIT),
     *(Backbone(name, UViTSpec(*sizes, **_LARGE), "uvit_h") for name, *sizes, _ in _UVIT),
     *(Backbone(name, MMDiTSpec(depth, **_LARGE), "mmdit_24") for name, depth, _ in _MMDIT),
+    *(Backbone(name, EDM2Spec(c, **_LARGE), "edm2_xl") for name, c, _, _ in _EDM2),
 )
 SMALL = _small(8, "")
 SMALL_16 = _small(16, "_s16")

@@ -1,14 +1,12 @@
 """EDM2's magnitude-preserving U-Net (Karras et al. 2024, arXiv 2312.02696), its config G.
 
-Equations and sections are that paper's. Every layer keeps the magnitude, which is the root mean
-square, of activations at about 1, by its form rather than by normalisations that measure it.
-
 The network alone: c_in, c_skip and c_out are the `edm` schedule's under v prediction, see
-`diffusion.schedule.edm`, and any other schedule will do.
+`diffusion.schedule.edm`, and any other schedule will do. Without dropout, which the paper's larger
+sizes have.
 
-Weights are brought to unit norm where they are used (eq. 47). Those stored are not set back to it
-after each step, as section 2.3 has it: training knows no networks. What is computed is the same;
-but stored norms grow as it trains, and the steps get smaller in proportion.
+Weights are brought to unit norm where they are used (eq. 47 there). Those stored are not set back
+to it after each step (eq. 66): training knows no networks. What is computed is the same, but stored
+norms may grow as it trains, and the steps then get smaller in proportion.
 """
 
 from __future__ import annotations
@@ -26,19 +24,12 @@ import numpy as np
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import attention as attention_lib
-from ldm_scaling.models import blocks, tokens
+from ldm_scaling.models import blocks, magnitude, tokens
 
-Dtype = Any
 RESIDUAL_WEIGHT = 0.3  # of a branch beside what it is added to
 EQUAL_WEIGHT = 0.5  # of skips beside the main path, and of text beside time
 MOST = 256.0  # activations are cut off there
-_EPSILON = 1e-4
-_SILU_MAGNITUDE = 0.596  # of the SiLU of normal numbers, appendix B.5
-# What ln(sigma) / 4, which EDM2 embeds, runs over from sigma = 0.002 to 80.
 _TIME_SPAN = math.log(80.0 / 0.002) / 4.0
-# EDM2 draws weights of magnitude 1. Drawn over the root of what they sum over they give the same
-# network, and take the steps of other networks' weights: one learning rate does for all families.
-_DRAWN = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,78 +121,6 @@ class EDM2Spec:
         return dataclasses.replace(self, in_channels=self.in_channels + channels)
 
 
-# --- operations that keep magnitudes ----------------------------------------------------------
-
-
-def _root_mean(square: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.maximum(square, 1e-12))  # which has a slope at 0 too
-
-
-def normalise(x: jax.Array) -> jax.Array:
-    """Each pixel's or token's channels at magnitude 1 (eq. 30); in float32."""
-    y = x.astype(jnp.float32)
-    magnitude = _root_mean(jnp.mean(y * y, axis=-1, keepdims=True))
-    return (y / (_EPSILON + magnitude)).astype(x.dtype)
-
-
-def silu(x: jax.Array) -> jax.Array:
-    """SiLU of unit magnitude (eq. 81)."""
-    return blocks.silu(x) / _SILU_MAGNITUDE
-
-
-def mix(a: jax.Array, b: jax.Array, t: float) -> jax.Array:
-    """The sum of (1 - t) a and t b, at the magnitude that they have (eq. 88)."""
-    return ((1 - t) * a + t * b) / math.hypot(1 - t, t)
-
-
-def join(a: jax.Array, b: jax.Array, t: float) -> jax.Array:
-    """Channels of a, then of b, which weigh as 1 - t to t whatever their numbers (eq. 103)."""
-    m, n = a.shape[-1], b.shape[-1]
-    scale = math.sqrt((m + n) / ((1 - t) ** 2 + t**2))
-    a, b = a * ((1 - t) * scale / math.sqrt(m)), b * (t * scale / math.sqrt(n))
-    return jnp.concatenate([a, b], axis=-1)
-
-
-def of_unit_norm(product: Callable) -> Callable:
-    """A product with kernels (..., in, out), with what each output sums over at unit norm."""
-
-    def run(x, kernel, *args, **kw):
-        w = kernel.astype(jnp.float32)
-        square = jnp.sum(w * w, axis=tuple(range(w.ndim - 1)), keepdims=True)
-        unit = w / (_EPSILON + _root_mean(square))
-        return product(x, unit.astype(kernel.dtype), *args, **kw)
-
-    return run
-
-
-def _layer(gather: Callable | None, name: str, product: Callable) -> dict[str, Any]:
-    product = of_unit_norm(product)
-    if gather is not None:
-        product = gather.at(name)(product)
-    key = "dot_general" if len(name) and "conv" not in name else "conv_general_dilated"
-    return {key: product, "sharded": gather is not None, "use_bias": False, "kernel_init": _DRAWN}
-
-
-def dense(features: int, dtype: Dtype, name: str, gather: Callable | None = None) -> nn.Dense:
-    """A linear layer over the last axis, without biases. See `blocks.dense`."""
-    kw = _layer(gather, name, jax.lax.dot_general)
-    return blocks.Dense(features, dtype=dtype, name=name, **kw)
-
-
-def conv(
-    features: int, size: int, dtype: Dtype, name: str, gather: Callable | None = None
-) -> nn.Conv:
-    """A square convolution at stride 1, without biases. See `blocks.conv`."""
-    kw = _layer(gather, name, jax.lax.conv_general_dilated)
-    return blocks.conv(features, size, dtype, name, **kw)
-
-
-def downsample(x_BHWC: jax.Array) -> jax.Array:
-    """Means of squares of 2 x 2."""
-    b, h, w, c = x_BHWC.shape
-    return jnp.mean(x_BHWC.reshape(b, h // 2, 2, w // 2, 2, c), axis=(2, 4))
-
-
 @functools.cache
 def waves(width: int) -> tuple[np.ndarray, np.ndarray]:
     """Frequencies, normal times 2 pi, and phases of the embedding of time: (width,) float32 each.
@@ -216,23 +135,20 @@ def waves(width: int) -> tuple[np.ndarray, np.ndarray]:
 def time_features(t_B: jax.Array, width: int) -> jax.Array:
     """Random Fourier features of the time (eq. 75), (B, width) float32 of magnitude 1.
 
-    EDM2 embeds ln(sigma) / 4. Here a thousand timesteps are spread evenly over as wide an interval
-    as that is over EDM's noise levels, whatever the schedule: at one that is even in ln(sigma) the
-    features are EDM2's but for their phases, which are random anyway.
+    EDM2 embeds ln(sigma) / 4. Here a thousand timesteps, of whatever schedule, are spread evenly
+    over as wide an interval as that has from sigma = 0.002 to 80: where sigmas are even in their
+    logarithm, this is EDM2's embedding but for its phases, which are random anyway.
     """
     frequencies, phases = waves(width)
     x_B = t_B.astype(jnp.float32) * (_TIME_SPAN / 1000.0)
     return math.sqrt(2.0) * jnp.cos(x_B[:, None] * frequencies + phases)
 
 
-# --- the network ------------------------------------------------------------------------------
-
-
 class Attention(nn.Module):
     """Cosine attention of pixels to each other: queries, keys and values of magnitude 1."""
 
     head_channels: int
-    dtype: Dtype = jnp.float32
+    dtype: Any = jnp.float32
     attention: Callable = attention_lib.plain
     gather: Callable | None = None
 
@@ -242,16 +158,16 @@ class Attention(nn.Module):
         x_BLD = x_BHWC.reshape(b, h * w, c)
 
         def project(name):
-            y_BLD = dense(c, self.dtype, name, self.gather)(x_BLD)
-            return normalise(tokens.to_heads(y_BLD, c // self.head_channels))
+            y_BLD = magnitude.dense(c, self.dtype, name, self.gather)(x_BLD)
+            return magnitude.normalise(tokens.to_heads(y_BLD, c // self.head_channels))
 
         out_BNLW = self.attention(project("to_q"), project("to_k"), project("to_v"))
-        out = dense(c, self.dtype, "to_out", self.gather)(tokens.from_heads(out_BNLW))
+        out = magnitude.dense(c, self.dtype, "to_out", self.gather)(tokens.from_heads(out_BNLW))
         return out.reshape(b, h, w, c)
 
 
 class Block(nn.Module):
-    """A residual block around two convolutions, and then attention (figure 21).
+    """A residual block around two convolutions, and then attention.
 
     The time and the text scale channels between the convolutions, through a gain that begins at 0.
     On the way down the main path is brought to the block's width first, and each pixel of it to
@@ -269,7 +185,7 @@ class Block(nn.Module):
     way: str
     resample: bool = False
     head_channels: int = 0
-    dtype: Dtype = jnp.float32
+    dtype: Any = jnp.float32
     attention: Callable = attention_lib.plain
     gather: Callable | None = None
 
@@ -280,25 +196,25 @@ class Block(nn.Module):
         def shortcut(x):
             if x.shape[-1] == width:
                 return x
-            return conv(width, 1, dtype, "conv_shortcut", gather)(x)
+            return magnitude.conv(width, 1, dtype, "conv_shortcut", gather)(x)
 
         x = x_BHWC
         if self.resample:
-            x = downsample(x) if down else blocks.upsample(x)
+            x = magnitude.downsample(x) if down else blocks.upsample(x)
         if down:
-            x = normalise(shortcut(x))
-        y = conv(width, 3, dtype, "conv1", gather)(silu(x))
+            x = magnitude.normalise(shortcut(x))
+        y = magnitude.conv(width, 3, dtype, "conv1", gather)(magnitude.silu(x))
         gain = self.param("gain", nn.initializers.zeros_init(), ())
-        told_BC = dense(width, dtype, "time_emb_proj", gather)(emb_BD)
+        told_BC = magnitude.dense(width, dtype, "time_emb_proj", gather)(emb_BD)
         y = y * (1 + gain.astype(dtype) * told_BC)[:, None, None, :]
-        y = conv(width, 3, dtype, "conv2", gather)(silu(y))
+        y = magnitude.conv(width, 3, dtype, "conv2", gather)(magnitude.silu(y))
         if not down:
             x = shortcut(x)
-        x = mix(x, y, RESIDUAL_WEIGHT)
+        x = magnitude.mix(x, y, RESIDUAL_WEIGHT)
         if self.head_channels:
             own = gather and gather.at("attn1")
             attend = Attention(self.head_channels, dtype, self.attention, own, name="attn1")
-            x = mix(x, attend(x), RESIDUAL_WEIGHT)
+            x = magnitude.mix(x, attend(x), RESIDUAL_WEIGHT)
         return jnp.clip(x, -MOST, MOST)
 
 
@@ -315,7 +231,7 @@ class EDM2(nn.Module):
     """
 
     spec: EDM2Spec
-    dtype: Dtype = jnp.float32
+    dtype: Any = jnp.float32
     remat: str = "none"
     attention: Callable = attention_lib.plain
     gather: Callable | None = None
@@ -345,22 +261,23 @@ class EDM2(nn.Module):
         c = spec.base_channels
         wide = c * max(spec.channel_mults)
         emb = time_features(t_B, c).astype(dtype)
-        emb = dense(wide, dtype, "time_embedding", gather)(emb)
+        emb = magnitude.dense(wide, dtype, "time_embedding", gather)(emb)
         mean_BD = jnp.mean(ctx_BLD.astype(jnp.float32), axis=1)
         square_B1 = jnp.mean(mean_BD * mean_BD, axis=-1, keepdims=True)
-        # At magnitude 1 exactly, as EDM2 has its classes: no text at all stays 0.
-        text_BD = (mean_BD * jax.lax.rsqrt(jnp.maximum(square_B1, _EPSILON**2))).astype(dtype)
-        emb = mix(emb, dense(wide, dtype, "text_embedding", gather)(text_BD), EQUAL_WEIGHT)
+        # At magnitude 1 exactly, as EDM2 has its classes; zeros stay zeros.
+        text_BD = (mean_BD * jax.lax.rsqrt(jnp.maximum(square_B1, 1e-8))).astype(dtype)
+        text = magnitude.dense(wide, dtype, "text_embedding", gather)(text_BD)
+        emb = magnitude.mix(emb, text, EQUAL_WEIGHT)
         if w_B is not None:
             told = blocks.guidance_embedding(w_B, spec.guidance_dim).astype(dtype)
             emb += blocks.dense(
                 wide, dtype, "guidance_embedding", gather, use_bias=False, kernel_init=zeros
             )(told)
-        emb = silu(emb)
+        emb = magnitude.silu(emb)
 
         x, beside = jnp.split(x_BHWC.astype(dtype), [spec.out_channels], axis=-1)
         x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)  # in place of biases
-        x = conv(c, 3, dtype, "conv_in", gather)(x)
+        x = magnitude.conv(c, 3, dtype, "conv_in", gather)(x)
         if beside.shape[-1]:
             x += blocks.conv(
                 c, 3, dtype, "conv_condition", gather=gather, use_bias=False, kernel_init=zeros
@@ -380,10 +297,11 @@ class EDM2(nn.Module):
             if i != last:
                 x = block(i + 1, "up", f"up_{i}_upsample", resample=True)(x, emb)
             for j in range(spec.blocks_per_level + 1):
-                x = join(x, skips.pop(), EQUAL_WEIGHT)
+                x = magnitude.join(x, skips.pop(), EQUAL_WEIGHT)
                 x = block(i, "up", f"up_{i}_block_{j}", spec.attention_levels[i])(x, emb)
         gain = self.param("gain", zeros, ())
-        return conv(spec.out_channels, 3, dtype, "conv_out", gather)(x).astype(jnp.float32) * gain
+        x = magnitude.conv(spec.out_channels, 3, dtype, "conv_out", gather)(x)
+        return x.astype(jnp.float32) * gain
 
 
 def init(spec: EDM2Spec, key: jax.Array) -> dict:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import backbone, backbone_tables, cost
 from ldm_scaling.models.dit import DiTSpec
+from ldm_scaling.models.edm2 import EDM2Spec
 from ldm_scaling.models.mmdit import MMDiTSpec
 from ldm_scaling.models.unet import UNetSpec
 from ldm_scaling.models.uvit import UViTSpec
@@ -120,6 +121,7 @@ def _family(kind: type) -> tuple[Member, ...]:
 
 FAMILIES = {
     "unet": UNETS, "dit": _family(DiTSpec), "uvit": _family(UViTSpec), "mmdit": _family(MMDiTSpec),
+    "edm2": _family(EDM2Spec),
 }
 """Networks by what they are; a family's own widths and depths side by side."""
 MEMBERS = {member.name: member for members in FAMILIES.values() for member in members}

@@ -21,6 +21,7 @@ from ldm_scaling import files
 from ldm_scaling.config import Study
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import analytic, autoencoder, cost, zoo
+from ldm_scaling.models.unet import UNetSpec
 from ldm_scaling.parallel import compiled
 from ldm_scaling.study import caching_cost, cost_files, labels, plan_parts, timing
 from ldm_scaling.study.arguments import Parser
@@ -150,7 +151,7 @@ def member_cost(name: str, reference: str, around: _Around) -> MemberCost:
     words = around.text
     return MemberCost(
         name=name, base_channels=spec.base_channels, params=own.params, gflops=own.gflops,
-        analytic_gflops=analytic.gflops(spec),
+        analytic_gflops=analytic.gflops(spec) if isinstance(spec, UNetSpec) else None,
         norm_cost=own.gflops / cost.gflops(zoo.get(reference).spec), reference=reference,
         decoder=around.decoder_name,
         decoder_gflops=caching_cost.decode_gflops(around.decoder, spec.latent_shape),
@@ -231,7 +232,8 @@ def text(found: CostFile) -> str:
     for m in found.members.values():
         counted.add_row(
             m.name, labels.count(m.params), labels.number(m.gflops),
-            labels.number(m.analytic_gflops), labels.number(m.norm_cost), m.reference,
+            "" if m.analytic_gflops is None else labels.number(m.analytic_gflops),
+            labels.number(m.norm_cost), m.reference,
             labels.number(m.decoder_gflops),
             "" if m.text_gflops is None else labels.number(m.text_gflops),
         )

@@ -83,7 +83,7 @@ class MemberCost:
       name, base_channels: of the member.
       params: parameters.
       gflops: XLA's count of a call, see `models.cost`.
-      analytic_gflops: of its products by hand, see `models.analytic`.
+      analytic_gflops: of its products by hand, see `models.analytic`; None of what is no U-Net.
       norm_cost: gflops over those of `reference`.
       reference: the member of cost 1.
       decoder, decoder_gflops: name of what makes pictures of its latents; FLOPs of one picture.
@@ -95,7 +95,7 @@ class MemberCost:
     base_channels: int
     params: int
     gflops: float
-    analytic_gflops: float
+    analytic_gflops: float | None
     norm_cost: float
     reference: str
     decoder: str

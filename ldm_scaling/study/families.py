@@ -15,7 +15,7 @@ from ldm_scaling.study.curves import Curves, Point
 from ldm_scaling.study.statistics import words
 from ldm_scaling.study.winners import Winner
 
-NAMES = {"unet": "U-Net", "dit": "DiT", "uvit": "U-ViT", "mmdit": "MM-DiT"}
+NAMES = {"unet": "U-Net", "dit": "DiT", "uvit": "U-ViT", "mmdit": "MM-DiT", "edm2": "EDM2"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,6 +65,13 @@ def sentences(curves: Curves, metric: str) -> list[str]:
         return []
     at = {f.name: dict(f.frontier) for f in families}
 
+    sizes: dict[str, set[str]] = {}
+    cells: dict[str, int] = {}
+    for (model, _), points in curves.items():
+        if family := NAMES.get(zoo.family_of(model)):
+            sizes.setdefault(family, set()).add(model)
+            cells[family] = cells.get(family, 0) + len(points)
+
     def one(w: Winner) -> str:
         point = at[w.best.model][w.budget]
         return (
@@ -75,8 +82,22 @@ def sentences(curves: Curves, metric: str) -> list[str]:
         )
 
     ends = [met[0]] if met[0].budget == met[-1].budget else [met[0], met[-1]]
-    names: Sequence[str] = [f.name for f in families]
+    of = [f"{f.name} ({len(sizes[f.name])} sizes, {cells[f.name]} cells)" for f in families]
     return [
-        f"Of the families {labels.listing(names)}, each at its best size, sampler and steps: "
-        f"{'; '.join(map(one, ends))}."
+        f"Of the families {labels.listing(of)}, each at its best size, sampler and steps: "
+        f"{'; '.join(map(one, ends))}. A family with more cells has more to choose from; each size "
+        "was trained once, all by one recipe."
     ]
+
+
+def ladder(models: Sequence[str]) -> tuple[str, list[str]]:
+    """The family whose sizes are judged as a ladder where there are several, by name, and its
+    sizes: that of most, the U-Net before others. No name where there is one family."""
+    of: dict[str, list[str]] = {}
+    for model in models:
+        of.setdefault(zoo.family_of(model), []).append(model)
+    if len(of) < 2:
+        return "", list(models)
+    order = list(zoo.FAMILIES)
+    best = min(of, key=lambda f: (-len(of[f]), order.index(f) if f in order else len(order)))
+    return NAMES.get(best, "other networks"), of[best]

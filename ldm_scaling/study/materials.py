@@ -269,6 +269,12 @@ class Materials:
                 f"{self.study.data.side} and this autoencoder make {self.latent_shape}: change "
                 "data.side, the autoencoder's levels or the members"
             )
+        most, length = backbone.most_tokens(spec), self.study.data.text_length
+        if most is not None and length > most:
+            raise UserError(
+                f"config: data.text_length={length}: member {member} has places for {most} text "
+                f"tokens: lower it to {most}"
+            )
         return spec
 
     @functools.cache  # noqa: B019

@@ -29,7 +29,7 @@ class Networks:
     """The networks of a study. What is a function loads weights, when called.
 
     Attributes:
-      spec: name of a member, or of another network of the zoo -> the U-Net.
+      spec: name of a member, or of another of the zoo -> the network.
       params: member -> its parameters.
       autoencoder: -> what makes latents of pictures. Raises `UserError` where it is not trained, or
         nothing is trained in its latents here.

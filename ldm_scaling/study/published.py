@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from ldm_scaling.config import AUTO, Diffusion, Study
+from ldm_scaling.config import AUTO, Study
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import clip_text, sd_folder, zoo
 from ldm_scaling.parallel import placing, rules
@@ -51,7 +51,9 @@ def resolved(study: Study, workdir: Workdir) -> Study:
             f"{study.weights_hash}: restore them, or leave out weights_hash and choose another "
             "--workdir"
         )
-    diffusion = Diffusion(schedule=found.schedule, prediction=found.prediction)
+    diffusion = dataclasses.replace(
+        study.diffusion, schedule=found.schedule, prediction=found.prediction
+    )
     return dataclasses.replace(
         study, weights=os.fspath(folder), weights_hash=have, diffusion=diffusion
     )

@@ -28,7 +28,7 @@ from ldm_scaling.study import (
 from ldm_scaling.study import reported as reported_lib
 from ldm_scaling.study.curves import Curves
 from ldm_scaling.study.figures import catalogue, rows
-from ldm_scaling.study.records import Record
+from ldm_scaling.study.records import TEXT_TO_IMAGE, Record
 from ldm_scaling.study.statistics import blocks as blocks_lib
 from ldm_scaling.study.statistics import claims, words
 
@@ -292,9 +292,20 @@ def write(
     sentences = findings.findings(pooled, told.metric, *blocks)
     sentences += findings.between_blocks(
         arms, told.metric, told.select_block, told.report_blocks)
-    sentences += [*families.sentences(curves, told.metric), *further, *lacking]
-    evidence = claims.Evidence.of(
-        [*pooled, *blocks_lib.pooled(others, told.select_block, told.report_blocks)])
+    if all(r.task == TEXT_TO_IMAGE for r in records):
+        sentences += families.sentences(curves, told.metric)
+    sentences += [*further, *lacking]
+    # Sizes of one family alone are a ladder, smaller to larger.
+    name, ladder = families.ladder(sizes)
+    evidence = claims.Evidence.of([
+        r for r in (*pooled, *blocks_lib.pooled(others, told.select_block, told.report_blocks))
+        if r.identity.model in ladder
+    ])
+    if name:
+        lacking.append(
+            f"Claims are judged on {name} alone ({labels.listing(ladder)}): sizes of several "
+            "families are no ladder from smaller to larger."
+        )
     verdicts = claims.verdicts(evidence, told.metric, *blocks)
     untested = [f"claim {v.number}" for v in verdicts if not v.tested]
     advice = page_advice.units(

@@ -49,11 +49,14 @@ def _with_pretrained(study: Study) -> Study:
             f"config: finetune.pretrained={given!r} draws with the published model in "
             f"{theirs.weights} and has trained none: give --config.weights={theirs.weights} instead"
         )
-    if theirs.diffusion != study.diffusion:
-        raise UserError(
-            f"config: diffusion is {study.diffusion}, but the members in {given} were trained "
-            f"with {theirs.diffusion}: give theirs"
-        )
+    # How often a timestep is trained at, and with which weight, may differ.
+    for key in ("schedule", "prediction"):
+        ours, its = (getattr(s.diffusion, key) for s in (study, theirs))
+        if ours != its:
+            raise UserError(
+                f"config: diffusion.{key}={ours!r}, but the members in {given} were trained with "
+                f"{its!r}: give theirs"
+            )
     have = theirs.training_hash("")  # Of all that its members share: more may be fine-tuned later.
     wanted = study.finetune.pretrained_hash
     if wanted not in ("", have):

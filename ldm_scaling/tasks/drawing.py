@@ -71,6 +71,11 @@ def denoiser(
     platform = mesh_lib.platform(mesh)
     dtype = hosts.compute_dtype(compute_dtype, platform)
     tensor = "tensor" if mesh.shape["tensor"] > 1 else ""
+    if wrong := sorted(h for h in backbone.heads(spec) if h % mesh.shape["tensor"]):
+        raise UserError(
+            f"mesh.tensor={mesh.shape['tensor']} does not divide the {wrong[0]} attention heads of "
+            "this network: give another, or mesh.fsdp instead"
+        )
     form = attention_lib.Attention(
         attention, platform, tensor, hosts.cudnn_width(mesh.devices.flat[0])
     )
