@@ -79,19 +79,20 @@ def weights(model: Any) -> Any:
         return load(folder)[1]
 
 
-def ready(model: Any, half: bool, compiled: str = "") -> Any:
+def ready(model: Any, half: bool, compiled: str | None = "") -> Any:
     """A network where it runs: channels last, compiled; with `half` its weights in bfloat16.
 
     Args:
       model: diffusers'.
       half: whether on a GPU.
-      compiled: the part of it that is called, if it is not the whole.
+      compiled: the part of it that is called, if it is not the whole; None compiles nothing.
     """
     t = torch()
     model = model.to(where(), memory_format=t.channels_last)
     if where() == "cuda":
         model = model.to(t.bfloat16) if half else model
-        model.get_submodule(compiled).compile()
+        if compiled is not None:
+            model.get_submodule(compiled).compile()
     return model
 
 
@@ -110,11 +111,15 @@ class TrainStep:
       train: the run.
       scale: of latents.
       batches: as `text_to_image.batch_shapes` has them, numpy.
+      eager: without torch.compile.
     """
 
-    def __init__(self, spec: unet.UNetSpec, train: Train, scale: float, batches: list[dict]):
+    def __init__(
+        self, spec: unet.UNetSpec, train: Train, scale: float, batches: list[dict],
+        eager: bool = False,
+    ):
         t = self.t = torch()
-        self.model = ready(network(spec), half=False)
+        self.model = ready(network(spec), half=False, compiled=None if eager else "")
         self.train, self.scale = train, scale
         self.parameters = list(self.model.parameters())
         self.average = [p.detach().clone() for p in self.parameters]
@@ -174,13 +179,17 @@ class Sampler:
       decoder: of `picture_maker`; None where nothing is decoded.
       scale: of latents.
       half: whether weights and activations are bfloat16, on a GPU.
+      eager: without torch.compile.
     """
 
-    def __init__(self, model: Any, decoder: Any, scale: float, half: bool):
+    def __init__(
+        self, model: Any, decoder: Any, scale: float, half: bool, eager: bool = False
+    ):
         self.t, self.scale = torch(), scale
         self.dtype = self.t.bfloat16 if half and where() == "cuda" else self.t.float32
-        self.model = None if model is None else ready(model, half)
-        self.decoder = None if decoder is None else ready(decoder, half, "decoder")
+        whole, part = (None, None) if eager else ("", "decoder")
+        self.model = None if model is None else ready(model, half, whole)
+        self.decoder = None if decoder is None else ready(decoder, half, part)
 
     def latents(
         self, noise_BHWC: np.ndarray, ctx_BLD: np.ndarray, null_1LD: np.ndarray, steps: int,

@@ -160,7 +160,7 @@ def drawn(job: Job, batch: int, args: Any, book: Book, seconds: float = 20.0) ->
 
 
 def drawn_by_peer(
-    job: Job, batch: int, args: Any, book: Book, seconds: float = 20.0
+    job: Job, batch: int, args: Any, book: Book, seconds: float = 20.0, eager: bool = False
 ) -> dict[str, Any]:
     """The peer's."""
     if why := bench.no_peer(args, "diffusers"):
@@ -169,7 +169,8 @@ def drawn_by_peer(
     start = noise(job, batch)
     try:
         peer = peers.Sampler(
-            peers.network(job.spec), peers.picture_maker(job.decoder), SCALE, half=True
+            peers.network(job.spec), peers.picture_maker(job.decoder), SCALE, half=True,
+            eager=eager,
         )
 
         def run():
@@ -278,6 +279,10 @@ def pieces(args: Any) -> list[Piece]:
             out.append(Piece(
                 f"{side}_{batch:03d}", functools.partial(run, job, batch, args), 3.0
             ))
+    out.append(Piece(
+        f"eager_{tried[-1]:03d}",
+        functools.partial(drawn_by_peer, job, tried[-1], args, eager=True), 1.5,
+    ))
     for turn in (1,) if toy else (1, 2):
         out += [
             Piece(f"turn{turn}_{side}", functools.partial(at_best, side, job, tried, args), 3.5)

@@ -210,13 +210,17 @@ def attempt(member: str, batch: int, args: Any, book: Book, remat: str = "none",
     }
 
 
-def attempt_peer(member: str, batch: int, args: Any, book: Book) -> dict[str, Any]:
+def attempt_peer(
+    member: str, batch: int, args: Any, book: Book, eager: bool = False
+) -> dict[str, Any]:
     """The peer's."""
     if why := bench.no_peer(args, "diffusers"):
         return {"member": member, "batch": batch, "fits": False, "why": why}
     spec = bench.spec_of(member)
     try:
-        peer = peers.TrainStep(spec, Train(batch_size=batch), SCALE, batches_of(spec, batch))
+        peer = peers.TrainStep(
+            spec, Train(batch_size=batch), SCALE, batches_of(spec, batch), eager
+        )
         found = bench.sustained(peer, batch, 10.0, args.toy)
     except Exception as e:
         if not bench.out_of_memory(e):
@@ -286,6 +290,11 @@ def pieces(args: Any) -> list[Piece]:
             out.append(Piece(
                 f"{side}_{batch:03d}", functools.partial(up, side, number, tried, one), 2.5
             ))
+    out.append(Piece(
+        f"eager_{tried[-1] if args.toy else 64:03d}",
+        functools.partial(attempt_peer, member, tried[-1] if args.toy else 64, args, eager=True),
+        1.5,
+    ))
     for turn in (1, 2):
         out += [
             Piece(f"turn{turn}_{side}",

@@ -139,8 +139,18 @@ def _splash_kernel(shape_NLW: tuple[int, int, int], keys: int, interpret: bool):
 def cudnn(q_BNLW: jax.Array, k_BNMW: jax.Array, v_BNMW: jax.Array) -> jax.Array:
     """cuDNN's fused attention on NVIDIA GPUs; 16-bit operands, widths of multiples of 8 up to
     256."""
-    q, k, v = (a.swapaxes(1, 2) for a in (q_BNLW, k_BNMW, v_BNMW))
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn").swapaxes(1, 2)
+    # In training jax refuses odd numbers of tokens, such as Stable Diffusion's 77: one more, of
+    # which a key takes no part and a query's result is dropped.
+    q, k, v = (
+        jnp.pad(a, [(0, 0), (0, 0), (0, a.shape[2] % 2), (0, 0)]).swapaxes(1, 2)
+        for a in (q_BNLW, k_BNMW, v_BNMW)
+    )
+    keys = k_BNMW.shape[2]
+    lengths_B = jnp.full(len(k), keys, jnp.int32) if keys % 2 else None
+    out = jax.nn.dot_product_attention(
+        q, k, v, key_value_seq_lengths=lengths_B, implementation="cudnn"
+    )
+    return out.swapaxes(1, 2)[:, :, : q_BNLW.shape[2]]
 
 
 @dataclasses.dataclass(frozen=True)

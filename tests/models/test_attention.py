@@ -136,3 +136,22 @@ def test_a_network_is_the_same_through_every_form():
     assert np.std(outs["plain"]) > 0
     for how in ("chunked", "splash"):
         np.testing.assert_allclose(outs[how], outs["plain"], atol=1e-5)
+
+
+@pytest.mark.parametrize("queries, keys", [(6, 4), (6, 7), (5, 8), (5, 7)])
+def test_cudnn_is_given_even_numbers_of_tokens(queries, keys, monkeypatch):
+    """Its kernel is refused others in training; what fills them up changes nothing."""
+    own, given = jax.nn.dot_product_attention, []
+
+    def instead(q, k, v, *, implementation, **kw):
+        given.append((q.shape[1], k.shape[1]))
+        assert implementation == "cudnn"
+        return own(q, k, v, **kw)
+
+    operands = inputs(queries, keys)
+    wanted = peer(*operands), gradients(peer, operands)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
+    np.testing.assert_allclose(attention.cudnn(*operands), wanted[0], atol=1e-5)
+    for got, want in zip(gradients(attention.cudnn, operands), wanted[1], strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-5)
+    assert all(n % 2 == 0 for pair in given for n in pair)
