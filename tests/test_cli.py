@@ -69,7 +69,7 @@ def test_flag_of_another_command(capsys, arguments, parts):
         ("--config.train.stepz=3", ["stepz"]),
         ("--config.train.steps=0", ["train.steps=0", "above 0"]),
         ("--config.train.steps=many", ["train.steps", "many"]),
-        ("--config.diffusion.prediction=eps", ["diffusion.prediction='eps'", "epsilon, v or x0"]),
+        ("--config.diffusion.prediction=eps", ["diffusion.prediction='eps'", "v, x0 or flow"]),
         ("--config.members=('c8','c9')", ["c9", "c8"]),
         ("--config.sweep.samplers=('dimm',)", ["dimm", "ddim"]),
         ("--config.sweep.report_block=0", ["report_block", "differ"]),

@@ -18,9 +18,14 @@ from ldm_scaling.training import loop
 Further = FineTuned | Distilled
 
 
-@functools.lru_cache(maxsize=2)
 def of(materials: Materials) -> list[Further]:
     """What the config says; kept, for what draws with networks is compiled once for every stage."""
+    study = materials.study
+    return _kept(materials) if study.finetune.task or study.distillations else []
+
+
+@functools.lru_cache(maxsize=2)
+def _kept(materials: Materials) -> list[Further]:
     study = materials.study
     fine_tuned = [FineTuned(materials)] if study.finetune.task else []
     return [*fine_tuned, *(Distilled(materials, d.NAME) for d in study.distillations)]

@@ -596,7 +596,7 @@ def test_equal_over_any_devices(folder):
         for other in others:
             assert alone.spread.mesh.size == 1 and other.spread.mesh.size == 8
             for name, found in run(other).items():
-                np.testing.assert_allclose(found, wanted[name], atol=1e-6)
+                np.testing.assert_allclose(found, wanted[name], atol=5e-6)
     assert towers[0][1][2].spread.batch == 64
     image, names = towers[0][1][1], ("projected",)
     scaled = image.spread.rows(np.zeros((8, 32, 32, 3), np.float32))

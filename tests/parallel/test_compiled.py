@@ -29,7 +29,7 @@ print(json.dumps([seconds, value, jax.config.jax_compilation_cache_dir]))
 
 
 def _run(home, **environment):
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
     found = subprocess.run(
         [sys.executable, "-c", _CODE], capture_output=True, text=True, timeout=240, check=True,
         env={**clean, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(home), **environment},

@@ -46,10 +46,18 @@ def test_a_family_enters_with_what_the_selection_block_chose():
 
 def test_in_words():
     (sentence,) = families.sentences(CURVES, FID)
-    assert "families U-Net and DiT" in sentence
+    assert "families U-Net (2 sizes, 3 cells) and DiT (2 sizes, 2 cells), each at" in sentence
     assert "at a budget of 1.00 DiT is the best family, with dit_w40 in 4 steps of DDIM" in sentence
     assert "at a budget of 4.00 U-Net is the best family, with c24 in 4 steps of" in sentence
     assert words.sure(1.0) in sentence
+
+
+def test_sizes_of_one_family_are_the_ladder_that_claims_are_judged_on():
+    assert families.ladder(["c8", "dit_w40", "c24"]) == ("U-Net", ["c8", "c24"])
+    assert families.ladder(["c8", "dit_w40"]) == ("U-Net", ["c8"])
+    assert families.ladder(["dit_w40", "mine", "dit_w104"]) == ("DiT", ["dit_w40", "dit_w104"])
+    assert families.ladder(["mine", "c8"]) == ("U-Net", ["c8"])
+    assert families.ladder(["c8", "c24"]) == ("", ["c8", "c24"])
 
 
 @pytest.mark.parametrize("curves", [

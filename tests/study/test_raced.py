@@ -80,7 +80,7 @@ class _Drawer:
     @property
     def lanes(self):
         plan = types.SimpleNamespace(lanes=32, rows=1, useful_rows=32)
-        return types.SimpleNamespace(plans=lambda configurations: [plan])
+        return types.SimpleNamespace(plans=lambda configurations: [plan], told=False)
 
     def table(self, name, steps, spacing):
         return solvers.make(name, schedule_lib.get("sd"), steps, "v", spacing)
