@@ -6,9 +6,9 @@ Expected: `report.html` in the workdir. What it shares with other demos is in
 ldm_scaling/recipes.py.
 
 The argument takes other backbones: `configs/demo.py:dit` (or uvit, mmdit, edm2) has four networks
-whose operations are those of the four U-Nets within a fifth, in the same time;
-`configs/demo.py:families` a small and a large one of each, compared at equal cost. Costs are in
-units of the largest U-Net's.
+whose operations are those of the four U-Nets within a fifth, so that it should take about as long
+(not timed); `configs/demo.py:families` a small and a large one of U-Net, DiT and U-ViT, compared at
+equal cost. Costs are in units of the largest U-Net's.
 
 `configs/demo.py:tiny` is the same in about a minute, for tests: its pictures are noise; `dit,tiny`
 and the like are of that family.

@@ -51,4 +51,4 @@ def weights(weighting: str, schedule: Schedule, prediction: str) -> np.ndarray |
         "sigma_sqrt": lambda: s**-2,
         "cosmap": lambda: 2 / (np.pi * (1 - 2 * s + 2 * s**2)) / s**2,
     }[name]()
-    return of_x0 * q**2  # an error of the output is q times that in x0
+    return of_x0 * q**2  # an error in x0 is q times that of the output
