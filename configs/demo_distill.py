@@ -4,7 +4,8 @@ need four steps, by consistency (the paper's Fig. 13) and by guided distillation
     ldm-scaling study --config=configs/demo_distill.py --workdir=runs/distill
 
 The networks are those of configs/demo.py, so that --workdir=runs/demo goes on from them. Hours:
-docs/distillation.md has what it took and found.
+about 23 minutes on two free cores, reckoned; docs/distillation.md has what a larger run of it took
+and found.
 
 `configs/demo_distill.py:tiny` is one width in a minute or two, for tests: its pictures are noise.
 """
@@ -23,7 +24,7 @@ def get_config(arg: str = ""):
 
     codi = config.consistency
     codi.method = "codi"
-    codi.train.steps = 240
+    codi.train.steps = 200
     codi.train.learning_rate = 5e-4
     codi.train.ema_decay = 0.95
     codi.sample.guidance = 2.0
@@ -34,11 +35,11 @@ def get_config(arg: str = ""):
     guided.method = "guided"
     guided.rates = (1.0, 8.0)
     guided.guidance_dim = 32
-    guided.steps = (16, 8, 4)
-    guided.imitation.steps = 120
+    guided.steps = (8, 4)
+    guided.imitation.steps = 100
     guided.imitation.learning_rate = 1e-3
     guided.imitation.ema_decay = 0.95
-    guided.train.steps = 90
+    guided.train.steps = 80
     guided.train.learning_rate = 5e-4
     guided.sample.guidance = 2.0
     guided.sweep.steps = (4,)
@@ -48,9 +49,9 @@ def get_config(arg: str = ""):
         run.batch_size = 64
         run.warmup_steps = 20
         run.log_every = 20
-        run.validate_every = 120
-        run.checkpoint_every = 120
-        run.sample_every = 240
+        run.validate_every = 100
+        run.checkpoint_every = 100
+        run.sample_every = 200
     for part in (codi, guided):
         part.sweep.num_images = config.sweep.num_images
         part.sweep.batch_size = config.sweep.batch_size
