@@ -45,7 +45,7 @@ def consistency(source: Source) -> dict[str, Drawn]:
     left, right = fig.subplots(1, 2)
     shown, ends = _by_size(left, source, curves, plain, sizes)
     more, names = _by_cost(right, source, curves, plain, sizes)
-    method = records[0].setting.partition("_")[0]
+    method = labels.sampler(records[0].setting.partition("_")[0])
     fig.suptitle(f"Distilled{f' ({method})' if method else ''} in few steps, undistilled in more\n"
                  "Above: how many times more the cheapest as good undistilled setting costs "
                  "(–: none is)", x=0.01, ha="left", fontsize=10)
