@@ -438,7 +438,7 @@ def test_errors_of_worker_processes_are_told_and_no_process_stays(tmp_path):
 
 
 _SCRIPT = """
-import multiprocessing, sys, time
+import multiprocessing, signal, sys, time
 import numpy as np
 from ldm_scaling.data.loading import loader
 
@@ -451,6 +451,8 @@ class Numbers:
         return {"x": np.asarray(indices)}
 
 if __name__ == "__main__":
+    # A shell's background jobs begin with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     iterator = loader.train_loader(Numbers(), 4, 0, workers=2)
     next(iterator)
     print(*(p.pid for p in multiprocessing.active_children()), flush=True)
