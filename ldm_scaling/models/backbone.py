@@ -17,7 +17,8 @@ from ldm_scaling.models import dit, edm2, mmdit, unet, uvit
 
 Spec = unet.UNetSpec | dit.DiTSpec | uvit.UViTSpec | mmdit.MMDiTSpec | edm2.EDM2Spec
 """What fixes a network. All have `base_channels`, `in_channels`, `out_channels`, `sample_size`,
-`latent_shape`, `downsampling`, `context_dim`, `context_length`, `guidance_dim` and `grown`."""
+`latent_shape`, `downsampling`, `heads`, `context_dim`, `context_length`, `guidance_dim` and
+`grown`."""
 
 _MODULES: dict[type, ModuleType] = {
     unet.UNetSpec: unet, dit.DiTSpec: dit, uvit.UViTSpec: uvit, mmdit.MMDiTSpec: mmdit,
@@ -44,7 +45,7 @@ def denoise_fn(
     spec: Spec, dtype: Any = jnp.float32, remat: str = "none",
     attention: Callable = attention_lib.plain, gather: Callable | None = None,
 ) -> Callable:
-    """The network as `denoise(params, x_BHWC, t_B, cond) -> F_BHWC`, see `unet.denoise_fn`."""
+    """The network as `denoise(params, x_BHWC, t_B, cond) -> F_BHWC`, see `functional.of`."""
     return _MODULES[type(spec)].denoise_fn(spec, dtype, remat, attention, gather)
 
 
@@ -55,12 +56,6 @@ def most_tokens(spec: Spec) -> int | None:
 
 def heads(spec: Spec) -> set[int]:
     """The numbers of attention heads in its layers."""
-    if isinstance(spec, edm2.EDM2Spec):
-        levels = (*spec.attention_levels[:-1], True)  # The middle has the last one's.
-        return {
-            spec.base_channels * mult // spec.head_channels
-            for mult, attends in zip(spec.channel_mults, levels) if attends
-        }
     return {spec.heads} if isinstance(spec.heads, int) else set(spec.heads)
 
 

@@ -4,7 +4,6 @@ arXiv 2310.00426). SiT (Ma et al. 2024, arXiv 2401.08740) is the same network, t
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -15,7 +14,7 @@ import numpy as np
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import attention as attention_lib
-from ldm_scaling.models import blocks, tokens, unet
+from ldm_scaling.models import blocks, functional, tokens, unet
 
 CONDITIONINGS = ("cross", "pooled")
 # As if keys and values were one layer, which they are in PixArt-alpha's code.
@@ -167,25 +166,8 @@ class DiT(nn.Module):
         return tokens.picture(x, *x_BHWC.shape[1:3], spec.patch).astype(jnp.float32)
 
 
-def init(spec: DiTSpec, key: jax.Array) -> dict:
-    """Random float32 parameters, drawn as the papers' code does: at first the network gives 0."""
-    return DiT(spec).init(key, *example_inputs(spec, batch=1))["params"]
-
-
-@functools.cache
-def param_shapes(spec: DiTSpec) -> Any:
-    """Shapes and types of a DiT's parameters."""
-    return jax.eval_shape(lambda: init(spec, jax.random.key(0)))
-
-
-def denoise_fn(
-    spec: DiTSpec, dtype: Any = jnp.float32, remat: str = "none",
-    attention: Callable = attention_lib.plain, gather: Callable | None = None,
-) -> Callable:
-    """The network as `denoise(params, x_BHWC, t_B, cond) -> F_BHWC`, see `unet.denoise_fn`."""
-    return tokens.denoise_fn(DiT(spec, dtype, remat, attention, gather))
-
-
-example_inputs = tokens.example_inputs
+# Drawn as the papers' code does: at first the network gives 0.
+init, param_shapes, denoise_fn = functional.of(DiT)
+example_inputs = functional.example_inputs
 grow_input = unet.grow_input
 grow_guidance = tokens.grow_guidance

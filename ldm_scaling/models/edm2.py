@@ -24,7 +24,7 @@ import numpy as np
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import attention as attention_lib
-from ldm_scaling.models import blocks, magnitude, tokens
+from ldm_scaling.models import blocks, functional, magnitude, tokens
 
 RESIDUAL_WEIGHT = 0.3  # of a branch beside what it is added to
 EQUAL_WEIGHT = 0.5  # of skips beside the main path, and of text beside time
@@ -115,6 +115,15 @@ class EDM2Spec:
     def downsampling(self) -> int:
         """What sides of latents must be a multiple of."""
         return 2 ** (len(self.channel_mults) - 1)
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Attention heads of the levels that attend; the middle has those of the last."""
+        attends = (*self.attention_levels[:-1], True)
+        return tuple(
+            self.base_channels * mult // self.head_channels
+            for mult, here in zip(self.channel_mults, attends) if here
+        )
 
     def grown(self, channels: int) -> EDM2Spec:
         """The network that sees so many channels of a condition too. See `grow_input`."""
@@ -304,11 +313,6 @@ class EDM2(nn.Module):
         return x.astype(jnp.float32) * gain
 
 
-def init(spec: EDM2Spec, key: jax.Array) -> dict:
-    """Random float32 parameters: at first the network gives 0."""
-    return EDM2(spec).init(key, *example_inputs(spec, batch=1))["params"]
-
-
 def grow_input(params: Any, channels: int) -> Any:
     """Parameters with weights of zero for so many channels more of a condition, see `EDM2`:
     whatever is in them, the network gives what it gave."""
@@ -326,18 +330,6 @@ def grow_guidance(params: Any, dim: int) -> Any:
     return {**params, "guidance_embedding": {"kernel": jnp.zeros((dim, width))}}
 
 
-@functools.cache
-def param_shapes(spec: EDM2Spec) -> Any:
-    """Shapes and types of an EDM2's parameters."""
-    return jax.eval_shape(lambda: init(spec, jax.random.key(0)))
-
-
-def denoise_fn(
-    spec: EDM2Spec, dtype: Any = jnp.float32, remat: str = "none",
-    attention: Callable = attention_lib.plain, gather: Callable | None = None,
-) -> Callable:
-    """The network as `denoise(params, x_BHWC, t_B, cond) -> F_BHWC`, see `unet.denoise_fn`."""
-    return tokens.denoise_fn(EDM2(spec, dtype, remat, attention, gather))
-
-
-example_inputs = tokens.example_inputs
+# At first the network gives 0.
+init, param_shapes, denoise_fn = functional.of(EDM2)
+example_inputs = functional.example_inputs

@@ -4,7 +4,6 @@ are two streams of tokens, each with its own weights, which attend to both."""
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_scaling.models import attention as attention_lib
-from ldm_scaling.models import blocks, tokens, unet
+from ldm_scaling.models import blocks, functional, tokens, unet
 
 # SD3's grid of positions is 192 wide, for latents that make 64 x 64 tokens.
 _ROOM = 3
@@ -189,25 +188,8 @@ class MMDiT(nn.Module):
         return tokens.picture(x, *x_BHWC.shape[1:3], spec.patch).astype(jnp.float32)
 
 
-def init(spec: MMDiTSpec, key: jax.Array) -> dict:
-    """Random float32 parameters, drawn as DiT's: at first the network gives 0."""
-    return MMDiT(spec).init(key, *example_inputs(spec, batch=1))["params"]
-
-
-@functools.cache
-def param_shapes(spec: MMDiTSpec) -> Any:
-    """Shapes and types of an MM-DiT's parameters."""
-    return jax.eval_shape(lambda: init(spec, jax.random.key(0)))
-
-
-def denoise_fn(
-    spec: MMDiTSpec, dtype: Any = jnp.float32, remat: str = "none",
-    attention: Callable = attention_lib.plain, gather: Callable | None = None,
-) -> Callable:
-    """The network as `denoise(params, x_BHWC, t_B, cond) -> F_BHWC`, see `unet.denoise_fn`."""
-    return tokens.denoise_fn(MMDiT(spec, dtype, remat, attention, gather))
-
-
-example_inputs = tokens.example_inputs
+# Drawn as DiT's: at first the network gives 0.
+init, param_shapes, denoise_fn = functional.of(MMDiT)
+example_inputs = functional.example_inputs
 grow_input = unet.grow_input
 grow_guidance = tokens.grow_guidance

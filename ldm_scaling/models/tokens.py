@@ -292,26 +292,3 @@ class Attention(nn.Module):
         queries = [q[:, :, : self.apart], q[:, :, self.apart :]] if self.apart else [q]
         out = jnp.concatenate([self.attention(q, k, v) for q in queries], axis=2)
         return blocks.dense(d, dtype, "to_out", gather, kernel_init=self.out_init)(from_heads(out))
-
-
-def example_inputs(spec: TransformerSpec, batch: int = 1) -> tuple[jax.Array, ...]:
-    """Zeros of the shapes that a forward pass takes: x_BHWC, t_B, ctx_BLD; w_B if there is one."""
-    return (
-        jnp.zeros((batch, spec.sample_size, spec.sample_size, spec.in_channels)),
-        jnp.zeros((batch,)),
-        jnp.zeros((batch, spec.context_length, spec.context_dim)),
-        *([jnp.zeros((batch,))] if spec.guidance_dim else []),
-    )
-
-
-def denoise_fn(module: nn.Module) -> Callable:
-    """A network as `denoise(params, x_BHWC, t_B, cond) -> F_BHWC`, see `unet.denoise_fn`."""
-
-    def denoise(params, x_BHWC, t_B, cond):
-        if "condition" in cond:
-            beside_BHWC = cond["condition"].astype(x_BHWC.dtype)
-            x_BHWC = jnp.concatenate([x_BHWC, beside_BHWC], axis=-1)
-        told = [cond["guidance"]] if module.spec.guidance_dim else []
-        return module.apply({"params": params}, x_BHWC, t_B, cond["context"], *told)
-
-    return denoise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import attention as attention_lib
-from ldm_scaling.models import blocks
+from ldm_scaling.models import blocks, functional
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,11 +206,6 @@ class UNet(nn.Module):
         return conv(spec.out_channels, 3, "conv_out")(h).astype(jnp.float32)
 
 
-def init(spec: UNetSpec, key: jax.Array) -> dict:
-    """Random float32 parameters of a U-Net (use under `jax.eval_shape` to allocate nothing)."""
-    return UNet(spec).init(key, *example_inputs(spec, batch=1))["params"]
-
-
 def grow_input(params: Any, channels: int) -> Any:
     """Parameters with a first layer that takes so many channels more, behind those it has, by
     weights of zero: whatever is in them, the network gives what it gave (Saharia et al. 2022 and
@@ -228,36 +222,5 @@ def grow_guidance(params: Any, dim: int) -> Any:
     return {**params, "guidance_embedding": {"kernel": jnp.zeros((dim, width))}}
 
 
-@functools.cache
-def param_shapes(spec: UNetSpec) -> Any:
-    """Shapes and types of a U-Net's parameters."""
-    return jax.eval_shape(lambda: init(spec, jax.random.key(0)))
-
-
-def example_inputs(spec: UNetSpec, batch: int = 1) -> tuple[jax.Array, ...]:
-    """Zeros of the shapes that a forward pass takes: x_BHWC, t_B, ctx_BLD; w_B if there is one."""
-    return (
-        jnp.zeros((batch, spec.sample_size, spec.sample_size, spec.in_channels)),
-        jnp.zeros((batch,)),
-        jnp.zeros((batch, spec.context_length, spec.context_dim)),
-        *([jnp.zeros((batch,))] if spec.guidance_dim else []),
-    )
-
-
-def denoise_fn(
-    spec: UNetSpec, dtype: Any = jnp.float32, remat: str = "none",
-    attention: Callable = attention_lib.plain, gather: Callable | None = None,
-) -> Callable:
-    """The network as `denoise(params, x_BHWC, t_B, cond) -> F_BHWC`: cond["context"] (B, L, D) and,
-    for a network that sees one, cond["condition"] (B, H, W, C'), which is laid behind x's channels;
-    for one that is told its guidance rate, cond["guidance"] (B,). The arguments are `UNet`'s."""
-    module = UNet(spec, dtype, remat, attention, gather)
-
-    def denoise(params, x_BHWC, t_B, cond):
-        if "condition" in cond:
-            beside_BHWC = cond["condition"].astype(x_BHWC.dtype)
-            x_BHWC = jnp.concatenate([x_BHWC, beside_BHWC], axis=-1)
-        told = [cond["guidance"]] if spec.guidance_dim else []
-        return module.apply({"params": params}, x_BHWC, t_B, cond["context"], *told)
-
-    return denoise
+init, param_shapes, denoise_fn = functional.of(UNet)
+example_inputs = functional.example_inputs

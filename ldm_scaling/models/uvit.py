@@ -4,7 +4,6 @@ picture's, and long skips join blocks as in a U-Net."""
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import attention as attention_lib
-from ldm_scaling.models import blocks, dino_vit, tokens, unet
+from ldm_scaling.models import blocks, dino_vit, functional, tokens, unet
 
 # torch's own draw of a convolution's kernel, which the paper's code leaves as it is.
 _TORCH = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -158,25 +157,7 @@ class UViT(nn.Module):
         return jnp.concatenate([learned[: 1 + length], grid])
 
 
-def init(spec: UViTSpec, key: jax.Array) -> dict:
-    """Random float32 parameters, drawn as the paper's code does."""
-    return UViT(spec).init(key, *example_inputs(spec, batch=1))["params"]
-
-
-@functools.cache
-def param_shapes(spec: UViTSpec) -> Any:
-    """Shapes and types of a U-ViT's parameters."""
-    return jax.eval_shape(lambda: init(spec, jax.random.key(0)))
-
-
-def denoise_fn(
-    spec: UViTSpec, dtype: Any = jnp.float32, remat: str = "none",
-    attention: Callable = attention_lib.plain, gather: Callable | None = None,
-) -> Callable:
-    """The network as `denoise(params, x_BHWC, t_B, cond) -> F_BHWC`, see `unet.denoise_fn`."""
-    return tokens.denoise_fn(UViT(spec, dtype, remat, attention, gather))
-
-
-example_inputs = tokens.example_inputs
+init, param_shapes, denoise_fn = functional.of(UViT)
+example_inputs = functional.example_inputs
 grow_input = unet.grow_input
 grow_guidance = unet.grow_guidance

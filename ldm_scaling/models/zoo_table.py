@@ -42,7 +42,8 @@ def rows(family: str = "unet") -> list[dict[str, Any]]:
         raise UserError(f"--family={family}: choose one of {', '.join(zoo.FAMILIES)}")
     members = zoo.FAMILIES[family]
     printed = [
-        _printed(name, printed) for name, printed in backbone_tables.PRINTED.items()
+        _printed(name, printed)
+        for name, printed in (backbone_tables.PRINTED | backbone_tables.PRINTED_EDM2).items()
         if type(printed.spec) is type(members[0].spec)
     ]
     return [*printed, *map(_row, members)]

@@ -140,6 +140,7 @@ def test_families_of_transformers():
     assert zoo.family_of("c8") == "unet" and zoo.family_of("inception") == ""
     text = zoo_table.text("uvit")
     assert "uvit_s*" in text.split() and "uvit_w32" in text and "c8" not in text.split()
+    assert "edm2_xs*" in zoo_table.text("edm2").split()
     assert max(map(len, text.splitlines())) <= 100
     with pytest.raises(UserError, match="--family=vit: choose one of unet, dit, uvit, mmdit"):
         zoo_table.rows("vit")

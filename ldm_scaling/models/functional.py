@@ -1,0 +1,60 @@
+"""What every network that denoises has beside its module: parameters, their shapes, and `denoise`.
+
+A module is made as `Network(spec, dtype, remat, attention, gather)` and called as `UNet` is.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ldm_scaling.models import attention as attention_lib
+
+
+def example_inputs(spec: Any, batch: int = 1) -> tuple[jax.Array, ...]:
+    """Zeros of the shapes that a forward pass takes: x_BHWC, t_B, ctx_BLD; w_B if there is one."""
+    return (
+        jnp.zeros((batch, spec.sample_size, spec.sample_size, spec.in_channels)),
+        jnp.zeros((batch,)),
+        jnp.zeros((batch, spec.context_length, spec.context_dim)),
+        *([jnp.zeros((batch,))] if spec.guidance_dim else []),
+    )
+
+
+def of(network: type[nn.Module]) -> tuple[Callable, Callable, Callable]:
+    """`init`, `param_shapes` and `denoise_fn` of a module."""
+
+    def init(spec: Any, key: jax.Array) -> dict:
+        """Random float32 parameters (use under `jax.eval_shape` to allocate nothing)."""
+        return network(spec).init(key, *example_inputs(spec, batch=1))["params"]
+
+    @functools.cache
+    def param_shapes(spec: Any) -> Any:
+        """Shapes and types of the parameters."""
+        return jax.eval_shape(lambda: init(spec, jax.random.key(0)))
+
+    def denoise_fn(
+        spec: Any, dtype: Any = jnp.float32, remat: str = "none",
+        attention: Callable = attention_lib.plain, gather: Callable | None = None,
+    ) -> Callable:
+        """The network as `denoise(params, x_BHWC, t_B, cond) -> F_BHWC`: cond["context"] (B, L, D)
+        and, for a network that sees one, cond["condition"] (B, H, W, C'), which is laid behind x's
+        channels; for one that is told its guidance rate, cond["guidance"] (B,). The arguments are
+        `UNet`'s."""
+        module = network(spec, dtype, remat, attention, gather)
+
+        def denoise(params, x_BHWC, t_B, cond):
+            if "condition" in cond:
+                beside_BHWC = cond["condition"].astype(x_BHWC.dtype)
+                x_BHWC = jnp.concatenate([x_BHWC, beside_BHWC], axis=-1)
+            told = [cond["guidance"]] if spec.guidance_dim else []
+            return module.apply({"params": params}, x_BHWC, t_B, cond["context"], *told)
+
+        return denoise
+
+    return init, param_shapes, denoise_fn
