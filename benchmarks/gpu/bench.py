@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,17 +31,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_scaling import files
+from ldm_scaling.errors import UserError
 from ldm_scaling.models import unet, zoo
 from ldm_scaling.parallel import chips, compiled
 
 ROOT = Path(__file__).resolve().parents[2]
 # JAX takes memory as it needs it, so that the peer in the same process finds some, and leaves what
 # CUDA's contexts take.
-_MEMORY = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
+MEMORY = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
 # Results of the units for special functions: 16 a cycle on each multiprocessor of compute
 # capability 9.0 (CUDA C++ Programming Guide, throughput of arithmetic instructions), 132 of them at
 # the highest clock of 1.98 GHz.
 _EXPONENTIALS = {"h100": 132 * 16 * 1.98e9, "h200": 132 * 16 * 1.98e9}
+_NOT_HERE, _NOT_ASKED = "peer not here: ", "peer not asked for (--no-peer)"
+# What runs out of memory says: XLA, PyTorch, and NVIDIA's libraries within either.
+_NO_MEMORY = (
+    "RESOURCE_EXHAUSTED", "OutOfMemory", "out of memory", "CUDNN_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+# Names the folder in which together.py says whose turn it is.
+TURNS = "LDM_SCALING_TURNS"
 # A network that a CPU compiles in seconds.
 TOY = unet.UNetSpec(
     8, context_dim=16, channel_mults=(1,), attention_levels=(False,), blocks_per_level=1, heads=2,
@@ -87,11 +96,29 @@ class Book:
         path = self.folder / f"{name}.json"
         return json.loads(path.read_text())["result"] if path.exists() else None
 
+    def done(self, name: str) -> bool:
+        """Whether it need not be done again: it ran, and not without a peer that is here now."""
+        result = self.get(name)
+        if result is None:
+            return False
+        why = str(result.get("why") or result.get("peer") or "")
+        if why.startswith(_NOT_HERE):
+            absent = why.removeprefix(_NOT_HERE).split(" not installed")[0].split(", ")
+            return bool(no_peer(self.args, *absent))
+        return why != _NOT_ASKED or self.args.no_peer
+
     def put(self, name: str, result: dict[str, Any], seconds: float) -> None:
         """Writes a piece's result."""
+        for path in sorted(self.folder.glob("*.json")):
+            there = json.loads(path.read_text())["device"]
+            if there != device():
+                raise UserError(
+                    f"{path} is of a {there}, this is a {device()}: name another folder with --to"
+                )
         body = {
             "piece": name, "when": datetime.date.today().isoformat(), "device": device(),
-            "seconds": seconds, "versions": versions(), "settings": settings(self.args),
+            "flags": os.environ.get("XLA_FLAGS", ""), "commit": commit(), "seconds": seconds,
+            "versions": versions(), "settings": settings(self.args),
             "result": result,
         }
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -113,6 +140,16 @@ def device() -> str:
 
 
 @functools.cache
+def commit() -> str | None:
+    """Of the checkout; None where it is none."""
+    line = ["git", "-C", os.fspath(ROOT), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError):
+        done = subprocess.run(line, capture_output=True, text=True)
+        return done.stdout.strip() or None
+    return None
+
+
+@functools.cache
 def versions() -> dict[str, str]:
     """Of what computes."""
     out = {}
@@ -125,18 +162,18 @@ def versions() -> dict[str, str]:
 def no_peer(args: argparse.Namespace, *packages: str) -> str | None:
     """Why the PyTorch peer does not run; None where it does. `--toy` runs it on a CPU too."""
     if args.no_peer:
-        return "peer not asked for (--no-peer)"
+        return _NOT_ASKED
     absent = [
         p for p in ("torch", *packages)
         if p not in sys.modules and importlib.util.find_spec(p) is None
     ]
     if absent:
-        return f"peer not here: {', '.join(absent)} not installed"
+        return f"{_NOT_HERE}{', '.join(absent)} not installed"
     if args.toy:
         return None
     import torch
 
-    return None if torch.cuda.is_available() else "peer not here: torch finds no CUDA device"
+    return None if torch.cuda.is_available() else f"{_NOT_HERE}torch finds no CUDA device"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +236,29 @@ def measured_ceilings(toy: bool) -> dict[str, float]:
 # --- timing -----------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def turn() -> Iterator[None]:
+    """What is measured within has the card for itself. Alone unless together.py started this: then
+    it waits until the others are stopped. A turn within a turn is the same one."""
+    folder = os.environ.get(TURNS)
+    if folder is None or turn.taken:
+        yield
+        return
+    mine = Path(folder) / str(os.getpid())
+    mine.with_suffix(".ready").touch()
+    while not mine.with_suffix(".go").exists():
+        time.sleep(0.02)
+    turn.taken = True
+    try:
+        yield
+    finally:
+        turn.taken = False
+        mine.with_suffix(".go").unlink(missing_ok=True)
+
+
+turn.taken = False
+
+
 def interleaved(
     runs: dict[str, Callable[[], Any]], toy: bool, seconds: float = 8.0
 ) -> dict[str, dict[str, float]]:
@@ -206,19 +266,25 @@ def interleaved(
 
     Args:
       runs: each waits until its work is done.
-      toy: two turns and no more.
-      seconds: that all turns take about.
+      toy: three times and no more.
+      seconds: that all of it takes about.
     """
     for run in runs.values():
         run()
     found: dict[str, list[float]] = {name: [] for name in runs}
-    start, turns = time.perf_counter(), 0
-    while turns < 2 or (not toy and turns < 100 and time.perf_counter() - start < seconds):
-        for name, run in runs.items():
-            begin = time.perf_counter()
-            run()
-            found[name].append(time.perf_counter() - begin)
-        turns += 1
+    spent, turns = 0.0, 0
+    while turns < 3 or (not toy and turns < 100 and spent < seconds):
+        with turn():
+            start = time.perf_counter()
+            while True:
+                for name, run in runs.items():
+                    begin = time.perf_counter()
+                    run()
+                    found[name].append(time.perf_counter() - begin)
+                turns += 1
+                if toy or time.perf_counter() - start > seconds / 3:
+                    break
+            spent += time.perf_counter() - start
     return {name: _quartiles(times) for name, times in found.items()}
 
 
@@ -228,7 +294,7 @@ def _quartiles(times: Sequence[float]) -> dict[str, float]:
 
 
 def sustained(run: Callable[[int], Any], count: int, seconds: float, toy: bool) -> dict[str, Any]:
-    """Rates of windows of about five seconds of calls in a row, for so many seconds.
+    """Rates of windows of calls in a row, each a turn, for so many seconds in all.
 
     Args:
       run: `run(calls)` makes so many calls and waits for the last.
@@ -237,16 +303,19 @@ def sustained(run: Callable[[int], Any], count: int, seconds: float, toy: bool) 
       toy: two windows of one call.
     """
     run(1)
-    begin = time.perf_counter()
-    run(1)
-    one = time.perf_counter() - begin
-    calls = 1 if toy else max(1, round(5.0 / one))
-    rates, start = [], time.perf_counter()
-    while len(rates) < 2 or (not toy and time.perf_counter() - start < seconds):
+    with turn():
         begin = time.perf_counter()
-        run(calls)
-        rates.append(calls * count / (time.perf_counter() - begin))
-    total = time.perf_counter() - start
+        run(1)
+        one = time.perf_counter() - begin
+    calls = 1 if toy else max(1, round(min(5.0, seconds / 3) / one))
+    rates, total = [], 0.0
+    while len(rates) < 2 or (not toy and total < seconds):
+        with turn():
+            begin = time.perf_counter()
+            run(calls)
+            took = time.perf_counter() - begin
+        rates.append(calls * count / took)
+        total += took
     return {
         "per_second": len(rates) * calls * count / total, "seconds": total,
         "slowest_window": min(rates), "fastest_window": max(rates),
@@ -256,7 +325,7 @@ def sustained(run: Callable[[int], Any], count: int, seconds: float, toy: bool) 
 def out_of_memory(error: BaseException) -> bool:
     """Whether a run ended for want of memory, JAX's or PyTorch's."""
     said = f"{type(error).__name__} {error}"
-    return any(word in said for word in ("RESOURCE_EXHAUSTED", "OutOfMemory", "out of memory"))
+    return any(word in said for word in _NO_MEMORY)
 
 
 def relative(a: Any, b: Any) -> float:
@@ -283,8 +352,9 @@ def check(name: str, error: float, limit: float) -> float:
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What of the arguments decides results."""
-    aside = ("to", "minutes", "piece")
+    """What of the arguments decides results. Which pieces there are does not, nor for how long one
+    of them runs: a flag more goes on in the same folder."""
+    aside = ("to", "minutes", "piece", "ladder", "seconds", "window", "no_peer")
     return {k: v for k, v in sorted(vars(args).items()) if k not in aside}
 
 
@@ -295,6 +365,9 @@ def parser(doc: str) -> argparse.ArgumentParser:
     )
     out.add_argument("--to", type=Path, default=Path("runs/gpu"), help="folder of results")
     out.add_argument("--minutes", type=float, default=8.5, help="after which it stops")
+    out.add_argument(
+        "--window", type=float, default=10.0, help="seconds for which a batch is measured"
+    )
     out.add_argument("--toy", action="store_true", help="everything, tiny, on a CPU")
     out.add_argument("--no-peer", action="store_true", help="leave out the PyTorch peer")
     out.add_argument("--piece", help=argparse.SUPPRESS)
@@ -332,7 +405,7 @@ def main(
         "results of other settings, by {key}",
     )
     for piece in pieces:
-        if book.get(piece.name) is not None:
+        if book.done(piece.name):
             continue
         spare = args.minutes - (time.perf_counter() - start) / 60
         if left or (spare < piece.minutes and not args.toy):
@@ -366,7 +439,7 @@ def _in_process(book: Book, piece: Piece) -> None:
 def _apart(script: str, piece: Piece, seconds: float) -> str | None:
     """Runs a piece as a process; why it failed."""
     line = [sys.executable, script, *sys.argv[1:], f"--piece={piece.name}"]
-    env = {**_MEMORY, **os.environ}
+    env = {**MEMORY, **os.environ}
     try:
         done = subprocess.run(line, env=env, timeout=seconds, stderr=subprocess.PIPE, text=True)
     except subprocess.TimeoutExpired:

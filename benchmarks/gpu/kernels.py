@@ -4,9 +4,11 @@
     python benchmarks/gpu/kernels.py --toy --to=/tmp/toy
 
 `jax.profiler` records some steps; `jax.profiler.ProfileData` reads the trace, so nothing else is
-needed. A kernel's bound is the larger of its products over the chip's FLOP/s and of its operands'
-and results' bytes over the bandwidth, by the compiled program's text: what a kernel that reads
-everything once could take. The compiler's own counts of the whole program stand beside.
+needed. A kernel's bound is the largest of its products over the chip's FLOP/s, of its operands' and
+results' bytes over the bandwidth and of attention's exponentials over their rate, by the compiled
+program's text: what a kernel that reads everything once could take. Kernels are launched one by
+one: the profiler does not see into command buffers. The compiler's own counts of the whole program
+stand beside.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import collections
 import functools
 import math
+import os
 import re
 import sys
 import tempfile
@@ -22,7 +25,6 @@ from typing import Any
 
 import bench
 import jax
-import jax.numpy as jnp
 import sampling
 import train_step
 from bench import Book, Piece
@@ -48,12 +50,8 @@ def products(module: hlo.Module, computation: str, i: hlo.Instruction) -> float:
     called = i.attributes if i.opcode == "custom-call" else ""
     shapes = [dims for _, dims in (*module.operand_shapes(computation, i), *i.shapes)]
     if "fmha" in called:
-        whole = [dims for dims in shapes if len(dims) == 4]
-        if len(whole) < 3:
-            return 0.0
-        lengths = [dims[1] for dims in whole[:2]]
-        one = 2.0 * math.prod(whole[0]) * lengths[1]
-        return one * (5 if "Backward" in called else 2)
+        logits, width = _attended(shapes)
+        return 2.0 * logits * width * (5 if "Backward" in called else 2)
     if i.opcode == "fusion":
         inside = [name for name in hlo.called_by(i) if name in module.computations]
         return sum(
@@ -81,6 +79,26 @@ def products(module: hlo.Module, computation: str, i: hlo.Instruction) -> float:
     return 2.0 * math.sqrt(elements / math.prod(shapes[0][d] for d in dims))
 
 
+def exponentials(module: hlo.Module, computation: str, i: hlo.Instruction) -> float:
+    """Of an attention kernel, one a logit, forward and backward; 0 of others."""
+    if i.opcode != "custom-call" or "fmha" not in i.attributes:
+        return 0.0
+    return _attended([d for _, d in (*module.operand_shapes(computation, i), *i.shapes)])[0]
+
+
+def _attended(shapes: Any) -> tuple[float, float]:
+    """Logits and width of a head of an attention kernel; 0 where its arrays are not told. Its
+    queries and keys are (B, length, heads, width) or (B, heads, length, width)."""
+    whole = [dims for dims in shapes if len(dims) == 4]
+    if len(whole) < 3:
+        return 0.0, 0.0
+    (batch, *one, width), (_, *other, _) = whole[:2]
+    heads = min(set(one) & set(other), default=0)
+    if not heads:
+        return 0.0, 0.0
+    return float(batch * heads) * (math.prod(one) // heads) * (math.prod(other) // heads), width
+
+
 def work(compiled: Any) -> dict[str, dict[str, Any]]:
     """FLOPs, bytes and a name of what each instruction of a program does."""
     module = hlo.parse(compiled.as_text())
@@ -90,7 +108,7 @@ def work(compiled: Any) -> dict[str, dict[str, Any]]:
         told = re.search(r'op_name="([^"]*)"', i.attributes)
         out[i.name] = {
             "flops": products(module, name, i), "bytes": moved,
-            "opcode": i.opcode,
+            "exponentials": exponentials(module, name, i), "opcode": i.opcode,
             "what": "/".join(told.group(1).split("/")[-3:]) if told else i.opcode,
         }
     return out
@@ -101,8 +119,8 @@ def work(compiled: Any) -> dict[str, dict[str, Any]]:
 
 def recorded(run: Any, steps: int) -> dict[str, tuple[float, int]]:
     """Seconds and calls of each instruction on the device, over so many calls of `run`."""
-    run()
-    with tempfile.TemporaryDirectory() as folder:
+    with bench.turn(), tempfile.TemporaryDirectory() as folder:
+        run()
         with jax.profiler.trace(folder):
             for _ in range(steps):
                 run()
@@ -141,7 +159,10 @@ def heaviest(compiled: Any, seen: dict[str, tuple[float, int]], steps: int) -> d
         one = does.get(name, {"flops": 0.0, "bytes": 0.0, "what": "not in the text"})
         bound = None
         if chip and name in does:
-            bound = max(one["flops"] / chip.flops, one["bytes"] / chip.bandwidth)
+            bound = max(
+                one["flops"] / chip.flops, one["bytes"] / chip.bandwidth,
+                one["exponentials"] / chip.exponentials,
+            )
         rows.append({
             "name": name, "what": one["what"], "calls": calls / steps,
             "seconds": seconds / steps, "share": seconds / total if total else 0.0,
@@ -175,12 +196,7 @@ def drawing(args: Any, book: Book) -> dict[str, Any]:
     member, batch = ("toy", 2) if args.toy else (args.member, args.lanes)
     job = sampling.Job(member, sampling.TOY_DECODER, 4)
     ours = sampling.Ours(job)
-    ctx, null = job.inputs(batch)
-    table = sampling.solvers.make("ddim", sampling.schedule_lib.get("sd"), job.steps).padded()
-    given = (
-        ours.params, table, jnp.full(batch, sampling.GUIDANCE), {"context": ctx},
-        {"context": null}, ours.key, jnp.arange(batch, dtype=jnp.int32),
-    )
+    given = (ours.params, *ours.given(batch, job.steps))
     compiled = ours.draw.lower(*given).compile()
     seen = recorded(lambda: jax.block_until_ready(compiled(*given)), 1)
     return {"batch": batch} | heaviest(compiled, seen, job.steps)
@@ -217,6 +233,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=64, help="of the train step")
     parser.add_argument("--lanes", type=int, default=16, help="samples that are drawn at a time")
     args = parser.parse_args(argv)
+    if not args.toy:
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer="
     return bench.main(__file__, args, pieces(args), table)
 
 

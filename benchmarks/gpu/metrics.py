@@ -16,6 +16,7 @@ import functools
 import importlib.util
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import bench
@@ -87,14 +88,28 @@ def compared(what: str, packages: tuple[str, ...], args: Any, book: Book) -> dic
     )
     name, ours, theirs, limit = networks().RUNS[kind](given)
     error = bench.relative(ours(), theirs())
-    # On a GPU convolutions of the peer, too, may be in TF32, by cuDNN's default.
     limit = limit if args.toy else 5e-3
-    turns = bench.interleaved({"ours": ours, name: theirs}, args.toy, 15.0)
+    runs = {"ours": ours, "theirs": theirs}
+    if not args.toy:
+        # PyTorch's convolutions are in TF32 unless told otherwise, ours in float32.
+        runs |= {"theirs": exactly(theirs, False), "theirs_tf32": exactly(theirs, True)}
+    turns = bench.interleaved(runs, args.toy, args.window)
     rates = {side: count / one["median"] for side, one in turns.items()}
     return {
-        "error": bench.check(what, error, limit), "peer": name, "ours": rates["ours"],
-        "theirs": rates[name], "ratio": rates["ours"] / rates[name],
+        "error": bench.check(what, error, limit), "peer": name, **rates,
+        "ratio": rates["ours"] / rates["theirs"],
     }
+
+
+def exactly(run: Callable[[], Any], tf32: bool) -> Callable[[], Any]:
+    """A run of PyTorch with its convolutions in TF32 or in float32."""
+    import torch
+
+    def one() -> Any:
+        torch.backends.cudnn.allow_tf32 = tf32
+        return run()
+
+    return one
 
 
 def fid(args: Any, book: Book) -> dict[str, Any]:

@@ -170,6 +170,10 @@ class TrainStep:
                 t._foreach_lerp_(self.average, self.parameters, 1 - self.train.ema_decay)
         return float(loss)
 
+    def memory(self) -> float:
+        """Bytes that PyTorch held at most; 0 on a CPU."""
+        return float(self.t.cuda.max_memory_allocated()) if where() == "cuda" else 0.0
+
 
 class Sampler:
     """Guided DDIM and pictures, as diffusers' pipeline does it.
@@ -191,10 +195,13 @@ class Sampler:
         self.model = None if model is None else ready(model, half, whole)
         self.decoder = None if decoder is None else ready(decoder, half, part)
 
-    def latents(
-        self, noise_BHWC: np.ndarray, ctx_BLD: np.ndarray, null_1LD: np.ndarray, steps: int,
-        guidance: float,
-    ) -> Any:
+    def given(self, noise_BHWC: np.ndarray, ctx_BLD: np.ndarray, null_1LD: np.ndarray) -> tuple:
+        """What `latents` takes, on the device: noise, and both prompts' states."""
+        ctx = self.t.from_numpy(np.array(ctx_BLD)).to(where())
+        null = self.t.from_numpy(np.array(null_1LD)).to(where()).expand_as(ctx)
+        return tensor(noise_BHWC).to(self.dtype), self.t.cat([null, ctx]).to(self.dtype)
+
+    def latents(self, x: Any, both: Any, steps: int, guidance: float) -> Any:
         """After all steps, a tensor."""
         from diffusers.schedulers import DDIMScheduler
 
@@ -203,10 +210,6 @@ class Sampler:
             timestep_spacing="leading", clip_sample=False, set_alpha_to_one=False,
         )
         scheduler.set_timesteps(steps, device=where())
-        x = tensor(noise_BHWC).to(self.dtype)
-        ctx = self.t.from_numpy(np.array(ctx_BLD)).to(where())
-        null = self.t.from_numpy(np.array(null_1LD)).to(where()).expand_as(ctx)
-        both = self.t.cat([null, ctx]).to(self.dtype)
         with self.t.inference_mode():
             for step in scheduler.timesteps:
                 empty, full = self.model(self.t.cat([x, x]), step, both).sample.chunk(2)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
+import time
 from typing import Any
 
 import bench
@@ -86,7 +87,7 @@ class Ours:
             params = jax.jit(functools.partial(unet.init, self.spec))(jax.random.key(0))
         self.params = jax.device_put(params)
         self.draw = sampler.make_sampler(denoise, self.spec.latent_shape)
-        self.key = jax.random.key(0)
+        self.key, self._given = jax.random.key(0), {}
         if decoder_dtype is not None:
             whole = jax.jit(functools.partial(autoencoder.init, job.decoder))(jax.random.key(1))
             self.decoder = {"decoder": whole["decoder"]}
@@ -96,11 +97,18 @@ class Ours:
 
     def latents(self, batch: int, steps: int | None = None) -> jax.Array:
         """Of numbers 0 .. batch - 1."""
-        ctx, null = self.job.inputs(batch)
-        table = solvers.make("ddim", schedule_lib.get("sd"), steps or self.job.steps)
-        return self.draw(
-            self.params, table.padded(), jnp.full(batch, GUIDANCE), {"context": ctx},
-            {"context": null}, self.key, np.arange(batch, dtype=np.int32),
+        steps = steps or self.job.steps
+        if (batch, steps) not in self._given:
+            self._given[batch, steps] = self.given(batch, steps)
+        return self.draw(self.params, *self._given[batch, steps])
+
+    def given(self, batch: int, steps: int) -> tuple:
+        """What the sampler takes behind its parameters, on the device."""
+        ctx, null = jax.device_put(self.job.inputs(batch))
+        table = solvers.make("ddim", schedule_lib.get("sd"), steps)
+        return (
+            jax.device_put(table.padded()), jnp.full(batch, GUIDANCE), {"context": ctx},
+            {"context": null}, self.key, jnp.arange(batch, dtype=jnp.int32),
         )
 
     def pictures(self, batch: int) -> jax.Array:
@@ -136,16 +144,22 @@ def parity(job: Job, args: Any, book: Book) -> dict[str, Any]:
         t.backends.cudnn.allow_tf32 = False
         ctx, null = job.inputs(batch)
         theirs = peers.Sampler(peer, None, SCALE, half=False)
-        z = theirs.latents(noise(job, batch), ctx, null, steps, GUIDANCE)
+        z = theirs.latents(*theirs.given(noise(job, batch), ctx, null), steps, GUIDANCE)
         z = z.float().cpu().permute(0, 2, 3, 1).numpy()
         out["peer_error"] = bench.check("the peer's samples", bench.relative(exact, z), 1e-3)
     return out
 
 
-def drawn(job: Job, batch: int, args: Any, book: Book, seconds: float = 20.0) -> dict[str, Any]:
+def drawn(
+    job: Job, batch: int, args: Any, book: Book, seconds: float | None = None
+) -> dict[str, Any]:
     """Our pictures a second."""
+    seconds = seconds or args.window
     try:
         ours = Ours(job, decoder_dtype=jnp.float32 if args.toy else jnp.bfloat16)
+        begin = time.perf_counter()
+        ours.pictures(batch)
+        first = time.perf_counter() - begin
         found = bench.interleaved({"ours": lambda: ours.pictures(batch)}, args.toy, seconds)["ours"]
     except Exception as e:
         if not bench.out_of_memory(e):
@@ -155,12 +169,12 @@ def drawn(job: Job, batch: int, args: Any, book: Book, seconds: float = 20.0) ->
     calls = 2e9 * cost.of(job.spec).gflops * job.steps * batch
     return {
         "batch": batch, "fits": True, **found, "per_second": batch / found["median"],
-        "utilisation_of_network_calls": bench.share(calls, found["median"]),
+        "first_seconds": first, "utilisation_of_network_calls": bench.share(calls, found["median"]),
     }
 
 
 def drawn_by_peer(
-    job: Job, batch: int, args: Any, book: Book, seconds: float = 20.0, eager: bool = False
+    job: Job, batch: int, args: Any, book: Book, seconds: float | None = None, eager: bool = False
 ) -> dict[str, Any]:
     """The peer's."""
     if why := bench.no_peer(args, "diffusers"):
@@ -173,11 +187,16 @@ def drawn_by_peer(
             eager=eager,
         )
 
+        given = peer.given(start, ctx, null)
+
         def run():
-            peer.decode(peer.latents(start, ctx, null, job.steps, GUIDANCE))
+            peer.decode(peer.latents(*given, job.steps, GUIDANCE))
             peer.wait()
 
-        found = bench.interleaved({"peer": run}, args.toy, seconds)["peer"]
+        begin = time.perf_counter()
+        run()
+        first = time.perf_counter() - begin
+        found = bench.interleaved({"peer": run}, args.toy, seconds or args.window)["peer"]
     except Exception as e:
         if not bench.out_of_memory(e):
             raise
@@ -185,7 +204,7 @@ def drawn_by_peer(
     calls = 2e9 * cost.of(job.spec).gflops * job.steps * batch
     return {
         "batch": batch, "fits": True, **found, "per_second": batch / found["median"],
-        "utilisation_of_network_calls": bench.share(calls, found["median"]),
+        "first_seconds": first, "utilisation_of_network_calls": bench.share(calls, found["median"]),
     }
 
 
@@ -206,7 +225,7 @@ def small(member: str, batch: int, args: Any, book: Book) -> dict[str, Any]:
     job = Job(member, TOY_DECODER, 3 if args.toy else 50)
     ours = Ours(job)
     found = bench.interleaved(
-        {"ours": lambda: jax.block_until_ready(ours.latents(batch))}, args.toy
+        {"ours": lambda: jax.block_until_ready(ours.latents(batch))}, args.toy, args.window
     )["ours"]
     chip = bench.ceilings() or bench.Ceilings(1e12, 1e11, 1e11)
     bound = roofline.seconds(job.spec, 2 * batch, chip)
@@ -255,7 +274,7 @@ def decoded(job: Job, batch: int, args: Any, book: Book) -> dict[str, Any]:
         theirs = run().float().cpu().permute(0, 2, 3, 1).numpy()
         out["peer_error"] = bench.check("the peer's", bench.relative(theirs, exact), 0.1)
         runs["peer"] = run
-    found = bench.interleaved(runs, args.toy)
+    found = bench.interleaved(runs, args.toy, args.window)
     return out | {name: batch / one["median"] for name, one in found.items()}
 
 

@@ -13,6 +13,7 @@ that fits. FLOPs of a step are three forward passes as XLA counts them, whatever
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import sys
@@ -45,6 +46,10 @@ LADDER = (
     ("318m", (192, 128, 64), "none", "float32"), ("430m", (160, 96, 48), "none", "float32"),
     ("558m", (144, 80, 40), "none", "float32"), ("704m", (112, 64, 32), "none", "float32"),
     ("2b", (64, 48, 32, 16), "none", "float32"), ("5b", (48, 32, 16, 8), "block", "bfloat16"),
+)
+# Those of configs/h200_ladder.py, at its batch.
+LADDER += tuple(
+    (f"c{c}_s16", (256,), "none", "float32") for c in (16, 32, 48, 64, 96, 128, 192, 256)
 )
 TOY_LADDER = (("toy", (4, 2), "block", "bfloat16"),)
 
@@ -83,20 +88,24 @@ class Ours:
         init = functools.partial(unet.init, spec)
         abstract = step_lib.abstract_state(init, self.train, mesh)
         self.key = placing.replicate(mesh, jax.random.key(1))
-        given = [placing.put_batch(mesh, b) for b in batches_of(spec, batch)]
-        self.state, self.batches = None, given
+        self.batches = [placing.put_batch(mesh, b) for b in batches_of(spec, batch)]
         step = step_lib.make(loss, self.train, mesh, abstract)
         shape = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), given[0]
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), self.batches[0]
         )
         start = time.perf_counter()
         self.compiled = step.lower(abstract, shape, self.key).compile()
         self.compile_seconds = time.perf_counter() - start
-        self.state = step_lib.init_state(init, self.train, mesh, jax.random.key(0))
-        self.number = 0
+        # Memory is taken with the first step: until then others may use it.
+        self.state, self.number = None, 0
+        self._start = functools.partial(
+            step_lib.init_state, init, self.train, mesh, jax.random.key(0)
+        )
 
     def __call__(self, calls: int) -> float:
         """So many steps; the last loss."""
+        if self.state is None:
+            self.state = self._start()
         for _ in range(calls):
             batch = self.batches[self.number % len(self.batches)]
             self.state, values = self.compiled(self.state, batch, self.key)
@@ -191,17 +200,20 @@ def parity(member: str, args: Any, book: Book) -> dict[str, Any]:
 
 
 def attempt(member: str, batch: int, args: Any, book: Book, remat: str = "none",
-            moments: str = "float32") -> dict[str, Any]:
-    """Our images/s at a batch, or that it does not fit."""
+            moments: str = "float32", alone: bool = True) -> dict[str, Any]:
+    """Our images/s at a batch, or that it does not fit. Alone, it has the card from its first byte
+    to its last; else it takes turns with others, each keeping what it holds."""
     try:
         plain = remat == "none" and moments == "float32"
         ours = ours_of(member, batch, args) if plain else Ours(member, batch, remat, moments)
-        found = bench.sustained(ours, batch, 10.0, args.toy)
+        with bench.turn() if alone else contextlib.nullcontext():
+            found = bench.sustained(ours, batch, args.window, args.toy)
+            loss = ours(1)
     except Exception as e:
         if not bench.out_of_memory(e):
             raise
         return {"member": member, "batch": batch, "fits": False}
-    assert math.isfinite(ours(1)), "the loss is not finite"
+    assert math.isfinite(loss), f"the loss is {loss}"
     rate = found["per_second"]
     return {
         "member": member, "batch": batch, "fits": True, **found, "remat": remat,
@@ -221,15 +233,19 @@ def attempt_peer(
         peer = peers.TrainStep(
             spec, Train(batch_size=batch), SCALE, batches_of(spec, batch), eager
         )
-        found = bench.sustained(peer, batch, 10.0, args.toy)
+        begin = time.perf_counter()
+        peer(1)
+        first = time.perf_counter() - begin
+        found = bench.sustained(peer, batch, args.window, args.toy)
     except Exception as e:
         if not bench.out_of_memory(e):
             raise
         return {"member": member, "batch": batch, "fits": False}
     rate = found["per_second"]
     return {
-        "member": member, "batch": batch, "fits": True, **found,
+        "member": member, "batch": batch, "fits": True, **found, "first_seconds": first,
         "utilisation": bench.share(step_flops(member, batch), batch / rate),
+        "gigabytes": peer.memory() / 1e9,
     }
 
 
@@ -267,14 +283,15 @@ def at_best(side: str, member: str, tried: tuple[int, ...], seconds: float, args
     }
 
 
-def largest(row: tuple, args: Any, book: Book) -> dict[str, Any]:
-    """A member at the largest of its batches that fits."""
+def largest(row: tuple, number: int, args: Any, book: Book) -> dict[str, Any]:
+    """A member at a batch, unless a larger one fits."""
     member, batches, remat, moments = row
-    for batch in batches:
-        found = attempt(member, batch, args, book, remat, moments)
-        if found["fits"]:
-            break
-    return found
+    for batch in batches[:number]:
+        before = book.get(f"z_{member}_{batch:03d}")
+        if before is not None and before["fits"]:
+            return {"member": member, "batch": batches[number], "fits": False,
+                    "why": f"{batch} fits"}
+    return attempt(member, batches[number], args, book, remat, moments)
 
 
 def pieces(args: Any) -> list[Piece]:
@@ -286,7 +303,9 @@ def pieces(args: Any) -> list[Piece]:
     ]
     for number, batch in enumerate(tried):
         for side, run in (("ours", attempt), ("peer", attempt_peer)):
-            one = functools.partial(run, member, batch, args)
+            # The first batch fits both sides at once: there they take turns.
+            more = {"alone": number > 0} if side == "ours" else {}
+            one = functools.partial(run, member, batch, args, **more)
             out.append(Piece(
                 f"{side}_{batch:03d}", functools.partial(up, side, number, tried, one), 2.5
             ))
@@ -307,7 +326,10 @@ def pieces(args: Any) -> list[Piece]:
     ))
     if args.ladder:
         rows = TOY_LADDER if args.toy else LADDER
-        out += [Piece(f"z_{row[0]}", functools.partial(largest, row, args), 4.0) for row in rows]
+        out += [
+            Piece(f"z_{row[0]}_{batch:03d}", functools.partial(largest, row, number, args), 4.0)
+            for row in rows for number, batch in enumerate(row[1])
+        ]
     return out
 
 
