@@ -99,8 +99,29 @@ def _attended(shapes: Any) -> tuple[float, float]:
     return float(batch * heads) * (math.prod(one) // heads) * (math.prod(other) // heads), width
 
 
+def kind(module: hlo.Module, i: hlo.Instruction) -> str:
+    """What sort of kernel an instruction is."""
+    called = i.attributes if i.opcode == "custom-call" else ""
+    if "fmha" in called:
+        return "attention"
+    if i.opcode == "convolution" or "cudnn$conv" in called:
+        return "convolution"
+    if i.opcode == "dot" or "gemm" in called or "matmul" in called:
+        return "product"
+    inside = {i.opcode}
+    for name in hlo.called_by(i) if i.opcode == "fusion" else ():
+        inside |= {j.opcode for j in module.computations.get(name, {}).values()}
+    for opcodes, told in (
+        ({"convolution"}, "convolution"), ({"dot"}, "product"),
+        ({"reduce", "reduce-window"}, "reduction"), ({"transpose"}, "transpose"),
+    ):
+        if inside & opcodes:
+            return told
+    return "copy" if inside <= {"copy", "fusion", "parameter"} else "elementwise"
+
+
 def work(compiled: Any) -> dict[str, dict[str, Any]]:
-    """FLOPs, bytes and a name of what each instruction of a program does."""
+    """FLOPs, bytes, the sort and a name of what each instruction of a program does."""
     module = hlo.parse(compiled.as_text())
     out = {}
     for name, i in module.instructions():
@@ -109,6 +130,7 @@ def work(compiled: Any) -> dict[str, dict[str, Any]]:
         out[i.name] = {
             "flops": products(module, name, i), "bytes": moved,
             "exponentials": exponentials(module, name, i), "opcode": i.opcode,
+            "kind": kind(module, i),
             "what": "/".join(told.group(1).split("/")[-3:]) if told else i.opcode,
         }
     return out
@@ -118,7 +140,7 @@ def work(compiled: Any) -> dict[str, dict[str, Any]]:
 
 
 def recorded(run: Any, steps: int) -> dict[str, tuple[float, int]]:
-    """Seconds and calls of each instruction on the device, over so many calls of `run`."""
+    """Seconds and executions of each instruction on the device, over so many calls of `run`."""
     with bench.turn(), tempfile.TemporaryDirectory() as folder:
         run()
         with jax.profiler.trace(folder):
@@ -129,11 +151,12 @@ def recorded(run: Any, steps: int) -> dict[str, tuple[float, int]]:
 
 
 def read(data: Any) -> dict[str, tuple[float, int]]:
-    """Seconds and calls by instruction: of the devices' planes, or of the host's where there are
-    none."""
+    """Seconds and executions by instruction: of the devices' planes, or of the host's where there
+    are none."""
     planes = list(data.planes)
     on_device = [p for p in planes if p.name.startswith("/device:GPU")]
-    found: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0])
+    seconds: dict[str, float] = collections.defaultdict(float)
+    launched: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     for plane in on_device or [p for p in planes if p.name == "/host:CPU"]:
         for line in plane.lines:
             for event in line.events:
@@ -141,43 +164,63 @@ def read(data: Any) -> dict[str, tuple[float, int]]:
                 # Lines of modules and of scopes hold the same time again.
                 if "hlo_op" not in told or not (line.name.startswith("Stream") or not on_device):
                     continue
-                one = found[str(told["hlo_op"])]
-                one[0] += event.duration_ns / 1e9
-                one[1] += 1
-    return {name: (seconds, int(calls)) for name, (seconds, calls) in found.items()}
+                seconds[str(told["hlo_op"])] += event.duration_ns / 1e9
+                launched[str(told["hlo_op"])][event.name] += 1
+    # An instruction may be several kernels, each of them launched once or more.
+    return {name: (seconds[name], min(launched[name].values())) for name in seconds}
 
 
 def heaviest(compiled: Any, seen: dict[str, tuple[float, int]], steps: int) -> dict[str, Any]:
-    """The ten kernels that took longest, and the whole."""
+    """The ten that took longest, alike instructions of all layers together, the sorts, and all."""
     does = work(compiled)
     # What holds other instructions would count their time twice.
     seen = {k: v for k, v in seen.items() if does.get(k, {}).get("opcode") not in _AROUND}
     total = sum(seconds for seconds, _ in seen.values())
-    chip = bench.ceilings()
-    rows = []
-    for name, (seconds, calls) in sorted(seen.items(), key=lambda kv: -kv[1][0])[:TOP]:
-        one = does.get(name, {"flops": 0.0, "bytes": 0.0, "what": "not in the text"})
-        bound = None
-        if chip and name in does:
-            bound = max(
-                one["flops"] / chip.flops, one["bytes"] / chip.bandwidth,
-                one["exponentials"] / chip.exponentials,
-            )
-        rows.append({
-            "name": name, "what": one["what"], "calls": calls / steps,
-            "seconds": seconds / steps, "share": seconds / total if total else 0.0,
-            "flops": one["flops"], "bytes": one["bytes"],
-            "of_bound": None if bound is None else bound * calls / seconds,
-        })
+    alike: dict[tuple, dict[str, Any]] = {}
+    sorts: dict[str, dict[str, Any]] = {}
+    for name, (seconds, times) in seen.items():
+        one = does.get(name) or {
+            "flops": 0.0, "bytes": 0.0, "exponentials": 0.0, "kind": "other", "what": name,
+        }
+        form = (one["kind"], one["flops"], one["bytes"], one["what"].split("/")[-1])
+        for rows, key in ((alike, form), (sorts, one["kind"])):
+            row = rows.setdefault(key, {
+                "name": name, "kind": one["kind"], "what": one["what"], "calls": 0.0,
+                "seconds": 0.0, "flops": 0.0, "bytes": 0.0, "bound": 0.0,
+            })
+            row["calls"] += times / steps
+            row["seconds"] += seconds / steps
+            row["flops"] += one["flops"] * times / steps
+            row["bytes"] += one["bytes"] * times / steps
+            row["bound"] += bound(one) * times / steps
     counted = compiled.cost_analysis() or {}
     held = compiled.memory_analysis()
     return {
-        "kernels": rows, "instructions": len(seen), "device_seconds": total / steps,
+        "kernels": _longest(alike, total / steps)[:TOP], "sorts": _longest(sorts, total / steps),
+        "instructions": len(seen), "device_seconds": total / steps,
         "compiler": {
             "flops": counted.get("flops"), "bytes": counted.get("bytes accessed"),
             "temporary_bytes": held.temp_size_in_bytes if held else None,
         },
     }
+
+
+def bound(one: dict[str, Any]) -> float:
+    """Seconds of an instruction at the device's ceilings; 0 for a device that is in no table."""
+    chip = bench.ceilings()
+    return 0.0 if chip is None else max(
+        one["flops"] / chip.flops, one["bytes"] / chip.bandwidth,
+        one["exponentials"] / chip.exponentials,
+    )
+
+
+def _longest(rows: dict[Any, dict[str, Any]], total: float) -> list[dict[str, Any]]:
+    found = sorted(rows.values(), key=lambda row: -row["seconds"])
+    return [
+        row | {"share": row["seconds"] / total if total else 0.0,
+               "of_bound": row["bound"] / row["seconds"] if row["bound"] else None}
+        for row in found
+    ]
 
 
 # --- pieces -----------------------------------------------------------------------------------
@@ -218,19 +261,20 @@ def table(book: Book) -> list[list[str]]:
             f"{name}, batch {r['batch']}", str(r["instructions"]),
             bench.number(1e3 * r["device_seconds"]), "100%", "", "", "", "all",
         ])
-        for k in r["kernels"]:
-            rows.append([
-                k["name"][:32], bench.number(k["calls"]), bench.number(1e3 * k["seconds"]),
+        for told, found in (("kind", r["sorts"]), ("name", r["kernels"])):
+            rows += [[
+                k[told][:32], bench.number(k["calls"]), bench.number(1e3 * k["seconds"]),
                 bench.percent(k["share"]), bench.number(k["flops"] / 1e9),
-                bench.number(k["bytes"] / 1e6), bench.percent(k["of_bound"]), k["what"][-40:],
-            ])
+                bench.number(k["bytes"] / 1e6), bench.percent(k["of_bound"]),
+                k["what"][-40:] if told == "name" else "all of this sort",
+            ] for k in found]
     return rows
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = bench.parser(__doc__)
     parser.add_argument("--member", default="866m")
-    parser.add_argument("--batch", type=int, default=64, help="of the train step")
+    parser.add_argument("--batch", type=int, default=16, help="of the train step")
     parser.add_argument("--lanes", type=int, default=16, help="samples that are drawn at a time")
     args = parser.parse_args(argv)
     if not args.toy:

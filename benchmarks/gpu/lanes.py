@@ -83,7 +83,7 @@ class Sweep:
         mesh = mesh_lib.make(devices=jax.local_devices()[:1])
         denoise = self.denoise = drawing.denoiser(self.spec, mesh, dtype)
         if params is None:
-            params = jax.jit(functools.partial(unet.init, self.spec))(jax.random.key(0))
+            params = bench.filled(unet.param_shapes(self.spec))
         self.params = jax.device_put(params, mesh_lib.replicated(mesh))
         rng = np.random.default_rng(0)
         shape = (grid.samples + 1, self.spec.context_length, self.spec.context_dim)

@@ -84,13 +84,15 @@ class Ours:
         self.job, self.spec = job, job.spec
         denoise = drawing.denoiser(self.spec, mesh, dtype, attention=attention)
         if params is None:
-            params = jax.jit(functools.partial(unet.init, self.spec))(jax.random.key(0))
+            params = bench.filled(unet.param_shapes(self.spec))
         self.params = jax.device_put(params)
         self.draw = sampler.make_sampler(denoise, self.spec.latent_shape)
         self.key, self._given = jax.random.key(0), {}
         if decoder_dtype is not None:
-            whole = jax.jit(functools.partial(autoencoder.init, job.decoder))(jax.random.key(1))
-            self.decoder = {"decoder": whole["decoder"]}
+            shapes = jax.eval_shape(
+                functools.partial(autoencoder.init, job.decoder), jax.random.key(1)
+            )
+            self.decoder = bench.filled({"decoder": shapes["decoder"]})
             self.decode = jax.jit(lambda p, z: autoencoder.decode(
                 job.decoder, p, z / SCALE, decoder_dtype
             ))
@@ -245,7 +247,9 @@ def decoded(job: Job, batch: int, args: Any, book: Book) -> dict[str, Any]:
     z = np.random.default_rng(0).standard_normal(shape, np.float32)
     model = None if bench.no_peer(args, "diffusers") else peers.picture_maker(job.decoder)
     if model is None:
-        params = autoencoder.init(job.decoder, jax.random.key(0))
+        params = bench.filled(jax.eval_shape(
+            functools.partial(autoencoder.init, job.decoder), jax.random.key(0)
+        ))
     else:
         params = peers.weights(model)
     params, runs, pictures = jax.device_put({"decoder": params["decoder"]}), {}, {}

@@ -31,10 +31,11 @@ from ldm_scaling.config import Diffusion, Train
 from ldm_scaling.diffusion import loss as loss_lib
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.models import cost, unet
+from ldm_scaling.parallel import leafwise, placing
 from ldm_scaling.parallel import mesh as mesh_lib
-from ldm_scaling.parallel import placing
 from ldm_scaling.tasks import drawing, text_to_image
 from ldm_scaling.training import step as step_lib
+from ldm_scaling.training.state import TrainState
 
 SCALE = 0.18215
 BATCHES = (32, 64, 96, 128)
@@ -97,15 +98,16 @@ class Ours:
         self.compiled = step.lower(abstract, shape, self.key).compile()
         self.compile_seconds = time.perf_counter() - start
         # Memory is taken with the first step: until then others may use it.
-        self.state, self.number = None, 0
-        self._start = functools.partial(
-            step_lib.init_state, init, self.train, mesh, jax.random.key(0)
-        )
+        self.state, self.number, self._abstract = None, 0, abstract
+        self.flops = step_flops(member, batch)
 
     def __call__(self, calls: int) -> float:
         """So many steps; the last loss."""
         if self.state is None:
-            self.state = self._start()
+            params = bench.filled(self._abstract.params)
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding),
+                                 (self._abstract.step, self._abstract.opt_state))
+            self.state = TrainState(zeros[0], params, zeros[1], jax.tree.map(jnp.copy, params))
         for _ in range(calls):
             batch = self.batches[self.number % len(self.batches)]
             self.state, values = self.compiled(self.state, batch, self.key)
@@ -145,7 +147,7 @@ def parity(member: str, args: Any, book: Book) -> dict[str, Any]:
     why = bench.no_peer(args, "diffusers")
     peer = None
     if why:
-        params = unet.init(spec, jax.random.key(0))
+        params = leafwise.run(functools.partial(unet.init, spec), jax.random.key(0))
     else:
         peer = peers.TrainStep(spec, Train(batch_size=batch), SCALE, batches_of(spec, batch, 1))
         params = peers.weights(peer.model)
@@ -217,7 +219,7 @@ def attempt(member: str, batch: int, args: Any, book: Book, remat: str = "none",
     rate = found["per_second"]
     return {
         "member": member, "batch": batch, "fits": True, **found, "remat": remat,
-        "utilisation": bench.share(step_flops(member, batch), batch / rate),
+        "utilisation": bench.share(ours.flops, batch / rate),
         "gigabytes": ours.memory() / 1e9, "compile_seconds": ours.compile_seconds,
     }
 
@@ -324,7 +326,7 @@ def pieces(args: Any) -> list[Piece]:
         "sustained", functools.partial(at_best, "ours", member, tried, args.seconds, args),
         args.seconds / 60 + 2,
     ))
-    if args.ladder:
+    if args.ladder or (args.piece or "").startswith("z_"):
         rows = TOY_LADDER if args.toy else LADDER
         out += [
             Piece(f"z_{row[0]}_{batch:03d}", functools.partial(largest, row, number, args), 4.0)
