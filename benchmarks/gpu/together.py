@@ -27,11 +27,11 @@ import bench
 GPU = Path(__file__).resolve().parent
 # 866M, us and diffusers, training and sampling; 39M; the decoder.
 PIECES = (
-    "train_step:ours_032", "train_step:peer_032", "train_step:ours_128", "sampling:ours_016",
-    "sampling:peer_016", "sampling:small_128", "sampling:decoder_008", "kernels:train_step",
+    "train_step:peer_032", "sampling:peer_008", "train_step:ours_032", "sampling:ours_008",
+    "sampling:small_128", "sampling:decoder_008", "kernels:train_step",
 )
-# Kernels are chosen without timing them, which takes minutes of each program.
-FLAGS = "xla_gpu_autotune_level=0"
+# What took least to compile without costing speed (results/2026-11-26_h200.md).
+FLAGS = "xla_gpu_autotune_level=1,xla_gpu_enable_triton_gemm=false"
 # Seconds until what a stopped process has sent to the card is through.
 _DRAIN = 0.5
 # Seconds in which one that has measured ends, or asks again.
