@@ -1,37 +1,36 @@
-"""A small scaling study on one H200: six widths from 1.3M to 67M, in about 25 minutes.
+"""A small scaling study on one H200: six widths from 0.3M to 17M, in about 20 minutes.
 
     python benchmarks/gpu/ladder.py run --workdir=runs/h200_ladder --to=runs/h200_ladder_out
 
 or, without stretches, `ldm-scaling study --config=configs/h200_ladder.py --workdir=...`. Pictures
 of 64 px, composed of OpenMoji's pictograms, in latents of 16x16x4: at 32 px a pictogram is a blur,
 and at 96 px or more (24x24 latents) the widest members alone would take the time that all have
-here. Six widths span a factor of 50 in cost. Each sees a million examples, 26 times over the 40,000
+here. Six widths span a factor of 64 in cost. Each sees a million examples, 26 times over the 40,000
 pictures, and keeps its checkpoints of 500, 1,000 and 2,000 steps, for quality against training
 compute. Guidance is raced for (8 rates, of which 1, no guidance, takes the place of the paper's 7:
 few steps may want none), 5,000 samples stand behind every point that is reported.
 
-Budget, reckoned and not measured (`python benchmarks/gpu/ladder.py budget`), at 0.3 of the H200's
-989 TFLOP/s in bfloat16, which is an assumption; the narrowest members will not reach it, but count
-for little:
+Budget (`python benchmarks/gpu/ladder.py budget`), reckoned from training rates that were measured
+(benchmarks/gpu/results/2026-11-26_h200.md), at the same share of the peak in sampling; not run:
 
 | | PFLOP | minutes |
 |---|---|---|
-| training, 4,000 steps of 256, six members | 75 | 4.2 |
-| sweep: 22 tables of 3 solvers, 8 rates raced, 8,300 samples a table | 181 | 10.2 |
-| early checkpoints: DDIM of 10 steps | 13 | 0.7 |
-| autoencoder, latents, text states | | 1 |
-| composing 50,000 pictures, on the CPU | | 2 |
-| compiling 6 x 4 programs | | 5 |
-| all | | 23 |
+| composing 50,000 pictures, autoencoder, latents, text states | | 3 |
+| training, 4,000 steps of 256, six members | 20 | 3.3 |
+| sweep: 24 tables of 3 solvers, 8 rates raced, 8,300 samples a table | 46 | 7.6 |
+| early checkpoints: DDIM of 10 steps | 3 | 0.5 |
+| compiling 6 x 4 programs, side by side | | 5 |
+| all | | 19 |
 
-Scoring (0.3 s of one core a record, 2,000 records: 10 minutes) runs behind the sampler.
+Scoring (0.3 s of one core a record, 2,000 records: 10 minutes) runs behind the sampler, on a core
+for each member. `c192_s16` and `c256_s16` would take five and seven minutes more.
 
 `configs/h200_ladder.py:tiny` is two widths in a minute, for tests: its pictures are noise.
 """
 
 from ldm_scaling import config as config_lib
 
-MEMBERS = ("c32_s16", "c64_s16", "c96_s16", "c128_s16", "c192_s16", "c256_s16")
+MEMBERS = ("c16_s16", "c32_s16", "c48_s16", "c64_s16", "c96_s16", "c128_s16")
 
 
 def get_config(arg: str = ""):

@@ -5,11 +5,13 @@
     python benchmarks/gpu/ladder.py run --workdir=W --to=OUT [--from=OUT_BEFORE] [--minutes=8.5]
     python benchmarks/gpu/ladder.py report --workdir=W --from=OUT      page and figures, anywhere
 
-`run` trains a member, sweeps it, measures its early checkpoints, and takes the next; all of it by
-`ldm-scaling`, which goes on where it was. When its minutes are used up it ends the command at work
-(a training run saves first) and packs what is worth keeping into OUT, in parts of at most 15 MB:
-records, curves, pictures of what is reported, statistics, the autoencoder. No member's own
-parameters: one that is not done is trained again on a machine that has lost it.
+`run` prepares the data, the autoencoder and the smallest member, then trains all others at once, a
+process each: they compile side by side, and small networks leave a GPU idle between kernels that
+the others fill. Each is trained, swept and its early checkpoints measured by `ldm-scaling`, which
+goes on where it was. When the minutes are used up it ends the commands at work (a training run
+saves first) and packs what is worth keeping into OUT, in parts of at most 15 MB: records, curves,
+pictures of what is reported, statistics, the autoencoder, the compiler's choices of kernels. No
+member's own parameters: one that is not done is trained again on a machine that has lost it.
 
 `hand` leaves out of three packages what the study does not read: vocabulary rows of MiniLM that no
 caption uses (and keeps the others in 16 bits, so that its hash, and the records', are of this
@@ -31,9 +33,14 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent import futures
 from pathlib import Path
+
+import bench
+from together import FLAGS
 
 from ldm_scaling import config as config_lib
 from ldm_scaling import files
@@ -49,8 +56,12 @@ EARLY = {"sweep.samplers": "('ddim',)", "sweep.steps": "(10,)"}
 SHARED = ("data", "text", "latents", "autoencoder", "reference", "latent_scale.json")
 STATE = "ladder.json"
 _SAVES = 60.0  # seconds that a run has to save itself
-# The assumption of the budget: of the H200's peak in bfloat16.
-PEAK, SHARE = 989e12, 0.3
+COMPILED = "compiled"  # programs; of these what was found out about kernels goes along
+_KERNELS = "xla_gpu_per_fusion_autotune_cache_dir"
+APART = "apart"  # a workdir for each member, until all of it is done
+# Of the H200's peak in bfloat16 `c128_s16` reaches this in training (results/2026-11-26_h200.md),
+# `c64_s16` 0.063: nearly in proportion to width, for small networks wait for launches.
+PEAK, SHARE, WIDTH = 989e12, 0.156, 128
 
 
 def study_of(config: str) -> Study:
@@ -70,7 +81,7 @@ def budget(config: str) -> list[str]:
     from ldm_scaling.models import cost, zoo
     from ldm_scaling.study import caching_cost, sweep
 
-    study, lines, whole = study_of(config), [], [0.0] * 3
+    study, lines, whole = study_of(config), [], [(0.0, 0.0)] * 3
     for member in study.members:
         spec = zoo.get(member).spec
         size = cost.of(spec)
@@ -82,15 +93,17 @@ def budget(config: str) -> list[str]:
             found.append(sum(
                 sweep.work(subject, size, i) for i in sweep.planned(subject)
             ))
-        row = [train, found[0], found[1] * len(study.train.keep_steps)]
-        whole = [a + b for a, b in zip(whole, row)]
+        rate = PEAK * SHARE * min(2.0, spec.base_channels / WIDTH)
+        gflops = [train, found[0], found[1] * len(study.train.keep_steps)]
+        row = [(g / 1e6, g * 1e9 / rate / 60) for g in gflops]
+        whole = [(a + g, b + m) for (a, b), (g, m) in zip(whole, row)]
         lines.append(_line(member, row))
-    return [f"PFLOP (minutes at {SHARE} of {PEAK / 1e12:.0f} TFLOP/s): training, sweep, early",
+    return ["PFLOP (minutes, by what was measured in training): training, sweep, early",
             *lines, _line("all", whole)]
 
 
-def _line(name: str, gflops: Sequence[float]) -> str:
-    cells = [f"{g / 1e6:8.2f} ({g * 1e9 / (SHARE * PEAK) / 60:.2f})" for g in gflops]
+def _line(name: str, row: Sequence[tuple[float, float]]) -> str:
+    cells = [f"{pflop:8.2f} ({minutes:.2f})" for pflop, minutes in row]
     return f"{name:10s} {'  '.join(cells)}"
 
 
@@ -225,6 +238,7 @@ class Ladder:
         self.config, self.workdir, self.clock = config, workdir, clock
         self.study = study_of(config)
         self.log: list[str] = []
+        self._noting = threading.Lock()
 
     @property
     def done(self) -> list[str]:
@@ -233,9 +247,19 @@ class Ladder:
         return json.loads(path.read_text())["done"] if path.exists() else []
 
     def finish(self, name: str) -> None:
-        """Notes that nothing of it is missing."""
-        text = json.dumps({"done": [*self.done, name]}) + "\n"
-        files.atomic_write_text(self.workdir / STATE, text)
+        """Takes what a member has made to the study's own, and notes that nothing is missing."""
+        apart = self.workdir / APART / name
+        for steps in self.study.train.keep_steps:
+            self._bind(self.workdir / "early" / str(steps), steps)
+        for pattern in ("records/*", "strips/*", "early/*/records/*", "models/*/curves.csv"):
+            for found in sorted(apart.glob(pattern)):
+                target = self.workdir / found.relative_to(apart)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if not target.exists():
+                    os.link(found, target)
+        with self._noting:
+            text = json.dumps({"done": [*self.done, name]}) + "\n"
+            files.atomic_write_text(self.workdir / STATE, text)
 
     def command(self, name: str, workdir: Path, changed: dict[str, str]) -> bool:
         """Runs a command of `ldm-scaling`; False where time ran out.
@@ -248,61 +272,77 @@ class Ladder:
         flags = [f"--config.{key}={value}" for key, value in changed.items()]
         line = [sys.executable, "-m", "ldm_scaling", name, f"--config={self.config}",
                 f"--workdir={workdir}", *flags]
+        told = "_".join([name, *changed.values()]).translate(str.maketrans("", "", "(',) "))
+        env = {**bench.MEMORY, "JAX_COMPILATION_CACHE_DIR": str(self.workdir / COMPILED),
+               "XLA_FLAGS": f"--{FLAGS.replace(',', ' --')}", **os.environ}
+        logs = self.workdir / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
         start = time.monotonic()
-        process = subprocess.Popen(line, cwd=ROOT)
-        try:
-            status = process.wait(self.clock.left - _SAVES / 2)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_SAVES)
-            process.kill()
-            status = SAVED
-        what = f"{name} {changed.get('members', '')} {changed.get('train.steps', '')}".strip()
-        self.log.append(f"{what}: {time.monotonic() - start:.0f} s, status {status}")
+        with open(logs / f"{told}.txt", "a") as log:
+            process = subprocess.Popen(line, cwd=ROOT, env=env, stdout=log, stderr=log)
+            try:
+                status = process.wait(self.clock.left - _SAVES / 2)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGTERM)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_SAVES)
+                process.kill()
+                status = SAVED
+        self.log.append(f"{told}: {time.monotonic() - start:.0f} s, status {status}")
         print(self.log[-1], flush=True)
         if status not in (0, SAVED):
-            raise UserError(f"ldm-scaling {name} ended with status {status}: see above")
+            last = (logs / f"{told}.txt").read_text().strip().splitlines()[-1:]
+            raise UserError(f"ldm-scaling {told} ended with status {status}: {' '.join(last)}")
         return status == 0
 
     def member(self, name: str) -> bool:
         """Trains and measures a member; whether all of it is done."""
         only = {"members": f"('{name}',)"}
-        if not all(self.command(c, self.workdir, only) for c in ("train", "sweep")):
+        apart = self.workdir / APART / name
+        self._bind(apart)
+        if not all(self.command(c, apart, only) for c in ("train", "sweep")):
             return False
         for steps in self.study.train.keep_steps:
-            kept = self.workdir / "models" / name / "checkpoints" / str(steps)
-            early = self.early(name, steps, kept)
+            kept = apart / "models" / name / "checkpoints" / str(steps)
+            early = apart / "early" / str(steps)
+            self._bind(early, steps)
+            target = early / "models" / name / "checkpoints" / str(steps)
+            _link(kept, target)
             changed = only | EARLY | {"train.steps": str(steps)}
             if not self.command("sweep", early, changed):
                 return False
+        self.finish(name)
         return True
 
-    def early(self, name: str, steps: int, kept: Path) -> Path:
-        """A workdir in which a run ended with an early checkpoint, sharing all else."""
-        folder = self.workdir / "early" / str(steps)
+    def _bind(self, folder: Path, steps: int | None = None) -> None:
+        """Makes a workdir of this study, of so many steps, that shares what all members do."""
         if not (folder / workdir_lib.MARKER).exists():
-            train = dataclasses.replace(self.study.train, steps=steps)
+            train = dataclasses.replace(self.study.train, steps=steps or self.study.train.steps)
             workdir_lib.Workdir(folder).bind(dataclasses.replace(self.study, train=train))
-        target = folder / "models" / name / "checkpoints" / str(steps)
-        if not target.exists():
-            with files.atomic_folder(target) as temporary:
-                shutil.copytree(kept, os.fspath(temporary), copy_function=os.link,
-                                dirs_exist_ok=True)
         for shared in SHARED:
             place = folder / shared
             if not place.is_symlink():
                 place.symlink_to((self.workdir / shared).resolve())
-        return folder
 
     def run(self) -> bool:
-        """What is missing, member by member; whether all is done."""
-        for name in self.study.members:
-            if name not in self.done:
-                if not self.member(name):
-                    return False
-                self.finish(name)
-        return True
+        """What is missing; whether all is done.
+
+        Raises:
+          UserError: where a command failed; the others have gone on.
+        """
+        left = [name for name in self.study.members if name not in self.done]
+        if not left:
+            return True
+        # The first is trained before the others begin: data, autoencoder and latents come with it.
+        if not self.command("train", self.workdir, {"members": f"('{left[0]}',)"}):
+            return False
+        (self.workdir / "reference").mkdir(exist_ok=True)
+        apart = self.workdir / APART / left[0]
+        self._bind(apart)
+        _link(self.workdir / "models" / left[0], apart / "models" / left[0])
+        with futures.ThreadPoolExecutor(len(left)) as pool:
+            # The widest takes longest.
+            return all(list(pool.map(self.member, reversed(left))))
 
     # What goes home, and what comes back.
 
@@ -322,6 +362,8 @@ class Ladder:
                     found.append(strip)
         found += sorted(p for p in (self.workdir / "reference").rglob("*") if p.is_file())
         found += sorted(self.workdir.glob("models/*/curves.csv"))
+        kernels = self.workdir / COMPILED / _KERNELS
+        found += sorted(p for p in kernels.rglob("*") if p.is_file())
         found += sorted(self.workdir.glob("autoencoder/curves.csv"))
         found += [p for p in [self.workdir / "latent_scale.json"] if p.exists()]
         steps = str(self.study.autoencoder.train.steps)
@@ -346,6 +388,15 @@ class Ladder:
             lines.append(f"{part}: {part.stat().st_size / 1e6:.2f} MB")
         files.atomic_write_text(to / "ladder.log", "\n".join(self.log) + "\n")
         return lines
+
+
+def _link(source: Path, target: Path) -> None:
+    """A folder at a second place, whole or not at all; its files take no more room."""
+    if not target.exists():
+        with files.atomic_folder(target) as temporary:
+            shutil.copytree(
+                source, os.fspath(temporary), copy_function=os.link, dirs_exist_ok=True
+            )
 
 
 def unpack(source: Path, workdir: Path) -> None:

@@ -1,5 +1,6 @@
 """benchmarks/gpu: every script runs as a toy; what they reckon with is right."""
 
+import functools
 import importlib
 import json
 import os
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import analytic, unet, zoo
+from ldm_scaling.models import analytic, zoo
 from ldm_scaling.parallel import hlo
 
 GPU = pathlib.Path(__file__).parents[2] / "benchmarks" / "gpu"
@@ -96,9 +97,44 @@ def test_what_is_left(tmp_path, scripts, capsys):
     piece = bench.Piece("one", lambda book: pytest.fail("it ran"), 1.0)
     assert bench.main("script.py", args, [piece], lambda book: [["a table"]]) == 1
     assert capsys.readouterr().out == "a table\nleft: one: run the same line again\n"
-    args = bench.parser("Nothing.").parse_args(["--no-peer", f"--to={tmp_path}"])
-    with pytest.raises(UserError, match="no_peer"):
+    args = bench.parser("Nothing.").parse_args(["--toy", f"--to={tmp_path}"])
+    with pytest.raises(UserError, match="toy"):
         bench.main("script.py", args, [piece], lambda book: [["a table"]])
+
+
+def test_a_peer_that_is_here_now(tmp_path, scripts, monkeypatch):
+    """A piece that ran without its peer is done until that is here; results are of one device."""
+    bench = scripts("bench")
+    args = bench.parser("Nothing.").parse_args([f"--to={tmp_path}"])
+    book = bench.Book(tmp_path / "script", args)
+    for name, why in {"alone": None, "absent": "peer not here: absent_package not installed",
+                      "json": "peer not here: json not installed",
+                      "unasked": "peer not asked for (--no-peer)"}.items():
+        book.put(name, {"why": why}, 1.0)
+    monkeypatch.setattr(bench, "no_peer", lambda args, *names: "absent_package" in names)
+    assert [book.done(n) for n in ("alone", "absent", "json", "unasked", "none")] == [
+        True, True, False, False, False
+    ]
+    monkeypatch.setattr(bench, "device", lambda: "another card")
+    with pytest.raises(UserError, match="another card"):
+        book.put("more", {}, 1.0)
+
+
+def test_together(tmp_path):
+    """Two pieces at once: each measures in its turns and is not done again; one that fails is
+    told."""
+    line = [sys.executable, str(GPU / "together.py"), f"--to={tmp_path}", "--minutes=3", "--toy",
+            "--no-peer", "--flags=xla_backend_optimization_level=0"]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    both = ["train_step:ours_002", "train_step:ceilings"]
+    run = functools.partial(subprocess.run, env=env, capture_output=True, text=True)
+    done = run([*line, *both, "train_step:none"])
+    assert done.returncode == 1 and "not done: train_step:none: StopIteration" in done.stdout
+    for name in both:
+        assert f"{name}: measures (3)" in done.stdout and f"{name}: done" in done.stdout
+        assert (tmp_path / "train_step" / f"{name.partition(':')[2]}.json").exists()
+    done = run([*line, *both])
+    assert done.returncode == 0 and not done.stdout
 
 
 # --- what they reckon with --------------------------------------------------------------------
@@ -224,17 +260,59 @@ def test_ladder_without_time_starts_nothing(tmp_path, scripts, capsys):
 
 
 def test_the_ladder_of_six(scripts):
-    """Six widths from 32 to 256, and three early checkpoints, of which each is written."""
+    """Six widths from 16 to 128, and three early checkpoints, of which each is written."""
     study = scripts("ladder").study_of("configs/h200_ladder.py")
     widths = [int(name.removeprefix("c").removesuffix("_s16")) for name in study.members]
-    assert len(widths) >= 6 and (widths[0], widths[-1]) == (32, 256)
+    assert len(widths) >= 6 and (widths[0], widths[-1]) == (16, 128)
     assert widths == sorted(widths) and study.reference == study.members[-1]
     assert (min(study.sweep.steps), max(study.sweep.steps)) == (1, 100)
     assert len(study.sweep.guidance) == 8 and study.sweep.num_images >= 5000
     assert len(study.train.keep_steps) >= 2 and max(study.train.keep_steps) < study.train.steps
-    for c in widths:  # cuDNN's attention takes heads of multiples of 8.
-        spec = unet.UNetSpec(
-            c, context_dim=384, channel_mults=(1, 2), attention_levels=(True, True),
-            blocks_per_level=1, heads=4, groups=8, sample_size=16, context_length=18,
-        )
-        assert all((c * m // 4) % 8 == 0 for m in spec.channel_mults)
+
+
+def test_ladder_takes_what_a_member_made(tmp_path, scripts, monkeypatch):
+    """Commands run for the first member, then for all at once, each in a workdir that shares the
+    study's data; what they write is the study's own when the member is done. A stretch that ends
+    in between goes on with what is left."""
+    ladder = scripts("ladder")
+    work, ran, failing = tmp_path / "w", [], {"c12_s16"}
+
+    def command(self, name, workdir, changed):
+        member = changed["members"].strip("(',)")
+        ran.append((name, str(workdir.relative_to(work)), member))
+        steps = changed.get("train.steps", "4")
+        if name == "train":
+            for kept in (2, 4):
+                folder = workdir / "models" / member / "checkpoints" / str(kept)
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "state").write_text(member)
+            return True
+        if member in failing:
+            return False
+        assert (workdir / "models" / member / "checkpoints" / steps / "state").exists()
+        assert (workdir / "data").resolve() == work / "data"
+        (workdir / "records").mkdir(exist_ok=True)
+        (workdir / "records" / f"{member}_{steps}.json").write_text(json.dumps(
+            {"identity": {"model": member, "seed_block": 0}}
+        ))
+        return True
+
+    monkeypatch.setattr(ladder.Ladder, "command", command)
+
+    def run():
+        found = ladder.Ladder("configs/h200_ladder.py:tiny", work, ladder.Clock(10))
+        return found, found.run()
+
+    found, whole = run()
+    assert not whole and found.done == ["c8_s16"]
+    assert ran[0] == ("train", ".", "c8_s16")
+    assert ("sweep", "apart/c8_s16/early/2", "c8_s16") in ran
+    assert (work / "records" / "c8_s16_4.json").exists()
+    assert (work / "early" / "2" / "records" / "c8_s16_2.json").exists()
+    failing.clear()
+    ran.clear()
+    found, whole = run()
+    assert whole and found.done == ["c8_s16", "c12_s16"]
+    assert {member for _, _, member in ran} == {"c12_s16"}
+    kept = {str(p.relative_to(work)) for p in found.worth()}
+    assert {"records/c12_s16_4.json", "early/2/records/c12_s16_2.json", "early/2/study.json"} <= kept
