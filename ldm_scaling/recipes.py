@@ -9,10 +9,10 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.models import zoo
 
 # What of a member is computed again in the backward pass, so that it fits all of launch/plans.
-_REMAT = {"2b": "block"}
+_REMAT = {"2b": "block", "mmdit_30": "block", "mmdit_38": "block"}
 # What stands for each family on a CPU.
-_SMALLEST = {"unet": "c8", "dit": "dit_w40", "uvit": "uvit_w32", "mmdit": "mmdit_d5",
-             "edm2": "edm2_c14"}
+_SMALLEST = {"unet": "c8", "dit": "dit_w40", "sit": "sit_w40", "uvit": "uvit_w32",
+             "mmdit": "mmdit_d5", "edm2": "edm2_c14"}
 
 
 def text_to_image(member: str, arg: str = "") -> ml_collections.ConfigDict:
@@ -77,9 +77,20 @@ def text_to_image(member: str, arg: str = "") -> ml_collections.ConfigDict:
     config.sweep.num_images = 30_000
     config.sweep.batch_size = 256
 
+    if zoo.family_of(member) == "sit":
+        straight(config)
     if arg == "local":
         _shrink(config, _SMALLEST[zoo.family_of(member)])
     return config
+
+
+def straight(config: ml_collections.ConfigDict) -> None:
+    """SiT's training (Ma et al. 2024, arXiv 2401.08740): the linear interpolant, whose velocity is
+    predicted, at timesteps that are even. Samples start at the last one, pure noise."""
+    config.diffusion.schedule = "flow"
+    config.diffusion.prediction = "flow"
+    config.sample.spacing = "trailing"
+    config.sweep.spacing = "trailing"
 
 
 def demo(name: str) -> ml_collections.ConfigDict:

@@ -54,6 +54,10 @@ _DIT = (
 )  # fmt: skip
 _CLASSES = {"context_dim": 1001, "context_length": 1}
 
+# Ma et al. 2024 (arXiv 2401.08740), Table 1: DiT's networks and parameters; what differs is how
+# they are trained, see `recipes.straight`.
+_SIT = tuple((name.replace("dit", "sit"), *sizes) for name, *sizes, _ in _DIT)
+
 # Bao et al. 2023 (arXiv 2209.12152), Table 1, at 32 x 32 latents: M, L and H for ImageNet's
 # classes, S and S deep for COCO's captions, 77 states of CLIP. The 44 million of S are without text
 # or classes, whose layer has 0.4 more; a layer is a block.
@@ -105,6 +109,10 @@ PRINTED: dict[str, Printed] = {
     },
     "pixart_xl2": _PIXART,
     **{
+        name: Printed(DiTSpec(*sizes, "pooled", out_channels=8, **_CLASSES), params)
+        for name, *sizes, params in _SIT
+    },
+    **{
         name: Printed(
             UViTSpec(*sizes, **({"context_dim": 768} if name in _UVIT_TEXT else _CLASSES)), params
         )
@@ -141,19 +149,22 @@ def _edm2(c: int, **kw) -> EDM2Spec:
 _SMALL_SPECS = {
     #  beside                                           c8 c12 c16 c24  c32
     **{f"dit_w{c}": (DiTSpec, (c, 6, 4)) for c in      (40, 56, 72, 104, 128)},
+    **{f"sit_w{c}": (DiTSpec, (c, 6, 4)) for c in      (40, 56, 72, 104, 128)},
     **{f"uvit_w{c}": (UViTSpec, (c, 5, 4)) for c in    (32, 44, 56, 80, 104)},
     **{f"mmdit_d{d}": (MMDiTSpec, (d, 8)) for d in     (5, 6, 7, 8, 10)},
     **{f"edm2_c{c}": (_edm2, (c,)) for c in            (14, 20, 24, 32, 44)},
 }  # fmt: skip
 _REFERENCES = {
-    DiTSpec: "dit_w128", UViTSpec: "uvit_w104", MMDiTSpec: "mmdit_d10", _edm2: "edm2_c44",
+    "dit": "dit_w128", "sit": "sit_w128", "uvit": "uvit_w104", "mmdit": "mmdit_d10",
+    "edm2": "edm2_c44",
 }
 
 
 def _small(side: int, ending: str) -> tuple[Backbone, ...]:
     return tuple(
         Backbone(
-            name + ending, make(*sizes, sample_size=side, **_SMALL), _REFERENCES[make] + ending
+            name + ending, make(*sizes, sample_size=side, **_SMALL),
+            _REFERENCES[name.partition("_")[0]] + ending,
         )
         for name, (make, sizes) in _SMALL_SPECS.items()
     )
@@ -161,6 +172,7 @@ def _small(side: int, ending: str) -> tuple[Backbone, ...]:
 
 LARGE = (
     *(Backbone(name, DiTSpec(*sizes, **_LARGE), "dit_xl2") for name, *sizes, _, _ in _DIT),
+    *(Backbone(name, DiTSpec(*sizes, **_LARGE), "sit_xl2") for name, *sizes, _ in _SIT),
     *(Backbone(name, UViTSpec(*sizes, **_LARGE), "uvit_h") for name, *sizes, _ in _UVIT),
     *(Backbone(name, MMDiTSpec(depth, **_LARGE), "mmdit_24") for name, depth, _ in _MMDIT),
     *(Backbone(name, EDM2Spec(c, **_LARGE), "edm2_xl") for name, c, _, _ in _EDM2),

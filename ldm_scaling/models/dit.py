@@ -18,7 +18,7 @@ from ldm_scaling.models import blocks, functional, tokens, unet
 
 CONDITIONINGS = ("cross", "pooled")
 # As if keys and values were one layer, which they are in PixArt-alpha's code.
-_XAVIER_PAIR = nn.initializers.variance_scaling(2 / 3, "fan_avg", "uniform")
+XAVIER_PAIR = nn.initializers.variance_scaling(2 / 3, "fan_avg", "uniform")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Block(nn.Module):
         x = x_BLD + gate1[:, None] * attend("attn1", y)
         if ctx_BMD is not None:  # without a norm before it, as PixArt-alpha's code has it
             x = x + attend(
-                "attn2", x, ctx_BMD, init=tokens.XAVIER, value_init=_XAVIER_PAIR,
+                "attn2", x, ctx_BMD, init=tokens.XAVIER, value_init=XAVIER_PAIR,
                 out_init=tokens.ZEROS,
             )
         y = tokens.modulate(tokens.layer_norm(dtype, "norm2")(x), shift2, scale2)

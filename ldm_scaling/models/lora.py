@@ -23,8 +23,9 @@ from ldm_scaling import files
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import pretrained
 
-# Of the U-Net, as peft and diffusers have it: all projections of its transformers' attention.
-UNET_TARGETS = (r"attn[12]/to_(q|k|v|out)$",)
+# Of the network that denoises, as peft and diffusers have it: all projections of its attention; of
+# MM-DiT's streams each has its own.
+UNET_TARGETS = (r"(attn[12]|(image|text)_(in|out))/to_(q|k|v|out)$",)
 # Of a BERT or CLIP's text tower: the same.
 TEXT_TARGETS = (r"/(query|key|value|out)$",)
 _ENDS = {"down": "lora_A", "up": "lora_B"}
@@ -115,9 +116,11 @@ def _at(tree: Any, name: str) -> Any:
 # --- files ------------------------------------------------------------------------------------
 
 
-def _unet_name(name: str, levels: int) -> str:
+def _unet_name(name: str, levels: int | None) -> str:
     """diffusers' name of a U-Net's layer. Its one GEGLU layer is two here, `[in]` and `[gate]`,
-    which diffusers does not read."""
+    which diffusers does not read. Another network's, of no levels, is ours."""
+    if levels is None:
+        return "denoiser." + name.replace("/", ".")
     name = re.sub(r"^up_(\d+)_", lambda m: f"up_blocks/{levels - 1 - int(m[1])}/", name)
     for ours, theirs in (
         (r"^down_(\d+)_", r"down_blocks/\1/"), (r"^mid_attn", "mid_block/attentions/0"),
@@ -152,7 +155,7 @@ def _text_name(name: str) -> str:
 
 
 def tensors(
-    adapters: dict[str, Any], levels: int, alpha: float | None = None
+    adapters: dict[str, Any], levels: int | None, alpha: float | None = None
 ) -> dict[str, np.ndarray]:
     """Adapters as peft and diffusers keep them: A (r, in) and B (out, r) of each layer, under its
     name there, with `.lora_A.weight` and `.lora_B.weight`. B holds the factor alpha / r, so that
@@ -160,7 +163,8 @@ def tensors(
 
     Args:
       adapters: "unet" and, where it is trained, "text", to the tree of `init`.
-      levels: of the U-Net, which diffusers counts the other way on the way up.
+      levels: of the U-Net, which diffusers counts the other way on the way up; None of another
+        network, whose layers keep our names, after `denoiser`.
       alpha: see `merge`.
     """
     out = {}
@@ -178,22 +182,24 @@ def tensors(
 
 
 def save(
-    path: str | os.PathLike[str], adapters: dict[str, Any], levels: int, alpha: float | None = None
+    path: str | os.PathLike[str], adapters: dict[str, Any], levels: int | None,
+    alpha: float | None = None,
 ) -> None:
-    """Writes `tensors` as safetensors, by rename: a file for diffusers' `load_lora_weights`."""
+    """Writes `tensors` as safetensors, by rename: of a U-Net a file for diffusers'
+    `load_lora_weights`."""
     data = safetensors.numpy.save(tensors(adapters, levels, alpha), {"format": "pt"})
     files.atomic_write_bytes(path, data)
 
 
 def load(
-    path: str | os.PathLike[str], params: dict[str, Any], levels: int
+    path: str | os.PathLike[str], params: dict[str, Any], levels: int | None
 ) -> dict[str, Any]:
     """Reads what `save` wrote, or another file of these names; merge it with alpha None.
 
     Args:
       path: the file.
       params: "unet" and "text" to the networks' parameters, or their shapes.
-      levels: of the U-Net.
+      levels: as of `tensors`.
     Raises:
       UserError: for a file that cannot be read, a layer that the networks do not have, half a pair,
         or sizes that do not fit.

@@ -16,8 +16,8 @@ from ldm_scaling.models import attention as attention_lib
 from ldm_scaling.models import blocks, dino_vit, functional, tokens, unet
 
 # torch's own draw of a convolution's kernel, which the paper's code leaves as it is.
-_TORCH = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-_TORCH_PATCHES = nn.initializers.variance_scaling(
+TORCH = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+TORCH_PATCHES = nn.initializers.variance_scaling(
     1 / 3, "fan_in", "uniform", in_axis=(0, 1, 2), out_axis=3
 )
 
@@ -110,7 +110,7 @@ class UViT(nn.Module):
 
         emb_BD = tokens.sinusoids(spec, t_B, w_B, d, dtype, gather)
         ctx = dense(d, "text")(ctx_BLD.astype(dtype))
-        x_BhwD = tokens.patches(spec, x_BHWC, dtype, gather, _TORCH_PATCHES)
+        x_BhwD = tokens.patches(spec, x_BHWC, dtype, gather, TORCH_PATCHES)
         b, h, w, _ = x_BhwD.shape
         x = jnp.concatenate([emb_BD[:, None], ctx, x_BhwD.reshape(b, h * w, d)], axis=1)
         x = x + self._positions(length, h, w).astype(dtype)
@@ -134,7 +134,7 @@ class UViT(nn.Module):
         y_BHWC = tokens.picture(x, *x_BHWC.shape[1:3], spec.patch)
         if spec.conv_out:
             y_BHWC = blocks.conv(
-                spec.out_channels, 3, dtype, "conv_out", gather=gather, kernel_init=_TORCH
+                spec.out_channels, 3, dtype, "conv_out", gather=gather, kernel_init=TORCH
             )(y_BHWC)
         return y_BHWC.astype(jnp.float32)
 

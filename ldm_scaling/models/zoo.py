@@ -12,11 +12,7 @@ from collections.abc import Sequence
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import backbone, backbone_tables, cost
-from ldm_scaling.models.dit import DiTSpec
-from ldm_scaling.models.edm2 import EDM2Spec
-from ldm_scaling.models.mmdit import MMDiTSpec
 from ldm_scaling.models.unet import UNetSpec
-from ldm_scaling.models.uvit import UViTSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,18 +108,19 @@ SMALL_16 = tuple(
 UNETS = (*PAPER, SD15, *SMALL, *SMALL_16)
 
 
-def _family(kind: type) -> tuple[Member, ...]:
+def _family(name: str) -> tuple[Member, ...]:
     return tuple(
         Member(b.name, b.spec, b.reference) for b in backbone_tables.BACKBONES.values()
-        if isinstance(b.spec, kind)
+        if b.name.startswith(f"{name}_")
     )
 
 
 FAMILIES = {
-    "unet": UNETS, "dit": _family(DiTSpec), "uvit": _family(UViTSpec), "mmdit": _family(MMDiTSpec),
-    "edm2": _family(EDM2Spec),
+    "unet": UNETS,
+    **{name: _family(name) for name in ("dit", "sit", "uvit", "mmdit", "edm2")},
 }
-"""Networks by what they are; a family's own widths and depths side by side."""
+"""Networks by what they are called; a family's own widths and depths side by side. SiT's are DiT's,
+trained otherwise."""
 MEMBERS = {member.name: member for members in FAMILIES.values() for member in members}
 
 

@@ -44,7 +44,7 @@ def rows(family: str = "unet") -> list[dict[str, Any]]:
     printed = [
         _printed(name, printed)
         for name, printed in (backbone_tables.PRINTED | backbone_tables.PRINTED_EDM2).items()
-        if type(printed.spec) is type(members[0].spec)
+        if name.startswith(f"{family}_") or (family, name) == ("dit", "pixart_xl2")
     ]
     return [*printed, *map(_row, members)]
 

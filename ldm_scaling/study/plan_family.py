@@ -23,6 +23,8 @@ from ldm_scaling.study.plan import Target
 
 TOPOLOGIES = ("v5e:16x16", "v5p:4x8x8", "v6e:16x16")
 KINDS = ("train", "sample")
+# The largest of each other backbone, on the first topology alone.
+OTHERS = ("dit_xl2", "uvit_h", "mmdit_38", "edm2_xxl")
 FOLDER = "launch/plans"
 # What a figure may be worse than its baseline by: compilations are not alike to the last digit.
 TOLERANCE = 0.01
@@ -88,9 +90,13 @@ def run(
     """
     command = command or (sys.executable, "-m", "ldm_scaling")
     wanted = [
-        _job(study_of, configs, folder, overrides, Target(topology, num_slices), member.name, kind,
+        _job(study_of, configs, folder, overrides, Target(topology, num_slices), member, kind,
              batch if kind == "train" else None)
-        for topology in TOPOLOGIES for member in zoo.PAPER for kind in KINDS
+        for topology, members in (
+            *((one, tuple(m.name for m in zoo.PAPER)) for one in TOPOLOGIES),
+            (TOPOLOGIES[0], OTHERS),
+        )
+        for member in members for kind in KINDS
     ]
 
     def make(job: _Job) -> str:

@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ldm_scaling.models import zoo
 from ldm_scaling.study import plan as plan_lib
 
 Plan = Mapping[str, Any]
@@ -178,8 +179,14 @@ def markdown(plans: Iterable[Plan]) -> str:
     versions = {tuple(sorted(one["versions"].items())) for one in plans}
     for found in sorted(versions):
         lines.append("Compiled with " + ", ".join(f"{n} {v}" for n, v in found) + ".")
-    if trained := [one for one in plans if one["kind"] == "train"]:
-        lines += ["", "## Training at a glance", "", *glance(trained)]
+    trained = [one for one in plans if one["kind"] == "train"]
+    unets = [one for one in trained if zoo.family_of(one["member"]) == "unet"]
+    others = [one for one in trained if one not in unets]
+    for title, some in (
+        ("Training at a glance", unets),
+        ("Other backbones at a glance, the largest of each", others),
+    ):
+        lines += ["", f"## {title}", "", *glance(some)] if some else []
     for kind in dict.fromkeys(one["kind"] for one in plans):
         lines += ["", f"## {kind}", ""]
         lines += _rows(kind, [one for one in plans if one["kind"] == kind])

@@ -22,9 +22,10 @@ def test_dit(name):
     assert cost.gflops(row.spec) == pytest.approx(2 * gmacs, rel=0.01)
 
 
-# arXiv 2209.12152, Table 1; arXiv 2310.00426, section 2.3; arXiv 2403.03206 and the model card of
-# Stable Diffusion 3 Medium.
+# arXiv 2401.08740, Table 1; arXiv 2209.12152, Table 1; arXiv 2310.00426, section 2.3; arXiv
+# 2403.03206 and the model card of Stable Diffusion 3 Medium.
 @pytest.mark.parametrize("name, printed, unit", [
+    ("sit_s2", "33", 1e6), ("sit_b2", "130", 1e6), ("sit_l2", "458", 1e6), ("sit_xl2", "675", 1e6),
     ("uvit_s", "44", 1e6), ("uvit_s_deep", "58", 1e6), ("uvit_m", "131", 1e6),
     ("uvit_l", "287", 1e6), ("uvit_h", "501", 1e6), ("pixart_xl2", "611", 1e6),
     ("mmdit_24", "2", 1e9), ("mmdit_38", "8", 1e9),
@@ -38,7 +39,7 @@ def test_parameters(name, printed, unit):
 
 
 def test_every_printed_network_is_one_of_the_lists():
-    assert set(DIT) | {
+    assert set(DIT) | {name.replace("dit", "sit") for name in DIT} | {
         "uvit_s", "uvit_s_deep", "uvit_m", "uvit_l", "uvit_h", "pixart_xl2", "mmdit_24", "mmdit_38",
     } == set(PRINTED)
     for name, row in PRINTED.items():
@@ -48,7 +49,7 @@ def test_every_printed_network_is_one_of_the_lists():
 
 
 def test_members_for_cpus_cost_about_what_the_unets_do():
-    for family in ("dit_", "uvit_", "mmdit_"):
+    for family in ("dit_", "sit_", "uvit_", "mmdit_"):
         own = [cost.gflops(b.spec) for b in SMALL if b.name.startswith(family)]
         assert len(own) == 5 and own == sorted(own)
         for got, unet in ((own[0], "c8"), (own[2], "c16"), (own[-1], "c32")):

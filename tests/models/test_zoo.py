@@ -137,10 +137,11 @@ def test_families_of_transformers():
     names = [m.name for members in zoo.FAMILIES.values() for m in members]
     assert len(set(names)) == len(names) == len(zoo.MEMBERS)
     assert {zoo.family_of(m) for m in ("dit_w40", "dit_xl2")} == {"dit"}
+    assert zoo.family_of("sit_w40") == "sit" and "sit_xl2*" in zoo_table.text("sit").split()
     assert zoo.family_of("c8") == "unet" and zoo.family_of("inception") == ""
     text = zoo_table.text("uvit")
     assert "uvit_s*" in text.split() and "uvit_w32" in text and "c8" not in text.split()
     assert "edm2_xs*" in zoo_table.text("edm2").split()
     assert max(map(len, text.splitlines())) <= 100
-    with pytest.raises(UserError, match="--family=vit: choose one of unet, dit, uvit, mmdit"):
+    with pytest.raises(UserError, match="--family=vit: choose one of unet, dit, sit, uvit, mmdit"):
         zoo_table.rows("vit")

@@ -272,20 +272,23 @@ def test_the_family_goes_on_where_it_was(tmp_path, monkeypatch, devices):
     folder.mkdir()
     monkeypatch.setattr(plan_family, "TOPOLOGIES", ("v5e:16x16", "v6e:16x16"))
     monkeypatch.setattr(plan_family, "KINDS", ("train",))
+    monkeypatch.setattr(plan_family, "OTHERS", ("dit_xl2",))
     family = [m for m in plan_family.zoo.PAPER if m.name in ("39m", "145m")]
     monkeypatch.setattr(plan_family.zoo, "PAPER", tuple(family))
-    for member in family:
-        (configs / f"t2i_{member.name}.py").touch()
+    jobs = [(m.name, where) for m in family for where in plan_family.TOPOLOGIES]
+    jobs.append(("dit_xl2", "v5e:16x16"))  # Of other backbones the first topology alone.
+    for member, _ in jobs:
+        (configs / f"t2i_{member}.py").touch()
     body, _ = _make(_study(), devices, fits_at=1)
 
     def study_of(flag):
         return config.parse(recipes.text_to_image(flag.split("t2i_")[1][:-3]))
 
     body["keys"] = {
-        member.name + topology: plan.key(
-            study_of(f"t2i_{member.name}.py"), member.name, Target(topology), "train"
+        member + topology: plan.key(
+            study_of(f"t2i_{member}.py"), member, Target(topology), "train"
         )
-        for member in family for topology in plan_family.TOPOLOGIES
+        for member, topology in jobs
     }
     (tmp_path / "body.json").write_text(json.dumps(body))
     (tmp_path / "tool.py").write_text(_STAND_IN)
@@ -305,10 +308,12 @@ def test_the_family_goes_on_where_it_was(tmp_path, monkeypatch, devices):
         run()
     names = {path.name for path in folder.glob("*.json")}
     assert names == {
-        "39m_v5e-16x16_train.json", "39m_v6e-16x16_train.json", "145m_v5e-16x16_train.json"
+        "39m_v5e-16x16_train.json", "39m_v6e-16x16_train.json", "145m_v5e-16x16_train.json",
+        "dit_xl2_v5e-16x16_train.json",
     }
     table = (folder / "README.md").read_text()
     assert "| 39m | v6e:16x16 |" in table and "not measurements" in table
+    assert "| dit_xl2 |" in table.split("## Other backbones")[1].split("##")[0]
 
     (folder / "39m_v5e-16x16_train.json").unlink()
     with pytest.raises(UserError):
@@ -323,6 +328,7 @@ def test_the_readme_shows_what_the_plans_say():
     plans = [plan_family.read(path) for path in (ROOT / plan_family.FOLDER).glob("*_train.json")]
     order = {(topology, member.name): (k, j) for k, topology in enumerate(plan_family.TOPOLOGIES)
              for j, member in enumerate(plan_family.zoo.PAPER)}
+    plans = [one for one in plans if (one["topology"], one["member"]) in order]
     plans.sort(key=lambda one: order[one["topology"], one["member"]])
     table = "\n".join(plan_show.glance(plans))
     assert table in (ROOT / "README.md").read_text()

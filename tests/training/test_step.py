@@ -15,6 +15,7 @@ from ldm_scaling.models import unet
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.tasks import drawing
 from ldm_scaling.training import step
+from tests.training import toy
 
 SPEC = unet.UNetSpec(8, 16, (1,), (True,), 1, heads=2, groups=4, sample_size=4,
                      context_length=3)
@@ -178,3 +179,13 @@ def test_what_is_frozen_is_an_argument_and_has_no_gradient():
             metrics["grad_norm"], np.sqrt(np.sum((3.0 * error) ** 2)), rtol=1e-6
         )
     np.testing.assert_array_equal(frozen["kernel"], 3.0)  # It was not donated.
+
+
+def test_an_accelerator_begins_as_a_cpu_does(monkeypatch):
+    """There parameters are made array by array: the same state, laid out the same."""
+    mesh, key = mesh_lib.make(), jax.random.key(5)
+    wanted = step.init_state(toy.init, TRAIN, mesh, key)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    found = step.init_state(toy.init, TRAIN, mesh, key)
+    assert jax.tree.map(lambda a: a.sharding, found) == jax.tree.map(lambda a: a.sharding, wanted)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, wanted)

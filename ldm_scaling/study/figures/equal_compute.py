@@ -108,9 +108,10 @@ def _profile_rows(
         low, high = (None, None) if p.best_size is None else next(ends, (None, None))
         best = {"best_size": p.best_size, "best_low": low, "best_high": high,
                 "best_loss": p.best_loss}
+        family = {"family": one.family} if one.family else {}
         out += [
-            {"compute": p.flops, "measure": one.name, "params": float(size), "loss": float(loss),
-             "parabola": float(p.at(size))} | best | law
+            family | {"compute": p.flops, "measure": one.name, "params": float(size),
+                      "loss": float(loss), "parabola": float(p.at(size))} | best | law
             for size, loss in sorted(zip(p.size_M, p.loss_M, strict=True))
         ]
     return out

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ldm_scaling.study import families as families_lib
 from ldm_scaling.study import labels, plot_style, plots
+from ldm_scaling.study.families import Family
 from ldm_scaling.study.figures import rows
 from ldm_scaling.study.figures.source import Drawn, Source
+from ldm_scaling.study.winners import Winner
 
 
 def by_cost(source: Source) -> dict[str, Drawn]:
@@ -13,6 +17,14 @@ def by_cost(source: Source) -> dict[str, Drawn]:
     families, found = families_lib.compared(source.curves, source.metric)
     if not families:
         return {}
+    return {"": fronts(families, found, source.metric, "What each family reaches within a budget")}
+
+
+def fronts(
+    families: Sequence[Family], found: Sequence[Winner], metric: str, title: str
+) -> Drawn:
+    """What each of some families reaches within a budget; the first two as `families.of_pools`
+    gives them."""
     fig = plot_style.figure(7.6, 5.0)
     ax = fig.subplots()
     marks = plot_style.marks([f.name for f in families])
@@ -34,13 +46,13 @@ def by_cost(source: Source) -> dict[str, Drawn]:
         out += [
             {"family": family.name, "budget": budget,
              "probability_best": sure[budget, family.name]}
-            | rows.of_point(point, source.metric)
+            | rows.of_point(point, metric)
             for budget, point in family.frontier
         ]
     plots.scale_y(ax, every)
     plot_style.log_x(ax)
     ax.set_xlabel("budget: " + labels.AXES["cost"] + " (log scale)")
-    plot_style.best_arrow(ax, source.metric)
-    ax.set_title("What each family reaches within a budget")
+    plot_style.best_arrow(ax, metric)
+    ax.set_title(title)
     plot_style.name_ends(ax, ends)
-    return {"": Drawn(fig, out)}
+    return Drawn(fig, out)

@@ -4,15 +4,14 @@ sizes foretell of the largest."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 
-from ldm_scaling.study import labels, plot_style, plots
+from ldm_scaling.study import families, labels, plot_style, plots
 from ldm_scaling.study.figures.source import Drawn, Source
 from ldm_scaling.study.statistics import fits, scaling, trends
-from ldm_scaling.study.statistics.fits import HeldOut
 from ldm_scaling.study.statistics.laws import Law
 from ldm_scaling.study.statistics.scaling import By, Runs
 
@@ -24,11 +23,11 @@ _NOISE = {VALIDATION_LOSS: fits.DELTA}
 _QUALITY_NOISE = 0.01
 """Where Huber's loss turns linear: distances of networks that were trained once scatter by 1%."""
 
-_LEAST = 3
-_LEAST_WITH_OFFSET = 5
+LEAST = 3
+LEAST_WITH_OFFSET = 5
 _LEAST_RUNS = 4
 """Sizes for a law of size and training: factor, exponent and level fit any three sizes' luck."""
-_REPLICATES = 200
+REPLICATES = 200
 _WITHOUT_BEST = 0.05
 """Share of replicates without a best size above which the others' interval would be another's."""
 
@@ -40,10 +39,12 @@ class Measured:
     Attributes:
       name: `VALIDATION_LOSS` or a measure.
       runs: rows, compute in GFLOPs of a network call x training steps, as in Fig. 3.
+      family: the networks' own, for readers; empty where there is one alone.
     """
 
     name: str
     runs: Runs
+    family: str = ""
 
     @property
     def axis(self) -> str:
@@ -54,9 +55,10 @@ class Measured:
 
     @property
     def title(self) -> str:
-        """Its short name."""
-        return "Validation loss" if self.name == VALIDATION_LOSS else labels.measure(
+        """Its short name, after its family's."""
+        short = "Validation loss" if self.name == VALIDATION_LOSS else labels.measure(
             self.name).short
+        return f"{self.family}: {short}" if self.family else short
 
     @property
     def noise(self) -> float:
@@ -65,7 +67,8 @@ class Measured:
 
 
 def measured(source: Source) -> list[Measured]:
-    """Validation losses along the training runs, and the main measure of the networks."""
+    """Validation losses along the training runs, and the main measure of the networks; of several
+    families each by itself, for networks of different kinds follow no one law."""
     records = [r for r in source.of_task("text_to_image") if r.identity.train_step > 0]
     size = {r.identity.model: (r.params, r.gflops) for r in records}
     losses = {
@@ -77,14 +80,22 @@ def measured(source: Source) -> list[Measured]:
         runs = scaling.of_losses(
             losses, {m: n for m, (n, _) in size.items()}, {m: g for m, (_, g) in size.items()},
             batch_size=1, settled=SETTLED)
-        out.append(Measured(VALIDATION_LOSS, _in_steps(runs)))
+        out += _by_family(VALIDATION_LOSS, _in_steps(runs))
     if labels.measure(source.metric).better == "lower":
         held = [r for r in records if source.metric in r.metrics]
         blocks = source.blocks(held)
         if trends.networks(held, source.metric, *blocks):
             runs = scaling.of_records(held, source.metric, 1, *blocks)
-            out.append(Measured(source.metric, _in_steps(runs)))
+            out += _by_family(source.metric, _in_steps(runs))
     return out
+
+
+def _by_family(name: str, runs: Runs) -> list[Measured]:
+    models = np.array(runs.models)
+    parts = families.parted(list(dict.fromkeys(runs.models)))
+    if len(parts) == 1:
+        return [Measured(name, runs)]
+    return [Measured(name, runs.some(np.isin(models, own)), f) for f, own in parts.items()]
 
 
 def _in_steps(runs: Runs) -> Runs:
@@ -130,10 +141,10 @@ def _or_nothing(offset: float) -> str:
 def _direct(one: Measured, by: By, about: str = "") -> _Line | None:
     """The law through the ends of the runs; without an offset where they are few."""
     runs = one.runs.ends()
-    if len(np.unique(runs.scales(by))) < _LEAST:
+    if len(np.unique(runs.scales(by))) < LEAST:
         return None
-    offset = len(runs.models) >= _LEAST_WITH_OFFSET
-    fit = runs.fitted(by, offset=offset, delta=one.noise, replicates=_REPLICATES)
+    offset = len(runs.models) >= LEAST_WITH_OFFSET
+    fit = runs.fitted(by, offset=offset, delta=one.noise, replicates=REPLICATES)
     names = ("E", "A", "alpha") if offset else ("A", "alpha")
     return _Line(runs, by, {n: (fits.value(fit.law, n), *fit.interval(n)) for n in names},
                  lambda x: (fit.law(x), *fit.predict(x)), about)
@@ -144,7 +155,7 @@ def _optimal(one: Measured) -> _Line | None:
     it needs no run to be the best at any compute. None where that law, or more of its replicates
     than chance explains, has no best size."""
     runs = one.runs
-    fit = runs.fitted("call and images", delta=one.noise, replicates=_REPLICATES)
+    fit = runs.fitted("call and images", delta=one.noise, replicates=REPLICATES)
     laws = [law for law in fit.replicates if law.has_best(runs.gflops_N, 1.0)]
     if not fit.law.has_best(runs.gflops_N, 1.0) or (
             len(laws) < (1 - _WITHOUT_BEST) * len(fit.replicates)):
@@ -169,7 +180,7 @@ def by_compute(source: Source) -> dict[str, Drawn]:
     """A saturating power law of training compute: of the best size at each where runs were
     measured at several lengths, else through the networks."""
     def line(one: Measured) -> _Line | None:
-        if not _several_lengths(one.runs):
+        if not several_lengths(one.runs):
             return _direct(one, "compute")
         return _optimal(one) or _direct(
             one, "compute", "through the runs' ends: all runs do not tell a best size")
@@ -178,9 +189,9 @@ def by_compute(source: Source) -> dict[str, Drawn]:
                  "Scaling with training compute (shaded: 95%, of the law)")
 
 
-def _several_lengths(runs: Runs) -> bool:
+def several_lengths(runs: Runs) -> bool:
     sizes, lengths = (len(np.unique(v)) for v in (runs.params_N, runs.images_N))
-    return sizes >= _LEAST_RUNS and lengths >= _LEAST and len(runs.models) >= _LEAST * sizes
+    return sizes >= _LEAST_RUNS and lengths >= LEAST and len(runs.models) >= LEAST * sizes
 
 
 def by_size(source: Source) -> dict[str, Drawn]:
@@ -192,26 +203,60 @@ def by_size(source: Source) -> dict[str, Drawn]:
 def _laws(
     source: Source, line: Callable[[Measured], _Line | None], axis: str, title: str
 ) -> dict[str, Drawn]:
-    shown = [(one, law) for one in measured(source) if (law := line(one)) is not None]
-    if not shown:
+    panels: dict[str, list[tuple[Measured, _Line]]] = {}
+    for one in measured(source):
+        if (law := line(one)) is not None:
+            panels.setdefault(one.name, []).append((one, law))
+    if not panels:
         return {}
     marks = plot_style.marks(list(plots.sized(source.main)))
-    fig = plot_style.figure(max(5.6 * len(shown), 6.6), 4.8)
-    axes = fig.subplots(1, len(shown), squeeze=False)[0]
+    fig = plot_style.figure(max(5.6 * len(panels), 6.6), 4.8)
+    axes = fig.subplots(1, len(panels), squeeze=False)[0]
     rows: list[Mapping[str, object]] = []
-    for ax, (one, law) in zip(axes, shown, strict=True):
-        _draw_runs(ax, law.runs, law.by, marks)
-        _draw_line(ax, law)
+    for ax, shown in zip(axes, panels.values(), strict=True):
+        several = _colours(shown)
+        for one, law in shown:
+            own = several.get(one.family)
+            draw_runs(ax, law.runs, law.by, _tinted(law.runs, own) if own else marks)
+            _draw_line(ax, law, *([own, f"{one.family}: {law.words}"] if own else []))
+            rows += _law_rows(one, law)
+        one, law = shown[0]
         ax.set(ylabel=one.axis, xlabel=f"{axis} (log scale)")
-        _head(ax, one, *filter(None, (law.about, law.words)))
-        rows += _law_rows(one, law)
+        if several:
+            about = dict.fromkeys(law.about for _, law in shown if law.about)
+            entitle(ax, dataclasses.replace(one, family=""), *about, *[""] * len(shown))
+            # In the lines that the title has left free.
+            key = ax.legend(loc="lower left", bbox_to_anchor=(0, 1.0), fontsize=8.5, frameon=False,
+                            borderpad=0.2, borderaxespad=0, labelspacing=0.2, handlelength=1.6)
+            key.set_in_layout(False)
+        else:
+            entitle(ax, one, *filter(None, (law.about, law.words)))
     fig.suptitle(title, x=0.01, ha="left")
-    for ax, (_, law) in zip(axes, shown, strict=True):
-        _name_runs(ax, law.runs, law.by, marks)
+    for ax, shown in zip(axes, panels.values(), strict=True):
+        several = _colours(shown)
+        ends: tuple[list[plot_style.End], list[plot_style.End]] = ([], [])
+        for one, law in shown:
+            own = several.get(one.family)
+            named = curve_ends(law.runs, law.by, _tinted(law.runs, own) if own else marks)
+            for both, some in zip(ends, named, strict=True):
+                both += some
+        plot_style.name_curves(ax, *ends, lower_is_better=True)
     return {"": Drawn(fig, rows)}
 
 
-def _draw_runs(ax: Axes, runs: Runs, by: By, marks: Mapping[str, Mapping[str, str]]) -> None:
+def _colours(shown: Sequence[tuple[Measured, _Line]]) -> dict[str, str]:
+    """A colour for each family, where the panel is of families."""
+    names = [one.family for one, _ in shown if one.family]
+    return {f: mark["color"] for f, mark in plot_style.marks(names).items()}
+
+
+def _tinted(runs: Runs, colour: str) -> dict[str, dict[str, str]]:
+    """Marks of a family's sizes: all of its colour."""
+    own = plot_style.marks(list(dict.fromkeys(runs.models)))
+    return {m: mark | {"color": colour} for m, mark in own.items()}
+
+
+def draw_runs(ax: Axes, runs: Runs, by: By, marks: Mapping[str, Mapping[str, str]]) -> None:
     """A thin line for each size through its points, which carry its marker."""
     for m, own in _by_model(runs, by).items():
         x = own.scales(by)[:, 0]
@@ -232,15 +277,17 @@ def _by_model(runs: Runs, by: By = "compute") -> dict[str, Runs]:
     return out
 
 
-def _draw_line(ax: Axes, law: _Line) -> None:
-    """The law over the points' range, its interval, and where it ends."""
+def _draw_line(
+    ax: Axes, law: _Line, colour: str = plot_style.INK, name: str | None = None
+) -> None:
+    """The law over the points' range, its interval, and where it ends; its name in a legend."""
     x_N = law.runs.scales(law.by)[:, 0]
     plot_style.log_x(ax)
     span = (x_N.max() / x_N.min()) ** 0.05
     x = np.geomspace(x_N.min() / span, x_N.max() * span, 100)
     y, low, high = law.at(x)
-    plot_style.band(ax, x, low, high, plot_style.INK)
-    ax.plot(x, y, color=plot_style.INK, lw=1.6, zorder=5)
+    plot_style.band(ax, x, low, high, colour)
+    ax.plot(x, y, color=colour, lw=1.6, zorder=5, label=name)
     plot_style.log_y(ax)
     offset = law.parameters.get("E", (0.0,))[0]
     bottom, top = ax.get_ylim()
@@ -250,7 +297,7 @@ def _draw_line(ax: Axes, law: _Line) -> None:
                     textcoords="offset points", fontsize=8.5, color=plot_style.SOFT)
 
 
-def _head(ax: Axes, one: Measured, *lines: str) -> None:
+def entitle(ax: Axes, one: Measured, *lines: str) -> None:
     """A panel's title, and smaller lines under it."""
     ax.set_title(one.title + "\n" * len(lines))
     small = ax.text(0, 1.015, "\n".join(lines), transform=ax.transAxes, fontsize=8.5,
@@ -266,96 +313,28 @@ def _law_rows(one: Measured, law: _Line) -> list[dict]:
         for end, value in zip(("", "_low", "_high"), values, strict=True)
     }
     return [
-        _row(one, law.runs, k)
+        row_of(one, law.runs, k)
         | dict(zip(("law", "law_low", "law_high"), map(float, columns[k]), strict=True))
         | parameters
         for k in range(len(columns))
     ]
 
 
-def _row(one: Measured, runs: Runs, k: int) -> dict[str, object]:
-    return {
+def row_of(one: Measured, runs: Runs, k: int) -> dict[str, object]:
+    family = {"family": one.family} if one.family else {}
+    return family | {
         "model": runs.models[k], "params": int(runs.params_N[k]),
         "train_step": int(round(runs.images_N[k])), "compute": float(runs.gflops_N[k]),
         "measure": one.name, "loss": float(runs.value_N[k]),
     }
 
 
-def _name_runs(ax: Axes, runs: Runs, by: By, marks: Mapping[str, Mapping[str, str]]) -> None:
+def curve_ends(
+    runs: Runs, by: By, marks: Mapping[str, Mapping[str, str]]
+) -> tuple[list[plot_style.End], list[plot_style.End]]:
+    """Where each size's curve begins, and where it ends."""
     starts, ends = ([
         (float(own.scales(by)[at, 0]), float(own.value_N[at]), m, marks[m]["color"])
         for m, own in _by_model(runs, by).items()
     ] for at in (0, -1))
-    plot_style.name_curves(ax, starts, ends, lower_is_better=True)
-
-
-# --- the largest from the smaller -----------------------------------------------------------------
-
-
-def largest_held_out(source: Source) -> dict[str, Drawn]:
-    """What a law of the smaller sizes foretells of the largest: of size and images where runs were
-    measured at several lengths, else of compute."""
-    shown = [found for one in measured(source) if (found := _foretold(one)) is not None]
-    if not shown:
-        return {}
-    marks = plot_style.marks(list(plots.sized(source.main)))
-    fig = plot_style.figure(max(5.6 * len(shown), 6.6), 4.8)
-    rows: list[Mapping[str, object]] = []
-    axes = fig.subplots(1, len(shown), squeeze=False)[0]
-    for ax, (one, by, held) in zip(axes, shown, strict=True):
-        rows += _draw_held_out(ax, one, by, held, marks)
-    fig.suptitle("The largest size, foretold from the smaller ones", x=0.01, ha="left")
-    for ax, (one, _, _) in zip(axes, shown, strict=True):
-        _name_runs(ax, one.runs, "compute", marks)
-    return {"": Drawn(fig, rows)}
-
-
-def _foretold(one: Measured) -> tuple[Measured, By, HeldOut] | None:
-    """What is foretold, the law's scales and its prediction; None where the smaller sizes are too
-    few, or too much alike in compute, for one."""
-    def rest(runs: Runs) -> Runs:
-        return runs.some(runs.params_N < runs.params_N.max())
-
-    by: By = "size and images"
-    if not _several_lengths(rest(one.runs)):
-        by, one = "compute", dataclasses.replace(one, runs=one.runs.ends())
-        if len(np.unique(rest(one.runs).gflops_N)) < _LEAST:
-            return None
-    return one, by, one.runs.held_out(
-        by, offset=len(rest(one.runs).models) >= _LEAST_WITH_OFFSET, delta=one.noise,
-        replicates=_REPLICATES)
-
-
-def _draw_held_out(
-    ax: Axes, one: Measured, by: By, held: HeldOut, marks: Mapping[str, Mapping[str, str]]
-) -> list[dict]:
-    runs = one.runs
-    last = runs.some(runs.params_N == runs.params_N.max())
-    order = np.argsort(last.gflops_N, kind="stable")
-    x, predicted, low, high = (np.asarray(v)[order] for v in (
-        last.gflops_N, held.predicted, held.low, held.high))
-    _draw_runs(ax, runs, "compute", marks)
-    if len(x) > 1:
-        plot_style.band(ax, x, low, high, plot_style.INK)
-        ax.plot(x, predicted, color=plot_style.INK, lw=1.6, ls=(0, (4, 2)), zorder=5)
-    else:
-        ax.vlines(x, low, high, color=plot_style.INK, lw=1.4, zorder=4)
-        ax.plot(x, predicted, ls="", marker="o", ms=9, mfc="white", mec=plot_style.INK, zorder=5)
-    plot_style.log_x(ax)
-    if by == "compute":
-        line = np.geomspace(runs.gflops_N.min(), runs.gflops_N.max(), 60)
-        ax.plot(line, held.fit.law(line), color=plot_style.INK, lw=1.2, ls=(0, (4, 2)), zorder=2)
-    plot_style.log_y(ax)
-    ax.set(xlabel=f"{labels.AXES['compute']} (log scale)", ylabel=one.axis)
-    covered = f"{100 * held.covered:.0f}% inside" if 0 < held.covered < 1 else (
-        "inside" if held.covered else "outside")
-    _head(ax, one, f"{last.models[0]} foretold (dashed) by a law of {by} of the others:",
-          f"off by {100 * held.error:.2g}%, {covered} the 95% interval")
-    return [
-        _row(one, last, int(k)) | {
-            "predicted": held.predicted[k], "low_predicted": held.low[k],
-            "high_predicted": held.high[k], "law_of": by, "error": held.error,
-            "covered": held.covered}
-        for k in order
-    ]
-
+    return starts, ends

@@ -35,8 +35,9 @@ def loss_fn(
       uncond: the empty condition, leading axis 1.
       rates: lowest and highest guidance rate, 1 for none; None imitates the unguided teacher.
     Raises:
-      UserError: for other rates.
+      UserError: for other rates, or as `progressive.check`.
     """
+    progressive.check(prediction, schedule)
     if rates is not None:
         common.check_rates(rates)
     nodes = Nodes.of(schedule, prediction)

@@ -8,7 +8,7 @@ import pytest
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.study import plot_style
-from ldm_scaling.study.figures import catalogue
+from ldm_scaling.study.figures import catalogue, scaling
 from ldm_scaling.study.figures.source import Source
 from ldm_scaling.study.statistics.laws import Law
 from tests.study import fake_records as fake
@@ -139,6 +139,35 @@ def test_the_largest_is_foretold_and_one_that_is_off_is_outside(drawn, tmp_path,
     catalogue.write(tmp_path, Source(_records(), FD, loss_curves=off), ["law_largest"])
     row = _rows(tmp_path, "law_largest", "validation_loss")[0]
     assert float(row["error"]) == pytest.approx(0.1, abs=0.02) and float(row["covered"]) < 0.1
+
+
+def test_each_family_has_a_law_of_its_own(tmp_path, monkeypatch):
+    """U-Nets and DiTs by one law, DiTs at twice its distance: neither's law bends to the other."""
+    monkeypatch.setattr(plot_style, "DPI", 30)
+    monkeypatch.setattr(plot_style, "FORMATS", {"png": {}})
+    monkeypatch.setattr(scaling, "REPLICATES", 40)
+    unets = dict(zip(("c8", "c12", "c16", "c24", "c32"), SIZES.values()))
+    dits = dict(zip(("dit_w40", "dit_w56", "dit_w72", "dit_w104"), SIZES.values()))
+    twice = Law(0.2, (800.0, 40.0), (0.5, 0.5))
+    losses = _losses(unets) | _losses(dits, law=twice, seed=1)
+    records = _records(unets) + _records(dits, value=lambda n: 200 * _loss(n, LAST))
+    written = catalogue.write(tmp_path, Source(records, FD, loss_curves=losses), ["law"])
+    assert written.names == ("law_compute", "law_size", "law_isoflop", "law_largest")
+    for name in ("law_compute", "law_size"):
+        rows = _rows(tmp_path, name, "validation_loss")
+        for family, sizes, least in (("U-Net", unets, 0.1), ("DiT", dits, 0.2)):
+            own = [row for row in rows if row["family"] == family]
+            assert {row["model"] for row in own} == set(sizes)
+            if name == "law_compute":
+                assert float(own[0]["E"]) == pytest.approx(least, rel=0.1)
+                assert float(own[0]["alpha"]) == pytest.approx(0.25, abs=0.03)
+            assert all(float(r["law"]) == pytest.approx(float(r["loss"]), rel=0.2) for r in own)
+    foretold = _rows(tmp_path, "law_largest", "validation_loss")
+    assert {(row["family"], row["model"]) for row in foretold} == {
+        ("U-Net", "c32"), ("DiT", "dit_w104")}
+    assert max(float(row["error"]) for row in foretold) < 0.05
+    profiles = _rows(tmp_path, "law_isoflop", "validation_loss")
+    assert {row["family"] for row in profiles} == {"U-Net", "DiT"}
 
 
 def test_what_there_is_too_little_for_is_said_and_not_drawn(tmp_path, monkeypatch):

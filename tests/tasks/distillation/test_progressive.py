@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ldm_scaling.diffusion import parameterization, schedule
+from ldm_scaling.diffusion.nodes import Nodes
 from ldm_scaling.errors import UserError
 from ldm_scaling.sampling import grid as grids
 from ldm_scaling.sampling import sampler, solvers
@@ -141,6 +142,34 @@ def test_a_small_student_learns_to_guide_and_then_to_halve():
     )
     _, second = known.train(two, state.ema, state.ema, jax.random.key(1), steps=1000, rate=1e-2)
     assert second["error_rms"][0] > 0.05 and second["error_rms"][-1] < 0.005
+
+
+@pytest.mark.parametrize("name", ["sd", "sd_zero_snr", "flow", "edm"])
+@pytest.mark.parametrize("prediction", ["v", "flow"])
+def test_what_is_off_in_v_or_flow_weighs_alike_at_every_timestep(name, prediction):
+    """Though SNR goes up to a million. Of x0 it would be the first timestep alone."""
+    noise = schedule.get(name)
+    x, off = jnp.zeros((noise.num_timesteps, 1, 1, 1)), 1e-3
+    nodes = Nodes.of(noise, prediction)
+    i_B = np.arange(noise.num_timesteps)
+    one, other = (nodes.x0(x, x + f, i_B) for f in (0.0, off))
+    weight_T = progressive.weights(noise.alpha, noise.sigma)
+    lost_T = [
+        float(progressive.weighted(weight_T, one[t : t + 1], other[t : t + 1], i_B[t : t + 1]))
+        for t in i_B[::111]
+    ]
+    assert 0.2 * off**2 < min(lost_T) and max(lost_T) < 2 * off**2
+    progressive.check(prediction, noise)
+
+
+def test_predictions_whose_first_timestep_would_be_the_whole_loss():
+    for name, prediction in (("flow", "x0"), ("edm", "x0"), ("edm", "epsilon")):
+        with pytest.raises(UserError, match="give v or flow for the students' prediction"):
+            guided.loss_fn(
+                None, None, schedule.get(name), prediction, known.examples, None, rates=None
+            )
+    for prediction in ("epsilon", "x0"):
+        progressive.check(prediction, SD)
 
 
 def test_grids_that_do_not_halve():
