@@ -168,7 +168,9 @@ def _run(
     task, config, feed, record, root, abstract, state, checkpoints, about, dog, interruption
 ) -> TrainState:
     frozen = () if task.frozen is None else (task.frozen,)
-    train = step.make(task.loss, config, feed.sharding.mesh, abstract, *frozen)
+    train = step.make(
+        task.loss, config, feed.sharding.mesh, abstract, task.frozen, task.rates
+    )
     # By a program: `device_put` knows no keys on devices of other processes.
     key = jax.jit(
         jax.random.fold_in, out_shardings=mesh_lib.replicated(feed.sharding.mesh)

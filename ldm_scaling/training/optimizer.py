@@ -27,15 +27,33 @@ def learning_rate(config: Train) -> optax.Schedule:
     return optax.join_schedules([rises, falls], [warm]) if warm else falls
 
 
-def make(config: Train) -> optax.GradientTransformation:
-    """The optimiser of a run (Loshchilov & Hutter 2019, decay scaled by the learning rate)."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
+def make(config: Train, rates: Any = None) -> optax.GradientTransformation:
+    """The optimiser of a run (Loshchilov & Hutter 2019, decay scaled by the learning rate).
+
+    Args:
+      config: the run.
+      rates: by parameter, what Adam's steps are multiplied by, see `models.width`. Weight decay
+        keeps the run's own rate: what a weight forgets in a step is the same at every width, as
+        `mup`'s AdamW has it and as transfer needs it (Wang & Aitchison 2024, arXiv 2405.13698).
+        What is carried is the same with rates and without.
+    """
+    clip = optax.clip_by_global_norm(config.clip_norm)
+    if rates is None:
+        return optax.chain(clip, optax.adamw(
             learning_rate(config), b1=config.beta1, b2=config.beta2,
             weight_decay=config.weight_decay, mask=decays, mu_dtype=config.moment_dtype,
-        ),
-    )
+        ))
+    adam = optax.scale_by_adam(config.beta1, config.beta2, mu_dtype=config.moment_dtype)
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        steps, state = adam.update(grads, state, params)
+        return jax.tree.map(lambda step, rate: rate * step, steps, rates), state
+
+    return optax.chain(clip, optax.chain(
+        optax.GradientTransformation(adam.init, update),
+        optax.add_decayed_weights(config.weight_decay, decays),
+        optax.scale_by_learning_rate(learning_rate(config)),
+    ))
 
 
 def ema_decay(config: Train, step: jax.Array) -> jax.Array | float:

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from ldm_scaling.config import Train
-from ldm_scaling.parallel import hosts, rules
+from ldm_scaling.parallel import hosts, leafwise, rules
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.training import optimizer as optimizer_lib
 from ldm_scaling.training import state as state_lib
@@ -98,23 +98,29 @@ def init_state(
     """A run's first state, made where it will live; see `task.Task` for `init` and `start`."""
     optimizer = optimizer_lib.make(config)
     shardings = jax.tree.map(lambda s: s.sharding, abstract_state(init, config, mesh))
-    if start is not None:
+    options = hosts.run_once_options()
+    if start is None and jax.default_backend() == "cpu":
+        # There one program is as quick as one for each array.
         return jax.jit(
-            lambda params: state_lib.create(params, optimizer), out_shardings=shardings,
-            compiler_options=hosts.run_once_options(),
-        )(start())
+            lambda k: state_lib.create(init(k), optimizer), out_shardings=shardings,
+            compiler_options=options,
+        )(key)
+    # What `start` gives may be in use elsewhere; parameters made here become the state's.
+    params = leafwise.run(init, key, shardings.params) if start is None else start()
     return jax.jit(
-        lambda k: state_lib.create(init(k), optimizer), out_shardings=shardings,
-        compiler_options=hosts.run_once_options(),
-    )(key)
+        lambda params: state_lib.create(params, optimizer), out_shardings=shardings,
+        compiler_options=options, donate_argnums=() if start else (0,),
+    )(params)
 
 
 def make(
-    loss: Loss, config: Train, mesh: Mesh, abstract: TrainState, frozen: Any = None
+    loss: Loss, config: Train, mesh: Mesh, abstract: TrainState, frozen: Any = None,
+    rates: Any = None,
 ) -> Callable:
     """The jitted step `(state, batch, key) -> (state, metrics)`; the state is donated.
 
-    With `frozen`, arrays or shapes with shardings, it is `(state, batch, key, frozen)`.
+    With `frozen`, arrays or shapes with shardings, it is `(state, batch, key, frozen)`. `rates` are
+    the optimiser's, see `optimizer.make`.
 
     Raises:
       UserError: when a part of the batch does not split over the mesh.
@@ -122,7 +128,7 @@ def make(
     mesh_lib.check_batch(
         mesh, config.batch_size // config.micro_batches, "batch_size / micro_batches"
     )
-    optimizer = optimizer_lib.make(config)
+    optimizer = optimizer_lib.make(config, rates)
     shardings = jax.tree.map(lambda s: s.sharding, abstract)
 
     def step(state, batch, key, *frozen):

@@ -51,6 +51,7 @@ class Task:
         compiled step, neither a constant in it nor donated, nor part of a checkpoint.
       diverges: `diverges(averages) -> what is wrong`, in words or empty, of the metrics' averages
         over `log_every` steps. What is wrong ends the run, without a checkpoint of that step.
+      rates: by parameter, what the optimiser's steps are multiplied by; None where by 1 alone.
     """
 
     name: str
@@ -63,3 +64,4 @@ class Task:
     start: Callable[[], Any] | None = None
     frozen: Any = None
     diverges: Callable[[dict[str, float]], str] = _sound
+    rates: Any = None

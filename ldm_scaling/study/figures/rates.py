@@ -1,0 +1,164 @@
+"""Loss against learning rate at several widths, with width transfer and without."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from ldm_scaling.errors import UserError
+from ldm_scaling.study import labels, plot_style
+from ldm_scaling.study.figures.source import Drawn
+from ldm_scaling.study.rates import Trained
+from ldm_scaling.study.statistics import optimum
+from ldm_scaling.study.statistics.optimum import Curve, Optimum
+
+TITLES = {"none": "Standard parametrisation", "mup": "Width transfer (muP)"}
+# Losses above so many times the best of all are out of the picture.
+_TOP = 1.9
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Line:
+    """One network at all rates.
+
+    Attributes:
+      transfer, member, width: see `rates.Trained`.
+      curve: losses, the mean over seeds; NaN where a seed's training diverged.
+      best: where it is lowest.
+    """
+
+    transfer: str
+    member: str
+    width: int
+    curve: Curve
+    best: Optimum
+
+
+def lines(found: Iterable[Trained]) -> list[Line]:
+    """The networks, narrow ones first, without width transfer first.
+
+    Raises:
+      UserError: where training diverged at all but two rates of one, or at all but four of each.
+    """
+    by: dict[tuple[str, int, str], dict[float, list[float]]] = {}
+    for one in found:
+        losses = by.setdefault((one.run.transfer, one.width, one.run.member), {})
+        loss = np.nan if one.loss is None else one.loss
+        losses.setdefault(one.run.rate, []).append(loss)
+    order = sorted(by, key=lambda k: (tuple(TITLES).index(k[0]), k[1], k[2]))
+    curves = [
+        Curve(np.array(sorted(by[k])), np.array([np.mean(by[k][r]) for r in sorted(by[k])]))
+        for k in order
+    ]
+    for (transfer, _, member), curve in zip(order, curves, strict=True):
+        if curve.known < optimum.LEAST:
+            raise UserError(
+                f"{member}, {TITLES[transfer]}: training ended at fewer than 3 of the rates "
+                f"{', '.join(f'{r:g}' for r in curve.rate_N)}: add lower ones by --rates"
+            )
+    if curves and max(curve.known for curve in curves) < optimum.NOISE_FROM:
+        raise UserError(
+            f"no network was trained at {optimum.NOISE_FROM} rates without diverging, from which "
+            "noise is told: add lower ones by --rates"
+        )
+    return [
+        Line(transfer, member, width, curve, best) for (transfer, width, member), curve, best in
+        zip(order, curves, optimum.optima(curves), strict=True)
+    ]
+
+
+def verdict(shown: Sequence[Line]) -> str:
+    """What the curves say, in a paragraph."""
+    out = []
+    for transfer, title in TITLES.items():
+        own = [line for line in shown if line.transfer == transfer]
+        if len(own) < 2:
+            continue
+        first, last = own[0], own[-1]
+        factor = last.best.rate / first.best.rate
+        low, high = np.percentile(last.best.rate_R / first.best.rate_R, (2.5, 97.5))
+        moved = "falls" if high < 1 else "rises" if low > 1 else "is not seen to move"
+        bests = ", ".join(f"{_rate(line.best.rate)} at {line.member}" for line in own)
+        out.append(
+            f"{title}: the best rate {moved} with width ({bests}): at {last.member}, "
+            f"{last.width / first.width:.3g} times as wide as {first.member}, it is "
+            f"{labels.number(factor)} times that of {first.member} "
+            f"{labels.interval(float(low), float(high))}."
+        )
+        near = int(np.argmin(np.abs(np.log(last.curve.rate_N / first.best.rate))))
+        lost = last.curve.loss_N[near] / np.nanmin(last.curve.loss_N) - 1
+        out.append(
+            f"At the rate nearest to {first.member}'s best, {_rate(last.curve.rate_N[near])}, "
+            f"{last.member} " + (
+                "diverges." if np.isnan(lost) else
+                f"has a loss {100 * lost:.2g}% above its lowest." if lost > 0 else
+                "has its lowest loss."
+            )
+        )
+        if ends := [line.member for line in own if line.best.edge]:
+            out.append(f"The best of {labels.listing(ends)} lies at an end of the rates tried.")
+    return " ".join(out)
+
+
+def _rate(rate: float) -> str:
+    return f"{rate:.2g}"
+
+
+def draw(shown: Sequence[Line]) -> Drawn:
+    """A panel for each parametrisation, a line for each width; the best with its interval."""
+    transfers = [t for t in TITLES if any(line.transfer == t for line in shown)]
+    members = list(dict.fromkeys(
+        line.member for line in sorted(shown, key=lambda line: line.width)
+    ))
+    marks = plot_style.marks(members)
+    fig = plot_style.figure(4.6 * len(transfers), 5.2)
+    axes = fig.subplots(1, len(transfers), sharex=True, sharey=True, squeeze=False)[0]
+    lowest = min(np.nanmin(line.curve.loss_N) for line in shown)
+    for ax, transfer in zip(axes, transfers, strict=True):
+        own = [line for line in shown if line.transfer == transfer]
+        for line in own:
+            _draw(ax, line, marks[line.member])
+        plot_style.log_x(ax)
+        plot_style.log_y(ax)
+        ax.set(title=TITLES[transfer], xlabel="Learning rate (log scale)")
+    top = min(axes[0].get_ylim()[1], _TOP * lowest)
+    axes[0].set_ylim(top=top)
+    plot_style.log_y(axes[0])
+    axes[0].set_ylabel("Validation loss (log scale)")
+    for ax, transfer in zip(axes, transfers, strict=True):
+        for line in shown:
+            gone = line.curve.rate_N[np.isnan(line.curve.loss_N)]
+            if line.transfer == transfer and len(gone):
+                ax.plot(gone, np.full(len(gone), top), ls="", marker="x", clip_on=False,
+                        color=marks[line.member]["color"], zorder=6)
+        ax.legend(title="Network, its best rate (star) and 95% interval", alignment="left",
+                  loc="upper left", bbox_to_anchor=(0.0, -0.16))
+    fig.suptitle("Which learning rate is best at which width", x=0.01, ha="left")
+    return Drawn(fig, [row for line in shown for row in _rows(line)])
+
+
+def _draw(ax: Axes, line: Line, mark: Mapping[str, str]) -> None:
+    best, color = line.best, mark["color"]
+    name = f"{line.member}  {_rate(best.rate)} [{_rate(best.low)}, {_rate(best.high)}]"
+    ax.plot(line.curve.rate_N, line.curve.loss_N, label=name, zorder=3, **mark)
+    ax.plot([best.low, best.high], [best.loss] * 2, color=color, lw=5, alpha=0.3, zorder=2,
+            solid_capstyle="butt")
+    ax.plot([best.rate], [best.loss], ls="", marker="*", ms=13, mfc="white", mec=color, mew=1.4,
+            zorder=5)
+
+
+def _rows(line: Line) -> list[dict[str, object]]:
+    """Every point, and the best."""
+    return [
+        {
+            "transfer": line.transfer, "model": line.member, "width": line.width,
+            "rate": float(rate), "loss": None if np.isnan(loss) else float(loss),
+            "best_rate": line.best.rate, "best_rate_low": line.best.low,
+            "best_rate_high": line.best.high, "best_loss": line.best.loss,
+            "at_an_end": line.best.edge,
+        }
+        for rate, loss in zip(line.curve.rate_N, line.curve.loss_N, strict=True)
+    ]
