@@ -5,6 +5,7 @@ there; `parse` turns it into a validated `Study` once, and nothing else in the p
 ConfigDict. The dataclasses are the reference of every key.
 """
 
+from ldm_scaling.config.cascade import Cascade
 from ldm_scaling.config.data import OPENMOJI, Data, Prepare
 from ldm_scaling.config.distill import Consistency, Distill, Halving
 from ldm_scaling.config.dreambooth import DreamBooth
@@ -15,7 +16,7 @@ from ldm_scaling.config.study import Study
 from ldm_scaling.config.training import AUTO, Autoencoder, Diffusion, Mesh, Train
 
 __all__ = [
-    "AUTO", "OPENMOJI", "Autoencoder", "Consistency", "Data", "Diffusion", "Distill", "DreamBooth",
-    "FineTune", "Halving", "Mesh", "Prepare", "Sample", "Study", "Sweep", "Train", "default",
-    "parse",
+    "AUTO", "OPENMOJI", "Autoencoder", "Cascade", "Consistency", "Data", "Diffusion", "Distill",
+    "DreamBooth", "FineTune", "Halving", "Mesh", "Prepare", "Sample", "Study", "Sweep", "Train",
+    "default", "parse",
 ]

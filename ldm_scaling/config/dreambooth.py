@@ -36,7 +36,7 @@ class DreamBooth:
       prior_weight: of the loss over the class's pictures; 0 has none.
       class_images: how many of those a member draws itself.
       lora_rank: of adapters (arXiv 2106.09685); 0 trains all parameters.
-      lora_targets: regular expressions that find the U-Net's layers with adapters; none are the
+      lora_targets: regular expressions that find the network's layers with adapters; none are the
         projections of its attention.
       train_text_encoder: whether the text encoder is taught along.
       prompts: that a taught member draws, {0} and {1} as above; none are those of DreamBench's

@@ -29,7 +29,8 @@ def default() -> ml_collections.ConfigDict:
     """The locked ConfigDict of all keys, at the paper's recipe where it gives one."""
     config = _to_dict(Study, Study())
     config.lock()
-    for part in (config, config.finetune, config.consistency, config.halving):
+    parts = (config.finetune, config.consistency, config.halving, config.cascade)
+    for part in (config, *parts):
         part.sweep.max_steps.unlock()
     return config
 

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from ldm_scaling import files
+from ldm_scaling.config.cascade import Cascade
 from ldm_scaling.config.check import require
 from ldm_scaling.config.data import Data
 from ldm_scaling.config.distill import Consistency, Distill, Halving
@@ -38,7 +39,7 @@ class Study:
       weights_hash: of the folder's files. Filled in when the folder is read; given, it is what
         they must have.
       data, autoencoder, diffusion, train, mesh, sample, sweep, finetune, consistency, halving,
-        dreambooth: see their classes.
+        cascade, dreambooth: see their classes.
     """
 
     name: str = "study"
@@ -57,6 +58,7 @@ class Study:
     finetune: FineTune = dataclasses.field(default_factory=FineTune)
     consistency: Consistency = dataclasses.field(default_factory=Consistency)
     halving: Halving = dataclasses.field(default_factory=Halving)
+    cascade: Cascade = dataclasses.field(default_factory=Cascade)
     dreambooth: DreamBooth = dataclasses.field(default_factory=DreamBooth)
 
     def __post_init__(self):
@@ -74,6 +76,7 @@ class Study:
                      "stable-diffusion-v1-5/stable-diffusion-v1-5")
         require(self.autoencoder.train.remat == "none", "autoencoder.train.remat",
                  self.autoencoder.train.remat, "the autoencoder has no blocks to recompute: none")
+        self._check_transfer()
         require(not (self.weights and self.finetune.pretrained), "finetune.pretrained",
                  self.finetune.pretrained, f"weights={self.weights!r} are the pretrained network: "
                  "give one of the two")
@@ -83,14 +86,28 @@ class Study:
         same = ("select_block", "report_block", "more_blocks", "replicates")
         parts = {"finetune": self.finetune.sweep} if self.finetune.task else {}
         parts |= {d.NAME: d.sweep for d in self.distillations}
+        parts |= {"cascade": self.cascade.sweep} if self.cascade.base else {}
         for name, sweep in parts.items():
             theirs, ours = ([getattr(s, k) for k in same] for s in (sweep, self.sweep))
             require(theirs == ours, f"{name}.sweep", theirs,
                     f"its {', '.join(same)} must be those of sweep, {ours}: one page reports both")
         for distill in self.distillations:
             self._check(distill)
+        if self.cascade.base:
+            self._check_cascade()
         if self.data.composed:
             self.check_counts(self.data.train_pictures, self.data.validation_pictures)
+
+    def _check_transfer(self) -> None:
+        """Members alone are a family of widths: others' runs have rates of their own."""
+        runs = {"autoencoder.train": self.autoencoder.train, "finetune.train": self.finetune.train,
+                "dreambooth.train": self.dreambooth.train}
+        for part in (self.consistency, self.halving):
+            runs |= {f"{part.NAME}.{k}": getattr(part, k) for k in ("train", "imitation")}
+        runs |= {f"cascade.{k}": getattr(self.cascade, k) for k in ("base_train", "train")}
+        for name, run in runs.items():
+            require(run.width_transfer == "none", f"{name}.width_transfer", run.width_transfer,
+                    "it is for train, in which members begin: give none here")
 
     @property
     def distillations(self) -> tuple[Distill, ...]:
@@ -112,6 +129,34 @@ class Study:
         require(not noise or wanted != "epsilon", f"{name}.prediction", wanted,
                 "the schedule ends in pure noise, of which epsilon tells nothing: v, x0 or flow")
 
+    @property
+    def upper(self) -> tuple[str, ...]:
+        """Members that are second stages of cascades."""
+        return self.cascade.upper or self.members
+
+    def _check_cascade(self) -> None:
+        cascade, given = self.cascade, self.cascade.base
+        others = {"finetune.task": self.finetune.task, "weights": self.weights}
+        others |= {f"{d.NAME}.method": d.method for d in self.distillations}
+        for name, value in others.items():
+            require(not value, "cascade.base", given, f"with {name}={value!r}: cascades are made "
+                    "of members that a study trains, and of these alone; give one of the two in a "
+                    "config, a workdir may serve several configs")
+        unknown = [m for m in cascade.upper if m not in self.members]
+        require(not unknown, "cascade.upper", cascade.upper, f"choose from members={self.members}")
+        same = ("num_images", "feature_side")
+        theirs, ours = ([getattr(s, k) for k in same] for s in (cascade.sweep, self.sweep))
+        require(theirs == ours, "cascade.sweep", theirs,
+                f"its {' and '.join(same)} must be those of sweep, {ours}: cascades are compared "
+                "with single networks")
+        require(self.data.side % cascade.factor == 0, "cascade.factor", cascade.factor,
+                f"does not divide data.side={self.data.side}")
+        require(self.data.side // cascade.factor >= 16, "cascade.factor", cascade.factor,
+                f"makes pictures of {self.data.side // cascade.factor} pixels of data.side="
+                f"{self.data.side}: at least 16")
+        require(self.data.max_aspect == 1, "data.max_aspect", self.data.max_aspect,
+                "cascades take square pictures: 1")
+
     def check_counts(self, train: int, validation: int) -> None:
         """Raises `UserError` where there are too few pictures for the batches or the sweep.
 
@@ -131,6 +176,8 @@ class Study:
             sweeps.append(("finetune.sweep", sweep, (*chooses, *sweep.report_blocks)))
             if self.finetune.pretrained:
                 del sweeps[0]
+        if self.cascade.base:
+            runs += [(f"cascade.{n}", getattr(self.cascade, n)) for n in ("base_train", "train")]
         for distill in self.distillations:
             runs += distill.runs(self.diffusion.prediction).items()
         for name, run in runs:

@@ -17,7 +17,7 @@ BOOKKEEPING = (
 )
 # Keys that decide numbers, but came later: at these values a run is what it was without them.
 NEUTRAL = {"micro_batches": 1, "moment_dtype": "float32", "learning_rate_decay": "none",
-           "ema_ramp": True}
+           "ema_ramp": True, "width_transfer": "none", "base_member": ""}
 NEUTRAL_DIFFUSION = {"timesteps": "uniform", "weighting": "none"}
 
 
@@ -31,6 +31,10 @@ class Train:
       learning_rate: after the warm-up.
       warmup_steps: steps of linear warm-up.
       learning_rate_decay: `none`, or `linear`: from there to 0 at the last step.
+      width_transfer: `none`, or `mup`: first weights and rates such that a rate that is best at one
+        width is best at others, see `models.width`. Of `Study.train` alone.
+      base_member: with `mup` the member at whose width nothing changes, such as the one that the
+        rate was chosen for.
       weight_decay: AdamW's, on kernels only.
       beta1, beta2: AdamW's.
       clip_norm: largest global norm of the gradient.
@@ -64,6 +68,8 @@ class Train:
     learning_rate: float = 1e-4
     warmup_steps: int = 10_000
     learning_rate_decay: str = "none"
+    width_transfer: str = "none"
+    base_member: str = ""
     weight_decay: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.999
@@ -123,6 +129,10 @@ class Train:
         require(self.learning_rate_decay == "none" or self.warmup_steps < self.steps,
                  "train.warmup_steps", self.warmup_steps, f"below steps={self.steps}, or there is "
                  "nothing left to fall over")
+        require(self.width_transfer in ("none", "mup"), "train.width_transfer",
+                 self.width_transfer, "choose none or mup")
+        require((self.width_transfer == "mup") == bool(self.base_member), "train.base_member",
+                 self.base_member, "name a member with width_transfer=mup, and none without")
         require(self.moment_dtype in ("float32", "bfloat16"), "train.moment_dtype",
                  self.moment_dtype, "choose float32 or bfloat16")
         require(self.batch_size % self.micro_batches == 0, "train.micro_batches",

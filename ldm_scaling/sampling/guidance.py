@@ -77,11 +77,15 @@ NONE = Correction()
 def with_unconditional(cond: Any, uncond: Any) -> Any:
     """The pytree of a batch of 2B that holds each sample's conditioning, then its `uncond`.
 
-    Interleaved, not stacked, so that a batch split over devices stays where it is.
+    Interleaved, not stacked, so that a batch split over devices stays where it is. What a dict
+    `uncond` lacks of a dict `cond` is no prompt's: both evaluations see it.
 
     Raises:
         UserError: if a leaf of `uncond` does not broadcast to `cond`'s.
     """
+
+    if isinstance(cond, dict) and isinstance(uncond, dict):
+        uncond = cond | uncond
 
     def pair(path, leaf, empty):
         if leaf.shape[1:] != empty.shape[1:] or empty.shape[0] not in (1, leaf.shape[0]):

@@ -177,6 +177,11 @@ def of_records(
     Raises:
       UserError: where records, blocks or measured seconds are missing.
     """
+    if prices is not None and any(r.first for r in records):
+        raise UserError(
+            "cascades are timed in their sweep alone: leave out --device for the records' own "
+            "seconds, or give a budget in cost or flops"
+        )
     longest = curves_lib.longest(records)
     found = curves_lib.distinct(longest)
     metric = metric_of(found, metric)
@@ -319,7 +324,13 @@ def _pricing(
     def price(p: Point) -> float:
         record = cells[p.model, p.sampler, p.steps]
         guided = p.guidance != 1 and not record.told
-        return costing.sampling(prices[p.model], record.calls, guided, unit, counted)
+        if record.first is None:
+            return costing.sampling(prices[p.model], record.calls, guided, unit, counted)
+        first = record.first
+        own = Price(first.model, first.gflops, first.norm_cost)
+        both = first.upper_guidance != 1
+        return costing.sampling(own, first.calls, guided, unit, counted) + costing.sampling(
+            prices[p.model], record.calls, both, unit, counted)
 
     return price, costing.label(unit, counted, device)
 

@@ -183,10 +183,11 @@ class Caches:
     def training(self) -> Source | Mixture:
         """What text-to-image networks are trained on: `mean`, `logvar`, `context`."""
         return datasets.mixed(
-            [self._pairs(number) for number in range(len(self.datasets))], self.data.weights
+            [self.pairs(number) for number in range(len(self.datasets))], self.data.weights
         )
 
-    def _pairs(self, number: int) -> Source:
+    def pairs(self, number: int) -> Source:
+        """The same of one data set."""
         captions, text = self.datasets[number].captions("train"), self.states(number, "train")
         names_side = self._names_side(number) if self.data.flip else None
 

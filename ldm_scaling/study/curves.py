@@ -10,7 +10,7 @@ import numpy as np
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.study import labels
-from ldm_scaling.study.records import TEXT_TO_IMAGE, Identity, Record
+from ldm_scaling.study.records import CHOSEN, Identity, Record
 
 Cell = tuple[str, str, int]
 """(model, sampler, steps): what has one best guidance rate."""
@@ -150,7 +150,8 @@ def last_rounds(records: Sequence[Record]) -> list[Record]:
 def distinct(records: Sequence[Record]) -> list[Record]:
     """The records with one name per arm, checked to hold each configuration once.
 
-    A sampler measured with several timestep spacings becomes several arms ("ddim, trailing").
+    A sampler measured with several timestep spacings becomes several arms ("ddim, trailing"); so
+    does one behind several first stages of a cascade ("ddim, after 4 of ddim").
     Of a guidance rate's rounds in a race only the last is kept. Raises `UserError` when two records
     still share model, sampler, steps, guidance and seed block (two checkpoints, two code versions):
     a curve through a mixture would mean nothing.
@@ -162,8 +163,10 @@ def distinct(records: Sequence[Record]) -> list[Record]:
     out, seen = [], {}
     for r in records:
         i = r.identity
-        if len(spacings[i.sampler]) > 1:
-            name = f"{i.sampler}, {i.spacing}"
+        name = f"{i.sampler}, {i.spacing}" if len(spacings[i.sampler]) > 1 else i.sampler
+        if r.first and ", after " not in name:
+            name += f", after {r.first.steps} of {r.first.sampler}"
+        if name != i.sampler:
             r = dataclasses.replace(r, identity=dataclasses.replace(i, sampler=name))
             i = r.identity
         place = (i.model, i.sampler, i.steps, i.guidance, i.seed_block)
@@ -263,7 +266,7 @@ def own_blocks(
     Raises:
       UserError: where there would be something to choose.
     """
-    if any(r.identity.seed_block == select_block or r.task == TEXT_TO_IMAGE for r in records):
+    if any(r.identity.seed_block == select_block or r.task in CHOSEN for r in records):
         return select_block, report_block
     rates: dict[Cell, set[float]] = {}
     for r in records:

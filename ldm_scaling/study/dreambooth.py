@@ -108,6 +108,7 @@ class Taught:
         study, run = m.study, c.train
         others = {"finetune.task": study.finetune.task}
         others |= {f"{d.NAME}.method": d.method for d in study.distillations}
+        others |= {"cascade.base": study.cascade.base}
         for key, value in others.items():
             if value:
                 raise UserError(
@@ -124,11 +125,6 @@ class Taught:
             shapes = {"unet": backbone.param_shapes(m.spec(member))}
             if self.text is not None:
                 shapes["text"] = self.text.params
-            if c.lora_rank and not isinstance(m.spec(member), unet.UNetSpec):
-                raise UserError(
-                    f"config: dreambooth.lora_rank={c.lora_rank}: {member} is no U-Net, of which "
-                    "adapters are kept in diffusers' names: 0, which trains all of it"
-                )
             if c.lora_rank:
                 jax.eval_shape(
                     lambda shapes=shapes: task_lib.begin(
@@ -422,6 +418,7 @@ class Taught:
         if self.config.lora_rank:
             adapters = placing.fetch(average)  # By all: a process may lack a shard.
             if hosts.is_lead():
-                levels = len(self.materials.spec(member).channel_mults)
+                spec = self.materials.spec(member)
+                levels = len(spec.channel_mults) if isinstance(spec, unet.UNetSpec) else None
                 lora.save(folder / "lora.safetensors", adapters, levels)
         return task_lib.whole(average, task.frozen)

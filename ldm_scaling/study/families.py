@@ -7,7 +7,7 @@ the selection block, and is valued on the report block, as a size does in `winne
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ldm_scaling.models import zoo
 from ldm_scaling.study import labels, winners
@@ -15,7 +15,9 @@ from ldm_scaling.study.curves import Curves, Point
 from ldm_scaling.study.statistics import words
 from ldm_scaling.study.winners import Winner
 
-NAMES = {"unet": "U-Net", "dit": "DiT", "uvit": "U-ViT", "mmdit": "MM-DiT", "edm2": "EDM2"}
+NAMES = {
+    "unet": "U-Net", "dit": "DiT", "sit": "SiT", "uvit": "U-ViT", "mmdit": "MM-DiT", "edm2": "EDM2",
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,19 +42,26 @@ def compared(curves: Curves, metric: str) -> tuple[list[Family], list[Winner]]:
         if family := zoo.family_of(model):
             pools.setdefault(family, []).extend(points)
     names = [family for family in zoo.FAMILIES if family in pools]
-    if len(names) < 2:
+    return of_pools({NAMES[name]: pools[name] for name in names}, metric)
+
+
+def of_pools(
+    pools: Mapping[str, Sequence[Point]], metric: str
+) -> tuple[list[Family], list[Winner]]:
+    """The same of any pools of cells, by their names; nothing where there are not two."""
+    if len(pools) < 2:
         return [], []
     every = [p for pool in pools.values() for p in pool]
     families = []
-    for name in names:
+    for name, pool in pools.items():
         frontier = (
-            (budget, winners.best_within(pools[name], budget, "cost"))
+            (budget, winners.best_within(pool, budget, "cost"))
             for budget in winners.budgets(every, "cost")
         )
-        families.append(Family(NAMES[name], tuple((b, p) for b, p in frontier if p is not None)))
+        families.append(Family(name, tuple((b, p) for b, p in frontier if p is not None)))
     as_sizes = {
-        (NAMES[name], "any"): [dataclasses.replace(p, model=NAMES[name]) for p in pools[name]]
-        for name in names
+        (name, "any"): [dataclasses.replace(p, model=name) for p in pool]
+        for name, pool in pools.items()
     }
     return families, winners.winner_by_budget(as_sizes, metric, [f.name for f in families])
 
@@ -72,6 +81,9 @@ def sentences(curves: Curves, metric: str) -> list[str]:
             sizes.setdefault(family, set()).add(model)
             cells[family] = cells.get(family, 0) + len(points)
 
+    def count(n: int, what: str) -> str:
+        return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
     def one(w: Winner) -> str:
         point = at[w.best.model][w.budget]
         return (
@@ -82,7 +94,10 @@ def sentences(curves: Curves, metric: str) -> list[str]:
         )
 
     ends = [met[0]] if met[0].budget == met[-1].budget else [met[0], met[-1]]
-    of = [f"{f.name} ({len(sizes[f.name])} sizes, {cells[f.name]} cells)" for f in families]
+    of = [
+        f"{f.name} ({count(len(sizes[f.name]), 'size')}, {count(cells[f.name], 'cell')})"
+        for f in families
+    ]
     return [
         f"Of the families {labels.listing(of)}, each at its best size, sampler and steps: "
         f"{'; '.join(map(one, ends))}. A family with more cells has more to choose from; each size "
@@ -93,11 +108,16 @@ def sentences(curves: Curves, metric: str) -> list[str]:
 def ladder(models: Sequence[str]) -> tuple[str, list[str]]:
     """The family whose sizes are judged as a ladder where there are several, by name, and its
     sizes: that of most, the U-Net before others. No name where there is one family."""
-    of: dict[str, list[str]] = {}
-    for model in models:
-        of.setdefault(zoo.family_of(model), []).append(model)
+    of = parted(models)
     if len(of) < 2:
         return "", list(models)
-    order = list(zoo.FAMILIES)
-    best = min(of, key=lambda f: (-len(of[f]), order.index(f) if f in order else len(order)))
-    return NAMES.get(best, "other networks"), of[best]
+    best = max(of, key=lambda name: len(of[name]))
+    return best, of[best]
+
+
+def parted(models: Sequence[str]) -> dict[str, list[str]]:
+    """Models by family, for readers: in the zoo's order, those that it does not know last."""
+    of: dict[str, list[str]] = {family: [] for family in (*zoo.FAMILIES, "")}
+    for model in models:
+        of[zoo.family_of(model)].append(model)
+    return {NAMES.get(family, "other networks"): own for family, own in of.items() if own}

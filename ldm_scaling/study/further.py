@@ -1,5 +1,5 @@
-"""What a study does with members once they are trained: it fine-tunes or distils them, or neither.
-"""
+"""What a study does with members once they are trained: it fine-tunes or distils them, makes
+cascades of them, or neither."""
 
 from __future__ import annotations
 
@@ -10,31 +10,34 @@ from ldm_scaling import files, pictures
 from ldm_scaling.errors import UserError
 from ldm_scaling.parallel import hosts, processes
 from ldm_scaling.study import runs
+from ldm_scaling.study.cascaded import Cascaded
 from ldm_scaling.study.distilled import Distilled
 from ldm_scaling.study.finetuned import FineTuned
 from ldm_scaling.study.materials import Materials
 from ldm_scaling.training import loop
 
-Further = FineTuned | Distilled
+Further = FineTuned | Distilled | Cascaded
 
 
 def of(materials: Materials) -> list[Further]:
     """What the config says; kept, for what draws with networks is compiled once for every stage."""
     study = materials.study
-    return _kept(materials) if study.finetune.task or study.distillations else []
+    asked = study.finetune.task or study.distillations or study.cascade.base
+    return _kept(materials) if asked else []
 
 
 @functools.lru_cache(maxsize=2)
 def _kept(materials: Materials) -> list[Further]:
     study = materials.study
     fine_tuned = [FineTuned(materials)] if study.finetune.task else []
-    return [*fine_tuned, *(Distilled(materials, d.NAME) for d in study.distillations)]
+    cascaded = [Cascaded(materials)] if study.cascade.base else []
+    return [*fine_tuned, *(Distilled(materials, d.NAME) for d in study.distillations), *cascaded]
 
 
 def train(further: Further) -> None:
     """Every member's further runs that are missing."""
     further.materials.require_trained()
-    if isinstance(further, Distilled):
+    if not isinstance(further, FineTuned):
         further.train()
         return
     for member in further.materials.study.members:
@@ -63,10 +66,12 @@ def grid(further: Further) -> str:
     """A labelled grid of what the networks draw, see their `sheet`; returns the file, which is not
     drawn again."""
     materials = further.materials
-    subjects = [(s.member, s.hash, s.train_step) for s in further.subjects()]
+    subjects = [(s.model, s.hash, s.train_step) for s in further.subjects()]
     drawn_with = files.sha256_of([
         subjects, dataclasses.asdict(further.config.sample),
         *([dataclasses.asdict(materials.study.sample)] if isinstance(further, Distilled) else []),
+        *([further.config.first_steps[-1], further.setting] if isinstance(further, Cascaded)
+          else []),
     ])
     path = materials.workdir / "samples" / f"{further.config.task}_{drawn_with[:8]}.png"
     if not processes.from_lead("grid", path.exists):

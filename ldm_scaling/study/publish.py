@@ -10,10 +10,18 @@ import os
 from collections.abc import Sequence
 
 from ldm_scaling import __version__
-from ldm_scaling.config import Consistency, Distill, FineTune
+from ldm_scaling.config import Cascade, Consistency, Distill, FineTune, Study
 from ldm_scaling.models import zoo
 from ldm_scaling.sampling import solvers
-from ldm_scaling.study import baselines, families, labels, report, reported, students
+from ldm_scaling.study import (
+    baselines,
+    cascades,
+    families,
+    labels,
+    report,
+    reported,
+    students,
+)
 from ldm_scaling.study.baselines import Baselines
 from ldm_scaling.study.figures import beside, catalogue
 from ldm_scaling.study.figures.source import Source
@@ -74,6 +82,7 @@ def _context(materials: Materials, captions: Sequence[str]) -> dict:
             f"Timestep spacing: {sweep.spacing or 'that of each sampler'}.",
             *([_fine_tuning(finetune)] if finetune.task else []),
             *(_distilling(d, study.diffusion.prediction) for d in study.distillations),
+            *([_cascading(study.cascade, study)] if study.cascade.base else []),
         ],
         "attribution": [d.attribution for d in materials.datasets if d.attribution],
         "config": json.loads(json.dumps(dataclasses.asdict(study))),
@@ -120,6 +129,23 @@ def _distilling(distill: Distill, prediction: str) -> str:
         f"which start from it; {_method(distill)}.{changes} Steps of training: {trained}. Students "
         "are drawn for their teachers' prompts, from the same noise; timestep spacing: "
         f"{distill.sweep.spacing or labels.listing(spacings)}."
+    )
+
+
+def _cascading(cascade: Cascade, study: Study) -> str:
+    side = study.data.side // cascade.factor
+    start = "from the member of their name" if cascade.start == "member" else "from nothing"
+    noise = (
+        f" In training there is noise of a level up to {cascade.augment:g} on them, which is told; "
+        f"they are drawn with {cascade.level:g}." if cascade.augment else ""
+    )
+    return (
+        f"{labels.task(cascade.task)}s: {labels.listing(cascade.base)} draw pictures of {side} "
+        f"pixels from text ({cascade.base_train.steps:,} steps of training), "
+        f"{labels.listing(study.upper)} make them {cascade.factor} times larger, given the caption "
+        f"and the small latents ({cascade.train.steps:,} steps, {start}).{noise} Both are drawn "
+        f"from latent to latent, and the cost is the sum; the guidance rate is the first stage's, "
+        f"the second's is {cascade.upper_guidance:g}."
     )
 
 
@@ -172,6 +198,7 @@ def write(materials: Materials, found: list[Record], others: Sequence[Record] = 
         materials.workdir.path, found, figures, _context(materials, captions),
         strips if here else None, others,
         [*_restored(held, [*found, *others]),
-         *students.sentences([*found, *others], FRECHET, sweep.select_block, report_blocks)],
+         *(sentence for of in (students, cascades) for sentence in of.sentences(
+             [*found, *others], FRECHET, sweep.select_block, report_blocks))],
     )
     return os.fspath(path)

@@ -13,6 +13,7 @@ from typing import Any
 from etils import epath
 
 from ldm_scaling import files
+from ldm_scaling.config.cascade import TASK as CASCADE
 from ldm_scaling.data.conditions import table as conditions
 from ldm_scaling.errors import UserError
 
@@ -25,8 +26,44 @@ TEXT_TO_IMAGE = "text_to_image"
 DISTILLED = ("consistency", "guided_distillation", "progressive_distillation")
 RESTORING = tuple(conditions.CONDITIONS)
 """Image-conditioned tasks, super-resolution first."""
-TASKS = (TEXT_TO_IMAGE, *RESTORING, "dreambooth", *DISTILLED)
+TASKS = (TEXT_TO_IMAGE, *RESTORING, "dreambooth", *DISTILLED, CASCADE)
 """What networks of records are for."""
+CHOSEN = (TEXT_TO_IMAGE, CASCADE)
+"""Tasks whose steps within a budget are chosen, so that a block of its own chooses."""
+
+
+@dataclasses.dataclass(frozen=True)
+class First:
+    """The first stage of a cascade, which draws the small pictures.
+
+    Attributes:
+      model: name of its network.
+      sampler, steps, spacing: see `Identity`; its guidance rate is the identity's.
+      upper_guidance: rate of the second stage.
+      level: of the noise on what the second stage sees.
+      gflops, norm_cost, calls: see `Record`.
+    """
+
+    model: str
+    sampler: str
+    steps: int
+    spacing: str
+    upper_guidance: float
+    level: float
+    gflops: float
+    norm_cost: float
+    calls: int
+
+    @property
+    def spelling(self) -> str:
+        """All of it that decides numbers, and the network's name, in one way."""
+        words = [self.model, self.sampler, str(self.steps), self.spacing]
+        return " ".join([*words, f"w{self.upper_guidance:.12g}", f"l{self.level:.12g}"])
+
+    @property
+    def cost(self) -> float:
+        """As `Record.cost`, of this stage."""
+        return self.norm_cost * self.calls
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +71,7 @@ class Identity:
     """What makes a record the one it is: everything that decides its numbers.
 
     Attributes:
-      model: name of the family member.
+      model: name of the family member; of a cascade both, `FIRST+SECOND`.
       model_hash: hash of the network's spec and of how it was trained.
       train_step: training step of the checkpoint.
       sampler: name of the sampler, e.g. `ddim`.
@@ -45,6 +82,8 @@ class Identity:
       num_images: images in the block.
       reference_hash: hash of the reference statistics, the feature network included.
       version: version of the code that decides numbers.
+      first: of a cascade how its first stage draws, see `First.spelling`: all before is of the
+        second then, but guidance, which is the first's; empty of one network.
     """
 
     model: str
@@ -58,11 +97,15 @@ class Identity:
     num_images: int
     reference_hash: str
     version: str
+    first: str = ""
 
     @property
     def key(self) -> str:
         """16 hex digits: the record's file name."""
-        return files.sha256_of(dataclasses.asdict(self))
+        decides = dataclasses.asdict(self)
+        if not self.first:  # Records were named before there were cascades.
+            del decides["first"]
+        return files.sha256_of(decides)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +115,7 @@ class Record:
     Attributes:
       identity: see `Identity`.
       base_channels: width c of the network.
-      params: parameters of the network.
+      params: parameters of the network; of both networks of a cascade.
       gflops: XLA's GFLOPs of one forward pass at batch 1 (2 per multiply-add, no guidance).
       norm_cost: gflops over those of the family's reference member.
       calls: network calls per image, a guided pair counted once (the paper's convention).
@@ -91,6 +134,7 @@ class Record:
       student_steps: that halving was to reach; 0 of other networks.
       setting: how it was distilled: the method, and a hash of all that decides it; empty of other
         networks.
+      first: the first stage of a cascade; None of one network.
     """
 
     identity: Identity
@@ -109,17 +153,21 @@ class Record:
     told: bool = False
     student_steps: int = 0
     setting: str = ""
+    first: First | None = None
 
     def __post_init__(self) -> None:
+        if self.identity.first != (self.first.spelling if self.first else ""):
+            raise UserError(f"a record's first stage is {self.first}, its identity says "
+                            f"{self.identity.first!r}")
         if self.task not in TASKS:
             raise UserError(f"a record's task is {self.task!r}: use one of {', '.join(TASKS)}")
 
     @property
     def cost(self) -> float:
         """Sampling cost: normalised cost per call x calls of the network, guidance not doubled.
-        For all samplers of the paper a call is a step.
+        For all samplers of the paper a call is a step. A cascade's is the sum of both stages'.
         """
-        return self.norm_cost * self.calls
+        return self.norm_cost * self.calls + (self.first.cost if self.first else 0.0)
 
     def flat(self) -> dict[str, Any]:
         """One flat row (no replicates), for tables."""
@@ -131,7 +179,8 @@ class Record:
             row |= {f"{name}_low": low, f"{name}_high": high}
         return row | {"seconds_per_image": self.seconds_per_image, "device": self.device,
                       "round": self.round, "task": self.task, "told": self.told,
-                      "student_steps": self.student_steps, "setting": self.setting}
+                      "student_steps": self.student_steps, "setting": self.setting,
+                      "first_cost": self.first.cost if self.first else 0.0}
 
 
 def path_of(directory: epath.PathLike, key: str) -> epath.Path:
@@ -166,6 +215,9 @@ def _check(record: Record) -> None:
     for name in ("norm_cost", "calls"):
         if not numbers[name] > 0:
             raise ValueError(f"{name} is {numbers[name]}, not above 0")
+        value = getattr(record.first, name, 1)
+        if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} of the first stage is {value!r}, not above 0")
     for name, values in (*record.intervals.items(), *record.replicates.items()):
         if not all(map(math.isfinite, values)):
             raise ValueError(f"an interval or a replicate of {name} is not finite")
@@ -182,7 +234,9 @@ def read(path: epath.PathLike) -> Record:
         key = payload.pop("key")
         identity = Identity(**payload.pop("identity"))
         intervals = {k: (v[0], v[1]) for k, v in payload.pop("intervals").items()}
-        record = Record(identity=identity, intervals=intervals, **payload)
+        first = payload.pop("first", None)
+        first = None if first is None else First(**first)
+        record = Record(identity=identity, intervals=intervals, first=first, **payload)
         _check(record)
         if not key == identity.key == path.stem:
             raise ValueError(f"its key says {key}, its contents {identity.key}")

@@ -16,7 +16,7 @@ from ldm_scaling.data.composed import openmoji
 from ldm_scaling.data.conditions import pixels
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import cost, efficientnet, lpips, text_encoder
+from ldm_scaling.models import cost, efficientnet, lpips, text_encoder, zoo
 from ldm_scaling.parallel import hosts, processes
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling import solvers
@@ -32,6 +32,7 @@ from ldm_scaling.study import (
 )
 from ldm_scaling.study import further as further_lib
 from ldm_scaling.study import request as request_lib
+from ldm_scaling.study.cascaded import Cascaded
 from ldm_scaling.study.distilled import Distilled
 from ldm_scaling.study.dreambooth import Taught
 from ldm_scaling.study.finetuned import PERCEPTUAL, FineTuned
@@ -66,6 +67,8 @@ def check(study: Study, workdir: Workdir, measured: bool = True) -> Materials:
     for member in (*study.members, study.reference):
         materials.spec(member)
     pretrains = not (study.weights or study.finetune.pretrained)
+    for member in study.members if pretrains else ():
+        text_to_image.transfer(materials.spec(member), study.train)  # Raises where there is none.
     trains = {"train": study.train} if pretrains else {}
     if pretrains and not study.autoencoder.weights:
         trains["autoencoder.train"] = study.autoencoder.train
@@ -81,6 +84,14 @@ def check(study: Study, workdir: Workdir, measured: bool = True) -> Materials:
                 f"{jax.process_count()} processes: use a multiple of them"
             )
     schedule = schedule_lib.get(study.diffusion.schedule)
+    for member in study.members if pretrains else ():
+        told = study.diffusion
+        if zoo.family_of(member) == "sit" and not (schedule.straight and told.prediction == "flow"):
+            raise UserError(
+                f"config: members={member!r}: a SiT is a DiT on the linear interpolant, not with "
+                f"diffusion.schedule={told.schedule!r} and diffusion.prediction="
+                f"{told.prediction!r}: give flow for both, or name {member.replace('sit', 'dit')}"
+            )
     tables = [study.sample.table]
     grids = {"sweep": study.sweep} if pretrains or study.weights else {}
     tables += [table for grid in grids.values() for table in sweep.tables(grid)]
@@ -193,8 +204,9 @@ def sample(
     if several := further_lib.of(materials):
         asked = bool(prompts) or any(value is not None for value in values.values())
         return [
-            _students_grid(further, prompts, values)
-            if asked and isinstance(further, Distilled) else _further_grid(further, prompts, values)
+            _students_grid(further, prompts, values) if asked and isinstance(further, Distilled)
+            else _cascades_grid(further, prompts, values) if asked and isinstance(further, Cascaded)
+            else _further_grid(further, prompts, values)
             for further in several
         ]
     wanted = request_lib.of(materials.study, prompts or ("",), **values)
@@ -245,6 +257,27 @@ def _students_grid(distilled: Distilled, prompts: Sequence[str], values: dict[st
         drawer=lambda member: distilled.drawer(member, last.told),
         params=lambda member: distilled.params(member, last),
     ))
+
+
+def _cascades_grid(cascaded: Cascaded, prompts: Sequence[str], values: dict[str, Any]) -> str:
+    """Of cascades, for prompts and settings of one's own; the first stage's steps are the
+    config's."""
+    theirs, steps = cascaded.as_study(), cascaded.config.first_steps[-1]
+    materials = dataclasses.replace(cascaded.materials, study=theirs)
+    wanted = request_lib.of(theirs, prompts or ("",), **values)
+
+    def draw(wanted: Request, context_PLD: Any) -> gallery.Gallery:
+        drawn = gallery.draw(
+            materials, wanted, context_PLD,
+            drawer=lambda name: cascaded.drawer(*cascaded.of_name(name)).after(steps),
+            params=lambda name: cascaded.params(*cascaded.of_name(name)),
+        )
+        first = cascaded.first(cascaded.config.base[0], steps)
+        calls = {key: calls + first.calls for key, calls in drawn.calls.items()}
+        return dataclasses.replace(drawn, calls=calls)
+
+    whose = f"{cascaded.setting}_{steps}steps_"
+    return _grid(cascaded.materials, wanted, prompts, values, whose, draw)
 
 
 def _further_grid(further: Further, prompts: Sequence[str], values: dict[str, Any]) -> str:
@@ -319,7 +352,7 @@ def _measure(
         for number in short:
             subject = subjects[number]
             trained = f", {subject.train_step:,} steps of {subject.task}"
-            progress.show(subject.member + (trained if subject.task != TEXT_TO_IMAGE else ""))
+            progress.show(subject.model + (trained if subject.task != TEXT_TO_IMAGE else ""))
             sweep.run(subject, bench(subject), progress)
 
 

@@ -20,7 +20,7 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.models import backbone
 from ldm_scaling.models.cost import Cost
 from ldm_scaling.parallel import hosts, processes
-from ldm_scaling.sampling import packing, solvers
+from ldm_scaling.sampling import solvers
 from ldm_scaling.sampling.packing import Configuration
 from ldm_scaling.study import curves, raced, records
 from ldm_scaling.study.behind import Behind
@@ -29,6 +29,7 @@ from ldm_scaling.study.paired_scorer import PairedScorer
 from ldm_scaling.study.progress import Progress
 from ldm_scaling.study.records import Identity, Record
 from ldm_scaling.study.scorer import FRECHET, Scorer
+from ldm_scaling.tasks.cascade_drawing import CascadeDrawer
 from ldm_scaling.tasks.drawing import Drawer, sampling_key
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ STRIP = 8
 @dataclasses.dataclass(frozen=True)
 class Subject:
     """A network, and the grid that it is measured on; make one with `of_member`, or `subject` of
-    `finetuned` or `distilled`.
+    `finetuned`, `distilled` or `cascaded`.
 
     Attributes:
       member: its name.
@@ -49,7 +50,7 @@ class Subject:
       diffusion: the noise and what it predicts.
       seed: of the study: noise is drawn by it.
       task: see `records.TASKS`.
-      told, student_steps, setting: see `records.Record`.
+      told, student_steps, setting, first: see `records.Record`.
     """
 
     member: str
@@ -62,12 +63,18 @@ class Subject:
     told: bool = False
     student_steps: int = 0
     setting: str = ""
+    first: records.First | None = None
+
+    @property
+    def model(self) -> str:
+        """Its name in records."""
+        return f"{self.first.model}+{self.member}" if self.first else self.member
 
     @property
     def selects(self) -> bool:
         """Whether anything is chosen on the selection block: guidance, or with text the steps that
         are best within a budget. Others are measured on the blocks that report alone."""
-        return self.task == records.TEXT_TO_IMAGE or len(self.sweep.guidance) > 1
+        return self.task in records.CHOSEN or len(self.sweep.guidance) > 1
 
 
 def of_member(study: Study, member: str) -> Subject:
@@ -127,7 +134,7 @@ def _identities(
 ) -> list[Identity]:
     return [
         Identity(
-            model=subject.member,
+            model=subject.model,
             model_hash=subject.hash,
             train_step=subject.train_step,
             sampler=solvers.canonical(name),
@@ -138,6 +145,7 @@ def _identities(
             num_images=subject.sweep.num_images,
             reference_hash=reference_hash,
             version=__version__,
+            first=subject.first.spelling if subject.first else "",
         )
         for name, steps, spacing in tables(subject.sweep) for w in guidance(name, steps)
     ]
@@ -161,7 +169,7 @@ def reporting(
     best = curves.best_guidance(chosen, FRECHET, subject.sweep.select_block)
     return _reported(
         subject, reference_hash,
-        lambda name, steps: (best[subject.member, solvers.canonical(name), steps],),
+        lambda name, steps: (best[subject.model, solvers.canonical(name), steps],),
     )
 
 
@@ -188,8 +196,10 @@ def _calls(sampler: str, schedule: str, steps: int, prediction: str, spacing: st
 
 def work(subject: Subject, cost: Cost, identity: Identity) -> float:
     """GFLOPs of a record: every picture's calls, two evaluations each where guided, and one more
-    for decoding and scoring. What time left is reckoned by."""
-    pairs = identity.guidance != 1 and not subject.told
+    for decoding and scoring. What time left is reckoned by. A cascade's first stage is left out:
+    what it draws serves a whole grid."""
+    rate = subject.first.upper_guidance if subject.first else identity.guidance
+    pairs = rate != 1 and not subject.told
     evaluations = calls(subject.diffusion, identity) * (2 if pairs else 1)
     return (evaluations + 1) * cost.gflops * identity.num_images
 
@@ -257,7 +267,7 @@ class Bench:
     """
 
     spec: backbone.Spec
-    drawer: Drawer
+    drawer: Drawer | CascadeDrawer
     params: Any
     cost: Cost
     reference_cost: Cost
@@ -345,7 +355,7 @@ def _complete(
         )
         for i in missing
     ]
-    plans = drawer.lanes.plans(configurations)
+    plans = drawer.plans(configurations)
     rows, useful = (sum(p.lanes * p.rows for p in plans), sum(p.useful_rows for p in plans))
     log.info(
         "%s: %d configurations of %d pictures in %d lanes and %d programs: %d rows, %.2f%% useful",
@@ -394,6 +404,7 @@ def _complete(
                 told=subject.told,
                 student_steps=subject.student_steps,
                 setting=subject.setting,
+                first=subject.first,
             ),
         )
 
@@ -435,7 +446,7 @@ def _seconds(
     configurations share a batch, so none has a time of its own.
     """
     out = [0.0] * len(configurations)
-    for guided, group in packing.split(configurations, bench.drawer.lanes.told):
+    for guided, group in bench.drawer.split(configurations):
         shortest = min((configurations[i] for i in group), key=lambda c: c.table.calls)
         kind = (guided, shortest.table.correction)
         if kind not in bench.seconds:

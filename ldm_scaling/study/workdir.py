@@ -37,9 +37,12 @@ class Workdir:
         models/NAME/          as autoencoder/, one folder a member
         finetuned/TASK_HASH/  members trained further: NAME/ as autoencoder/; DreamBooth's has more
         distilled/METHOD_HASH/ students: NAME/STAGE/ as autoencoder/
+        cascades/             base_HASH/NAME/, upper_HASH/NAME/ as autoencoder/
+        small_N/              latents of pictures N times smaller
         baselines/            what restored pictures are held against
         reference/            statistics of the real pictures, the caption probe
         records/KEY.json      one record per configuration
+        rates/KEY.json        a short run at a learning rate, see `ldm-scaling rates`; its figure
         features/KEY.npz      features of a racing sweep between its rounds
         strips/KEY.png        the first pictures of each configuration
         samples/              grids that `ldm-scaling sample` drew
@@ -155,7 +158,9 @@ class Workdir:
             ) from e
         except OSError:  # A file system without locks.
             log.warning("%s cannot be locked; run one process at a time", self.path)
-        for folder in (".", "data", "reference", "records", "features", "strips", "figures"):
+        for folder in (
+            ".", "data", "reference", "records", "rates", "features", "strips", "figures",
+        ):
             for leftover in (self.path / folder).glob(".tmp-*"):
                 leftover.unlink(missing_ok=True)
         return file

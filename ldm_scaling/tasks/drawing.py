@@ -22,7 +22,7 @@ from ldm_scaling.models import attention as attention_lib
 from ldm_scaling.models import autoencoder, backbone, tiny_decoder
 from ldm_scaling.parallel import gathering, hosts, placing
 from ldm_scaling.parallel import mesh as mesh_lib
-from ldm_scaling.sampling import solvers
+from ldm_scaling.sampling import packing, solvers
 from ldm_scaling.sampling.guidance import Denoise
 from ldm_scaling.sampling.lanes import Finished, Lanes
 from ldm_scaling.sampling.packing import Configuration
@@ -187,6 +187,14 @@ class Drawer:
     def table(self, name: str, steps: int, spacing: str | None = None) -> SamplerTable:
         """The sampler's table on this schedule, see `solvers.make`."""
         return solvers.make(name, self.schedule, steps, self.diffusion.prediction, spacing)
+
+    def plans(self, configurations: Sequence[Configuration]) -> list[packing.Plan]:
+        """Where each sample runs, see `Lanes.plans`."""
+        return self.lanes.plans(configurations)
+
+    def split(self, configurations: Sequence[Configuration]) -> list[tuple[bool, list[int]]]:
+        """What one program runs together, see `packing.split`."""
+        return packing.split(configurations, self.lanes.told)
 
     def draw(
         self, params: Any, configurations: Sequence[Configuration], ctx_PLD: np.ndarray,

@@ -39,7 +39,7 @@ def begin(
       networks: `unet`, and `text` where it is trained, to pretrained parameters.
       rank: of adapters; 0 trains all parameters.
       key: of the adapters.
-      targets: patterns of the U-Net's layers that get adapters; none are `lora.UNET_TARGETS`.
+      targets: patterns of the network's layers that get adapters; none are `lora.UNET_TARGETS`.
     Raises:
       UserError: see `lora.init`.
     """

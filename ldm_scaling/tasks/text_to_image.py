@@ -13,7 +13,7 @@ from ldm_scaling import pictures
 from ldm_scaling.config import Diffusion, Sample, Train
 from ldm_scaling.diffusion import loss as loss_lib
 from ldm_scaling.diffusion import schedule as schedule_lib
-from ldm_scaling.models import autoencoder, backbone, cost
+from ldm_scaling.models import autoencoder, backbone, cost, width, zoo
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.parallel import placing
 from ldm_scaling.sampling.guidance import Denoise
@@ -117,6 +117,17 @@ def show_fn(
     return show
 
 
+def transfer(spec: backbone.Spec, train: Train) -> width.Transfer | None:
+    """What width transfer changes in a network's run, if it is asked for.
+
+    Raises:
+      UserError: where there is none for this network and the run's base.
+    """
+    if train.width_transfer == "none":
+        return None
+    return width.mup(spec, zoo.get(train.base_member).spec)
+
+
 def make(
     name: str, spec: backbone.Spec, train: Train, diffusion: Diffusion, sample: Sample,
     frozen: Frozen, drawer: Drawer, validation: dict[str, np.ndarray],
@@ -157,8 +168,11 @@ def make(
         value = validation_loss(params, held_out["mean"], held_out["context"], held_out["index"])
         return {"loss": float(value)}
 
+    transferred = transfer(spec, train)
+
     def init(key: jax.Array) -> Any:
-        return backbone.init(spec, key)
+        params = backbone.init(spec, key)
+        return transferred.drawn(params) if transferred else params
 
     def flops_per_example() -> float:
         # Backward takes two products for each one forward.
@@ -166,5 +180,5 @@ def make(
 
     return Task(
         name, init, make_batch, loss, validate, show_fn(drawer, sample, validation),
-        flops_per_example,
+        flops_per_example, rates=transferred.rates if transferred else None,
     )

@@ -1,5 +1,5 @@
 """Members that are distilled: the whole study at its smallest, by a student that is told its rate
-and by halving."""
+and by halving; of a transformer by flow matching, whose study this is too."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,7 @@ from ldm_scaling import cli
 from ldm_scaling import config as config_lib
 from ldm_scaling.config import Consistency, FineTune, Halving, Sample, Study, Sweep
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import cost, unet, zoo
+from ldm_scaling.models import cost, dit, zoo
 from ldm_scaling.study import curves, records, stages, students
 from ldm_scaling.study.distilled import Distilled
 from ldm_scaling.study.scorer import FRECHET
@@ -29,15 +29,13 @@ FLAGS = (
     "--config.consistency.method=lcm", "--config.consistency.rates=(1.0,8.0)",
     "--config.consistency.guidance_dim=8", "--config.consistency.sample.sampler=lcm",
     "--config.consistency.sweep.samplers=('lcm',)", "--config.halving.method=progressive",
-    "--config.halving.steps=(2,1)",
+    "--config.halving.steps=(2,1)", "--config.diffusion.schedule=flow",
+    "--config.diffusion.prediction=flow", "--config.diffusion.timesteps=logit_normal",
 )
 
 
 LCM = {"sample": Sample(sampler="lcm", steps=4), "sweep": Sweep(samplers=("lcm",))}
-TINY = unet.UNetSpec(
-    4, context_dim=384, channel_mults=(1,), attention_levels=(False,), blocks_per_level=1, heads=2,
-    groups=2, sample_size=8, context_length=18,
-)
+TINY = dit.DiTSpec(8, 1, 2, context_dim=384, context_length=18, sample_size=8)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -19,7 +19,7 @@ from ldm_scaling.metrics.frechet import ReferenceStats, frechet_from_features
 from ldm_scaling.metrics.moments import Moments
 from ldm_scaling.models import zoo
 from ldm_scaling.models.cost import Cost
-from ldm_scaling.sampling import solvers
+from ldm_scaling.sampling import packing, solvers
 from ldm_scaling.sampling.lanes import Finished
 from ldm_scaling.study import curves, raced, records, report, sweep
 from ldm_scaling.study.scorer import FRECHET
@@ -77,10 +77,11 @@ class _Drawer:
     batch_size = 32
     mesh = types.SimpleNamespace(devices=np.array(jax.devices()[:1]))
 
-    @property
-    def lanes(self):
-        plan = types.SimpleNamespace(lanes=32, rows=1, useful_rows=32)
-        return types.SimpleNamespace(plans=lambda configurations: [plan], told=False)
+    def plans(self, configurations):
+        return [types.SimpleNamespace(lanes=32, rows=1, useful_rows=32)]
+
+    def split(self, configurations):
+        return packing.split(configurations)
 
     def table(self, name, steps, spacing):
         return solvers.make(name, schedule_lib.get("sd"), steps, "v", spacing)

@@ -17,12 +17,14 @@ from ldm_scaling import files
 from ldm_scaling.errors import UserError
 from ldm_scaling.study import plot_style
 from ldm_scaling.study.figures import (
+    cascades,
     compute,
     distilled,
     downstream,
     equal_compute,
     families,
     family,
+    foretold,
     guidance,
     rows,
     scaling,
@@ -124,7 +126,7 @@ FIGURES = (
           "training compute", "training",
           "Left: loss against parameters, a parabola for each training compute, its least marked. "
           "Right: the best size against training compute."),
-    Entry("law_largest", "", "The largest size foretold", scaling.largest_held_out,
+    Entry("law_largest", "", "The largest size foretold", foretold.largest,
           "validation losses in the workdir, or records on both seed blocks, of four sizes",
           "training",
           "Loss and quality against training compute, and what a law of the smaller sizes "
@@ -152,6 +154,14 @@ FIGURES = (
     Entry("fig19_guided", "Fig. 19", "Guided distillation", distilled.halving,
           "records of task guided_distillation or progressive_distillation", "downstream",
           "Quality of students of every stage over their sampling steps, a panel for each size."),
+    Entry("cascade_cost", "", "Cascades at equal cost", cascades.by_cost,
+          "records of task cascade beside those of single networks", "downstream",
+          "What single networks and cascades of two reach within a sampling budget, each at its "
+          "best networks and steps."),
+    Entry("cascade_split", "", "A budget over two stages", cascades.split,
+          "records of task cascade", "downstream",
+          "Left: quality of every cascade against sampling cost, coloured by the first stage's "
+          "share. Right: the share that is best within a budget."),
 )
 
 
