@@ -1,8 +1,9 @@
 """Eight CPU devices for the sharding tests, a cache of compiled programs that commands share, and
 less of XLA's optimiser: small programs are compiled in half the time. All must be set before JAX
-makes its first array."""
+makes its first array. `--passed=FILE` runs what has not passed yet."""
 
 import os
+import pathlib
 import tempfile
 
 _CACHE = tempfile.TemporaryDirectory(prefix="compiled_")
@@ -13,3 +14,37 @@ import jax  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+
+_PASSED: list[str] = []
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--passed", metavar="FILE", type=pathlib.Path,
+        help="leaves out the tests that this file names, and adds those that pass",
+    )
+
+
+def _passed_before(config) -> set[str]:
+    path = config.getoption("--passed")
+    return set(path.read_text().splitlines()) if path and path.exists() else set()
+
+
+def pytest_collection_modifyitems(config, items):
+    before = _passed_before(config)
+    again = [item for item in items if item.nodeid in before]
+    if again:
+        config.hook.pytest_deselected(items=again)
+        items[:] = [item for item in items if item.nodeid not in before]
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call" and report.passed:
+        _PASSED.append(report.nodeid)
+
+
+def pytest_sessionfinish(session):
+    path = session.config.getoption("--passed")
+    if path and not hasattr(session.config, "workerinput"):  # Workers report to their controller.
+        names = sorted({*_passed_before(session.config), *_PASSED})
+        path.write_text("".join(f"{name}\n" for name in names))
