@@ -115,6 +115,7 @@ class Book:
                 raise UserError(
                     f"{path} is of a {there}, this is a {device()}: name another folder with --to"
                 )
+            check_flags(path, os.environ.get("XLA_FLAGS", ""))
         body = {
             "piece": name, "when": datetime.date.today().isoformat(), "device": device(),
             "flags": os.environ.get("XLA_FLAGS", ""), "commit": commit(), "seconds": seconds,
@@ -129,6 +130,26 @@ class Book:
         """Results by piece, in the order of their names."""
         paths = sorted(p for p in self.folder.glob("*.json") if not p.name.startswith("."))
         return {p.stem: self.get(p.stem) for p in paths}
+
+
+# Of one script, whatever it measures.
+_OWN_FLAGS = ("--xla_gpu_enable_command_buffer=", "--xla_backend_optimization_level=0")
+
+
+def check_flags(path: Path, flags: str) -> None:
+    """Raises `UserError` where a result was measured with other flags of XLA."""
+    there, here = (
+        sorted(set(text.split()) - set(_OWN_FLAGS)) for text in (_flags_of(path), flags)
+    )
+    if there != here:
+        raise UserError(
+            f"{path} was measured with XLA_FLAGS={' '.join(there)!r}, now they are "
+            f"{' '.join(here)!r}: name another folder with --to"
+        )
+
+
+def _flags_of(path: Path) -> str:
+    return json.loads(path.read_text())["flags"]
 
 
 # --- what is here -----------------------------------------------------------------------------
@@ -413,6 +434,8 @@ def main(
         args.to / Path(script).stem / "bound", "settings.json", settings(args),
         "results of other settings, by {key}",
     )
+    for path in book.folder.glob("*.json"):
+        check_flags(path, os.environ.get("XLA_FLAGS", ""))
     for piece in pieces:
         if book.done(piece.name):
             continue

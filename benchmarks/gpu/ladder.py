@@ -35,7 +35,7 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent import futures
 from pathlib import Path
 
@@ -243,8 +243,7 @@ class Ladder:
     @property
     def done(self) -> list[str]:
         """Members of which nothing is missing."""
-        path = self.workdir / STATE
-        return json.loads(path.read_text())["done"] if path.exists() else []
+        return done(self.workdir)
 
     def finish(self, name: str) -> None:
         """Takes what a member has made to the study's own, and notes that nothing is missing."""
@@ -255,11 +254,10 @@ class Ladder:
             for found in sorted(apart.glob(pattern)):
                 target = self.workdir / found.relative_to(apart)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                if not target.exists():
-                    os.link(found, target)
+                target.unlink(missing_ok=True)
+                os.link(found, target)
         with self._noting:
-            text = json.dumps({"done": [*self.done, name]}) + "\n"
-            files.atomic_write_text(self.workdir / STATE, text)
+            note(self.workdir, [*self.done, name])
 
     def command(self, name: str, workdir: Path, changed: dict[str, str]) -> bool:
         """Runs a command of `ldm-scaling`; False where time ran out.
@@ -334,12 +332,13 @@ class Ladder:
         if not left:
             return True
         # The first is trained before the others begin: data, autoencoder and latents come with it.
-        if not self.command("train", self.workdir, {"members": f"('{left[0]}',)"}):
-            return False
-        (self.workdir / "reference").mkdir(exist_ok=True)
         apart = self.workdir / APART / left[0]
-        self._bind(apart)
-        _link(self.workdir / "models" / left[0], apart / "models" / left[0])
+        if not apart.exists():
+            if not self.command("train", self.workdir, {"members": f"('{left[0]}',)"}):
+                return False
+            (self.workdir / "reference").mkdir(exist_ok=True)
+            self._bind(apart)
+            _link(self.workdir / "models" / left[0], apart / "models" / left[0])
         with futures.ThreadPoolExecutor(len(left)) as pool:
             # The widest takes longest.
             return all(list(pool.map(self.member, reversed(left))))
@@ -379,13 +378,14 @@ class Ladder:
             for path in self.worth():
                 tar.add(path, path.relative_to(self.workdir))
         data = buffer.getvalue()
-        for old in to.glob("ladder.tar.xz.*"):
-            old.unlink()
-        lines = []
+        lines, old = [], set(to.glob("ladder.tar.xz.*"))
         for number in range(-(-len(data) // PART)):
             part = to / f"ladder.tar.xz.{number}"
             files.atomic_write_bytes(part, data[number * PART : (number + 1) * PART])
             lines.append(f"{part}: {part.stat().st_size / 1e6:.2f} MB")
+            old.discard(part)
+        for part in old:
+            part.unlink()
         files.atomic_write_text(to / "ladder.log", "\n".join(self.log) + "\n")
         return lines
 
@@ -399,8 +399,19 @@ def _link(source: Path, target: Path) -> None:
             )
 
 
+def done(workdir: Path) -> list[str]:
+    """Members of which nothing is missing."""
+    path = workdir / STATE
+    return json.loads(path.read_text())["done"] if path.exists() else []
+
+
+def note(workdir: Path, names: Iterable[str]) -> None:
+    """Writes which they are."""
+    files.atomic_write_text(workdir / STATE, json.dumps({"done": list(names)}) + "\n")
+
+
 def unpack(source: Path, workdir: Path) -> None:
-    """What `pack` wrote, into a workdir that has nothing of it.
+    """What `pack` wrote, into a workdir that may have some of it, or more.
 
     Raises:
       UserError: where parts are missing or damaged.
@@ -409,9 +420,11 @@ def unpack(source: Path, workdir: Path) -> None:
     if not parts:
         raise UserError(f"there are no parts ladder.tar.xz.* in {source}: give the folder of run")
     data = io.BytesIO(b"".join(p.read_bytes() for p in parts))
+    before = done(workdir)
     try:
         with tarfile.open(fileobj=data, mode="r:xz") as tar:
             tar.extractall(workdir, filter="data")
+        note(workdir, dict.fromkeys([*before, *done(workdir)]))
     except (tarfile.TarError, EOFError, OSError) as e:
         raise UserError(f"the parts in {source} are not whole ({e}): copy them again") from e
 
@@ -446,8 +459,11 @@ def main(argv: list[str] | None = None) -> int:
         if args.what == "hand":
             print("\n".join(hand(args.config, args.to)))
             return 0
-        if args.source and not (args.workdir / STATE).exists():
-            unpack(args.source, args.workdir)
+        # What an earlier run packed where this one packs is never lost.
+        packed = any(args.to.glob("ladder.tar.xz.*")) and args.what == "run"
+        if source := args.source or (args.to if packed else None):
+            args.workdir.mkdir(parents=True, exist_ok=True)
+            unpack(source, args.workdir)
         minutes = args.minutes if args.what == "run" else 24 * 60
         ladder = Ladder(args.config, args.workdir.resolve(), Clock(minutes))
         if args.what == "report":

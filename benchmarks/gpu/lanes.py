@@ -193,13 +193,14 @@ def cold(grid: Grid, args: Any, book: Book) -> dict[str, Any]:
     """The first sweep in lanes, and scans compiled for each configuration; no programs kept."""
     jax.config.update("jax_enable_compilation_cache", False)
     sweep = Sweep(grid)
-    start = time.perf_counter()
-    sweep.lanes()
-    lanes = time.perf_counter() - start
-    start = time.perf_counter()
-    sweep.compiled_alone(grid.compiled)
-    count = len(sweep.configurations)
-    loop = (time.perf_counter() - start) * count / grid.compiled
+    with bench.turn():
+        start = time.perf_counter()
+        sweep.lanes()
+        lanes = time.perf_counter() - start
+        start = time.perf_counter()
+        sweep.compiled_alone(grid.compiled)
+        count = len(sweep.configurations)
+        loop = (time.perf_counter() - start) * count / grid.compiled
     jax.config.update("jax_enable_compilation_cache", True)
     return {"lanes": lanes, "compiled scans": loop, "compiled": grid.compiled, "of": count}
 

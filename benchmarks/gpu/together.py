@@ -4,10 +4,11 @@
 
 Where a program takes minutes to compile and seconds to measure, this is what a short stretch of a
 GPU is best spent on. Each piece is a process; one that is ready to measure has the card for itself,
-all others being stopped (SIGSTOP), in the order of the line. FLAGS are XLA's, without their dashes
-and with commas between them; pieces without any have `--flags`. When the minutes are used up what
-has not measured is ended. What is done in the folder is not done again; flags make a folder of
-their own. Logs are in `TO/logs`, the results where the scripts have them.
+all others being stopped (SIGSTOP), who has had fewest turns first. FLAGS are XLA's, without their
+dashes and with commas between them; pieces without any have `--flags`. When the minutes are used up
+what has not measured is ended. What is done in the folder is not done again; flags other than
+`--flags` make a folder of their own, and what was measured with others in a folder is refused. Logs
+are in `TO/logs`, the results where the scripts have them.
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ from pathlib import Path
 
 import bench
 
+from ldm_scaling.errors import UserError
+
 GPU = Path(__file__).resolve().parent
 # 866M, us and diffusers, training and sampling; 39M; the decoder.
 PIECES = (
     "train_step:peer_032", "sampling:peer_008", "train_step:ours_032", "sampling:ours_008",
-    "sampling:small_128", "sampling:decoder_008", "kernels:train_step",
+    "sampling:small_128", "sampling:decoder_008", "kernels:train_step", "train_step:parity",
+    "sampling:parity",
 )
 # What took least to compile without costing speed (results/2026-11-26_h200.md).
 FLAGS = "xla_gpu_autotune_level=1,xla_gpu_enable_triton_gemm=false"
@@ -66,14 +70,22 @@ class Job:
 
     @property
     def done(self) -> bool:
-        """Whether its result is there."""
-        return (self.to / self.script / f"{self.piece}.json").exists()
+        """Whether its result is there. Raises `UserError` for one of other flags."""
+        path = self.to / self.script / f"{self.piece}.json"
+        if not path.exists():
+            return False
+        bench.check_flags(path, self.environment()["XLA_FLAGS"])
+        return True
+
+    def environment(self) -> dict[str, str]:
+        """Of its process."""
+        flags = " ".join(f"--{flag}" for flag in self.flags.split(",") if flag)
+        return {**bench.MEMORY, **os.environ, "PYTHONUNBUFFERED": "1",
+                "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()}
 
     def start(self, logs: Path, turns: Path) -> None:
         """Begins it, in a group of its own that can be stopped whole."""
-        flags = " ".join(f"--{flag}" for flag in self.flags.split(",") if flag)
-        env = {**bench.MEMORY, **os.environ, bench.TURNS: str(turns), "PYTHONUNBUFFERED": "1",
-               "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()}
+        env = self.environment() | {bench.TURNS: str(turns)}
         line = [sys.executable, str(GPU / f"{self.script}.py"), f"--to={self.to}",
                 f"--piece={self.piece}", *self.more]
         with open(logs / f"{self.name}.txt", "w") as log:
@@ -154,8 +166,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=8.5, help="after which all is ended")
     parser.add_argument("--flags", default=FLAGS, help="XLA's, with commas")
     args, more = parser.parse_known_args(argv)
+    # Stopped processes would keep the card.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     jobs = [Job(told, args.to, args.flags, tuple(more)) for told in args.pieces]
-    jobs = [job for job in jobs if not job.done]
+    try:
+        jobs = [job for job in jobs if not job.done]
+    except UserError as e:
+        print(e, file=sys.stderr)
+        return 2
     work(jobs, 60 * args.minutes, args.to / "logs")
     failed = [job for job in jobs if not job.done]
     for job in failed:

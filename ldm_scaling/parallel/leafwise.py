@@ -9,7 +9,7 @@ arguments, are compiled once, several forms at a time. The values are those of t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -42,7 +42,8 @@ def run(function: Callable[[jax.Array], Any], key: jax.Array, shardings: Any = N
     forms = {}
     for part, sharding in zip(parts, where):
         forms.setdefault((part.form, sharding), (part, sharding))
-    with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    # Several processes compile in one order, for their compilers may wait for one another.
+    with futures.ThreadPoolExecutor(1 if jax.process_count() > 1 else os.cpu_count()) as pool:
         compiled = dict(zip(forms, pool.map(lambda one: _compile(*one, key), forms.values())))
     out = [
         compiled[part.form, sharding](key, *part.numbers) for part, sharding in zip(parts, where)
@@ -70,9 +71,10 @@ class _Part:
     def __init__(self, equations: Sequence[tuple], wanted: int, numbers: dict[int, Any]):
         self._equations, self._wanted, self._given = equations, wanted, tuple(numbers)
         self.numbers = tuple(numbers.values())
-        # Parts of one form are one program.
+        # Parts of one form are one program. A text does not tell the constants of functions.
         self.form = (
-            tuple((p.name, repr(sorted(q.items(), key=str)), i, o) for p, q, i, o in equations),
+            tuple((p.name, repr(sorted(q.items(), key=str)), *map(id, _constants(q)), i, o)
+                  for p, q, i, o in equations),
             wanted, self._given, tuple((jax.numpy.shape(n), str(n.dtype)) for n in self.numbers),
         )
 
@@ -82,6 +84,21 @@ class _Part:
             found = primitive.bind(*(values[i] for i in operands), **parameters)
             values.update(zip(results, found if primitive.multiple_results else [found]))
         return values[self._wanted]
+
+
+def _constants(parameters: Any) -> Iterator[Any]:
+    """What the functions among an equation's parameters hold, and those within them."""
+    for value in jax.tree.leaves(parameters, is_leaf=_is_function):
+        if isinstance(value, core.ClosedJaxpr):
+            yield from value.consts
+            value = value.jaxpr
+        if isinstance(value, core.Jaxpr):
+            for equation in value.eqns:
+                yield from _constants(equation.params)
+
+
+def _is_function(value: Any) -> bool:
+    return isinstance(value, core.ClosedJaxpr | core.Jaxpr)
 
 
 class _Graph:

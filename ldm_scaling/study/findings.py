@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from ldm_scaling.study import curves as curves_lib
-from ldm_scaling.study import labels, winners
+from ldm_scaling.study import families, labels, winners
 from ldm_scaling.study.curves import Curves
 from ldm_scaling.study.records import Record
 from ldm_scaling.study.statistics import bands, blocks, duels, words
@@ -18,18 +18,20 @@ def findings(
     """What the records show, one sentence each, most important first.
 
     Every sentence is made from the records alone; one that needs records which are not there yet
-    is left out, and the last ones say what is missing.
+    is left out, and the last ones say what is missing. What is said of smaller and larger sizes is
+    of one family, see `families.ladder`.
     """
-    sizes = curves_lib.models(records)
     both = (select_block, report_block)
     curves = curves_lib.quality_curves(records, metric, None, *both)
     out = []
     if curves:
+        _, sizes = families.ladder(curves_lib.models(records))
         main = curves_lib.samplers(records)[0]
-        if any(s == main for _, s in curves):
-            out += _budgets(curves, metric, sizes, main)
-            out += _pairs(curves, metric, sizes, main)
-        out += _seconds(curves, metric, sizes, main)
+        own = {key: curve for key, curve in curves.items() if key[0] in sizes}
+        if any(s == main for _, s in own):
+            out += _budgets(own, metric, sizes, main)
+            out += _pairs(own, metric, sizes, main)
+        out += _seconds(own, metric, sizes, main)
         out += _best_of_all(curves, metric)
     out += _guidance(records, metric, select_block)
     out += _trade_off(records, metric, select_block)

@@ -186,7 +186,7 @@ def markdown(plans: Iterable[Plan]) -> str:
         ("Training at a glance", unets),
         ("Other backbones at a glance, the largest of each", others),
     ):
-        lines += ["", f"## {title}", "", *glance(some)] if some else []
+        lines += ["", f"## {title}", "", *glance(some, some is unets)] if some else []
     for kind in dict.fromkeys(one["kind"] for one in plans):
         lines += ["", f"## {kind}", ""]
         lines += _rows(kind, [one for one in plans if one["kind"] == kind])
@@ -195,8 +195,9 @@ def markdown(plans: Iterable[Plan]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def glance(plans: list[Plan]) -> list[str]:
-    """The lines of a small table of training: networks down, topologies across."""
+def glance(plans: list[Plan], family: bool = True) -> list[str]:
+    """The lines of a small table of training: networks down, topologies across, and the chip-hours
+    of all where they are one family."""
     where = list(dict.fromkeys(_where(one) for one in plans))
     found = {(one["member"], _where(one)): one for one in plans}
     lines = [f"| s a step, GB a chip | {' | '.join(where)} |", "|" + "---|" * (1 + len(where))]
@@ -209,7 +210,7 @@ def glance(plans: list[Plan]) -> list[str]:
         here = [found.get((member, place)) for member in members]
         whole = all(one and one["fits"] for one in here)
         hours.append(f"{sum(one['chip_hours_bound'] for one in here):,.0f}" if whole else "")
-    lines.append(f"| chip-hours of all | {' | '.join(hours)} |")
+    lines += [f"| chip-hours of all | {' | '.join(hours)} |"] if family else []
     if any(one["remedies"] for one in plans):
         lines += ["", "Starred: with settings that make it fit, see below."]
     return lines

@@ -90,7 +90,8 @@ def of(study: Study, rates: Sequence[float], seeds: int) -> list[Run]:
     it is in both, and trained once, see `results`.
 
     Raises:
-      UserError: for a study without width transfer, or rates that are not several.
+      UserError: for a study without width transfer, members of one width, or rates that are not
+        several.
     """
     train = study.train
     if study.weights or study.finetune.pretrained or train.width_transfer == "none":
@@ -98,6 +99,11 @@ def of(study: Study, rates: Sequence[float], seeds: int) -> list[Run]:
             "rates compares width transfer with the standard parametrisation: give a config of "
             "members that are trained, with train.width_transfer=mup and train.base_member, such "
             "as configs/demo_width.py"
+        )
+    widths = {zoo.get(member).spec.base_channels for member in study.members}
+    if len(widths) < 2:
+        raise UserError(
+            f"rates compares widths, and members={study.members} have one: name several"
         )
     if len(set(rates)) < max(optimum.NOISE_FROM, len(rates)):
         told = ", ".join(f"{rate:g}" for rate in rates)

@@ -303,8 +303,8 @@ def write(
     ])
     if name:
         lacking.append(
-            f"Claims are judged on {name} alone ({labels.listing(ladder)}): sizes of several "
-            "families are no ladder from smaller to larger."
+            f"Claims, and what is said of smaller and larger sizes, are of {name} alone "
+            f"({labels.listing(ladder)}): sizes of several families are no ladder."
         )
     verdicts = claims.verdicts(evidence, told.metric, *blocks)
     untested = [f"claim {v.number}" for v in verdicts if not v.tested]

@@ -135,6 +135,8 @@ def test_together(tmp_path):
         assert (tmp_path / "train_step" / f"{name.partition(':')[2]}.json").exists()
     done = run([*line, *both])
     assert done.returncode == 0 and not done.stdout
+    done = run([*line[:-1], "--flags=xla_cpu_enable_fast_math=false", *both])
+    assert done.returncode == 2 and "was measured with XLA_FLAGS" in done.stderr
 
 
 # --- what they reckon with --------------------------------------------------------------------
@@ -217,7 +219,7 @@ def test_ladder_packs_what_it_needs(tmp_path, scripts, monkeypatch):
         return json.dumps({"identity": {"model": model, "seed_block": block}}).encode()
 
     kept = {
-        "study.json": b"{}", "ladder.json": b'{"done": ["c8_s16"]}', "latent_scale.json": b"1",
+        "study.json": b"{}", "ladder.json": b'{"done": ["c8_s16"]}\n', "latent_scale.json": b"1",
         "records/a.json": record("c8_s16", 1), "strips/a.png": noise.bytes(900),
         "records/b.json": record("c8_s16", 0), "early/2/records/c.json": record("c8_s16", 0),
         "reference/stats.npz": noise.bytes(900), "models/c8_s16/curves.csv": b"x",
@@ -240,6 +242,16 @@ def test_ladder_packs_what_it_needs(tmp_path, scripts, monkeypatch):
     back = {str(p.relative_to(tmp_path / "back")): p.read_bytes()
             for p in (tmp_path / "back").rglob("*") if p.is_file()}
     assert back == kept
+    (tmp_path / "more").mkdir()
+    ladder.note(tmp_path / "more", ["c16_s16"])
+    ladder.unpack(tmp_path / "out", tmp_path / "more")
+    assert ladder.done(tmp_path / "more") == ["c16_s16", "c8_s16"]
+    # A stretch without time, on a machine that has nothing: what was packed is packed again.
+    line = ["run", "--config=configs/h200_ladder.py:tiny", f"--workdir={tmp_path / 'new'}",
+            f"--to={tmp_path / 'out'}", "--minutes=0"]
+    assert ladder.main(line) == 1
+    ladder.unpack(tmp_path / "out", tmp_path / "once more")
+    assert (tmp_path / "once more" / "records" / "a.json").exists()
     parts[-1].unlink()
     with pytest.raises(UserError, match="not whole"):
         ladder.unpack(tmp_path / "out", tmp_path / "again")
@@ -314,6 +326,7 @@ def test_ladder_takes_what_a_member_made(tmp_path, scripts, monkeypatch):
     found, whole = run()
     assert whole and found.done == ["c8_s16", "c12_s16"]
     assert {member for _, _, member in ran} == {"c12_s16"}
+    assert not any(place == "." for _, place, _ in ran)  # It was trained apart already.
     kept = {str(p.relative_to(work)) for p in found.worth()}
     early = {"early/2/records/c12_s16_2.json", "early/2/study.json"}
     assert {"records/c12_s16_4.json", *early} <= kept

@@ -70,6 +70,21 @@ def test_one_program_a_form():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), found, function(key))
 
 
+def test_functions_of_other_constants_are_other_programs():
+    """A loop over a function that holds a table: its text does not tell which."""
+    def looped(key, table):
+        held = jax.jit(lambda y: (y + table).sum())
+        return jax.lax.map(held, jax.random.normal(key, (4, 3)))
+
+    def function(key):
+        table = np.arange(3, dtype=np.float32)
+        return looped(key, table), looped(key, 100 * table)
+
+    key = jax.random.key(4)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5),
+                 leafwise.run(function, key), function(key))
+
+
 def test_laid_out_as_asked():
     """Over eight devices: the shardings are those asked for, the values those of one device."""
     mesh, key = mesh_lib.make(), jax.random.key(2)

@@ -34,7 +34,7 @@ def test_the_lowest_place_of_a_parabola():
     (found,) = optima([parabola(5e-3)])
     assert found.rate == pytest.approx(5e-3) and found.loss == pytest.approx(0.5)
     assert found.low == pytest.approx(5e-3) and found.high == pytest.approx(5e-3)  # no noise
-    assert not found.edge
+    assert not found.edge and not found.cut
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
@@ -45,7 +45,9 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
 
 def test_ends_and_what_diverged():
     falling = Curve(RATES, np.linspace(2.0, 1.0, 6))
-    assert optima([falling])[0].edge
+    assert optima([falling])[0].edge and optima([falling])[0].cut
+    noisy = optima([parabola(1.3e-3, noise=0.2), parabola(6e-3, noise=0.2)])
+    assert noisy[0].cut and not noisy[0].edge
     cut = parabola(16e-3)
     cut.loss_N[5] = np.nan  # The best is known from both sides: beyond it training diverges.
     assert not optima([cut])[0].edge and optima([cut])[0].rate == pytest.approx(16e-3)
@@ -151,6 +153,7 @@ def test_the_command(small, tmp_path, capsys):
     ({"train.width_transfer": "depth"}, "train.width_transfer='depth': choose none or mup"),
     ({"train.base_member": "edm2_c14"}, "base of its kind"),
     ({"train.base_member": "c9"}, "no network is called 'c9'"),
+    ({"members": "('c16',)", "reference": "c16"}, "rates compares widths, and members=('c16',)"),
     ({"finetune.train.width_transfer": "mup", "finetune.train.base_member": "c8"},
      "finetune.train.width_transfer='mup': it is for train"),
 ])

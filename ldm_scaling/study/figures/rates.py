@@ -100,6 +100,8 @@ def verdict(shown: Sequence[Line]) -> str:
         )
         if ends := [line.member for line in own if line.best.edge]:
             out.append(f"The best of {labels.listing(ends)} lies at an end of the rates tried.")
+        if cut := [line.member for line in own if line.best.cut and not line.best.edge]:
+            out.append(f"The interval of {labels.listing(cut)} ends where the rates tried end.")
     return " ".join(out)
 
 

@@ -42,6 +42,7 @@ class Optimum:
       low, high: 95% interval of the rate, within the rates that were tried.
       rate_R: the same rate under each of R draws of noise.
       edge: whether the lowest lies at the first or last rate: the best may be beyond it.
+      cut: whether the interval ends there.
     """
 
     rate: float
@@ -50,6 +51,7 @@ class Optimum:
     high: float
     rate_R: np.ndarray
     edge: bool
+    cut: bool
 
 
 def optima(curves: Sequence[Curve], seed: int = 0) -> list[Optimum]:
@@ -79,6 +81,7 @@ def optima(curves: Sequence[Curve], seed: int = 0) -> list[Optimum]:
         out.append(Optimum(
             math.exp(x), math.exp(y), float(low), float(high), np.exp(x_R),
             bool(best in (curve.rate_N[0], curve.rate_N[-1])),
+            bool(np.isclose(low, curve.rate_N[0]) or np.isclose(high, curve.rate_N[-1])),
         ))
     return out
 
