@@ -10,6 +10,8 @@ gradient of one such pair, or block, on each chip: what it moves, holds beside i
 needs at least. The scan of each direction is written in several ways:
 
 - tokens: `lax.scan`, a token at a time;
+- unrolled: a `lax.scan` over chunks of 16 tokens, a token at a time within each without a loop,
+  computed again in the backward pass;
 - associative: `lax.associative_scan` over all tokens;
 - chunks: a `lax.scan` over chunks of 16 tokens, each an associative scan, computed again in the
   backward pass;
@@ -47,14 +49,33 @@ def combine(one: tuple, two: tuple) -> tuple:
 
 def by_tokens(x_BLE, dt_BLE, a_EN, b_BLN, c_BLN):
     """y_t = C_t h_t with h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t, for each channel."""
+    told = jax.tree.map(lambda v: jnp.moveaxis(v, 1, 0), (x_BLE, dt_BLE, b_BLN, c_BLN))
+    start = jnp.zeros((x_BLE.shape[0], *a_EN.shape))
+    return jnp.moveaxis(jax.lax.scan(_token(a_EN), start, told)[1], 0, 1)
+
+
+def _token(a_EN):
     def step(h_BEN, told):
         x_BE, dt_BE, b_BN, c_BN = told
         h_BEN = jnp.exp(dt_BE[..., None] * a_EN) * h_BEN + (dt_BE * x_BE)[..., None] * b_BN[:, None]
         return h_BEN, jnp.einsum("ben,bn->be", h_BEN, c_BN)
 
-    told = jax.tree.map(lambda v: jnp.moveaxis(v, 1, 0), (x_BLE, dt_BLE, b_BLN, c_BLN))
+    return step
+
+
+def unrolled(x_BLE, dt_BLE, a_EN, b_BLN, c_BLN):
+    """The same."""
+    @jax.checkpoint
+    def chunk(h_BEN, told):
+        return jax.lax.scan(_token(a_EN), h_BEN, told, unroll=CHUNK)
+
+    def split(v):
+        return jnp.moveaxis(v, 1, 0).reshape(-1, CHUNK, v.shape[0], v.shape[-1])
+
+    told = tuple(map(split, (x_BLE, dt_BLE, b_BLN, c_BLN)))
     start = jnp.zeros((x_BLE.shape[0], *a_EN.shape))
-    return jnp.moveaxis(jax.lax.scan(step, start, told)[1], 0, 1)
+    y = jax.lax.scan(chunk, start, told)[1]
+    return jnp.moveaxis(y.reshape(-1, *y.shape[2:]), 0, 1)
 
 
 def _maps(x_BLE, dt_BLE, a_EN, b_BLN):
@@ -124,8 +145,8 @@ def without(x_BLE, dt_BLE, a_EN, b_BLN, c_BLN):
 
 
 FORMS = {
-    "no scan": without, "tokens": by_tokens, "associative": associative, "chunks": by_chunks,
-    "matrices": by_matrices,
+    "no scan": without, "tokens": by_tokens, "unrolled": unrolled, "associative": associative,
+    "chunks": by_chunks, "matrices": by_matrices,
 }
 
 
@@ -189,7 +210,7 @@ def agree() -> None:
     dt = jnp.asarray(rng.uniform(0.01, 0.3, (batch, length, e)))
     a = -jnp.asarray(rng.uniform(0.5, STATES, (e, STATES)))
     want = by_tokens(x, dt, a, b, c)
-    for form in (associative, by_chunks):
+    for form in (unrolled, associative, by_chunks):
         np.testing.assert_allclose(form(x, dt, a, b, c), want, atol=1e-4)
     dt, a = jnp.broadcast_to(dt[..., :1], dt.shape), jnp.full_like(a, -2.0)
     want = by_tokens(x, dt, a, b, c)

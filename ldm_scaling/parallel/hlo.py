@@ -17,7 +17,7 @@ import numpy as np
 _SIZES = {"pred": 1, "token": 0, "opaque": 0, "c64": 8, "c128": 16}
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\]")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^  (?:ROOT )?%?([\w.\-]+) = (.*)$", re.DOTALL)
+_INSTRUCTION = re.compile(r"^  (ROOT )?%?([\w.\-]+) = (.*)$", re.DOTALL)
 _OPCODE = re.compile(r"[\s)}\]]([a-z][\w\-]*)\(")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|called_computations)=\{?%?([\w.\-]+)")
 _FREE = {
@@ -55,6 +55,7 @@ class Instruction:
       shapes: (element type, dimensions) of the result; several of a tuple.
       operands: names.
       attributes: what follows the operands.
+      root: whether it is its computation's result.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Instruction:
     shapes: tuple[Shape, ...]
     operands: tuple[str, ...]
     attributes: str
+    root: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -198,7 +200,7 @@ def _instruction(text: str) -> Instruction | None:
     match = _INSTRUCTION.match(text)
     if not match:
         return None
-    name, rest = match.groups()
+    root, name, rest = match.groups()
     rest = re.sub(r"/\*.*?\*/", "", rest)
     opcode = _OPCODE.search(rest)
     if not opcode:
@@ -212,7 +214,8 @@ def _instruction(text: str) -> Instruction | None:
         piece.split()[-1] for piece in inside.split(",") if piece.strip()
     )
     return Instruction(
-        name, opcode.group(1), _shapes(rest[: opcode.start() + 1]), operands, attributes
+        name, opcode.group(1), _shapes(rest[: opcode.start() + 1]), operands, attributes,
+        bool(root),
     )
 
 
@@ -259,7 +262,7 @@ def loop_factors(module: Module) -> tuple[float, float]:
     body once.
 
     Each is a ratio of this module's own counts with and without the iterations: of products (dots
-    and convolutions), and of the operands and results of what is not fused away.
+    and convolutions), and of the operands and results of what is not fused away, see `moved_by`.
     """
     flops, flops_once, moved, moved_once = 0.0, 0.0, 0.0, 0.0
     fused = {
@@ -271,9 +274,78 @@ def loop_factors(module: Module) -> tuple[float, float]:
             one = _product_flops(module, name, i)
             flops, flops_once = flops + times * one, flops_once + once * one
         if name not in fused and i.opcode not in _FREE and not i.opcode.endswith("-done"):
-            one = size_of(i.shapes) + size_of(module.operand_shapes(name, i))
+            one = moved_by(module, name, i)
             moved, moved_once = moved + times * one, moved_once + once * one
     return (flops / flops_once if flops_once else 1.0), (moved / moved_once if moved_once else 1.0)
+
+
+def moved_by(module: Module, computation: str, i: Instruction) -> float:
+    """Bytes that an instruction reads and writes: its operands and results.
+
+    Of an operand that it, or what it fuses, only takes slices of, the slices; of one that it
+    writes slices into in place, those slices, once: a loop that goes through a stack of arrays
+    moves it once, not in every iteration.
+    """
+    if 'custom_call_target="AllocateBuffer"' in i.attributes:
+        return 0.0  # a loop's stack, before anything is in it
+    own = module.computations[computation]
+    read = sum(
+        _read(module, own, i, place) for place, name in enumerate(i.operands) if name in own
+    )
+    if i.opcode == "dynamic-update-slice":
+        return read + size_of(own[i.operands[1]].shapes)
+    body = _fused_by(module, i)
+    roots = [one for one in body.values() if one.root]
+    return read + (_written(body, roots[0]) if roots else size_of(i.shapes))
+
+
+def _fused_by(module: Module, i: Instruction) -> dict[str, Instruction]:
+    names = called_by(i) if i.opcode == "fusion" else []
+    return module.computations.get(names[0], {}) if names else {}
+
+
+def _read(module: Module, own: dict[str, Instruction], i: Instruction, place: int) -> float:
+    """Bytes of an operand that an instruction of `own` reads."""
+    if place == 0 and i.opcode in ("slice", "dynamic-slice"):
+        return size_of(i.shapes)
+    if place == 0 and i.opcode == "dynamic-update-slice":
+        return 0.0
+    body = _fused_by(module, i)
+    for one in body.values():
+        if one.opcode == "parameter" and one.operands == (str(place),):
+            return _read_of(module, body, one, updated=False)
+    return size_of(own[i.operands[place]].shapes)
+
+
+def _read_of(
+    module: Module, body: dict[str, Instruction], value: Instruction, updated: bool
+) -> float:
+    """Bytes of a fusion's parameter, or of one that it has `updated` in place, that it reads."""
+    whole, total = size_of(value.shapes), 0.0
+    if value.root and not updated:
+        return whole
+    for user in body.values():
+        for place in (k for k, name in enumerate(user.operands) if name == value.name):
+            if user.opcode == "bitcast":
+                total += _read_of(module, body, user, updated)
+            elif user.opcode == "dynamic-update-slice" and place == 0:
+                total += _read_of(module, body, user, updated=True)
+            elif user.opcode != "tuple" or not updated:
+                total += _read(module, body, user, place)
+    return min(total, whole)
+
+
+def _written(body: dict[str, Instruction], value: Instruction) -> float:
+    """Bytes of a fusion's result that it writes."""
+    if value.opcode == "tuple":
+        return sum(_written(body, body[name]) for name in value.operands if name in body)
+    total, at = 0.0, value
+    while at.opcode in ("bitcast", "dynamic-update-slice") and at.operands[0] in body:
+        if at.opcode == "dynamic-update-slice":
+            total += size_of(body[at.operands[1]].shapes)
+        at = body[at.operands[0]]
+    whole = size_of(value.shapes)
+    return min(total, whole) if total and at.opcode == "parameter" else whole
 
 
 def _product_flops(module: Module, computation: str, i: Instruction) -> float:
