@@ -31,11 +31,12 @@ class Cascade:
       level: of the noise that they are drawn with.
       base_train, train: the runs of the base networks and of the upper ones.
       first_sampler, first_steps, first_spacing: of the first stage. Each of its step counts is
-        measured; what is drawn along the way takes the last.
+        measured; grids and `ldm-scaling sample` take the last.
       upper_guidance: the guidance rate of the second stage, which keeps the small picture and drops
         the caption; 1 is none.
-      sample: how the second stage draws along the way and by `ldm-scaling sample`; its guidance is
-        the first stage's.
+      sample: how the second stage draws in grids and by `ldm-scaling sample`; its guidance is the
+        first stage's. Along the way it draws so of real small pictures, unguided; base networks
+        draw as the study's `sample` says.
       sweep: what is measured: the grid of the second stage, and the first stage's rates, of which
         the best is chosen as a member's is.
     """
@@ -79,6 +80,12 @@ class Cascade:
     def _of_run(self, run: str) -> dict[str, Any]:
         return {k: v for k, v in dataclasses.asdict(getattr(self, run)).items()
                 if k not in BOOKKEEPING and NEUTRAL.get(k) != v}
+
+    @property
+    def setting(self) -> str:
+        """All that decides what cascades of given networks draw, but steps and the first rate."""
+        decides = [self.base_hash, self.upper_hash, self.upper_guidance, self.level]
+        return f"{TASK}_{files.sha256_of(decides)[:8]}"
 
     @property
     def base_hash(self) -> str:

@@ -32,6 +32,8 @@ class CachedPairs:
         mirrored. Needed with `mirrored`.
       image_N: int (records of the latents,), which image a record is; None where record i is image
         i. Latents of one shape among several need it.
+      told: whether batches hold the states; without them they are not read, and all else is the
+        same.
 
     Attributes:
       hash: of the caches' hashes and of all that decides what is drawn.
@@ -43,9 +45,10 @@ class CachedPairs:
     def __init__(
         self, latents: CacheSource, text: CacheSource, starts_N: np.ndarray,
         mirrored: CacheSource | None = None, names_side: np.ndarray | None = None,
-        image_N: np.ndarray | None = None,
+        image_N: np.ndarray | None = None, told: bool = True,
     ):
         self._latents, self._text, self._mirrored = latents, text, mirrored
+        self._told = told
         self._starts_N = np.asarray(starts_N, np.int64)
         images = len(self._starts_N) - 1
         image_N = np.arange(len(latents)) if image_N is None else np.asarray(image_N, np.int64)
@@ -129,7 +132,7 @@ class CachedPairs:
         except CorruptRecords as e:
             failures |= e.failures
         try:
-            text = self._text.batch(caption_N)
+            text = self._text.batch(caption_N) if self._told else {}
         except CorruptRecords as e:
             both = zip(record_N.tolist(), caption_N.tolist())
             failures |= {record: e.failures[caption] for record, caption in both

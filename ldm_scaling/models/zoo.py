@@ -99,6 +99,9 @@ def _small(c: int, groups: int, side: int = 8) -> UNetSpec:
 
 
 PAPER = tuple(Member(n, UNetSpec(c), PAPER_REFERENCE, Published(*p)) for n, c, *p in _PAPER)
+PAPER_32 = tuple(  # For latents of side 32: the first stages of cascades at 512 px.
+    Member(f"{n}_s32", UNetSpec(c, sample_size=32), f"{PAPER_REFERENCE}_s32") for n, c, *_ in _PAPER
+)
 SD15 = Member("sd15", UNetSpec(320, context_dim=768), PAPER_REFERENCE, Published(859.5))
 SMALL = tuple(Member(n, _small(c, groups), SMALL_REFERENCE) for n, c, groups in _SMALL)
 SMALL_16 = tuple(
@@ -116,7 +119,7 @@ def _family(name: str) -> tuple[Member, ...]:
 
 
 FAMILIES = {
-    "unet": UNETS,
+    "unet": (*UNETS, *PAPER_32),
     **{name: _family(name) for name in ("dit", "sit", "uvit", "mmdit", "edm2")},
 }
 """Networks by what they are called; a family's own widths and depths side by side. SiT's are DiT's,

@@ -51,6 +51,7 @@ class Finished(NamedTuple):
         latents_JHWC: the samples, float32, on the host.
         rows: rows that samples needed, run since the last one of these.
         guided: whether each row was two evaluations of the network.
+        first: whether the rows were of a cascade's first stage, whose samples are no one's here.
     """
 
     configuration: np.ndarray
@@ -58,6 +59,7 @@ class Finished(NamedTuple):
     latents_JHWC: np.ndarray
     rows: int
     guided: bool
+    first: bool = False
 
 
 def _pick(flag_B: Array, new: Any, old: Any) -> Any:

@@ -158,6 +158,7 @@ def metric_of(records: Sequence[Record], metric: str | None) -> str:
 def of_records(
     records: Sequence[Record], unit: Unit, metric: str | None = None, *, select_block: int = 0,
     report_blocks: Sequence[int] = (1,), prices: Mapping[str, Price] | None = None, batch: int = 1,
+    settings: Sequence[str] = (),
 ) -> Options:
     """Every measured cell at its chosen guidance.
 
@@ -173,6 +174,7 @@ def of_records(
       prices: member -> measured seconds, for a budget in seconds on another device; without them
         seconds are the records' own.
       batch: pictures drawn at a time, for `prices`.
+      settings: to be preferred where there are several, see `curves.one_setting`.
 
     Raises:
       UserError: where records, blocks or measured seconds are missing.
@@ -182,7 +184,7 @@ def of_records(
             "cascades are timed in their sweep alone: leave out --device for the records' own "
             "seconds, or give a budget in cost or flops"
         )
-    longest = curves_lib.longest(records)
+    longest = curves_lib.longest(records, settings)
     found = curves_lib.distinct(longest)
     metric = metric_of(found, metric)
     there = blocks.blocks(found)
@@ -223,13 +225,13 @@ def of_records(
             "Of students by halving each number of steps has that which was made for it, or for "
             "the nearest."
         )
-    elif len(longest) < len(records):
+    elif len(longest) < len(curves_lib.one_setting(records, settings)):
         steps = sorted({r.identity.train_step for r in longest})
         notes.append(
             "Of each size its longest training is used "
             f"({labels.listing([f'{n:,}' for n in steps], 'or')} steps), no earlier checkpoint."
         )
-    notes += left_out
+    notes += [*curves_lib.other_settings(records, settings), *left_out]
     gaps = [g for g in curves_lib.gaps(pooled, chooser, select_block, report_blocks[0])
             if not g.reported]
     if gaps:

@@ -94,8 +94,14 @@ def _options(given: argparse.Namespace, budget: Budget) -> advice.Options:
     select_block, report_blocks = _blocks(given)
     return advice.of_records(
         records, budget.unit, given.metric, select_block=select_block,
-        report_blocks=report_blocks, **common,
+        report_blocks=report_blocks, settings=_settings(given.records), **common,
     )
+
+
+def _settings(places: Iterable[str]) -> list[str]:
+    """Those of the workdirs' last configs."""
+    homes = dict.fromkeys(map(reported.home_of, _pieces(places)))
+    return [setting for home in homes for setting in reported.settings_of(home)]
 
 
 def _blocks(given: argparse.Namespace) -> tuple[int, list[int]]:

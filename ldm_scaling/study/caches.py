@@ -186,13 +186,14 @@ class Caches:
             [self.pairs(number) for number in range(len(self.datasets))], self.data.weights
         )
 
-    def pairs(self, number: int) -> Source:
-        """The same of one data set."""
+    def pairs(self, number: int, told: bool = True) -> Source:
+        """The same of one data set; unless `told`, without reading text states."""
         captions, text = self.datasets[number].captions("train"), self.states(number, "train")
         names_side = self._names_side(number) if self.data.flip else None
 
         def pairs(latents, mirrored, image_N=None):
-            return CachedPairs(latents, text, captions.starts_N, mirrored, names_side, image_N)
+            return CachedPairs(
+                latents, text, captions.starts_N, mirrored, names_side, image_N, told)
 
         flip = self.data.flip
         if self.buckets is None:

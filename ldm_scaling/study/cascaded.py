@@ -21,7 +21,7 @@ from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling import sampler as sampler_lib
 from ldm_scaling.sampling import solvers
 from ldm_scaling.sampling.packing import Configuration
-from ldm_scaling.study import labels, runs, sheet, small, sweep
+from ldm_scaling.study import fitting, labels, runs, sheet, small, sweep
 from ldm_scaling.study.materials import SHOWN_EXAMPLES, VALIDATION_EXAMPLES, Materials
 from ldm_scaling.study.networks import model_hash
 from ldm_scaling.study.records import First
@@ -76,15 +76,22 @@ class Cascaded:
 
     @property
     def setting(self) -> str:
-        """All that decides what cascades of given networks draw, but steps and the first rate."""
+        """See `Cascade.setting`."""
+        return self.config.setting
+
+    @property
+    def drawn_with(self) -> str:
+        """The setting, and how the first stage draws along the way: of pictures' names."""
         c = self.config
-        decides = [c.base_hash, c.upper_hash, c.upper_guidance, c.level]
-        return f"{TASK}_{files.sha256_of(decides)[:8]}"
+        name = solvers.canonical(c.first_sampler)
+        how = [name, c.first_steps[-1], solvers.spacing_of(name, c.first_spacing)]
+        return f"{TASK}_{files.sha256_of([self.setting, how])[:8]}"
 
     def check(self) -> None:
         """Raises `UserError` for networks that do not fit, before anything is made."""
         for base in self.config.base:
             self.base_spec(base)
+            fitting.noise(base, f"cascade.base={base!r}", self.materials.study.diffusion)
 
     # Networks.
 
@@ -110,6 +117,7 @@ class Cascaded:
                 f"{self.materials.study.data.side} have {self.small_shape}: choose another, or "
                 "another cascade.factor"
             )
+        fitting.tokens(spec, f"cascade.base: {base}", self.materials.study.data.text_length)
         return spec
 
     def upper_spec(self, member: str) -> backbone.Spec:
@@ -211,11 +219,9 @@ class Cascaded:
     def upper_task(self, member: str) -> Task:
         """What a second stage's run trains."""
         m, spec, found = self.materials, self.upper_spec(member), dict(self.validation)
-        low_BhwC = m.frozen.latent_scale * found.pop("low_mean").astype(np.float32)
-        level_B = np.full(len(low_BhwC), self.config.level, np.float32)
-        noise_BhwC = sampler_lib.normal(jax.random.key(0), found["index"], 0, self.small_shape)
-        low_BhwC = np.asarray(cascade_task.noised(low_BhwC, noise_BhwC, level_B))
-        found["seen"] = cascade_task.seen(low_BhwC, level_B, self.config)
+        # At the level that is drawn with a run that goes on would mix two losses: it may change.
+        found["seen"] = self._seen(found, self.config.augment / 2)
+        del found["low_mean"]
 
         def start() -> Any:
             grown = spec.in_channels - m.spec(member).in_channels
@@ -225,20 +231,29 @@ class Cascaded:
 
         return cascade_task.make(
             f"{member}, second stage", spec, self.config, m.study.diffusion, m.frozen, m.mesh,
-            start if self.config.start == "member" else None, found, self._show(member, found),
+            start if self.config.start == "member" else None, found, self._show(member),
         )
 
-    def _show(self, member: str, found: dict[str, np.ndarray]) -> Callable:
+    def _seen(self, found: dict[str, np.ndarray], level: float) -> np.ndarray:
+        """What second stages see of real small pictures, with fixed noise of a level."""
+        low_BhwC = self.materials.frozen.latent_scale * found["low_mean"].astype(np.float32)
+        level_B = np.full(len(low_BhwC), level, np.float32)
+        noise_BhwC = sampler_lib.normal(jax.random.key(0), found["index"], 0, self.small_shape)
+        low_BhwC = np.asarray(cascade_task.noised(low_BhwC, noise_BhwC, level_B))
+        return cascade_task.seen(low_BhwC, level_B, self.config)
+
+    def _show(self, member: str) -> Callable:
         """Large pictures of real small ones, for the first captions."""
         sample, drawer = self.config.sample, self.upper_drawer(member)
         table = drawer.table(sample.sampler, sample.steps, sample.spacing)
+        n = min(sample.num_images, SHOWN_EXAMPLES, len(self.validation["index"]))
+        found = {name: some[:n] for name, some in self.validation.items()}
+        seen_PHWC = self._seen(found, self.config.level)
 
         def show(params: Any, step: int) -> dict[str, np.ndarray]:
-            n = min(sample.num_images, SHOWN_EXAMPLES, len(found["index"]))
-            shown = Configuration(table, 1.0, found["index"][:n], np.arange(n))
+            shown = Configuration(table, 1.0, found["index"], np.arange(n))
             (drawn,) = drawer.pictures(
-                params, [shown], found["context"], jax.random.key(0),
-                condition_PHWC=found["seen"],
+                params, [shown], found["context"], jax.random.key(0), condition_PHWC=seen_PHWC
             )
             return {"samples": pictures.tile(drawn)}
 
@@ -339,7 +354,7 @@ class Cascaded:
             table = drawer.table(sample.sampler, sample.steps, sample.spacing)
             shown = [Configuration(table, sample.guidance, index_N, places_N)]
             params = self.params(base, member)
-            (low,) = drawer.small(params[0], shown, context_PLD, key)
+            low = drawer.small(params[0], shown[0], context_PLD, key)
             decoded = self.base_drawer(base).decode(low, lambda j: "a small picture")
             f = self.config.factor
             drawn = {

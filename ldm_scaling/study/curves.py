@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -93,13 +94,13 @@ def measures(records: Sequence[Record]) -> list[str]:
     return [name for name in labels.MEASURES if any(name in r.metrics for r in records)]
 
 
-def longest(records: Sequence[Record]) -> list[Record]:
+def longest(records: Sequence[Record], settings: Sequence[str] = ()) -> list[Record]:
     """The records of each size's longest training, of one task.
 
     Students of halving are no lengths of one training: each cell has that of `own_students`. Of
-    several settings of a distillation one is taken, see `one_setting`.
+    several settings of a distillation or of cascades one is taken, see `one_setting`.
     """
-    records = one_setting(records)
+    records = one_setting(records, settings)
     steps: dict[str, int] = {}
     for r in records:
         steps[r.identity.model] = max(steps.get(r.identity.model, 0), r.identity.train_step)
@@ -124,14 +125,46 @@ def own_students(records: Sequence[Record]) -> list[Record]:
     ]
 
 
-def one_setting(records: Sequence[Record]) -> list[Record]:
+def one_setting(records: Sequence[Record], settings: Sequence[str] = ()) -> list[Record]:
     """The records with one setting of each task, where a workdir holds students of several methods
-    or settings: that of most sizes, of these the first by name, CoDi's before LCM's."""
-    sizes: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    or settings, or cascades of several: one of `settings` where there are records of it, else that
+    of most sizes, of these the first method by name, CoDi's before LCM's, of its settings the one
+    that was trained for longest, and the first by name.
+
+    Args:
+      records: of any tasks.
+      settings: to be preferred, such as that of a workdir's last config.
+    """
+    found: dict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for r in records:
-        sizes[r.task][r.setting].add(r.identity.model)
-    kept = {task: min(of, key=lambda name: (-len(of[name]), name)) for task, of in sizes.items()}
+        found[r.task][r.setting].append(r)
+
+    def order(own: dict[str, list[Record]], name: str) -> tuple:
+        sizes = {r.identity.model for r in own[name]}
+        steps = max(r.identity.train_step for r in own[name])
+        return name not in settings, -len(sizes), name.rpartition("_")[0], -steps, name
+
+    kept = {task: min(own, key=functools.partial(order, own)) for task, own in found.items()}
     return [r for r in records if r.setting == kept[r.task]]
+
+
+def other_settings(records: Sequence[Record], settings: Sequence[str] = ()) -> list[str]:
+    """What `one_setting` leaves out, a sentence for each task of which it does."""
+    steps: dict[str, dict[str, int]] = defaultdict(dict)
+    for r in records:
+        own = steps[r.task]
+        own[r.setting] = max(own.get(r.setting, 0), r.identity.train_step)
+    kept = {r.task: r.setting for r in one_setting(records, settings)}
+
+    def named(task: str, setting: str) -> str:
+        return f"{setting} ({steps[task][setting]:,} steps of training)"
+
+    return [
+        f"{labels.task(task)}: the records are of {len(own)} settings, of which "
+        f"{named(task, kept[task])} is used, and not "
+        f"{labels.listing([named(task, s) for s in sorted(own) if s != kept[task]], 'or')}."
+        for task, own in steps.items() if len(own) > 1
+    ]
 
 
 def last_rounds(records: Sequence[Record]) -> list[Record]:
@@ -151,21 +184,26 @@ def distinct(records: Sequence[Record]) -> list[Record]:
     """The records with one name per arm, checked to hold each configuration once.
 
     A sampler measured with several timestep spacings becomes several arms ("ddim, trailing"); so
-    does one behind several first stages of a cascade ("ddim, after 4 of ddim").
+    does one behind several first stages of a cascade ("ddim, after 4 of ddim"), whose spacing is
+    named where there are several too ("ddim, after 4 of ddim, trailing").
     Of a guidance rate's rounds in a race only the last is kept. Raises `UserError` when two records
     still share model, sampler, steps, guidance and seed block (two checkpoints, two code versions):
     a curve through a mixture would mean nothing.
     """
     records = last_rounds(records)
     spacings: dict[str, set[str]] = defaultdict(set)
+    firsts: dict[str, set[str]] = defaultdict(set)
     for r in records:
         spacings[r.identity.sampler].add(r.identity.spacing)
+        if r.first:
+            firsts[r.first.sampler].add(r.first.spacing)
     out, seen = [], {}
     for r in records:
         i = r.identity
         name = f"{i.sampler}, {i.spacing}" if len(spacings[i.sampler]) > 1 else i.sampler
         if r.first and ", after " not in name:
             name += f", after {r.first.steps} of {r.first.sampler}"
+            name += f", {r.first.spacing}" * (len(firsts[r.first.sampler]) > 1)
         if name != i.sampler:
             r = dataclasses.replace(r, identity=dataclasses.replace(i, sampler=name))
             i = r.identity

@@ -78,7 +78,8 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     # Who names blocks wants the main study's; else nothing that one block allows is to be missed.
     report_blocks = reported.whole(
         _main(found) if given.report_blocks else found, metric, select_block, asked)
-    source = Source(found, metric, select_block, report_blocks)
+    settings = reported.settings_of(reported.home_of(folder))
+    source = Source(found, metric, select_block, report_blocks, settings=settings)
     if home:
         source = dataclasses.replace(
             source, loss_curves=beside.losses(home, curves.models(found)),
@@ -93,6 +94,8 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
         print(f"skipped: {line}")
     if lacking := reported.left_out(asked, report_blocks):
         print(lacking)
+    for line in curves.other_settings(found, settings):
+        print(line)
 
 
 def _main(found: Sequence[Record]) -> Sequence[Record]:

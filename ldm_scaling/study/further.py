@@ -70,8 +70,7 @@ def grid(further: Further) -> str:
     drawn_with = files.sha256_of([
         subjects, dataclasses.asdict(further.config.sample),
         *([dataclasses.asdict(materials.study.sample)] if isinstance(further, Distilled) else []),
-        *([further.config.first_steps[-1], further.setting] if isinstance(further, Cascaded)
-          else []),
+        *([further.drawn_with] if isinstance(further, Cascaded) else []),
     ])
     path = materials.workdir / "samples" / f"{further.config.task}_{drawn_with[:8]}.png"
     if not processes.from_lead("grid", path.exists):

@@ -25,7 +25,7 @@ from ldm_scaling.metrics.frechet import ReferenceStats
 from ldm_scaling.models import backbone, efficientnet, pretrained, text_encoder
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.parallel import processes
-from ldm_scaling.study import caches, datasets, encoders, published
+from ldm_scaling.study import caches, datasets, encoders, fitting, published
 from ldm_scaling.study import networks as networks_lib
 from ldm_scaling.study.scorer import Scorer
 from ldm_scaling.study.sweep import Prompts, block_indices
@@ -269,12 +269,7 @@ class Materials:
                 f"{self.study.data.side} and this autoencoder make {self.latent_shape}: change "
                 "data.side, the autoencoder's levels or the members"
             )
-        most, length = backbone.most_tokens(spec), self.study.data.text_length
-        if most is not None and length > most:
-            raise UserError(
-                f"config: data.text_length={length}: member {member} has places for {most} text "
-                f"tokens: lower it to {most}"
-            )
+        fitting.tokens(spec, f"member {member}", self.study.data.text_length)
         return spec
 
     @functools.cache  # noqa: B019

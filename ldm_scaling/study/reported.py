@@ -1,4 +1,5 @@
-"""Which seed blocks choose and are reported: a workdir's own, of those the ones that are whole."""
+"""Which seed blocks choose and are reported: a workdir's own, of those the ones that are whole; and
+which settings."""
 
 from __future__ import annotations
 
@@ -49,6 +50,17 @@ def of_workdir(
         own[0] if select is None else select,
         list(dict.fromkeys(own[1] if report is None else report)),
     )
+
+
+def settings_of(home: epath.PathLike) -> tuple[str, ...]:
+    """Of what a workdir's last config makes of members, see `curves.one_setting`: its cascades;
+    none of a folder that is no workdir or whose config cannot be read."""
+    workdir = Workdir(home)
+    try:
+        cascade = workdir.last_config().cascade if (workdir / MARKER).exists() else None
+    except UserError:
+        return ()
+    return (cascade.setting,) if cascade and cascade.base else ()
 
 
 def whole(

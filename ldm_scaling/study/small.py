@@ -95,7 +95,7 @@ class SmallCaches(Caches):
         """
         return datasets.mixed(
             [
-                zip_sources(self.large.pairs(number), _Low(self.pairs(number)))
+                zip_sources(self.large.pairs(number), _Low(self.pairs(number, told=False)))
                 for number in range(len(self.datasets))
             ],
             self.data.weights,

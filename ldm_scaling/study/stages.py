@@ -16,13 +16,14 @@ from ldm_scaling.data.composed import openmoji
 from ldm_scaling.data.conditions import pixels
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import cost, efficientnet, lpips, text_encoder, zoo
+from ldm_scaling.models import cost, efficientnet, lpips, text_encoder
 from ldm_scaling.parallel import hosts, processes
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling import solvers
 from ldm_scaling.study import (
     curves,
     dreambooth_scores,
+    fitting,
     gallery,
     publish,
     resolve,
@@ -85,13 +86,7 @@ def check(study: Study, workdir: Workdir, measured: bool = True) -> Materials:
             )
     schedule = schedule_lib.get(study.diffusion.schedule)
     for member in study.members if pretrains else ():
-        told = study.diffusion
-        if zoo.family_of(member) == "sit" and not (schedule.straight and told.prediction == "flow"):
-            raise UserError(
-                f"config: members={member!r}: a SiT is a DiT on the linear interpolant, not with "
-                f"diffusion.schedule={told.schedule!r} and diffusion.prediction="
-                f"{told.prediction!r}: give flow for both, or name {member.replace('sit', 'dit')}"
-            )
+        fitting.noise(member, f"members={member!r}", study.diffusion)
     tables = [study.sample.table]
     grids = {"sweep": study.sweep} if pretrains or study.weights else {}
     tables += [table for grid in grids.values() for table in sweep.tables(grid)]
@@ -148,6 +143,7 @@ def train(materials: Materials) -> list[str]:
     if study.weights and not several:
         return [f"nothing to train: {study.members[0]} is the published model in {study.weights}"]
     if not (study.weights or study.finetune.pretrained):
+        _check_width(materials)
         prepare(materials)
         train_autoencoder(materials)
         cache_latents(materials)
@@ -156,6 +152,18 @@ def train(materials: Materials) -> list[str]:
     for further in several:
         further_lib.train(further)
     return []
+
+
+def _check_width(materials: Materials) -> None:
+    """Raises `UserError` for a network that the text states are too wide for; `check` leaves this
+    to who needs the text encoder anyway."""
+    width = materials.text_states.width
+    for member in materials.study.members:
+        fitting.width(materials.spec(member), f"member {member}", width)
+    for further in further_lib.of(materials):
+        if isinstance(further, Cascaded):
+            for base in further.config.base:
+                fitting.width(further.base_spec(base), f"cascade.base: {base}", width)
 
 
 def train_autoencoder(materials: Materials) -> None:
@@ -212,19 +220,20 @@ def sample(
     wanted = request_lib.of(materials.study, prompts or ("",), **values)
     gallery.require_trained(materials, wanted.member)
     return [_grid(materials, wanted, prompts, values, "", functools.partial(
-        gallery.draw, materials, drawer=drawer))]
+        gallery.draw, materials, drawer=drawer), materials.study.sample.num_images)]
 
 
 def _grid(
     materials: Materials, wanted: Request, prompts: Sequence[str], values: dict[str, Any],
-    whose: str, draw: Callable[[Request, Any], gallery.Gallery],
+    whose: str, draw: Callable[[Request, Any], gallery.Gallery], most: int,
 ) -> str:
-    """Draws a request unless its file is there; returns the file."""
+    """Draws a request unless its file is there, without prompts for `most` validation captions;
+    returns the file."""
     study, context_PLD = materials.study, None
     stem = f"{whose}{wanted.name}"
     if not prompts:
         block = materials.prompts(study.sweep.report_block)
-        n = min(study.sample.num_images, len(block.index_N))
+        n = min(most, len(block.index_N))
         own = [(seed,) for seed in block.index_N[:n].tolist()]
         seeds = own if values.get("seeds") is None else wanted.seeds * n
         wanted = dataclasses.replace(wanted, prompt=block.captions[:n], seeds=tuple(seeds))
@@ -256,7 +265,7 @@ def _students_grid(distilled: Distilled, prompts: Sequence[str], values: dict[st
         gallery.draw, dataclasses.replace(materials, study=theirs),
         drawer=lambda member: distilled.drawer(member, last.told),
         params=lambda member: distilled.params(member, last),
-    ))
+    ), theirs.sample.num_images)
 
 
 def _cascades_grid(cascaded: Cascaded, prompts: Sequence[str], values: dict[str, Any]) -> str:
@@ -276,8 +285,9 @@ def _cascades_grid(cascaded: Cascaded, prompts: Sequence[str], values: dict[str,
         calls = {key: calls + first.calls for key, calls in drawn.calls.items()}
         return dataclasses.replace(drawn, calls=calls)
 
-    whose = f"{cascaded.setting}_{steps}steps_"
-    return _grid(cascaded.materials, wanted, prompts, values, whose, draw)
+    whose = f"{cascaded.drawn_with}_{steps}steps_"
+    return _grid(
+        cascaded.materials, wanted, prompts, values, whose, draw, theirs.sample.num_images)
 
 
 def _further_grid(further: Further, prompts: Sequence[str], values: dict[str, Any]) -> str:

@@ -196,12 +196,15 @@ def _calls(sampler: str, schedule: str, steps: int, prediction: str, spacing: st
 
 def work(subject: Subject, cost: Cost, identity: Identity) -> float:
     """GFLOPs of a record: every picture's calls, two evaluations each where guided, and one more
-    for decoding and scoring. What time left is reckoned by. A cascade's first stage is left out:
-    what it draws serves a whole grid."""
-    rate = subject.first.upper_guidance if subject.first else identity.guidance
+    for decoding and scoring. What time left is reckoned by. What a cascade's first stage draws
+    serves a whole grid, and each of its tables has a share."""
+    first = subject.first
+    rate = first.upper_guidance if first else identity.guidance
     pairs = rate != 1 and not subject.told
     evaluations = calls(subject.diffusion, identity) * (2 if pairs else 1)
-    return (evaluations + 1) * cost.gflops * identity.num_images
+    before = first.calls * first.gflops * (2 if identity.guidance != 1 else 1) / len(
+        tables(subject.sweep)) if first else 0.0
+    return ((evaluations + 1) * cost.gflops + before) * identity.num_images
 
 
 def shared(work_N: Sequence[float], count: int) -> list[list[int]]:
@@ -426,7 +429,8 @@ def _complete(
             behind.put(finished)
             rows, images = finished.rows, len(finished.position)
             evaluations = rows * (2 if finished.guided else 1) + images
-            progress.update(rows, images, evaluations * bench.cost.gflops)
+            gflops = subject.first.gflops if finished.first else bench.cost.gflops
+            progress.update(rows, images, evaluations * gflops)
     if broken:
         i = missing[min(broken)]
         raise UserError(

@@ -12,6 +12,7 @@ import numpy as np
 
 from ldm_scaling.config import Cascade
 from ldm_scaling.sampling import packing, sampler
+from ldm_scaling.sampling.guidance import Correction
 from ldm_scaling.sampling.lanes import Finished
 from ldm_scaling.sampling.packing import Configuration
 from ldm_scaling.sampling.table import SamplerTable
@@ -36,7 +37,7 @@ class CascadeDrawer:
         self.frozen, self.mesh, self.batch_size = second.frozen, second.mesh, second.batch_size
         self.table, self.decode = second.table, second.decode
         self.before: SamplerTable | None = None
-        self._seconds: dict[tuple[str, bool], tuple[float, float]] = {}
+        self._seconds: dict[tuple[str, bool, Correction], tuple[float, float]] = {}
 
     def after(self, steps: int) -> CascadeDrawer:
         """The same, drawing the first stage in so many steps."""
@@ -48,32 +49,59 @@ class CascadeDrawer:
         rate = self.cascade.upper_guidance
         return [dataclasses.replace(c, guidance=rate) for c in configurations]
 
+    @staticmethod
+    def _alike(configurations: Sequence[Configuration]) -> list[list[int]]:
+        """Numbers of those that differ in the second stage alone, of which the first is drawn once.
+        """
+        kinds: dict[tuple, list[int]] = {}
+        for number, c in enumerate(configurations):
+            kind = (c.guidance, c.index_N.tobytes(), c.prompt_N.tobytes())
+            kinds.setdefault(kind, []).append(number)
+        return list(kinds.values())
+
     def plans(self, configurations: Sequence[Configuration]) -> list[packing.Plan]:
         """Where each sample of the second stage runs, see `Lanes.plans`."""
-        return self.second.plans(self._upper(configurations))
+        return [
+            plan for some in self._alike(configurations)
+            for plan in self.second.plans(self._upper([configurations[i] for i in some]))
+        ]
 
     def split(self, configurations: Sequence[Configuration]) -> list[tuple[bool, list[int]]]:
         """By whether the first stage is guided, see `packing.split`."""
         return self.first.split(configurations)
 
     def small(
-        self, params: Any, configurations: Sequence[Configuration], ctx_PLD: np.ndarray,
-        key: jax.Array,
-    ) -> list[np.ndarray]:
-        """The first stage's latents of each configuration, (N, h, w, C), without noise.
+        self, params: Any, configuration: Configuration, ctx_PLD: np.ndarray, key: jax.Array
+    ) -> np.ndarray:
+        """The first stage's latents, (N, h, w, C), without noise.
 
         Args:
           params: of the first network alone.
-          configurations: whose guidance, numbers and prompts these are; their tables do not matter.
+          configuration: whose guidance, numbers and prompts these are; its table does not matter.
           ctx_PLD, key: see `Drawer.draw`.
         """
-        before = [dataclasses.replace(c, table=self.before) for c in configurations]
-        shape = self.first.frozen.latent_shape
-        out = [np.zeros((len(c.index_N), *shape), np.float32) for c in before]
-        for done in self.first.draw(params, before, ctx_PLD, jax.random.fold_in(key, _FIRST)):
-            for i, j, z_hwC in zip(done.configuration, done.position, done.latents_JHWC):
-                out[i][j] = z_hwC
-        return out
+        out_NhwC = self._no_small(configuration)
+        for _ in self._filled(out_NhwC, params, configuration, ctx_PLD, key):
+            pass
+        return out_NhwC
+
+    def _no_small(self, configuration: Configuration) -> np.ndarray:
+        shape = (len(configuration.index_N), *self.first.frozen.latent_shape)
+        return np.zeros(shape, np.float32)
+
+    def _filled(
+        self, out_NhwC: np.ndarray, params: Any, configuration: Configuration, ctx_PLD: np.ndarray,
+        key: jax.Array,
+    ) -> Iterator[Finished]:
+        """Writes `small` into an array, and tells of the rows that it takes, without samples."""
+        nothing = np.zeros((0, *self.frozen.latent_shape), np.float32)
+        before = dataclasses.replace(configuration, table=self.before)
+        for done in self.first.draw(params, [before], ctx_PLD, jax.random.fold_in(key, _FIRST)):
+            out_NhwC[done.position] = done.latents_JHWC
+            yield done._replace(
+                configuration=done.configuration[:0], position=done.position[:0],
+                latents_JHWC=nothing, first=True,
+            )
 
     def _noised(self, low_NhwC: np.ndarray, index_N: np.ndarray, key: jax.Array) -> np.ndarray:
         """With noise of the level that is drawn with, a function of (key, number) alone."""
@@ -90,8 +118,9 @@ class CascadeDrawer:
         self, params: Any, configurations: Sequence[Configuration], ctx_PLD: np.ndarray,
         key: jax.Array, condition_PHWC: None = None,
     ) -> Iterator[Finished]:
-        """The second stage's latents as they end, see `Lanes.run`; the first stage is drawn before,
-        once for all configurations that differ in the second alone.
+        """The second stage's latents as they end, see `Lanes.run`. Before them the first stage is
+        drawn, once for all configurations that differ in the second alone, and these are whole
+        before the next ones begin: one rate's small latents are held at a time.
 
         Args:
           params: of the first network and of the second.
@@ -99,31 +128,35 @@ class CascadeDrawer:
           ctx_PLD, key: see `Drawer.draw`.
           condition_PHWC: there is none but what the first stage draws.
         """
-        kinds: dict[tuple, tuple[Configuration, int]] = {}
-        start, upper = 0, []
-        for c, second in zip(configurations, self._upper(configurations)):
-            kind = (c.guidance, c.index_N.tobytes(), c.prompt_N.tobytes())
-            if kind not in kinds:
-                kinds[kind] = (c, start)
-                start += len(c.index_N)
-            rows_N = kinds[kind][1] + np.arange(len(c.index_N))
-            upper.append(dataclasses.replace(second, prompt_N=rows_N))
-        firsts = [c for c, _ in kinds.values()]
-        low = self.small(params[0], firsts, ctx_PLD, key)
-        low_RhwC = np.concatenate([
-            self._noised(z, c.index_N, key) for c, z in zip(firsts, low)
-        ])
-        prompt_R = np.concatenate([c.prompt_N for c in firsts])
+        for some in self._alike(configurations):
+            one = configurations[some[0]]
+            low_NhwC = self._no_small(one)
+            yield from self._filled(low_NhwC, params[0], one, ctx_PLD, key)
+            drawn = self._large(
+                params[1], [configurations[i] for i in some],
+                self._noised(low_NhwC, one.index_N, key), ctx_PLD, key,
+            )
+            for done in drawn:
+                yield done._replace(configuration=np.array(some)[done.configuration])
+
+    def _large(
+        self, params: Any, configurations: Sequence[Configuration], low_NhwC: np.ndarray,
+        ctx_PLD: np.ndarray, key: jax.Array,
+    ) -> Iterator[Finished]:
+        """The second stage, of small latents that all these have in common."""
+        prompt_N = configurations[0].prompt_N
+        upper = [dataclasses.replace(c, prompt_N=np.arange(len(prompt_N)))
+                 for c in self._upper(configurations)]
 
         def cond_of(row_M: np.ndarray) -> dict[str, np.ndarray]:
             level_M = np.full(len(row_M), self.cascade.level, np.float32)
-            condition = cascade_task.seen(low_RhwC[row_M], level_M, self.cascade)
-            return {"context": ctx_PLD[prompt_R[row_M]], "condition": condition}
+            condition = cascade_task.seen(low_NhwC[row_M], level_M, self.cascade)
+            return {"context": ctx_PLD[prompt_N[row_M]], "condition": condition}
 
         # Guidance is away from the caption: both evaluations see the small picture (Imagen,
         # arXiv 2205.11487).
         uncond = {"context": self.frozen.null_ctx_LD[None]}
-        yield from self.second.lanes.run(params[1], upper, cond_of, uncond, key)
+        return self.second.lanes.run(params, upper, cond_of, uncond, key)
 
     pictures = Drawer.pictures  # All that it needs of a drawer is here.
 
@@ -144,7 +177,7 @@ class CascadeDrawer:
         )
         found = []
         for name, drawer, weights, one, condition in stages:
-            kind = (name, one.guidance != 1)
+            kind = (name, one.guidance != 1, one.table.correction)
             if kind not in self._seconds:
                 self._seconds[kind] = drawer.seconds(weights, one, ctx_PLD, key, condition)
             found.append(self._seconds[kind])

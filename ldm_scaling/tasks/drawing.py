@@ -263,7 +263,7 @@ class Drawer:
 
         Args:
           params, configurations, ctx_PLD, key, condition_PHWC: see `draw`.
-          on_rows: told how many rows are done, for a progress bar.
+          on_rows: told how many rows are done, for a progress bar; a cascade's of the second stage.
         Raises:
           UserError: as `decode`.
         """
@@ -273,7 +273,7 @@ class Drawer:
             places = zip(finished.configuration, finished.position, finished.latents_JHWC)
             for i, j, z_HWC in places:
                 latents[i][j] = z_HWC
-            on_rows(finished.rows)
+            on_rows(0 if finished.first else finished.rows)
         return [
             self.decode(z, lambda j, c=c: f"{c.table.name} at guidance {c.guidance:g}")
             for z, c in zip(latents, configurations)

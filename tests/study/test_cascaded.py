@@ -22,6 +22,7 @@ from ldm_scaling.study.figures import catalogue
 from ldm_scaling.study.figures.source import Source
 from ldm_scaling.study.records import First
 from ldm_scaling.study.scorer import FRECHET
+from ldm_scaling.study.workdir import Workdir
 from tests.study import paper_records as paper
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -255,6 +256,66 @@ def test_records_of_both_stages_are_read_back_and_others_as_they_were(tmp_path):
     (tmp_path / f"{two.identity.key}.json").write_text(json.dumps(body))
     with pytest.raises(UserError, match="damaged.*first stage"):
         records.read_all(tmp_path)
+
+
+def test_first_stages_of_two_spacings_are_two_arms():
+    """They are records of their own, so nobody has to choose between them."""
+    leading = _planted()
+    trailing = [
+        dataclasses.replace(r, first=first, identity=dataclasses.replace(
+            r.identity, first=first.spelling))
+        for r in leading for first in [dataclasses.replace(r.first, spacing="trailing")]
+    ]
+    arms = curves.distinct([*leading, *trailing])
+    assert set(curves.samplers(arms)) == {
+        f"ddim, after {n} of ddim, {spacing}" for n in (4, 20, 50)
+        for spacing in ("leading", "trailing")}
+    assert curves.distinct(arms) == arms
+    assert {r.identity.sampler for r in curves.distinct(leading)} == {
+        f"ddim, after {n} of ddim" for n in (4, 20, 50)}
+    assert len(advice.of_records([*leading, *trailing], "cost", paper.FID).points) == 12
+
+
+def _trained(steps, setting, **more):
+    return [
+        dataclasses.replace(r, setting=setting, identity=dataclasses.replace(
+            r.identity, train_step=steps, model_hash=setting))
+        for r in _planted(**more)
+    ]
+
+
+@pytest.mark.parametrize("names", [("cascade_1", "cascade_2"), ("cascade_2", "cascade_1")])
+def test_of_two_settings_the_longer_training_counts(names):
+    """Whatever its hash is, unless the workdir's last config says another."""
+    long, short = names
+    both = [*_trained(100, short), *_trained(9_000, long)]
+    assert {r.identity.train_step for r in curves.longest(both)} == {9_000}
+    (note,) = [n for n in advice.of_records(both, "cost", paper.FID).notes if "settings" in n]
+    assert f"{long} (9,000 steps of training) is used, and not {short} (100 steps" in note
+    assert not any("longest" in n for n in advice.of_records(both, "cost", paper.FID).notes)
+    assert {r.setting for r in curves.longest(both, (short,))} == {short}
+    # More cascades weigh more than longer training; records of one network have no setting.
+    more = [dataclasses.replace(r, identity=dataclasses.replace(r.identity, model="83m+83m"))
+            for r in _trained(100, short)]
+    assert {r.setting for r in curves.longest([*both, *more])} == {short}
+    assert curves.other_settings(paper.grid(("ddim",), ("83m",))) == []
+
+
+def test_a_workdirs_last_config_says_which_cascades_count(tmp_path, capsys):
+    cascade = Cascade(base=("c8",), sweep=Sweep())
+    study = Study(members=("c8_s16",), reference="c8_s16", cascade=cascade)
+    home = Workdir(tmp_path / "run")
+    home.bind(study)
+    for r in (*_trained(100, cascade.setting), *_trained(9_000, "cascade_x")):
+        records.write(home / "records", r)
+    for place in (home.path, home / "records"):
+        assert cli.main(["advise", f"--records={place}", "--task=cascade", "--budget=8 cost"]) in (
+            None, 0)
+        said = " ".join(capsys.readouterr().out.split())
+        used = f"{cascade.setting} (100 steps of training) is used"
+        assert f"{used}, and not cascade_x (9,000" in said
+    assert cli.main(["figure", "cascade_split", f"--workdir={home.path}"]) in (None, 0)
+    assert used in capsys.readouterr().out
 
 
 def test_the_planted_split_is_found():

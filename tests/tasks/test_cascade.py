@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from ldm_scaling.config import Cascade, Diffusion, Train
+from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.models import unet
 from ldm_scaling.parallel import mesh as mesh_lib
+from ldm_scaling.sampling import solvers
+from ldm_scaling.sampling.guidance import Correction
 from ldm_scaling.sampling.packing import Configuration
 from ldm_scaling.study.small import reduced
 from ldm_scaling.tasks import cascade as cascade_task
@@ -87,8 +90,8 @@ def test_a_second_stage_that_ignores_the_small_picture_is_the_single_network(dra
 def test_the_first_stage_is_a_network_of_its_own(drawer, params, mesh):
     """It draws what it draws where nothing follows, and what follows does not change it."""
     after = drawer.after(4)
-    (low,) = after.small(params[0], [configuration(drawer, 2.0)], CTX_PLD, KEY)
-    (same,) = after.small(params[0], [configuration(drawer, 2.0, steps=7)], CTX_PLD, KEY)
+    low = after.small(params[0], configuration(drawer, 2.0), CTX_PLD, KEY)
+    same = after.small(params[0], configuration(drawer, 2.0, steps=7), CTX_PLD, KEY)
     np.testing.assert_array_equal(low, same)
     alone = one(SMALL, mesh)
     spoken = configuration(alone, 2.0, steps=4, sampler=CASCADE.first_sampler)
@@ -111,6 +114,54 @@ def test_a_picture_depends_on_its_number_alone(drawer, params):
     assert np.abs(other - together[0]).max() > 1e-3
 
 
+def test_a_rate_is_whole_before_the_next_begins(drawer, params):
+    """And each rate's first stage, which is drawn once for all its tables, is told in rows."""
+    several = [configuration(drawer, w, n) for n in (2, 3) for w in (9.0, 1.0)]
+    told = list(drawer.after(4).draw(params, several, CTX_PLD, KEY))
+    stages = [(d.first, sorted({several[i].guidance for i in d.configuration})) for d in told]
+    kept = [stage for k, stage in enumerate(stages)
+            if stage not in stages[k - 1 : k] and (stage[0] or stage[1])]
+    assert kept == [(True, []), (False, [9.0]), (True, []), (False, [1.0])]
+    assert sum(d.rows for d in told if d.first) == 2 * 4 * 3
+    assert not any(len(d.position) for d in told if d.first)
+    assert {d.guided for d in told if d.first} == {True, False}
+    plans = drawer.after(4).plans(several)
+    assert sum(p.useful_rows for p in plans) == sum(d.rows for d in told if not d.first)
+
+
+def test_every_program_is_timed():
+    """Guided or not, and with each correction of the table: the sweep asks for each."""
+    asked = []
+
+    class Timed:
+        frozen, mesh, batch_size, decode = None, None, 4, None
+
+        def __init__(self, name):
+            self.name, self.frozen = name, Frozen(None, None, 1.0, (8, 8, 4), NULL_LD)
+
+        def table(self, name, steps, spacing):
+            return dataclasses.replace(table(steps), correction=Correction())
+
+        def seconds(self, params, one, *_):
+            asked.append((self.name, one.guidance, one.table.correction))
+            return float(len(asked)), 0.5
+
+    def table(steps, **correction):
+        made = solvers.make("ddim", schedule_lib.get("sd"), steps, "v", "trailing")
+        return dataclasses.replace(made, correction=Correction(**correction))
+
+    def seconds(**correction):
+        shown = Configuration(table(2, **correction), 3.0, np.arange(2))
+        return cascade.seconds((None, None), shown, CTX_PLD, KEY)
+
+    upper = dataclasses.replace(CASCADE, upper_guidance=2.0)
+    cascade = CascadeDrawer(Timed("first"), Timed("second"), upper).after(4)
+    assert seconds() == seconds() == (2.0, 4 * 1.0 + 0.5)
+    assert seconds(rescale=0.7) == (3.0, 4 * 1.0 + 0.5)
+    assert asked == [("first", 3.0, Correction()), ("second", 2.0, Correction()),
+                     ("second", 2.0, Correction(rescale=0.7))]
+
+
 def test_guidance_of_the_second_stage_keeps_the_small_picture(drawer, params):
     """With no caption both of its evaluations see the same, so no rate changes anything."""
     guided = CascadeDrawer(
@@ -120,9 +171,9 @@ def test_guidance_of_the_second_stage_keeps_the_small_picture(drawer, params):
     out = {}
     for name, which in (("plain", drawer.after(2)), ("guided", guided)):
         for ctx in (empty, CTX_PLD):
-            (done,) = {d.guided for d in which.draw(params, [shown], ctx, KEY)}
-            assert done == (name == "guided")
-            z = np.concatenate([d.latents_JHWC for d in which.draw(params, [shown], ctx, KEY)])
+            done = [d for d in which.draw(params, [shown], ctx, KEY) if not d.first]
+            assert {d.guided for d in done} == {name == "guided"}
+            z = np.concatenate([d.latents_JHWC for d in done])
             out[name, ctx is empty] = z
     np.testing.assert_allclose(out["guided", True], out["plain", True], rtol=0, atol=2e-5)
     assert np.abs(out["guided", False] - out["plain", False]).max() > 1e-3

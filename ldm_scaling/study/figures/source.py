@@ -46,6 +46,7 @@ class Source:
       images: of cells, for the grids at equal cost.
       captions: of the images.
       baselines: that restored pictures are held against; None where there are none.
+      settings: to be preferred where there are several, see `curves.one_setting`.
     """
 
     records: Sequence[Record]
@@ -56,6 +57,7 @@ class Source:
     images: image_grids.Images = dataclasses.field(default_factory=dict)
     captions: Sequence[str] = ()
     baselines: Baselines | None = None
+    settings: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         labels.measure(self.metric)
@@ -90,7 +92,7 @@ class Source:
 
     def distinct(self, records: Sequence[Record]) -> list[Record]:
         """Of each size the longest training, see `curves.distinct`."""
-        return curves_lib.distinct(curves_lib.longest(records))
+        return curves_lib.distinct(curves_lib.longest(records, self.settings))
 
     @functools.cached_property
     def curves(self) -> Curves:
