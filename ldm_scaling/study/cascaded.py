@@ -31,7 +31,7 @@ from ldm_scaling.tasks import cascade as cascade_task
 from ldm_scaling.tasks import text_to_image
 from ldm_scaling.tasks.cascade_drawing import CascadeDrawer
 from ldm_scaling.tasks.drawing import Drawer, Frozen, sampling_key
-from ldm_scaling.training import checkpoint, loop, step
+from ldm_scaling.training import checkpoint, loop
 from ldm_scaling.training.task import Task
 
 
@@ -156,10 +156,7 @@ class Cascaded:
                 f"{have or 0} of {run.steps}; run  ldm-scaling train  with the same --config and "
                 "--workdir"
             )
-        init = functools.partial(backbone.init, spec)
-        abstract = step.abstract_state(init, run, self.materials.mesh)
-        with loop.checkpoints_of(folder, run) as checkpoints:
-            return checkpoints.restore_average(abstract, run.steps)
+        return runs.average(spec, folder, run, self.materials.mesh, run.steps)
 
     @functools.cached_property
     def small_frozen(self) -> Frozen:

@@ -25,7 +25,7 @@ from ldm_scaling.study.scorer import Scorer
 from ldm_scaling.study.sweep import Subject
 from ldm_scaling.tasks.distillation import student
 from ldm_scaling.tasks.drawing import Drawer, sampling_key
-from ldm_scaling.training import checkpoint, loop, step
+from ldm_scaling.training import checkpoint, loop
 from ldm_scaling.training.task import Task
 
 
@@ -162,10 +162,9 @@ class Distilled:
         if stage is None:
             return self.materials.member_params(member)
         folder, run = self.folder(member, stage), stage.train
-        init = functools.partial(backbone.init, self.spec(member, stage))
-        abstract = step.abstract_state(init, run, self.materials.mesh)
-        with loop.checkpoints_of(folder, run) as checkpoints:
-            return checkpoints.restore_average(abstract, run.steps)
+        return runs.average(
+            self.spec(member, stage), folder, run, self.materials.mesh, run.steps
+        )
 
     @functools.cache  # noqa: B019  One object a run.
     def drawer(self, member: str, told: bool) -> Drawer:

@@ -26,7 +26,7 @@ from ldm_scaling.models import backbone, cost, efficientnet, lpips
 from ldm_scaling.parallel import hosts, placing, processes
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling.packing import Configuration
-from ldm_scaling.study import baselines, datasets, labels, sheet, sweep
+from ldm_scaling.study import baselines, datasets, labels, runs, sheet, sweep
 from ldm_scaling.study.baselines import Baselines
 from ldm_scaling.study.materials import LAYER, SHOWN_EXAMPLES, VALIDATION_EXAMPLES, Materials
 from ldm_scaling.study.networks import model_hash
@@ -34,7 +34,7 @@ from ldm_scaling.study.paired_scorer import PairedScorer
 from ldm_scaling.study.sweep import Prompts, Subject, block_indices
 from ldm_scaling.tasks import conditioned
 from ldm_scaling.tasks.drawing import Drawer, sampling_key
-from ldm_scaling.training import checkpoint, loop, step
+from ldm_scaling.training import checkpoint
 from ldm_scaling.training.task import Task
 
 log = logging.getLogger(__name__)
@@ -150,10 +150,9 @@ class FineTuned:
                 f"member {member} is not fine-tuned for {self.config.task}: {folder} holds no step "
                 f"{steps}; run  ldm-scaling train  with the same --config and --workdir"
             )
-        init = functools.partial(backbone.init, self.spec(member))
-        abstract = step.abstract_state(init, self.config.train, self.materials.mesh)
-        with loop.checkpoints_of(self.folder(member), self.config.run) as checkpoints:
-            return checkpoints.restore_average(abstract, steps)
+        return runs.average(
+            self.spec(member), self.folder(member), self.config.run, self.materials.mesh, steps
+        )
 
     @functools.cache  # noqa: B019  One object a run.
     def drawer(self, member: str) -> Drawer:

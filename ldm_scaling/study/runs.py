@@ -1,9 +1,11 @@
-"""What all training runs of a study share: their data loaders, and whether they are done."""
+"""What all training runs of a study share: their data loaders, whether they are done, and what
+they leave."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from etils import epath
@@ -12,8 +14,9 @@ from ldm_scaling.config import Study, Train
 from ldm_scaling.data.loading import loader
 from ldm_scaling.data.loading.mixture import Mixture
 from ldm_scaling.data.loading.source import Source
+from ldm_scaling.models import backbone
 from ldm_scaling.parallel import processes
-from ldm_scaling.training import checkpoint
+from ldm_scaling.training import checkpoint, loop, step
 
 
 def loader_of(study: Study, source: Source | Mixture, train: Train) -> Callable:
@@ -31,3 +34,12 @@ def done(folder: epath.Path, run: Train) -> bool:
     return processes.from_lead(
         "trained", lambda: checkpoint.latest(folder / "checkpoints") == run.steps
     )
+
+
+def average(
+    spec: backbone.Spec, folder: epath.Path, run: Train, mesh: jax.sharding.Mesh, steps: int
+) -> Any:
+    """The averaged parameters of a network's run after so many steps, laid out for a mesh."""
+    abstract = step.abstract_state(functools.partial(backbone.init, spec), run, mesh)
+    with loop.checkpoints_of(folder, run) as checkpoints:
+        return checkpoints.restore_average(abstract, steps)

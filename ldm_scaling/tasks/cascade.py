@@ -15,11 +15,9 @@ from ldm_scaling.config import Cascade, Diffusion
 from ldm_scaling.diffusion import loss as loss_lib
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.models import autoencoder, backbone, cost
-from ldm_scaling.parallel import mesh as mesh_lib
-from ldm_scaling.parallel import placing
 from ldm_scaling.sampling.guidance import Denoise
-from ldm_scaling.tasks import text_to_image
-from ldm_scaling.tasks.drawing import Frozen, denoiser, pad_context
+from ldm_scaling.tasks import held_out, text_to_image
+from ldm_scaling.tasks.drawing import Frozen, denoiser
 from ldm_scaling.training.task import Task
 
 LOW = ("low_mean", "low_logvar")
@@ -118,28 +116,10 @@ def make(
         `context` (N, L, D), `index` (N,).
       show: see `Task`.
     """
-    run, schedule = cascade.train, schedule_lib.get(diffusion.schedule)
+    run = cascade.train
     denoise = denoiser(spec, mesh, run.compute_dtype, run.remat, run.attention)
     loss = loss_fn(denoise, spec, cascade, diffusion, frozen.latent_scale, frozen.null_ctx_LD)
-    count = len(validation["index"])
-    # Over any number of devices: those that fill up the last row are left out of the mean.
-    rows = np.arange(mesh_lib.rounded(count, mesh)) % count
-    held_out = placing.put_batch(mesh, {name: a[rows] for name, a in validation.items()})
-
-    @jax.jit
-    def validation_loss(params, mean, ctx_BLD, seen_BHWC, index_B):
-        ctx_BLD = pad_context(ctx_BLD.astype(jnp.float32), spec.context_dim)
-        return jnp.mean(
-            loss_lib.validation_loss(
-                denoise, params, frozen.latent_scale * mean.astype(jnp.float32),
-                {"context": ctx_BLD, "condition": seen_BHWC}, index_B, schedule,
-                diffusion.prediction,
-            )[:count]
-        )
-
-    def validate(params: Any, step: int) -> dict[str, float]:
-        parts = (held_out[name] for name in ("mean", "context", "seen", "index"))
-        return {"loss": float(validation_loss(params, *parts))}
+    validate = held_out.validate_fn(denoise, spec, diffusion, frozen, mesh, validation)
 
     def flops_per_example() -> float:
         # Backward takes two products for each one forward.

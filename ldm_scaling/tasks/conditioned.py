@@ -16,10 +16,9 @@ from ldm_scaling.diffusion import loss as loss_lib
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.models import backbone, cost
 from ldm_scaling.models.autoencoder import Posterior
-from ldm_scaling.parallel import mesh as mesh_lib
-from ldm_scaling.parallel import placing
 from ldm_scaling.sampling.guidance import Denoise
 from ldm_scaling.sampling.packing import Configuration
+from ldm_scaling.tasks import held_out
 from ldm_scaling.tasks.drawing import Drawer, denoiser, pad_context
 from ldm_scaling.training.task import Beside, Task
 
@@ -116,38 +115,16 @@ def make(
         given, and the picture.
     """
     run, frozen = finetune.train, drawer.frozen
-    schedule = schedule_lib.get(diffusion.schedule)
     denoise = denoiser(spec, drawer.mesh, run.compute_dtype, run.remat, run.attention)
     loss = loss_fn(
         denoise, spec, finetune, diffusion, encode, frozen.latent_scale, frozen.null_ctx_LD
     )
     sample = finetune.sample
     table = drawer.table(sample.sampler, sample.steps, sample.spacing)
-    count = len(validation["index"])
-    # Over any number of devices: those that fill up the last row are left out of the mean.
-    rows = np.arange(mesh_lib.rounded(count, drawer.mesh)) % count
-    held_out = placing.put_batch(
-        drawer.mesh, {name: validation[name][rows] for name in ("mean", "seen", "index")}
-    )
-    null_LD = pad_context(frozen.null_ctx_LD.astype(np.float32), spec.context_dim)
+    validate = held_out.validate_fn(denoise, spec, diffusion, frozen, drawer.mesh, validation)
 
     def make_batch(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {n: np.asarray(batch[n]) for n in ("image", *FIELDS) if n in batch}
-
-    @jax.jit
-    def validation_loss(params, mean, seen_BHWC, index_B):
-        ctx_BLD = jnp.broadcast_to(null_LD, (len(mean), *null_LD.shape))
-        return jnp.mean(
-            loss_lib.validation_loss(
-                denoise, params, frozen.latent_scale * mean.astype(jnp.float32),
-                {"context": ctx_BLD, "condition": seen_BHWC}, index_B, schedule,
-                diffusion.prediction,
-            )[:count]
-        )
-
-    def validate(params: Any, step: int) -> dict[str, float]:
-        value = validation_loss(params, held_out["mean"], held_out["seen"], held_out["index"])
-        return {"loss": float(value)}
 
     def show(params: Any, step: int) -> dict[str, np.ndarray]:
         n = min(sample.num_images, len(validation["shown"]))

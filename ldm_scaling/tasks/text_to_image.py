@@ -15,9 +15,9 @@ from ldm_scaling.diffusion import loss as loss_lib
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.models import autoencoder, backbone, cost, width, zoo
 from ldm_scaling.parallel import mesh as mesh_lib
-from ldm_scaling.parallel import placing
 from ldm_scaling.sampling.guidance import Denoise
 from ldm_scaling.sampling.packing import Configuration
+from ldm_scaling.tasks import held_out
 from ldm_scaling.tasks.drawing import Drawer, Frozen, denoiser, pad_context
 from ldm_scaling.training.task import Task
 
@@ -142,32 +142,11 @@ def make(
       drawer: draws the pictures shown along the way.
       validation: `mean` (N, H, W, C), `context` (N, L, D), `index` (N,) of a fixed set.
     """
-    schedule = schedule_lib.get(diffusion.schedule)
     denoise = denoiser(
         spec, drawer.mesh, train.compute_dtype, train.remat, train.attention
     )
     loss = loss_fn(denoise, spec, train, diffusion, frozen.latent_scale, frozen.null_ctx_LD)
-    count = len(validation["index"])
-    # Over any number of devices: those that fill up the last row are left out of the mean.
-    rows = np.arange(mesh_lib.rounded(count, drawer.mesh))
-    held_out = placing.put_batch(
-        drawer.mesh, {name: a[rows % count] for name, a in validation.items()}
-    )
-
-    @jax.jit
-    def validation_loss(params, mean, ctx_BLD, index_B):
-        ctx_BLD = pad_context(ctx_BLD.astype(jnp.float32), spec.context_dim)
-        return jnp.mean(
-            loss_lib.validation_loss(
-                denoise, params, frozen.latent_scale * mean.astype(jnp.float32),
-                {"context": ctx_BLD}, index_B, schedule, diffusion.prediction,
-            )[:count]
-        )
-
-    def validate(params: Any, step: int) -> dict[str, float]:
-        value = validation_loss(params, held_out["mean"], held_out["context"], held_out["index"])
-        return {"loss": float(value)}
-
+    validate = held_out.validate_fn(denoise, spec, diffusion, frozen, drawer.mesh, validation)
     transferred = transfer(spec, train)
 
     def init(key: jax.Array) -> Any:

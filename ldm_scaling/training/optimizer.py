@@ -37,20 +37,15 @@ def make(config: Train, rates: Any = None) -> optax.GradientTransformation:
         `mup`'s AdamW has it and as transfer needs it (Wang & Aitchison 2024, arXiv 2405.13698).
         What is carried is the same with rates and without.
     """
-    clip = optax.clip_by_global_norm(config.clip_norm)
-    if rates is None:
-        return optax.chain(clip, optax.adamw(
-            learning_rate(config), b1=config.beta1, b2=config.beta2,
-            weight_decay=config.weight_decay, mask=decays, mu_dtype=config.moment_dtype,
-        ))
     adam = optax.scale_by_adam(config.beta1, config.beta2, mu_dtype=config.moment_dtype)
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         steps, state = adam.update(grads, state, params)
         return jax.tree.map(lambda step, rate: rate * step, steps, rates), state
 
-    return optax.chain(clip, optax.chain(
-        optax.GradientTransformation(adam.init, update),
+    # What `optax.adamw` is, with a place between its parts; nested, as checkpoints have it.
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.chain(
+        adam if rates is None else optax.GradientTransformation(adam.init, update),
         optax.add_decayed_weights(config.weight_decay, decays),
         optax.scale_by_learning_rate(learning_rate(config)),
     ))
