@@ -138,18 +138,13 @@ _OWN_FLAGS = ("--xla_gpu_enable_command_buffer=", "--xla_backend_optimization_le
 
 def check_flags(path: Path, flags: str) -> None:
     """Raises `UserError` where a result was measured with other flags of XLA."""
-    there, here = (
-        sorted(set(text.split()) - set(_OWN_FLAGS)) for text in (_flags_of(path), flags)
-    )
+    before = json.loads(path.read_text()).get("flags", "")
+    there, here = (sorted(set(text.split()) - set(_OWN_FLAGS)) for text in (before, flags))
     if there != here:
         raise UserError(
             f"{path} was measured with XLA_FLAGS={' '.join(there)!r}, now they are "
             f"{' '.join(here)!r}: name another folder with --to"
         )
-
-
-def _flags_of(path: Path) -> str:
-    return json.loads(path.read_text())["flags"]
 
 
 # --- what is here -----------------------------------------------------------------------------

@@ -17,14 +17,15 @@ from ldm_scaling.data.conditions import pixels
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import cost, efficientnet, lpips, text_encoder
-from ldm_scaling.parallel import hosts, processes
 from ldm_scaling.parallel import mesh as mesh_lib
+from ldm_scaling.parallel import processes
 from ldm_scaling.sampling import solvers
 from ldm_scaling.study import (
     curves,
     dreambooth_scores,
     fitting,
     gallery,
+    grids,
     publish,
     resolve,
     runs,
@@ -34,14 +35,11 @@ from ldm_scaling.study import (
 from ldm_scaling.study import further as further_lib
 from ldm_scaling.study import request as request_lib
 from ldm_scaling.study.cascaded import Cascaded
-from ldm_scaling.study.distilled import Distilled
 from ldm_scaling.study.dreambooth import Taught
 from ldm_scaling.study.finetuned import PERCEPTUAL, FineTuned
-from ldm_scaling.study.further import Further
 from ldm_scaling.study.materials import SPLITS, Materials
 from ldm_scaling.study.progress import Progress
 from ldm_scaling.study.records import TEXT_TO_IMAGE, Record
-from ldm_scaling.study.request import Request
 from ldm_scaling.study.sweep import Subject
 from ldm_scaling.study.workdir import Workdir
 from ldm_scaling.tasks import autoencoder as autoencoder_task
@@ -210,100 +208,11 @@ def sample(
       UserError: as `gallery.sample`.
     """
     if several := further_lib.of(materials):
-        asked = bool(prompts) or any(value is not None for value in values.values())
-        return [
-            _students_grid(further, prompts, values) if asked and isinstance(further, Distilled)
-            else _cascades_grid(further, prompts, values) if asked and isinstance(further, Cascaded)
-            else _further_grid(further, prompts, values)
-            for further in several
-        ]
+        return [grids.of(further, prompts, values) for further in several]
     wanted = request_lib.of(materials.study, prompts or ("",), **values)
     gallery.require_trained(materials, wanted.member)
-    return [_grid(materials, wanted, prompts, values, "", functools.partial(
+    return [grids.grid(materials, wanted, prompts, values, "", functools.partial(
         gallery.draw, materials, drawer=drawer), materials.study.sample.num_images)]
-
-
-def _grid(
-    materials: Materials, wanted: Request, prompts: Sequence[str], values: dict[str, Any],
-    whose: str, draw: Callable[[Request, Any], gallery.Gallery], most: int,
-) -> str:
-    """Draws a request unless its file is there, without prompts for `most` validation captions;
-    returns the file."""
-    study, context_PLD = materials.study, None
-    stem = f"{whose}{wanted.name}"
-    if not prompts:
-        block = materials.prompts(study.sweep.report_block)
-        n = min(most, len(block.index_N))
-        own = [(seed,) for seed in block.index_N[:n].tolist()]
-        seeds = own if values.get("seeds") is None else wanted.seeds * n
-        wanted = dataclasses.replace(wanted, prompt=block.captions[:n], seeds=tuple(seeds))
-        stem, context_PLD = f"{whose}validation_{wanted.name}", block.context_NLD[:n]
-    path = materials.workdir / "samples" / f"{stem}.png"
-    if not processes.from_lead("drawn", path.exists):
-        if context_PLD is None:
-            context_PLD = gallery.text_states(materials, wanted.prompt)
-        drawn = draw(wanted, context_PLD)
-        if hosts.is_lead():
-            drawn.save(path)
-    return str(path)
-
-
-def _students_grid(distilled: Distilled, prompts: Sequence[str], values: dict[str, Any]) -> str:
-    """Of members' last students, for prompts and settings of one's own."""
-    materials, last = distilled.materials, distilled.stages[-1]
-    theirs = dataclasses.replace(
-        materials.study, sample=distilled.sample(last), diffusion=distilled.diffusion
-    )
-    wanted = request_lib.of(theirs, prompts or ("",), **values)
-    low, high = distilled.config.rates
-    if last.told and not all(low <= w <= high for w in wanted.guidance):
-        raise UserError(
-            f"--guidance={','.join(f'{w:g}' for w in wanted.guidance)}: students of "
-            f"{distilled.config.method} are told rates from {low:g} to {high:g}"
-        )
-    return _grid(materials, wanted, prompts, values, f"{distilled.setting}_", functools.partial(
-        gallery.draw, dataclasses.replace(materials, study=theirs),
-        drawer=lambda member: distilled.drawer(member, last.told),
-        params=lambda member: distilled.params(member, last),
-    ), theirs.sample.num_images)
-
-
-def _cascades_grid(cascaded: Cascaded, prompts: Sequence[str], values: dict[str, Any]) -> str:
-    """Of cascades, for prompts and settings of one's own; the first stage's steps are the
-    config's."""
-    theirs, steps = cascaded.as_study(), cascaded.config.first_steps[-1]
-    materials = dataclasses.replace(cascaded.materials, study=theirs)
-    wanted = request_lib.of(theirs, prompts or ("",), **values)
-
-    def draw(wanted: Request, context_PLD: Any) -> gallery.Gallery:
-        drawn = gallery.draw(
-            materials, wanted, context_PLD,
-            drawer=lambda name: cascaded.drawer(*cascaded.of_name(name)).after(steps),
-            params=lambda name: cascaded.params(*cascaded.of_name(name)),
-        )
-        first = cascaded.first(cascaded.config.base[0], steps)
-        calls = {key: calls + first.calls for key, calls in drawn.calls.items()}
-        return dataclasses.replace(drawn, calls=calls)
-
-    whose = f"{cascaded.drawn_with}_{steps}steps_"
-    return _grid(
-        cascaded.materials, wanted, prompts, values, whose, draw, theirs.sample.num_images)
-
-
-def _further_grid(further: Further, prompts: Sequence[str], values: dict[str, Any]) -> str:
-    """Of members that are trained further; the config alone says how."""
-    if prompts:
-        raise UserError(
-            f"the members are fine-tuned for {further.config.task}, which takes no prompt: leave "
-            "out --prompt for a grid of validation pictures, or --config.finetune.task= for the "
-            "pretrained members"
-        )
-    if given := sorted(name for name, value in values.items() if value is not None):
-        raise UserError(
-            f"--{given[0]}: the grid of {further.config.task} is as the config's finetune.sample "
-            "says: give --config.finetune.sample.steps=N and the like"
-        )
-    return further_lib.grid(further)
 
 
 def run_sweep(materials: Materials) -> None:

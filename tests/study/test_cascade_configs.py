@@ -16,7 +16,7 @@ from ldm_scaling.data.cache import Field
 from ldm_scaling.data.cached_pairs import CachedPairs
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import zoo
-from ldm_scaling.study import further, stages
+from ldm_scaling.study import further, grids, stages
 from ldm_scaling.study.cascaded import Cascaded
 from ldm_scaling.study.workdir import Workdir
 from ldm_scaling.tasks import autoencoder as autoencoder_task
@@ -41,16 +41,16 @@ def checked(tmp_path, name="demo_cascade", arg="", **cascade):
 def test_pictures_are_named_by_all_that_draws_the_first_stage(tmp_path, monkeypatch):
     """A grid that another sampler or spacing drew is not given for this one's."""
     monkeypatch.setattr(Cascaded, "sheet", lambda *_: np.zeros((4, 4, 3), np.uint8))
-    monkeypatch.setattr(stages, "_grid", lambda m, w, p, v, whose, draw, most: (whose, most))
+    monkeypatch.setattr(grids, "grid", lambda m, w, p, v, whose, draw, most: (whose, most))
     settings = ({}, {"first_sampler": "heun"}, {"first_spacing": "leading"},
                 {"first_steps": (1, 3)}, {"level": 0.2}, {"first_sampler": "ddim"})
-    grids, asked = [], []
+    shown, asked = [], []
     for changed in settings:
         materials = checked(tmp_path, arg="tiny", sample__num_images=3, **changed)
         (cascaded,) = further.of(materials)
-        grids.append(further.grid(cascaded))
-        asked.append(stages._cascades_grid(cascaded, ("a red apple",), {}))
-    for names in (grids, [whose for whose, _ in asked]):
+        shown.append(further.grid(cascaded))
+        asked.append(grids.of(cascaded, ("a red apple",), {}))
+    for names in (shown, [whose for whose, _ in asked]):
         assert len(set(names)) == 5 and names[0] == names[-1]  # The last is the first, spelt out.
     assert {most for _, most in asked} == {3}  # Of the cascade's sample.
     # Records know them by other means: their setting is what it was.
