@@ -60,11 +60,11 @@ def get_config(arg: str = ""):
 
     config.diffusion.prediction = "v"
     run = config.train
-    run.steps = 4_000
-    run.batch_size = 256
-    run.learning_rate = 5e-4
-    run.warmup_steps = 200
-    run.keep_steps = (500, 1_000, 2_000)
+    run.steps = 2_000
+    run.batch_size = 512
+    run.learning_rate = 7e-4
+    run.warmup_steps = 100
+    run.keep_steps = (250, 500, 1_000)
 
     for run in (config.autoencoder.train, config.train):
         run.ema_decay = 0.999
@@ -81,7 +81,7 @@ def get_config(arg: str = ""):
     config.sweep.guidance = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
     config.sweep.spacing = "trailing"
     config.sweep.strategy = "racing"
-    config.sweep.saving = 12.0
+    config.sweep.saving = 16.0
     config.sweep.num_images = 5_000
     config.sweep.replicates = 50
     config.sweep.batch_size = 1_024

@@ -5,13 +5,15 @@
     python benchmarks/gpu/ladder.py run --workdir=W --to=OUT [--from=OUT_BEFORE] [--minutes=8.5]
     python benchmarks/gpu/ladder.py report --workdir=W --from=OUT      page and figures, anywhere
 
-`run` prepares the data, the autoencoder and the smallest member, then trains all others at once, a
-process each: they compile side by side, and small networks leave a GPU idle between kernels that
-the others fill. Each is trained, swept and its early checkpoints measured by `ldm-scaling`, which
-goes on where it was. When the minutes are used up it ends the commands at work (a training run
-saves first) and packs what is worth keeping into OUT, in parts of at most 15 MB: records, curves,
-pictures of what is reported, statistics, the autoencoder, the compiler's choices of kernels. No
-member's own parameters: one that is not done is trained again on a machine that has lost it.
+`run` prepares the data, the autoencoder and its latents, while `ahead.py` compiles what members
+will run; then all train at once, a process each: small networks leave a GPU idle between kernels
+that the others fill. Each is trained, swept and its early checkpoints measured by `ldm-scaling`,
+which goes on where it was. At the end a row of each is timed with nothing beside it, which is what
+records' seconds are reckoned from. When the minutes are used up it ends the commands at work (a
+training run saves first) and packs what is worth keeping into OUT, as it does whenever a member is
+done, in parts of at most 15 MB: records, curves, pictures of what is reported, statistics, the
+autoencoder, the compiler's choices of kernels. No member's own parameters: one that is not done is
+trained again on a machine that has lost it.
 
 `hand` leaves out of three packages what the study does not read: vocabulary rows of MiniLM that no
 caption uses (and keeps the others in 16 bits, so that its hash, and the records', are of this
@@ -35,7 +37,7 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 from pathlib import Path
 
@@ -46,6 +48,7 @@ from ldm_scaling import config as config_lib
 from ldm_scaling import files
 from ldm_scaling.config import Study
 from ldm_scaling.errors import SAVED, UserError
+from ldm_scaling.study import records
 from ldm_scaling.study import workdir as workdir_lib
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,6 +62,8 @@ _SAVES = 60.0  # seconds that a run has to save itself
 COMPILED = "compiled"  # programs; of these what was found out about kernels goes along
 _KERNELS = "xla_gpu_per_fusion_autotune_cache_dir"
 APART = "apart"  # a workdir for each member, until all of it is done
+SECONDS = "seconds.json"  # of a row of each member, and of decoding, alone on the card
+_WAIT = 0.5
 # Of the H200's peak in bfloat16 `c128_s16` reaches this in training (results/2026-11-26_h200.md),
 # `c64_s16` 0.063: nearly in proportion to width, for small networks wait for launches.
 PEAK, SHARE, WIDTH = 989e12, 0.156, 128
@@ -217,7 +222,13 @@ class Clock:
     """
 
     def __init__(self, minutes: float):
-        self._end = time.monotonic() + 60 * minutes
+        self._start = time.monotonic()
+        self._end = self._start + 60 * minutes
+
+    @property
+    def gone(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._start
 
     @property
     def left(self) -> float:
@@ -232,10 +243,11 @@ class Ladder:
       config: FILE[:argument].
       workdir: where it works.
       clock: what is left of the stretch.
+      to: where it packs.
     """
 
-    def __init__(self, config: str, workdir: Path, clock: Clock):
-        self.config, self.workdir, self.clock = config, workdir, clock
+    def __init__(self, config: str, workdir: Path, clock: Clock, to: Path):
+        self.config, self.workdir, self.clock, self.to = config, workdir, clock, to
         self.study = study_of(config)
         self.log: list[str] = []
         self._noting = threading.Lock()
@@ -258,6 +270,8 @@ class Ladder:
                 os.link(found, target)
         with self._noting:
             note(self.workdir, [*self.done, name])
+            self.say(f"{name} is done")
+            self.pack(self.to)
 
     def command(self, name: str, workdir: Path, changed: dict[str, str]) -> bool:
         """Runs a command of `ldm-scaling`; False where time ran out.
@@ -265,19 +279,34 @@ class Ladder:
         Raises:
           UserError: where it failed otherwise.
         """
+        flags = [f"--config.{key}={value}" for key, value in changed.items()]
+        told = "_".join([name, *changed.values()]).translate(str.maketrans("", "", "(',) "))
+        return self._process(told, [
+            "-m", "ldm_scaling", name, f"--config={self.config}", f"--workdir={workdir}", *flags,
+        ])
+
+    def ahead(self, what: str, *members: str, **flags: Path) -> bool:
+        """Runs `ahead.py`; False where time ran out."""
+        script = Path(__file__).resolve().with_name("ahead.py")
+        return self._process("_".join([what, *members]), [
+            os.fspath(script), what, *members, f"--config={self.config}",
+            *(f"--{name}={value}" for name, value in flags.items()),
+        ])
+
+    def _process(self, told: str, line: Sequence[str]) -> bool:
         if self.clock.left < _SAVES:
             return False
-        flags = [f"--config.{key}={value}" for key, value in changed.items()]
-        line = [sys.executable, "-m", "ldm_scaling", name, f"--config={self.config}",
-                f"--workdir={workdir}", *flags]
-        told = "_".join([name, *changed.values()]).translate(str.maketrans("", "", "(',) "))
         env = {**bench.MEMORY, "JAX_COMPILATION_CACHE_DIR": str(self.workdir / COMPILED),
+               "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+               "OPENBLAS_NUM_THREADS": "2",  # Many processes share the cores.
                "XLA_FLAGS": f"--{FLAGS.replace(',', ' --')}", **os.environ}
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
         logs = self.workdir / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         start = time.monotonic()
         with open(logs / f"{told}.txt", "a") as log:
-            process = subprocess.Popen(line, cwd=ROOT, env=env, stdout=log, stderr=log)
+            process = subprocess.Popen(
+                [sys.executable, *line], cwd=ROOT, env=env, stdout=log, stderr=log)
             try:
                 status = process.wait(self.clock.left - _SAVES / 2)
             except subprocess.TimeoutExpired:
@@ -286,20 +315,35 @@ class Ladder:
                     process.wait(_SAVES)
                 process.kill()
                 status = SAVED
-        self.log.append(f"{told}: {time.monotonic() - start:.0f} s, status {status}")
-        print(self.log[-1], flush=True)
+        self.say(f"{told}: {time.monotonic() - start:.0f} s, status {status}")
         if status not in (0, SAVED):
             last = (logs / f"{told}.txt").read_text().strip().splitlines()[-1:]
-            raise UserError(f"ldm-scaling {told} ended with status {status}: {' '.join(last)}")
+            raise UserError(f"{told} ended with status {status}: {' '.join(last)}")
         return status == 0
 
+    def say(self, what: str) -> None:
+        """To the log, with the time of the stretch."""
+        self.log.append(f"{self.clock.gone:5.0f} s  {what}")
+        print(self.log[-1], flush=True)
+
     def member(self, name: str) -> bool:
-        """Trains and measures a member; whether all of it is done."""
+        """Trains and measures a member, from latents that are there; whether all of it is done."""
         only = {"members": f"('{name}',)"}
         apart = self.workdir / APART / name
         self._bind(apart)
-        if not all(self.command(c, apart, only) for c in ("train", "sweep")):
+        if not self.command("train", apart, only):
             return False
+        if not self.wait(lambda: self.referred.done()):
+            return False
+        with futures.ThreadPoolExecutor(1) as beside:
+            early = beside.submit(self._early, name, apart, only)
+            whole = self.command("sweep", apart, only)
+        if not (whole and early.result()):
+            return False
+        self.finish(name)
+        return True
+
+    def _early(self, name: str, apart: Path, only: dict[str, str]) -> bool:
         for steps in self.study.train.keep_steps:
             kept = apart / "models" / name / "checkpoints" / str(steps)
             early = apart / "early" / str(steps)
@@ -309,7 +353,14 @@ class Ladder:
             changed = only | EARLY | {"train.steps": str(steps)}
             if not self.command("sweep", early, changed):
                 return False
-        self.finish(name)
+        return True
+
+    def wait(self, ready: Callable[[], bool]) -> bool:
+        """Until something is ready; False where time ran out."""
+        while not ready():
+            if self.clock.left < _SAVES:
+                return False
+            time.sleep(_WAIT)
         return True
 
     def _bind(self, folder: Path, steps: int | None = None) -> None:
@@ -328,20 +379,49 @@ class Ladder:
         Raises:
           UserError: where a command failed; the others have gone on.
         """
-        left = [name for name in self.study.members if name not in self.done]
-        if not left:
-            return True
-        # The first is trained before the others begin: data, autoencoder and latents come with it.
-        apart = self.workdir / APART / left[0]
+        if left := [name for name in self.study.members if name not in self.done]:
+            with futures.ThreadPoolExecutor(2 * len(left) + 4) as pool:
+                for members in ((), *((name,) for name in left)):
+                    pool.submit(self._compile, *members)
+                first = pool.submit(self.first, left[0])
+                self.referred = pool.submit(self.refer, first)
+
+                def one(name: str) -> bool:
+                    # The first is trained where data, autoencoder and latents are made.
+                    begun = self.workdir / "models" / left[0] / "checkpoints"
+                    trained = first.done if name == left[0] else begun.exists
+                    if not self.wait(lambda: trained() or first.done()):
+                        return False
+                    return (begun.exists() or first.result()) and self.member(name)
+
+                # The widest takes longest.
+                if not all(list(pool.map(one, reversed(left)))):
+                    return False
+        path = self.workdir / SECONDS
+        return path.exists() or self.ahead("seconds", *self.study.members, to=path)
+
+    def _compile(self, *members: str) -> None:
+        """Programs ahead of those who need them; without them they compile their own."""
+        with contextlib.suppress(UserError):  # It is in the logs.
+            self.ahead("programs", *members)
+
+    def first(self, name: str) -> bool:
+        """Trains a member, from nothing."""
+        apart = self.workdir / APART / name
         if not apart.exists():
-            if not self.command("train", self.workdir, {"members": f"('{left[0]}',)"}):
+            if not self.command("train", self.workdir, {"members": f"('{name}',)"}):
                 return False
-            (self.workdir / "reference").mkdir(exist_ok=True)
             self._bind(apart)
-            _link(self.workdir / "models" / left[0], apart / "models" / left[0])
-        with futures.ThreadPoolExecutor(len(left)) as pool:
-            # The widest takes longest.
-            return all(list(pool.map(self.member, reversed(left))))
+            _link(self.workdir / "models" / name, apart / "models" / name)
+        return True
+
+    def refer(self, first: futures.Future) -> bool:
+        """What pictures are held to, once they are composed and their captions encoded."""
+        text = self.workdir / "autoencoder"
+        (self.workdir / "reference").mkdir(parents=True, exist_ok=True)
+        if not self.wait(lambda: text.exists() or first.done()):
+            return False
+        return self.ahead("reference", workdir=self.workdir)
 
     # What goes home, and what comes back.
 
@@ -350,7 +430,8 @@ class Ladder:
         would be trained anew, and a GPU does not train twice alike to the last digit."""
         done, found = self.done, []
         for root in [self.workdir, *sorted((self.workdir / "early").glob("*"))]:
-            found += [root / name for name in ("study.json", STATE) if (root / name).exists()]
+            names = ("study.json", STATE, SECONDS)
+            found += [root / name for name in names if (root / name).exists()]
             for path in sorted((root / "records").glob("*.json")):
                 identity = json.loads(path.read_text())["identity"]
                 if identity["model"] not in done:
@@ -429,8 +510,29 @@ def unpack(source: Path, workdir: Path) -> None:
         raise UserError(f"the parts in {source} are not whole ({e}): copy them again") from e
 
 
+def reckon_seconds(workdir: Path) -> int:
+    """Records' seconds a picture by the rows that were timed alone; how many there are.
+
+    Raises:
+      UserError: where nothing was timed.
+    """
+    path = workdir / SECONDS
+    if not path.exists():
+        raise UserError(f"there is no {path}: the members' rows are not timed; go on with run")
+    alone = json.loads(path.read_text())
+    found = sorted(workdir.glob("**/records/*.json"))
+    for path in found:
+        record = records.read(path)
+        of = alone[record.identity.model]
+        row = of["plain" if record.identity.guidance == 1 else "guided"]
+        seconds = record.calls * row + of["decode"]
+        records.write(path.parent, dataclasses.replace(record, seconds_per_image=seconds))
+    return len(found)
+
+
 def report(ladder: Ladder) -> None:
     """The page of all members' records, and the figures of these and the early ones."""
+    reckon_seconds(ladder.workdir)
     ladder.command("report", ladder.workdir, {})
     together = ladder.workdir / "all_records"
     together.mkdir(exist_ok=True)
@@ -465,14 +567,14 @@ def main(argv: list[str] | None = None) -> int:
             args.workdir.mkdir(parents=True, exist_ok=True)
             unpack(source, args.workdir)
         minutes = args.minutes if args.what == "run" else 24 * 60
-        ladder = Ladder(args.config, args.workdir.resolve(), Clock(minutes))
+        ladder = Ladder(args.config, args.workdir.resolve(), Clock(minutes), args.to)
         if args.what == "report":
             report(ladder)
             return 0
         try:
             whole = ladder.run()
         finally:
-            print("\n".join(ladder.pack(args.to)))
+            print("\n".join(ladder.pack(ladder.to)))
         left = [m for m in ladder.study.members if m not in ladder.done]
         print("all is done" if whole else f"left: {', '.join(left)}: run the same line again")
         return 0 if whole else 1

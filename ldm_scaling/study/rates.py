@@ -200,7 +200,9 @@ class _Stepper:
             params = jax.tree.map(lambda p, times: p * times, self.task.init(key), draws)
             return state_lib.create(params, optimizer_lib.make(plain))
 
-        def step(state: TrainState, batch: Any, key: jax.Array, rate: jax.Array, rates: Any):
+        def step(
+            state: TrainState, batch: Any, key: jax.Array, frozen: Any, rate: jax.Array, rates: Any
+        ):
             own = optimizer_lib.make(plain, rates)
 
             def update(grads, opt_state, params):
@@ -208,7 +210,7 @@ class _Stepper:
                 return jax.tree.map(lambda u: rate * u, updates), opt_state
 
             return step_lib.train_step(
-                state, batch, key, loss=self.task.loss, config=plain,
+                state, batch, key, frozen, loss=self.task.loss, config=plain,
                 optimizer=optax.GradientTransformation(own.init, update),
             )
 
@@ -218,7 +220,7 @@ class _Stepper:
         self.step = jax.jit(
             step, donate_argnums=0, out_shardings=(shardings, everywhere),
             in_shardings=(
-                shardings, mesh_lib.batch_sharding(self.mesh), *[everywhere] * 3
+                shardings, mesh_lib.batch_sharding(self.mesh), *[everywhere] * 4
             ),
         )
 
@@ -245,7 +247,7 @@ class _Stepper:
         steps, finite = self.config.steps, True
         with self._feed(study) as feed:
             for number in range(1, steps + 1):
-                state, values = self.step(state, next(feed), key, rate, rates)
+                state, values = self.step(state, next(feed), key, self.task.frozen, rate, rates)
                 if number % _LOOK == 0 or number == steps:
                     finite = math.isfinite(float(values["loss"]))
                     tell(steps - number + (number % _LOOK or _LOOK) if not finite else

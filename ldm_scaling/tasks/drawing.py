@@ -111,7 +111,7 @@ def lanes(
 def decoder(
     spec: autoencoder.AutoencoderSpec | tiny_decoder.TinyDecoderSpec, scale: float
 ) -> Callable[[Any, Any], jax.Array]:
-    """Jitted `decode(params, latents_BHWC) -> pictures`, about [-1, 1].
+    """Compiled `decode(params, latents_BHWC) -> pictures`, about [-1, 1].
 
     Args:
       spec: what makes pictures.
@@ -120,10 +120,10 @@ def decoder(
     network = _DECODERS[type(spec)]
 
     @jax.jit
-    def decode(params, z_BHWC):
+    def decode(params, z_BHWC, scale):
         return network(spec, params, z_BHWC / scale)
 
-    return decode
+    return lambda params, z_BHWC: decode(params, z_BHWC, np.float32(scale))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Frozen:
     null_ctx_LD: np.ndarray
 
     def decoder(self) -> Callable[[Any, Any], jax.Array]:
-        """Jitted `decode(params, latents_BHWC) -> pictures`, about [-1, 1]."""
+        """Compiled `decode(params, latents_BHWC) -> pictures`, about [-1, 1]."""
         return decoder(self.decoder_spec, self.latent_scale)
 
 

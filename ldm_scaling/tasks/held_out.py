@@ -48,16 +48,17 @@ def validate_fn(
     null_LD = frozen.null_ctx_LD.astype(np.float32)
 
     @jax.jit
-    def loss(params, found):
+    def loss(params, found, latent_scale):
         ctx_BLD = found.get("context", jnp.broadcast_to(null_LD, (len(rows), *null_LD.shape)))
         cond = {"context": pad_context(ctx_BLD.astype(jnp.float32), spec.context_dim)}
         if "seen" in found:
             cond["condition"] = found["seen"]
         return jnp.mean(
             loss_lib.validation_loss(
-                denoise, params, frozen.latent_scale * found["mean"].astype(jnp.float32), cond,
+                denoise, params, latent_scale * found["mean"].astype(jnp.float32), cond,
                 found["index"], schedule, diffusion.prediction,
             )[:count]
         )
 
-    return lambda params, step: {"loss": float(loss(params, held_out))}
+    scale = placing.replicate(mesh, np.float32(frozen.latent_scale))
+    return lambda params, step: {"loss": float(loss(params, held_out, scale))}

@@ -15,15 +15,16 @@ from ldm_scaling.diffusion import loss as loss_lib
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.models import autoencoder, backbone, cost, width, zoo
 from ldm_scaling.parallel import mesh as mesh_lib
+from ldm_scaling.parallel import placing
 from ldm_scaling.sampling.guidance import Denoise
 from ldm_scaling.sampling.packing import Configuration
 from ldm_scaling.tasks import held_out
 from ldm_scaling.tasks.drawing import Drawer, Frozen, denoiser, pad_context
-from ldm_scaling.training.task import Task
+from ldm_scaling.training.task import Beside, Task
 
 
 def examples_fn(
-    spec: backbone.Spec, train: Train, latent_scale: float, null_ctx_LD: np.ndarray
+    spec: backbone.Spec, train: Train, latent_scale: float | jax.Array, null_ctx_LD: np.ndarray
 ) -> Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]:
     """`examples(batch, z_key, drop_key) -> (z_BHWC, cond)`: clean latents, drawn from the
     autoencoder's posterior, and what a network is told of them, some captions dropped.
@@ -46,7 +47,7 @@ def examples_fn(
 
 def loss_fn(
     denoise: Denoise, spec: backbone.Spec, train: Train, diffusion: Diffusion,
-    latent_scale: float, null_ctx_LD: np.ndarray,
+    latent_scale: float | jax.Array, null_ctx_LD: np.ndarray,
 ) -> Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]:
     """`loss(params, batch, key) -> (scalar, metrics)`, see `batch_shapes` for the batch.
 
@@ -145,7 +146,13 @@ def make(
     denoise = denoiser(
         spec, drawer.mesh, train.compute_dtype, train.remat, train.attention
     )
-    loss = loss_fn(denoise, spec, train, diffusion, frozen.latent_scale, frozen.null_ctx_LD)
+
+    def loss(params: Any, batch: Any, key: jax.Array, beside: Beside):
+        # An argument of the step: it can be compiled before an autoencoder has been trained.
+        scale = beside.frozen["latent_scale"]
+        found = loss_fn(denoise, spec, train, diffusion, scale, frozen.null_ctx_LD)
+        return found(params, batch, key)
+
     validate = held_out.validate_fn(denoise, spec, diffusion, frozen, drawer.mesh, validation)
     transferred = transfer(spec, train)
 
@@ -160,4 +167,7 @@ def make(
     return Task(
         name, init, make_batch, loss, validate, show_fn(drawer, sample, validation),
         flops_per_example, rates=transferred.rates if transferred else None,
+        frozen=placing.replicate(
+            drawer.mesh, {"latent_scale": np.float32(frozen.latent_scale)}
+        ),
     )

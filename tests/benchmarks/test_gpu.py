@@ -233,9 +233,10 @@ def test_ladder_packs_what_it_needs(tmp_path, scripts, monkeypatch):
         path = work / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-    found = ladder.Ladder("configs/h200_ladder.py:tiny", work, ladder.Clock(0))
+    found = ladder.Ladder(
+        "configs/h200_ladder.py:tiny", work, ladder.Clock(0), tmp_path / "out")
     assert found.done == ["c8_s16"]
-    found.pack(tmp_path / "out")
+    found.pack(found.to)
     parts = sorted((tmp_path / "out").glob("ladder.tar.xz.*"))
     assert len(parts) > 1 and all(p.stat().st_size <= 1500 for p in parts)
     ladder.unpack(tmp_path / "out", tmp_path / "back")
@@ -309,14 +310,24 @@ def test_ladder_takes_what_a_member_made(tmp_path, scripts, monkeypatch):
         ))
         return True
 
+    def ahead(self, what, *members, **flags):
+        if what == "seconds":
+            timed.append(members)
+            flags["to"].write_text("{}")
+        return True
+
+    timed = []
     monkeypatch.setattr(ladder.Ladder, "command", command)
+    monkeypatch.setattr(ladder.Ladder, "ahead", ahead)
 
     def run():
-        found = ladder.Ladder("configs/h200_ladder.py:tiny", work, ladder.Clock(10))
+        found = ladder.Ladder(
+            "configs/h200_ladder.py:tiny", work, ladder.Clock(10), tmp_path / "out")
         return found, found.run()
 
     found, whole = run()
-    assert not whole and found.done == ["c8_s16"]
+    assert not whole and found.done == ["c8_s16"] and not timed
+    assert any((tmp_path / "out").glob("ladder.tar.xz.*"))  # Packed whenever a member is done.
     assert ran[0] == ("train", ".", "c8_s16")
     assert ("sweep", "apart/c8_s16/early/2", "c8_s16") in ran
     assert (work / "records" / "c8_s16_4.json").exists()
@@ -329,4 +340,5 @@ def test_ladder_takes_what_a_member_made(tmp_path, scripts, monkeypatch):
     assert not any(place == "." for _, place, _ in ran)  # It was trained apart already.
     kept = {str(p.relative_to(work)) for p in found.worth()}
     early = {"early/2/records/c12_s16_2.json", "early/2/study.json"}
-    assert {"records/c12_s16_4.json", *early} <= kept
+    assert {"records/c12_s16_4.json", "seconds.json", *early} <= kept
+    assert timed == [("c8_s16", "c12_s16")]

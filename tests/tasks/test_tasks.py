@@ -15,6 +15,7 @@ from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling.packing import Configuration
 from ldm_scaling.tasks import drawing, text_to_image
 from ldm_scaling.tasks.autoencoder import laplacian_pyramid_l1
+from ldm_scaling.training.task import Beside
 
 SPEC = unet.UNetSpec(
     4, 16, (1,), (True,), 1, heads=2, groups=2, sample_size=4, context_length=3
@@ -70,7 +71,7 @@ def _spread(task, params, n=256):
     }
     losses = [
         float(task.loss(params, base | {"context": np.full((n, 3, 16), v, np.float32)},
-                        jax.random.key(1))[0])
+                        jax.random.key(1), Beside(task.frozen, None))[0])
         for v in (-1.0, 1.0)
     ]
     return abs(losses[0] - losses[1])

@@ -1,0 +1,231 @@
+"""Beside the ladder's commands, on the same card: what they need compiled, and what it takes alone.
+
+    python benchmarks/gpu/ahead.py programs --config=FILE [MEMBER ...]     for the compilation cache
+    python benchmarks/gpu/ahead.py reference --config=FILE --workdir=W     what pictures are held to
+    python benchmarks/gpu/ahead.py seconds --config=FILE --to=F.json MEMBER ...
+
+`programs` runs each program of a member's training and sweep once, on zeros and first weights, so
+that they are in `JAX_COMPILATION_CACHE_DIR` when data, autoencoder and latents are; without a
+member those of the autoencoder and the frozen networks. `seconds` measures a row of sampling and
+the decoding of a picture with nothing else on the card: while all members are at work their
+records' seconds are of a card that is shared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ladder import study_of
+
+from ldm_scaling import files
+from ldm_scaling.config import Study, Train
+from ldm_scaling.errors import UserError
+from ldm_scaling.parallel import compiled, hosts
+from ldm_scaling.parallel import mesh as mesh_lib
+from ldm_scaling.sampling.packing import Configuration
+from ldm_scaling.study import caching, encoders
+from ldm_scaling.study.materials import SHOWN_EXAMPLES, VALIDATION_EXAMPLES, Materials
+from ldm_scaling.study.workdir import Workdir
+from ldm_scaling.tasks import autoencoder as autoencoder_task
+from ldm_scaling.tasks import text_to_image
+from ldm_scaling.tasks.drawing import Drawer, Frozen, sampling_key
+from ldm_scaling.training import step
+from ldm_scaling.training.state import TrainState
+from ldm_scaling.training.task import Task
+
+
+def at_once(*jobs: Callable[[], Any]) -> None:
+    """Compiles side by side; raises what a job raised."""
+    with futures.ThreadPoolExecutor(len(jobs)) as pool:
+        for job in [pool.submit(job) for job in jobs]:
+            job.result()
+
+
+class Rehearsal:
+    """The study's programs on zeros.
+
+    Args:
+      study: the config.
+      folder: empty, for what is thrown away.
+    """
+
+    def __init__(self, study: Study, folder: Path):
+        self.study, self.folder = study, folder
+        self.materials = Materials(study, Workdir(folder))
+        self.mesh = self.materials.mesh
+
+    @functools.cached_property
+    def frozen(self) -> Frozen:
+        """With an autoencoder's first weights; captions by the encoder itself."""
+        spec = autoencoder_task.spec_of(self.study.autoencoder)
+        task = autoencoder_task.make(self.study.autoencoder, self._shown)
+        params = self.state(task, self.study.autoencoder.train).ema
+        null_ctx_LD = self.materials.networks.states([""])[0]
+        return Frozen(spec, params, 1.0, self.materials.latent_shape, null_ctx_LD)
+
+    @property
+    def _shown(self) -> np.ndarray:
+        side, count = self.study.data.side, self.study.data.validation_pictures
+        return np.zeros((min(SHOWN_EXAMPLES, count), side, side, 3), np.uint8)
+
+    def state(self, task: Task, run: Train) -> TrainState:
+        """As a run begins with."""
+        return step.init_state(task.init, run, self.mesh, jax.random.key(0), task.start)
+
+    def train(self, task: Task, run: Train, state: TrainState, batch: dict[str, Any]) -> TrainState:
+        """One step, as `training.loop` takes it, and a validation."""
+        abstract = step.abstract_state(task.init, run, self.mesh)
+        frozen = () if task.frozen is None else (task.frozen,)
+        train = step.make(task.loss, run, self.mesh, abstract, task.frozen, task.rates)
+        key = jax.jit(
+            jax.random.fold_in, out_shardings=mesh_lib.replicated(self.mesh)
+        )(jax.random.key(0), 1)
+        sharding = mesh_lib.batch_sharding(self.mesh)
+        batch = jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(sharding, x), task.make_batch(batch)
+        )
+        state, _ = train(state, batch, key, *frozen)
+        task.validate(state.ema, 1)
+        return state
+
+    def shared(self) -> None:
+        """The autoencoder's, and the frozen networks'."""
+        run, side = self.study.autoencoder.train, self.study.data.side
+        task = autoencoder_task.make(self.study.autoencoder, self._shown)
+        zeros = np.zeros((run.batch_size, side, side, 3), np.uint8)
+
+        def features() -> None:
+            self.materials.feature_network.features(
+                np.zeros((self.study.sweep.batch_size, side, side, 3), np.uint8))
+
+        def latents() -> None:
+            spec, params = self.frozen.decoder_spec, self.frozen.decoder_params
+            encoder = encoders.latent_encoder(
+                spec, params, compute_dtype=run.compute_dtype)
+            caching.cache_latents(
+                self.folder / "latents", _Zeros(128, side), encoder, self.mesh, "",
+                dtype=self.study.data.latent_dtype,
+            )
+
+        def texts() -> None:
+            caching.cache_text(
+                self.folder / "text", [""], self.materials.text_states, self.mesh,
+                embedder=self.materials.text_encoder,
+            )
+
+        at_once(
+            lambda: self.train(task, run, self.state(task, run), {"image": zeros}),
+            features, latents, texts,
+        )
+
+    def drawer(self, member: str) -> Drawer:
+        """As `Materials.drawer`."""
+        train = self.study.train
+        return Drawer(
+            self.materials.spec(member), self.frozen, self.study.diffusion,
+            mesh_lib.rounded(self.study.sweep.batch_size, self.mesh), self.frozen.decoder(),
+            self.mesh, train.compute_dtype, train.attention,
+        )
+
+    def task(self, member: str) -> Task:
+        """A member's."""
+        study, shape = self.study, self.frozen.latent_shape
+        count = min(VALIDATION_EXAMPLES, study.data.validation_pictures)
+        validation = {
+            "mean": np.zeros((count, *shape), study.data.latent_dtype),
+            "context": np.zeros((count, *self.frozen.null_ctx_LD.shape), np.float16),
+            "index": np.arange(count, dtype=np.int32),
+        }
+        return text_to_image.make(
+            member, self.materials.spec(member), study.train, study.diffusion, study.sample,
+            self.frozen, self.drawer(member), validation,
+        )
+
+    def member(self, name: str) -> None:
+        """A member's."""
+        task, run = self.task(name), self.study.train
+        state, params = self.state(task, run), self.state(task, run).ema
+        shapes = text_to_image.batch_shapes(
+            run.batch_size, self.frozen.latent_shape, self.frozen.null_ctx_LD.shape,
+            self.study.data.latent_dtype, self.mesh,
+        )
+        zeros = {name: np.zeros(shape.shape, shape.dtype) for name, shape in shapes.items()}
+        at_once(
+            lambda: self.train(task, run, state, zeros),
+            lambda: self.seconds(name, params, 2.0), lambda: self.seconds(name, params, 1.0),
+        )
+
+    def seconds(self, member: str, params: Any, guidance: float) -> tuple[float, float]:
+        """Of a row of one sample, and of decoding one; see `Drawer.seconds`."""
+        sweep, drawer = self.study.sweep, self.drawer(member)
+        index = np.arange(sweep.batch_size, dtype=np.int32)
+        context = np.zeros((len(index), *self.frozen.null_ctx_LD.shape), np.float16)
+        table = drawer.table(sweep.samplers[0], min(sweep.steps), sweep.spacing)
+        return drawer.seconds(
+            params, Configuration(table, guidance, index, index), context,
+            sampling_key(self.study.seed),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Zeros:
+    """Black pictures, as a source."""
+
+    count: int
+    side: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def batch(self, indices: Any, keys: Any = None) -> dict[str, np.ndarray]:
+        return {"image": np.zeros((len(indices), self.side, self.side, 3), np.uint8)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("programs", "reference", "seconds"))
+    parser.add_argument("members", nargs="*")
+    parser.add_argument("--config", required=True, metavar="FILE[:argument]")
+    parser.add_argument("--workdir", type=Path)
+    parser.add_argument("--to", type=Path)
+    args = parser.parse_args(argv)
+    hosts.use_cpu_cores()
+    compiled.keep()
+    study = study_of(args.config)
+    try:
+        if args.what == "reference":
+            _ = Materials(study, Workdir(args.workdir)).scorer
+            return 0
+        with tempfile.TemporaryDirectory() as folder:
+            rehearsal, found = Rehearsal(study, Path(folder)), {}
+            if args.what == "programs" and not args.members:
+                rehearsal.shared()
+            for member in args.members:
+                if args.what == "programs":
+                    rehearsal.member(member)
+                    continue
+                params = rehearsal.state(rehearsal.task(member), study.train).ema
+                (guided, decode), (plain, _) = (
+                    rehearsal.seconds(member, params, w) for w in (2.0, 1.0)
+                )
+                found[member] = {"guided": guided, "plain": plain, "decode": decode}
+                files.atomic_write_text(args.to, json.dumps(found, indent=1) + "\n")
+        return 0
+    except UserError as e:
+        print(e, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
