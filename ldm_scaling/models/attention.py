@@ -23,6 +23,7 @@ _SPLASH_TOKENS = 256
 _MOST_LOGITS = 2**30
 _CHUNK_LOGITS = 2**26
 _TILE = 128
+_CUDNN = 8
 _NO_WEIGHT = -1e4
 
 
@@ -137,20 +138,22 @@ def _splash_kernel(shape_NLW: tuple[int, int, int], keys: int, interpret: bool):
 
 
 def cudnn(q_BNLW: jax.Array, k_BNMW: jax.Array, v_BNMW: jax.Array) -> jax.Array:
-    """cuDNN's fused attention on NVIDIA GPUs; 16-bit operands, widths of multiples of 8 up to
-    256."""
+    """cuDNN's fused attention on NVIDIA GPUs; 16-bit operands, widths up to 256."""
     # In training jax refuses odd numbers of tokens, such as Stable Diffusion's 77: one more, of
-    # which a key takes no part and a query's result is dropped.
+    # which a key takes no part and a query's result is dropped. The kernel takes widths of
+    # multiples of 8: channels of zeros change neither a logit nor the others' result.
+    queries, width = q_BNLW.shape[2:]
     q, k, v = (
-        jnp.pad(a, [(0, 0), (0, 0), (0, a.shape[2] % 2), (0, 0)]).swapaxes(1, 2)
+        jnp.pad(a, [(0, 0), (0, 0), (0, a.shape[2] % 2), (0, -width % _CUDNN)]).swapaxes(1, 2)
         for a in (q_BNLW, k_BNMW, v_BNMW)
     )
     keys = k_BNMW.shape[2]
     lengths_B = jnp.full(len(k), keys, jnp.int32) if keys % 2 else None
     out = jax.nn.dot_product_attention(
-        q, k, v, key_value_seq_lengths=lengths_B, implementation="cudnn"
+        q, k, v, scale=1.0 / math.sqrt(width), key_value_seq_lengths=lengths_B,
+        implementation="cudnn",
     )
-    return out.swapaxes(1, 2)[:, :, : q_BNLW.shape[2]]
+    return out.swapaxes(1, 2)[:, :, :queries, :width]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +191,7 @@ class Attention:
         b, n, length, width = q_BNLW.shape
         keys = k_BNMW.shape[2]
         tiles = length % _TILE == 0
-        cudnn = width % 8 == 0 and width <= self.cudnn_width and q_BNLW.dtype.itemsize == 2
+        cudnn = width + -width % _CUDNN <= self.cudnn_width and q_BNLW.dtype.itemsize == 2
         fits = {"splash": tiles, "cudnn": cudnn, "plain": True, "chunked": True}
         if self.how != "auto" and fits[self.how]:
             return self.how

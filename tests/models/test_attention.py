@@ -86,7 +86,7 @@ def test_auto_on_a_gpu_knows_cudnns_limits():
     assert choice("auto", "gpu", 4096, 4096, 40) == "cudnn"
     assert choice("auto", "gpu", 4096, 77, 256) == "cudnn"
     assert choice("auto", "gpu", 64, 64, 264) == "plain"
-    assert choice("auto", "gpu", 64, 64, 12) == "plain"
+    assert choice("auto", "gpu", 64, 64, 12) == "cudnn"  # Filled up to 16.
     assert choice("auto", "gpu", 64, 64, 40, jnp.float32) == "plain"
     assert choice("auto", "gpu", 4096, 4096, 384) == "chunked"
     ampere = attention.Attention("auto", "gpu", cudnn_width=128)
@@ -138,17 +138,19 @@ def test_a_network_is_the_same_through_every_form():
         np.testing.assert_allclose(outs[how], outs["plain"], atol=1e-5)
 
 
-@pytest.mark.parametrize("queries, keys", [(6, 4), (6, 7), (5, 8), (5, 7)])
-def test_cudnn_is_given_even_numbers_of_tokens(queries, keys, monkeypatch):
-    """Its kernel is refused others in training; what fills them up changes nothing."""
+@pytest.mark.parametrize(
+    "queries, keys, width", [(6, 4, 8), (6, 7, 8), (5, 8, 8), (5, 7, 8), (6, 4, 12), (5, 7, 3)]
+)
+def test_cudnn_is_given_what_its_kernel_takes(queries, keys, width, monkeypatch):
+    """Even numbers of tokens and widths of multiples of 8; what fills them up changes nothing."""
     own, given = jax.nn.dot_product_attention, []
 
     def instead(q, k, v, *, implementation, **kw):
         given.append((q.shape[1], k.shape[1]))
-        assert implementation == "cudnn"
+        assert implementation == "cudnn" and q.shape[3] == -(-width // 8) * 8
         return own(q, k, v, **kw)
 
-    operands = inputs(queries, keys)
+    operands = inputs(queries, keys, width)
     wanted = peer(*operands), gradients(peer, operands)
     monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
     np.testing.assert_allclose(attention.cudnn(*operands), wanted[0], atol=1e-5)
