@@ -1,31 +1,32 @@
-"""A small scaling study on one H200: six widths from 0.3M to 17M, in about 20 minutes.
+"""A small scaling study on one H200: six widths from 0.4M to 17M parameters, in 12 to 13 minutes.
 
     python benchmarks/gpu/ladder.py run --workdir=runs/h200_ladder --to=runs/h200_ladder_out
 
 or, without stretches, `ldm-scaling study --config=configs/h200_ladder.py --workdir=...`. Pictures
 of 64 px, composed of OpenMoji's pictograms, in latents of 16x16x4: at 32 px a pictogram is a blur,
 and at 96 px or more (24x24 latents) the widest members alone would take the time that all have
-here. Six widths span a factor of 64 in cost. Each sees a million examples, 26 times over the 40,000
-pictures, and keeps its checkpoints of 500, 1,000 and 2,000 steps, for quality against training
+here. Six widths span a factor of 40 in cost. Each sees 0.8 million examples, 20 times over the
+40,000 pictures, and keeps its checkpoints of 200, 400 and 800 steps, for quality against training
 compute. Guidance is raced for (8 rates, of which 1, no guidance, takes the place of the paper's 7:
 few steps may want none), 5,000 samples stand behind every point that is reported.
 
-Budget (`python benchmarks/gpu/ladder.py budget`), reckoned from training rates that were measured
-(benchmarks/gpu/results/2026-11-26_h200.md), at the same share of the peak in sampling; not run:
+Budget: what was measured (benchmarks/gpu/results/2026-11-26_h200.md), and what is reckoned of it;
+it has not been run to its end:
 
-| | PFLOP | minutes |
+| | minutes | |
 |---|---|---|
-| composing 50,000 pictures, autoencoder, latents, text states | | 3 |
-| training, 4,000 steps of 256, six members | 20 | 3.3 |
-| sweep: 24 tables of 3 solvers, 8 rates raced, 8,300 samples a table | 46 | 7.6 |
-| early checkpoints: DDIM of 10 steps | 3 | 0.5 |
-| compiling 6 x 4 programs, side by side | | 5 |
-| all | | 19 |
+| start, wheels; composing 50,000 pictures | 1 | |
+| autoencoder, latents, beside text states and programs | 1.5 | measured |
+| training, 1,600 steps of 512, six members | 3.4 | measured for 2,000 |
+| sweep: 24 tables of 3 solvers, 8 rates raced, 6,700 samples a table | 5.9 | of a row's time |
+| early checkpoints: DDIM of 10 steps | 0.4 | likewise |
+| rows of each member, alone on the card | 0.5 | |
 
-Scoring (0.3 s of one core a record, 2,000 records: 10 minutes) runs behind the sampler, on a core
-for each member. `c192_s16` and `c256_s16` would take five and seven minutes more.
+`python benchmarks/gpu/ladder.py budget` has the FLOPs. Scoring (0.3 s of one core a record, 2,000
+records: 10 minutes) runs behind the sampler, on a core for each member. `c192_s16` and `c256_s16`
+would take five and seven minutes more.
 
-`configs/h200_ladder.py:tiny` is two widths in a minute, for tests: its pictures are noise.
+`configs/h200_ladder.py:tiny` is two widths in minutes, for tests: its pictures are noise.
 """
 
 from ldm_scaling import config as config_lib
@@ -60,16 +61,16 @@ def get_config(arg: str = ""):
 
     config.diffusion.prediction = "v"
     run = config.train
-    run.steps = 2_000
+    run.steps = 1_600
     run.batch_size = 512
     run.learning_rate = 7e-4
     run.warmup_steps = 100
-    run.keep_steps = (250, 500, 1_000)
+    run.keep_steps = (200, 400, 800)
 
     for run in (config.autoencoder.train, config.train):
         run.ema_decay = 0.999
         run.log_every = 100
-        run.validate_every = 500
+        run.validate_every = 400
         run.checkpoint_every = 1_000
         run.sample_every = 0
         run.keep = 1
@@ -81,7 +82,7 @@ def get_config(arg: str = ""):
     config.sweep.guidance = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
     config.sweep.spacing = "trailing"
     config.sweep.strategy = "racing"
-    config.sweep.saving = 16.0
+    config.sweep.saving = 24.0
     config.sweep.num_images = 5_000
     config.sweep.replicates = 50
     config.sweep.batch_size = 1_024

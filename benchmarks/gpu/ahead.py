@@ -1,14 +1,17 @@
-"""Beside the ladder's commands, on the same card: what they need compiled, and what it takes alone.
+"""What the ladder runs beside `ldm-scaling`'s commands, and before them.
 
-    python benchmarks/gpu/ahead.py programs --config=FILE [MEMBER ...]     for the compilation cache
-    python benchmarks/gpu/ahead.py reference --config=FILE --workdir=W     what pictures are held to
-    python benchmarks/gpu/ahead.py seconds --config=FILE --to=F.json MEMBER ...
+    python benchmarks/gpu/ahead.py programs [MEMBER ...] --config=FILE     for the compilation cache
+    python benchmarks/gpu/ahead.py data --config=FILE --workdir=W          the pictures
+    python benchmarks/gpu/ahead.py latents --config=FILE --workdir=W       the autoencoder's, and it
+    python benchmarks/gpu/ahead.py reference --config=FILE --workdir=W     text states, statistics
+    python benchmarks/gpu/ahead.py seconds MEMBER ... --config=FILE --to=F.json
 
 `programs` runs each program of a member's training and sweep once, on zeros and first weights, so
 that they are in `JAX_COMPILATION_CACHE_DIR` when data, autoencoder and latents are; without a
-member those of the autoencoder and the frozen networks. `seconds` measures a row of sampling and
-the decoding of a picture with nothing else on the card: while all members are at work their
-records' seconds are of a card that is shared.
+member those of the autoencoder and the frozen networks. `latents` and `reference` need the data
+alone, and run side by side. `seconds` measures a row of sampling and the decoding of a picture with
+nothing else on the card: while several members are at work their records' seconds are of a card
+that is shared.
 """
 
 from __future__ import annotations
@@ -19,8 +22,6 @@ import functools
 import json
 import sys
 import tempfile
-from collections.abc import Callable
-from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,13 @@ from ladder import study_of
 
 from ldm_scaling import files
 from ldm_scaling.config import Study, Train
-from ldm_scaling.errors import UserError
+from ldm_scaling.errors import SAVED, Interrupted, UserError
 from ldm_scaling.parallel import compiled, hosts
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling.packing import Configuration
-from ldm_scaling.study import caching, encoders
-from ldm_scaling.study.materials import SHOWN_EXAMPLES, VALIDATION_EXAMPLES, Materials
+from ldm_scaling.study import caching, encoders, stages
+from ldm_scaling.study.materials import SHOWN_EXAMPLES, SPLITS, VALIDATION_EXAMPLES, Materials
+from ldm_scaling.study.sweep import TIMED_CALLS
 from ldm_scaling.study.workdir import Workdir
 from ldm_scaling.tasks import autoencoder as autoencoder_task
 from ldm_scaling.tasks import text_to_image
@@ -43,13 +45,6 @@ from ldm_scaling.tasks.drawing import Drawer, Frozen, sampling_key
 from ldm_scaling.training import step
 from ldm_scaling.training.state import TrainState
 from ldm_scaling.training.task import Task
-
-
-def at_once(*jobs: Callable[[], Any]) -> None:
-    """Compiles side by side; raises what a job raised."""
-    with futures.ThreadPoolExecutor(len(jobs)) as pool:
-        for job in [pool.submit(job) for job in jobs]:
-            job.result()
 
 
 class Rehearsal:
@@ -105,28 +100,18 @@ class Rehearsal:
         task = autoencoder_task.make(self.study.autoencoder, self._shown)
         zeros = np.zeros((run.batch_size, side, side, 3), np.uint8)
 
-        def features() -> None:
-            self.materials.feature_network.features(
-                np.zeros((self.study.sweep.batch_size, side, side, 3), np.uint8))
-
-        def latents() -> None:
-            spec, params = self.frozen.decoder_spec, self.frozen.decoder_params
-            encoder = encoders.latent_encoder(
-                spec, params, compute_dtype=run.compute_dtype)
-            caching.cache_latents(
-                self.folder / "latents", _Zeros(128, side), encoder, self.mesh, "",
-                dtype=self.study.data.latent_dtype,
-            )
-
-        def texts() -> None:
-            caching.cache_text(
-                self.folder / "text", [""], self.materials.text_states, self.mesh,
-                embedder=self.materials.text_encoder,
-            )
-
-        at_once(
-            lambda: self.train(task, run, self.state(task, run), {"image": zeros}),
-            features, latents, texts,
+        caching.cache_text(
+            self.folder / "text", [""], self.materials.text_states, self.mesh,
+            embedder=self.materials.text_encoder,
+        )
+        self.train(task, run, self.state(task, run), {"image": zeros})
+        self.materials.feature_network.features(
+            np.zeros((self.study.sweep.batch_size, side, side, 3), np.uint8))
+        encoder = encoders.latent_encoder(
+            self.frozen.decoder_spec, self.frozen.decoder_params, compute_dtype=run.compute_dtype)
+        caching.cache_latents(
+            self.folder / "latents", _Zeros(128, side), encoder, self.mesh, "",
+            dtype=self.study.data.latent_dtype,
         )
 
     def drawer(self, member: str) -> Drawer:
@@ -155,23 +140,24 @@ class Rehearsal:
     def member(self, name: str) -> None:
         """A member's."""
         task, run = self.task(name), self.study.train
-        state, params = self.state(task, run), self.state(task, run).ema
+        state = self.state(task, run)
         shapes = text_to_image.batch_shapes(
             run.batch_size, self.frozen.latent_shape, self.frozen.null_ctx_LD.shape,
             self.study.data.latent_dtype, self.mesh,
         )
         zeros = {name: np.zeros(shape.shape, shape.dtype) for name, shape in shapes.items()}
-        at_once(
-            lambda: self.train(task, run, state, zeros),
-            lambda: self.seconds(name, params, 2.0), lambda: self.seconds(name, params, 1.0),
-        )
+        params = self.train(task, run, state, zeros).ema
+        del state
+        for guidance in (2.0, 1.0):
+            self.seconds(name, params, guidance)
 
     def seconds(self, member: str, params: Any, guidance: float) -> tuple[float, float]:
         """Of a row of one sample, and of decoding one; see `Drawer.seconds`."""
         sweep, drawer = self.study.sweep, self.drawer(member)
         index = np.arange(sweep.batch_size, dtype=np.int32)
         context = np.zeros((len(index), *self.frozen.null_ctx_LD.shape), np.float16)
-        table = drawer.table(sweep.samplers[0], min(sweep.steps), sweep.spacing)
+        steps = min(sweep.steps, key=lambda n: abs(n - TIMED_CALLS))
+        table = drawer.table(sweep.samplers[0], steps, sweep.spacing)
         return drawer.seconds(
             params, Configuration(table, guidance, index, index), context,
             sampling_key(self.study.seed),
@@ -192,9 +178,27 @@ class _Zeros:
         return {"image": np.zeros((len(indices), self.side, self.side, 3), np.uint8)}
 
 
+def prepare(what: str, study: Study, workdir: Path) -> None:
+    """What all members need, into the study's workdir."""
+    place = Workdir(workdir)
+    materials = stages.check(study, place)
+    place.bind(materials.study)
+    if what == "data":
+        _ = materials.datasets
+    elif what == "latents":
+        stages.train_autoencoder(materials)
+        for split in SPLITS:
+            materials.caches.latents(0, split)
+        _ = materials.latent_scale
+    else:
+        stages.prepare(materials)
+        _ = materials.scorer
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("programs", "reference", "seconds"))
+    parser.add_argument(
+        "what", choices=("programs", "data", "latents", "reference", "seconds"))
     parser.add_argument("members", nargs="*")
     parser.add_argument("--config", required=True, metavar="FILE[:argument]")
     parser.add_argument("--workdir", type=Path)
@@ -204,8 +208,8 @@ def main(argv: list[str] | None = None) -> int:
     compiled.keep()
     study = study_of(args.config)
     try:
-        if args.what == "reference":
-            _ = Materials(study, Workdir(args.workdir)).scorer
+        if args.workdir:
+            prepare(args.what, study, args.workdir)
             return 0
         with tempfile.TemporaryDirectory() as folder:
             rehearsal, found = Rehearsal(study, Path(folder)), {}
@@ -222,6 +226,9 @@ def main(argv: list[str] | None = None) -> int:
                 found[member] = {"guided": guided, "plain": plain, "decode": decode}
                 files.atomic_write_text(args.to, json.dumps(found, indent=1) + "\n")
         return 0
+    except Interrupted as e:
+        print(e, file=sys.stderr)
+        return SAVED
     except UserError as e:
         print(e, file=sys.stderr)
         return 2

@@ -6,14 +6,14 @@
     python benchmarks/gpu/ladder.py report --workdir=W --from=OUT      page and figures, anywhere
 
 `run` prepares the data, the autoencoder and its latents, while `ahead.py` compiles what members
-will run; then all train at once, a process each: small networks leave a GPU idle between kernels
-that the others fill. Each is trained, swept and its early checkpoints measured by `ldm-scaling`,
-which goes on where it was. At the end a row of each is timed with nothing beside it, which is what
-records' seconds are reckoned from. When the minutes are used up it ends the commands at work (a
-training run saves first) and packs what is worth keeping into OUT, as it does whenever a member is
-done, in parts of at most 15 MB: records, curves, pictures of what is reported, statistics, the
-autoencoder, the compiler's choices of kernels. No member's own parameters: one that is not done is
-trained again on a machine that has lost it.
+will run; then four are at work at a time, the narrowest first, a process each: small networks leave
+a GPU idle between kernels that the others fill. Each is trained, swept and its early checkpoints
+measured by `ldm-scaling`, which goes on where it was. At the end a row of each is timed with
+nothing beside it, which is what records' seconds are reckoned from. When the minutes are used up it
+ends the commands at work (a training run saves first) and packs what is worth keeping into OUT, as
+it does whenever a member is done, in parts of at most 15 MB: records, curves, pictures of what is
+reported, statistics, the autoencoder, the compiler's choices of kernels. No member's own
+parameters: one that is not done is trained again on a machine that has lost it.
 
 `hand` leaves out of three packages what the study does not read: vocabulary rows of MiniLM that no
 caption uses (and keeps the others in 16 bits, so that its hash, and the records', are of this
@@ -37,7 +37,7 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
 
@@ -64,6 +64,7 @@ _KERNELS = "xla_gpu_per_fusion_autotune_cache_dir"
 APART = "apart"  # a workdir for each member, until all of it is done
 SECONDS = "seconds.json"  # of a row of each member, and of decoding, alone on the card
 _WAIT = 0.5
+_NOTHING: Mapping[str, str] = {}
 # Of the H200's peak in bfloat16 `c128_s16` reaches this in training (results/2026-11-26_h200.md),
 # `c64_s16` 0.063: nearly in proportion to width, for small networks wait for launches.
 PEAK, SHARE, WIDTH = 989e12, 0.156, 128
@@ -244,10 +245,12 @@ class Ladder:
       workdir: where it works.
       clock: what is left of the stretch.
       to: where it packs.
+      at_once: members at work side by side, the narrowest first.
     """
 
-    def __init__(self, config: str, workdir: Path, clock: Clock, to: Path):
+    def __init__(self, config: str, workdir: Path, clock: Clock, to: Path, at_once: int = 4):
         self.config, self.workdir, self.clock, self.to = config, workdir, clock, to
+        self.at_once = at_once
         self.study = study_of(config)
         self.log: list[str] = []
         self._noting = threading.Lock()
@@ -288,25 +291,34 @@ class Ladder:
     def ahead(self, what: str, *members: str, **flags: Path) -> bool:
         """Runs `ahead.py`; False where time ran out."""
         script = Path(__file__).resolve().with_name("ahead.py")
-        return self._process("_".join([what, *members]), [
+        line = [
             os.fspath(script), what, *members, f"--config={self.config}",
             *(f"--{name}={value}" for name, value in flags.items()),
-        ])
+        ]
+        if what != "programs":
+            return self._process("_".join([what, *members]), line)
+        # Behind those who are waited for, and no more memory than what is at work.
+        return self._process(
+            "_".join([what, *members]), line, {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}, 10)
 
-    def _process(self, told: str, line: Sequence[str]) -> bool:
+    def _process(
+        self, told: str, line: Sequence[str], more: Mapping[str, str] = _NOTHING, nice: int = 0
+    ) -> bool:
         if self.clock.left < _SAVES:
             return False
         env = {**bench.MEMORY, "JAX_COMPILATION_CACHE_DIR": str(self.workdir / COMPILED),
                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                "OPENBLAS_NUM_THREADS": "2",  # Many processes share the cores.
-               "XLA_FLAGS": f"--{FLAGS.replace(',', ' --')}", **os.environ}
+               "XLA_FLAGS": f"--{FLAGS.replace(',', ' --')}", **os.environ, **more}
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
         logs = self.workdir / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         start = time.monotonic()
         with open(logs / f"{told}.txt", "a") as log:
             process = subprocess.Popen(
-                [sys.executable, *line], cwd=ROOT, env=env, stdout=log, stderr=log)
+                ["nice", "-n", str(nice), sys.executable, *line], cwd=ROOT, env=env, stdout=log,
+                stderr=log,
+            )
             try:
                 status = process.wait(self.clock.left - _SAVES / 2)
             except subprocess.TimeoutExpired:
@@ -332,8 +344,6 @@ class Ladder:
         apart = self.workdir / APART / name
         self._bind(apart)
         if not self.command("train", apart, only):
-            return False
-        if not self.wait(lambda: self.referred.done()):
             return False
         with futures.ThreadPoolExecutor(1) as beside:
             early = beside.submit(self._early, name, apart, only)
@@ -380,22 +390,28 @@ class Ladder:
           UserError: where a command failed; the others have gone on.
         """
         if left := [name for name in self.study.members if name not in self.done]:
-            with futures.ThreadPoolExecutor(2 * len(left) + 4) as pool:
-                for members in ((), *((name,) for name in left)):
-                    pool.submit(self._compile, *members)
-                first = pool.submit(self.first, left[0])
-                self.referred = pool.submit(self.refer, first)
+            with futures.ThreadPoolExecutor(len(left) + 3) as pool:
+                compiled = {
+                    members: pool.submit(self._compile, *members)
+                    for members in ((), *((name,) for name in left))
+                }
+                if not self.ahead("data", workdir=self.workdir):
+                    return False
+                preparing = [
+                    pool.submit(self.ahead, what, workdir=self.workdir)
+                    for what in ("latents", "reference")
+                ]
+                prepared = [job.result() for job in preparing]
+                if not all(prepared):
+                    return False
 
                 def one(name: str) -> bool:
-                    # The first is trained where data, autoencoder and latents are made.
-                    begun = self.workdir / "models" / left[0] / "checkpoints"
-                    trained = first.done if name == left[0] else begun.exists
-                    if not self.wait(lambda: trained() or first.done()):
-                        return False
-                    return (begun.exists() or first.result()) and self.member(name)
+                    return self.wait(compiled[name,].done) and self.member(name)
 
-                # The widest takes longest.
-                if not all(list(pool.map(one, reversed(left)))):
+                # What is begun is ended first: of a member that is not, nothing is kept.
+                with futures.ThreadPoolExecutor(self.at_once) as members:
+                    ended = list(members.map(one, left))
+                if not all(ended):
                     return False
         path = self.workdir / SECONDS
         return path.exists() or self.ahead("seconds", *self.study.members, to=path)
@@ -404,24 +420,6 @@ class Ladder:
         """Programs ahead of those who need them; without them they compile their own."""
         with contextlib.suppress(UserError):  # It is in the logs.
             self.ahead("programs", *members)
-
-    def first(self, name: str) -> bool:
-        """Trains a member, from nothing."""
-        apart = self.workdir / APART / name
-        if not apart.exists():
-            if not self.command("train", self.workdir, {"members": f"('{name}',)"}):
-                return False
-            self._bind(apart)
-            _link(self.workdir / "models" / name, apart / "models" / name)
-        return True
-
-    def refer(self, first: futures.Future) -> bool:
-        """What pictures are held to, once they are composed and their captions encoded."""
-        text = self.workdir / "autoencoder"
-        (self.workdir / "reference").mkdir(parents=True, exist_ok=True)
-        if not self.wait(lambda: text.exists() or first.done()):
-            return False
-        return self.ahead("reference", workdir=self.workdir)
 
     # What goes home, and what comes back.
 
@@ -553,6 +551,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--to", type=Path, default=Path("runs/h200_ladder_out"))
     parser.add_argument("--from", dest="source", type=Path, help="what an earlier run packed")
     parser.add_argument("--minutes", type=float, default=8.5)
+    parser.add_argument("--at-once", type=int, default=4, help="members side by side")
     args = parser.parse_args(argv)
     try:
         if args.what == "budget":
@@ -567,7 +566,8 @@ def main(argv: list[str] | None = None) -> int:
             args.workdir.mkdir(parents=True, exist_ok=True)
             unpack(source, args.workdir)
         minutes = args.minutes if args.what == "run" else 24 * 60
-        ladder = Ladder(args.config, args.workdir.resolve(), Clock(minutes), args.to)
+        ladder = Ladder(
+            args.config, args.workdir.resolve(), Clock(minutes), args.to, args.at_once)
         if args.what == "report":
             report(ladder)
             return 0

@@ -284,13 +284,14 @@ def test_the_ladder_of_six(scripts):
 
 
 def test_ladder_takes_what_a_member_made(tmp_path, scripts, monkeypatch):
-    """Commands run for the first member, then for all at once, each in a workdir that shares the
-    study's data; what they write is the study's own when the member is done. A stretch that ends
-    in between goes on with what is left."""
+    """Data, latents and reference come first, then members, each in a workdir that shares them;
+    what they write is the study's own when the member is done. A stretch that ends in between goes
+    on with what is left, and rows are timed when all are done."""
     ladder = scripts("ladder")
     work, ran, failing = tmp_path / "w", [], {"c12_s16"}
 
     def command(self, name, workdir, changed):
+        assert {"data", "latents", "reference"} <= set(prepared)
         member = changed["members"].strip("(',)")
         ran.append((name, str(workdir.relative_to(work)), member))
         steps = changed.get("train.steps", "4")
@@ -311,12 +312,13 @@ def test_ladder_takes_what_a_member_made(tmp_path, scripts, monkeypatch):
         return True
 
     def ahead(self, what, *members, **flags):
+        prepared.append(what)
         if what == "seconds":
             timed.append(members)
             flags["to"].write_text("{}")
         return True
 
-    timed = []
+    timed, prepared = [], []
     monkeypatch.setattr(ladder.Ladder, "command", command)
     monkeypatch.setattr(ladder.Ladder, "ahead", ahead)
 
@@ -328,7 +330,8 @@ def test_ladder_takes_what_a_member_made(tmp_path, scripts, monkeypatch):
     found, whole = run()
     assert not whole and found.done == ["c8_s16"] and not timed
     assert any((tmp_path / "out").glob("ladder.tar.xz.*"))  # Packed whenever a member is done.
-    assert ran[0] == ("train", ".", "c8_s16")
+    assert prepared.index("data") < prepared.index("latents") and "programs" in prepared
+    assert ran[0] == ("train", "apart/c8_s16", "c8_s16")
     assert ("sweep", "apart/c8_s16/early/2", "c8_s16") in ran
     assert (work / "records" / "c8_s16_4.json").exists()
     assert (work / "early" / "2" / "records" / "c8_s16_2.json").exists()
@@ -337,7 +340,6 @@ def test_ladder_takes_what_a_member_made(tmp_path, scripts, monkeypatch):
     found, whole = run()
     assert whole and found.done == ["c8_s16", "c12_s16"]
     assert {member for _, _, member in ran} == {"c12_s16"}
-    assert not any(place == "." for _, place, _ in ran)  # It was trained apart already.
     kept = {str(p.relative_to(work)) for p in found.worth()}
     early = {"early/2/records/c12_s16_2.json", "early/2/study.json"}
     assert {"records/c12_s16_4.json", "seconds.json", *early} <= kept
