@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import analytic, zoo
@@ -22,6 +23,7 @@ GPU = pathlib.Path(__file__).parents[2] / "benchmarks" / "gpu"
 SCRIPTS = {
     "train_step": ["ceilings", "eager_002", "ours_002", "parity", "peer_002", "sustained"],
     "attention": ["16_7_8"],
+    "group_norm": ["8_64"],
     "sampling": ["ceilings", "decoder_002", "ours_002", "parity", "peer_002", "small_002"],
     "lanes": ["cold", "parity", "warm"],
     "kernels": ["sampling", "train_step"],
@@ -203,6 +205,50 @@ def test_products_of_kernels(function, shapes, flops, scripts):
         kernels.products(module, name, i) for name, i in module.instructions() if name not in fused
     )
     assert found == pytest.approx(flops)
+
+
+# --- kernels of our own ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pixels, channels", [(64, 64), (1024, 128)])
+def test_group_norm_kernels_are_flaxs(scripts, pixels, channels):
+    """Interpreted in float32: what they give and all three gradients, over one part and several."""
+    group_norm = scripts("group_norm")
+    seeds = jax.random.split(jax.random.key(0), 4)
+    x = 3 + 2 * jax.random.normal(seeds[0], (2, pixels, channels))
+    dy = jax.random.normal(seeds[1], x.shape)
+    scale, bias = (1 + jax.random.normal(seed, (channels,)) for seed in seeds[2:])
+    layer = nn.GroupNorm(group_norm.GROUPS, epsilon=group_norm.EPSILON)
+
+    def peer(x, scale, bias):
+        return nn.silu(layer.apply({"params": {"scale": scale, "bias": bias}}, x))
+
+    y, back = jax.vjp(lambda *operands: group_norm.fused(*operands, True), x, scale, bias)
+    wanted, peers_back = jax.vjp(peer, x, scale, bias)
+    np.testing.assert_allclose(y, wanted, atol=2e-5)
+    for got, want in zip(back(dy), peers_back(dy), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4 * float(np.abs(want).max()))
+
+
+def test_group_norm_kernels_lower_to_triton(scripts):
+    """For the shapes that are measured; what they become there is compiled on a GPU alone."""
+    group_norm = scripts("group_norm")
+    for side, channels in group_norm.SHAPES:
+        x = jax.ShapeDtypeStruct((16, side * side, channels), jnp.bfloat16)
+        of_channels = jax.ShapeDtypeStruct((channels,), jnp.float32)
+
+        def both(x, dy, scale, bias):
+            y, back = jax.vjp(lambda *operands: group_norm.fused(*operands), x, scale, bias)
+            return y, back(dy)
+
+        traced = jax.jit(both).trace(x, x, of_channels, of_channels)
+        try:
+            text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        except RuntimeError as e:  # Later versions of jax want to know which GPU.
+            pytest.skip(str(e).split(",")[0])
+        assert text.count("xla.gpu.triton") == 2
+    with pytest.raises(ValueError, match="64 pixels of 40 channels"):
+        group_norm.sums(None, (jnp.zeros((1, 64, 40)),), (), True)
 
 
 # --- the ladder -------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from ldm_scaling.errors import UserError
 
 _STALE_SECONDS = 3600
 _PIECE = 1024  # pictures that are held in memory
+_THREADS = 4  # half of a picture is Python, one thread at a time: sixteen take longer than one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,13 +238,13 @@ def _records(path: epath.Path) -> int:
 def _composed(
     composer: compose.Composer, split: str, count: int
 ) -> Iterator[tuple[compose.Picture, bytes]]:
-    """A split's pictures in order, as they are and as PNG; drawn and packed by all cores."""
+    """A split's pictures in order, as they are and as PNG; drawn and packed by several threads."""
 
     def one(index: int) -> tuple[compose.Picture, bytes]:
         picture = composer.compose(split, index)
         return picture, _png(picture)
 
-    with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    with futures.ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
         for start in range(0, count, _PIECE):
             yield from pool.map(one, range(start, min(start + _PIECE, count)))
 
