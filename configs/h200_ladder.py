@@ -1,13 +1,14 @@
-"""A small scaling study on one H200: six widths from 0.4M to 17M parameters, in 12 to 13 minutes.
+"""A small scaling study on one H200: six widths from 0.4M to 17M parameters, in about 12 minutes.
 
     python benchmarks/gpu/ladder.py run --workdir=runs/h200_ladder --to=runs/h200_ladder_out
 
 or, without stretches, `ldm-scaling study --config=configs/h200_ladder.py --workdir=...`. Pictures
 of 64 px, composed of OpenMoji's pictograms, in latents of 16x16x4: at 32 px a pictogram is a blur,
 and at 96 px or more (24x24 latents) the widest members alone would take the time that all have
-here. Six widths span a factor of 40 in cost. Each sees 0.8 million examples, 20 times over the
-40,000 pictures, and keeps its checkpoints of 200, 400 and 800 steps, for quality against training
-compute. Guidance is raced for (8 rates, of which 1, no guidance, takes the place of the paper's 7:
+here. Six widths span a factor of 40 in cost. Each sees a million examples, 26 times over the 40,000
+pictures, and keeps its checkpoints of 250, 500 and 1,000 steps, for quality against training
+compute. The samplers go as far as the paper's: DDIM to 100 steps, DDPM to 50, DPM-Solver++ to 20.
+Guidance is raced for (8 rates, of which 1, no guidance, takes the place of the paper's 7:
 few steps may want none), 5,000 samples stand behind every point that is reported.
 
 Budget: what was measured (benchmarks/gpu/results/2026-11-26_h200.md), and what is reckoned of it;
@@ -15,11 +16,12 @@ it has not been run to its end:
 
 | | minutes | |
 |---|---|---|
-| start, wheels; composing 50,000 pictures | 1 | |
+| start; composing 50,000 pictures | 1 | measured, by one thread |
 | autoencoder, latents, beside text states and programs | 1.5 | measured |
-| training, 1,600 steps of 512, six members | 3.4 | measured for 2,000 |
-| sweep: 24 tables of 3 solvers, 8 rates raced, 6,700 samples a table | 5.9 | of a row's time |
-| early checkpoints: DDIM of 10 steps | 0.4 | likewise |
+| training, 2,000 steps of 512, six members | 4.2 | measured, to a third |
+| sweep: 21 tables of 3 solvers, 8 rates raced, 6,700 samples a table | 3.5 | of a row's time |
+| early checkpoints: DDIM of 10 steps | 0.3 | likewise |
+| processes that start, decoding, features | 1 | |
 | rows of each member, alone on the card | 0.5 | |
 
 `python benchmarks/gpu/ladder.py budget` has the FLOPs. Scoring (0.3 s of one core a record, 2,000
@@ -61,16 +63,16 @@ def get_config(arg: str = ""):
 
     config.diffusion.prediction = "v"
     run = config.train
-    run.steps = 1_600
+    run.steps = 2_000
     run.batch_size = 512
     run.learning_rate = 7e-4
     run.warmup_steps = 100
-    run.keep_steps = (200, 400, 800)
+    run.keep_steps = (250, 500, 1_000)
 
     for run in (config.autoencoder.train, config.train):
         run.ema_decay = 0.999
         run.log_every = 100
-        run.validate_every = 400
+        run.validate_every = 500
         run.checkpoint_every = 1_000
         run.sample_every = 0
         run.keep = 1
@@ -79,6 +81,7 @@ def get_config(arg: str = ""):
     config.sample.spacing = "trailing"
     config.sample.guidance = 2.0
     config.sweep.steps = (1, 2, 4, 6, 10, 20, 50, 100)
+    config.sweep.max_steps = {"ddpm": 50, "dpmpp_2m": 20}  # as the paper has them
     config.sweep.guidance = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
     config.sweep.spacing = "trailing"
     config.sweep.strategy = "racing"
