@@ -1,4 +1,4 @@
-"""A small scaling study on one H200: six widths from 0.4M to 17M parameters, in about 12 minutes.
+"""A small scaling study on one H200: six widths from 0.4M to 17M parameters, in about 13 minutes.
 
     python benchmarks/gpu/ladder.py run --workdir=runs/h200_ladder --to=runs/h200_ladder_out
 
@@ -11,20 +11,21 @@ compute. The samplers go as far as the paper's: DDIM to 100 steps, DDPM to 50, D
 Guidance is raced for (8 rates, of which 1, no guidance, takes the place of the paper's 7:
 few steps may want none), 5,000 samples stand behind every point that is reported.
 
-Budget: what was measured (benchmarks/gpu/results/2026-11-26_h200.md), and what is reckoned of it;
-it has not been run to its end:
+Budget, of what was measured of its first third (benchmarks/gpu/results/2026-11-26_h200.md), by
+`python benchmarks/gpu/ladder.py budget`, and guessed where it says so; it has not been run to its
+end:
 
 | | minutes | |
 |---|---|---|
-| start; composing 50,000 pictures | 1 | measured, by one thread |
+| start; composing 50,000 pictures | 1 | guessed |
 | autoencoder, latents, beside text states and programs | 1.5 | measured |
-| training, 2,000 steps of 512, six members | 4.2 | measured, to a third |
-| sweep: 21 tables of 3 solvers, 8 rates raced, 6,700 samples a table | 3.5 | of a row's time |
-| early checkpoints: DDIM of 10 steps | 0.3 | likewise |
-| processes that start, decoding, features | 1 | |
-| rows of each member, alone on the card | 0.5 | |
+| training, 2,000 steps of 512, six members | 3.5 | measured, to a third |
+| sweep: 21 tables of 3 solvers, 8 rates raced, 6,700 samples a table | 4.8 | reckoned |
+| early checkpoints: DDIM of 10 steps | 0.4 | reckoned |
+| processes that start, decoding, features | 1 | guessed |
+| rows of each member, alone on the card | 0.5 | guessed |
 
-`python benchmarks/gpu/ladder.py budget` has the FLOPs. Scoring (0.3 s of one core a record, 2,000
+Scoring (0.3 s of one core a record, 2,000
 records: 10 minutes) runs behind the sampler, on a core for each member. `c192_s16` and `c256_s16`
 would take five and seven minutes more.
 

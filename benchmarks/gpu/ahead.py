@@ -114,6 +114,7 @@ class Rehearsal:
             dtype=self.study.data.latent_dtype,
         )
 
+    @functools.cache  # noqa: B019
     def drawer(self, member: str) -> Drawer:
         """As `Materials.drawer`."""
         train = self.study.train
@@ -204,10 +205,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workdir", type=Path)
     parser.add_argument("--to", type=Path)
     args = parser.parse_args(argv)
+    if (args.workdir is None) == (args.what in ("data", "latents", "reference")):
+        parser.error(f"{args.what} {'needs' if args.workdir is None else 'takes no'} --workdir")
+    if args.what == "seconds" and not (args.to and args.members):
+        parser.error("seconds needs --to and members")
     hosts.use_cpu_cores()
     compiled.keep()
-    study = study_of(args.config)
     try:
+        study = study_of(args.config)
         if args.workdir:
             prepare(args.what, study, args.workdir)
             return 0
@@ -224,7 +229,8 @@ def main(argv: list[str] | None = None) -> int:
                     rehearsal.seconds(member, params, w) for w in (2.0, 1.0)
                 )
                 found[member] = {"guided": guided, "plain": plain, "decode": decode}
-                files.atomic_write_text(args.to, json.dumps(found, indent=1) + "\n")
+        if found:
+            files.atomic_write_text(args.to, json.dumps(found, indent=1) + "\n")
         return 0
     except Interrupted as e:
         print(e, file=sys.stderr)

@@ -253,7 +253,9 @@ class Ladder:
         self.at_once = at_once
         self.study = study_of(config)
         self.log: list[str] = []
-        self._noting = threading.Lock()
+        self._finishing = threading.Lock()
+        self._compiling: set[subprocess.Popen] = set()
+        self._given_up = threading.Event()
 
     @property
     def done(self) -> list[str]:
@@ -263,15 +265,15 @@ class Ladder:
     def finish(self, name: str) -> None:
         """Takes what a member has made to the study's own, and notes that nothing is missing."""
         apart = self.workdir / APART / name
-        for steps in self.study.train.keep_steps:
-            self._bind(self.workdir / "early" / str(steps), steps)
-        for pattern in ("records/*", "strips/*", "early/*/records/*", "models/*/curves.csv"):
-            for found in sorted(apart.glob(pattern)):
-                target = self.workdir / found.relative_to(apart)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.unlink(missing_ok=True)
-                os.link(found, target)
-        with self._noting:
+        with self._finishing:  # Others may end at the same time.
+            for steps in self.study.train.keep_steps:
+                self._bind(self.workdir / "early" / str(steps), steps)
+            for pattern in ("records/*", "strips/*", "early/*/records/*", "models/*/curves.csv"):
+                for found in sorted(apart.glob(pattern)):
+                    target = self.workdir / found.relative_to(apart)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.unlink(missing_ok=True)
+                    os.link(found, target)
             note(self.workdir, [*self.done, name])
             self.say(f"{name} is done")
             self.pack(self.to)
@@ -319,6 +321,8 @@ class Ladder:
                 ["nice", "-n", str(nice), sys.executable, *line], cwd=ROOT, env=env, stdout=log,
                 stderr=log,
             )
+            if nice:
+                self._compiling.add(process)
             try:
                 status = process.wait(self.clock.left - _SAVES / 2)
             except subprocess.TimeoutExpired:
@@ -327,6 +331,7 @@ class Ladder:
                     process.wait(_SAVES)
                 process.kill()
                 status = SAVED
+            self._compiling.discard(process)
         self.say(f"{told}: {time.monotonic() - start:.0f} s, status {status}")
         if status not in (0, SAVED):
             last = (logs / f"{told}.txt").read_text().strip().splitlines()[-1:]
@@ -348,7 +353,7 @@ class Ladder:
         with futures.ThreadPoolExecutor(1) as beside:
             early = beside.submit(self._early, name, apart, only)
             whole = self.command("sweep", apart, only)
-        if not (whole and early.result()):
+        if not (early.result() and whole):
             return False
         self.finish(name)
         return True
@@ -390,36 +395,46 @@ class Ladder:
           UserError: where a command failed; the others have gone on.
         """
         if left := [name for name in self.study.members if name not in self.done]:
-            with futures.ThreadPoolExecutor(len(left) + 3) as pool:
+            with futures.ThreadPoolExecutor(self.at_once) as compilers:
                 compiled = {
-                    members: pool.submit(self._compile, *members)
+                    members: compilers.submit(self._compile, *members)
                     for members in ((), *((name,) for name in left))
                 }
-                if not self.ahead("data", workdir=self.workdir):
-                    return False
-                preparing = [
-                    pool.submit(self.ahead, what, workdir=self.workdir)
-                    for what in ("latents", "reference")
-                ]
-                prepared = [job.result() for job in preparing]
-                if not all(prepared):
-                    return False
+                try:
+                    if not (self._prepared() and self._members(left, compiled)):
+                        return False
+                finally:
+                    self._given_up.set()
+                    for process in list(self._compiling):
+                        process.terminate()
+        missing = set(self.study.members) - set(alone(self.workdir))
+        return not missing or self.ahead(
+            "seconds", *self.study.members, to=self.workdir / SECONDS)
 
-                def one(name: str) -> bool:
-                    return self.wait(compiled[name,].done) and self.member(name)
+    def _prepared(self) -> bool:
+        """What all members need."""
+        if not self.ahead("data", workdir=self.workdir):
+            return False
+        with futures.ThreadPoolExecutor() as pool:
+            return all(list(pool.map(
+                lambda what: self.ahead(what, workdir=self.workdir), ("latents", "reference")
+            )))
 
-                # What is begun is ended first: of a member that is not, nothing is kept.
-                with futures.ThreadPoolExecutor(self.at_once) as members:
-                    ended = list(members.map(one, left))
-                if not all(ended):
-                    return False
-        path = self.workdir / SECONDS
-        return path.exists() or self.ahead("seconds", *self.study.members, to=path)
+    def _members(self, left: Sequence[str], compiled: Mapping[tuple, futures.Future]) -> bool:
+        """Those that are left."""
+
+        def one(name: str) -> bool:
+            return self.wait(compiled[name,].done) and self.member(name)
+
+        # What is begun is ended first: of a member that is not, nothing is kept.
+        with futures.ThreadPoolExecutor(self.at_once) as pool:
+            return all(list(pool.map(one, left)))
 
     def _compile(self, *members: str) -> None:
         """Programs ahead of those who need them; without them they compile their own."""
         with contextlib.suppress(UserError):  # It is in the logs.
-            self.ahead("programs", *members)
+            if not self._given_up.is_set():
+                self.ahead("programs", *members)
 
     # What goes home, and what comes back.
 
@@ -441,7 +456,8 @@ class Ladder:
         found += sorted(p for p in (self.workdir / "reference").rglob("*") if p.is_file())
         found += sorted(self.workdir.glob("models/*/curves.csv"))
         kernels = self.workdir / COMPILED / _KERNELS
-        found += sorted(p for p in kernels.rglob("*") if p.is_file())
+        kept = (p for p in kernels.rglob("*") if "tmp" not in p.relative_to(kernels).parts)
+        found += sorted(p for p in kept if p.is_file())
         found += sorted(self.workdir.glob("autoencoder/curves.csv"))
         found += [p for p in [self.workdir / "latent_scale.json"] if p.exists()]
         steps = str(self.study.autoencoder.train.steps)
@@ -455,7 +471,12 @@ class Ladder:
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w:xz", preset=6) as tar:
             for path in self.worth():
-                tar.add(path, path.relative_to(self.workdir))
+                # Compilers are at work in their cache meanwhile.
+                with contextlib.suppress(FileNotFoundError):
+                    body = path.read_bytes()
+                    entry = tarfile.TarInfo(os.fspath(path.relative_to(self.workdir)))
+                    entry.size, entry.mtime = len(body), int(time.time())
+                    tar.addfile(entry, io.BytesIO(body))
         data = buffer.getvalue()
         lines, old = [], set(to.glob("ladder.tar.xz.*"))
         for number in range(-(-len(data) // PART)):
@@ -508,20 +529,26 @@ def unpack(source: Path, workdir: Path) -> None:
         raise UserError(f"the parts in {source} are not whole ({e}): copy them again") from e
 
 
+def alone(workdir: Path) -> dict[str, dict[str, float]]:
+    """By member, the seconds of a guided and a plain row of a sample, and of decoding one."""
+    path = workdir / SECONDS
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def reckon_seconds(workdir: Path) -> int:
     """Records' seconds a picture by the rows that were timed alone; how many there are.
 
     Raises:
-      UserError: where nothing was timed.
+      UserError: where a member's were not timed.
     """
-    path = workdir / SECONDS
-    if not path.exists():
-        raise UserError(f"there is no {path}: the members' rows are not timed; go on with run")
-    alone = json.loads(path.read_text())
-    found = sorted(workdir.glob("**/records/*.json"))
+    timed, found = alone(workdir), sorted(workdir.glob("**/records/*.json"))
     for path in found:
         record = records.read(path)
-        of = alone[record.identity.model]
+        if (of := timed.get(record.identity.model)) is None:
+            raise UserError(
+                f"{workdir / SECONDS} has no rows of {record.identity.model}, of which "
+                f"{path} is: go on with run until all is done"
+            )
         row = of["plain" if record.identity.guidance == 1 else "guided"]
         seconds = record.calls * row + of["decode"]
         records.write(path.parent, dataclasses.replace(record, seconds_per_image=seconds))

@@ -317,9 +317,11 @@ def _decode(study: Study, member: str, devices: list[jax.Device]) -> Part:
     latents = jax.ShapeDtypeStruct(
         (size, *latent_shape(study)), jnp.float32, sharding=mesh_lib.batch_sharding(mesh)
     )
+    scale = jax.ShapeDtypeStruct((), jnp.float32, sharding=mesh_lib.replicated(mesh))
     return Part(
-        "decode", drawing.decoder(autoencoder_of(study), 1.0), (params, latents), mesh, size,
-        copies, {"parameters": local_bytes(params["decoder"]), "latents": local_bytes(latents)},
+        "decode", drawing.decoder_program(autoencoder_of(study)), (params, latents, scale), mesh,
+        size, copies,
+        {"parameters": local_bytes(params["decoder"]), "latents": local_bytes(latents)},
     )
 
 

@@ -35,7 +35,7 @@ from ldm_scaling.tasks.drawing import Drawer, sampling_key
 log = logging.getLogger(__name__)
 
 STRIP = 8
-TIMED_CALLS = 10
+TIMED_CALLS = 10  # of the network, for a picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -447,8 +447,9 @@ def _seconds(
 ) -> list[float]:
     """Measured seconds per image of each configuration: of its rows, and of decoding it.
 
-    Rows are timed once for each program of a member, with all lanes full: in lanes,
-    configurations share a batch, so none has a time of its own.
+    Rows are timed once for each program of a member, with all lanes full, by the configuration
+    whose calls are nearest to `TIMED_CALLS`: in lanes, configurations share a batch, so none has a
+    time of its own.
     """
     out = [0.0] * len(configurations)
     for guided, group in bench.drawer.split(configurations):

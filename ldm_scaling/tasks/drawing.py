@@ -110,19 +110,28 @@ def lanes(
 def decoder(
     spec: autoencoder.AutoencoderSpec | tiny_decoder.TinyDecoderSpec, scale: float
 ) -> Callable[[Any, Any], jax.Array]:
-    """Compiled `decode(params, latents_BHWC) -> pictures`, about [-1, 1].
+    """`decode(params, latents_BHWC) -> pictures`, about [-1, 1], by `decoder_program`.
 
     Args:
       spec: what makes pictures.
       scale: what latents were multiplied by.
     """
+    run = decoder_program(spec)
+    return lambda params, z_BHWC: run(params, z_BHWC, np.float32(scale))
+
+
+def decoder_program(
+    spec: autoencoder.AutoencoderSpec | tiny_decoder.TinyDecoderSpec
+) -> Callable[[Any, Any, Any], jax.Array]:
+    """Jitted `decode(params, latents_BHWC, scale) -> pictures`, about [-1, 1]: what latents were
+    multiplied by is known when a program that was compiled before is used."""
     network = _DECODERS[type(spec)]
 
     @jax.jit
     def decode(params, z_BHWC, scale):
         return network(spec, params, z_BHWC / scale)
 
-    return lambda params, z_BHWC: decode(params, z_BHWC, np.float32(scale))
+    return decode
 
 
 @jax.jit
@@ -152,7 +161,7 @@ class Frozen:
     null_ctx_LD: np.ndarray
 
     def decoder(self) -> Callable[[Any, Any], jax.Array]:
-        """Compiled `decode(params, latents_BHWC) -> pictures`, about [-1, 1]."""
+        """`decode(params, latents_BHWC) -> pictures`, about [-1, 1], compiled when first used."""
         return decoder(self.decoder_spec, self.latent_scale)
 
 

@@ -125,7 +125,8 @@ class _Drawing:
 
 
 class Composer:
-    """Makes pictures of one seed and size. Drawings are rendered once, when first needed.
+    """Makes pictures of one seed and size. Drawings are kept when first needed; threads may
+    share it.
 
     Args:
       catalogue: the pictograms, see `openmoji.load`.
