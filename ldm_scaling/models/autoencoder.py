@@ -110,7 +110,7 @@ class Encoder(nn.Module):
                     name=f"down_{i}_downsample",
                 )(h)
         h = _Middle(spec, dtype, name="mid")(h)
-        h = blocks.silu(blocks.norm(spec.groups, 1e-6, dtype, "norm_out")(h))
+        h = blocks.norm(spec.groups, 1e-6, dtype, "norm_out", activated=True)(h)
         h = blocks.conv(2 * spec.latent_channels, 3, dtype, "conv_out")(h)
         return blocks.conv(2 * spec.latent_channels, 1, dtype, "quant_conv")(h).astype(jnp.float32)
 
@@ -134,7 +134,7 @@ class Decoder(nn.Module):
             if i != 0:
                 h = blocks.upsample(h)
                 h = blocks.conv(width, 3, dtype, f"up_{i}_upsample")(h)
-        h = blocks.silu(blocks.norm(spec.groups, 1e-6, dtype, "norm_out")(h))
+        h = blocks.norm(spec.groups, 1e-6, dtype, "norm_out", activated=True)(h)
         return blocks.conv(3, 3, dtype, "conv_out")(h).astype(jnp.float32)
 
 

@@ -104,46 +104,64 @@ def conv(
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation (Wu & He 2018, arXiv 1803.08494); statistics in float32.
-
-    Sums are taken per channel, and groups of channels are joined in what is left of them: features
-    split into groups would be copied into another layout and back on a TPU.
+    """Group normalisation, see `group_norm`.
 
     Args:
       groups: of channels; must divide their number.
       epsilon: added to the variance.
+      activated: whether SiLU follows.
     """
 
     groups: int
     epsilon: float
     dtype: Dtype = jnp.float32
+    activated: bool = False
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         channels = x_BHWC.shape[-1]
         scale_C = self.param("scale", nn.initializers.ones_init(), (channels,))
         bias_C = self.param("bias", nn.initializers.zeros_init(), (channels,))
-        x = x_BHWC.astype(jnp.float32)
-        space = tuple(range(1, x.ndim - 1))
-
-        def mean(y):
-            y_BGc = jnp.mean(y, space).reshape(-1, self.groups, channels // self.groups)
-            return jnp.mean(y_BGc, -1, keepdims=True)
-
-        mean_BG1 = mean(x)
-        variance_BG1 = jnp.maximum(mean(x * x) - mean_BG1**2, 0.0)
-        rate_BG1 = jax.lax.rsqrt(variance_BG1 + self.epsilon)
-        rate_BGc = rate_BG1 * scale_C.reshape(self.groups, -1)
-        shift_BGc = bias_C.reshape(self.groups, -1) - mean_BG1 * rate_BGc
-        rate, shift = (
-            jnp.expand_dims(y.reshape(-1, channels), space) for y in (rate_BGc, shift_BGc)
+        return group_norm(
+            x_BHWC, scale_C, bias_C, self.groups, self.epsilon, self.dtype, self.activated
         )
-        return (x * rate + shift).astype(self.dtype)
 
 
-def norm(groups: int, eps: float, dtype: Dtype, name: str) -> GroupNorm:
+def group_norm(
+    x_BHWC: jax.Array, scale_C: jax.Array, bias_C: jax.Array, groups: int, epsilon: float,
+    dtype: Dtype, activated: bool = False,
+) -> jax.Array:
+    """Group normalisation (Wu & He 2018, arXiv 1803.08494), then SiLU if `activated`; statistics
+    in float32, the result in `dtype`.
+
+    Sums are taken per channel, and groups of channels are joined in what is left of them: features
+    split into groups would be copied into another layout and back on a TPU.
+    """
+    channels = x_BHWC.shape[-1]
+    x = x_BHWC.astype(jnp.float32)
+    space = tuple(range(1, x.ndim - 1))
+
+    def mean(y):
+        y_BGc = jnp.mean(y, space).reshape(-1, groups, channels // groups)
+        return jnp.mean(y_BGc, -1, keepdims=True)
+
+    mean_BG1 = mean(x)
+    variance_BG1 = jnp.maximum(mean(x * x) - mean_BG1**2, 0.0)
+    rate_BG1 = jax.lax.rsqrt(variance_BG1 + epsilon)
+    rate_BGc = rate_BG1 * scale_C.reshape(groups, -1)
+    shift_BGc = bias_C.reshape(groups, -1) - mean_BG1 * rate_BGc
+    rate, shift = (
+        jnp.expand_dims(y.reshape(-1, channels), space) for y in (rate_BGc, shift_BGc)
+    )
+    y_BHWC = (x * rate + shift).astype(dtype)
+    return silu(y_BHWC) if activated else y_BHWC
+
+
+def norm(
+    groups: int, eps: float, dtype: Dtype, name: str, activated: bool = False
+) -> GroupNorm:
     """Group normalisation; its statistics are float32 whatever the compute type."""
-    return GroupNorm(groups, eps, dtype, name=name)
+    return GroupNorm(groups, eps, dtype, activated, name=name)
 
 
 # What a gradient needs of these is computed again from their operands, in float32: kept, it takes
@@ -208,12 +226,12 @@ class ResBlock(nn.Module):
     @nn.compact
     def __call__(self, x_BHWC: jax.Array, emb_BD: jax.Array | None = None) -> jax.Array:
         width, dtype, gather = self.features, self.dtype, self.gather
-        h = silu(norm(self.groups, self.eps, dtype, "norm1")(x_BHWC))
+        h = norm(self.groups, self.eps, dtype, "norm1", activated=True)(x_BHWC)
         h = conv(width, 3, dtype, "conv1", gather=gather)(h)
         if emb_BD is not None:
             shift = dense(width, dtype, "time_emb_proj", gather)(silu(emb_BD))
             h = h + shift[:, None, None, :]
-        h = silu(norm(self.groups, self.eps, dtype, "norm2")(h))
+        h = norm(self.groups, self.eps, dtype, "norm2", activated=True)(h)
         h = conv(width, 3, dtype, "conv2", gather=gather)(h)
         if x_BHWC.shape[-1] != width:
             x_BHWC = conv(width, 1, dtype, "conv_shortcut", gather=gather)(x_BHWC)

@@ -202,7 +202,7 @@ class UNet(nn.Module):
                 h = blocks.upsample(h)
                 h = conv(c * spec.channel_mults[i], 3, f"up_{i}_upsample")(h)
 
-        h = blocks.silu(blocks.norm(spec.groups, 1e-5, dtype, "norm_out")(h))
+        h = blocks.norm(spec.groups, 1e-5, dtype, "norm_out", activated=True)(h)
         return conv(spec.out_channels, 3, "conv_out")(h).astype(jnp.float32)
 
 
