@@ -8,14 +8,17 @@ XLA's reductions took 16% of a train step of 866M at a third of the bandwidth
 (results/2026-11-26_h200.md); here Pallas kernels take them, each program some channels of some rows
 of one image, and XLA joins what they leave and does what is left, element by element. Forward, and
 forward with gradients, in bfloat16, in turns; first both must agree. A toy interprets the kernels
-on a CPU. The kernels move into `models` when they are seen to pay.
+on a CPU. `in_networks` has networks take them, as train_step.py's piece `kernels_032` does; they
+move into `models` when they are seen to pay.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import bench
@@ -81,7 +84,7 @@ def sums(kernel: Any, maps: tuple[jax.Array, ...], rows: tuple[jax.Array, ...], 
     """
     images, pixels, channels = maps[0].shape
     part = math.gcd(PIXELS, pixels)
-    if part % ROWS or channels % CHANNELS:
+    if not fits(pixels, channels):
         raise ValueError(
             f"{pixels} pixels of {channels} channels: the kernels take multiples of {ROWS} and "
             f"{CHANNELS}"
@@ -102,18 +105,26 @@ def sums(kernel: Any, maps: tuple[jax.Array, ...], rows: tuple[jax.Array, ...], 
     return tuple(partial.sum(1) for partial in found)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def fused(x_BPC: jax.Array, scale_C: jax.Array, bias_C: jax.Array, interpret: bool = False):
+def fits(pixels: int, channels: int) -> bool:
+    """Whether the kernels take such maps."""
+    return math.gcd(PIXELS, pixels) % ROWS == 0 and channels % CHANNELS == 0
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def fused(
+    x_BPC: jax.Array, scale_C: jax.Array, bias_C: jax.Array, groups: int = GROUPS,
+    epsilon: float = EPSILON, interpret: bool = False,
+) -> jax.Array:
     """silu(group norm of x), in x's type; the gradients of all three."""
-    return _fused(x_BPC, scale_C, bias_C, interpret)[0]
+    return _fused(x_BPC, scale_C, bias_C, groups, epsilon, interpret)[0]
 
 
-def _fused(x_BPC, scale_C, bias_C, interpret):
+def _fused(x_BPC, scale_C, bias_C, groups, epsilon, interpret):
     sum_BC, square_BC = sums(_forward_kernel, (x_BPC,), (), interpret)
-    count = x_BPC.shape[1] * x_BPC.shape[2] // GROUPS
-    mean_BC = _of_groups(sum_BC) / count
-    variance_BC = jnp.maximum(_of_groups(square_BC) / count - mean_BC**2, 0.0)
-    inverse_BC = jax.lax.rsqrt(variance_BC + EPSILON)
+    count = x_BPC.shape[1] * x_BPC.shape[2] // groups
+    mean_BC = _of_groups(sum_BC, groups) / count
+    variance_BC = jnp.maximum(_of_groups(square_BC, groups) / count - mean_BC**2, 0.0)
+    inverse_BC = jax.lax.rsqrt(variance_BC + epsilon)
     rate_BC = inverse_BC * scale_C
     shift_BC = bias_C - mean_BC * rate_BC
     z_BPC = x_BPC.astype(jnp.float32) * rate_BC[:, None] + shift_BC[:, None]
@@ -121,20 +132,22 @@ def _fused(x_BPC, scale_C, bias_C, interpret):
     return y_BPC, (x_BPC, scale_C, mean_BC, inverse_BC, rate_BC, shift_BC)
 
 
-def _of_groups(y_BC: jax.Array) -> jax.Array:
+def _of_groups(y_BC: jax.Array, groups: int) -> jax.Array:
     """Sums over groups of channels, for each channel its group's."""
     images, channels = y_BC.shape
-    sum_BG = y_BC.reshape(images, GROUPS, channels // GROUPS).sum(-1)
-    return jnp.repeat(sum_BG, channels // GROUPS, axis=1)
+    sum_BG = y_BC.reshape(images, groups, channels // groups).sum(-1)
+    return jnp.repeat(sum_BG, channels // groups, axis=1)
 
 
-def _backward(interpret, kept, dy_BPC):
+def _backward(groups, epsilon, interpret, kept, dy_BPC):
     x_BPC, scale_C, mean_BC, inverse_BC, rate_BC, shift_BC = kept
     sum_BC, product_BC = sums(_backward_kernel, (x_BPC, dy_BPC), (rate_BC, shift_BC), interpret)
     # Of the normalised features x' = (x - mean) / deviation: what comes in, with and without them.
     normal_BC = (product_BC - mean_BC * sum_BC) * inverse_BC
-    count = x_BPC.shape[1] * x_BPC.shape[2] // GROUPS
-    plain_BC, along_BC = (_of_groups(scale_C * y_BC) / count for y_BC in (sum_BC, normal_BC))
+    count = x_BPC.shape[1] * x_BPC.shape[2] // groups
+    plain_BC, along_BC = (
+        _of_groups(scale_C * y_BC, groups) / count for y_BC in (sum_BC, normal_BC)
+    )
     # dx = (scale g - mean(scale g) - x' mean(scale g x')) / deviation
     by_x_BC = -(inverse_BC**2) * along_BC
     fixed_BC = -inverse_BC * plain_BC - by_x_BC * mean_BC
@@ -149,8 +162,30 @@ fused.defvjp(_fused, _backward)
 
 def plain(x_BPC: jax.Array, scale_C: jax.Array, bias_C: jax.Array) -> jax.Array:
     """The same as the networks have it."""
-    layer = blocks.norm(GROUPS, EPSILON, x_BPC.dtype, "norm")
-    return blocks.silu(layer.apply({"params": {"scale": scale_C, "bias": bias_C}}, x_BPC))
+    return blocks.group_norm(
+        x_BPC, scale_C, bias_C, GROUPS, EPSILON, x_BPC.dtype, activated=True
+    )
+
+
+@contextlib.contextmanager
+def in_networks() -> Iterator[None]:
+    """What is traced within takes the kernels wherever SiLU follows a norm and shapes fit."""
+    before = blocks.group_norm
+
+    def instead(x_BHWC, scale_C, bias_C, groups, epsilon, dtype, activated=False):
+        x_BPC = x_BHWC.reshape(len(x_BHWC), -1, x_BHWC.shape[-1])
+        if not activated or x_BPC.dtype != dtype or not fits(*x_BPC.shape[1:]):
+            return before(x_BHWC, scale_C, bias_C, groups, epsilon, dtype, activated)
+        y_BPC = fused(
+            x_BPC, scale_C, bias_C, groups, epsilon, jax.default_backend() == "cpu"
+        )
+        return y_BPC.reshape(x_BHWC.shape)
+
+    blocks.group_norm = instead
+    try:
+        yield
+    finally:
+        blocks.group_norm = before
 
 
 def compared(shape: tuple[int, int], args: Any, book: Book) -> dict[str, Any]:
@@ -165,7 +200,9 @@ def compared(shape: tuple[int, int], args: Any, book: Book) -> dict[str, Any]:
     scale_C, bias_C = (1 + 0.1 * jax.random.normal(seed, (channels,)) for seed in seeds[2:])
     operands = (x_BPC, scale_C, bias_C)
     interpret = jax.default_backend() == "cpu"
-    forms = {"kernels": lambda *three: fused(*three, interpret), "plain": plain}
+    forms = {
+        "kernels": lambda *three: fused(*three, GROUPS, EPSILON, interpret), "plain": plain
+    }
     runs, outputs = {}, {}
     for name, form in forms.items():
         forward = jax.jit(form)

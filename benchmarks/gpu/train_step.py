@@ -21,6 +21,7 @@ import time
 from typing import Any
 
 import bench
+import group_norm
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,9 +76,13 @@ class Ours:
       member: its name in the zoo.
       batch: examples a step.
       remat, moments: see `config.Train`.
+      kernels: whether group norms take those of group_norm.py.
     """
 
-    def __init__(self, member: str, batch: int, remat: str = "none", moments: str = "float32"):
+    def __init__(
+        self, member: str, batch: int, remat: str = "none", moments: str = "float32",
+        kernels: bool = False,
+    ):
         spec = self.spec = bench.spec_of(member)
         self.train = Train(
             batch_size=batch, learning_rate=1e-4, warmup_steps=0, remat=remat, moment_dtype=moments
@@ -95,7 +100,9 @@ class Ours:
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), self.batches[0]
         )
         start = time.perf_counter()
-        self.compiled = step.lower(abstract, shape, self.key).compile()
+        with group_norm.in_networks() if kernels else contextlib.nullcontext():
+            lowered = step.lower(abstract, shape, self.key)
+        self.compiled = lowered.compile()
         self.compile_seconds = time.perf_counter() - start
         # Memory is taken with the first step: until then others may use it.
         self.state, self.number, self._abstract = None, 0, abstract
@@ -202,12 +209,13 @@ def parity(member: str, args: Any, book: Book) -> dict[str, Any]:
 
 
 def attempt(member: str, batch: int, args: Any, book: Book, remat: str = "none",
-            moments: str = "float32", alone: bool = True) -> dict[str, Any]:
+            moments: str = "float32", alone: bool = True, kernels: bool = False) -> dict[str, Any]:
     """Our images/s at a batch, or that it does not fit. Alone, it has the card from its first byte
     to its last; else it takes turns with others, each keeping what it holds."""
     try:
-        plain = remat == "none" and moments == "float32"
-        ours = ours_of(member, batch, args) if plain else Ours(member, batch, remat, moments)
+        plain = remat == "none" and moments == "float32" and not kernels
+        ours = ours_of(member, batch, args) if plain else Ours(
+            member, batch, remat, moments, kernels)
         with bench.turn() if alone else contextlib.nullcontext():
             found = bench.sustained(ours, batch, args.window, args.toy)
             loss = ours(1)
@@ -315,6 +323,10 @@ def pieces(args: Any) -> list[Piece]:
         f"eager_{tried[-1] if args.toy else 64:03d}",
         functools.partial(attempt_peer, member, tried[-1] if args.toy else 64, args, eager=True),
         1.5,
+    ))
+    out.append(Piece(
+        f"kernels_{tried[0]:03d}",
+        functools.partial(attempt, member, tried[0], args, alone=False, kernels=True), 2.5,
     ))
     for turn in (1, 2):
         out += [

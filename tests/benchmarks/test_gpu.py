@@ -16,7 +16,7 @@ import pytest
 from flax import linen as nn
 
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import analytic, zoo
+from ldm_scaling.models import analytic, unet, zoo
 from ldm_scaling.parallel import hlo
 
 GPU = pathlib.Path(__file__).parents[2] / "benchmarks" / "gpu"
@@ -223,11 +223,40 @@ def test_group_norm_kernels_are_flaxs(scripts, pixels, channels):
     def peer(x, scale, bias):
         return nn.silu(layer.apply({"params": {"scale": scale, "bias": bias}}, x))
 
-    y, back = jax.vjp(lambda *operands: group_norm.fused(*operands, True), x, scale, bias)
+    y, back = jax.vjp(
+        lambda *operands: group_norm.fused(*operands, interpret=True), x, scale, bias
+    )
     wanted, peers_back = jax.vjp(peer, x, scale, bias)
     np.testing.assert_allclose(y, wanted, atol=2e-5)
     for got, want in zip(back(dy), peers_back(dy), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4 * float(np.abs(want).max()))
+
+
+def test_a_network_is_the_same_through_the_kernels(scripts):
+    """Loss and gradients of a U-Net whose norms they take, and those that they do not."""
+    group_norm = scripts("group_norm")
+    spec = unet.UNetSpec(
+        64, context_dim=16, channel_mults=(1,), attention_levels=(True,), blocks_per_level=1,
+        heads=2, groups=32, sample_size=8, context_length=5,
+    )
+    x = jax.random.normal(jax.random.key(1), (2, *spec.latent_shape))
+    ctx = jax.random.normal(jax.random.key(2), (2, 5, 16))
+    params = jax.tree.map(
+        lambda p: p + 0.1, jax.jit(lambda: unet.init(spec, jax.random.key(0)))()
+    )
+
+    def loss(params):
+        y = unet.denoise_fn(spec)(params, x, jnp.array([300.0, 900.0]), {"context": ctx})
+        return jnp.mean(jnp.square(y))
+
+    wanted = jax.jit(jax.value_and_grad(loss))(params)
+    with group_norm.in_networks():
+        traced = jax.jit(jax.value_and_grad(lambda params: loss(params))).trace(params)
+    assert "pallas_call" in str(traced.jaxpr)
+    got = traced.lower().compile()(params)
+    np.testing.assert_allclose(got[0], wanted[0], rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(got[1]), jax.tree.leaves(wanted[1]), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 + 1e-3 * float(np.abs(b).max()))
 
 
 def test_group_norm_kernels_lower_to_triton(scripts):
