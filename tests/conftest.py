@@ -1,6 +1,7 @@
 """Eight CPU devices for the sharding tests, a cache of compiled programs that commands share, and
 less of XLA's optimiser: small programs are compiled in half the time. All must be set before JAX
-makes its first array. `--passed=FILE` runs what has not passed yet."""
+makes its first array. The files that take longest come first, so that no worker is left alone with
+one at the end. `--passed=FILE` runs what has not passed yet."""
 
 import os
 import pathlib
@@ -16,6 +17,18 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
 _PASSED: list[str] = []
+_LONGEST = (
+    "study/test_study.py", "study/test_finetuned.py", "distributed/test_study.py",
+    "benchmarks/test_gpu.py", "distributed/test_processes.py", "study/test_cascaded.py",
+    "test_configs.py", "distributed/test_faults.py", "study/test_distilled.py",
+    "study/test_rates.py", "colab/test_notebooks.py", "test_cli.py", "models/test_zoo.py",
+)
+
+
+def pytest_configure(config):
+    # xdist would begin with the files of most tests, which are not those that take longest.
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
 
 
 def pytest_addoption(parser):
@@ -36,6 +49,9 @@ def pytest_collection_modifyitems(config, items):
     if again:
         config.hook.pytest_deselected(items=again)
         items[:] = [item for item in items if item.nodeid not in before]
+    order = {name: number for number, name in enumerate(_LONGEST)}
+    here = pathlib.Path(__file__).parent
+    items.sort(key=lambda item: order.get(item.path.relative_to(here).as_posix(), len(order)))
 
 
 def pytest_runtest_logreport(report):
