@@ -45,9 +45,9 @@ def test_context_is_padded_with_zeros_or_refused():
         text_to_image.pad_context(ctx, 4)
 
 
-def _task(dropout):
+def _task(dropout, latent_scale=2.0):
     frozen = text_to_image.Frozen(
-        autoencoder.AutoencoderSpec(8, (1,), 1, groups=4), None, 2.0, (4, 4, 4),
+        autoencoder.AutoencoderSpec(8, (1,), 1, groups=4), None, latent_scale, (4, 4, 4),
         np.full((3, 16), 0.5, np.float32),
     )
     mesh = mesh_lib.make(devices=jax.devices()[:1])
@@ -81,6 +81,23 @@ def test_dropout_replaces_captions_by_the_empty_one():
     params = unet.init(SPEC, jax.random.key(0))
     # Rows with a dropped caption no longer depend on it: nearly all of them at 0.999.
     assert _spread(_task(0.999), params) < 0.1 * _spread(_task(0.0), params)
+
+
+def test_a_step_is_compiled_before_the_latents_scale_is_known():
+    """The scale is an argument: steps of two scales are one program, and the loss follows it."""
+    params = unet.init(SPEC, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    batch = {"mean": rng.normal(size=(8, 4, 4, 4)).astype(np.float32),
+             "logvar": np.full((8, 4, 4, 4), -30.0, np.float32),
+             "context": np.zeros((8, 3, 16), np.float32)}
+
+    def lowered(task):
+        run = jax.jit(lambda params, frozen: task.loss(
+            params, batch, jax.random.key(1), Beside(frozen, None))[0])
+        return run.lower(params, task.frozen).as_text(), float(run(params, task.frozen))
+
+    (text, loss), (other, larger) = lowered(_task(0.0, 1.0)), lowered(_task(0.0, 3.0))
+    assert text == other and loss != larger
 
 
 def _drawer(decode):
