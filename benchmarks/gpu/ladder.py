@@ -64,7 +64,6 @@ _KERNELS = "xla_gpu_per_fusion_autotune_cache_dir"
 APART = "apart"  # a workdir for each member, until all of it is done
 SECONDS = "seconds.json"  # of a row of each member, and of decoding, alone on the card
 _WAIT = 0.5
-_NOTHING: Mapping[str, str] = {}
 # Of the H200's peak in bfloat16 `c128_s16` reaches this in training (results/2026-11-26_h200.md),
 # `c64_s16` 0.063: nearly in proportion to width, for small networks wait for launches.
 PEAK, SHARE, WIDTH = 989e12, 0.156, 128
@@ -85,7 +84,8 @@ def study_of(config: str) -> Study:
 def budget(config: str) -> list[str]:
     """Lines: PFLOP and minutes of training, the sweep and early checkpoints, by member and all."""
     from ldm_scaling.models import cost, zoo
-    from ldm_scaling.study import caching_cost, sweep
+    from ldm_scaling.study import caching_cost
+    from ldm_scaling.study import subject as subject_lib
 
     study, lines, whole = study_of(config), [], [(0.0, 0.0)] * 3
     for member in study.members:
@@ -95,9 +95,9 @@ def budget(config: str) -> list[str]:
         few = dataclasses.replace(study.sweep, samplers=("ddim",), steps=(10,))
         found = []
         for grid in (study.sweep, few):
-            subject = dataclasses.replace(sweep.of_member(study, member), sweep=grid)
+            subject = dataclasses.replace(subject_lib.of_member(study, member), sweep=grid)
             found.append(sum(
-                sweep.work(subject, size, i) for i in sweep.planned(subject)
+                subject_lib.work(subject, size, i) for i in subject_lib.planned(subject)
             ))
         rate = PEAK * SHARE * min(2.0, spec.base_channels / WIDTH)
         gflops = [train, found[0], found[1] * len(study.train.keep_steps)]
@@ -301,11 +301,9 @@ class Ladder:
             return self._process("_".join([what, *members]), line)
         # Behind those who are waited for, and no more memory than what is at work.
         return self._process(
-            "_".join([what, *members]), line, {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}, 10)
+            "_".join([what, *members]), line, 10, XLA_PYTHON_CLIENT_ALLOCATOR="platform")
 
-    def _process(
-        self, told: str, line: Sequence[str], more: Mapping[str, str] = _NOTHING, nice: int = 0
-    ) -> bool:
+    def _process(self, told: str, line: Sequence[str], nice: int = 0, **more: str) -> bool:
         if self.clock.left < _SAVES:
             return False
         env = {**bench.MEMORY, "JAX_COMPILATION_CACHE_DIR": str(self.workdir / COMPILED),

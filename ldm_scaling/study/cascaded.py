@@ -22,11 +22,12 @@ from ldm_scaling.sampling import sampler as sampler_lib
 from ldm_scaling.sampling import solvers
 from ldm_scaling.sampling.packing import Configuration
 from ldm_scaling.study import fitting, labels, runs, sheet, small, sweep
+from ldm_scaling.study import subject as subject_lib
 from ldm_scaling.study.materials import SHOWN_EXAMPLES, VALIDATION_EXAMPLES, Materials
 from ldm_scaling.study.networks import model_hash
 from ldm_scaling.study.records import First
 from ldm_scaling.study.scorer import Scorer
-from ldm_scaling.study.sweep import Subject
+from ldm_scaling.study.subject import Subject
 from ldm_scaling.tasks import cascade as cascade_task
 from ldm_scaling.tasks import text_to_image
 from ldm_scaling.tasks.cascade_drawing import CascadeDrawer
@@ -62,7 +63,7 @@ class Cascaded:
         """(sampler, steps, spacing) of all that is drawn."""
         c = self.config
         first = [(c.first_sampler, steps, c.first_spacing) for steps in c.first_steps]
-        return [*first, c.sample.table, *sweep.tables(c.sweep)]
+        return [*first, c.sample.table, *subject_lib.tables(c.sweep)]
 
     @property
     def pairs(self) -> list[tuple[str, str]]:

@@ -18,11 +18,12 @@ from ldm_scaling.models import backbone, cost, sd_folder
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling.packing import Configuration
 from ldm_scaling.study import encoders, labels, runs, sheet, sweep
+from ldm_scaling.study import subject as subject_lib
 from ldm_scaling.study.caches import Caches
 from ldm_scaling.study.materials import VALIDATION_EXAMPLES, Materials
 from ldm_scaling.study.networks import model_hash
 from ldm_scaling.study.scorer import Scorer
-from ldm_scaling.study.sweep import Subject
+from ldm_scaling.study.subject import Subject
 from ldm_scaling.tasks.distillation import student
 from ldm_scaling.tasks.drawing import Drawer, sampling_key
 from ldm_scaling.training import checkpoint, loop
@@ -68,7 +69,7 @@ class Distilled:
         first = self.materials.study.members[0]
         grids = [self.subject(first, stage).sweep for stage in self.measured]
         samples = [self.sample(stage).table for stage in self.stages]
-        return [*samples, *(t for grid in grids for t in sweep.tables(grid))]
+        return [*samples, *(t for grid in grids for t in subject_lib.tables(grid))]
 
     def sample(self, stage: Stage) -> Sample:
         """How a stage's student is drawn: of halving in its own steps; one that imitates as its

@@ -27,11 +27,13 @@ from ldm_scaling.parallel import hosts, placing, processes
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling.packing import Configuration
 from ldm_scaling.study import baselines, datasets, labels, runs, sheet, sweep
+from ldm_scaling.study import subject as subject_lib
 from ldm_scaling.study.baselines import Baselines
 from ldm_scaling.study.materials import LAYER, SHOWN_EXAMPLES, VALIDATION_EXAMPLES, Materials
 from ldm_scaling.study.networks import model_hash
 from ldm_scaling.study.paired_scorer import PairedScorer
-from ldm_scaling.study.sweep import Prompts, Subject, block_indices
+from ldm_scaling.study.subject import Subject
+from ldm_scaling.study.sweep import Prompts, block_indices
 from ldm_scaling.tasks import conditioned
 from ldm_scaling.tasks.drawing import Drawer, sampling_key
 from ldm_scaling.training import checkpoint
@@ -87,7 +89,7 @@ class FineTuned:
     @property
     def tables(self) -> list[tuple[str, int, str]]:
         """(sampler, steps, spacing) of all that is drawn."""
-        return [self.config.sample.table, *sweep.tables(self.config.sweep)]
+        return [self.config.sample.table, *subject_lib.tables(self.config.sweep)]
 
     # Networks.
 

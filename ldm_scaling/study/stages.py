@@ -34,13 +34,14 @@ from ldm_scaling.study import (
 )
 from ldm_scaling.study import further as further_lib
 from ldm_scaling.study import request as request_lib
+from ldm_scaling.study import subject as subject_lib
 from ldm_scaling.study.cascaded import Cascaded
 from ldm_scaling.study.dreambooth import Taught
 from ldm_scaling.study.finetuned import PERCEPTUAL, FineTuned
 from ldm_scaling.study.materials import SPLITS, Materials
 from ldm_scaling.study.progress import Progress
 from ldm_scaling.study.records import TEXT_TO_IMAGE, Record
-from ldm_scaling.study.sweep import Subject
+from ldm_scaling.study.subject import Subject
 from ldm_scaling.study.workdir import Workdir
 from ldm_scaling.tasks import autoencoder as autoencoder_task
 from ldm_scaling.tasks import text_to_image
@@ -87,7 +88,7 @@ def check(study: Study, workdir: Workdir, measured: bool = True) -> Materials:
         fitting.noise(member, f"members={member!r}", study.diffusion)
     tables = [study.sample.table]
     grids = {"sweep": study.sweep} if pretrains or study.weights else {}
-    tables += [table for grid in grids.values() for table in sweep.tables(grid)]
+    tables += [table for grid in grids.values() for table in subject_lib.tables(grid)]
     for further in several:
         tables += further.tables
         grids[further.name] = further.config.sweep
@@ -236,7 +237,7 @@ def run_sweep(materials: Materials) -> None:
                 strips=own.workdir / "strips",
             )
 
-        subjects = [sweep.of_member(study, m) for m in study.members]
+        subjects = [subject_lib.of_member(study, m) for m in study.members]
         _measure(own, subjects, own.scorer.hash, bench)
     for further in further_lib.of(own):
         _measure(
@@ -258,10 +259,10 @@ def _measure(
         short, total, before = [], 0.0, 0.0
         for number, subject in enumerate(subjects):
             size = cost.of(own.spec(subject.member))
-            done = [r.identity for r in sweep.existing(subject, reference_hash, directory)]
-            planned = sweep.planned(subject)
-            total += sum(sweep.work(subject, size, i) for i in planned)
-            before += sum(sweep.work(subject, size, i) for i in done)
+            done = [r.identity for r in subject_lib.existing(subject, reference_hash, directory)]
+            planned = subject_lib.planned(subject)
+            total += sum(subject_lib.work(subject, size, i) for i in planned)
+            before += sum(subject_lib.work(subject, size, i) for i in done)
             short += [number] if len(done) < len(planned) else []
         return [short, max(total, before), before]
 
@@ -344,14 +345,14 @@ def _pretrained_records(own: Materials) -> list[Record]:
     if there is not own and not (there.workdir / "records").exists():
         return []
     members = [m for m in there.study.members if m in own.study.members]
-    subjects = [sweep.of_member(there.study, m) for m in members]
+    subjects = [subject_lib.of_member(there.study, m) for m in members]
     return _records(there, subjects, there.scorer.hash)
 
 
 def _records(own: Materials, subjects: Sequence[Subject], reference_hash: str) -> list[Record]:
     return [
         r for subject in subjects
-        for r in sweep.existing(subject, reference_hash, own.workdir / "records")
+        for r in subject_lib.existing(subject, reference_hash, own.workdir / "records")
     ]
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,22 +11,20 @@ import jax
 import numpy as np
 from etils import epath
 
-from ldm_scaling import __version__, pictures
-from ldm_scaling.config import Diffusion, Study, Sweep
-from ldm_scaling.diffusion import schedule as schedule_lib
+from ldm_scaling import pictures
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import backbone
 from ldm_scaling.models.cost import Cost
 from ldm_scaling.parallel import hosts, processes
-from ldm_scaling.sampling import solvers
 from ldm_scaling.sampling.packing import Configuration
-from ldm_scaling.study import curves, raced, records
+from ldm_scaling.study import raced, records
+from ldm_scaling.study import subject as subject_lib
 from ldm_scaling.study.behind import Behind
-from ldm_scaling.study.networks import model_hash
 from ldm_scaling.study.paired_scorer import PairedScorer
 from ldm_scaling.study.progress import Progress
 from ldm_scaling.study.records import Identity, Record
 from ldm_scaling.study.scorer import FRECHET, Scorer
+from ldm_scaling.study.subject import Subject
 from ldm_scaling.tasks.cascade_drawing import CascadeDrawer
 from ldm_scaling.tasks.drawing import Drawer, sampling_key
 
@@ -36,54 +32,6 @@ log = logging.getLogger(__name__)
 
 STRIP = 8
 TIMED_CALLS = 10  # of the network, for a picture
-
-
-@dataclasses.dataclass(frozen=True)
-class Subject:
-    """A network, and the grid that it is measured on; make one with `of_member`, or `subject` of
-    `finetuned`, `distilled` or `cascaded`.
-
-    Attributes:
-      member: its name.
-      hash: of all that decides its parameters.
-      train_step: of its checkpoint, see `records.Record.task`.
-      sweep: the grid.
-      diffusion: the noise and what it predicts.
-      seed: of the study: noise is drawn by it.
-      task: see `records.TASKS`.
-      told, student_steps, setting, first: see `records.Record`.
-    """
-
-    member: str
-    hash: str
-    train_step: int
-    sweep: Sweep
-    diffusion: Diffusion
-    seed: int
-    task: str = records.TEXT_TO_IMAGE
-    told: bool = False
-    student_steps: int = 0
-    setting: str = ""
-    first: records.First | None = None
-
-    @property
-    def model(self) -> str:
-        """Its name in records."""
-        return f"{self.first.model}+{self.member}" if self.first else self.member
-
-    @property
-    def selects(self) -> bool:
-        """Whether anything is chosen on the selection block: guidance, or with text the steps that
-        are best within a budget. Others are measured on the blocks that report alone."""
-        return self.task in records.CHOSEN or len(self.sweep.guidance) > 1
-
-
-def of_member(study: Study, member: str) -> Subject:
-    """A text-to-image member of a study."""
-    return Subject(
-        member, model_hash(study, member), 0 if study.weights else study.train.steps, study.sweep,
-        study.diffusion, study.seed,
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,100 +62,6 @@ def block_indices(block: int, size: int, total: int, seed: int) -> np.ndarray:
     return order[block * size : (block + 1) * size]
 
 
-def most_steps(sweep: Sweep, sampler: str) -> float:
-    """The most steps that a sampler is run with: its own limit, or else that of its kind, which
-    is its name without options."""
-    limits = {solvers.canonical(name): most for name, most in sweep.max_steps.items()}
-    name, _ = solvers.parse(sampler)
-    return limits.get(solvers.canonical(sampler), limits.get(name, math.inf))
-
-
-def tables(sweep: Sweep) -> list[tuple[str, int, str]]:
-    """(sampler, steps, spacing) of all that a grid draws with."""
-    return [
-        (name, steps, sweep.spacing) for name in sweep.samplers for steps in sweep.steps
-        if steps <= most_steps(sweep, name)
-    ]
-
-
-def _identities(
-    subject: Subject, block: int, reference_hash: str, guidance: Callable
-) -> list[Identity]:
-    return [
-        Identity(
-            model=subject.model,
-            model_hash=subject.hash,
-            train_step=subject.train_step,
-            sampler=solvers.canonical(name),
-            steps=steps,
-            spacing=solvers.spacing_of(name, spacing),
-            guidance=w,
-            seed_block=block,
-            num_images=subject.sweep.num_images,
-            reference_hash=reference_hash,
-            version=__version__,
-            first=subject.first.spelling if subject.first else "",
-        )
-        for name, steps, spacing in tables(subject.sweep) for w in guidance(name, steps)
-    ]
-
-
-def selection(subject: Subject, reference_hash: str) -> list[Identity]:
-    """The records that guidance is chosen on: the full grid on the selection block. None where
-    nothing is chosen."""
-    if not subject.selects:
-        return []
-    sweep = subject.sweep
-    return _identities(subject, sweep.select_block, reference_hash, lambda *_: sweep.guidance)
-
-
-def reporting(
-    subject: Subject, reference_hash: str, chosen: list[Record]
-) -> list[Identity]:
-    """The records that are reported: the chosen guidance of each cell on every report block."""
-    if not subject.selects:
-        return _reported(subject, reference_hash, lambda *_: subject.sweep.guidance)
-    best = curves.best_guidance(chosen, FRECHET, subject.sweep.select_block)
-    return _reported(
-        subject, reference_hash,
-        lambda name, steps: (best[subject.model, solvers.canonical(name), steps],),
-    )
-
-
-def _reported(subject: Subject, reference_hash: str, guidance: Callable) -> list[Identity]:
-    return [
-        i for block in subject.sweep.report_blocks
-        for i in _identities(subject, block, reference_hash, guidance)
-    ]
-
-
-def calls(diffusion: Diffusion, identity: Identity) -> int:
-    """Network calls per picture."""
-    return _calls(
-        identity.sampler, diffusion.schedule, identity.steps, diffusion.prediction, identity.spacing
-    )
-
-
-@functools.cache
-def _calls(sampler: str, schedule: str, steps: int, prediction: str, spacing: str) -> int:
-    return solvers.make(
-        sampler, schedule_lib.get(schedule), steps, prediction, spacing
-    ).calls
-
-
-def work(subject: Subject, cost: Cost, identity: Identity) -> float:
-    """GFLOPs of a record: every picture's calls, two evaluations each where guided, and one more
-    for decoding and scoring. What time left is reckoned by. What a cascade's first stage draws
-    serves a whole grid, and each of its tables has a share."""
-    first = subject.first
-    rate = first.upper_guidance if first else identity.guidance
-    pairs = rate != 1 and not subject.told
-    evaluations = calls(subject.diffusion, identity) * (2 if pairs else 1)
-    before = first.calls * first.gflops * (2 if identity.guidance != 1 else 1) / len(
-        tables(subject.sweep)) if first else 0.0
-    return ((evaluations + 1) * cost.gflops + before) * identity.num_images
-
-
 def shared(work_N: Sequence[float], count: int) -> list[list[int]]:
     """Numbers of N pieces of work in `count` parts of about equal sums, ascending: the largest
     first, each to the part that has least."""
@@ -218,40 +72,6 @@ def shared(work_N: Sequence[float], count: int) -> list[list[int]]:
         parts[least].append(number)
         sums[least] += work_N[number]
     return [sorted(part) for part in parts]
-
-
-def planned(subject: Subject) -> list[Identity]:
-    """What a network gets, over all blocks; which rates will be reported, or go on in a race, is a
-    guess."""
-    guess = (max(subject.sweep.guidance),)
-    first = selection(subject, "")
-    return (raced.planned(subject.sweep, first) if _races(subject) else first) + _reported(
-        subject, "", lambda *_: guess
-    )
-
-
-def _races(subject: Subject) -> bool:
-    return subject.selects and subject.sweep.strategy == "racing"
-
-
-def existing(
-    subject: Subject, reference_hash: str, directory: epath.Path
-) -> list[Record]:
-    """The records of this config that are there, of all blocks; of a race each rate's last."""
-
-    def there(identities: list[Identity]) -> list[Record]:
-        paths = [records.path_of(directory, i.key) for i in identities]
-        return [records.read(p) for p in paths if p.exists()]
-
-    first = selection(subject, reference_hash)
-    if _races(subject):
-        chosen, whole = raced.last_rounds(subject.sweep, first, directory, FRECHET)
-    else:
-        chosen = there(first)
-        whole = len(chosen) == len(first)
-    if not whole:
-        return chosen
-    return chosen + there(reporting(subject, reference_hash, chosen))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -298,14 +118,14 @@ def run(subject: Subject, bench: Bench, progress: Progress) -> list[Record]:
     Several processes share out each block's configurations, and all must come here: the rates that
     are reported are chosen among the records of all.
     """
-    first = selection(subject, bench.scorer.hash)
-    if _races(subject):
+    first = subject_lib.selection(subject, bench.scorer.hash)
+    if subject_lib.races(subject):
         chosen = _race(subject, first, bench, progress)
     else:
         _complete(subject, first, bench, progress)
         processes.barrier("selected")
         chosen = [records.read(records.path_of(bench.directory, i.key)) for i in first]
-    last = reporting(subject, bench.scorer.hash, chosen)
+    last = subject_lib.reporting(subject, bench.scorer.hash, chosen)
     for block in subject.sweep.report_blocks:
         _complete(subject, [i for i in last if i.seed_block == block], bench, progress)
     processes.barrier("reported")
@@ -345,7 +165,7 @@ def _complete(
     ))
     missing = [i for i in wanted if i.key in absent]
     parts = shared(
-        [work(subject, bench.cost, i) for i in missing], jax.process_count()
+        [subject_lib.work(subject, bench.cost, i) for i in missing], jax.process_count()
     )
     missing = [missing[k] for k in parts[jax.process_index()]]
     if not missing:

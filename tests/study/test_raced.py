@@ -22,6 +22,7 @@ from ldm_scaling.models.cost import Cost
 from ldm_scaling.sampling import packing, solvers
 from ldm_scaling.sampling.lanes import Finished
 from ldm_scaling.study import curves, raced, records, report, sweep
+from ldm_scaling.study import subject as subject_lib
 from ldm_scaling.study.scorer import FRECHET
 from ldm_scaling.study.statistics import blocks, racing
 from ldm_scaling.study.sweep import Bench, Prompts
@@ -118,7 +119,7 @@ def _bench(workdir, most=10**9):
 def _run(workdir, study=STUDY, most=10**9):
     bench = _bench(workdir, most)
     progress = types.SimpleNamespace(update=lambda *_: None)
-    return sweep.run(sweep.of_member(study, "c8"), bench, progress), bench.scorer.drawn
+    return sweep.run(subject_lib.of_member(study, "c8"), bench, progress), bench.scorer.drawn
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +163,9 @@ def test_blocks_that_report_are_added_to_a_sweep_that_is_whole(unbroken, tmp_pat
     wider, drawn = _run(tmp_path, more)
     assert drawn == (8 - 5) * IMAGES  # Of 4 cells on 2 blocks.
     assert old.items() < _contents(tmp_path).items()
-    assert sweep.existing(sweep.of_member(more, "c8"), "planted", tmp_path / "records") == wider
-    assert len(wider) == len(sweep.planned(sweep.of_member(more, "c8"))) == len(found) + 8
+    subject = subject_lib.of_member(more, "c8")
+    assert subject_lib.existing(subject, "planted", tmp_path / "records") == wider
+    assert len(wider) == len(subject_lib.planned(subject)) == len(found) + 8
     assert all(r.replicates[FRECHET] and not r.round for r in wider if r.identity.seed_block)
     pooled = curves.quality_curves(blocks.pooled(wider, 0, more.sweep.report_blocks), FRECHET)
     for p in (p for points in pooled.values() for p in points):
@@ -215,11 +217,11 @@ def test_killed_again_and_again_it_ends_with_the_same_records(unbroken, tmp_path
 
 def test_what_is_there_is_what_was_planned_once_the_sweep_is_whole(unbroken, tmp_path):
     workdir, found, drawn = unbroken
-    there = sweep.existing(sweep.of_member(STUDY, "c8"), "planted", workdir / "records")
-    planned = sweep.planned(sweep.of_member(STUDY, "c8"))
+    there = subject_lib.existing(subject_lib.of_member(STUDY, "c8"), "planted", workdir / "records")
+    planned = subject_lib.planned(subject_lib.of_member(STUDY, "c8"))
     assert len(there) == len(planned) == len(found)
     assert sum(i.num_images for i in planned) >= sum(r.identity.num_images for r in there) == drawn
-    assert sweep.existing(sweep.of_member(STUDY, "c8"), "planted", tmp_path) == []
+    assert subject_lib.existing(subject_lib.of_member(STUDY, "c8"), "planted", tmp_path) == []
     _, anew = _run(workdir)
     assert anew == 0
 
@@ -240,7 +242,7 @@ def test_the_report_shows_a_raced_sweep(unbroken, tmp_path):
 def test_a_round_waits_for_the_races_behind(unbroken):
     """A record that is lost takes its race back to that round; the others wait."""
     workdir, found, _ = unbroken
-    grid = sweep.selection(sweep.of_member(STUDY, "c8"), "planted")
+    grid = subject_lib.selection(subject_lib.of_member(STUDY, "c8"), "planted")
     first = next(r for r in records.read_all(workdir / "records") if r.round == 1)
     path = records.path_of(workdir / "records", first.identity.key)
     text = path.read_text()

@@ -10,6 +10,7 @@ from ldm_scaling.config import Data, Study, Sweep
 from ldm_scaling.errors import UserError
 from ldm_scaling.models.cost import Cost
 from ldm_scaling.study import records, sweep
+from ldm_scaling.study import subject as subject_lib
 from tests.study import fake_records
 
 STUDY = Study(
@@ -26,41 +27,41 @@ def test_blocks_are_disjoint_and_fixed():
 
 
 def test_selection_is_the_whole_grid_under_the_step_limits():
-    found = sweep.selection(sweep.of_member(STUDY, "c8"), "r")
+    found = subject_lib.selection(subject_lib.of_member(STUDY, "c8"), "r")
     assert len({i.key for i in found}) == len(found) == (3 + 3 + 2) * 2
     assert not [i for i in found if i.sampler == "dpmpp_2m" and i.steps > 20]
     assert {i.seed_block for i in found} == {0}
-    planned = sweep.planned(sweep.of_member(STUDY, "c8"))
+    planned = subject_lib.planned(subject_lib.of_member(STUDY, "c8"))
     assert len(planned) == len(found) + 8
 
 
 def test_a_sampler_with_options_has_one_name_and_its_kinds_limit():
     names = ("ddim:final=zero,eta=0.50", "ddim:eta=0", "dpmpp_2m:solver_type=heun")
     study = dataclasses.replace(STUDY, sweep=dataclasses.replace(STUDY.sweep, samplers=names))
-    found = sweep.selection(sweep.of_member(study, "c8"), "r")
+    found = subject_lib.selection(subject_lib.of_member(study, "c8"), "r")
     assert {i.sampler for i in found} == {
         "ddim:eta=0.5,final=zero", "ddim", "dpmpp_2m:solver_type=heun"
     }
     assert max(i.steps for i in found if i.sampler.startswith("dpmpp_2m")) == 20
-    assert sweep.most_steps(study.sweep, "ddim:eta=0.3") == math.inf
+    assert subject_lib.most_steps(study.sweep, "ddim:eta=0.3") == math.inf
 
 
 def test_work_counts_calls_and_evaluations():
     """Heun calls the network 2N - 1 times; guidance evaluates it twice, but for a network that is
     told its rate."""
-    subject = sweep.of_member(STUDY, "c8")
-    base, told = sweep.selection(subject, "r")[0], dataclasses.replace(subject, told=True)
+    subject = subject_lib.of_member(STUDY, "c8")
+    base, told = subject_lib.selection(subject, "r")[0], dataclasses.replace(subject, told=True)
     cost = Cost(params=1, gflops=2.0)
     for sampler, guidance, evaluations in (("ddim", 1.0, 5), ("ddim", 2.0, 10), ("heun", 1.0, 9)):
         identity = dataclasses.replace(base, sampler=sampler, guidance=guidance, steps=5)
-        assert sweep.work(subject, cost, identity) == (evaluations + 1) * 2.0 * 40
+        assert subject_lib.work(subject, cost, identity) == (evaluations + 1) * 2.0 * 40
         once = evaluations if guidance == 1 else evaluations / 2
-        assert sweep.work(told, cost, identity) == (once + 1) * 2.0 * 40
+        assert subject_lib.work(told, cost, identity) == (once + 1) * 2.0 * 40
 
 
 def test_identity_follows_what_decides_numbers():
     def keys(study):
-        return {i.key for i in sweep.selection(sweep.of_member(study, "c8"), "r")}
+        return {i.key for i in subject_lib.selection(subject_lib.of_member(study, "c8"), "r")}
 
     assert keys(STUDY) == keys(dataclasses.replace(STUDY, name="other", members=("c8",)))
     longer = dataclasses.replace(STUDY.train, steps=7)
@@ -69,7 +70,7 @@ def test_identity_follows_what_decides_numbers():
         dataclasses.replace(STUDY, data=dataclasses.replace(STUDY.data, seed=1)),
     ):
         assert not keys(STUDY) & keys(other)
-    other = sweep.selection(sweep.of_member(STUDY, "c8"), "another reference")
+    other = subject_lib.selection(subject_lib.of_member(STUDY, "c8"), "another reference")
     assert not keys(STUDY) & {i.key for i in other}
 
 
