@@ -12,10 +12,15 @@ from PIL import Image
 from ldm_scaling import files
 
 
-def to_uint8(x_BHWC) -> np.ndarray:
-    """[-1, 1] to 0..255, rounded; what lies outside is clipped."""
-    x = np.asarray(x_BHWC, np.float32)
-    return np.clip(np.rint((x + 1.0) * 127.5), 0, 255).astype(np.uint8)
+def to_uint8(x_BHWC, xp=np):
+    """[-1, 1] to 0..255, rounded; what lies outside is clipped.
+
+    Args:
+      x_BHWC: pictures, an array of `xp`.
+      xp: numpy, or jax.numpy for what stays on its device.
+    """
+    x = xp.asarray(x_BHWC, np.float32)
+    return xp.clip(xp.rint((x + 1.0) * 127.5), 0, 255).astype(np.uint8)
 
 
 def from_uint8(x_BHWC) -> np.ndarray:

@@ -23,7 +23,7 @@ from ldm_scaling.models import attention
 # Queries, keys, a head's width: of 866M at 64x64 latents, to itself and to 77 tokens.
 SHAPES = ((4096, 4096, 40), (4096, 77, 40), (1024, 1024, 80), (1024, 77, 80), (256, 256, 160))
 TOY_SHAPES = ((16, 7, 8),)
-_IMAGES, _HEADS, _CALLS = 16, 8, 5
+_IMAGES, _HEADS = 16, 8
 
 
 def compared(shape: tuple[int, int, int], args: Any, book: Book) -> dict[str, Any]:
@@ -44,14 +44,9 @@ def compared(shape: tuple[int, int, int], args: Any, book: Book) -> dict[str, An
             lambda qkv, form=form: jnp.sum(form(*qkv).astype(jnp.float32) ** 2)
         ))
         outputs[name] = (forward(*operands), *both(operands))
-
-        def several(run):
-            for _ in range(1 if args.toy else _CALLS):
-                out = run()
-            jax.block_until_ready(out)
-
-        runs[f"{name} forward"] = functools.partial(several, functools.partial(forward, *operands))
-        runs[f"{name} gradient"] = functools.partial(several, functools.partial(both, operands))
+        runs[f"{name} forward"] = bench.several(
+            functools.partial(forward, *operands), args.toy)
+        runs[f"{name} gradient"] = bench.several(functools.partial(both, operands), args.toy)
     (got, *grads), (wanted, *wanted_grads) = outputs.values()
     error = bench.check("forward", bench.relative(got, wanted), 2e-2)
     of_gradients = max(
@@ -59,7 +54,7 @@ def compared(shape: tuple[int, int, int], args: Any, book: Book) -> dict[str, An
         for a, b in zip(grads, wanted_grads, strict=True)
     )
     found = bench.interleaved(runs, args.toy)
-    calls = 1 if args.toy else _CALLS
+    calls = 1 if args.toy else bench.CALLS
     return {
         "shape": list(shape), "images": images, "heads": _HEADS, "error": error,
         "gradient_error": of_gradients,

@@ -49,6 +49,7 @@ _NO_MEMORY = (
     "RESOURCE_EXHAUSTED", "OutOfMemory", "out of memory", "CUDNN_STATUS_ALLOC_FAILED",
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
+CALLS = 5  # that `several` makes
 # Names the folder in which together.py says whose turn it is.
 TURNS = "LDM_SCALING_TURNS"
 # A network that a CPU compiles in seconds.
@@ -273,6 +274,18 @@ def turn() -> Iterator[None]:
 
 
 turn.taken = False
+
+
+def several(run: Callable[[], Any], toy: bool) -> Callable[[], None]:
+    """A run of `CALLS`, one of a toy's, of which the last is waited for: for what is so short that
+    the host would be timed."""
+
+    def runs() -> None:
+        for _ in range(1 if toy else CALLS):
+            out = run()
+        jax.block_until_ready(out)
+
+    return runs
 
 
 def interleaved(

@@ -34,7 +34,7 @@ GROUPS, EPSILON = 32, 1e-5
 # Side and channels of a map: of 866M at 64x64 latents, those joined with a skip too.
 SHAPES = ((64, 320), (64, 640), (64, 960), (32, 640), (32, 1280), (16, 1280), (8, 2560))
 TOY_SHAPES = ((8, 64),)
-_IMAGES, _CALLS = 16, 5
+_IMAGES = 16
 # Of a program: its channels (128 bytes of bfloat16 side by side), the pixels that it adds up, and
 # those that it holds at a time.
 CHANNELS, PIXELS, ROWS = 64, 512, 32
@@ -213,15 +213,10 @@ def compared(shape: tuple[int, int], args: Any, book: Book) -> dict[str, Any]:
 
         both = jax.jit(gradients)
         outputs[name] = (forward(*operands), *both(operands, dy_BPC)[1])
-
-        def several(run):
-            for _ in range(1 if args.toy else _CALLS):
-                out = run()
-            jax.block_until_ready(out)
-
-        runs[f"{name} forward"] = functools.partial(several, functools.partial(forward, *operands))
-        runs[f"{name} gradient"] = functools.partial(
-            several, functools.partial(both, operands, dy_BPC))
+        runs[f"{name} forward"] = bench.several(
+            functools.partial(forward, *operands), args.toy)
+        runs[f"{name} gradient"] = bench.several(
+            functools.partial(both, operands, dy_BPC), args.toy)
     (got, *grads), (wanted, *wanted_grads) = outputs.values()
     error = bench.check("forward", bench.relative(got, wanted), 1e-2)
     of_gradients = max(
@@ -229,7 +224,7 @@ def compared(shape: tuple[int, int], args: Any, book: Book) -> dict[str, Any]:
         for a, b in zip(grads, wanted_grads, strict=True)
     )
     found = bench.interleaved(runs, args.toy)
-    calls = 1 if args.toy else _CALLS
+    calls = 1 if args.toy else bench.CALLS
     ceilings = bench.ceilings()
     # Forward x twice and y; backward x and what comes in twice, and dx.
     passes = {"forward": 3, "gradient": 3 + 5}

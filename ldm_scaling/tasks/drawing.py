@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ldm_scaling import pictures
 from ldm_scaling.config import Diffusion
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import UserError
@@ -136,11 +137,11 @@ def decoder_program(
 
 @jax.jit
 def _bytes(x_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Pictures as `pictures.to_uint8` has them, grey where one is not finite, and which are. A
-    quarter of what floats would take to the host."""
+    """uint8 pictures, grey where one is not finite, and which are. A quarter of what floats would
+    take to the host."""
     finite_B = jnp.isfinite(x_BHWC).all((1, 2, 3))
-    x_BHWC = jnp.where(finite_B[:, None, None, None], x_BHWC.astype(jnp.float32), 0.0)
-    return jnp.clip(jnp.rint((x_BHWC + 1.0) * 127.5), 0, 255).astype(jnp.uint8), finite_B
+    x_BHWC = jnp.where(finite_B[:, None, None, None], x_BHWC, 0.0)
+    return pictures.to_uint8(x_BHWC, jnp), finite_B
 
 
 @dataclasses.dataclass(frozen=True)
