@@ -99,12 +99,6 @@ def init_state(
     optimizer = optimizer_lib.make(config)
     shardings = jax.tree.map(lambda s: s.sharding, abstract_state(init, config, mesh))
     options = hosts.run_once_options()
-    if start is None and jax.default_backend() == "cpu":
-        # There one program is as quick as one for each array.
-        return jax.jit(
-            lambda k: state_lib.create(init(k), optimizer), out_shardings=shardings,
-            compiler_options=options,
-        )(key)
     # What `start` gives may be in use elsewhere; parameters made here become the state's.
     params = leafwise.run(init, key, shardings.params) if start is None else start()
     return jax.jit(
