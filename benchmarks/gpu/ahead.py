@@ -27,7 +27,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from ladder import study_of
+from ladder import alone, study_of
 
 from ldm_scaling import files
 from ldm_scaling.config import Study, Train
@@ -149,20 +149,30 @@ class Rehearsal:
         zeros = {name: np.zeros(shape.shape, shape.dtype) for name, shape in shapes.items()}
         params = self.train(task, run, state, zeros).ema
         del state
+        drawer, key = self.drawer(name), sampling_key(self.study.seed)
         for guidance in (2.0, 1.0):
-            self.seconds(name, params, guidance)
+            one = self._configuration(drawer, min(self.study.sweep.steps), guidance)
+            drawer.pictures(params, [one], self._contexts, key)
 
     def seconds(self, member: str, params: Any, guidance: float) -> tuple[float, float]:
         """Of a row of one sample, and of decoding one; see `Drawer.seconds`."""
-        sweep, drawer = self.study.sweep, self.drawer(member)
-        index = np.arange(sweep.batch_size, dtype=np.int32)
-        context = np.zeros((len(index), *self.frozen.null_ctx_LD.shape), np.float16)
-        steps = min(sweep.steps, key=lambda n: abs(n - TIMED_CALLS))
-        table = drawer.table(sweep.samplers[0], steps, sweep.spacing)
+        drawer = self.drawer(member)
+        steps = min(self.study.sweep.steps, key=lambda n: abs(n - TIMED_CALLS))
         return drawer.seconds(
-            params, Configuration(table, guidance, index, index), context,
+            params, self._configuration(drawer, steps, guidance), self._contexts,
             sampling_key(self.study.seed),
         )
+
+    def _configuration(self, drawer: Drawer, steps: int, guidance: float) -> Configuration:
+        sweep = self.study.sweep
+        table = drawer.table(sweep.samplers[0], steps, sweep.spacing)
+        index = np.arange(sweep.batch_size, dtype=np.int32)
+        return Configuration(table, guidance, index, index)
+
+    @property
+    def _contexts(self) -> np.ndarray:
+        shape = (self.study.sweep.batch_size, *self.frozen.null_ctx_LD.shape)
+        return np.zeros(shape, np.float16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
             prepare(args.what, study, args.workdir)
             return 0
         with tempfile.TemporaryDirectory() as folder:
-            rehearsal, found = Rehearsal(study, Path(folder)), {}
+            rehearsal = Rehearsal(study, Path(folder))
             if args.what == "programs" and not args.members:
                 rehearsal.shared()
             for member in args.members:
@@ -228,9 +238,10 @@ def main(argv: list[str] | None = None) -> int:
                 (guided, decode), (plain, _) = (
                     rehearsal.seconds(member, params, w) for w in (2.0, 1.0)
                 )
-                found[member] = {"guided": guided, "plain": plain, "decode": decode}
-        if found:
-            files.atomic_write_text(args.to, json.dumps(found, indent=1) + "\n")
+                row = {"guided": guided, "plain": plain, "decode": decode,
+                       "device": hosts.describe(list(rehearsal.mesh.devices.flat))}
+                found = alone(args.to) | {member: row}
+                files.atomic_write_text(args.to, json.dumps(found, indent=1) + "\n")
         return 0
     except Interrupted as e:
         print(e, file=sys.stderr)

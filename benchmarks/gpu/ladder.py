@@ -6,14 +6,17 @@
     python benchmarks/gpu/ladder.py report --workdir=W --from=OUT      page and figures, anywhere
 
 `run` prepares the data, the autoencoder and its latents, while `ahead.py` compiles what members
-will run; then four are at work at a time, the narrowest first, a process each: small networks leave
-a GPU idle between kernels that the others fill. Each is trained, swept and its early checkpoints
-measured by `ldm-scaling`, which goes on where it was. At the end a row of each is timed with
-nothing beside it, which is what records' seconds are reckoned from. When the minutes are used up it
-ends the commands at work (a training run saves first) and packs what is worth keeping into OUT, as
-it does whenever a member is done, in parts of at most 15 MB: records, curves, pictures of what is
-reported, statistics, the autoencoder, the compiler's choices of kernels. No member's own
-parameters: one that is not done is trained again on a machine that has lost it.
+will run; then as many are at work as have 184 channels together (`--channels`), the narrowest
+first, a process each: small networks leave a GPU idle that others fill (six at once were trained
+1.3 times as fast as one by one), and the widest, which may not be done in time, takes little from
+those that can be. Each is trained, swept and its early checkpoints measured by `ldm-scaling`, which
+goes on where it was. At the end a row of each is timed with nothing beside it, which is what
+records' seconds are reckoned from. When the minutes are used up but for those that this takes,
+`run` ends the commands at work (a training run saves first), times the members that are done, and
+packs what is worth keeping into OUT, as it does whenever a member is done, in parts of at most
+15 MB: records, curves, pictures of what is reported, statistics, the autoencoder, the compiler's
+choices of kernels. No member's own parameters: one that is not done is trained again on a machine
+that has lost it. `report` is of the members that are done.
 
 `hand` leaves out of three packages what the study does not read: vocabulary rows of MiniLM that no
 caption uses (and keeps the others in 16 bits, so that its hash, and the records', are of this
@@ -40,6 +43,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
+from typing import Any
 
 import bench
 from together import FLAGS
@@ -48,22 +52,27 @@ from ldm_scaling import config as config_lib
 from ldm_scaling import files
 from ldm_scaling.config import Study
 from ldm_scaling.errors import SAVED, UserError
+from ldm_scaling.models import zoo
 from ldm_scaling.study import records
 from ldm_scaling.study import workdir as workdir_lib
 
 ROOT = Path(__file__).resolve().parents[2]
 PART = 15_000_000
-# An early checkpoint is measured with one sampler of one length.
+# An early checkpoint is measured with one sampler of one length, and always guided.
 EARLY = {"sweep.samplers": "('ddim',)", "sweep.steps": "(10,)"}
 # What a workdir for an early checkpoint shares with the ladder's.
 SHARED = ("data", "text", "latents", "autoencoder", "reference", "latent_scale.json")
 STATE = "ladder.json"
-_SAVES = 60.0  # seconds that a run has to save itself
+# Seconds that a run has to save itself, for who goes on here; to be held back to time a member's
+# rows, to begin with that, and to pack.
+_SAVES, _ROWS, _BEGINS, _PACKS = 15.0, 8.0, 15.0, 15.0
 COMPILED = "compiled"  # programs; of these what was found out about kernels goes along
 _KERNELS = "xla_gpu_per_fusion_autotune_cache_dir"
 APART = "apart"  # a workdir for each member, until all of it is done
 SECONDS = "seconds.json"  # of a row of each member, and of decoding, alone on the card
+_SHARED = ", shared"
 _WAIT = 0.5
+_COMPILERS = 4  # Seven at once filled the card's memory.
 # Of the H200's peak in bfloat16 `c128_s16` reaches this in training (results/2026-11-26_h200.md),
 # `c64_s16` 0.063: nearly in proportion to width, for small networks wait for launches.
 PEAK, SHARE, WIDTH = 989e12, 0.156, 128
@@ -83,7 +92,7 @@ def study_of(config: str) -> Study:
 
 def budget(config: str) -> list[str]:
     """Lines: PFLOP and minutes of training, the sweep and early checkpoints, by member and all."""
-    from ldm_scaling.models import cost, zoo
+    from ldm_scaling.models import cost
     from ldm_scaling.study import caching_cost
     from ldm_scaling.study import subject as subject_lib
 
@@ -225,6 +234,7 @@ class Clock:
     def __init__(self, minutes: float):
         self._start = time.monotonic()
         self._end = self._start + 60 * minutes
+        self._held = 0.0
 
     @property
     def gone(self) -> float:
@@ -233,8 +243,17 @@ class Clock:
 
     @property
     def left(self) -> float:
-        """Seconds."""
-        return self._end - time.monotonic()
+        """Seconds, without those that are held back."""
+        return self._end - self._held - time.monotonic()
+
+    @contextlib.contextmanager
+    def holding(self, seconds: float) -> Iterator[None]:
+        """Keeps seconds of the end for what comes after."""
+        self._held += seconds
+        try:
+            yield
+        finally:
+            self._held -= seconds
 
 
 class Ladder:
@@ -245,15 +264,17 @@ class Ladder:
       workdir: where it works.
       clock: what is left of the stretch.
       to: where it packs.
-      at_once: members at work side by side, the narrowest first.
+      channels: of the members that are at work side by side, the narrowest first; one alone may
+        have more.
     """
 
-    def __init__(self, config: str, workdir: Path, clock: Clock, to: Path, at_once: int = 4):
+    def __init__(self, config: str, workdir: Path, clock: Clock, to: Path, channels: int = 184):
         self.config, self.workdir, self.clock, self.to = config, workdir, clock, to
-        self.at_once = at_once
+        self.channels = channels
         self.study = study_of(config)
         self.log: list[str] = []
-        self._finishing = threading.Lock()
+        self._finishing, self._one_pack = threading.Lock(), threading.Lock()
+        self._packing = futures.ThreadPoolExecutor(1)
         self._compiling: set[subprocess.Popen] = set()
         self._given_up = threading.Event()
 
@@ -276,7 +297,7 @@ class Ladder:
                     os.link(found, target)
             note(self.workdir, [*self.done, name])
             self.say(f"{name} is done")
-            self.pack(self.to)
+            self._packing.submit(self.pack, self.to)  # The next need not wait for it.
 
     def command(self, name: str, workdir: Path, changed: dict[str, str]) -> bool:
         """Runs a command of `ldm-scaling`; False where time ran out.
@@ -285,10 +306,12 @@ class Ladder:
           UserError: where it failed otherwise.
         """
         flags = [f"--config.{key}={value}" for key, value in changed.items()]
-        told = "_".join([name, *changed.values()]).translate(str.maketrans("", "", "(',) "))
-        return self._process(told, [
-            "-m", "ldm_scaling", name, f"--config={self.config}", f"--workdir={workdir}", *flags,
-        ])
+        told = "_".join([name, *workdir.relative_to(self.workdir).parts])
+        line = ["-m", "ldm_scaling", name, f"--config={self.config}", f"--workdir={workdir}"]
+        try:
+            return self._process(told, [*line, *flags])
+        except UserError:  # Once more: it goes on where it was, and a card has its moments.
+            return self._process(told, [*line, *flags])
 
     def ahead(self, what: str, *members: str, **flags: Path) -> bool:
         """Runs `ahead.py`; False where time ran out."""
@@ -322,12 +345,13 @@ class Ladder:
             if nice:
                 self._compiling.add(process)
             try:
-                status = process.wait(self.clock.left - _SAVES / 2)
+                status = process.wait(max(self.clock.left, 1.0))
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGTERM)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(_SAVES)
                 process.kill()
+                process.wait()
                 status = SAVED
             self._compiling.discard(process)
         self.say(f"{told}: {time.monotonic() - start:.0f} s, status {status}")
@@ -342,7 +366,8 @@ class Ladder:
         print(self.log[-1], flush=True)
 
     def member(self, name: str) -> bool:
-        """Trains and measures a member, from latents that are there; whether all of it is done."""
+        """Trains and measures a member, from latents that are there; whether all of it is done. A
+        member counts as done without its early checkpoints."""
         only = {"members": f"('{name}',)"}
         apart = self.workdir / APART / name
         self._bind(apart)
@@ -351,10 +376,9 @@ class Ladder:
         with futures.ThreadPoolExecutor(1) as beside:
             early = beside.submit(self._early, name, apart, only)
             whole = self.command("sweep", apart, only)
-        if not (early.result() and whole):
-            return False
-        self.finish(name)
-        return True
+        if whole:  # Whatever came of its early checkpoints: its records are not lost for those.
+            self.finish(name)
+        return early.result() and whole
 
     def _early(self, name: str, apart: Path, only: dict[str, str]) -> bool:
         for steps in self.study.train.keep_steps:
@@ -363,7 +387,9 @@ class Ladder:
             self._bind(early, steps)
             target = early / "models" / name / "checkpoints" / str(steps)
             _link(kept, target)
-            changed = only | EARLY | {"train.steps": str(steps)}
+            guidance = tuple(w for w in self.study.sweep.guidance if w != 1)
+            changed = only | EARLY | {
+                "sweep.guidance": str(guidance), "train.steps": str(steps)}
             if not self.command("sweep", early, changed):
                 return False
         return True
@@ -392,22 +418,38 @@ class Ladder:
         Raises:
           UserError: where a command failed; the others have gone on.
         """
-        if left := [name for name in self.study.members if name not in self.done]:
-            with futures.ThreadPoolExecutor(self.at_once) as compilers:
-                compiled = {
-                    members: compilers.submit(self._compile, *members)
-                    for members in ((), *((name,) for name in left))
-                }
-                try:
-                    if not (self._prepared() and self._members(left, compiled)):
-                        return False
-                finally:
-                    self._given_up.set()
-                    for process in list(self._compiling):
-                        process.terminate()
-        missing = set(self.study.members) - set(alone(self.workdir))
-        return not missing or self.ahead(
-            "seconds", *self.study.members, to=self.workdir / SECONDS)
+        members, failed = self.study.members, None
+        left = [name for name in members if name not in self.done]
+        with self.clock.holding(_ROWS * len(members) + _BEGINS + _PACKS + _SAVES):
+            try:
+                whole = not left or self._all_of(left)
+            except UserError as e:
+                whole, failed = False, e
+            finally:
+                self._packing.shutdown(cancel_futures=True)
+        timed = alone(self.workdir / SECONDS)
+        new = [name for name in self.done if name not in timed]
+        if new:  # The others again: an earlier stretch may have had another card.
+            old = [name for name in self.done if name in timed]
+            with self.clock.holding(_PACKS):
+                whole &= self.ahead("seconds", *new, *old, to=self.workdir / SECONDS)
+        if failed:
+            raise failed
+        return whole
+
+    def _all_of(self, left: Sequence[str]) -> bool:
+        """Prepares what all need, trains and measures members."""
+        with futures.ThreadPoolExecutor(_COMPILERS) as compilers:
+            compiled = {
+                members: compilers.submit(self._compile, *members)
+                for members in ((), *((name,) for name in left))
+            }
+            try:
+                return self._prepared() and self._members(left, compiled)
+            finally:
+                self._given_up.set()
+                for process in list(self._compiling):
+                    process.terminate()
 
     def _prepared(self) -> bool:
         """What all members need."""
@@ -425,8 +467,17 @@ class Ladder:
             return self.wait(compiled[name,].done) and self.member(name)
 
         # What is begun is ended first: of a member that is not, nothing is kept.
-        with futures.ThreadPoolExecutor(self.at_once) as pool:
-            return all(list(pool.map(one, left)))
+        with futures.ThreadPoolExecutor(len(left)) as pool:
+            begun: dict[futures.Future, int] = {}
+            for name in left:
+                width = zoo.get(name).spec.base_channels
+                while at_work := [found for found in begun if not found.done()]:
+                    if sum(begun[found] for found in at_work) + width <= self.channels:
+                        break
+                    futures.wait(at_work, return_when=futures.FIRST_COMPLETED)
+                begun[pool.submit(one, name)] = width
+            ended = [found.result() for found in begun]
+            return all(ended)
 
     def _compile(self, *members: str) -> None:
         """Programs ahead of those who need them; without them they compile their own."""
@@ -465,6 +516,10 @@ class Ladder:
 
     def pack(self, to: Path) -> list[str]:
         """Writes what is worth keeping as parts of one archive; lines of their sizes."""
+        with self._one_pack:
+            return self._pack(to)
+
+    def _pack(self, to: Path) -> list[str]:
         to.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w:xz", preset=6) as tar:
@@ -527,35 +582,33 @@ def unpack(source: Path, workdir: Path) -> None:
         raise UserError(f"the parts in {source} are not whole ({e}): copy them again") from e
 
 
-def alone(workdir: Path) -> dict[str, dict[str, float]]:
-    """By member, the seconds of a guided and a plain row of a sample, and of decoding one."""
-    path = workdir / SECONDS
+def alone(path: Path) -> dict[str, dict[str, Any]]:
+    """By member, the seconds of a guided and a plain row of a sample, of decoding one; where."""
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def reckon_seconds(workdir: Path) -> int:
-    """Records' seconds a picture by the rows that were timed alone; how many there are.
-
-    Raises:
-      UserError: where a member's were not timed.
-    """
-    timed, found = alone(workdir), sorted(workdir.glob("**/records/*.json"))
-    for path in found:
+def reckon_seconds(workdir: Path) -> list[str]:
+    """Records' seconds a picture by the rows that were timed alone; the members that have none,
+    whose seconds stay those of a device that others were at work on, as it is called from then."""
+    timed, shared = alone(workdir / SECONDS), set()
+    for path in sorted(workdir.glob("**/records/*.json")):
         record = records.read(path)
         if (of := timed.get(record.identity.model)) is None:
-            raise UserError(
-                f"{workdir / SECONDS} has no rows of {record.identity.model}, of which "
-                f"{path} is: go on with run until all is done"
-            )
+            shared.add(record.identity.model)
+            device = record.device.removesuffix(_SHARED) + _SHARED
+            records.write(path.parent, dataclasses.replace(record, device=device))
+            continue
         row = of["plain" if record.identity.guidance == 1 else "guided"]
         seconds = record.calls * row + of["decode"]
-        records.write(path.parent, dataclasses.replace(record, seconds_per_image=seconds))
-    return len(found)
+        records.write(path.parent, dataclasses.replace(
+            record, seconds_per_image=seconds, device=of["device"]))
+    return sorted(shared)
 
 
 def report(ladder: Ladder) -> None:
     """The page of all members' records, and the figures of these and the early ones."""
-    reckon_seconds(ladder.workdir)
+    for name in reckon_seconds(ladder.workdir):
+        print(f"{name}: its rows were not timed alone, its seconds are of a device that was shared")
     ladder.command("report", ladder.workdir, {})
     together = ladder.workdir / "all_records"
     together.mkdir(exist_ok=True)
@@ -576,7 +629,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--to", type=Path, default=Path("runs/h200_ladder_out"))
     parser.add_argument("--from", dest="source", type=Path, help="what an earlier run packed")
     parser.add_argument("--minutes", type=float, default=8.5)
-    parser.add_argument("--at-once", type=int, default=4, help="members side by side")
+    parser.add_argument(
+        "--channels", type=int, default=184, help="of the members that are at work side by side")
     args = parser.parse_args(argv)
     try:
         if args.what == "budget":
@@ -592,7 +646,7 @@ def main(argv: list[str] | None = None) -> int:
             unpack(source, args.workdir)
         minutes = args.minutes if args.what == "run" else 24 * 60
         ladder = Ladder(
-            args.config, args.workdir.resolve(), Clock(minutes), args.to, args.at_once)
+            args.config, args.workdir.resolve(), Clock(minutes), args.to, args.channels)
         if args.what == "report":
             report(ladder)
             return 0

@@ -1,5 +1,6 @@
 """benchmarks/gpu: every script runs as a toy; what they reckon with is right."""
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -8,6 +9,9 @@ import pathlib
 import subprocess
 import sys
 import tarfile
+import threading
+import time
+from concurrent import futures
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +22,8 @@ from flax import linen as nn
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import analytic, unet, zoo
 from ldm_scaling.parallel import hlo
+from ldm_scaling.study import records
+from tests.study import fake_records
 
 GPU = pathlib.Path(__file__).parents[2] / "benchmarks" / "gpu"
 SCRIPTS = {
@@ -340,7 +346,7 @@ import dataclasses, os, pathlib, sys
 sys.path.insert(0, sys.argv[1])
 import ahead, ladder
 from ldm_scaling.models import unet, zoo
-from ldm_scaling.study import stages
+from ldm_scaling.study import records, stages
 from ldm_scaling.study.materials import Materials
 from ldm_scaling.study.workdir import Workdir
 
@@ -373,8 +379,8 @@ stages.run_sweep(materials)
 new = sorted(name.rsplit("-", 2)[0] for name in programs() - before)
 print("compiled", *[name for name in new if name != "jit_slice"])
 assert ahead.main(["seconds", "c8_s16", line[1], f"--to={work / 'seconds.json'}"]) == 0
-found = ladder.reckon_seconds(work)
-print("records", found, len(list((work / "records").glob("*.json"))))
+assert ladder.reckon_seconds(work) == []
+print("records", *{r.device for r in records.read_all(work / "records")})
 """
 
 
@@ -396,14 +402,14 @@ def test_what_the_ladder_compiles_ahead_is_what_it_runs(tmp_path):
         capture_output=True, text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    compiled, records = (
+    compiled, devices = (
         next(line.split()[1:] for line in done.stdout.splitlines() if line.startswith(word))
         for word in ("compiled", "records")
     )
     networks = {"jit_step", "jit_loss", "jit_encode", "jit_through", "jit_apply", "jit_decode",
                 "jit__run_chunk", "jit__bytes"}
     assert not networks & set(compiled), compiled
-    assert records[0] == records[1] != "0"
+    assert devices[1:] == ["x", "cpu"]  # Not of a device that others were at work on.
 
 
 def test_ladder_without_time_starts_nothing(tmp_path, scripts, capsys):
@@ -418,8 +424,8 @@ def test_ladder_without_time_starts_nothing(tmp_path, scripts, capsys):
         assert not tar.getnames()
 
 
-def test_the_ladder_of_six(scripts):
-    """Six widths from 16 to 128, and three early checkpoints, of which each is written."""
+def test_the_ladder_of_seven(scripts):
+    """Seven widths from 16 to 128, and three early checkpoints, of which each is written."""
     study = scripts("ladder").study_of("configs/h200_ladder.py")
     widths = [int(name.removeprefix("c").removesuffix("_s16")) for name in study.members]
     assert len(widths) >= 6 and (widths[0], widths[-1]) == (16, 128)
@@ -431,8 +437,9 @@ def test_the_ladder_of_six(scripts):
 
 def test_ladder_takes_what_a_member_made(tmp_path, scripts, monkeypatch):
     """Data, latents and reference come first, then members, each in a workdir that shares them;
-    what they write is the study's own when the member is done. A stretch that ends in between goes
-    on with what is left, and rows are timed when all are done."""
+    what they write is the study's own when the member is done. A stretch that ends in between times
+    the rows of those that are done; the next goes on with what is left, and times all, for it may
+    have another card."""
     ladder = scripts("ladder")
     work, ran, failing = tmp_path / "w", [], {"c12_s16"}
 
@@ -448,6 +455,8 @@ def test_ladder_takes_what_a_member_made(tmp_path, scripts, monkeypatch):
                 (folder / "state").write_text(member)
             return True
         if member in failing:
+            if broken:
+                raise UserError(f"{member} is broken")
             return False
         assert (workdir / "models" / member / "checkpoints" / steps / "state").exists()
         assert (workdir / "data").resolve() == work / "data"
@@ -461,10 +470,10 @@ def test_ladder_takes_what_a_member_made(tmp_path, scripts, monkeypatch):
         prepared.append(what)
         if what == "seconds":
             timed.append(members)
-            flags["to"].write_text("{}")
+            flags["to"].write_text(json.dumps(ladder.alone(flags["to"]) | dict.fromkeys(members)))
         return True
 
-    timed, prepared = [], []
+    timed, prepared, broken = [], [], []
     monkeypatch.setattr(ladder.Ladder, "command", command)
     monkeypatch.setattr(ladder.Ladder, "ahead", ahead)
 
@@ -474,13 +483,18 @@ def test_ladder_takes_what_a_member_made(tmp_path, scripts, monkeypatch):
         return found, found.run()
 
     found, whole = run()
-    assert not whole and found.done == ["c8_s16"] and not timed
+    assert not whole and found.done == ["c8_s16"] and timed == [("c8_s16",)]
     assert any((tmp_path / "out").glob("ladder.tar.xz.*"))  # Packed whenever a member is done.
     assert prepared.index("data") < prepared.index("latents") and "programs" in prepared
     assert ("train", "apart/c8_s16", "c8_s16") in ran
     assert ("sweep", "apart/c8_s16/early/2", "c8_s16") in ran
     assert (work / "records" / "c8_s16_4.json").exists()
     assert (work / "early" / "2" / "records" / "c8_s16_2.json").exists()
+    (work / "seconds.json").unlink()
+    broken.append(True)
+    with pytest.raises(UserError, match="c12_s16 is broken"):
+        run()
+    assert timed[1:] == [("c8_s16",)]  # All the same.
     failing.clear()
     ran.clear()
     found, whole = run()
@@ -489,4 +503,67 @@ def test_ladder_takes_what_a_member_made(tmp_path, scripts, monkeypatch):
     kept = {str(p.relative_to(work)) for p in found.worth()}
     early = {"early/2/records/c12_s16_2.json", "early/2/study.json"}
     assert {"records/c12_s16_4.json", "seconds.json", *early} <= kept
-    assert timed == [("c8_s16", "c12_s16")]
+    assert timed[2:] == [("c12_s16", "c8_s16")]
+    found, whole = run()
+    assert whole and len(timed) == 3
+
+
+def test_members_are_at_work_while_there_is_room(tmp_path, scripts, monkeypatch):
+    """As many as have so many channels together, the narrowest first; one may have more."""
+    ladder, at_work, most, lock = scripts("ladder"), {}, [], threading.Lock()
+
+    def member(self, name):
+        with lock:
+            at_work[name] = True
+            most.append(tuple(at_work))
+        while len(most) < 3:  # Until those beside it have come.
+            time.sleep(0.01)
+        del at_work[name]
+        return name != "c24_s16"
+
+    monkeypatch.setattr(ladder.Ladder, "member", member)
+    monkeypatch.setattr(ladder.Ladder, "wait", lambda self, ready: ready())
+    config = "configs/h200_ladder.py"
+    found = ladder.Ladder(config, tmp_path / "w", ladder.Clock(10), tmp_path / "out", channels=72)
+    done = futures.Future()
+    done.set_result(None)
+    left = found.study.members
+    assert not found._members(left, {(name,): done for name in left})  # One was not done.
+    assert set(most[2]) == {"c16_s16", "c24_s16", "c32_s16"}
+    assert [names[-1] for names in most[3:]] == list(left[3:])
+    assert most[-2:] == [("c96_s16",), ("c128_s16",)]
+
+
+def test_seconds_are_of_rows_timed_alone(tmp_path, scripts):
+    """A member whose rows were not timed keeps its own, of a device that is called shared; once
+    they are, it has those, however often it is asked."""
+    ladder, found = scripts("ladder"), fake_records.make(models=("c8", "c16"))
+    for record in found:
+        records.write(tmp_path / "records", record)
+
+    def rows(*members):
+        row = {"guided": 0.5, "plain": 0.25, "decode": 2.0, "device": "1 x H200"}
+        (tmp_path / "seconds.json").write_text(json.dumps(dict.fromkeys(members, row)))
+
+    rows("c16")
+    for _ in range(2):
+        assert ladder.reckon_seconds(tmp_path) == ["c8"]
+    before = {r.identity: r for r in found}
+    for record in records.read_all(tmp_path / "records"):
+        old = before[record.identity]
+        if record.identity.model == "c8":
+            assert record == dataclasses.replace(old, device=f"{old.device}, shared")
+        else:
+            row = 0.25 if record.identity.guidance == 1 else 0.5
+            assert record.seconds_per_image == row * record.calls + 2
+            assert record.device == "1 x H200"
+    rows("c8", "c16")
+    assert ladder.reckon_seconds(tmp_path) == []
+    assert {r.device for r in records.read_all(tmp_path / "records")} == {"1 x H200"}
+
+
+def test_the_clock_holds_seconds_back(scripts):
+    clock = scripts("ladder").Clock(1)
+    with clock.holding(40):
+        assert 15 < clock.left < 20
+    assert 55 < clock.left < 60
