@@ -20,7 +20,7 @@ end:
 |---|---|---|
 | start; composing 50,000 pictures | 1 | guessed |
 | autoencoder, latents, beside text states and programs | 1.5 | measured |
-| training, 2,000 steps of 512, seven members | 3.5 | measured, to a third |
+| training, 2,000 steps of 512, seven members | 3.5 to 4 | measured of six, to a third |
 | sweep: 21 tables of 3 solvers, 8 rates raced, 6,700 samples a table | 5.2 | reckoned |
 | early checkpoints: DDIM of 10 steps | 0.5 | reckoned |
 | processes that start, decoding, features | 1 | guessed |

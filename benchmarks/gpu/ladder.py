@@ -72,6 +72,8 @@ _KERNELS = "xla_gpu_per_fusion_autotune_cache_dir"
 APART = "apart"  # a workdir for each member, until all of it is done
 SECONDS = "seconds.json"  # of a row of each member, and of decoding, alone on the card
 _SHARED = ", shared"
+_WITHOUT_EARLY = "without_early.txt"
+_INTERRUPTED = (130, -signal.SIGINT)
 _WAIT = 0.5
 _COMPILERS = 4  # Seven at once filled the card's memory.
 # Of the H200's peak in bfloat16 `c128_s16` reaches this in training (results/2026-11-26_h200.md),
@@ -88,6 +90,11 @@ def study_of(config: str) -> Study:
     return config_lib.parse(module.get_config(arg))
 
 
+def guided(rates: Sequence[float]) -> tuple[float, ...]:
+    """Rates that are guidance."""
+    return tuple(rate for rate in rates if rate != 1)
+
+
 # --- budget -----------------------------------------------------------------------------------
 
 
@@ -102,7 +109,8 @@ def budget(config: str) -> list[str]:
         spec = zoo.get(member).spec
         size = cost.of(spec)
         train = caching_cost.train_gflops(spec) * study.train.batch_size * study.train.steps
-        few = dataclasses.replace(study.sweep, samplers=("ddim",), steps=(10,))
+        few = dataclasses.replace(
+            study.sweep, samplers=("ddim",), steps=(10,), guidance=guided(study.sweep.guidance))
         found = []
         for grid in (study.sweep, few):
             subject = dataclasses.replace(subject_lib.of_member(study, member), sweep=grid)
@@ -277,15 +285,15 @@ class Ladder:
         self._finishing, self._one_pack = threading.Lock(), threading.Lock()
         self._packing = futures.ThreadPoolExecutor(1)
         self._compiling: set[subprocess.Popen] = set()
-        self._given_up = threading.Event()
+        self._given_up, self._interrupted = threading.Event(), threading.Event()
 
     @property
     def done(self) -> list[str]:
-        """Members of which nothing is missing."""
+        """Members that are trained and swept, early checkpoints aside."""
         return done(self.workdir)
 
     def finish(self, name: str) -> None:
-        """Takes what a member has made to the study's own, and notes that nothing is missing."""
+        """Takes what a member has made to the study's own, and notes that it is done."""
         apart = self.workdir / APART / name
         with self._finishing:  # Others may end at the same time.
             for steps in self.study.train.keep_steps:
@@ -296,7 +304,7 @@ class Ladder:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     target.unlink(missing_ok=True)
                     os.link(found, target)
-            note(self.workdir, [*self.done, name])
+            note(self.workdir, dict.fromkeys([*self.done, name]))
             self.say(f"{name} is done")
             self._packing.submit(self.pack, self.to)  # The next need not wait for it.
 
@@ -309,10 +317,7 @@ class Ladder:
         flags = [f"--config.{key}={value}" for key, value in changed.items()]
         told = "_".join([name, *workdir.relative_to(self.workdir).parts])
         line = ["-m", "ldm_scaling", name, f"--config={self.config}", f"--workdir={workdir}"]
-        try:
-            return self._process(told, [*line, *flags])
-        except UserError:  # Once more: it goes on where it was, and a card has its moments.
-            return self._process(told, [*line, *flags])
+        return self._twice(told, [*line, *flags])
 
     def ahead(self, what: str, *members: str, **flags: Path) -> bool:
         """Runs `ahead.py`; False where time ran out."""
@@ -322,13 +327,21 @@ class Ladder:
             *(f"--{name}={value}" for name, value in flags.items()),
         ]
         if what != "programs":
-            return self._process("_".join([what, *members]), line)
+            return self._twice("_".join([what, *members]), line)
         # Behind those who are waited for, and no more memory than what is at work.
         return self._process(
             "_".join([what, *members]), line, 10, XLA_PYTHON_CLIENT_ALLOCATOR="platform")
 
+    def _twice(self, told: str, line: Sequence[str]) -> bool:
+        """A process, and where it fails another: it goes on where that was, and a card has its
+        moments."""
+        try:
+            return self._process(told, line)
+        except UserError:
+            return self._process(told, line)
+
     def _process(self, told: str, line: Sequence[str], nice: int = 0, **more: str) -> bool:
-        if self.clock.left < _SAVES:
+        if self.clock.left < _SAVES or self._interrupted.is_set():
             return False
         env = {**bench.MEMORY, "JAX_COMPILATION_CACHE_DIR": str(self.workdir / COMPILED),
                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -356,6 +369,9 @@ class Ladder:
                 status = SAVED
             self._compiling.discard(process)
         self.say(f"{told}: {time.monotonic() - start:.0f} s, status {status}")
+        if status in _INTERRUPTED:
+            self._interrupted.set()
+            return False
         if status not in (0, SAVED):
             last = (logs / f"{told}.txt").read_text().strip().splitlines()[-1:]
             raise UserError(f"{told} ended with status {status}: {' '.join(last)}")
@@ -367,8 +383,8 @@ class Ladder:
         print(self.log[-1], flush=True)
 
     def member(self, name: str) -> bool:
-        """Trains and measures a member, from latents that are there; whether all of it is done. A
-        member counts as done without its early checkpoints."""
+        """Trains and measures a member, from latents that are there; whether it is done. It is so
+        without its early checkpoints too; a run in this workdir tries these again."""
         only = {"members": f"('{name}',)"}
         apart = self.workdir / APART / name
         self._bind(apart)
@@ -377,9 +393,20 @@ class Ladder:
         with futures.ThreadPoolExecutor(1) as beside:
             early = beside.submit(self._early, name, apart, only)
             whole = self.command("sweep", apart, only)
-        if whole:  # Whatever came of its early checkpoints: its records are not lost for those.
-            self.finish(name)
-        return early.result() and whole
+        try:
+            missing = None if early.result() else "the time was up"
+        except UserError as e:
+            missing = str(e)
+        if not whole:
+            return False
+        # Its own records are not lost for those of early checkpoints.
+        if missing:
+            self.say(f"{name} is without early checkpoints: {missing}")
+            files.atomic_write_text(apart / _WITHOUT_EARLY, missing + "\n")
+        else:
+            (apart / _WITHOUT_EARLY).unlink(missing_ok=True)
+        self.finish(name)
+        return True
 
     def _early(self, name: str, apart: Path, only: dict[str, str]) -> bool:
         for steps in self.study.train.keep_steps:
@@ -388,9 +415,10 @@ class Ladder:
             self._bind(early, steps)
             target = early / "models" / name / "checkpoints" / str(steps)
             _link(kept, target)
-            guidance = tuple(w for w in self.study.sweep.guidance if w != 1)
             changed = only | EARLY | {
-                "sweep.guidance": str(guidance), "train.steps": str(steps)}
+                "sweep.guidance": str(guided(self.study.sweep.guidance)),
+                "train.steps": str(steps),
+            }
             if not self.command("sweep", early, changed):
                 return False
         return True
@@ -420,7 +448,10 @@ class Ladder:
           UserError: where a command failed; the others have gone on.
         """
         members, failed = self.study.members, None
-        left = [name for name in members if name not in self.done]
+        left = [
+            name for name in members
+            if name not in self.done or (self.workdir / APART / name / _WITHOUT_EARLY).exists()
+        ]
         with self.clock.holding(_ROWS * len(members) + _BEGINS + _PACKS + _SAVES):
             try:
                 whole = not left or self._all_of(left)
@@ -433,10 +464,13 @@ class Ladder:
         if new:  # The others again: an earlier stretch may have had another card.
             old = [name for name in self.done if name in timed]
             with self.clock.holding(_PACKS):
-                whole &= self.ahead("seconds", *new, *old, to=self.workdir / SECONDS)
+                try:
+                    self.ahead("seconds", *new, *old, to=self.workdir / SECONDS)
+                except UserError as e:
+                    failed = failed or e
         if failed:
             raise failed
-        return whole
+        return whole and set(members) <= set(alone(self.workdir / SECONDS))
 
     def _all_of(self, left: Sequence[str]) -> bool:
         """Prepares what all need, trains and measures members."""
@@ -522,15 +556,17 @@ class Ladder:
 
     def _pack(self, to: Path) -> list[str]:
         to.mkdir(parents=True, exist_ok=True)
-        buffer = io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w:xz", preset=6) as tar:
+        buffer, bodies = io.BytesIO(), {}
+        with self._finishing:  # A member that is noted as done in between would lack its records.
             for path in self.worth():
                 # Compilers are at work in their cache meanwhile.
                 with contextlib.suppress(FileNotFoundError):
-                    body = path.read_bytes()
-                    entry = tarfile.TarInfo(os.fspath(path.relative_to(self.workdir)))
-                    entry.size, entry.mtime = len(body), int(time.time())
-                    tar.addfile(entry, io.BytesIO(body))
+                    bodies[path] = path.read_bytes()
+        with tarfile.open(fileobj=buffer, mode="w:xz", preset=6) as tar:
+            for path, body in bodies.items():
+                entry = tarfile.TarInfo(os.fspath(path.relative_to(self.workdir)))
+                entry.size, entry.mtime = len(body), int(time.time())
+                tar.addfile(entry, io.BytesIO(body))
         data = buffer.getvalue()
         lines, old = [], set(to.glob("ladder.tar.xz.*"))
         for number in range(-(-len(data) // PART)):
@@ -554,7 +590,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def done(workdir: Path) -> list[str]:
-    """Members of which nothing is missing."""
+    """Members that are trained and swept, early checkpoints aside."""
     path = workdir / STATE
     return json.loads(path.read_text())["done"] if path.exists() else []
 
@@ -588,11 +624,17 @@ def alone(path: Path) -> dict[str, dict[str, Any]]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def _records(workdir: Path) -> list[Path]:
+    """Of members that are done, and of their early checkpoints."""
+    patterns = ("records/*.json", "early/*/records/*.json")
+    return [path for pattern in patterns for path in sorted(workdir.glob(pattern))]
+
+
 def reckon_seconds(workdir: Path) -> list[str]:
     """Records' seconds a picture by the rows that were timed alone; the members that have none,
     whose seconds stay those of a device that others were at work on, as it is called from then."""
     timed, shared = alone(workdir / SECONDS), set()
-    for path in sorted(workdir.glob("**/records/*.json")):
+    for path in _records(workdir):
         record = records.read(path)
         if (of := timed.get(record.identity.model)) is None:
             shared.add(record.identity.model)
@@ -613,8 +655,7 @@ def report(ladder: Ladder) -> None:
     ladder.command("report", ladder.workdir, {})
     together = ladder.workdir / "all_records"
     together.mkdir(exist_ok=True)
-    for path in [*ladder.workdir.glob("records/*.json"),
-                 *ladder.workdir.glob("early/*/records/*.json")]:
+    for path in _records(ladder.workdir):
         shutil.copy(path, together)
     subprocess.run(
         [sys.executable, "-m", "ldm_scaling", "figure", f"--records={together}",
@@ -656,7 +697,8 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             print("\n".join(ladder.pack(ladder.to)))
         left = [m for m in ladder.study.members if m not in ladder.done]
-        print("all is done" if whole else f"left: {', '.join(left)}: run the same line again")
+        missing = ", ".join(left) if left else "early checkpoints, or rows to be timed"
+        print("all is done" if whole else f"left: {missing}: run the same line again")
         return 0 if whole else 1
     except UserError as e:
         print(e, file=sys.stderr)

@@ -1,53 +1,69 @@
 #!/usr/bin/env bash
 # The ladder on a machine that has jax and no index, lent by the command: the study goes on between
 # the commands. From the repository's root, with a folder HANDED of the wheels of
-# benchmarks/README.md, packages.tar.xz and, if there is one, autotune.tgz (the compiler's choices of
-# kernels that an earlier stretch packed, see ladder.py):
+# benchmarks/README.md, packages.tar.xz and, to go on from an earlier stretch, what that packed
+# (ladder.tar.xz.*):
 #
 #     benchmarks/gpu/ladder.sh start HANDED MINUTES SECONDS OUT   begins; returns after SECONDS at most
 #     /tmp/ladder/ladder.sh wait SECONDS OUT                      and again until it has ended
 #
-# OUT gets what ladder.py packed, as soon as it is packed, and the logs; the exit status is its own,
-# 75 while it is at work. Of `start`, SECONDS count from the beginning of the first command.
+# OUT gets what ladder.py packed, as soon as it is packed, and the logs. The exit status is that of
+# ladder.py, 75 while it is at work, 64 where nothing could be begun. Of `start`, SECONDS count from
+# the beginning of the command.
 set -uo pipefail
 work=/tmp/ladder
 
+refuse() {
+  echo "ladder.sh: $1" >&2
+  exit 64
+}
+
+case "${1-} $#" in
+  "start 5") handed=$2 minutes=$3 seconds=$4 out=$(realpath -m "$5") ;;
+  "wait 3") seconds=$2 out=$(realpath -m "$3") ;;
+  *) refuse "the lines are: start HANDED MINUTES SECONDS OUT, and: wait SECONDS OUT" ;;
+esac
+until=$(($(date +%s) + seconds))
+
+at_work() { [ -f "$work/pid" ] && kill -0 "$(cat "$work/pid")" 2> /dev/null && [ ! -f "$work/ended" ]; }
+
 if [ "$1" = start ]; then
-  handed=$2 minutes=$3 seconds=$4 out=$5
-  began=$(date +%s)
-  mkdir -p "$work/src" "$work/run/compiled" "$work/packed"
+  at_work && refuse "it is at work: use wait"
+  rm -f "$work/ended"
+  mkdir -p "$work/src" "$work/packed"
   python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
-    --target "$work/site" "$handed"/*.whl || exit 2
-  tar xJf "$handed/packages.tar.xz" -C "$work" || exit 2
-  [ ! -f "$handed/autotune.tgz" ] || tar xzf "$handed/autotune.tgz" -C "$work/run/compiled"
+    --target "$work/site" "$handed"/*.whl || refuse "the wheels in $handed cannot be installed"
+  tar xJf "$handed/packages.tar.xz" -C "$work" || refuse "$handed/packages.tar.xz cannot be read"
+  # What lies where it packs, it takes first.
+  cp -n "$handed"/ladder.tar.xz.* "$work/packed/" 2> /dev/null
   cp -r benchmarks configs ldm_scaling pyproject.toml "$work/src/"
   cp "${BASH_SOURCE[0]}" "$work/ladder.sh"
   nvidia-smi --query-gpu=name,memory.total --format=csv,noheader
   setsid nohup nvidia-smi --query-gpu=timestamp,utilization.gpu,memory.used,power.draw \
     --format=csv,noheader,nounits -l 3 > "$work/use.csv" 2>&1 < /dev/null &
-  cd "$work/src" || exit 2
+  cd "$work/src" || refuse "$work/src is not there"
   export PYTHONUNBUFFERED=1 PYTHONPATH="$work/site:$work/packages:$work/src"
   setsid nohup bash -c "python3 benchmarks/gpu/ladder.py run --workdir=$work/run \
     --to=$work/packed --minutes=$minutes; echo \$? > $work/ended" \
     > "$work/ladder.log" 2>&1 < /dev/null &
-  until=$((began + seconds))
-else
-  seconds=$2 out=$3
-  until=$(($(date +%s) + seconds))
+  echo $! > "$work/pid"
 fi
+[ -f "$work/pid" ] || refuse "nothing was begun: use start"
 
 mkdir -p "$out/packed"
-while [ "$(date +%s)" -lt "$until" ] && [ ! -f "$work/ended" ]; do
+while [ "$(date +%s)" -lt "$until" ] && at_work; do
   sleep 1
   cp -u "$work"/packed/* "$out/packed/" 2> /dev/null
 done
 cp "$work"/packed/* "$out/packed/" 2> /dev/null
 cat "$work/ladder.log"
 for log in "$work"/run/logs/*.txt; do
+  [ -f "$log" ] || continue
   echo "== ${log##*/}"
   tr '\r' '\n' < "$log" | grep -v cuda_timer | tail -4 | cut -c1-200
 done > "$work/ends.txt"
 tail -n 40 "$work/ends.txt"
-(cd "$work" && tar cJf "$out/logs.tar.xz" ends.txt ladder.log use.csv run/logs)
-# 75: it is at work still.
-exit "$(cat "$work/ended" 2> /dev/null || echo 75)"
+mkdir -p "$work/run/logs"
+tar cJf "$out/logs.tar.xz" -C "$work" ends.txt ladder.log use.csv run/logs
+at_work && exit 75
+exit "$(cat "$work/ended" 2> /dev/null || echo 1)"

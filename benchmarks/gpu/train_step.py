@@ -49,9 +49,9 @@ LADDER = (
     ("558m", (144, 80, 40), "none", "float32"), ("704m", (112, 64, 32), "none", "float32"),
     ("2b", (64, 48, 32, 16), "none", "float32"), ("5b", (48, 32, 16, 8), "block", "bfloat16"),
 )
-# Those of configs/h200_ladder.py, at its batch.
+# Those of configs/h200_ladder.py and wider ones, at half its batch.
 LADDER += tuple(
-    (f"c{c}_s16", (256,), "none", "float32") for c in (16, 32, 48, 64, 96, 128, 192, 256)
+    (f"c{c}_s16", (256,), "none", "float32") for c in (16, 24, 32, 48, 64, 96, 128, 192, 256)
 )
 TOY_LADDER = (("toy", (4, 2), "block", "bfloat16"),)
 

@@ -534,6 +534,50 @@ def test_members_are_at_work_while_there_is_room(tmp_path, scripts, monkeypatch)
     assert most[-2:] == [("c96_s16",), ("c128_s16",)]
 
 
+def test_a_command_that_fails_is_run_again(tmp_path, scripts, monkeypatch, capsys):
+    """Once; what fails twice is an error with its last line. Of an interrupted one nothing is begun
+    again; one whose time is up is ended. A member is done without early checkpoints, and a run in
+    the same place tries them again."""
+    ladder = scripts("ladder")
+    once = tmp_path / "once"
+
+    def line(code):
+        return ["-c", code]
+
+    def fresh(seconds=60.0):
+        return ladder.Ladder("configs/h200_ladder.py:tiny", tmp_path / "w",
+                             ladder.Clock(seconds / 60), tmp_path / "out")
+
+    code = f"p = __import__('pathlib').Path({str(once)!r}); q = p.exists(); p.touch(); exit(not q)"
+    assert fresh()._twice("once", line(code))
+    with pytest.raises(UserError, match="twice ended with status 3: the reason"):
+        fresh()._twice("twice", line("print('the reason'); exit(3)"))
+    assert capsys.readouterr().out.count("status 3") == 2
+    interrupted = fresh()
+    assert not interrupted._twice("stopped", line("exit(130)"))
+    assert not interrupted._process("next", line("exit(3)"))
+    assert capsys.readouterr().out.count("stopped:") == 1
+    monkeypatch.setattr(ladder, "_SAVES", 0.5)
+    late = fresh(1.0)
+    assert not late._process("late", line("import time; time.sleep(60)"))
+
+    def command(self, name, workdir, changed):
+        if "train.steps" in changed and broken:
+            raise UserError("a broken early one")
+        return True
+
+    broken = [True]
+    monkeypatch.setattr(ladder.Ladder, "command", command)
+    monkeypatch.setattr(ladder, "_link", lambda *_: None)
+    found = fresh()
+    assert found.member("c8_s16") and found.done == ["c8_s16"]
+    told = tmp_path / "w" / "apart" / "c8_s16" / "without_early.txt"
+    assert told.read_text() == "a broken early one\n"
+    broken.clear()
+    assert fresh().member("c8_s16") and not told.exists()
+    assert fresh().done == ["c8_s16"]
+
+
 def test_seconds_are_of_rows_timed_alone(tmp_path, scripts):
     """A member whose rows were not timed keeps its own, of a device that is called shared; once
     they are, it has those, however often it is asked."""
