@@ -71,7 +71,7 @@ COMPILED = "compiled"  # programs; of these what was found out about kernels goe
 _KERNELS = "xla_gpu_per_fusion_autotune_cache_dir"
 APART = "apart"  # a workdir for each member, until all of it is done
 SECONDS = "seconds.json"  # of a row of each member, and of decoding, alone on the card
-_SHARED = ", shared"
+_NOT_ALONE = ", shared"
 _WITHOUT_EARLY = "without_early.txt"
 _INTERRUPTED = (130, -signal.SIGINT)
 _WAIT = 0.5
@@ -282,7 +282,7 @@ class Ladder:
         self.channels = channels
         self.study = study_of(config)
         self.log: list[str] = []
-        self._finishing, self._one_pack = threading.Lock(), threading.Lock()
+        self._finishing = threading.Lock()
         self._packing = futures.ThreadPoolExecutor(1)
         self._compiling: set[subprocess.Popen] = set()
         self._given_up, self._interrupted = threading.Event(), threading.Event()
@@ -458,7 +458,7 @@ class Ladder:
             except UserError as e:
                 whole, failed = False, e
             finally:
-                self._packing.shutdown(cancel_futures=True)
+                self._packing.shutdown()  # One pack at a time.
         timed = alone(self.workdir / SECONDS)
         new = [name for name in self.done if name not in timed]
         if new:  # The others again: an earlier stretch may have had another card.
@@ -551,10 +551,6 @@ class Ladder:
 
     def pack(self, to: Path) -> list[str]:
         """Writes what is worth keeping as parts of one archive; lines of their sizes."""
-        with self._one_pack:
-            return self._pack(to)
-
-    def _pack(self, to: Path) -> list[str]:
         to.mkdir(parents=True, exist_ok=True)
         buffer, bodies = io.BytesIO(), {}
         with self._finishing:  # A member that is noted as done in between would lack its records.
@@ -620,7 +616,7 @@ def unpack(source: Path, workdir: Path) -> None:
 
 
 def alone(path: Path) -> dict[str, dict[str, Any]]:
-    """By member, the seconds of a guided and a plain row of a sample, of decoding one; where."""
+    """By member, seconds of a guided and a plain row of a sample, of decoding one; the device."""
     return json.loads(path.read_text()) if path.exists() else {}
 
 
@@ -638,7 +634,7 @@ def reckon_seconds(workdir: Path) -> list[str]:
         record = records.read(path)
         if (of := timed.get(record.identity.model)) is None:
             shared.add(record.identity.model)
-            device = record.device.removesuffix(_SHARED) + _SHARED
+            device = record.device.removesuffix(_NOT_ALONE) + _NOT_ALONE
             records.write(path.parent, dataclasses.replace(record, device=device))
             continue
         row = of["plain" if record.identity.guidance == 1 else "guided"]

@@ -25,7 +25,9 @@ case "${1-} $#" in
 esac
 until=$(($(date +%s) + seconds))
 
-at_work() { [ -f "$work/pid" ] && kill -0 "$(cat "$work/pid")" 2> /dev/null && [ ! -f "$work/ended" ]; }
+at_work() {
+  [ -f "$work/pid" ] && kill -0 "$(cat "$work/pid")" 2> /dev/null && [ ! -f "$work/ended" ]
+}
 
 if [ "$1" = start ]; then
   at_work && refuse "it is at work: use wait"
