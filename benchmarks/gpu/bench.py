@@ -33,16 +33,12 @@ import numpy as np
 from ldm_scaling import files
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import unet, zoo
-from ldm_scaling.parallel import chips, compiled
+from ldm_scaling.parallel import chips, compiled, gpus
 
 ROOT = Path(__file__).resolve().parents[2]
 # JAX takes memory as it needs it, so that the peer in the same process finds some, and leaves what
 # CUDA's contexts take.
 MEMORY = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
-# Results of the units for special functions: 16 a cycle on each multiprocessor of compute
-# capability 9.0 (CUDA C++ Programming Guide, throughput of arithmetic instructions), 132 of them at
-# the highest clock of 1.98 GHz.
-_EXPONENTIALS = {"h100": 132 * 16 * 1.98e9, "h200": 132 * 16 * 1.98e9}
 _NOT_HERE, _NOT_ASKED = "peer not here: ", "peer not asked for (--no-peer)"
 # What runs out of memory says: XLA, PyTorch, and NVIDIA's libraries within either.
 _NO_MEMORY = (
@@ -201,11 +197,13 @@ class Ceilings:
       flops: of bfloat16 products, a second.
       bandwidth: bytes/s.
       exponentials: a second.
+      wide_flops: of products of float32 operands.
     """
 
     flops: float
     bandwidth: float
     exponentials: float
+    wide_flops: float = math.inf
 
 
 def ceilings() -> Ceilings | None:
@@ -213,7 +211,10 @@ def ceilings() -> Ceilings | None:
     chip = chips.by_kind(device())
     if chip is None:
         return None
-    return Ceilings(chip.bf16_flops, chip.hbm_bandwidth, _EXPONENTIALS.get(chip.name, math.inf))
+    gpu = gpus.GPUS.get(chip.name)
+    return Ceilings(
+        chip.bf16_flops, chip.hbm_bandwidth, gpu.exponentials if gpu else math.inf, chip.f32_flops
+    )
 
 
 def share(flops: float, seconds: float) -> float | None:

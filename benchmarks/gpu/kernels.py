@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import collections
 import functools
-import math
 import os
-import re
 import sys
 import tempfile
 from pathlib import Path
@@ -29,111 +27,11 @@ import sampling
 import train_step
 from bench import Book, Piece
 
-from ldm_scaling.parallel import hlo
+from ldm_scaling.parallel import gpu_program, hlo
 
 TOP = 10
 _STEPS = 5
 _AROUND = ("while", "conditional", "call")
-
-
-# --- what a kernel does, by the program's text ------------------------------------------------
-
-
-def products(module: hlo.Module, computation: str, i: hlo.Instruction) -> float:
-    """FLOPs of an instruction's products, those inside a fusion included; 0 where it has none.
-
-    Of a product of sizes (m, k), (k, n) and (m, n), b of them at once, the three arrays together
-    have b^3 (m k n)^2 elements; of a convolution, whichever of its three arrays is the result, the
-    square of its multiply-adds over the window's taps. Attention's kernels are told by their name:
-    two products forward, five backward.
-    """
-    called = i.attributes if i.opcode == "custom-call" else ""
-    shapes = [dims for _, dims in (*module.operand_shapes(computation, i), *i.shapes)]
-    if "fmha" in called:
-        logits, width = _attended(shapes)
-        return 2.0 * logits * width * (5 if "Backward" in called else 2)
-    if i.opcode == "fusion":
-        inside = [name for name in hlo.called_by(i) if name in module.computations]
-        return sum(
-            products(module, name, j)
-            for name in inside for j in module.computations[name].values()
-        )
-    convolves = i.opcode == "convolution" or "cudnn$conv" in called
-    if not convolves and i.opcode != "dot" and "gemm" not in called and "matmul" not in called:
-        return 0.0
-    if len(shapes) < 3:
-        return 0.0
-    three = (shapes[0], shapes[1], i.shapes[0][1])
-    elements = math.prod(math.prod(dims) for dims in three)
-    if convolves:
-        labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes)
-        if not labels:
-            return 0.0
-        taps, small, large = sorted(
-            math.prod(size for size, label in zip(dims, text) if label.isdigit())
-            for dims, text in zip(three, labels.groups())
-        )
-        return 2.0 * math.sqrt(elements * taps * small / large)
-    batched = re.search(r'lhs_batch_dim\w*"?[:=]\s*[{\[]([\d,"\s]*)[}\]]', i.attributes)
-    dims = hlo.ints(batched.group(1).replace('"', "")) if batched else []
-    return 2.0 * math.sqrt(elements / math.prod(shapes[0][d] for d in dims))
-
-
-def exponentials(module: hlo.Module, computation: str, i: hlo.Instruction) -> float:
-    """Of an attention kernel, one a logit, forward and backward; 0 of others."""
-    if i.opcode != "custom-call" or "fmha" not in i.attributes:
-        return 0.0
-    return _attended([d for _, d in (*module.operand_shapes(computation, i), *i.shapes)])[0]
-
-
-def _attended(shapes: Any) -> tuple[float, float]:
-    """Logits and width of a head of an attention kernel; 0 where its arrays are not told. Its
-    queries and keys are (B, length, heads, width) or (B, heads, length, width)."""
-    whole = [dims for dims in shapes if len(dims) == 4]
-    if len(whole) < 3:
-        return 0.0, 0.0
-    (batch, *one, width), (_, *other, _) = whole[:2]
-    heads = min(set(one) & set(other), default=0)
-    if not heads:
-        return 0.0, 0.0
-    return float(batch * heads) * (math.prod(one) // heads) * (math.prod(other) // heads), width
-
-
-def kind(module: hlo.Module, i: hlo.Instruction) -> str:
-    """What sort of kernel an instruction is."""
-    called = i.attributes if i.opcode == "custom-call" else ""
-    if "fmha" in called:
-        return "attention"
-    if i.opcode == "convolution" or "cudnn$conv" in called:
-        return "convolution"
-    if i.opcode == "dot" or "gemm" in called or "matmul" in called:
-        return "product"
-    inside = {i.opcode}
-    for name in hlo.called_by(i) if i.opcode == "fusion" else ():
-        inside |= {j.opcode for j in module.computations.get(name, {}).values()}
-    for opcodes, told in (
-        ({"convolution"}, "convolution"), ({"dot"}, "product"),
-        ({"reduce", "reduce-window"}, "reduction"), ({"transpose"}, "transpose"),
-    ):
-        if inside & opcodes:
-            return told
-    return "copy" if inside <= {"copy", "fusion", "parameter"} else "elementwise"
-
-
-def work(compiled: Any) -> dict[str, dict[str, Any]]:
-    """FLOPs, bytes, the sort and a name of what each instruction of a program does."""
-    module = hlo.parse(compiled.as_text())
-    out = {}
-    for name, i in module.instructions():
-        moved = hlo.size_of(i.shapes) + hlo.size_of(module.operand_shapes(name, i))
-        told = re.search(r'op_name="([^"]*)"', i.attributes)
-        out[i.name] = {
-            "flops": products(module, name, i), "bytes": moved,
-            "exponentials": exponentials(module, name, i), "opcode": i.opcode,
-            "kind": kind(module, i),
-            "what": "/".join(told.group(1).split("/")[-3:]) if told else i.opcode,
-        }
-    return out
 
 
 # --- what the profiler saw --------------------------------------------------------------------
@@ -172,26 +70,28 @@ def read(data: Any) -> dict[str, tuple[float, int]]:
 
 def heaviest(compiled: Any, seen: dict[str, tuple[float, int]], steps: int) -> dict[str, Any]:
     """The ten that took longest, alike instructions of all layers together, the sorts, and all."""
-    does = work(compiled)
+    module = hlo.parse(compiled.as_text())
+    does = {
+        i.name: gpu_program.kernel(module, name, i) for name, i in module.instructions()
+    }
     # What holds other instructions would count their time twice.
-    seen = {k: v for k, v in seen.items() if does.get(k, {}).get("opcode") not in _AROUND}
+    around = {i.name for _, i in module.instructions() if i.opcode in _AROUND}
+    seen = {k: v for k, v in seen.items() if k not in around}
     total = sum(seconds for seconds, _ in seen.values())
     alike: dict[tuple, dict[str, Any]] = {}
     sorts: dict[str, dict[str, Any]] = {}
     for name, (seconds, times) in seen.items():
-        one = does.get(name) or {
-            "flops": 0.0, "bytes": 0.0, "exponentials": 0.0, "kind": "other", "what": name,
-        }
-        form = (one["kind"], one["flops"], one["bytes"], one["what"].split("/")[-1])
-        for rows, key in ((alike, form), (sorts, one["kind"])):
+        one = does.get(name) or gpu_program.Kernel(name, "other", 1, 0.0, 0.0, 0.0, False, name)
+        form = (one.kind, one.flops, one.bytes, one.what.split("/")[-1])
+        for rows, key in ((alike, form), (sorts, one.kind)):
             row = rows.setdefault(key, {
-                "name": name, "kind": one["kind"], "what": one["what"], "calls": 0.0,
+                "name": name, "kind": one.kind, "what": one.what, "calls": 0.0,
                 "seconds": 0.0, "flops": 0.0, "bytes": 0.0, "bound": 0.0,
             })
             row["calls"] += times / steps
             row["seconds"] += seconds / steps
-            row["flops"] += one["flops"] * times / steps
-            row["bytes"] += one["bytes"] * times / steps
+            row["flops"] += one.flops * times / steps
+            row["bytes"] += one.bytes * times / steps
             row["bound"] += bound(one) * times / steps
     counted = compiled.cost_analysis() or {}
     held = compiled.memory_analysis()
@@ -205,12 +105,11 @@ def heaviest(compiled: Any, seen: dict[str, tuple[float, int]], steps: int) -> d
     }
 
 
-def bound(one: dict[str, Any]) -> float:
-    """Seconds of an instruction at the device's ceilings; 0 for a device that is in no table."""
+def bound(one: gpu_program.Kernel) -> float:
+    """Seconds of a run of a kernel at the device's ceilings; 0 for one that is in no table."""
     chip = bench.ceilings()
-    return 0.0 if chip is None else max(
-        one["flops"] / chip.flops, one["bytes"] / chip.bandwidth,
-        one["exponentials"] / chip.exponentials,
+    return 0.0 if chip is None else one.once(
+        chip.flops, chip.wide_flops, chip.bandwidth, chip.exponentials
     )
 
 

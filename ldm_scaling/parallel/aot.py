@@ -1,4 +1,5 @@
-"""Programs compiled ahead of time for TPUs that are not here, by the TPU's own compiler (libtpu).
+"""Programs compiled ahead of time for TPUs and GPUs that are not here, by their own compilers:
+libtpu (`aot_tpu`), and XLA's for CUDA (`aot_gpu`).
 
 What comes back are the compiler's figures: memory that it has laid out, operations that it counts,
 a time that it thinks possible. Nothing runs.
@@ -8,10 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
-import importlib.util
 import math
-import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -20,27 +18,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from ldm_scaling.errors import MissingPackageError, UserError
-from ldm_scaling.parallel import chips, hlo
+from ldm_scaling.errors import UserError
+from ldm_scaling.parallel import aot_gpu, aot_tpu, chips, gpu_program, gpus, hlo
 from ldm_scaling.parallel import collectives as collectives_lib
 
-_FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_CUBIC = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16",
-          "8x16x16", "16x16x16")  # fmt: skip
-# The slices that libtpu knows and that can be asked for.
-TOPOLOGIES = tuple(
-    f"{name}:{shape}"
-    for name, shapes in (
-        ("v4", _CUBIC), ("v5e", _FLAT), ("v5p", _CUBIC), ("v6e", _FLAT), ("tpu7x", _CUBIC)
-    )
-    for shape in shapes
-)  # fmt: skip
-# Off a TPU machine libtpu asks a server that is not there, locks a file against a second process,
-# and complains of what it does not find.
-_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_ID": "0",
-    "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-}  # fmt: skip
 # At the usual effort a network of 866M compiles for 13 minutes instead of 2 to 3.
 _EFFORT = -1.0
 CostOf = Callable[[hlo.CustomCall], tuple[float, float] | None]
@@ -50,76 +31,45 @@ class DoesNotFit(Exception):
     """The compiler finds no layout that the chip's memory holds.
 
     Attributes:
-      needed, available: bytes, as it says; None where it does not.
+      needed, available: bytes, as it says, or as given; None where it does not.
     """
 
-    def __init__(self, message: str):
+    def __init__(self, message: str, needed: float | None = None, available: float | None = None):
         super().__init__(message)
         sizes = re.search(r"([\d.]+)([MG]) of ([\d.]+)([MG]) hbm", message) or re.search(
             r"\(([\d.]+)([MG])\) exceeds available HBM \(([\d.]+)([MG])\)", message
         )
         unit = {"M": 2**20, "G": 2**30}
-        self.needed = self.available = None
+        self.needed, self.available = needed, available
         if sizes:
             a, b, c, d = sizes.groups()
             self.needed, self.available = float(a) * unit[b], float(c) * unit[d]
 
 
-def require() -> None:
-    """Raises `MissingPackageError` where the TPU's compiler is not installed."""
-    if importlib.util.find_spec("libtpu") is None:
-        raise MissingPackageError("libtpu", "compiling for a TPU", extra="tpu-plan")
+def check(name: str) -> None:
+    """Raises what `topology` would, of a name or of a compiler that is not installed."""
+    (aot_gpu if aot_gpu.is_name(name) else aot_tpu).check(name)
 
 
 def topology(name: str, num_slices: int = 1) -> list[jax.Device]:
     """Devices of slices that are not here, for a mesh to compile for.
 
     Args:
-      name: e.g. `v5e:16x16`, chips along each side; `TOPOLOGIES` lists them.
-      num_slices: how many of these, joined by the data-centre network.
+      name: e.g. `v5e:16x16`, chips along each side (`aot_tpu.TOPOLOGIES`), or `h100:8`, GPUs.
+      num_slices: how many of these, joined by the data-centre network; of TPUs alone.
 
     Raises:
-      MissingPackageError: without libtpu.
+      MissingPackageError: without the compiler.
       UserError: for a name that is not known, naming the nearest.
     """
-    require()
-    if name not in TOPOLOGIES:
-        raise UserError(f"topology {name!r} is not known; {_nearest(name)}")
-    if num_slices < 1:
-        raise UserError(f"num_slices={num_slices}: give 1 or more")
-    for key, value in _ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
-    from jax.experimental import topologies
-
-    # The two cores of a v4 are one device, as on a TPU machine.
-    options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
-    try:
-        found = topologies.get_topology_desc(
-            name, platform="tpu", num_slices=num_slices, **options
-        )
-    except Exception as e:  # libtpu's errors have no type of their own.
-        line = str(e).strip().splitlines()[0][:200]
-        raise UserError(f"topology {name!r}, {num_slices} slices: libtpu says {line}") from e
-    return list(found.devices)
-
-
-def _nearest(name: str) -> str:
-    kind, _, shape = name.lower().replace("-", ":").partition(":")
-    kind = {"v5litepod": "v5e", "v5lite": "v5e", "v7x": "tpu7x", "v7": "tpu7x", "v6": "v6e"}.get(
-        kind, kind
-    )
-    same = [one for one in TOPOLOGIES if one.startswith(f"{kind}:")]
-    if shape.isdecimal():  # v5e-256: so many chips
-        near = [one for one in same if _chips(one) == int(shape)]
-    else:
-        near = difflib.get_close_matches(f"{kind}:{shape}", TOPOLOGIES, n=1)
-    if near:
-        return f"did you mean {near[0]}?"
-    return f"choose from {', '.join(same or TOPOLOGIES)}"
-
-
-def _chips(name: str) -> int:
-    return math.prod(int(side) for side in name.split(":")[1].split("x"))
+    check(name)
+    if aot_gpu.is_name(name):
+        if num_slices != 1:
+            raise UserError(
+                f"num_slices={num_slices} is for TPUs: say all GPUs, e.g. {name.split(':')[0]}:16"
+            )
+        return aot_gpu.topology(name)
+    return aot_tpu.topology(name, num_slices)
 
 
 def chip_of(devices: Iterable[Any]) -> tuple[chips.Chip, int]:
@@ -138,6 +88,11 @@ def chip_of(devices: Iterable[Any]) -> tuple[chips.Chip, int]:
     return chip, len(devices) // len(places)
 
 
+def on_gpu(devices: Iterable[Any]) -> bool:
+    """Whether these are GPUs."""
+    return next(iter(devices)).platform == "gpu"
+
+
 def one_host(devices: Iterable[Any]) -> list[jax.Device]:
     """The devices of one process of a slice, as a slice by themselves: for a part of a large one
     libtpu does not compile.
@@ -145,8 +100,12 @@ def one_host(devices: Iterable[Any]) -> list[jax.Device]:
     Raises:
       UserError: as `chip_of`.
     """
+    devices = list(devices)
     chip, _ = chip_of(devices)
-    return topology(next(name for name in TOPOLOGIES if name.startswith(f"{chip.name}:")))
+    if on_gpu(devices):
+        own = sum(d.process_index == devices[0].process_index for d in devices)
+        return topology(f"{chip.name}:{own}")
+    return topology(next(name for name in aot_tpu.TOPOLOGIES if name.startswith(f"{chip.name}:")))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,11 +135,13 @@ class Work:
     """What a program does on one device in one call.
 
     Attributes:
-      flops, bytes: by XLA's count, loops' iterations and kernels included.
+      flops, bytes: by XLA's count, loops' iterations and kernels included; of a GPU's program those
+        of its kernels' products, operands and results.
       optimistic_seconds: the compiler's own estimate, loops included; kernels, which it takes for
-        nothing, at their peak.
-      sent: bytes that the device sends over links within its slice, at least.
-      slice_sent: bytes that it sends to other slices, at least.
+        nothing, at their peak. Of a GPU's program, for which it has none, its kernels one after the
+        other, each at the peak of what it needs longest for.
+      sent: bytes that the device sends over links within its slice, or host of GPUs, at least.
+      slice_sent: bytes that it sends to other slices, or hosts of GPUs, at least.
     """
 
     flops: float
@@ -197,7 +158,7 @@ class Program:
     Attributes:
       memory: see `Memory`.
       work: see `Work`.
-      counted: FLOPs, bytes and seconds as XLA's cost analysis gives them.
+      counted: FLOPs, bytes and seconds as XLA's cost analysis gives them; None of a GPU's program.
       unpriced: operations without a time of the compiler's; theirs is taken for 0.
       loop_factors: what FLOPs and bytes were multiplied by, see `hlo.loop_factors`.
       unknown_loops: loops that count once for their length is decided at run time.
@@ -205,11 +166,12 @@ class Program:
       kernels: (name, times, FLOPs, bytes of all) of custom calls, by the caller's count.
       uncounted: names of custom calls that the caller does not know.
       lower_seconds, compile_seconds: that it took.
+      sorts: of a GPU's program, kind of kernel -> how many, FLOPs, bytes and seconds of all.
     """
 
     memory: Memory
     work: Work
-    counted: tuple[float, float, float]
+    counted: tuple[float, float, float] | None
     unpriced: int
     loop_factors: tuple[float, float]
     unknown_loops: int
@@ -218,6 +180,7 @@ class Program:
     uncounted: tuple[str, ...]
     lower_seconds: float
     compile_seconds: float
+    sorts: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
     def by_kind(self) -> dict[str, dict[str, float]]:
         """Collectives by kind: how many run, bytes of the whole, bytes that a device sends."""
@@ -259,6 +222,14 @@ def compile(
       DoesNotFit: where it needs more memory than a device has.
     """
     start = time.perf_counter()
+    devices = list(mesh.devices.flat)
+    if on_gpu(devices):
+        with aot_gpu.as_on(devices[0]):
+            lowered = jitted.trace(*args).lower(lowering_platforms=("cuda",))
+        middle = time.perf_counter()
+        compiled = lowered.compile()
+        end = time.perf_counter()
+        return _fitting(read(compiled, mesh, cost_of, middle - start, end - middle), devices)
     lowered = jitted.lower(*args)
     middle = time.perf_counter()
     with _effort(_EFFORT):
@@ -272,6 +243,16 @@ def compile(
     return read(compiled, mesh, cost_of, middle - start, end - middle)
 
 
+def _fitting(program: Program, devices: list[Any]) -> Program:
+    """The same. Raises `DoesNotFit` where it needs more than the device's programs may take, which
+    XLA for GPUs does not look at."""
+    chip, _ = chip_of(devices)
+    needed, available = program.memory.total, chips.capacity(chip)
+    if needed > available:
+        raise DoesNotFit(f"{needed / 1e9:.2f} of {available / 1e9:.2f} GB", needed, available)
+    return program
+
+
 def read(
     compiled: Any, mesh: Mesh, cost_of: CostOf = lambda call: None, lower_seconds: float = 0.0,
     compile_seconds: float = 0.0,
@@ -279,9 +260,16 @@ def read(
     """The figures of a `jax.stages.Compiled`; the arguments are `compile`'s."""
     devices = list(mesh.devices.flat)
     chip, shared = chip_of(devices)
-    slices = [getattr(d, "slice_index", 0) for d in devices]
+    gpu = on_gpu(devices)
+    slices = [d.process_index if gpu else getattr(d, "slice_index", 0) for d in devices]
     module = hlo.parse(compiled.as_text())
     exchanges = collectives_lib.of(module, len(devices), slices if len(set(slices)) > 1 else None)
+    if gpu:
+        work, sorts = _gpu_work(module, chip, exchanges)
+        return Program(
+            _memory(compiled), work, None, 0, (1.0, 1.0), module.unknown_loops, tuple(exchanges),
+            (), (), lower_seconds, compile_seconds, sorts,
+        )
     kernels, uncounted = [], []
     for call in hlo.custom_calls(module):
         cost = cost_of(call)
@@ -289,7 +277,7 @@ def read(
             uncounted.append(call.name)
         else:
             kernels.append((call.name, call.times, *cost))
-    stats, counted = compiled.memory_analysis(), compiled.cost_analysis()
+    counted = compiled.cost_analysis()
     flops, moved = counted.get("flops", 0.0), counted.get("bytes accessed", 0.0)
     raw = counted.get("optimal_seconds", 0.0)
     # An operation that the cost model has no time for, as some between slices, counts as -1 s.
@@ -304,16 +292,10 @@ def read(
     seconds = seconds * (looped / once if once else 1.0)
     seconds += max(kernel_flops / peak, kernel_bytes / bandwidth)
     return Program(
-        memory=Memory(
-            stats.argument_size_in_bytes,
-            stats.output_size_in_bytes - stats.alias_size_in_bytes,
-            stats.temp_size_in_bytes, stats.generated_code_size_in_bytes,
-        ),
+        memory=_memory(compiled),
         work=Work(
-            flops=by_flops * flops + kernel_flops, bytes=by_bytes * moved + kernel_bytes,
-            optimistic_seconds=seconds,
-            sent=sum(c.times * (c.sent - c.slice_sent) for c in exchanges),
-            slice_sent=sum(c.times * c.slice_sent for c in exchanges),
+            by_flops * flops + kernel_flops, by_bytes * moved + kernel_bytes, seconds,
+            *_sent(exchanges),
         ),
         counted=(flops, moved, raw),
         unpriced=unpriced,
@@ -325,6 +307,44 @@ def read(
         lower_seconds=lower_seconds,
         compile_seconds=compile_seconds,
     )
+
+
+def _memory(compiled: Any) -> Memory:
+    stats = compiled.memory_analysis()
+    return Memory(
+        stats.argument_size_in_bytes, stats.output_size_in_bytes - stats.alias_size_in_bytes,
+        stats.temp_size_in_bytes, stats.generated_code_size_in_bytes,
+    )
+
+
+def _sent(exchanges: Iterable[collectives_lib.Collective]) -> tuple[float, float]:
+    """Bytes within a slice, and to others."""
+    within = sum(c.times * (c.sent - c.slice_sent) for c in exchanges)
+    return within, sum(c.times * c.slice_sent for c in exchanges)
+
+
+def _gpu_work(
+    module: hlo.Module, chip: chips.Chip, exchanges: list[collectives_lib.Collective]
+) -> tuple[Work, dict[str, dict[str, float]]]:
+    """What a GPU's program does, and the same by its kernels' kinds."""
+    gpu = gpus.GPUS[chip.name]
+    peaks = (chip.bf16_flops, chip.f32_flops, chip.hbm_bandwidth, gpu.exponentials)
+    sorts: dict[str, dict[str, float]] = {}
+    for kernel in gpu_program.kernels(module):
+        if kernel.kind == "exchange":
+            continue  # counted by what it sends
+        row = sorts.setdefault(
+            kernel.kind, {"count": 0, "flops": 0.0, "bytes": 0.0, "seconds": 0.0}
+        )
+        row["count"] += kernel.times
+        row["flops"] += kernel.times * kernel.flops
+        row["bytes"] += kernel.times * kernel.bytes
+        row["seconds"] += kernel.times * kernel.once(*peaks)
+    flops, moved, seconds = (
+        sum(row[name] for row in sorts.values()) for name in ("flops", "bytes", "seconds")
+    )
+    sorts = dict(sorted(sorts.items(), key=lambda pair: -pair[1]["seconds"]))
+    return Work(flops, moved, seconds, *_sent(exchanges)), sorts
 
 
 def roofline(work: Work, chip: chips.Chip, devices_per_chip: int = 1) -> dict[str, float]:

@@ -9,16 +9,22 @@ in the table:
   v5p's 95 GB are 96 GiB less what the system keeps: libtpu gives programs 95.74 GiB.
 - `tpu-v4`: Jouppi et al. 2023, "TPU v4: An Optically Reconfigurable Supercomputer" (arXiv
   2304.01433), Table 4: 275 TFLOP/s, 32 GiB, 1200 GB/s, 6 links of 50 GB/s.
-- `a100`, `h100`, `h200`: NVIDIA's data sheets of each (tensor cores, dense: without sparsity;
-  NVLink's two directions together are halved here).
+- `a100`, `h100`, `h200`, `b200`, `l4`, `l40s`, `4090`: NVIDIA's data sheets of each (tensor
+  cores, dense: without sparsity, sums in float32; NVLink's, or PCIe's, two directions together are
+  halved here). Between hosts: the compute networks of NVIDIA's DGX servers, by their data sheets,
+  200 Gbit/s a GPU (A100) or 400. Memory is what CUDA reports.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import jax.numpy as jnp
 
+from ldm_scaling.errors import UserError
+
+_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 _TERA, _GIGA, _GIB = 1e12, 1e9, 2**30
 
 
@@ -30,7 +36,8 @@ class Chip:
       name: the short name, as in topologies' names for TPUs (`v5e`).
       kinds: JAX's `device_kind`s, each written in full, or its beginning for GPUs.
       hbm_bytes: memory.
-      usable_bytes: what of it a program may take, as libtpu 0.0.42 says; None for GPUs.
+      usable_bytes: what of it a program may take, as libtpu 0.0.42 says; of a GPU what CUDA
+        reports, of which JAX takes a part, see `share_of_gpu`.
       bf16_flops: peak FLOP/s in bfloat16.
       f32_flops: peak FLOP/s of float32 operands at JAX's default precision: bfloat16 passes on a
         TPU, TF32 on a GPU.
@@ -44,7 +51,7 @@ class Chip:
     name: str
     kinds: tuple[str, ...]
     hbm_bytes: float
-    usable_bytes: float | None
+    usable_bytes: float
     bf16_flops: float
     f32_flops: float
     hbm_bandwidth: float
@@ -65,10 +72,13 @@ def _tpu(
     )
 
 
-def _gpu(name, kind, hbm_gb, tflops, tf32, hbm_gb_s, nvlink_gb_s, source) -> Chip:
+def _gpu(
+    name, kind, hbm_gib, usable_gib, tflops, tf32, hbm_gb_s, link_gb_s, network_gbit_s, source
+) -> Chip:
+    network = network_gbit_s / 8 * _GIGA if network_gbit_s else None
     return Chip(
-        name, (kind,), hbm_gb * _GIGA, None, tflops * _TERA, tf32 * _TERA, hbm_gb_s * _GIGA,
-        nvlink_gb_s * _GIGA, None, 1, source,
+        name, (kind,), hbm_gib * _GIB, usable_gib * _GIB, tflops * _TERA, tf32 * _TERA,
+        hbm_gb_s * _GIGA, link_gb_s * _GIGA, network, 1, source,
     )
 
 
@@ -80,15 +90,19 @@ CHIPS = (
     _tpu("v5p",   ("TPU v5", "TPU v5p"),          96,  95.74,  459, 2765, 600,   50),
     _tpu("v6e",   ("TPU v6 lite", "TPU v6e"),     32,  31.25,  918, 1638, 400,  100),
     _tpu("tpu7x", ("TPU7x",),                    192, 189.5,  2307, 7380, 600,  100, devices=2),
-    #     name          kind (its beginning)      GB TFLOP/s TF32  HBM GB/s NVLink GB/s
-    _gpu("a100-40gb", "NVIDIA A100-SXM4-40GB",    40,  312,  156,   1555,   300, "a100"),
-    _gpu("a100-80gb", "NVIDIA A100-SXM4-80GB",    80,  312,  156,   2039,   300, "a100"),
-    _gpu("a100-pcie", "NVIDIA A100 80GB PCIe",    80,  312,  156,   1935,   300, "a100"),
-    _gpu("h100-pcie", "NVIDIA H100 PCIe",         80,  756,  378,   2000,   300, "h100"),
-    _gpu("h100-nvl",  "NVIDIA H100 NVL",          94,  835,  417,   3900,   300, "h100"),
-    _gpu("h100",      "NVIDIA H100 80GB HBM3",    80,  989,  494,   3350,   450, "h100"),
-    _gpu("h200-nvl",  "NVIDIA H200 NVL",         141,  835,  417,   4800,   450, "h200"),
-    _gpu("h200",      "NVIDIA H200",             141,  989,  494,   4800,   450, "h200"),
+    #     name         kind (its beginning)      GiB usable TFLOP/s TF32 HBM, link GB/s Gbit/s
+    _gpu("a100-40gb", "NVIDIA A100-SXM4-40GB",    40,  39.4,  312,  156, 1555, 300,  200, "a100"),
+    _gpu("a100-80gb", "NVIDIA A100-SXM4-80GB",    80,  79.2,  312,  156, 2039, 300,  200, "a100"),
+    _gpu("a100-pcie", "NVIDIA A100 80GB PCIe",    80,  79.2,  312,  156, 1935, 300, None, "a100"),
+    _gpu("l4",        "NVIDIA L4",                24,  22.0,  121,   60,  300,  32, None, "l4"),
+    _gpu("l40s",      "NVIDIA L40S",              48,  44.4,  362,  183,  864,  32, None, "l40s"),
+    _gpu("rtx4090",   "NVIDIA GeForce RTX 4090",  24,  23.5,  165, 82.6, 1008,  32, None, "4090"),
+    _gpu("h100-pcie", "NVIDIA H100 PCIe",         80,  79.1,  756,  378, 2000, 300, None, "h100"),
+    _gpu("h100-nvl",  "NVIDIA H100 NVL",          94,  93.1,  835,  417, 3900, 300, None, "h100"),
+    _gpu("h100",      "NVIDIA H100 80GB HBM3",    80,  79.1,  989,  494, 3350, 450,  400, "h100"),
+    _gpu("h200-nvl",  "NVIDIA H200 NVL",         141, 139.8,  835,  417, 4800, 450, None, "h200"),
+    _gpu("h200",      "NVIDIA H200",             141, 139.8,  989,  494, 4800, 450,  400, "h200"),
+    _gpu("b200",      "NVIDIA B200",             180, 178.3, 2250, 1125, 8000, 900,  400, "b200"),
 )
 # fmt: on
 _HALF = (jnp.bfloat16, jnp.float16)
@@ -97,11 +111,15 @@ _HALF = (jnp.bfloat16, jnp.float16)
 def by_kind(device_kind: str) -> Chip | None:
     """The chip of a JAX `device_kind`, e.g. `TPU v5 lite`; None for one that is not in the table.
 
-    Where several GPUs' names begin it (`NVIDIA H200`, `NVIDIA H200 NVL`), the longest one is meant.
+    Where several GPUs' names begin it (`NVIDIA H200`, `NVIDIA H200 NVL`), the longest one is meant;
+    `NVIDIA L40` is no `NVIDIA L4`.
     """
     found = [
         (len(kind), chip) for chip in CHIPS for kind in chip.kinds
-        if device_kind == kind or (kind.startswith("NVIDIA") and device_kind.startswith(kind))
+        if device_kind == kind or (
+            kind.startswith("NVIDIA") and device_kind.startswith(kind)
+            and not device_kind[len(kind)].isalnum()
+        )
     ]
     return max(found, key=lambda pair: pair[0])[1] if found else None
 
@@ -109,6 +127,29 @@ def by_kind(device_kind: str) -> Chip | None:
 def by_name(name: str) -> Chip | None:
     """The chip of a short name, e.g. `v5e`; None for one that is not in the table."""
     return next((chip for chip in CHIPS if chip.name == name), None)
+
+
+def share_of_gpu() -> float:
+    """The part of a GPU's memory that JAX takes as it starts, from which programs are served: 3/4,
+    or what `XLA_PYTHON_CLIENT_MEM_FRACTION` says.
+
+    Raises:
+      UserError: where it says no fraction.
+    """
+    given = os.environ.get(_FRACTION) or "0.75"
+    try:
+        share = float(given)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise UserError(f"{_FRACTION}={given}: give a fraction above 0 and up to 1, such as 0.92")
+    return share
+
+
+def capacity(chip: Chip) -> float:
+    """Bytes of a chip that its programs may take; of a GPU the part that JAX takes."""
+    gpu = chip.kinds[0].startswith("NVIDIA")
+    return chip.usable_bytes * (share_of_gpu() if gpu else 1.0)
 
 
 def peak_flops(device_kind: str, dtype: str | jnp.dtype) -> float | None:

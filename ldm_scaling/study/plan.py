@@ -21,7 +21,7 @@ from ldm_scaling import files
 from ldm_scaling.config import Study
 from ldm_scaling.config.training import BOOKKEEPING
 from ldm_scaling.models import cost, zoo
-from ldm_scaling.parallel import aot, chips, hlo
+from ldm_scaling.parallel import aot, aot_gpu, chips, hlo
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.study import caching_cost, plan_parts, plan_remedies
 from ldm_scaling.study.plan_parts import Part
@@ -42,6 +42,18 @@ NOTES = (
     "The bound is the larger of the compiler's time and the roofline's, which is that of compute, "
     "memory, links or network, whichever needs longest, as if all others hid behind it.",
 )
+GPU_NOTES = (
+    NOTES[0],
+    "GB are 1e9 bytes. Capacity is what of a GPU's memory JAX takes as it starts: three quarters, "
+    "or XLA_PYTHON_CLIENT_MEM_FRACTION. Programs are served from it, more than one in a process.",
+    "Without a GPU nothing is tried out: which convolution of cuDNN's and which tiles of a product "
+    "it would choose, and their workspaces, are not known.",
+    "FLOPs are those of products, convolutions (taps on padding included) and attention; bytes are "
+    "each kernel's operands and results, of slices their own size, once.",
+    "The bound is the larger of two: the kernels one after the other, each at the peak of compute, "
+    "memory or exponentials, whichever it needs longest, without launches; and the roofline of "
+    "compute, memory, links (NVLink) or network (between hosts), whichever needs longest.",
+)
 # What decides a program besides the config; whatever else changes, a plan stays.
 _ROOMS = ("config", "diffusion", "models", "parallel", "sampling", "tasks", "training")
 _FILES = ("caching", "plan", "plan_parts", "plan_remedies")  # of the study's room
@@ -52,7 +64,7 @@ class Target:
     """Devices to plan for.
 
     Attributes:
-      topology: e.g. `v5e:16x16`, see `aot.TOPOLOGIES`.
+      topology: e.g. `v5e:16x16`, see `aot_tpu.TOPOLOGIES`, or `h100:8`, see `gpus.GPUS`.
       num_slices: how many of these.
     """
 
@@ -117,11 +129,11 @@ def make(
       member: the network.
       target: where it shall run.
       kind: one of `plan_parts.KINDS`.
-      devices: of the target; asked of libtpu if None.
+      devices: of the target; asked of its compiler if None.
       compile: what compiles.
 
     Raises:
-      MissingPackageError: without libtpu.
+      MissingPackageError: without the target's compiler.
       UserError: for a topology that is not known, or a batch that does not split.
     """
     if devices is None:
@@ -146,7 +158,7 @@ def make(
             tried, changed = tried + row, changed | remedy.keys
             if found:
                 break
-    capacity = (chip.usable_bytes or chip.hbm_bytes) / shared
+    capacity = chips.capacity(chip) / shared
     body = {
         "member": member, "topology": target.topology, "num_slices": target.num_slices,
         "kind": kind, "batch": _batch(study, kind), "chip": chip.name,
@@ -156,8 +168,8 @@ def make(
         "seconds_per_step_bound": None, "days_bound": None, "chip_hours_bound": None,
         "mesh": None, "compile_seconds": None,
         "remedies": [f"--config.{k}={v}" for k, v in changed.items() if found],
-        "tried": tried, "key": its_key, "versions": versions(),
-        "notes": list(NOTES),
+        "tried": tried, "key": its_key, "versions": versions(target),
+        "notes": list(GPU_NOTES if aot.on_gpu(devices) else NOTES),
     }
     if found is None:
         body["hbm_gb"] = tried[-1]["hbm_gb"]
@@ -235,12 +247,15 @@ def _figures(
         "batch": part.examples,
         "flops": work.flops,
         "bytes": work.bytes,
-        "xla_counts": dict(zip(("flops", "bytes", "seconds"), program.counted)),
+        "xla_counts": program.counted and dict(
+            zip(("flops", "bytes", "seconds"), program.counted)
+        ),
         "operations_without_a_time": program.unpriced,
         "loop_factors": dict(zip(("flops", "bytes"), program.loop_factors)),
         "loops_counted_once": program.unknown_loops,
         "kernels": _kernels(program),
         "kernels_not_counted": list(program.uncounted),
+        "kernels_by_kind": program.sorts,
         "collectives": program.by_kind(),
         **times,
         "examples_per_second_bound": part.examples * part.copies / seconds,
@@ -350,7 +365,7 @@ def key(study: Study, member: str, target: Target, kind: str) -> str:
         kept["distill"] = [distill.hash, stage.name, stage.train.attention]
     spec = zoo.get(member).spec
     return files.sha256_of(
-        [kept, member, spec, dataclasses.astuple(target), kind, code(), versions()]
+        [kept, member, spec, dataclasses.astuple(target), kind, code(), versions(target)]
     )
 
 
@@ -374,10 +389,11 @@ def _bare(source: str) -> str:
     return ast.unparse(tree)
 
 
-def versions() -> dict[str, str]:
+def versions(target: Target) -> dict[str, str]:
     """Of what compiles."""
     out = {"ldm_scaling": ldm_scaling.__version__}
-    for name in ("jax", "jaxlib", "libtpu", "flax", "optax"):
+    compilers = ("jax-cuda13-pjrt",) if aot_gpu.is_name(target.topology) else ("libtpu",)
+    for name in ("jax", "jaxlib", *compilers, "flax", "optax"):
         try:
             out[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

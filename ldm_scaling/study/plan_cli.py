@@ -16,7 +16,7 @@ from ldm_scaling.study.arguments import Parser, above_0
 
 _USAGE = """
   ldm-scaling plan --config=FILE --topology=v5e:16x16       what the job will need
-  ldm-scaling plan --config=FILE --topology=... --kind=train
+  ldm-scaling plan --config=FILE --topology=h100:8 --kind=train
   ldm-scaling plan --all                                    the family, into launch/plans/"""
 _ALL = "all-parts"
 
@@ -24,15 +24,16 @@ _ALL = "all-parts"
 def _parser() -> Parser:
     parser = Parser(
         "ldm-scaling plan", _USAGE, allow_abbrev=False,
-        description="Compiles what a job would run for TPUs that are not here, on any CPU machine: "
-        "memory, FLOPs, exchanges, the least time. What each number is: docs/plan.md.",
+        description="Compiles what a job would run for TPUs or GPUs that are not here, on any CPU "
+        "machine: memory, FLOPs, exchanges, the least time. What each number is: docs/plan.md.",
     )
     add = parser.add_argument
     add("--config", metavar="FILE[:argument]", help="of the study, with --config.KEY=VALUE to "
         "change its keys")
-    add("--topology", metavar="NAME", help="e.g. v5e:16x16, v5p:4x8x8, v6e:16x16")
+    add("--topology", metavar="NAME", help="of TPUs, chips along each side: v5e:16x16, "
+        "v5p:4x8x8, v6e:16x16; of GPUs, how many: h100:8, h200:1, a100-80gb:64")
     add("--num-slices", "--num_slices", type=above_0, default=1, metavar="N",
-        help="how many such slices, joined by the data-centre network")
+        help="how many such slices of TPUs, joined by the data-centre network")
     add("--member", metavar="NAME", help="the network, where the config has several")
     add("--batch", type=above_0, metavar="N",
         help="examples a step; with --kind=sample, lanes of each process")
@@ -72,11 +73,11 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
 
     import jax
 
-    from ldm_scaling.parallel import aot
+    from ldm_scaling.parallel import hosts
 
     # The host only traces: whatever it has, programs are for the topology.
     jax.config.update("jax_platforms", "cpu")
-    aot.require()
+    hosts.quiet_cuda()
     plans = _all(given, overrides, study_of) if given.all else _one(given, study_of)
     if given.baseline:
         from ldm_scaling.study import plan_family
@@ -93,6 +94,7 @@ def _folder(path: str) -> Path:
 
 
 def _all(given: argparse.Namespace, overrides: list[str], study_of: Callable) -> list[dict]:
+    from ldm_scaling.parallel import aot_tpu
     from ldm_scaling.study import plan_family
 
     for name in ("config", "topology", "member"):
@@ -105,6 +107,7 @@ def _all(given: argparse.Namespace, overrides: list[str], study_of: Callable) ->
         raise UserError(
             f"--baseline={given.baseline} is where --all writes: give another place by --to"
         )
+    aot_tpu.require()
     plans = plan_family.run(
         study_of, Path("configs"), folder, overrides, given.num_slices, given.batch, given.again,
         given.jobs, say=lambda line: print(line, file=sys.stderr, flush=True),
@@ -119,8 +122,11 @@ def _one(given: argparse.Namespace, study_of: Callable) -> list[dict]:
             raise UserError(f"ldm-scaling plan needs --{name}; see  ldm-scaling plan --help")
     if given.again or given.jobs > 1:
         raise UserError(f"--{'again' if given.again else 'jobs'} goes with --all")
+    from ldm_scaling.parallel import aot
     from ldm_scaling.study import plan, plan_family, plan_parts, plan_show
 
+    # What is wrong with it, or not installed, is told before anything is built.
+    aot.check(given.topology)
     study = study_of(f"--config={given.config}")
     if not given.member and len(study.members) > 1:
         raise UserError(f"--member: name the network: {', '.join(study.members)}")

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from ldm_scaling.config import Study
+from ldm_scaling.parallel import aot
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.study import plan_parts
 
@@ -61,12 +62,13 @@ def of(study: Study, kind: str, devices: list[jax.Device]) -> Iterator[Remedy]:
     if kind.partition(":")[0] not in ("train", plan_parts.DISTILL):
         return
     if study.train.attention in ("plain", "chunked"):
-        study = changed(study, "train", attention="splash")
-        yield Remedy("attention kernel", {"train.attention": "splash"}, study)
+        form = "cudnn" if aot.on_gpu(devices) else "splash"
+        study = changed(study, "train", attention=form)
+        yield Remedy("attention kernel", {"train.attention": form}, study)
     if study.train.remat == "none":
         study = changed(study, "train", remat="block")
         yield Remedy("remat policy", {"train.remat": "block"}, study)
-    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    slices = 1 if aot.on_gpu(devices) else len({getattr(d, "slice_index", 0) for d in devices})
     if mesh_lib.fsdp(plan_parts.mesh_of(study, devices)) * slices < len(devices):
         axes = {"data": slices, "fsdp": -1, "tensor": 1}
         study = changed(study, "mesh", **axes)

@@ -12,12 +12,16 @@ from rich.console import Console
 from rich.table import Table
 
 from ldm_scaling.models import zoo
+from ldm_scaling.parallel import gpus
 from ldm_scaling.study import plan as plan_lib
 
 Plan = Mapping[str, Any]
 _BOUND = (
     "Bounds by the compiler's estimate, not measurements: a job can be slower than this, not faster"
 )
+
+# Seconds, about, that a GPU needs from one kernel to the next outside of a CUDA graph.
+_LAUNCH = 2e-6
 
 
 def text(plans: Sequence[Plan], frozen_share: float | None = None) -> str:
@@ -46,7 +50,8 @@ def _one(console: Console, one: Plan) -> None:
         else one["topology"]
     batch = "" if one["batch"] is None else f"batch {one['batch']} "
     console.print(
-        f"\n{one['member']}, {one['kind']}: {batch}on {where} ({one['chips']} chips)"
+        f"\n{one['member']}, {one['kind']}: {batch}on {where} ({one['chips']} "
+        f"{_things(one, one['chips'])})"
     )
     for row in one["tried"]:
         console.print(f"  {_remedy(row)}", soft_wrap=True)
@@ -54,7 +59,7 @@ def _one(console: Console, one: Plan) -> None:
         needed = "" if one["hbm_gb"] is None else f": {one['hbm_gb']:.1f} GB"
         console.print(
             f"  does not fit{needed}, of {one['hbm_capacity_gb']:.1f} GB, with any remedy: "
-            "take more chips or a smaller batch"
+            f"take more {_things(one)} or a smaller batch"
         )
         return
     mesh = ", ".join(f"{name} {size}" for name, size in one["mesh"].items())
@@ -63,9 +68,20 @@ def _one(console: Console, one: Plan) -> None:
     console.print(f"  mesh: {mesh}{aside}")
     console.print(_memory(one))
     console.print(_time(one))
-    console.print(_collectives(one))
+    if one.get("kernels_by_kind"):
+        console.print(_kernels(one))
+    if one["collectives"]:
+        console.print(_collectives(one))
     for line in _words(one):
         console.print(f"  {line}", soft_wrap=True)
+
+
+def _on_gpu(one: Plan) -> bool:
+    return one["chip"] in gpus.GPUS
+
+
+def _things(one: Plan, number: int = 2) -> str:
+    return ("GPU" if _on_gpu(one) else "chip") + "s" * (number != 1)
 
 
 def _table(*headings: str) -> Table:
@@ -76,7 +92,7 @@ def _table(*headings: str) -> Table:
 
 
 def _memory(one: Plan) -> Table:
-    device = "chip" if one["devices_per_chip"] == 1 else "device"
+    device = _things(one, 1) if one["devices_per_chip"] == 1 else "device"
     table = _table(f"memory of each {device}", "GB")
     for name, size in one["hbm_by_kind_gb"].items():
         table.add_row(name, f"{size:.3f}")
@@ -88,14 +104,27 @@ def _memory(one: Plan) -> Table:
 
 def _time(one: Plan) -> Table:
     table = _table("seconds of a call, at least", "s", "for")
-    table.add_row("the compiler's estimate", _seconds(one["compiler_seconds"]), "")
+    first = "kernels one after the other" if _on_gpu(one) else "the compiler's estimate"
+    table.add_row(first, _seconds(one["compiler_seconds"]), "")
     work = {
         "compute": f"{one['flops'] / 1e12:.3g} TFLOP", "memory": f"{one['bytes'] / 1e9:.3g} GB",
         "links": f"{sum(c['sent'] for c in one['collectives'].values()) / 1e9:.3g} GB",
     }
     for name, value in one["roofline_seconds"].items():
         table.add_row(f"roofline: {name}", _seconds(value), work.get(name, ""))
-    table.add_row("bound", _seconds(one["seconds_per_step_bound"]), f"{one['binds']} binds")
+    binds = "kernels bind" if _on_gpu(one) and one["binds"] == "compiler" \
+        else f"{one['binds']} binds"
+    table.add_row("bound", _seconds(one["seconds_per_step_bound"]), binds)
+    return table
+
+
+def _kernels(one: Plan) -> Table:
+    table = _table("kernels", "number", "TFLOP", "GB", "s at least")
+    for kind, row in one["kernels_by_kind"].items():
+        table.add_row(
+            kind, f"{row['count']:.0f}", f"{row['flops'] / 1e12:.3g}", f"{row['bytes'] / 1e9:.3g}",
+            _seconds(row["seconds"]),
+        )
     return table
 
 
@@ -117,7 +146,7 @@ def _words(one: Plan) -> list[str]:
     if one["days_bound"] is not None:
         rate += (
             f"; {one['days_bound']:.1f} days to {one['steps']:,} steps and "
-            f"{one['chip_hours_bound']:,.0f} chip-hours at least"
+            f"{one['chip_hours_bound']:,.0f} {_things(one, 1)}-hours at least"
         )
     out.append(rate)
     for rows, value in one.get("images_per_second_bound", {}).items():
@@ -135,6 +164,12 @@ def _words(one: Plan) -> list[str]:
         flops = sum(k["flops"] for k in one["kernels"])
         calls = sum(k["calls"] for k in one["kernels"])
         out.append(f"of these {flops / 1e12:.3g} TFLOP in {calls} Pallas calls, counted by hand")
+    if one.get("kernels_by_kind"):
+        launches = sum(row["count"] for row in one["kernels_by_kind"].values())
+        out.append(
+            f"{launches:,.0f} kernels: launched one by one, {1e6 * _LAUNCH:.0f} us each, they "
+            f"would take {_seconds(launches * _LAUNCH)} s"
+        )
     if one["kernels_not_counted"]:
         out.append(f"not counted: {', '.join(one['kernels_not_counted'])}")
     if one["loop_factors"]["flops"] != 1:
@@ -144,9 +179,10 @@ def _words(one: Plan) -> list[str]:
             f"{one['operations_without_a_time']} operations for which the compiler has no time are "
             "taken for 0 s in its estimate"
         )
+    compiler = next(n for n in one["versions"] if n == "libtpu" or n.startswith("jax-cuda"))
     out.append(
-        f"compiled in {one['compile_seconds']:.0f} s by libtpu {one['versions']['libtpu']}, jax "
-        f"{one['versions']['jax']}"
+        f"compiled in {one['compile_seconds']:.0f} s by {compiler} {one['versions'][compiler]}, "
+        f"jax {one['versions']['jax']}"
     )
     return out
 

@@ -21,7 +21,6 @@ from flax import linen as nn
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import analytic, unet, zoo
-from ldm_scaling.parallel import hlo
 from ldm_scaling.study import records
 from tests.study import fake_records
 
@@ -178,39 +177,6 @@ def test_the_slowest_means_binds(scripts):
     }.items():
         found = roofline.seconds(bench.TOY, 3, chip)
         assert found["bound"] == pytest.approx(found[means]) and found[means] > 0
-
-
-def _conv(stride):
-    def run(x, k):
-        return jax.lax.conv_general_dilated(
-            x, k, (stride, stride), [(1, 1), (1, 1)], dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-
-    return run
-
-
-@pytest.mark.parametrize(
-    ("function", "shapes", "flops"),
-    [
-        (lambda a, b: a @ b, [(64, 128), (128, 32)], 2 * 64 * 128 * 32),
-        (lambda a, b: a @ b, [(3, 5, 64, 16), (3, 5, 16, 8)], 15 * 2 * 64 * 16 * 8),
-        (_conv(1), [(2, 16, 16, 8), (3, 3, 8, 12)], 2 * 2 * 256 * 9 * 8 * 12),
-        (_conv(2), [(2, 16, 16, 8), (3, 3, 8, 12)], 2 * 2 * 64 * 9 * 8 * 12),
-        # Forward, and with respect to both operands.
-        (jax.grad(lambda x, k: jnp.sum(_conv(2)(x, k) ** 2), (0, 1)),
-         [(2, 16, 16, 8), (3, 3, 8, 12)], 3 * 2 * 2 * 64 * 9 * 8 * 12),
-    ],
-)  # fmt: skip
-def test_products_of_kernels(function, shapes, flops, scripts):
-    """What is read off a compiled program's text is the textbook's count, padding among it."""
-    kernels = scripts("kernels")
-    given = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    module = hlo.parse(jax.jit(function).lower(*given).compile().as_text())
-    fused = {n for _, i in module.instructions() if i.opcode == "fusion" for n in hlo.called_by(i)}
-    found = sum(
-        kernels.products(module, name, i) for name, i in module.instructions() if name not in fused
-    )
-    assert found == pytest.approx(flops)
 
 
 # --- kernels of our own ---------------------------------------------------------------------

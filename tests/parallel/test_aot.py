@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ldm_scaling.errors import MissingPackageError, UserError
-from ldm_scaling.parallel import aot, chips
+from ldm_scaling.parallel import aot, aot_tpu, chips
 
 
 def test_without_libtpu_the_remedy_is_named(monkeypatch):
@@ -28,7 +28,7 @@ def test_without_libtpu_the_remedy_is_named(monkeypatch):
     ],
 )  # fmt: skip
 def test_an_unknown_topology_names_the_nearest(monkeypatch, name, near):
-    monkeypatch.setattr(aot, "require", lambda: None)
+    monkeypatch.setattr(aot_tpu, "require", lambda: None)
     with pytest.raises(UserError, match=f"did you mean {near}"):
         aot.topology(name)
 
@@ -64,8 +64,8 @@ def test_table_of_chips():
     for chip in chips.CHIPS:
         # FLOPs per byte of memory traffic: 150 to 600 for all of these.
         assert 100 < chip.bf16_flops / chip.hbm_bandwidth < 700, chip.name
-        assert 2 < chip.hbm_bandwidth / chip.link_bandwidth < 20, chip.name
-        assert chip.usable_bytes is None or 0.9 < chip.usable_bytes / chip.hbm_bytes <= 1
+        assert 2 < chip.hbm_bandwidth / chip.link_bandwidth < 40, chip.name
+        assert 0.9 < chip.usable_bytes / chip.hbm_bytes <= 1
     assert chips.peak_flops("TPU v5 lite", "bfloat16") == 197e12
     assert chips.peak_flops("NVIDIA H100 80GB HBM3", "float16") == 989e12
     # Two devices share a chip of 2307 TFLOP/s.

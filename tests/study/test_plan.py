@@ -2,6 +2,7 @@
 read, a family that goes on where it was; and one network by the TPU's own compiler."""
 
 import dataclasses
+import importlib.util
 import json
 import re
 import sys
@@ -14,7 +15,7 @@ import pytest
 from ldm_scaling import cli, config, recipes
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import attention
-from ldm_scaling.parallel import aot, chips, collectives, hlo
+from ldm_scaling.parallel import aot, aot_tpu, chips, collectives, hlo
 from ldm_scaling.study import plan, plan_family, plan_parts, plan_remedies, plan_show
 from ldm_scaling.study.plan import Target
 
@@ -356,11 +357,14 @@ def _fails(capsys, *arguments):
 
 
 def test_a_users_mistakes_are_one_line(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(aot, "require", lambda: None)
+    monkeypatch.setattr(aot_tpu, "require", lambda: None)
     file = "--config=configs/t2i_39m.py"
     assert "needs --config" in _fails(capsys)
     assert "needs --topology" in _fails(capsys, file)
     assert "did you mean v5e:16x16" in _fails(capsys, file, "--topology=v5e-256")
+    assert "did you mean h100:8" in _fails(capsys, file, "--topology=h10:8")
+    assert "how many: h100:1, h100:8" in _fails(capsys, file, "--topology=H100")
+    assert "'12' GPUs: give 1 to 8, or a multiple" in _fails(capsys, file, "--topology=h100:12")
     assert "'0' is not a whole number above 0" in _fails(capsys, file, "--batch=0")
     assert "does not go with --all" in _fails(capsys, "--all", file)
     assert "unknown argument '--depth=3'" in _fails(capsys, file, "--depth=3")
@@ -369,9 +373,11 @@ def test_a_users_mistakes_are_one_line(capsys, monkeypatch, tmp_path):
 
 
 def test_without_the_compiler_the_extra_is_named(capsys, monkeypatch):
-    monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     line = _fails(capsys, "--config=configs/t2i_39m.py", "--topology=v5e:16x16")
     assert "pip install -e '.[tpu-plan]'" in line
+    line = _fails(capsys, "--config=configs/t2i_39m.py", "--topology=h100:8")
+    assert "pip install -e '.[gpu-plan]'" in line
 
 
 def test_a_pods_processes_sample_on_their_own_chips():
@@ -402,3 +408,32 @@ def test_a_network_by_the_tpus_own_compiler(capsys, tmp_path):
     assert 0.9 < body["flops_over_analytic"] < 1.2
     # Parameters lie in four parts and are gathered.
     assert body["collectives"]["all-gather"]["count"] > 0
+
+
+def test_a_network_by_a_gpus_own_compiler(capsys, tmp_path, monkeypatch):
+    pytest.importorskip(
+        "jax_plugins.xla_cuda13", reason="no GPU compiler: pip install -e '.[parity]'"
+    )
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".9")
+    path = tmp_path / "plan.json"
+    status = cli.main([
+        "plan", "--config=configs/t2i_39m.py:local", "--topology=h200:2", "--kind=sample",
+        f"--to={path}",
+    ])  # fmt: skip
+    assert status == 0
+    out = capsys.readouterr().out
+    assert "sample: batch 16 on h200:2 (2 GPUs)" in out and "kernels one after the other" in out
+    assert re.search(r"attention +\d+", out) and "chip" not in out
+    body = json.loads(path.read_text())
+    assert KEYS <= set(body) and body["fits"] and "jax-cuda13-pjrt" in body["versions"]
+    assert 0.9 < body["flops_over_analytic"] < 1.2
+    assert body["hbm_capacity_gb"] == pytest.approx(0.9 * 139.8 * 2**30 / 1e9)
+    sorts = body["kernels_by_kind"].values()
+    assert body["compiler_seconds"] == pytest.approx(sum(row["seconds"] for row in sorts))
+
+
+def test_a_gpus_attention_kernel_is_cudnns(monkeypatch):
+    monkeypatch.setattr(aot, "on_gpu", lambda devices: True)
+    devices = jax.devices()[:8]
+    first = next(plan_remedies.of(_study(attention="plain"), "train", devices))
+    assert first.flags == ["--config.train.attention=cudnn"]

@@ -1,0 +1,89 @@
+"""Slices of TPUs that are not here, by libtpu."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import math
+import os
+
+import jax
+
+from ldm_scaling.errors import MissingPackageError, UserError
+from ldm_scaling.parallel import aot_gpu, gpus
+
+_FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBIC = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16",
+          "8x16x16", "16x16x16")  # fmt: skip
+# The slices that libtpu knows and that can be asked for.
+TOPOLOGIES = tuple(
+    f"{name}:{shape}"
+    for name, shapes in (
+        ("v4", _CUBIC), ("v5e", _FLAT), ("v5p", _CUBIC), ("v6e", _FLAT), ("tpu7x", _CUBIC)
+    )
+    for shape in shapes
+)  # fmt: skip
+# Off a TPU machine libtpu asks a server that is not there, locks a file against a second process,
+# and complains of what it does not find.
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_ID": "0",
+    "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+}  # fmt: skip
+
+
+def require() -> None:
+    """Raises `MissingPackageError` where the TPU's compiler is not installed."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise MissingPackageError("libtpu", "compiling for a TPU", extra="tpu-plan")
+
+
+def check(name: str) -> None:
+    """Raises what `topology` would, of a name or of a compiler that is not installed."""
+    if name not in TOPOLOGIES:
+        raise UserError(f"topology {name!r} is not known; {_nearest(name)}")
+    require()
+
+
+def topology(name: str, num_slices: int = 1) -> list[jax.Device]:
+    """As `aot.topology`."""
+    check(name)
+    if num_slices < 1:
+        raise UserError(f"num_slices={num_slices}: give 1 or more")
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    from jax.experimental import topologies
+
+    # The two cores of a v4 are one device, as on a TPU machine.
+    options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
+    try:
+        found = topologies.get_topology_desc(
+            name, platform="tpu", num_slices=num_slices, **options
+        )
+    except Exception as e:  # libtpu's errors have no type of their own.
+        line = str(e).strip().splitlines()[0][:200]
+        raise UserError(f"topology {name!r}, {num_slices} slices: libtpu says {line}") from e
+    return list(found.devices)
+
+
+def _nearest(name: str) -> str:
+    kind, _, shape = name.lower().replace("-", ":").partition(":")
+    kind = {"v5litepod": "v5e", "v5lite": "v5e", "v7x": "tpu7x", "v7": "tpu7x", "v6": "v6e"}.get(
+        kind, kind
+    )
+    same = [one for one in TOPOLOGIES if one.startswith(f"{kind}:")]
+    if shape.isdecimal():  # v5e-256: so many chips
+        near = [one for one in same if _chips(one) == int(shape)]
+    else:
+        near = difflib.get_close_matches(f"{kind}:{shape}", TOPOLOGIES, n=1)
+    if near:
+        return f"did you mean {near[0]}?"
+    if same:
+        return f"choose from {', '.join(same)}"
+    gpu = difflib.get_close_matches(kind, gpus.GPUS, n=1)
+    if gpu:
+        return f"did you mean {gpu[0]}:{shape or 8}?"
+    return f"choose from {', '.join(TOPOLOGIES)}; or from GPUs: {aot_gpu.names()}"
+
+
+def _chips(name: str) -> int:
+    return math.prod(int(side) for side in name.split(":")[1].split("x"))
