@@ -95,8 +95,11 @@ class Sweep:
             Configuration(solvers.make(name, schedule, steps), w, self.index)
             for name, steps, w in itertools.product(grid.solvers, grid.steps, grid.rates)
         ]
-        self.engine = Lanes(denoise, self.spec.latent_shape, grid.lanes, mesh)
-        self.plain = sampler.make_sampler(denoise, self.spec.latent_shape)
+        narrowed = drawing.narrowed(self.spec, mesh, dtype)
+        self.engine = Lanes(
+            denoise, self.spec.latent_shape, grid.lanes, mesh, narrowed=narrowed
+        )
+        self.plain = sampler.make_sampler(denoise, self.spec.latent_shape, narrowed=narrowed)
 
     def lanes(self) -> np.ndarray:
         """All samples, (configurations, samples, H, W, C)."""

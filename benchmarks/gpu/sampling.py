@@ -86,7 +86,9 @@ class Ours:
         if params is None:
             params = bench.filled(unet.param_shapes(self.spec))
         self.params = jax.device_put(params)
-        self.draw = sampler.make_sampler(denoise, self.spec.latent_shape)
+        self.draw = sampler.make_sampler(
+            denoise, self.spec.latent_shape, narrowed=drawing.narrowed(self.spec, mesh, dtype)
+        )
         self.key, self._given = jax.random.key(0), {}
         if decoder_dtype is not None:
             shapes = jax.eval_shape(

@@ -92,6 +92,8 @@ class Lanes:
         max_rows: S, the most rows between two visits of the host.
         told: whether the network is told each sample's guidance rate, as cond["guidance"] (B,),
             and so called once, whatever the rate.
+        narrowed: what is done to the parameters before the first row of a chunk, see
+            `models.narrowing`; nothing by default.
 
     Beyond the network's needs the device holds each lane's prompt and the latents of its last
     rows, and for each chunk on its way B K prompts and latents, however long the sweep: K, the
@@ -107,10 +109,11 @@ class Lanes:
     def __init__(
         self, denoise: Denoise, latent_shape: tuple[int, ...], size: int, mesh: jax.sharding.Mesh,
         admit: Callable[[Any], Any] = lambda cond: cond, max_rows: int = 32, told: bool = False,
+        narrowed: Callable[[Any], Any] = lambda params: params,
     ):
         mesh_lib.check_batch(mesh, size, "lanes")
         self.denoise, self.latent_shape, self.size, self.mesh = denoise, latent_shape, size, mesh
-        self.admit, self.max_rows, self.told = admit, max_rows, told
+        self.admit, self.max_rows, self.told, self.narrowed = admit, max_rows, told, narrowed
         self._programs: dict[tuple[Correction, bool], Callable] = {}
 
     def _program(self, correction: Correction, guided: bool) -> Callable:
@@ -126,6 +129,7 @@ class Lanes:
     ) -> tuple[Lane, Array]:
         """Runs a chunk's rows; returns the lanes and the latents that ended, (B, K, H, W, C)."""
         K, shape = chunk["index"].shape[1], self.latent_shape
+        params = self.narrowed(params)
 
         def begin(lane: Lane, start_B: Array, scale_B111: Array) -> Lane:
             index_B = _take(chunk["index"], start_B)

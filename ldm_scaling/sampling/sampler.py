@@ -101,7 +101,8 @@ def _check_batch(index_B: Array, guidance_B: Array | None, cond: Any) -> None:
 
 
 def make_sampler(
-    denoise: Denoise, latent_shape: tuple[int, ...], correction: Correction = guidance.NONE
+    denoise: Denoise, latent_shape: tuple[int, ...], correction: Correction = guidance.NONE,
+    narrowed: Callable[[Any], Any] = lambda params: params,
 ) -> Callable[..., Array]:
     """The jitted function that runs any table with this network.
 
@@ -112,6 +113,7 @@ def make_sampler(
         denoise: `denoise(params, x_BHWC, t_B, cond) -> F_BHWC`.
         latent_shape: (H, W, C).
         correction: what no table can say; off by default.
+        narrowed: what is done to the parameters before the first row, see `models.narrowing`.
 
     Returns:
         `sample(params, table, guidance_B, cond, uncond, key, index_B) -> x_BHWC`, float32, where
@@ -139,6 +141,7 @@ def make_sampler(
         if (guidance_B is None) != (uncond is None):
             raise UserError("guidance needs both guidance_B and uncond: give both or neither")
         _check_batch(index_B, guidance_B, cond)
+        params = narrowed(params)
         both = None if uncond is None else guidance.with_unconditional(cond, uncond)
 
         def body(r: Array, state: State) -> State:

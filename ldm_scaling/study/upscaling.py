@@ -28,7 +28,7 @@ from ldm_scaling.sampling.tiles import Tiles
 from ldm_scaling.study.finetuned import FineTuned
 from ldm_scaling.study.networks import model_hash
 from ldm_scaling.tasks import conditioned
-from ldm_scaling.tasks.drawing import denoiser, pad_context, sampling_key
+from ldm_scaling.tasks.drawing import denoiser, narrowed, pad_context, sampling_key
 
 FACTOR = rrdbnet.FACTOR
 TASK = "super_resolution"
@@ -174,6 +174,7 @@ class _Upscaler:
         run = tuned.config.train
         spec = tuned.spec(name)
         self._denoise = denoiser(spec, m.mesh, run.compute_dtype, attention=run.attention)
+        self._narrowed = narrowed(spec, m.mesh, run.compute_dtype)
         self._decode, self._key = m.decode, sampling_key(seed)
         self._step = m.study.data.side // m.frozen.latent_shape[0]
         self._tile = m.frozen.latent_shape[:2]
@@ -270,7 +271,8 @@ class _Upscaler:
     @functools.cache  # noqa: B019  One object a run.
     def _sampler(self, made: Tiles) -> Callable[..., jax.Array]:
         shape = (*made.canvas, self._frozen.latent_shape[2])
-        return sampler.make_sampler(tiles.tiled(self._denoise, made, self.batch), shape)
+        denoise = tiles.tiled(self._denoise, made, self.batch)
+        return sampler.make_sampler(denoise, shape, narrowed=self._narrowed)
 
 
 # --- files ------------------------------------------------------------------------------------

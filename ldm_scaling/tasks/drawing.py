@@ -19,7 +19,7 @@ from ldm_scaling.config import Diffusion
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import attention as attention_lib
-from ldm_scaling.models import autoencoder, backbone, tiny_decoder
+from ldm_scaling.models import autoencoder, backbone, narrowing, tiny_decoder
 from ldm_scaling.parallel import gathering, hosts, placing
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling import packing, solvers
@@ -87,6 +87,14 @@ def denoiser(
     return gathering.spread(make, shapes, mesh)
 
 
+def narrowed(
+    spec: backbone.Spec, mesh: jax.sharding.Mesh, compute_dtype: str = "auto"
+) -> Callable[[Any], Any]:
+    """What makes a network's parameters those that a loop takes which calls it in every turn, see
+    `models.narrowing`. The arguments are `denoiser`'s."""
+    return narrowing.of(spec, hosts.compute_dtype(compute_dtype, mesh_lib.platform(mesh)))
+
+
 def lanes(
     spec: backbone.Spec, latent_shape: tuple[int, int, int], size: int, mesh: jax.sharding.Mesh,
     compute_dtype: str = "auto", attention: str = "auto",
@@ -105,7 +113,10 @@ def lanes(
         return cond | {"context": pad_context(cond["context"], spec.context_dim)}
 
     denoise = denoiser(spec, mesh, compute_dtype, attention=attention)
-    return Lanes(denoise, latent_shape, size, mesh, admit, told=spec.guidance_dim > 0)
+    return Lanes(
+        denoise, latent_shape, size, mesh, admit, told=spec.guidance_dim > 0,
+        narrowed=narrowed(spec, mesh, compute_dtype),
+    )
 
 
 def decoder(
