@@ -168,8 +168,11 @@ def plain(x_BPC: jax.Array, scale_C: jax.Array, bias_C: jax.Array) -> jax.Array:
 
 
 @contextlib.contextmanager
-def in_networks() -> Iterator[None]:
-    """What is traced within takes the kernels wherever SiLU follows a norm and shapes fit."""
+def in_networks(interpret: bool | None = None) -> Iterator[None]:
+    """What is traced within takes the kernels wherever SiLU follows a norm and shapes fit;
+    interpreted on a CPU unless that is given."""
+    if interpret is None:
+        interpret = jax.default_backend() == "cpu"
     before = blocks.group_norm
 
     def instead(x_BHWC, scale_C, bias_C, groups, epsilon, dtype, activated=False):
@@ -177,7 +180,7 @@ def in_networks() -> Iterator[None]:
         if not activated or x_BPC.dtype != dtype or not fits(*x_BPC.shape[1:]):
             return before(x_BHWC, scale_C, bias_C, groups, epsilon, dtype, activated)
         y_BPC = fused(
-            x_BPC, scale_C, bias_C, groups, epsilon, jax.default_backend() == "cpu"
+            x_BPC, scale_C, bias_C, groups, epsilon, interpret
         )
         return y_BPC.reshape(x_BHWC.shape)
 

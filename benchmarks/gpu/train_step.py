@@ -24,6 +24,7 @@ import bench
 import group_norm
 import jax
 import jax.numpy as jnp
+import layouts
 import numpy as np
 import peers
 from bench import Book, Piece
@@ -77,11 +78,12 @@ class Ours:
       batch: examples a step.
       remat, moments: see `config.Train`.
       kernels: whether group norms take those of group_norm.py.
+      layout: whether convolutions' kernels are held as in layouts.py.
     """
 
     def __init__(
         self, member: str, batch: int, remat: str = "none", moments: str = "float32",
-        kernels: bool = False,
+        kernels: bool = False, layout: bool = False,
     ):
         spec = self.spec = bench.spec_of(member)
         self.train = Train(
@@ -99,9 +101,14 @@ class Ours:
         shape = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), self.batches[0]
         )
+        # Where a step has layouts of its own, shapes do not say where they are.
+        given, self._held = abstract, None
+        if layout:
+            self._held = layouts.formats(abstract)
+            step, given = layouts.jitted(step, abstract, mesh), layouts.unplaced(abstract)
         start = time.perf_counter()
         with group_norm.in_networks() if kernels else contextlib.nullcontext():
-            lowered = step.lower(abstract, shape, self.key)
+            lowered = step.lower(given, shape, self.key)
         self.compiled = lowered.compile()
         self.compile_seconds = time.perf_counter() - start
         # Memory is taken with the first step: until then others may use it.
@@ -114,7 +121,8 @@ class Ours:
             params = bench.filled(self._abstract.params)
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding),
                                  (self._abstract.step, self._abstract.opt_state))
-            self.state = TrainState(zeros[0], params, zeros[1], jax.tree.map(jnp.copy, params))
+            state = TrainState(zeros[0], params, zeros[1], jax.tree.map(jnp.copy, params))
+            self.state = state if self._held is None else jax.device_put(state, self._held)
         for _ in range(calls):
             batch = self.batches[self.number % len(self.batches)]
             self.state, values = self.compiled(self.state, batch, self.key)
@@ -209,13 +217,14 @@ def parity(member: str, args: Any, book: Book) -> dict[str, Any]:
 
 
 def attempt(member: str, batch: int, args: Any, book: Book, remat: str = "none",
-            moments: str = "float32", alone: bool = True, kernels: bool = False) -> dict[str, Any]:
+            moments: str = "float32", alone: bool = True, **own: bool) -> dict[str, Any]:
     """Our images/s at a batch, or that it does not fit. Alone, it has the card from its first byte
-    to its last; else it takes turns with others, each keeping what it holds."""
+    to its last; else it takes turns with others, each keeping what it holds. `own` is `Ours`'s
+    `kernels` and `layout`."""
     try:
-        plain = remat == "none" and moments == "float32" and not kernels
+        plain = remat == "none" and moments == "float32" and not own
         ours = ours_of(member, batch, args) if plain else Ours(
-            member, batch, remat, moments, kernels)
+            member, batch, remat, moments, **own)
         with bench.turn() if alone else contextlib.nullcontext():
             found = bench.sustained(ours, batch, args.window, args.toy)
             loss = ours(1)
@@ -324,10 +333,13 @@ def pieces(args: Any) -> list[Piece]:
         functools.partial(attempt_peer, member, tried[-1] if args.toy else 64, args, eager=True),
         1.5,
     ))
-    out.append(Piece(
-        f"kernels_{tried[0]:03d}",
-        functools.partial(attempt, member, tried[0], args, alone=False, kernels=True), 2.5,
-    ))
+    out += [
+        Piece(
+            f"{name}_{tried[0]:03d}",
+            functools.partial(attempt, member, tried[0], args, alone=False, **{name: True}), 2.5,
+        )
+        for name in ("kernels", "layout")
+    ]
     for turn in (1, 2):
         out += [
             Piece(f"turn{turn}_{side}",

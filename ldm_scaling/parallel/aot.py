@@ -12,7 +12,7 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -207,7 +207,8 @@ def _effort(value: float) -> Iterator[None]:
 
 
 def compile(
-    jitted: Any, *args: Any, mesh: Mesh, cost_of: CostOf = lambda call: None
+    jitted: Any, *args: Any, mesh: Mesh, cost_of: CostOf = lambda call: None,
+    options: Mapping[str, Any] | None = None,
 ) -> Program:
     """Compiles a jitted function for a mesh of devices that are not here.
 
@@ -217,6 +218,7 @@ def compile(
       mesh: the devices.
       cost_of: (FLOPs, bytes) of one run of a custom call on one device, None for one that is not
         known.
+      options: the compiler's, XLA's flags without dashes.
 
     Raises:
       DoesNotFit: where it needs more memory than a device has.
@@ -227,14 +229,14 @@ def compile(
         with aot_gpu.as_on(devices[0]):
             lowered = jitted.trace(*args).lower(lowering_platforms=("cuda",))
         middle = time.perf_counter()
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=dict(options or {}))
         end = time.perf_counter()
         return _fitting(read(compiled, mesh, cost_of, middle - start, end - middle), devices)
     lowered = jitted.lower(*args)
     middle = time.perf_counter()
     with _effort(_EFFORT):
         try:
-            compiled = lowered.compile()
+            compiled = lowered.compile(compiler_options=dict(options or {}))
         except jax.errors.JaxRuntimeError as e:
             if "RESOURCE_EXHAUSTED" in str(e) and re.search(r"\bhbm\b", str(e), re.IGNORECASE):
                 raise DoesNotFit(str(e)) from e
@@ -326,13 +328,18 @@ def _sent(exchanges: Iterable[collectives_lib.Collective]) -> tuple[float, float
 def _gpu_work(
     module: hlo.Module, chip: chips.Chip, exchanges: list[collectives_lib.Collective]
 ) -> tuple[Work, dict[str, dict[str, float]]]:
-    """What a GPU's program does, and the same by its kernels' kinds."""
+    """What a GPU's program does, and the same by its kernels' kinds. Where a loop of an unknown
+    number of iterations is most of it, as in the sampler's, one of these, without what is before
+    and behind the loop."""
     gpu = gpus.GPUS[chip.name]
     peaks = (chip.bf16_flops, chip.f32_flops, chip.hbm_bandwidth, gpu.exponentials)
     sorts: dict[str, dict[str, float]] = {}
-    for kernel in gpu_program.kernels(module):
-        if kernel.kind == "exchange":
-            continue  # counted by what it sends
+    # Exchanges are counted by what they send.
+    found = [one for one in gpu_program.kernels(module) if one.kind != "exchange"]
+    turns = [one for one in found if one.turn]
+    if 2 * sum(one.bytes for one in turns) > sum(one.times * one.bytes for one in found):
+        found = turns
+    for kernel in found:
         row = sorts.setdefault(
             kernel.kind, {"count": 0, "flops": 0.0, "bytes": 0.0, "seconds": 0.0}
         )

@@ -43,6 +43,7 @@ class Kernel:
       bytes: that it reads and writes, once.
       exponentials: of attention, once.
       wide: whether its products take float32 operands.
+      turn: whether it is run by a loop of an unknown number of iterations, once in each.
       what: the layer it is from, as far as the text tells.
     """
 
@@ -54,6 +55,7 @@ class Kernel:
     exponentials: float
     wide: bool
     what: str
+    turn: bool = False
 
     def once(
         self, flops: float, wide_flops: float, bandwidth: float, exponentials: float
@@ -85,7 +87,7 @@ def kernel(module: hlo.Module, computation: str, i: hlo.Instruction) -> Kernel:
     return Kernel(
         i.name, kind(module, i), module.times[computation], products(module, computation, i),
         _moved(module, computation, i), exponentials(module, computation, i),
-        _wide(module, computation, i), what(i),
+        _wide(module, computation, i), what(i), computation in module.turns,
     )
 
 

@@ -94,6 +94,21 @@ class Module:
         return self._count(lambda loop: 1)
 
     @functools.cached_property
+    def turns(self) -> set[str]:
+        """Computations that loops of an unknown number of iterations run."""
+        out: set[str] = set()
+        todo = [
+            name for _, i in self.instructions() if i.opcode == "while" and self.trips(i) is None
+            for name in called_by(i)
+        ]
+        while todo:
+            name = todo.pop()
+            if name not in out:
+                out.add(name)
+                todo += [c for i in self.computations.get(name, {}).values() for c in called_by(i)]
+        return out
+
+    @functools.cached_property
     def unknown_loops(self) -> int:
         """Loops whose number of iterations the text does not tell; they count once."""
         loops = [i for c in self.times for i in self.computations[c].values()]

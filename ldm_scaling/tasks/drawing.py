@@ -91,7 +91,10 @@ def narrowed(
     spec: backbone.Spec, mesh: jax.sharding.Mesh, compute_dtype: str = "auto"
 ) -> Callable[[Any], Any]:
     """What makes a network's parameters those that a loop takes which calls it in every turn, see
-    `models.narrowing`. The arguments are `denoiser`'s."""
+    `models.narrowing`. In shards, as where memory is short, they are left as they are: a second
+    copy would have to be held. The arguments are `denoiser`'s."""
+    if mesh_lib.fsdp(mesh) * mesh.shape["tensor"] > 1:
+        return lambda params: params
     return narrowing.of(spec, hosts.compute_dtype(compute_dtype, mesh_lib.platform(mesh)))
 
 

@@ -577,3 +577,34 @@ def test_the_clock_holds_seconds_back(scripts):
     with clock.holding(40):
         assert 15 < clock.left < 20
     assert 55 < clock.left < 60
+
+
+def test_a_state_in_cudnns_layout_trains_alike(scripts):
+    train_step = scripts("train_step")
+    plain, turned = (train_step.Ours("toy", 2, layout=layout) for layout in (False, True))
+    assert plain(2) == turned(2)
+    kernel = turned.state.ema["conv_in"]["kernel"]
+    assert kernel.format.layout.major_to_minor == (3, 0, 1, 2)
+    np.testing.assert_array_equal(kernel, plain.state.ema["conv_in"]["kernel"])
+
+
+# --- judged by the compiler -----------------------------------------------------------------
+
+
+def test_judge(scripts, tmp_path, capsys):
+    pytest.importorskip(
+        "jax_plugins.xla_cuda13", reason="no GPU compiler: pip install -e '.[parity]'"
+    )
+    judge, path = scripts("judge"), tmp_path / "judged.json"
+    assert judge.main(["--toy", "sample", "sample:converting", f"--to={path}"]) == 0
+    rows = json.loads(path.read_text())["programs"]
+    lines = capsys.readouterr().out.splitlines()
+    for name, row in rows.items():
+        assert f"{name}: {judge.PROGRAMS[name].what}" in "\n".join(lines)
+        assert row["seconds"] == pytest.approx(sum(k["seconds"] for k in row["kernels"].values()))
+    # A row without conversions of parameters: fewer kernels, the same products.
+    assert rows["sample"]["flops"] == rows["sample:converting"]["flops"]
+    count, more = (sum(k["count"] for k in row["kernels"].values()) for row in rows.values())
+    assert count < more
+    assert judge.main(["--topology=h100:12"]) == 2
+    assert "a multiple of 8" in capsys.readouterr().err
