@@ -18,7 +18,10 @@ import jax
 from ldm_scaling.errors import MissingPackageError, UserError
 from ldm_scaling.parallel import gpus, hosts
 
-_PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
+# JAX's plug-ins for CUDA, and the packages that their compilers are in.
+_PLUGINS = {
+    "jax_plugins.xla_cuda13": "jax-cuda13-pjrt", "jax_plugins.xla_cuda12": "jax-cuda12-pjrt",
+}  # fmt: skip
 EXTRA = "gpu-plan"
 
 
@@ -27,6 +30,12 @@ def _installed(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:
         return False
+
+
+def package() -> str:
+    """The package that compiles; of CUDA 13 where none is installed."""
+    installed = [package for plugin, package in _PLUGINS.items() if _installed(plugin)]
+    return installed[0] if installed else "jax-cuda13-pjrt"
 
 
 def check(topology: str) -> None:

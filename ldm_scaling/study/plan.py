@@ -392,8 +392,8 @@ def _bare(source: str) -> str:
 def versions(target: Target) -> dict[str, str]:
     """Of what compiles."""
     out = {"ldm_scaling": ldm_scaling.__version__}
-    compilers = ("jax-cuda13-pjrt",) if aot_gpu.is_name(target.topology) else ("libtpu",)
-    for name in ("jax", "jaxlib", *compilers, "flax", "optax"):
+    compiler = aot_gpu.package() if aot_gpu.is_name(target.topology) else "libtpu"
+    for name in ("jax", "jaxlib", compiler, "flax", "optax"):
         try:
             out[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
