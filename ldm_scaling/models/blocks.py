@@ -185,7 +185,7 @@ def _silu_backward(x: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
 def geglu(x: jax.Array, gate: jax.Array) -> jax.Array:
     """x gate Phi(gate), with the exact normal distribution function (Shazeer 2020, arXiv
     2002.05202)."""
-    # In float32 throughout: in a narrower type XLA's kernels for GPUs keep a product within it.
+    # In float32 throughout: in a narrower type XLA for GPUs writes and reads a product within it.
     y = gate.astype(jnp.float32)
     phi = 0.5 * y * jax.lax.erfc(-y / math.sqrt(2.0))
     return (x.astype(jnp.float32) * phi).astype(x.dtype)

@@ -25,15 +25,18 @@ def of(spec: backbone.Spec, dtype: Any) -> Callable[[Any], Any]:
     if jnp.dtype(dtype) == jnp.float32:
         return lambda params: params
 
+    def one(leaf: jax.Array, used: jnp.dtype) -> jax.Array:
+        return leaf if used == jnp.float32 else leaf.astype(used)
+
     def narrowed(params: Any) -> Any:
-        return jax.tree.map(lambda leaf, used: leaf.astype(used), params, types(spec, dtype))
+        return jax.tree.map(one, params, types(spec, dtype))
 
     return narrowed
 
 
 @functools.cache
 def types(spec: backbone.Spec, dtype: Any) -> Any:
-    """The tree of types that parameters are used in."""
+    """The tree of types that parameters are used in; float32 of those that are left alone."""
     shapes = backbone.param_shapes(spec)
     x_BHWC, t_B, ctx_BLD, *told = backbone.example_inputs(spec)
     cond = {"context": ctx_BLD} | ({"guidance": told[0]} if told else {})

@@ -329,15 +329,15 @@ def _gpu_work(
     module: hlo.Module, chip: chips.Chip, exchanges: list[collectives_lib.Collective]
 ) -> tuple[Work, dict[str, dict[str, float]]]:
     """What a GPU's program does, and the same by its kernels' kinds. Where a loop of an unknown
-    number of iterations is most of it, as in the sampler's, one of these, without what is before
-    and behind the loop."""
+    number of iterations has most of its FLOPs, as in the sampler's, one of these, without what is
+    before and behind the loop."""
     gpu = gpus.GPUS[chip.name]
     peaks = (chip.bf16_flops, chip.f32_flops, chip.hbm_bandwidth, gpu.exponentials)
     sorts: dict[str, dict[str, float]] = {}
     # Exchanges are counted by what they send.
     found = [one for one in gpu_program.kernels(module) if one.kind != "exchange"]
     turns = [one for one in found if one.turn]
-    if 2 * sum(one.bytes for one in turns) > sum(one.times * one.bytes for one in found):
+    if 2 * sum(one.times * one.flops for one in turns) > sum(o.times * o.flops for o in found):
         found = turns
     for kernel in found:
         row = sorts.setdefault(

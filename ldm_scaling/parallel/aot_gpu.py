@@ -8,6 +8,7 @@ products a real GPU would choose is left open, and with it their workspace.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -16,13 +17,17 @@ from typing import Any
 import jax
 
 from ldm_scaling.errors import MissingPackageError, UserError
-from ldm_scaling.parallel import gpus, hosts
+from ldm_scaling.parallel import chips, gpus, hosts
 
 # JAX's plug-ins for CUDA, and the packages that their compilers are in.
 _PLUGINS = {
     "jax_plugins.xla_cuda13": "jax-cuda13-pjrt", "jax_plugins.xla_cuda12": "jax-cuda12-pjrt",
 }  # fmt: skip
 EXTRA = "gpu-plan"
+_MEANT = {
+    "a100": ("a100-80gb", "a100-40gb"), "a100-sxm": ("a100-80gb", "a100-40gb"),
+    "4090": ("rtx4090",), "rtx-4090": ("rtx4090",), "h100-sxm": ("h100",), "h200-sxm": ("h200",),
+}  # fmt: skip
 
 
 def _installed(name: str) -> bool:
@@ -39,17 +44,26 @@ def package() -> str:
 
 
 def check(topology: str) -> None:
-    """Raises what `topology` would, of a name or number that cannot be, or where JAX's plug-in for
-    CUDA is not installed."""
+    """Raises what `topology` would, of a name or number that cannot be, of a part of the memory
+    that cannot be, or where JAX's plug-in for CUDA is not installed."""
     if gpus.split(topology) is None:
         raise UserError(f"topology {topology!r} is not known; {_instead(topology)}")
     if not any(_installed(name) for name in _PLUGINS):
         raise MissingPackageError("jax-cuda13-plugin", "compiling for a GPU", extra=EXTRA)
+    chips.share_of_gpu()
 
 
 def is_name(topology: str) -> bool:
     """Whether a topology's name is meant for GPUs: `h100:8`, `h100`, `rtx4090:1`."""
     return topology.partition(":")[0].lower() in gpus.GPUS
+
+
+def nearest(name: str) -> str:
+    """The GPUs that a name that is not known may have meant, for a question; empty for none."""
+    kind, _, number = name.lower().partition(":")
+    count = number if number.isdecimal() else 8
+    meant = _MEANT.get(kind) or difflib.get_close_matches(kind, gpus.GPUS, n=1)
+    return " or ".join(f"{gpu}:{count}" for gpu in meant)
 
 
 def names() -> str:

@@ -10,7 +10,7 @@ import os
 import jax
 
 from ldm_scaling.errors import MissingPackageError, UserError
-from ldm_scaling.parallel import aot_gpu, gpus
+from ldm_scaling.parallel import aot_gpu
 
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBIC = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16",
@@ -79,9 +79,9 @@ def _nearest(name: str) -> str:
         return f"did you mean {near[0]}?"
     if same:
         return f"choose from {', '.join(same)}"
-    gpu = difflib.get_close_matches(kind, gpus.GPUS, n=1)
+    gpu = aot_gpu.nearest(name)
     if gpu:
-        return f"did you mean {gpu[0]}:{shape or 8}?"
+        return f"did you mean {gpu}?"
     return f"choose from {', '.join(TOPOLOGIES)}; or from GPUs: {aot_gpu.names()}"
 
 

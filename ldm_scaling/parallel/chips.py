@@ -24,7 +24,8 @@ import jax.numpy as jnp
 
 from ldm_scaling.errors import UserError
 
-_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+# What says how much of a GPU JAX takes, and what said so before.
+_FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 _TERA, _GIGA, _GIB = 1e12, 1e9, 2**30
 
 
@@ -112,13 +113,14 @@ def by_kind(device_kind: str) -> Chip | None:
     """The chip of a JAX `device_kind`, e.g. `TPU v5 lite`; None for one that is not in the table.
 
     Where several GPUs' names begin it (`NVIDIA H200`, `NVIDIA H200 NVL`), the longest one is meant;
-    `NVIDIA L40` is no `NVIDIA L4`.
+    `NVIDIA L40` is no `NVIDIA L4`, and neither a part of a GPU (MIG) nor a laptop's is that GPU.
     """
     found = [
         (len(kind), chip) for chip in CHIPS for kind in chip.kinds
         if device_kind == kind or (
             kind.startswith("NVIDIA") and device_kind.startswith(kind)
             and not device_kind[len(kind)].isalnum()
+            and not {"MIG", "Laptop", "D"} & set(device_kind[len(kind) :].split())
         )
     ]
     return max(found, key=lambda pair: pair[0])[1] if found else None
@@ -131,18 +133,19 @@ def by_name(name: str) -> Chip | None:
 
 def share_of_gpu() -> float:
     """The part of a GPU's memory that JAX takes as it starts, from which programs are served: 3/4,
-    or what `XLA_PYTHON_CLIENT_MEM_FRACTION` says.
+    or what `XLA_CLIENT_MEM_FRACTION` says (`XLA_PYTHON_CLIENT_MEM_FRACTION` before jax 0.10).
 
     Raises:
       UserError: where it says no fraction.
     """
-    given = os.environ.get(_FRACTION) or "0.75"
+    name = next((name for name in _FRACTIONS if os.environ.get(name)), _FRACTIONS[0])
+    given = os.environ.get(name) or "0.75"
     try:
         share = float(given)
     except ValueError:
         share = 0.0
     if not 0 < share <= 1:
-        raise UserError(f"{_FRACTION}={given}: give a fraction above 0 and up to 1, such as 0.92")
+        raise UserError(f"{name}={given}: give a fraction above 0 and up to 1, such as 0.92")
     return share
 
 

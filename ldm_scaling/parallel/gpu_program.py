@@ -152,6 +152,7 @@ def products(module: hlo.Module, computation: str, i: hlo.Instruction) -> float:
         labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes)
         if not labels:
             return 0.0
+        # A window larger than its map is never seen: XLA lets the two change places.
         taps, small, large = sorted(
             math.prod(size for size, label in zip(dims, text) if label.isdigit())
             for dims, text in zip(three, labels.groups())

@@ -2,8 +2,9 @@
 
 Per streaming multiprocessor by compute capability: NVIDIA's CUDA C++ Programming Guide, "Compute
 Capabilities" (shared memory, threads, registers). Per chip: multiprocessors, boost clock and L2 by
-NVIDIA's data sheets and architecture papers; memory as CUDA reports it (`totalGlobalMem`), which is
-less than what is sold by what error correction and the driver keep.
+NVIDIA's data sheets and architecture papers (the H200's 60 MB of L2 as the card says); memory as
+CUDA reports it (`totalGlobalMem`), which is less than what is sold by what error correction and the
+driver keep.
 """
 
 from __future__ import annotations

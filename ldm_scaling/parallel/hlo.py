@@ -321,8 +321,8 @@ def _fused_by(module: Module, i: Instruction) -> dict[str, Instruction]:
 
 def _read(module: Module, own: dict[str, Instruction], i: Instruction, place: int) -> float:
     """Bytes of an operand that an instruction of `own` reads."""
-    if place == 0 and i.opcode in ("slice", "dynamic-slice"):
-        return size_of(i.shapes)
+    if place == 0 and i.opcode in ("slice", "dynamic-slice", "gather"):
+        return min(size_of(i.shapes), size_of(own[i.operands[0]].shapes))
     if place == 0 and i.opcode == "dynamic-update-slice":
         return 0.0
     body = _fused_by(module, i)

@@ -131,7 +131,7 @@ def _one(given: argparse.Namespace, study_of: Callable) -> list[dict]:
     if not given.member and len(study.members) > 1:
         raise UserError(f"--member: name the network: {', '.join(study.members)}")
     member = given.member or study.members[0]
-    target = plan.Target(given.topology, given.num_slices)
+    target = plan.Target(given.topology.lower(), given.num_slices)
     if given.stage and given.kind != "distill":
         raise UserError("--stage goes with --kind=distill")
     asked = f"distill:{given.stage}" if given.stage else given.kind or _ALL

@@ -20,6 +20,10 @@ _BOUND = (
     "Bounds by the compiler's estimate, not measurements: a job can be slower than this, not faster"
 )
 
+_ON_GPU = (
+    "Estimates at the card's peaks, not measurements: a job is slower, small networks by their "
+    "launches"
+)
 # Seconds, about, that a GPU needs from one kernel to the next outside of a CUDA graph.
 _LAUNCH = 2e-6
 
@@ -41,7 +45,8 @@ def text(plans: Sequence[Plan], frozen_share: float | None = None) -> str:
             f"Frozen encoders: {frozen_share:.1%} of a training step's seconds, were they run in "
             "it instead of once for the caches"
         )
-    console.print(f"{_BOUND}. Capacity and counts: docs/plan.md.")
+    told = _ON_GPU if plans and _on_gpu(plans[0]) else _BOUND
+    console.print(f"{told}. Capacity and counts: docs/plan.md.")
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
@@ -164,6 +169,12 @@ def _words(one: Plan) -> list[str]:
         flops = sum(k["flops"] for k in one["kernels"])
         calls = sum(k["calls"] for k in one["kernels"])
         out.append(f"of these {flops / 1e12:.3g} TFLOP in {calls} Pallas calls, counted by hand")
+    beyond = sum(row["slice_sent"] for row in one["collectives"].values())
+    if _on_gpu(one) and beyond and "network" not in one["roofline_seconds"]:
+        out.append(
+            f"{beyond / 1e9:.3g} GB to other hosts are in no bound: no network is known for this "
+            "card"
+        )
     if one.get("kernels_by_kind"):
         launches = sum(row["count"] for row in one["kernels_by_kind"].values())
         out.append(

@@ -21,7 +21,9 @@ def test_every_gpu_has_its_peaks():
         assert chips.by_kind(chip.kinds[0]) is chip and chip.name == name
         peak = gpu.count * gpu.clock * 1e9 * each_cycle[gpu.each.capability]
         assert 0.45 < chip.bf16_flops / peak < 1.02, name
-    assert chips.by_kind("NVIDIA L40") is None  # not an L4
+    # Not an L4, a part of an H100, a smaller chip.
+    for other in ("L40", "H100 80GB HBM3 MIG 1g.10gb", "GeForce RTX 4090 Laptop GPU"):
+        assert chips.by_kind(f"NVIDIA {other}") is None
 
 
 @pytest.mark.parametrize(
@@ -39,15 +41,30 @@ def test_so_many_gpus_of_so_many_hosts(name, found):
 
 def test_the_part_that_jax_takes(monkeypatch):
     h100 = chips.by_name("h100")
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
     assert chips.capacity(h100) == 0.75 * h100.usable_bytes
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".92")
     assert chips.capacity(h100) == 0.92 * h100.usable_bytes
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", ".5")
+    assert chips.capacity(h100) == 0.5 * h100.usable_bytes
     assert chips.capacity(chips.by_name("v5e")) == chips.by_name("v5e").usable_bytes
     for wrong in ("92", "0", "most"):
-        monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", wrong)
+        monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", wrong)
         with pytest.raises(UserError, match=f"MEM_FRACTION={wrong}"):
             chips.capacity(h100)
+
+
+@pytest.mark.parametrize(
+    "name, near",
+    [
+        ("a100:8", "a100-80gb:8 or a100-40gb:8"), ("rtx-4090:1", "rtx4090:1"),
+        ("h100-sxm:8", "h100:8"), ("h200nvl", "h200-nvl:8"),
+    ],
+)  # fmt: skip
+def test_an_unknown_name_is_asked_back(name, near):
+    with pytest.raises(UserError, match=f"did you mean {near}\\?"):
+        aot.check(name)
 
 
 def test_slices_are_for_tpus(monkeypatch):
@@ -136,6 +153,41 @@ def test_a_product_a_convolution_and_attention_with_their_gradients():
     assert program.work.flops == sum(flops.values())
     held = sum(np.prod(shape.shape) * 2 for shape in shapes)
     assert program.memory.arguments == held and program.memory.outputs == pytest.approx(held, 0.01)
+
+
+def test_a_window_larger_than_its_map():
+    """Of 3x3 on 2x2, forward and both gradients, XLA computes the taps on the map: 16 of 36."""
+    mesh = _gpus("h100:1")
+
+    def loss(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        ).astype(jnp.float32).sum()
+
+    shapes = _shape(mesh, (8, 2, 2, 64)), _shape(mesh, (3, 3, 64, 64))
+    program = aot.compile(jax.jit(jax.grad(lambda *a: loss(*a) ** 2, (0, 1))), *shapes, mesh=mesh)
+    assert program.work.flops == pytest.approx(3 * 2 * 8 * 16 * 64 * 64)
+
+
+def test_a_turn_of_a_loop_without_what_is_before_it():
+    mesh = _gpus("h100:1")
+    x, w = _shape(mesh, (8, 4096)), _shape(mesh, (4096, 4096), dtype=jnp.float32)
+
+    def run(x, w, n):
+        w = w.astype(jnp.bfloat16)
+        return jax.lax.fori_loop(0, n, lambda i, x: jnp.tanh(x @ w), x)
+
+    program = aot.compile(jax.jit(run), x, w, _shape(mesh, (), dtype=jnp.int32), mesh=mesh)
+    assert program.unknown_loops == 1
+    assert program.work.flops == 2 * 8 * 4096 * 4096
+    assert program.work.bytes < 1.1 * 2 * 4096 * 4096  # w in bfloat16, read once
+
+
+def test_of_a_table_the_rows_that_are_taken():
+    mesh = _gpus("h100:1")
+    table, rows = _shape(mesh, (2**16, 512)), _shape(mesh, (32,), dtype=jnp.int32)
+    program = aot.compile(jax.jit(lambda t, r: t[r] * 2), table, rows, mesh=mesh)
+    assert program.work.bytes < 10 * 32 * 512 * 2
 
 
 def test_iterations_and_bytes_are_counted():

@@ -414,7 +414,7 @@ def test_a_network_by_a_gpus_own_compiler(capsys, tmp_path, monkeypatch):
     pytest.importorskip(
         "jax_plugins.xla_cuda13", reason="no GPU compiler: pip install -e '.[parity]'"
     )
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".9")
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", ".9")
     path = tmp_path / "plan.json"
     status = cli.main([
         "plan", "--config=configs/t2i_39m.py:local", "--topology=h200:2", "--kind=sample",
