@@ -142,6 +142,9 @@ def test_families_of_transformers(monkeypatch):
     some = ("sit_w40", "uvit_s", "uvit_w32", "edm2_xs")
     few = {f: tuple(m for m in of if m.name in some) for f, of in zoo.FAMILIES.items()}
     monkeypatch.setattr(zoo, "FAMILIES", few)
+    for name, kept in (("PRINTED", ("sit_xl2", "uvit_s")), ("PRINTED_EDM2", ("edm2_xs",))):
+        printed = getattr(zoo_table.backbone_tables, name)
+        monkeypatch.setattr(zoo_table.backbone_tables, name, {k: printed[k] for k in kept})
     assert "sit_xl2*" in zoo_table.text("sit").split()
     text = zoo_table.text("uvit")
     assert "uvit_s*" in text.split() and "uvit_w32" in text and "c8" not in text.split()
