@@ -179,9 +179,7 @@ def in_networks(interpret: bool | None = None) -> Iterator[None]:
         x_BPC = x_BHWC.reshape(len(x_BHWC), -1, x_BHWC.shape[-1])
         if not activated or x_BPC.dtype != dtype or not fits(*x_BPC.shape[1:]):
             return before(x_BHWC, scale_C, bias_C, groups, epsilon, dtype, activated)
-        y_BPC = fused(
-            x_BPC, scale_C, bias_C, groups, epsilon, interpret
-        )
+        y_BPC = fused(x_BPC, scale_C, bias_C, groups, epsilon, interpret)
         return y_BPC.reshape(x_BHWC.shape)
 
     blocks.group_norm = instead

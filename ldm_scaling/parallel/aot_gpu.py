@@ -23,7 +23,7 @@ from ldm_scaling.parallel import chips, gpus, hosts
 _PLUGINS = {
     "jax_plugins.xla_cuda13": "jax-cuda13-pjrt", "jax_plugins.xla_cuda12": "jax-cuda12-pjrt",
 }  # fmt: skip
-EXTRA = "gpu-plan"
+# What other names may mean.
 _MEANT = {
     "a100": ("a100-80gb", "a100-40gb"), "a100-sxm": ("a100-80gb", "a100-40gb"),
     "4090": ("rtx4090",), "rtx-4090": ("rtx4090",), "h100-sxm": ("h100",), "h200-sxm": ("h200",),
@@ -49,7 +49,7 @@ def check(topology: str) -> None:
     if gpus.split(topology) is None:
         raise UserError(f"topology {topology!r} is not known; {_instead(topology)}")
     if not any(_installed(name) for name in _PLUGINS):
-        raise MissingPackageError("jax-cuda13-plugin", "compiling for a GPU", extra=EXTRA)
+        raise MissingPackageError("jax-cuda13-plugin", "compiling for a GPU", extra="gpu-plan")
     chips.share_of_gpu()
 
 
