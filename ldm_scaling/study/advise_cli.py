@@ -16,11 +16,13 @@ from rich.table import Table
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.study import advice, budgets, cost_files, labels, reported
+from ldm_scaling.study import options as options_lib
 from ldm_scaling.study import records as records_lib
 from ldm_scaling.study.advice import Advice
 from ldm_scaling.study.arguments import Parser, above_0, several, whole
 from ldm_scaling.study.budgets import Budget
 from ldm_scaling.study.curves import Point
+from ldm_scaling.study.options import Options
 from ldm_scaling.study.records import Record
 
 _USAGE = """
@@ -72,7 +74,7 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
         print(text(found))
 
 
-def _options(given: argparse.Namespace, budget: Budget) -> advice.Options:
+def _options(given: argparse.Namespace, budget: Budget) -> Options:
     if given.published and given.records:
         raise UserError("--published works from Table 1 and --records from your own: give one")
     if budget.unit != "seconds":
@@ -89,10 +91,10 @@ def _options(given: argparse.Namespace, budget: Budget) -> advice.Options:
     if not given.records:
         if given.task:
             raise UserError("--task goes with --records")
-        return advice.of_published(budget.unit, given.metric, **common)
+        return options_lib.of_published(budget.unit, given.metric, **common)
     records = _of_task(read(given.records), given.task)
     select_block, report_blocks = _blocks(given)
-    return advice.of_records(
+    return options_lib.of_records(
         records, budget.unit, given.metric, select_block=select_block,
         report_blocks=report_blocks, settings=_settings(given.records), **common,
     )

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from ldm_scaling.study import advice, labels, reported
-from ldm_scaling.study.advice import Advice, Options
+from ldm_scaling.study import options as options_lib
+from ldm_scaling.study.advice import Advice
 from ldm_scaling.study.budgets import Budget
 from ldm_scaling.study.costing import Unit
 from ldm_scaling.study.curves import Point
+from ldm_scaling.study.options import Options
 from ldm_scaling.study.records import Record
 
 # Unit -> its name in the choice of units, and as a budget is written.
@@ -50,7 +52,7 @@ def units(
     for unit in _UNITS:
         if unit == "seconds" and skipped:
             continue
-        options = advice.of_records(
+        options = options_lib.of_records(
             records, unit, metric, select_block=select, report_blocks=report
         )
         out.append(_unit(options, [*options.notes, *skipped]) | {"flags": flags})
@@ -61,7 +63,7 @@ def _flags(records: Sequence[Record], metric: str, select: int, report: Sequence
     """Where the page's choice is another than that of the command without a flag."""
     blocks = ",".join(map(str, report))
     differ = {
-        f"--metric={metric}": metric != advice.metric_of(records, None),
+        f"--metric={metric}": metric != options_lib.metric_of(records, None),
         f"--select-block={select}": select != reported.SELECT,
         f"--report-blocks={blocks}": tuple(report) != reported.REPORT,
     }

@@ -12,6 +12,7 @@ from ldm_scaling.config import Study, Sweep
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import zoo
 from ldm_scaling.study import advice, budgets, cost_files, records
+from ldm_scaling.study import options as options_lib
 from ldm_scaling.study.budgets import Budget
 from ldm_scaling.study.cost_files import CostFile, MemberCost, Timing
 from ldm_scaling.study.costing import Price
@@ -46,7 +47,7 @@ def study():
 
 
 def within(records, budget, unit="cost", **kw):
-    return advice.advise(advice.of_records(records, unit, **kw), Budget(budget, unit))
+    return advice.advise(options_lib.of_records(records, unit, **kw), Budget(budget, unit))
 
 
 def cell(p):
@@ -54,7 +55,7 @@ def cell(p):
 
 
 def test_the_true_best_at_and_between_all_costs(exact):
-    options = advice.of_records(exact, "cost")
+    options = options_lib.of_records(exact, "cost")
     between = [(a + b) / 2 for a, b in zip(COSTS, COSTS[1:])]
     for budget in [*COSTS, *between, np.inf]:
         found = advice.advise(options, Budget(float(budget), "cost"))
@@ -71,7 +72,7 @@ def test_the_true_best_at_and_between_all_costs(exact):
 
 
 def test_the_front_is_what_nothing_cheaper_equals(exact):
-    options = advice.of_records(exact, "cost")
+    options = options_lib.of_records(exact, "cost")
     found = advice.front(options.points)
     for p, q in zip(found, found[1:]):
         assert p.cost < q.cost and p.chosen_by > q.chosen_by
@@ -249,7 +250,7 @@ def test_what_cannot_be_answered(study):
     with pytest.raises(UserError, match="chosen on seed block 1"):
         within(study, 3.0, select_block=1)
     with pytest.raises(UserError, match="needs options in it"):
-        advice.advise(advice.of_records(study, "cost"), budgets.parse("3 s"))
+        advice.advise(options_lib.of_records(study, "cost"), budgets.parse("3 s"))
 
 
 # --- Table 1 ------------------------------------------------------------------------------------
@@ -257,7 +258,7 @@ def test_what_cannot_be_answered(study):
 
 @pytest.mark.parametrize("budget", [3.5, 6.4, 20.0, 49.9, 50.0, 1000.0])
 def test_table_1_says_which_size_at_50_steps(budget):
-    found = advice.advise(advice.of_published("cost"), Budget(budget, "cost"))
+    found = advice.advise(options_lib.of_published("cost"), Budget(budget, "cost"))
     able = [m for m in zoo.PAPER if m.published.norm_cost * 50 <= budget + 1e-9]
     assert found.best.model == min(able, key=lambda m: m.published.fid).name
     assert (found.best.sampler, found.best.steps, found.best.guidance) == ("ddim", 50, 7.5)
@@ -269,12 +270,12 @@ def test_table_1_says_which_size_at_50_steps(budget):
 
 def test_table_1_cannot_say():
     with pytest.raises(UserError, match="below the cheapest.*39m.*Table 1 has 50 steps alone"):
-        advice.advise(advice.of_published("cost"), Budget(3.0, "cost"))
+        advice.advise(options_lib.of_published("cost"), Budget(3.0, "cost"))
     with pytest.raises(UserError, match="Table 1 has no seconds: give --device"):
-        advice.of_published("seconds")
+        options_lib.of_published("seconds")
     with pytest.raises(UserError, match="'lpips' is not in Table 1; there are fid, clip"):
-        advice.of_published("cost", "lpips")
-    clip = advice.advise(advice.of_published("cost", "clip"), Budget(np.inf, "cost"))
+        options_lib.of_published("cost", "lpips")
+    clip = advice.advise(options_lib.of_published("cost", "clip"), Budget(np.inf, "cost"))
     assert clip.best.model == "5b" and clip.best.value == 0.314
 
 
@@ -284,7 +285,7 @@ def test_table_1_on_a_device():
             ("network", 1): 0.001, ("guided", 1): 0.002, ("decoder", 1): 0.01, ("text", 1): 0.01})
         for m in zoo.PAPER[:3]
     }
-    options = advice.of_published("seconds", prices=chip)
+    options = options_lib.of_published("seconds", prices=chip)
     found = advice.advise(options, budgets.parse("120 ms"))
     assert found.best.model == "145m" and found.best.cost == pytest.approx(0.12)
     assert any("223m" in n and "5b" in n for n in found.notes)
@@ -411,7 +412,7 @@ def test_a_damaged_record_and_other_tasks(capsys, tmp_path):
 def test_another_measure_keeps_the_rate_that_is_reported(exact):
     """A sweep reports at the best rate by FD: a cell more is none less, and the measure asked for
     decides between the cells."""
-    one, other = (advice.of_records(exact, "cost", m) for m in (FD, "caption_agreement"))
+    one, other = (options_lib.of_records(exact, "cost", m) for m in (FD, "caption_agreement"))
     assert {(*cell(p), p.guidance) for p in one.points} == {
         (*cell(p), p.guidance) for p in other.points}
     assert any("best FD of each cell" in note for note in other.notes)
@@ -422,7 +423,7 @@ def test_another_measure_keeps_the_rate_that_is_reported(exact):
     alone = [r for r in exact if r.identity.seed_block == 0]
     alone += [dataclasses.replace(r, identity=dataclasses.replace(r.identity, seed_block=1))
               for r in alone]
-    own = advice.of_records(alone, "cost", "caption_agreement")
+    own = options_lib.of_records(alone, "cost", "caption_agreement")
     assert {p.guidance for p in own.points} == {max(fake.GUIDANCE)}
 
 

@@ -17,7 +17,8 @@ from ldm_scaling import config as config_lib
 from ldm_scaling.config import Cascade, Consistency, FineTune, Study, Sweep, Train
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import cost, unet, zoo
-from ldm_scaling.study import advice, cascades, curves, records
+from ldm_scaling.study import cascades, curves, records
+from ldm_scaling.study import options as options_lib
 from ldm_scaling.study.figures import catalogue
 from ldm_scaling.study.figures.source import Source
 from ldm_scaling.study.records import First
@@ -97,12 +98,12 @@ def test_advice_counts_the_evaluations_of_each_stage(upper, times):
             r.identity, first=first.spelling))
         for r in _planted() for first in [dataclasses.replace(r.first, upper_guidance=upper)]
     ]
-    least = {unit: min(p.cost for p in advice.of_records(two, unit, paper.FID).points)
+    least = {unit: min(p.cost for p in options_lib.of_records(two, unit, paper.FID).points)
              for unit in ("gflops", "cost")}
     assert least["cost"] == pytest.approx(4 * 0.07 + 4 * 0.13)
     assert least["gflops"] == pytest.approx(times[0] * 4 * 56.6 + times[1] * 4 * 789.3 * 0.13)
     with pytest.raises(UserError, match="leave out --device"):
-        advice.of_records(two, "seconds", paper.FID, prices={})
+        options_lib.of_records(two, "seconds", paper.FID, prices={})
 
 
 def test_the_page_and_the_figures_show_them(workdir):
@@ -273,7 +274,7 @@ def test_first_stages_of_two_spacings_are_two_arms():
     assert curves.distinct(arms) == arms
     assert {r.identity.sampler for r in curves.distinct(leading)} == {
         f"ddim, after {n} of ddim" for n in (4, 20, 50)}
-    assert len(advice.of_records([*leading, *trailing], "cost", paper.FID).points) == 12
+    assert len(options_lib.of_records([*leading, *trailing], "cost", paper.FID).points) == 12
 
 
 def _trained(steps, setting, **more):
@@ -290,9 +291,9 @@ def test_of_two_settings_the_longer_training_counts(names):
     long, short = names
     both = [*_trained(100, short), *_trained(9_000, long)]
     assert {r.identity.train_step for r in curves.longest(both)} == {9_000}
-    (note,) = [n for n in advice.of_records(both, "cost", paper.FID).notes if "settings" in n]
+    (note,) = [n for n in options_lib.of_records(both, "cost", paper.FID).notes if "settings" in n]
     assert f"{long} (9,000 steps of training) is used, and not {short} (100 steps" in note
-    assert not any("longest" in n for n in advice.of_records(both, "cost", paper.FID).notes)
+    assert not any("longest" in n for n in options_lib.of_records(both, "cost", paper.FID).notes)
     assert {r.setting for r in curves.longest(both, (short,))} == {short}
     # More cascades weigh more than longer training; records of one network have no setting.
     more = [dataclasses.replace(r, identity=dataclasses.replace(r.identity, model="83m+83m"))

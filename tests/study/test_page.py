@@ -14,6 +14,7 @@ import pytest
 
 from ldm_scaling import pictures
 from ldm_scaling.study import advice, advise_cli, budgets, curves, labels, report, thumbnails
+from ldm_scaling.study import options as options_lib
 from ldm_scaling.study.budgets import Budget
 from tests.study import fake_records as fake
 
@@ -138,7 +139,7 @@ def _told(page):
 def test_the_slider_says_what_advise_says(page, study):
     for unit, written in (("cost", "cost"), ("gflops", "gflops"), ("seconds", "s")):
         page.select_option("#advice-unit", unit)
-        options = advice.of_records(study, unit, FD)
+        options = options_lib.of_records(study, unit, FD)
         costs = sorted(p.cost for p in options.points)
         for budget in (costs[0], costs[3] * 1.01, costs[8], costs[-1] * 2):
             _compare(page, options, budget, written)

@@ -17,6 +17,7 @@ import pytest
 from ldm_scaling import pictures
 from ldm_scaling.errors import UserError
 from ldm_scaling.study import advice, advise_cli, curves, findings, report, thumbnails
+from ldm_scaling.study import options as options_lib
 from ldm_scaling.study.budgets import Budget
 from ldm_scaling.study.figures import catalogue
 from ldm_scaling.study.figures.source import Source
@@ -228,7 +229,7 @@ def test_the_page_carries_the_advice_at_every_budget(tmp_path, study, blocks):
     assert [u["unit"] for u in data["advice"]] == ["cost", "seconds", "gflops"]
     for told in data["advice"]:
         unit, points, pieces = told["unit"], told["points"], told["pieces"]
-        options = advice.of_records(study, unit, FD, report_blocks=blocks)
+        options = options_lib.of_records(study, unit, FD, report_blocks=blocks)
         costs = sorted(p.cost for p in options.points)
         for budget in (v * f for v in costs for f in (0.9999, 1.0, 1.0001)):
             # As the page's script looks it up.
