@@ -154,6 +154,11 @@ class Distill:
                              if k not in BOOKKEEPING and NEUTRAL.get(k) != v}
         return files.sha256_of(decides)
 
+    @property
+    def setting(self) -> str:
+        """The method and what decides it, in a word."""
+        return f"{self.method}_{self.hash[:8]}"
+
     def _decides(self) -> dict[str, Any]:
         raise NotImplementedError
 

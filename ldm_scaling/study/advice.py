@@ -23,8 +23,8 @@ class Advice:
       budget: the most that a picture may cost.
       best: chosen on the selection block among all that the budget allows, valued on the report
         block: nothing that is reported took part in the choice.
-      runner_up: the best of another size, chosen alike; of the same size where no other can meet
-        the budget; None where there is nothing else.
+      runner_up: the best of another network (another size, or of another task), chosen alike; of
+        the same one where no other can meet the budget; None where there is nothing else.
       duel: `best` against `runner_up` on common prompts and noise; None without replicates.
       front: what no cheaper configuration is as good as, up to the budget, rising in cost; chosen
         on the selection block.
@@ -59,7 +59,7 @@ def advise(options: Options, budget: Budget) -> Advice:
     if best is None:
         raise UserError(_too_little(options, budget))
     rest = [p for p in options.points if p is not best]
-    others = [p for p in rest if p.model != best.model]
+    others = [p for p in rest if (p.model, p.task) != (best.model, best.task)]
     runner_up = winners.best_within(others, limit, "cost")
     runner_up = runner_up or winners.best_within(rest, limit, "cost")
     duel = None
@@ -85,8 +85,8 @@ def _too_little(options: Options, budget: Budget) -> str:
     )
     return (
         f"a budget of {budgets.amount(budget.value, budget.unit, 9)} is below the cheapest of what "
-        f"there is, {least.model} with {labels.sampler(least.sampler)} and {least.steps} "
-        f"step{'s' * (least.steps > 1)}: "
+        f"there is, {labels.network(least.model, least.task)} with {labels.sampler(least.sampler)} "
+        f"and {least.steps} step{'s' * (least.steps > 1)}: "
         f"{budgets.amount(budgets.enough(least.cost), options.unit, 5)}{only}"
     )
 

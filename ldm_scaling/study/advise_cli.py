@@ -50,7 +50,8 @@ def _parser() -> Parser:
     add("--costs", metavar="PLACE", help=f"where those lie, a folder or file ({cost_files.FOLDER})")
     add("--batch", type=above_0, metavar="N", help="pictures drawn at a time on the device (1)")
     add("--metric", metavar="NAME", help="the measure; the first that the records have")
-    add("--task", metavar="NAME", help="of the records, where they are of several")
+    add("--task", metavar="NAME,NAME", help="of the records, where they are of several; those that "
+        "draw from text are weighed together without it")
     add("--select-block", type=whole, metavar="N", help="seed block that chooses; the workdir's "
         f"own, {reported.SELECT} without a workdir")
     add("--report-blocks", type=several, metavar="N,M", help="seed blocks that are reported, "
@@ -159,13 +160,16 @@ def read(places: Iterable[str]) -> list[Record]:
     return list(found.values())
 
 
-def _of_task(records: list[Record], task: str | None) -> list[Record]:
+def _of_task(records: list[Record], asked: str | None) -> list[Record]:
+    """The records of the tasks that were asked for; all of them where none was."""
+    if asked is None:
+        return records
     tasks = sorted({r.task for r in records})
-    if task is None and len(tasks) > 1:
-        raise UserError(f"the records are of several tasks: give --task={' or '.join(tasks)}")
-    if task is not None and task not in tasks:
-        raise UserError(f"--task={task}: the records are of {', '.join(tasks)}")
-    return [r for r in records if task in (None, r.task)]
+    some = _pieces([asked])
+    for task in some or [asked]:
+        if task not in tasks:
+            raise UserError(f"--task={task}: the records are of {', '.join(tasks)}")
+    return [r for r in records if r.task in some]
 
 
 # --- what is printed ----------------------------------------------------------------------------
@@ -173,9 +177,9 @@ def _of_task(records: list[Record], task: str | None) -> list[Record]:
 
 def _row(p: Point, found: Advice) -> dict[str, Any]:
     return {
-        "model": p.model, "sampler": p.sampler, "steps": p.steps, "guidance": p.guidance,
-        found.options.unit: p.cost, "value": p.value, "low": p.low, "high": p.high,
-        "num_images": p.num_images,
+        "model": p.model, "task": p.task, "sampler": p.sampler, "steps": p.steps,
+        "guidance": p.guidance, found.options.unit: p.cost, "value": p.value, "low": p.low,
+        "high": p.high, "num_images": p.num_images,
     }
 
 
@@ -198,8 +202,8 @@ def plain(found: Advice) -> dict[str, Any]:
 
 def _how(p: Point) -> str:
     return (
-        f"{p.model}, {labels.sampler(p.sampler)}, {p.steps} step{'s' * (p.steps > 1)}, guidance "
-        f"{p.guidance:g}"
+        f"{labels.network(p.model, p.task)}, {labels.sampler(p.sampler)}, {p.steps} "
+        f"step{'s' * (p.steps > 1)}, guidance {p.guidance:g}"
     )
 
 
@@ -231,8 +235,8 @@ def text(found: Advice) -> str:
         table.add_column(head, justify="left" if head in ("size", "sampler", "95%") else "right")
     for p in found.front:
         table.add_row(
-            labels.number(p.cost), p.model, labels.sampler(p.sampler), str(p.steps),
-            f"{p.guidance:g}", labels.number(p.value),
+            labels.number(p.cost), labels.network(p.model, p.task), labels.sampler(p.sampler),
+            str(p.steps), f"{p.guidance:g}", labels.number(p.value),
             "" if p.low is None else labels.interval(p.low, p.high),
         )
     console.print("\nThe best for every budget up to this one:")

@@ -11,7 +11,7 @@ import numpy as np
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.study import labels
-from ldm_scaling.study.records import CHOSEN, Identity, Record
+from ldm_scaling.study.records import CHOSEN, TEXT_TO_IMAGE, Identity, Record
 
 Cell = tuple[str, str, int]
 """(model, sampler, steps): what has one best guidance rate."""
@@ -39,6 +39,7 @@ class Point:
         report block.
       replicates_R: paired bootstrap replicates on the report block; empty where none were drawn.
       num_images: images behind `value`.
+      task: what the network is for, as `Record.task`.
     """
 
     model: str
@@ -53,6 +54,7 @@ class Point:
     chosen_by: float
     replicates_R: np.ndarray
     num_images: int
+    task: str = TEXT_TO_IMAGE
 
     def at(self, axis: str) -> float:
         """Its place on an axis of `labels.AXES`: "cost", "seconds" or "steps"."""
@@ -280,7 +282,7 @@ def quality_curves(
         curves[model, sampler].append(
             Point(model, sampler, steps, guidance, record.cost, record.seconds_per_image,
                   record.metrics[metric], low, high, sign * chosen, replicates_R,
-                  record.identity.num_images)
+                  record.identity.num_images, record.task)
         )
     return {key: sorted(points, key=lambda p: p.cost) for key, points in sorted(curves.items())}
 

@@ -124,8 +124,8 @@ class Distilled:
 
     @property
     def setting(self) -> str:
-        """The method and what decides it, in a word."""
-        return f"{self.config.method}_{self.config.hash[:8]}"
+        """See `Distill.setting`."""
+        return self.config.setting
 
     def folder(self, member: str, stage: Stage) -> epath.Path:
         """Of a student's run; its name tells the settings, so that several lie side by side. To all

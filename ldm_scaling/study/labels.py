@@ -190,6 +190,16 @@ def task(name: str) -> str:
     return spelt.get(name, name.replace("_", " ").capitalize())
 
 
+def network(model: str, task: str) -> str:
+    """A network's name among those of other tasks: of a student with what made it, as
+    `c8 (consistency)`."""
+    of = {
+        "consistency": "consistency", "guided_distillation": "guided",
+        "progressive_distillation": "progressive",
+    }
+    return f"{model} ({of[task]})" if task in of else model
+
+
 def file_name(sampler: str) -> str:
     """A sampler's name as part of a file's: `dpmpp_2m:solver_type=heun` is
     `dpmpp_2m-solver_type-heun`."""

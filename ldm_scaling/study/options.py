@@ -4,24 +4,20 @@ Pure functions on records."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import cost, zoo
-from ldm_scaling.study import costing, labels, reported
+from ldm_scaling.study import costing, labels, pricing, reported
 from ldm_scaling.study import curves as curves_lib
-from ldm_scaling.study.costing import Counted, Price, Unit
+from ldm_scaling.study.costing import Price, Unit
 from ldm_scaling.study.curves import Point
-from ldm_scaling.study.records import Record
+from ldm_scaling.study.records import CASCADE, DISTILLED, FROM_TEXT, TASKS, Record
 from ldm_scaling.study.statistics import blocks
 
-# What a budget counts, by its unit: the paper's cost as the paper has it; FLOPs and seconds as they
-# are spent.
-COUNTED: dict[Unit, Counted] = {
-    "cost": costing.THE_PAPERS, "gflops": Counted(doubled=True), "seconds": costing.ALL,
-}
 PUBLISHED_STEPS, PUBLISHED_RATE, PUBLISHED_IMAGES = 50, 7.5, 30_000
 
 
@@ -66,6 +62,29 @@ def metric_of(records: Sequence[Record], metric: str | None) -> str:
     raise UserError(f"{said}; there are {', '.join(have) or 'none that have a name for readers'}")
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Part:
+    """What the records of one task give.
+
+    Attributes:
+      found: distinct, of each size those of its longest training.
+      pooled: the same with the blocks that report as one.
+      chooser: the measure that chose guidance.
+      points: its cells, their `cost` that of the paper.
+    """
+
+    found: Sequence[Record]
+    pooled: Sequence[Record]
+    chooser: str
+    points: Sequence[Point]
+
+    @property
+    def measured_by(self) -> tuple[Any, ...]:
+        """What two tasks must have in common to be compared: (reference statistics, pictures)."""
+        references = {r.identity.reference_hash for r in self.found}
+        return references, {p.num_images for p in self.points}
+
+
 def of_records(
     records: Sequence[Record], unit: Unit, metric: str | None = None, *, select_block: int = 0,
     report_blocks: Sequence[int] = (1,), prices: Mapping[str, Price] | None = None, batch: int = 1,
@@ -73,12 +92,15 @@ def of_records(
 ) -> Options:
     """Every measured cell at its chosen guidance.
 
+    Records of several tasks that draw from text (`records.FROM_TEXT`: members, their students,
+    cascades) are weighed together, those of a task that cannot be are left out with a note.
+
     A sweep reports one guidance rate of each cell, the best by one measure. Another measure is
     then of that rate too, see `_chooser`, and decides between cells alone.
 
     Args:
       records: of one study; of each size those of its longest training are used.
-      unit: of the budget; see `COUNTED` for what it counts.
+      unit: of the budget; see `pricing.COUNTED` for what it counts.
       metric: the measure; the first that the records have if None.
       select_block: chooses guidance, and between cells.
       report_blocks: are reported, pooled where there are several; see `reported.whole`.
@@ -88,35 +110,36 @@ def of_records(
       settings: to be preferred where there are several, see `curves.one_setting`.
 
     Raises:
-      UserError: where records, blocks or measured seconds are missing.
+      UserError: where records, blocks or measured seconds are missing, or tasks do not compare.
     """
-    if prices is not None and any(r.first for r in records):
-        raise UserError(
-            "cascades are timed in their sweep alone: leave out --device for the records' own "
-            "seconds, or give a budget in cost or flops"
-        )
-    longest = curves_lib.longest(records, settings)
-    found = curves_lib.distinct(longest)
-    metric = metric_of(found, metric)
-    there = blocks.blocks(found)
-    if select_block not in there:
-        raise UserError(
-            f"advice chooses between configurations on seed block {select_block}, of which there "
-            f"is no record, and reports them on others (the records are of blocks {there}): "
-            "measure that block too, or give --select-block and --report-blocks, two different ones"
-        )
+    held = _by_task(records)
+    left_out: list[str] = []
+    if prices is not None and CASCADE in held:
+        why = "cascades are timed in their sweep alone"
+        if len(held) == 1:
+            raise UserError(
+                f"{why}: leave out --device for the records' own seconds, or give a budget in cost "
+                "or flops"
+            )
+        del held[CASCADE]
+        left_out.append(f"{why[0].upper()}{why[1:]}, so not weighed on another device.")
+    longest = {task: curves_lib.longest(own, settings) for task, own in held.items()}
+    found = {task: curves_lib.distinct(own) for task, own in longest.items()}
+    metric = metric_of([r for own in found.values() for r in own], metric)
     asked = report_blocks
-    report_blocks = reported.whole(found, metric, select_block, asked)
-    pooled = blocks.pooled(found, select_block, report_blocks)
-    chooser, points = _chooser(pooled, metric, select_block, report_blocks[0])
-    if not points:
-        raise UserError(
-            f"no configuration has {metric} on seed block {select_block} and, at the guidance "
-            f"chosen there, on {report_blocks}; the records are of blocks {there}: "
-            "finish the sweep, or give --select-block and --report-blocks"
-        )
-    points, left_out = _priced_here(points, prices, batch)
-    price, where = _pricing(found, points, unit, prices, batch)
+    every = [r for own in found.values() for r in own]
+    report_blocks = reported.whole(every, metric, select_block, asked)
+    parts = {
+        task: _part(own, metric, select_block, report_blocks) for task, own in found.items()
+    }
+    parts, lacking = _comparable(parts, metric, select_block, report_blocks)
+    points, untimed = pricing.priced_here([p for part in parts.values() for p in part.points],
+                                   prices, batch)
+    kept = [r for task in parts for r in held[task]]
+    counted, where = pricing.counted_of(kept, points, unit, prices, batch)
+    price = {
+        task: pricing.of_points(part.found, unit, prices, counted) for task, part in parts.items()
+    }
     measure = labels.measure(metric)
     images = sorted({p.num_images for p in points})
     where_reported = labels.listing([str(block) for block in report_blocks])
@@ -125,35 +148,137 @@ def of_records(
         f"({labels.listing([f'{n:,}' for n in images])} pictures each): other prompts and noise. "
         "Intervals and probabilities do not cover the chance of another training run.",
     ]
-    if chooser != metric:
+    if len(parts) > 1:
+        notes.append(_together(points))
+    for chooser in sorted({part.chooser for part in parts.values()} - {metric}):
         notes.append(
             f"Guidance is the rate with the best {labels.measure(chooser).short} of each cell, "
             f"the one that is reported; between cells {measure.short} decides."
         )
     notes += filter(None, [reported.left_out(asked, report_blocks)])
-    if any(r.student_steps for r in longest):
-        notes.append(
-            "Of students by halving each number of steps has that which was made for it, or for "
-            "the nearest."
-        )
-    elif len(longest) < len(curves_lib.one_setting(records, settings)):
-        steps = sorted({r.identity.train_step for r in longest})
-        notes.append(
-            "Of each size its longest training is used "
-            f"({labels.listing([f'{n:,}' for n in steps], 'or')} steps), no earlier checkpoint."
-        )
-    notes += [*curves_lib.other_settings(records, settings), *left_out]
-    gaps = [g for g in curves_lib.gaps(pooled, chooser, select_block, report_blocks[0])
-            if not g.reported]
+    notes += _lengths({task: held[task] for task in parts}, longest, settings)
+    notes += [*curves_lib.other_settings(kept, settings), *untimed, *left_out, *lacking]
+    gaps = [
+        g for part in parts.values()
+        for g in curves_lib.gaps(part.pooled, part.chooser, select_block, report_blocks[0])
+        if not g.reported
+    ]
     if gaps:
         notes.append(f"{len(gaps)} of {len(gaps) + len(points)} cells of the grid are not measured "
                      "and take no part.")
     if any(p.low is None for p in points):
         notes.append("Some points have no bootstrap replicates, so no interval.")
     return Options(
-        tuple(dataclasses.replace(p, cost=price(p)) for p in points), unit,
+        tuple(dataclasses.replace(p, cost=price[p.task](p)) for p in points), unit,
         where, measure.short, measure.sign, metric, tuple(notes),
     )
+
+
+def _by_task(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Records by task, members first. Raises `UserError` for tasks that do not compare."""
+    held: dict[str, list[Record]] = {}
+    for task in TASKS:
+        if own := [r for r in records if r.task == task]:
+            held[task] = own
+    if len(held) > 1 and not set(held) <= set(FROM_TEXT):
+        alone = [task for task in held if task not in FROM_TEXT]
+        together = ",".join(task for task in held if task in FROM_TEXT)
+        raise UserError(
+            "the records are of several tasks that do not compare: give "
+            f"--task={' or '.join(sorted([*alone, *filter(None, [together])]))}"
+        )
+    return held
+
+
+def _part(
+    found: Sequence[Record], metric: str, select_block: int, report_blocks: Sequence[int]
+) -> _Part:
+    pooled = blocks.pooled(found, select_block, report_blocks)
+    return _Part(found, pooled, *_chooser(pooled, metric, select_block, report_blocks[0]))
+
+
+def _comparable(
+    parts: Mapping[str, _Part], metric: str, select_block: int, report_blocks: Sequence[int]
+) -> tuple[dict[str, _Part], list[str]]:
+    """The tasks that one choice can be made from, and a note of each other; of one task alone it is
+    an error."""
+    kept: dict[str, _Part] = {}
+    notes: list[str] = []
+    for task, part in parts.items():
+        try:
+            _require_points(part, metric, select_block, report_blocks)
+        except UserError as e:
+            if len(parts) == 1:
+                raise
+            notes.append(f"{labels.task(task)} takes no part: {e}.")
+            continue
+        first = next(iter(kept.values()), part)
+        if part.measured_by == first.measured_by:
+            kept[task] = part
+            continue
+        how = "other reference statistics" if part.measured_by[0] != first.measured_by[0] else (
+            f"{labels.listing([f'{n:,}' for n in sorted(part.measured_by[1])])} pictures a cell "
+            f"and not {labels.listing([f'{n:,}' for n in sorted(first.measured_by[1])])}"
+        )
+        notes.append(
+            f"{labels.task(task)} takes no part: it was measured with {how}, so its values do not "
+            f"compare; --task={task} is advice on it alone."
+        )
+    if not kept:
+        raise UserError(f"no task has what advice needs: {' '.join(notes)}")
+    return kept, notes
+
+
+def _require_points(
+    part: _Part, metric: str, select_block: int, report_blocks: Sequence[int]
+) -> None:
+    there = blocks.blocks(part.found)
+    if select_block not in there:
+        raise UserError(
+            f"advice chooses between configurations on seed block {select_block}, of which there "
+            f"is no record, and reports them on others (the records are of blocks {there}): "
+            "measure that block too, or give --select-block and --report-blocks, two different ones"
+        )
+    if not part.points:
+        raise UserError(
+            f"no configuration has {metric} on seed block {select_block} and, at the guidance "
+            f"chosen there, on {list(report_blocks)}; the records are of blocks {there}: "
+            "finish the sweep, or give --select-block and --report-blocks"
+        )
+
+
+def _together(points: Sequence[Point]) -> str:
+    cells = {task: sum(p.task == task for p in points) for task in FROM_TEXT}
+    of = [f"{labels.task(task)} ({n:,} cells)" for task, n in cells.items() if n]
+    brackets = " In brackets stands by what a size's student was distilled." * any(
+        cells[task] for task in DISTILLED)
+    return (
+        f"Weighed together: {labels.listing(of)}; what has more cells has more to choose from."
+        f"{brackets}"
+    )
+
+
+def _lengths(
+    held: Mapping[str, Sequence[Record]], longest: Mapping[str, Sequence[Record]],
+    settings: Sequence[str],
+) -> list[str]:
+    """What is said of lengths of training that were left out."""
+    out, of = [], []
+    for task, own in held.items():
+        if any(r.student_steps for r in longest[task]):
+            out.append(
+                "Of students by halving each number of steps has that which was made for it, or "
+                "for the nearest."
+            )
+        elif len(longest[task]) < len(curves_lib.one_setting(own, settings)):
+            of += longest[task]
+    if of:
+        steps = sorted({r.identity.train_step for r in of})
+        out.append(
+            "Of each size its longest training is used "
+            f"({labels.listing([f'{n:,}' for n in steps], 'or')} steps), no earlier checkpoint."
+        )
+    return list(dict.fromkeys(out))
 
 
 def _chooser(
@@ -178,85 +303,6 @@ def _chooser(
 
     choosers = dict.fromkeys([metric, *curves_lib.measures(records)])
     return max(((name, points(name)) for name in choosers), key=lambda c: len(c[1]))
-
-
-def _priced_here(
-    points: Sequence[Point], prices: Mapping[str, Price] | None, batch: int
-) -> tuple[list[Point], list[str]]:
-    """The points whose size was measured at this batch size, and a note of the others."""
-    if prices is None:
-        return list(points), []
-    device = next((p.device for p in prices.values()), "the device")
-    lacking = sorted({p.model for p in points if not _timed(prices.get(p.model), batch)})
-    kept = [p for p in points if p.model not in lacking]
-    if not kept:
-        raise UserError(
-            f"no measured seconds of {', '.join(lacking)} at batch size {batch} on {device}: run  "
-            f"ldm-scaling cost --members={','.join(lacking)} --batch={batch}  there, with the "
-            "study's --config if it has one"
-        )
-    if not lacking:
-        return kept, []
-    return kept, [f"{labels.listing(lacking)}: no measured seconds at batch size {batch} on "
-                  f"{device}, so not taken into account."]
-
-
-def _timed(price: Price | None, batch: int) -> bool:
-    needed = ("network", "guided", "decoder")
-    return price is not None and all((part, batch) in price.seconds for part in needed)
-
-
-def _pricing(
-    records: Sequence[Record], points: Sequence[Point], unit: Unit,
-    prices: Mapping[str, Price] | None, batch: int,
-) -> tuple[Callable[[Point], float], str]:
-    """What a point costs, and the unit in words."""
-    cells = {(r.identity.model, r.identity.sampler, r.identity.steps): r for r in records}
-    if unit == "seconds" and prices is None:
-        devices = sorted({r.device for r in records})
-        if len(devices) > 1:
-            raise UserError(
-                f"the records were measured on {labels.listing(devices)}, so their seconds do not "
-                "compare: give --device=KIND, with seconds that  ldm-scaling cost  measured"
-            )
-        return (lambda p: p.seconds), f"seconds a picture in the sweep's batches on {devices[0]}"
-    if prices is not None:
-        _check_networks(cells.values(), prices)
-        counted = dataclasses.replace(COUNTED[unit], batch=batch)
-        # Where the text encoder was not timed, the rest is counted, and the label says so.
-        texts = [("text", batch) in prices[m].seconds for m in {p.model for p in points}]
-        if not all(texts):
-            counted = dataclasses.replace(counted, text=False)
-        device = next(iter(prices.values())).device
-    else:
-        prices = {
-            r.identity.model: Price(r.identity.model, r.gflops, r.norm_cost) for r in cells.values()
-        }
-        counted, device = COUNTED[unit], ""
-
-    def price(p: Point) -> float:
-        record = cells[p.model, p.sampler, p.steps]
-        guided = p.guidance != 1 and not record.told
-        if record.first is None:
-            return costing.sampling(prices[p.model], record.calls, guided, unit, counted)
-        first = record.first
-        own = Price(first.model, first.gflops, first.norm_cost)
-        both = first.upper_guidance != 1
-        return costing.sampling(own, first.calls, guided, unit, counted) + costing.sampling(
-            prices[p.model], record.calls, both, unit, counted)
-
-    return price, costing.label(unit, counted, device)
-
-
-def _check_networks(records: Iterable[Record], prices: Mapping[str, Price]) -> None:
-    """Raises `UserError` where a name means different networks."""
-    for r in records:
-        price = prices.get(r.identity.model)
-        if price is not None and abs(r.gflops / price.gflops - 1) > 0.01:
-            raise UserError(
-                f"{r.identity.model} takes {r.gflops:.4g} GFLOPs a call in the records and "
-                f"{price.gflops:.4g} in the measured seconds: they are of different networks"
-            )
 
 
 # --- from the paper -----------------------------------------------------------------------------
@@ -286,7 +332,7 @@ def of_published(
     if metric not in _PUBLISHED:
         raise UserError(f"metric {metric!r} is not in Table 1; there are {', '.join(_PUBLISHED)}")
     short, sign = _PUBLISHED[metric]
-    members = [m for m in zoo.PAPER if prices is None or _timed(prices.get(m.name), batch)]
+    members = [m for m in zoo.PAPER if prices is None or pricing.timed(prices.get(m.name), batch)]
     if unit == "seconds" and prices is None:
         raise UserError("Table 1 has no seconds: give --device=KIND, with seconds that  "
                         "ldm-scaling cost  measured, or a budget in cost or flops")
@@ -296,7 +342,7 @@ def of_published(
             f"ldm-scaling cost --members={','.join(m.name for m in zoo.PAPER)} --batch={batch}  on "
             "that device"
         )
-    counted = dataclasses.replace(COUNTED[unit], batch=batch)
+    counted = dataclasses.replace(pricing.COUNTED[unit], batch=batch)
     calls = costing.calls("ddim", PUBLISHED_STEPS)
     device = next(iter(prices.values())).device if prices else ""
 

@@ -7,7 +7,7 @@ for all budgets: the page looks one up and computes nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from ldm_scaling.study import advice, labels, reported
@@ -17,7 +17,7 @@ from ldm_scaling.study.budgets import Budget
 from ldm_scaling.study.costing import Unit
 from ldm_scaling.study.curves import Point
 from ldm_scaling.study.options import Options
-from ldm_scaling.study.records import Record
+from ldm_scaling.study.records import FROM_TEXT, TASKS, Record
 
 # Unit -> its name in the choice of units, and as a budget is written.
 _UNITS: dict[Unit, tuple[str, str]] = {
@@ -25,8 +25,15 @@ _UNITS: dict[Unit, tuple[str, str]] = {
 }
 
 
+def weighed(records: Sequence[Record], others: Sequence[Record]) -> list[Record]:
+    """The others that a budget can be spent on as well as on the page's own records."""
+    own = {r.task for r in records}
+    return [r for r in others if r.task not in own and {r.task, *own} <= set(FROM_TEXT)]
+
+
 def units(
-    records: Sequence[Record], metric: str, select: int, report: Sequence[int]
+    records: Sequence[Record], metric: str, select: int, report: Sequence[int],
+    others: Sequence[Record] = (),
 ) -> list[dict[str, Any]]:
     """The advice in every unit that the records can give, ready for JSON.
 
@@ -35,27 +42,36 @@ def units(
       metric: the measure that decides.
       select: seed block that chooses.
       report: seed blocks that are reported.
+      others: of the same members' other tasks; those that are `weighed` take part.
 
     Returns:
       A dictionary for each unit. `points` are the configurations, cheapest first, and everything
       else names them by their number there: `front`, and `best` and `runner_up` of each of
-      `pieces`, which holds for budgets of its `from` (within a billionth) and more. Seconds are
-      left out where the records were measured on several devices. `flags` are those of
-      `ldm-scaling advise` without which it would not say the same.
+      `pieces`, which holds for budgets of its `from` (within a billionth) and more. A point's
+      `name` is its network's among all that take part: `model` where that is the page's own.
+      Seconds are left out where the records were measured on several devices. `flags` are those
+      of `ldm-scaling advise` without which it would not say the same.
     """
-    devices = sorted({r.device for r in records})
+    further = weighed(records, others)
+    every = [*records, *further]
+    devices = sorted({r.device for r in every})
     skipped = [] if len(devices) == 1 else [
         f"Seconds of {labels.listing(devices)} do not compare, so there are no budgets in seconds."
     ]
     out: list[dict[str, Any]] = []
-    flags = _flags(records, metric, select, report)
+    flags = _flags(every, metric, select, report)
+    there = {r.task for r in (*every, *others)}
+    chosen = [task for task in TASKS if any(r.task == task for r in every)]
+    if len(there) > 1 and not there <= set(FROM_TEXT):
+        flags.insert(0, f"--task={','.join(chosen)}")
     for unit in _UNITS:
         if unit == "seconds" and skipped:
             continue
         options = options_lib.of_records(
-            records, unit, metric, select_block=select, report_blocks=report
+            every, unit, metric, select_block=select, report_blocks=report
         )
-        out.append(_unit(options, [*options.notes, *skipped]) | {"flags": flags})
+        own = {r.task for r in records}
+        out.append(_unit(options, own, [*options.notes, *skipped]) | {"flags": flags})
     return out
 
 
@@ -70,7 +86,7 @@ def _flags(records: Sequence[Record], metric: str, select: int, report: Sequence
     return [flag for flag, other in differ.items() if other]
 
 
-def _unit(options: Options, notes: list[str]) -> dict[str, Any]:
+def _unit(options: Options, own: Collection[str], notes: list[str]) -> dict[str, Any]:
     points = sorted(options.points, key=lambda p: (p.cost, p.chosen_by))
     place = {id(p): k for k, p in enumerate(points)}
     at = [advice.advise(options, Budget(p.cost, options.unit)) for p in points]
@@ -84,16 +100,18 @@ def _unit(options: Options, notes: list[str]) -> dict[str, Any]:
     name, written = _UNITS[options.unit]
     return {
         "unit": options.unit, "name": name, "written": written, "label": options.unit_label,
-        "measure": options.measure, "points": [_row(p) for p in points], "pieces": pieces,
+        "measure": options.measure, "points": [_row(p, own) for p in points], "pieces": pieces,
         "front": [place[id(p)] for p in whole.front], "notes": notes,
         "beyond": [note for note in whole.notes if note not in at[-1].notes],
     }
 
 
-def _row(p: Point) -> dict[str, Any]:
+def _row(p: Point, own: Collection[str]) -> dict[str, Any]:
     return {
-        "model": p.model, "sampler": p.sampler, "steps": p.steps, "guidance": p.guidance,
-        "cost": p.cost, "value": p.value, "low": p.low, "high": p.high,
+        "model": p.model, "task": p.task,
+        "name": p.model if p.task in own else labels.network(p.model, p.task),
+        "sampler": p.sampler, "label": labels.sampler(p.sampler), "steps": p.steps,
+        "guidance": p.guidance, "cost": p.cost, "value": p.value, "low": p.low, "high": p.high,
     }
 
 

@@ -28,6 +28,8 @@ RESTORING = tuple(conditions.CONDITIONS)
 """Image-conditioned tasks, super-resolution first."""
 TASKS = (TEXT_TO_IMAGE, *RESTORING, "dreambooth", *DISTILLED, CASCADE)
 """What networks of records are for."""
+FROM_TEXT = (TEXT_TO_IMAGE, CASCADE, *DISTILLED)
+"""Tasks that draw the same prompts from the same noise, so that a budget can be spent on any."""
 CHOSEN = (TEXT_TO_IMAGE, CASCADE)
 """Tasks whose steps within a budget are chosen, so that a block of its own chooses."""
 

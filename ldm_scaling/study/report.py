@@ -215,19 +215,27 @@ def _limits(
 
 def _images(
     records: Sequence[Record], arms: Sequence[Record], curves: Curves, block: int,
-    strips: epath.PathLike | None,
+    strips: epath.PathLike | None, others: Sequence[Record], advice: Sequence[Mapping[str, Any]],
 ) -> dict[str, list[str]]:
-    """The kept pictures of every point of the curves, as data URIs, by the lines "size", "sampler"
-    and "steps"."""
+    """The kept pictures of every point of the curves and of the advice, as data URIs, by the lines
+    "network", "sampler" and "steps"."""
     if strips is None:
         return {}
-    points = {(p.model, p.sampler, p.steps, p.guidance) for c in curves.values() for p in c}
+    own = {r.task for r in records}
+    points = {(p.task, p.model, p.sampler, p.steps, p.guidance): p.model
+              for c in curves.values() for p in c}
+    points |= {(p["task"], p["model"], p["sampler"], p["steps"], p["guidance"]): p["name"]
+               for p in (advice[0]["points"] if advice else ()) if p["task"] not in own}
+    pairs = [*zip(records, arms, strict=True)]
+    for task in {r.task for r in others} - own:
+        some = curves_lib.last_rounds(curves_lib.longest([r for r in others if r.task == task]))
+        pairs += zip(some, curves_lib.distinct(some), strict=True)
     keys = {}
-    for record, arm in zip(records, arms, strict=True):
+    for record, arm in pairs:
         i = arm.identity
-        cell = (i.model, i.sampler, i.steps)
-        if i.seed_block == block and (*cell, i.guidance) in points:
-            keys["\n".join(map(str, cell))] = record.identity.key
+        name = points.get((record.task, i.model, i.sampler, i.steps, i.guidance))
+        if i.seed_block == block and name is not None:
+            keys[f"{name}\n{i.sampler}\n{i.steps}"] = record.identity.key
     found = thumbnails.read(strips, keys.values())
     return {cell: found[key] for cell, key in keys.items() if key in found}
 
@@ -263,7 +271,8 @@ def write(
       context: the keys of `Context`.
       strips: folder of the strips of pictures that the sweep kept, `KEY.png`; the page shows them
         as thumbnails, fewer of each where it would weigh more than `MOST_BYTES`.
-      others: records of the same members' other tasks, which claims are judged by too.
+      others: records of the same members' other tasks, which claims are judged by too, and advice
+        chooses from where they draw from text.
       further: findings that follow those of the records.
 
     Returns:
@@ -309,7 +318,7 @@ def write(
     verdicts = claims.verdicts(evidence, told.metric, *blocks)
     untested = [f"claim {v.number}" for v in verdicts if not v.tested]
     advice = page_advice.units(
-        arms, told.metric, told.select_block, told.report_blocks) if curves else []
+        arms, told.metric, told.select_block, told.report_blocks, others) if curves else []
     table = page_data.table(records, arms, curves, told.report_blocks)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_PAGE), autoescape=True, undefined=jinja2.StrictUndefined,
@@ -344,7 +353,8 @@ def write(
         config=json.dumps(told.config, indent=1, sort_keys=True, default=str),
         **table,
     )
-    images = _images(records, arms, curves, blocks[1], strips)
+    images = _images(records, arms, curves, blocks[1], strips,
+                     page_advice.weighed(records, others), advice)
     page = draw(images={"captions": told.captions, "points": {}, "note": ""})
     if images:
         shown, note = _thinned(images, MOST_BYTES - len(page.encode()) - _NOTE_BYTES)

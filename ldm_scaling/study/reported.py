@@ -53,14 +53,17 @@ def of_workdir(
 
 
 def settings_of(home: epath.PathLike) -> tuple[str, ...]:
-    """Of what a workdir's last config makes of members, see `curves.one_setting`: its cascades;
-    none of a folder that is no workdir or whose config cannot be read."""
+    """Of what a workdir's last config makes of members, see `curves.one_setting`: its cascades and
+    distillations; none of a folder that is no workdir or whose config cannot be read."""
     workdir = Workdir(home)
+    if not (workdir / MARKER).exists():
+        return ()
     try:
-        cascade = workdir.last_config().cascade if (workdir / MARKER).exists() else None
+        study = workdir.last_config()
     except UserError:
         return ()
-    return (cascade.setting,) if cascade and cascade.base else ()
+    cascades = (study.cascade.setting,) if study.cascade.base else ()
+    return (*cascades, *(d.setting for d in study.distillations))
 
 
 def whole(

@@ -138,6 +138,29 @@ def make(
     return out
 
 
+def students(
+    records: list[Record], task: str = "consistency", better: float = 0.0, *,
+    models: tuple[str, ...] = ("c8", "c16"), steps: tuple[int, ...] = (4, 6), told: bool = False,
+    sampler: str = "codi", setting: str = "codi_1",
+) -> list[Record]:
+    """Students of some sizes in few steps, each its teacher's DDIM cell with a distance that is
+    smaller by `better`."""
+    return [
+        dataclasses.replace(
+            r, task=task, told=told, setting=setting,
+            metrics=r.metrics | {"fd_effnetlite0": r.metrics["fd_effnetlite0"] - better},
+            replicates={k: [v - better * (k == "fd_effnetlite0") for v in values]
+                        for k, values in r.replicates.items()},
+            intervals={},
+            identity=dataclasses.replace(
+                r.identity, sampler=sampler, model_hash=f"{r.identity.model}-{task}",
+                train_step=200),
+        )
+        for r in records
+        if r.identity.model in models and r.identity.sampler == "ddim" and r.identity.steps in steps
+    ]
+
+
 def training(models: tuple[str, ...] = tuple(CHANNELS)) -> dict[str, list[list[float | None]]]:
     """Loss curves: [step, train loss, validation loss (every fifth point)]."""
     rng = np.random.default_rng(1)

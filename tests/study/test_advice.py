@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ldm_scaling import cli
-from ldm_scaling.config import Study, Sweep
+from ldm_scaling.config import Consistency, Study, Sweep
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import zoo
 from ldm_scaling.study import advice, budgets, cost_files, records
@@ -472,3 +472,95 @@ def test_a_workdir_names_its_blocks(capsys, tmp_path):
     shutil.copytree(home / "records", other / "records")
     status, _, err = run(capsys, f"--records={home.path},{other.path}")
     assert status == 2 and "other seed blocks" in err and "--report-blocks" in err
+
+
+def test_members_and_students_share_one_budget(exact):
+    """A planted student that is better than all takes what it can pay for; one that is worse none
+    of it; and each is valued as its own records say."""
+    members, budget = within(exact, 3.0), 3.0
+    good = [*exact, *fake.students(exact, better=30.0)]
+    found = within(good, budget)
+    assert (found.best.model, found.best.task, found.best.sampler) == ("c16", "consistency", "codi")
+    alone = within([r for r in good if r.task == "consistency"], budget)
+    assert cell(alone.best) == cell(found.best) and alone.best.value == found.best.value
+    assert any("Text to image (70 cells) and Consistency distillation (4 cells)" in note
+               and "In brackets" in note for note in found.notes)
+    assert not any("together" in note for note in alone.notes)
+    # The runner-up is of another network, be it of the same size.
+    assert (found.runner_up.model, found.runner_up.task) == ("c8", "consistency")
+    lone = within([*exact, *fake.students(exact, better=30.0, models=("c16",))], budget)
+    assert (lone.runner_up.model, lone.runner_up.task) == (members.best.model, "text_to_image")
+    bad = within([*exact, *fake.students(exact, better=-30.0)], budget)
+    assert cell(bad.best) == cell(members.best) and bad.best.task == "text_to_image"
+    assert all(p.task == "text_to_image" for p in bad.front)
+
+
+def test_of_a_told_student_a_call_is_one_evaluation(exact):
+    """In FLOPs it costs half of its teacher's guided pair; in the paper's cost as much."""
+    both = [*exact, *fake.students(exact, "guided_distillation", told=True, models=("c8",),
+                                   sampler="ddim", steps=(4,))]
+    for unit, factor in (("cost", 1.0), ("gflops", 2.0)):
+        points = {p.task: p.cost for p in options_lib.of_records(both, unit).points
+                  if p.model == "c8" and p.sampler == "ddim" and p.steps == 4}
+        assert points["text_to_image"] == pytest.approx(factor * points["guided_distillation"])
+
+
+def test_tasks_that_do_not_compare_take_no_part(exact):
+    few = [dataclasses.replace(r, identity=dataclasses.replace(r.identity, num_images=64))
+           for r in fake.students(exact, better=30.0)]
+    reported = [r for r in fake.students(exact, better=30.0) if r.identity.seed_block == 1]
+    other = [dataclasses.replace(r, identity=dataclasses.replace(r.identity, reference_hash="no"))
+             for r in fake.students(exact, better=30.0)]
+    for students, why in (
+        (few, "measured with 64 pictures a cell and not 512"),
+        (other, "measured with other reference statistics"),
+        (reported, "on seed block 0, of which there is no record"),
+    ):
+        found = within([*exact, *students], 3.0)
+        assert found.best.task == "text_to_image"
+        assert any(note.startswith("Consistency distillation takes no part") and why in note
+                   for note in found.notes), found.notes
+    # Nor does a task that no picture of a prompt is of.
+    with pytest.raises(UserError, match="--task=deblurring or text_to_image,consistency"):
+        within([*fake.students(exact), *exact, *fake.students(exact, "deblurring")], 3.0)
+    # On another device cascades are not timed, members are.
+    first = records.First("c8", "ddim", 4, "leading", 1.0, 0.0, 1.0, 0.1, 4)
+    cascades = [
+        dataclasses.replace(r, first=first, identity=dataclasses.replace(
+            r.identity, model="c8+c16", first=first.spelling))
+        for r in fake.students(exact, "cascade", 80.0, sampler="ddim", models=("c16",))
+    ]
+    assert within([*exact, *cascades], 50.0).best.model == "c8+c16"
+    timed = within([*exact, *cascades], 50.0, "seconds", prices=prices(exact, 0.1))
+    assert timed.best.task == "text_to_image"
+    assert any("timed in their sweep alone, so not" in note for note in timed.notes)
+
+
+def test_the_command_weighs_students_and_names_them(capsys, tmp_path, study):
+    for r in [*study, *fake.students(study, better=30.0)]:
+        records.write(tmp_path, r)
+    _, out, err = run(capsys, f"--records={tmp_path}", "--budget=3 cost")
+    assert not err and out.startswith("For 3.00 cost: c16 (consistency), CoDi, 6 steps, guidance ")
+    found = json.loads(run(capsys, f"--records={tmp_path}", "--budget=3 cost", "--format=json")[1])
+    assert (found["best"]["model"], found["best"]["task"]) == ("c16", "consistency")
+    both = run(capsys, f"--records={tmp_path}", "--budget=3 cost",
+               "--task=text_to_image, consistency")
+    assert both[:2] == (0, out)
+    one = run(capsys, f"--records={tmp_path}", "--budget=3 cost", "--task=text_to_image")[1]
+    assert "(consistency)" not in one
+    status, _, err = run(capsys, f"--records={tmp_path}", "--task=text_to_image,deblurring")
+    assert status == 2 and "--task=deblurring: the records are of consistency, text_to_image" in err
+
+
+def test_a_workdirs_last_config_says_which_students_count(capsys, tmp_path, exact):
+    config = Study(consistency=Consistency(method="codi"))
+    home = Workdir(tmp_path)
+    home.bind(config)
+    mine, name = config.consistency.setting, "codi_0"
+    assert mine.startswith("codi_") and mine > name  # By name the other would be taken.
+    for r in [*exact, *fake.students(exact, better=5.0, setting=mine),
+              *fake.students(exact, better=50.0, setting=name)]:
+        records.write(home / "records", r if not r.setting else dataclasses.replace(
+            r, identity=dataclasses.replace(r.identity, model_hash=r.setting)))
+    out = " ".join(run(capsys, f"--records={home.path}")[1].split())
+    assert f"of which {mine} (200 steps of training) is used, and not codi_0" in out

@@ -145,14 +145,15 @@ def test_the_slider_says_what_advise_says(page, study):
             _compare(page, options, budget, written)
 
 
-def _compare(page, options, budget, written):
+def _compare(page, options, budget, written, flags=""):
     unit, dearest = options.unit, max(p.cost for p in options.points)
     page.fill("#advice-amount", repr(budget))
     page.press("#advice-amount", "Enter")
     said, found = _told(page), advise_cli.plain(advice.advise(options, Budget(budget, unit)))
     for row in (found["best"], found["runner_up"]):
         steps = f"{row['steps']} step{'s' * (row['steps'] > 1)}"
-        assert (f"{row['model']}, {labels.sampler(row['sampler'])}, {steps}, guidance "
+        name = labels.network(row["model"], row["task"])
+        assert (f"{name}, {labels.sampler(row['sampler'])}, {steps}, guidance "
                 f"{row['guidance']:g}") in said
         assert f"{labels.number(row['value'])} [{labels.number(row['low'])}, " in said
         # What the page prints can be typed: it pays for the configuration.
@@ -163,8 +164,39 @@ def _compare(page, options, budget, written):
     beyond = "allows all that was measured" in page.locator("#advice-range").inner_text()
     assert beyond == (budget > dearest)
     command, quoted, _ = page.locator("#advice-command").inner_text().split('"')
-    assert command == "ldm-scaling advise --records=DIR --budget="
+    assert command == f"ldm-scaling advise --records=DIR {flags}--budget="
     assert budgets.parse(quoted) == Budget(budget, unit)
+
+
+@pytest.mark.parametrize("flags", ["", "--task=text_to_image,consistency,guided_distillation "])
+def test_the_slider_weighs_students_with_their_own_pictures(browser, tmp_path, study, flags):
+    """In DDIM they have the sampler and the steps of their teachers, and are not taken for these.
+    What does not compare has no say, and the command leaves it out."""
+    more = {"models": ("c8", "c24"), "steps": (4,)}
+    students = [
+        *fake.students(study, better=-2.0, **more),
+        *fake.students(study, "guided_distillation", 60.0, sampler="ddim", told=True, **more),
+    ]
+    others = [*students, *fake.students(study, "deblurring", 90.0)] if flags else students
+    shades = {"consistency": 60, "guided_distillation": 200, "text_to_image": 120, "deblurring": 9}
+    for r in [*study, *others]:
+        strip = np.full((16, 16, 3), shades[r.task], np.uint8)
+        pictures.save_png(tmp_path / "strips" / f"{r.identity.key}.png", strip)
+    page = report.write(tmp_path, study, tmp_path, {}, tmp_path / "strips", others).as_uri()
+    with _opened(browser, page) as page:
+        for unit, written in (("cost", "cost"), ("gflops", "gflops")):
+            page.select_option("#advice-unit", unit)
+            options = options_lib.of_records([*study, *students], unit, FD)
+            costs = sorted(p.cost for p in options.points)
+            for budget in (costs[2], costs[5] * 1.01, costs[-1] * 2):
+                _compare(page, options, budget, written, flags)
+        assert "c24 (guided), DDIM, 4 steps" in _told(page)
+        assert page.locator("#advice-band rect.foreign").count() >= 1
+        page.click("#advice-images")
+        assert page.inner_text("#panel-title").startswith("c24 (guided), DDIM, 4 steps")
+        assert page.inner_text("#panel-facts").startswith("FD ")
+        strip = [np.full((16, 16, 3), 200, np.uint8)]
+        assert _shown(page) == [thumbnails.encode(image) for image in strip]
 
 
 def test_it_opens_on_something_and_the_least_that_it_names_can_be_typed(browser, tmp_path):

@@ -28,7 +28,9 @@ if (study.advice.length) {
     const what = element(box, "dd");
     const head = element(what, "b");
     const key = add(head, "svg", { viewBox: "-7 -7 14 14", "aria-hidden": "true" });
-    add(key, "path", { d: mark(p.model), style: `fill:${colour(p.model)}` });
+    const style = foreign(p) ? `fill:none;stroke-width:2;stroke:${colour(p.model)}`
+      : `fill:${colour(p.model)}`;
+    add(key, "path", { d: mark(p.model), style });
     head.append(settings(p));
     for (const line of lines) element(what, "div", line);
     return box;
@@ -39,7 +41,7 @@ if (study.advice.length) {
     body.replaceChildren();
     for (const p of affordable) {
       const row = element(body, "tr");
-      for (const [text, kind] of [[enough(p.cost)], [p.model, "word"], [label(p.sampler), "word"],
+      for (const [text, kind] of [[enough(p.cost)], [named(p), "word"], [p.label, "word"],
         [p.steps], [p.guidance], [number(p.value)], [range(p.low, p.high).trim(), "word"]]) {
         element(row, "td", text, kind ? { class: kind } : {});
       }
@@ -56,13 +58,13 @@ if (study.advice.length) {
     const x = (v) => share(v) * width;
     let k = 0;
     while (k < of.pieces.length) {
-      const model = of.points[of.pieces[k].best].model, left = x(of.pieces[k].from);
-      while (k < of.pieces.length && of.points[of.pieces[k].best].model === model) k++;
+      const best = of.points[of.pieces[k].best], name = named(best), left = x(of.pieces[k].from);
+      while (k < of.pieces.length && named(of.points[of.pieces[k].best]) === name) k++;
       const right = k < of.pieces.length ? x(of.pieces[k].from) : width;
       add(svg, "rect", { x: left, y: 4, width: right - left, height: 22,
-        style: `fill:${colour(model)}` });
-      if (right - left > 9 * model.length + 6) {
-        add(svg, "text", { x: (left + right) / 2, y: 20, "text-anchor": "middle" }, model);
+        style: `fill:${colour(best.model)}`, class: foreign(best) ? "foreign" : "own" });
+      if (right - left > 9 * name.length + 6) {
+        add(svg, "text", { x: (left + right) / 2, y: 20, "text-anchor": "middle" }, name);
       }
     }
     const now = Math.min(Math.max(x(budget), 1), width - 1);
@@ -122,7 +124,8 @@ if (study.advice.length) {
   $("advice-images").addEventListener("click", () => {
     const points = [...new Set([...of.front, at(budget).best])].map((k) => of.points[k])
       .filter((p) => p.cost <= budget * (1 + 1e-9));
-    panel(points, points.indexOf(of.points[at(budget).best]));
+    const shown = points.map((p) => ({ ...p, facts: `${reached(p)} · ${spent(p)}` }));
+    panel(shown, points.indexOf(of.points[at(budget).best]));
   });
   new ResizeObserver(() => requestAnimationFrame(band)).observe($("advice-band").parentElement);
   choose();

@@ -10,7 +10,11 @@ const MARKS = [
   "M0-6.5L1.9-2.2L6.4-2L2.9 1.1L4 5.6L0 3.2L-4 5.6L-2.9 1.1L-6.4-2L-1.9-2.2Z",
 ];
 const $ = (id) => document.getElementById(id);
-const size = (model) => study.models.findIndex((m) => m.name === model);
+const size = (model) => {
+  const at = (name) => study.models.findIndex((m) => m.name === name);
+  // A cascade of which the page is not about has the colour of its second network.
+  return at(model) < 0 ? Math.max(at(model.split("+").at(-1)), 0) : at(model);
+};
 const colour = (model) => `var(--size-${size(model)})`;
 const mark = (model) => MARKS[size(model) % MARKS.length];
 const dash = (sampler) => DASHES[study.samplers.findIndex((s) => s.name === sampler) % DASHES.length];

@@ -1,8 +1,11 @@
 "use strict";
 // The panel: one configuration in words, and the pictures that it drew. Needs charts.js.
 const kept = JSON.parse($("study-images").textContent);
+/** A point of the advice may be of another task than the page: it brings its name and its facts. */
+const named = (p) => p.name || p.model;
+const foreign = (p) => named(p) !== p.model || study.models.every((m) => m.name !== p.model);
 const settings = (p) =>
-  `${p.model}, ${label(p.sampler)}, ${p.steps} step${p.steps > 1 ? "s" : ""}, guidance ${p.guidance}`;
+  `${named(p)}, ${p.label || label(p.sampler)}, ${p.steps} step${p.steps > 1 ? "s" : ""}, guidance ${p.guidance}`;
 
 function element(parent, tag, text = null, attributes = {}) {
   const node = document.createElement(tag);
@@ -18,6 +21,7 @@ const panel = (() => {
 
   /** What was measured at this configuration, all measures. */
   function facts(p) {
+    if (foreign(p)) return p.facts;
     const same = study.points.filter((q) =>
       q.model === p.model && q.sampler === p.sampler && q.steps === p.steps);
     const { cost, seconds } = same[0];
@@ -26,7 +30,7 @@ const panel = (() => {
   }
   function show(k) {
     at = (k + points.length) % points.length;
-    const p = points[at], shown = kept.points[[p.model, p.sampler, p.steps].join("\n")] || [];
+    const p = points[at], shown = kept.points[[named(p), p.sampler, p.steps].join("\n")] || [];
     $("panel-title").textContent = settings(p);
     $("panel-facts").textContent = facts(p);
     $("panel-place").textContent = `${at + 1} of ${points.length}`;
