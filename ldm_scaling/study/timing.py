@@ -49,6 +49,8 @@ class Program:
       inputs: shapes of its inputs.
       spec: of the network.
       dtype: what it computes in.
+      narrowed: whether its parameters are in the types that it uses them in, see
+        `models.narrowing`.
     """
 
     part: str
@@ -58,14 +60,16 @@ class Program:
     inputs: tuple[jax.ShapeDtypeStruct, ...]
     spec: Any
     dtype: str
+    narrowed: bool = False
 
     @property
     def key(self) -> str:
         """Hash of all that decides the program."""
         shapes = [[list(s.shape), s.dtype.name] for s in self.inputs]
-        return files.sha256_of(
-            [self.part, self.batch, self.spec, shapes, self.dtype, jax.__version__, __version__]
-        )
+        return files.sha256_of([
+            self.part, self.batch, self.spec, shapes, self.dtype, jax.__version__, __version__,
+            *(["narrowed"] if self.narrowed else []),
+        ])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,10 +79,12 @@ class Group:
     Attributes:
       params: their shapes.
       programs: smallest batch first.
+      beside: bytes that lie on the device while pictures are drawn, and not while this is timed.
     """
 
     params: Any
     programs: Sequence[Program]
+    beside: int = 0
 
 
 # --- what there is to time ----------------------------------------------------------------------
@@ -89,8 +95,13 @@ def _floats(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 def network(name: str, spec: backbone.Spec, batches: Sequence[int], device: jax.Device) -> Group:
-    """A call of a member's network and a guided pair of calls, as sampling runs them."""
-    denoise = drawing.denoiser(spec, mesh_lib.make(devices=[device]))
+    """A call of a member's network and a guided pair of calls, as sampling runs them: with
+    parameters that were converted before the first."""
+    mesh = mesh_lib.make(devices=[device])
+    denoise = drawing.denoiser(spec, mesh)
+    own = backbone.param_shapes(spec)
+    params = jax.eval_shape(drawing.narrowed(spec, mesh), own)
+    narrowed = _bytes(params) < _bytes(own)
     dtype = hosts.compute_dtype("auto", device.platform).name
 
     def once(params, x_BHWC, t_B, ctx_BLD):
@@ -105,10 +116,11 @@ def network(name: str, spec: backbone.Spec, batches: Sequence[int], device: jax.
     for b in batches:
         inputs = (_floats(b, *spec.latent_shape), _floats(b), _floats(b, *text))
         programs += [
-            Program("network", name, b, once, inputs, spec, dtype),
-            Program("guided", name, b, pair, (*inputs, _floats(b), _floats(1, *text)), spec, dtype),
+            Program("network", name, b, once, inputs, spec, dtype, narrowed),
+            Program("guided", name, b, pair, (*inputs, _floats(b), _floats(1, *text)), spec, dtype,
+                    narrowed),
         ]
-    return Group(backbone.param_shapes(spec), programs)
+    return Group(params, programs, _bytes(own) if narrowed else 0)
 
 
 def decoder(
@@ -233,7 +245,7 @@ def run(
         return
     share = _SHARE_CPU if device.platform == "cpu" else _SHARE
     room = share * (free_bytes(device) if free is None else free)
-    held = _bytes(group.params)
+    held = _bytes(group.params) + group.beside
 
     def skip(program: Program, need: str) -> None:
         why = f"needs {need}, {_gb(room)} are free on the device"
@@ -251,7 +263,8 @@ def run(
             continue
         try:
             compiled, hidden = _compiled(program, group.params, device)
-            need = _needs(compiled, held + _bytes(program.inputs), hidden)
+            arguments = _bytes(group.params) + _bytes(program.inputs)
+            need = _needs(compiled, arguments, hidden) + group.beside
             if need > room:
                 lost[program.part] = program.batch
                 skip(program, _gb(need))

@@ -14,7 +14,8 @@ import pytest
 
 from ldm_scaling import cli
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import attention, autoencoder, cost, zoo
+from ldm_scaling.models import attention, autoencoder, cost, narrowing, zoo
+from ldm_scaling.parallel import hosts
 from ldm_scaling.study import caching_cost, cost_cli, cost_files, timing
 from ldm_scaling.study.cost_files import CostFile, MemberCost, Skipped, Timing
 from ldm_scaling.study.timing import Group, Program
@@ -106,6 +107,24 @@ def test_a_device_that_runs_out_is_no_crash(monkeypatch):
     monkeypatch.setattr(timing, "_timed", broken)
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         outcomes(group)
+
+
+def test_a_network_is_timed_with_its_parameters_as_sampling_has_them(monkeypatch):
+    """On an accelerator: in the types that it uses them in, the others beside them in memory."""
+    spec = zoo.get("c8").spec
+    here = timing.network("c8", spec, (1,), DEVICE)
+    assert here.beside == 0 and not here.programs[0].narrowed
+    monkeypatch.setattr(hosts, "compute_dtype", lambda name, platform: jnp.dtype("bfloat16"))
+    there = timing.network("c8", spec, (1,), DEVICE)
+    assert jax.tree.map(lambda leaf: leaf.dtype, there.params) == narrowing.types(
+        spec, jnp.dtype("bfloat16"))
+    whole = sum(4 * leaf.size for leaf in jax.tree.leaves(there.params))
+    assert there.beside == whole
+    assert {p.key for p in there.programs}.isdisjoint(
+        dataclasses.replace(p, narrowed=False).key for p in there.programs)
+    found = outcomes(there)
+    assert all(isinstance(f, Timing) and f.bytes > 1.4 * whole for f in found)
+    assert all(isinstance(f, Skipped) for f in outcomes(there, free=1.2 * whole))
 
 
 def test_free_memory_is_some_of_the_machines():
