@@ -7,20 +7,40 @@ event files; clu aggregates the metrics. Of tensorboardX only the writer of file
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import logging
+import sys
 import time
+from collections.abc import Iterator
 
 import numpy as np
 from etils import epath
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.record_writer import directory_check
 
 from ldm_scaling import files, pictures
 from ldm_scaling.errors import UserError
+
+
+@contextlib.contextmanager
+def _absent(module: str) -> Iterator[None]:
+    """As if a module were not installed, where it is not imported yet."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+
+
+# It imports torch where it can, 200 MB and 2 s of every command, to know tensors by their class.
+with _absent("torch"):
+    from tensorboardX import summary
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.record_writer import directory_check
 
 log = logging.getLogger(__name__)
 
