@@ -1,7 +1,7 @@
 """The small scaling study of configs/h200_ladder.py in stretches, on machines that keep nothing.
 
     python benchmarks/gpu/ladder.py budget                     FLOPs and minutes, reckoned
-    python benchmarks/gpu/ladder.py hand --to=handed           for a machine without an index
+    python benchmarks/gpu/ladder.py hand --to=handed --python=3.12    where there is no index
     python benchmarks/gpu/ladder.py run --workdir=W --to=OUT [--from=OUT_BEFORE] [--minutes=8.5]
     python benchmarks/gpu/ladder.py report --workdir=W --from=OUT      page and figures, anywhere
 
@@ -134,11 +134,48 @@ def _line(name: str, row: Sequence[tuple[float, float]]) -> str:
 # --- what a machine is handed -----------------------------------------------------------------
 
 
-def hand(config: str, to: Path) -> list[str]:
-    """Writes `packages/` and `packages.tar.xz`; lines of sizes.
+# What a machine with jax, flax, optax, orbax-checkpoint and what these need lacks of the rest. What
+# is built has no wheel in the index, and is the same for any machine.
+WHEELS = (
+    "array_record", "clu", "dm-tree", "docstring_parser", "emoji", "ftfy",
+    "googleapis-common-protos", "grain", "immutabledict", "ml-collections", "portpicker",
+    "resvg-py", "simple_parsing", "tensorboardX", "tensorflow-datasets", "tensorflow-metadata",
+    "termcolor", "toml", "wcwidth",
+)
+BUILT = ("promise",)
+PLATFORMS = ("manylinux2014_x86_64", "manylinux_2_27_x86_64", "manylinux_2_28_x86_64")
+
+
+def fetch_wheels(python: str, to: Path) -> list[str]:
+    """Wheels of `WHEELS` and `BUILT` for a version of Python on Linux, as the lock has them; lines
+    of sizes.
 
     Raises:
-      UserError: where a package is missing or the folder is there.
+      UserError: where pip has none.
+    """
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    common = ["--no-deps", "-c", str(ROOT / "requirements.lock")]
+    place = ["--only-binary=:all:", "--python-version", python]
+    place += [word for name in PLATFORMS for word in ("--platform", name)]
+    for line in (
+        [*pip, "download", *common, *place, "--dest", str(to), *WHEELS],
+        [*pip, "wheel", *common, "--wheel-dir", str(to), *BUILT],
+    ):
+        ended = subprocess.run(line, capture_output=True, text=True)
+        if ended.returncode:
+            said = [line for line in ended.stderr.splitlines() if line.startswith("ERROR")]
+            raise UserError(f"no wheels for Python {python}: {' '.join(said)[:600]}")
+    found = list(to.glob("*.whl"))
+    size = sum(p.stat().st_size for p in found)
+    return [f"{len(found)} wheels for Python {python}: {size / 1e6:.1f} MB"]
+
+
+def hand(config: str, to: Path, python: str = "") -> list[str]:
+    """Writes `packages/` and `packages.tar.xz`, and wheels for a version of Python if one is given;
+    lines of sizes.
+
+    Raises:
+      UserError: where a package or a wheel is missing, or the folder is there.
     """
     if to.exists():
         raise UserError(f"{to} is there already: name a new folder")
@@ -154,8 +191,9 @@ def hand(config: str, to: Path) -> list[str]:
             tar.add(folder, "packages")
         sizes = {p.name: _size(p) for p in sorted(folder.iterdir())}
         total = archive.stat().st_size
+        wheels = fetch_wheels(python, folder.parent) if python else []
     return [f"{name}: {size / 1e6:.1f} MB" for name, size in sizes.items()] + [
-        f"{to / 'packages.tar.xz'}: {total / 1e6:.1f} MB packed"
+        f"{to / 'packages.tar.xz'}: {total / 1e6:.1f} MB packed", *wheels
     ]
 
 
@@ -667,6 +705,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--to", type=Path, default=Path("runs/h200_ladder_out"))
     parser.add_argument("--from", dest="source", type=Path, help="what an earlier run packed")
     parser.add_argument("--minutes", type=float, default=8.5)
+    parser.add_argument("--python", default="", help="hand: with wheels for this version")
     parser.add_argument(
         "--channels", type=int, default=184, help="of the members that are at work side by side")
     args = parser.parse_args(argv)
@@ -675,7 +714,7 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(budget(args.config)))
             return 0
         if args.what == "hand":
-            print("\n".join(hand(args.config, args.to)))
+            print("\n".join(hand(args.config, args.to, args.python)))
             return 0
         # What an earlier run packed where this one packs is never lost.
         packed = any(args.to.glob("ladder.tar.xz.*")) and args.what == "run"

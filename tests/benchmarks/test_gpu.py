@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tarfile
@@ -388,6 +389,26 @@ def test_ladder_without_time_starts_nothing(tmp_path, scripts, capsys):
     assert "left: c8_s16, c12_s16" in capsys.readouterr().out
     with tarfile.open(tmp_path / "out" / "ladder.tar.xz.0") as tar:
         assert not tar.getnames()
+
+
+def test_the_wheels_that_the_ladder_is_handed_are_the_locks(scripts, tmp_path, monkeypatch):
+    """Asked for by name alone, so that the lock decides; a version of Python that has none is an
+    error that says so."""
+    ladder, lines = scripts("ladder"), []
+    lock = (ladder.ROOT / "requirements.lock").read_text().splitlines()
+    locked = {re.sub("[-_.]+", "-", line.partition("==")[0]).lower() for line in lock}
+    assert {re.sub("[-_.]+", "-", n).lower() for n in (*ladder.WHEELS, *ladder.BUILT)} <= locked
+
+    def pip(line, **how):
+        lines.append(line)
+        return subprocess.CompletedProcess(line, int("3.5" in line), "", "WARNING: a\nERROR: none")
+
+    monkeypatch.setattr(ladder.subprocess, "run", pip)
+    assert ladder.fetch_wheels("3.12", tmp_path) == ["0 wheels for Python 3.12: 0.0 MB"]
+    assert [line[4:6] for line in lines] == [["--quiet", "download"], ["--quiet", "wheel"]]
+    assert all(str(ladder.ROOT / "requirements.lock") in line for line in lines)
+    with pytest.raises(UserError, match="^no wheels for Python 3.5: ERROR: none$"):
+        ladder.fetch_wheels("3.5", tmp_path)
 
 
 def test_the_ladder_of_seven(scripts):
