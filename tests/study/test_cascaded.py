@@ -119,7 +119,8 @@ def test_the_page_and_the_figures_show_them(workdir):
 
 
 def test_the_same_command_goes_on_from_where_it_is(workdir):
-    """Nothing is trained or drawn twice; a record that is lost is measured again as it was."""
+    """Nothing is trained or drawn twice; a record that is lost is measured again as it was, to what
+    another place in the batch changes: on some CPUs products round differently there."""
     path = next(p for p in sorted((workdir / "records").glob("*.json"))
                 if records.read(p).task == "cascade")
     lost = records.read(path)
@@ -131,7 +132,8 @@ def test_the_same_command_goes_on_from_where_it_is(workdir):
         assert status == 0 and "train " not in said
     assert before == {p: p.stat().st_mtime_ns for p in before}
     again = records.read(path)
-    assert again.metrics == lost.metrics and again.identity == lost.identity
+    assert again.metrics == pytest.approx(lost.metrics, rel=1e-3)
+    assert again.identity == lost.identity
 
 
 def test_runs_leave_what_a_run_leaves(workdir):
