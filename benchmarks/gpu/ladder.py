@@ -163,8 +163,9 @@ def fetch_wheels(python: str, to: Path) -> list[str]:
     ):
         ended = subprocess.run(line, capture_output=True, text=True)
         if ended.returncode:
-            said = [line for line in ended.stderr.splitlines() if line.startswith("ERROR")]
-            raise UserError(f"no wheels for Python {python}: {' '.join(said)[:600]}")
+            said = ended.stderr.splitlines()
+            errors = [line for line in said if line.lower().startswith("error")] or said[-3:]
+            raise UserError(f"no wheels for Python {python}: {' '.join(errors)[:600]}")
     found = list(to.glob("*.whl"))
     size = sum(p.stat().st_size for p in found)
     return [f"{len(found)} wheels for Python {python}: {size / 1e6:.1f} MB"]
@@ -183,6 +184,7 @@ def hand(config: str, to: Path, python: str = "") -> list[str]:
     with files.atomic_folder(to) as temporary:
         folder = Path(os.fspath(temporary)) / "packages"
         folder.mkdir(parents=True)
+        wheels = fetch_wheels(python, folder.parent) if python else []
         _pictograms(folder)
         _text_encoder(study, folder)
         _feature_network(folder)
@@ -191,7 +193,6 @@ def hand(config: str, to: Path, python: str = "") -> list[str]:
             tar.add(folder, "packages")
         sizes = {p.name: _size(p) for p in sorted(folder.iterdir())}
         total = archive.stat().st_size
-        wheels = fetch_wheels(python, folder.parent) if python else []
     return [f"{name}: {size / 1e6:.1f} MB" for name, size in sizes.items()] + [
         f"{to / 'packages.tar.xz'}: {total / 1e6:.1f} MB packed", *wheels
     ]

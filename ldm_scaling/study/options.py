@@ -4,8 +4,7 @@ Pure functions on records."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -15,7 +14,14 @@ from ldm_scaling.study import costing, labels, pricing, reported
 from ldm_scaling.study import curves as curves_lib
 from ldm_scaling.study.costing import Price, Unit
 from ldm_scaling.study.curves import Point
-from ldm_scaling.study.records import CASCADE, DISTILLED, FROM_TEXT, TASKS, Record
+from ldm_scaling.study.records import (
+    CASCADE,
+    CHOSEN,
+    DISTILLED,
+    FROM_TEXT,
+    TASKS,
+    Record,
+)
 from ldm_scaling.study.statistics import blocks
 
 PUBLISHED_STEPS, PUBLISHED_RATE, PUBLISHED_IMAGES = 50, 7.5, 30_000
@@ -78,11 +84,33 @@ class _Part:
     chooser: str
     points: Sequence[Point]
 
-    @property
-    def measured_by(self) -> tuple[Any, ...]:
-        """What two tasks must have in common to be compared: (reference statistics, pictures)."""
-        references = {r.identity.reference_hash for r in self.found}
-        return references, {p.num_images for p in self.points}
+    def differs(self, other: _Part, devices: bool) -> str:
+        """How it was measured, in words, where values or replicates do not compare with another's;
+        empty where they do.
+
+        Args:
+          other: the part that it is held against.
+          devices: whether seconds are compared too.
+        """
+        # Of a race the hash tells the number of pictures too, which is foretold for.
+        reference, theirs = ({r.identity.reference_hash for r in part.found if not r.round}
+                             for part in (self, other))
+        if reference != theirs:
+            return "with other reference statistics"
+        images, theirs = ({p.num_images for p in part.points} for part in (self, other))
+        if images != theirs:
+            return f"with {_counts(images)} pictures a cell and not {_counts(theirs)}"
+        drawn, theirs = ({p.replicates_R.size for p in part.points} - {0} for part in (self, other))
+        if drawn and theirs and drawn != theirs:
+            return f"with {_counts(drawn)} replicates and not {_counts(theirs)}"
+        here, theirs = ({r.device for r in part.found} for part in (self, other))
+        if devices and here != theirs:
+            return f"on {labels.listing(sorted(here))} and not {labels.listing(sorted(theirs))}"
+        return ""
+
+
+def _counts(values: Iterable[int]) -> str:
+    return labels.listing([f"{n:,}" for n in sorted(values)])
 
 
 def of_records(
@@ -127,16 +155,12 @@ def of_records(
     found = {task: curves_lib.distinct(own) for task, own in longest.items()}
     metric = metric_of([r for own in found.values() for r in own], metric)
     asked = report_blocks
-    every = [r for own in found.values() for r in own]
-    report_blocks = reported.whole(every, metric, select_block, asked)
-    parts = {
-        task: _part(own, metric, select_block, report_blocks) for task, own in found.items()
-    }
-    parts, lacking = _comparable(parts, metric, select_block, report_blocks)
-    points, untimed = pricing.priced_here([p for part in parts.values() for p in part.points],
-                                   prices, batch)
-    kept = [r for task in parts for r in held[task]]
-    counted, where = pricing.counted_of(kept, points, unit, prices, batch)
+    parts, report_blocks, lacking = _comparable(
+        found, metric, select_block, asked, devices=unit == "seconds" and prices is None)
+    points, untimed = pricing.priced_here(
+        [p for part in parts.values() for p in part.points], prices, batch)
+    counted, where = pricing.counted_of(
+        [r for part in parts.values() for r in part.found], points, unit, prices, batch)
     price = {
         task: pricing.of_points(part.found, unit, prices, counted) for task, part in parts.items()
     }
@@ -149,7 +173,7 @@ def of_records(
         "Intervals and probabilities do not cover the chance of another training run.",
     ]
     if len(parts) > 1:
-        notes.append(_together(points))
+        notes += _together(parts, points, unit)
     for chooser in sorted({part.chooser for part in parts.values()} - {metric}):
         notes.append(
             f"Guidance is the rate with the best {labels.measure(chooser).short} of each cell, "
@@ -157,6 +181,7 @@ def of_records(
         )
     notes += filter(None, [reported.left_out(asked, report_blocks)])
     notes += _lengths({task: held[task] for task in parts}, longest, settings)
+    kept = [r for task in parts for r in held[task]]
     notes += [*curves_lib.other_settings(kept, settings), *untimed, *left_out, *lacking]
     gaps = [
         g for part in parts.values()
@@ -190,43 +215,43 @@ def _by_task(records: Sequence[Record]) -> dict[str, list[Record]]:
     return held
 
 
-def _part(
-    found: Sequence[Record], metric: str, select_block: int, report_blocks: Sequence[int]
-) -> _Part:
-    pooled = blocks.pooled(found, select_block, report_blocks)
-    return _Part(found, pooled, *_chooser(pooled, metric, select_block, report_blocks[0]))
-
-
 def _comparable(
-    parts: Mapping[str, _Part], metric: str, select_block: int, report_blocks: Sequence[int]
-) -> tuple[dict[str, _Part], list[str]]:
-    """The tasks that one choice can be made from, and a note of each other; of one task alone it is
-    an error."""
+    found: Mapping[str, Sequence[Record]], metric: str, select_block: int, asked: Sequence[int],
+    devices: bool,
+) -> tuple[dict[str, _Part], list[int], list[str]]:
+    """The tasks that one choice can be made from, the blocks that report (those of the first task),
+    and a note of each other task; of one task alone it is an error."""
     kept: dict[str, _Part] = {}
+    report_blocks: list[int] = []
     notes: list[str] = []
-    for task, part in parts.items():
+    for task, own in found.items():
+        there = reported.whole(own, metric, select_block, asked)
+        pooled = blocks.pooled(own, select_block, there)
+        part = _Part(own, pooled, *_chooser(pooled, metric, select_block, there[0]))
         try:
-            _require_points(part, metric, select_block, report_blocks)
+            _require_points(part, metric, select_block, there)
         except UserError as e:
-            if len(parts) == 1:
+            if len(found) == 1:
                 raise
-            notes.append(f"{labels.task(task)} takes no part: {e}.")
+            notes.append(_no_part(task, str(e)))
             continue
         first = next(iter(kept.values()), part)
-        if part.measured_by == first.measured_by:
-            kept[task] = part
+        how = part.differs(first, devices)
+        if not how and kept and there != report_blocks:
+            how = f"on seed blocks {there} and not {report_blocks}"
+        if how:
+            notes.append(_no_part(
+                task, f"it was measured {how}, which does not compare; --task={task} is advice on "
+                "it alone"))
             continue
-        how = "other reference statistics" if part.measured_by[0] != first.measured_by[0] else (
-            f"{labels.listing([f'{n:,}' for n in sorted(part.measured_by[1])])} pictures a cell "
-            f"and not {labels.listing([f'{n:,}' for n in sorted(first.measured_by[1])])}"
-        )
-        notes.append(
-            f"{labels.task(task)} takes no part: it was measured with {how}, so its values do not "
-            f"compare; --task={task} is advice on it alone."
-        )
+        kept[task], report_blocks = part, there
     if not kept:
         raise UserError(f"no task has what advice needs: {' '.join(notes)}")
-    return kept, notes
+    return kept, report_blocks, notes
+
+
+def _no_part(task: str, why: str) -> str:
+    return f"{labels.task(task)} takes no part: {why}."
 
 
 def _require_points(
@@ -234,10 +259,17 @@ def _require_points(
 ) -> None:
     there = blocks.blocks(part.found)
     if select_block not in there:
+        one_rate = all(r.task not in CHOSEN for r in part.found) and (
+            len({r.identity.guidance for r in part.found}) == 1)
+        remedy = (
+            "it was measured at one guidance rate, and so on the blocks that report alone: give "
+            "its sweep a second rate" if one_rate else
+            "measure that block too, or give --select-block and --report-blocks, two different ones"
+        )
         raise UserError(
             f"advice chooses between configurations on seed block {select_block}, of which there "
             f"is no record, and reports them on others (the records are of blocks {there}): "
-            "measure that block too, or give --select-block and --report-blocks, two different ones"
+            f"{remedy}"
         )
     if not part.points:
         raise UserError(
@@ -247,15 +279,24 @@ def _require_points(
         )
 
 
-def _together(points: Sequence[Point]) -> str:
-    cells = {task: sum(p.task == task for p in points) for task in FROM_TEXT}
-    of = [f"{labels.task(task)} ({n:,} cells)" for task, n in cells.items() if n]
-    brackets = " In brackets stands by what a size's student was distilled." * any(
-        cells[task] for task in DISTILLED)
-    return (
-        f"Weighed together: {labels.listing(of)}; what has more cells has more to choose from."
-        f"{brackets}"
-    )
+def _together(parts: Mapping[str, _Part], points: Sequence[Point], unit: Unit) -> list[str]:
+    """What is said of several tasks."""
+    cells = {task: sum(p.task == task for p in points) for task in parts}
+    of = [f"{labels.task(task)} ({n:,} {'cell' if n == 1 else 'cells'})"
+          for task, n in cells.items()]
+    out = [f"Weighed together: {labels.listing(of)}; what has more cells has more to choose from."]
+    if any(task in DISTILLED for task in parts):
+        out.append(
+            "In brackets stands by what a size's student was distilled; what training cost is not "
+            "counted."
+        )
+    told = {r.told for part in parts.values() for r in part.found}
+    if unit == "cost" and len(told) > 1:
+        out.append(
+            "A guided pair of calls counts once, as in the paper, and so does the one call of a "
+            "student that is told its rate: a budget in flops counts two and one."
+        )
+    return out
 
 
 def _lengths(

@@ -52,25 +52,23 @@ def units(
       Seconds are left out where the records were measured on several devices. `flags` are those
       of `ldm-scaling advise` without which it would not say the same.
     """
-    further = weighed(records, others)
-    every = [*records, *further]
-    devices = sorted({r.device for r in every})
+    own = {r.task for r in records}
+    every = [*records, *weighed(records, others)]
+    devices = sorted({r.device for r in records})
     skipped = [] if len(devices) == 1 else [
         f"Seconds of {labels.listing(devices)} do not compare, so there are no budgets in seconds."
     ]
     out: list[dict[str, Any]] = []
     flags = _flags(every, metric, select, report)
-    there = {r.task for r in (*every, *others)}
+    # The folder may hold, or come to hold, records of another config's tasks.
     chosen = [task for task in TASKS if any(r.task == task for r in every)]
-    if len(there) > 1 and not there <= set(FROM_TEXT):
-        flags.insert(0, f"--task={','.join(chosen)}")
+    flags.insert(0, f"--task={','.join(chosen)}")
     for unit in _UNITS:
         if unit == "seconds" and skipped:
             continue
         options = options_lib.of_records(
             every, unit, metric, select_block=select, report_blocks=report
         )
-        own = {r.task for r in records}
         out.append(_unit(options, own, [*options.notes, *skipped]) | {"flags": flags})
     return out
 

@@ -177,7 +177,7 @@ def write(materials: Materials, found: list[Record], others: Sequence[Record] = 
     Args:
       materials: of the study.
       found: the records that the page is about, of one task.
-      others: of the same members' other tasks: for figures and claims.
+      others: of the same members' other tasks: for figures, claims and advice.
     """
     sweep, figures = materials.study.sweep, materials.workdir / "figures"
     report_blocks = reported.whole(found, FRECHET, sweep.select_block, sweep.report_blocks)

@@ -483,8 +483,8 @@ def test_members_and_students_share_one_budget(exact):
     assert (found.best.model, found.best.task, found.best.sampler) == ("c16", "consistency", "codi")
     alone = within([r for r in good if r.task == "consistency"], budget)
     assert cell(alone.best) == cell(found.best) and alone.best.value == found.best.value
-    assert any("Text to image (70 cells) and Consistency distillation (4 cells)" in note
-               and "In brackets" in note for note in found.notes)
+    for said in ("Text to image (70 cells) and Consistency distillation (4 cells)", "In brackets"):
+        assert any(said in note for note in found.notes)
     assert not any("together" in note for note in alone.notes)
     # The runner-up is of another network, be it of the same size.
     assert (found.runner_up.model, found.runner_up.task) == ("c8", "consistency")
@@ -509,12 +509,18 @@ def test_tasks_that_do_not_compare_take_no_part(exact):
     few = [dataclasses.replace(r, identity=dataclasses.replace(r.identity, num_images=64))
            for r in fake.students(exact, better=30.0)]
     reported = [r for r in fake.students(exact, better=30.0) if r.identity.seed_block == 1]
+    one_rate = [dataclasses.replace(r, identity=dataclasses.replace(r.identity, guidance=2.0))
+                for r in reported]
+    drawn = [dataclasses.replace(r, replicates={k: v[:50] for k, v in r.replicates.items()})
+             for r in fake.students(exact, better=30.0)]
     other = [dataclasses.replace(r, identity=dataclasses.replace(r.identity, reference_hash="no"))
              for r in fake.students(exact, better=30.0)]
     for students, why in (
         (few, "measured with 64 pictures a cell and not 512"),
         (other, "measured with other reference statistics"),
         (reported, "on seed block 0, of which there is no record"),
+        (one_rate, "give its sweep a second rate"),
+        (drawn, "measured with 50 replicates and not 200"),
     ):
         found = within([*exact, *students], 3.0)
         assert found.best.task == "text_to_image"
@@ -564,3 +570,47 @@ def test_a_workdirs_last_config_says_which_students_count(capsys, tmp_path, exac
             r, identity=dataclasses.replace(r.identity, model_hash=r.setting)))
     out = " ".join(run(capsys, f"--records={home.path}")[1].split())
     assert f"of which {mine} (200 steps of training) is used, and not codi_0" in out
+
+
+def test_students_that_lack_a_block_cost_members_none():
+    members = fake.make(models=("c8", "c16"), samplers=("ddim",), report_blocks=(1, 2))
+    students = fake.students(members, better=30.0)
+    asked = {"report_blocks": (1, 2)}
+    both = within([*members, *students], 3.0, **asked)
+    assert "reported on 1 and 2 (" in both.notes[0] and both.best.task == "consistency"
+    fewer = [r for r in students if r.identity.seed_block < 2]
+    found = within([*members, *fewer], 3.0, **asked)
+    assert "reported on 1 and 2 (" in found.notes[0] and found.best.task == "text_to_image"
+    assert any("takes no part: it was measured on seed blocks [1] and not [1, 2]" in note
+               for note in found.notes)
+
+
+def test_members_that_raced_compare_with_students_that_did_not(exact):
+    """A race's records tell the number of pictures in their reference's hash."""
+    raced = [
+        dataclasses.replace(r, round=1, identity=dataclasses.replace(
+            r.identity, reference_hash="ref, 512")) if r.identity.seed_block == 0 else r
+        for r in exact
+    ]
+    assert within([*raced, *fake.students(exact, better=30.0)], 3.0).best.task == "consistency"
+
+
+def test_seconds_compare_on_one_device_alone(exact):
+    """What was measured elsewhere, a shorter training included, has no say in them."""
+    away = [dataclasses.replace(r, device="Chip") for r in fake.students(exact, better=30.0)]
+    assert within([*exact, *away], 3.0).best.task == "consistency"
+    found = within([*exact, *away], 1.0, "seconds")
+    assert found.best.task == "text_to_image"
+    assert any("measured on Chip and not 2 CPU cores" in note for note in found.notes)
+    early = [dataclasses.replace(r, device="Chip", identity=dataclasses.replace(
+        r.identity, train_step=500)) for r in exact]
+    assert cell(within([*early, *exact], 1.0, "seconds").best) == cell(found.best)
+
+
+def test_what_cost_counts_of_told_students_is_said(exact):
+    told = fake.students(exact, "guided_distillation", told=True, sampler="ddim")
+    for unit, said in (("cost", True), ("gflops", False)):
+        notes = within([*exact, *told], 1e6, unit).notes
+        assert any("a budget in flops counts two and one" in note for note in notes) == said
+    plain = within([*exact, *fake.students(exact)], 3.0)
+    assert not any("told its rate" in note for note in plain.notes)

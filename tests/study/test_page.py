@@ -145,7 +145,7 @@ def test_the_slider_says_what_advise_says(page, study):
             _compare(page, options, budget, written)
 
 
-def _compare(page, options, budget, written, flags=""):
+def _compare(page, options, budget, written, tasks="text_to_image"):
     unit, dearest = options.unit, max(p.cost for p in options.points)
     page.fill("#advice-amount", repr(budget))
     page.press("#advice-amount", "Enter")
@@ -164,12 +164,11 @@ def _compare(page, options, budget, written, flags=""):
     beyond = "allows all that was measured" in page.locator("#advice-range").inner_text()
     assert beyond == (budget > dearest)
     command, quoted, _ = page.locator("#advice-command").inner_text().split('"')
-    assert command == f"ldm-scaling advise --records=DIR {flags}--budget="
+    assert command == f"ldm-scaling advise --records=DIR --task={tasks} --budget="
     assert budgets.parse(quoted) == Budget(budget, unit)
 
 
-@pytest.mark.parametrize("flags", ["", "--task=text_to_image,consistency,guided_distillation "])
-def test_the_slider_weighs_students_with_their_own_pictures(browser, tmp_path, study, flags):
+def test_the_slider_weighs_students_with_their_own_pictures(browser, tmp_path, study):
     """In DDIM they have the sampler and the steps of their teachers, and are not taken for these.
     What does not compare has no say, and the command leaves it out."""
     more = {"models": ("c8", "c24"), "steps": (4,)}
@@ -177,7 +176,8 @@ def test_the_slider_weighs_students_with_their_own_pictures(browser, tmp_path, s
         *fake.students(study, better=-2.0, **more),
         *fake.students(study, "guided_distillation", 60.0, sampler="ddim", told=True, **more),
     ]
-    others = [*students, *fake.students(study, "deblurring", 90.0)] if flags else students
+    others = [*students, *fake.students(study, "deblurring", 90.0)]
+    tasks = "text_to_image,consistency,guided_distillation"
     shades = {"consistency": 60, "guided_distillation": 200, "text_to_image": 120, "deblurring": 9}
     for r in [*study, *others]:
         strip = np.full((16, 16, 3), shades[r.task], np.uint8)
@@ -189,7 +189,7 @@ def test_the_slider_weighs_students_with_their_own_pictures(browser, tmp_path, s
             options = options_lib.of_records([*study, *students], unit, FD)
             costs = sorted(p.cost for p in options.points)
             for budget in (costs[2], costs[5] * 1.01, costs[-1] * 2):
-                _compare(page, options, budget, written, flags)
+                _compare(page, options, budget, written, tasks)
         assert "c24 (guided), DDIM, 4 steps" in _told(page)
         assert page.locator("#advice-band rect.foreign").count() >= 1
         page.click("#advice-images")
@@ -215,7 +215,8 @@ def test_it_opens_on_something_and_the_least_that_it_names_can_be_typed(browser,
         page.fill("#advice-amount", least)
         page.press("#advice-amount", "Enter")
         assert "c16" in _told(page)
-    assert "--records=DIR --report-blocks=1,2 --budget=" in page.inner_text("#advice-command")
+    flags = "--records=DIR --task=text_to_image --report-blocks=1,2 --budget="
+    assert flags in page.inner_text("#advice-command")
     page.close()
 
 

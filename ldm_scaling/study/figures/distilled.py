@@ -129,7 +129,7 @@ def halving(source: Source) -> dict[str, Drawn]:
     out = {}
     for task in DISTILLED[1:]:
         records = [r for r in source.of_task(task) if source.metric in r.metrics]
-        records = curves_lib.one_setting(records)
+        records = curves_lib.one_setting(records, source.settings)
         if records and (drawn := _stages(source, task, records)) is not None:
             out["" if task == DISTILLED[1] else "progressive"] = drawn
     return out
