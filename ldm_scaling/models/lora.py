@@ -25,7 +25,7 @@ from ldm_scaling.models import pretrained
 
 # Of the network that denoises, as peft and diffusers have it: all projections of its attention; of
 # MM-DiT's streams each has its own.
-UNET_TARGETS = (r"(attn[12]|(image|text)_(in|out))/to_(q|k|v|out)$",)
+NETWORK_TARGETS = (r"(attn[12]|(image|text)_(in|out))/to_(q|k|v|out)$",)
 # Of a BERT or CLIP's text tower: the same.
 TEXT_TARGETS = (r"/(query|key|value|out)$",)
 _ENDS = {"down": "lora_A", "up": "lora_B"}
@@ -56,7 +56,7 @@ def layers(params: Any, targets: Sequence[str]) -> list[str]:
 
 
 def init(
-    params: Any, rank: int, key: jax.Array, targets: Sequence[str] = UNET_TARGETS
+    params: Any, rank: int, key: jax.Array, targets: Sequence[str] = NETWORK_TARGETS
 ) -> Any:
     """Adapters that change nothing yet: A normal with a deviation of 1 / rank, B zero.
 

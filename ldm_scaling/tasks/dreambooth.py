@@ -39,13 +39,13 @@ def begin(
       networks: `unet`, and `text` where it is trained, to pretrained parameters.
       rank: of adapters; 0 trains all parameters.
       key: of the adapters.
-      targets: patterns of the network's layers that get adapters; none are `lora.UNET_TARGETS`.
+      targets: patterns of the network's layers that get adapters; none are `lora.NETWORK_TARGETS`.
     Raises:
       UserError: see `lora.init`.
     """
     if not rank:
         return dict(networks)
-    patterns = {"unet": targets or lora.UNET_TARGETS, "text": lora.TEXT_TARGETS}
+    patterns = {"unet": targets or lora.NETWORK_TARGETS, "text": lora.TEXT_TARGETS}
     return {
         name: lora.init(params, rank, jax.random.fold_in(key, name == "text"), patterns[name])
         for name, params in networks.items()

@@ -42,7 +42,7 @@ def moved(adapters, seed=1):
     return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), "f4"), adapters)
 
 
-@pytest.mark.parametrize("targets", [lora.UNET_TARGETS, EVERY])
+@pytest.mark.parametrize("targets", [lora.NETWORK_TARGETS, EVERY])
 def test_nothing_is_changed_at_first(targets):
     params = params_of()
     merged = lora.merge(params, lora.init(params, 2, KEY, targets), alpha=32.0)
@@ -118,7 +118,7 @@ def test_gradients_at_the_start():
         traverse_util.flatten_dict(tree, sep="/") for tree in run(both, params, adapters)
     )
     flat = traverse_util.flatten_dict(adapters, sep="/")
-    for name in lora.layers(params, lora.UNET_TARGETS):
+    for name in lora.layers(params, lora.NETWORK_TARGETS):
         assert not grads[f"{name}/down/kernel"].any()
         np.testing.assert_allclose(
             grads[f"{name}/up/kernel"], flat[f"{name}/down/kernel"].T @ kernels[f"{name}/kernel"],
@@ -170,7 +170,7 @@ def test_a_file_changes_diffusers_network_as_ours(tmp_path):
     model.save_pretrained(tmp_path)
     spec, params = convert.load_unet(tmp_path)
     assert spec == unet.UNetSpec(**{**SPEC.__dict__, "context_length": 77})
-    adapters = {"unet": moved(lora.init(params, 2, KEY, (*lora.UNET_TARGETS, "conv[12]$")))}
+    adapters = {"unet": moved(lora.init(params, 2, KEY, (*lora.NETWORK_TARGETS, "conv[12]$")))}
     lora.save(tmp_path / "lora.safetensors", adapters, 2, alpha=5.0)
     from safetensors.torch import load_file
 
@@ -203,7 +203,8 @@ def test_a_file_changes_diffusers_network_as_ours(tmp_path):
 
 def test_a_file_comes_back(tmp_path):
     params = params_of()
-    adapters = {"unet": moved(lora.init(params, 3, KEY, (*lora.UNET_TARGETS, "conv1$", "/ff_in$")))}
+    targets = (*lora.NETWORK_TARGETS, "conv1$", "/ff_in$")
+    adapters = {"unet": moved(lora.init(params, 3, KEY, targets))}
     lora.save(tmp_path / "a.safetensors", adapters, 2, alpha=7.0)
     found = lora.load(tmp_path / "a.safetensors", {"unet": unet.param_shapes(SPEC)}, 2)
     assert jax.tree.structure(found) == jax.tree.structure(adapters)
@@ -220,7 +221,7 @@ def test_a_file_comes_back(tmp_path):
 @pytest.mark.parametrize(
     "rank, targets, match",
     [
-        (0, lora.UNET_TARGETS, "give 1 to 8"), (9, lora.UNET_TARGETS, "give 1 to 8"),
+        (0, lora.NETWORK_TARGETS, "give 1 to 8"), (9, lora.NETWORK_TARGETS, "give 1 to 8"),
         (2, ("attn3",), "matches none of the .* layers"), (2, ("(",), "no regular expression"),
     ],
 )

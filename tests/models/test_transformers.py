@@ -218,7 +218,7 @@ def test_lora_knows_the_attention(name, tmp_path):
     nothing. A file of them, in our names, comes back."""
     module, spec = SPECS[name]
     shapes = module.param_shapes(spec)
-    found = lora.layers(shapes, lora.UNET_TARGETS)
+    found = lora.layers(shapes, lora.NETWORK_TARGETS)
     each = {"dit": 8, "uvit": 4, "mmdit": 8}[name]
     assert len(found) == each * spec.depth - (2 if name == "mmdit" else 0)
     adapters = {"unet": lora.init(shapes, 2, jax.random.key(0))}

@@ -173,7 +173,7 @@ def test_what_is_trained_and_what_is_not(rank, with_text):
     every = {n: {jax.tree_util.keystr(p, simple=True, separator="/")
                  for p, _ in jax.tree_util.tree_leaves_with_path(t)} for n, t in networks.items()}
     adapted = {name: {f"{layer}/kernel" for layer in lora.layers(networks[name], targets)}
-               for name, targets in (("unet", lora.UNET_TARGETS), ("text", lora.TEXT_TARGETS))
+               for name, targets in (("unet", lora.NETWORK_TARGETS), ("text", lora.TEXT_TARGETS))
                if name in networks}
     assert moved == (adapted if rank else every)
 
