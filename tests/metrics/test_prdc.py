@@ -1,5 +1,7 @@
 """Precision, recall, density and coverage against peers, plain loops and known cases."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -50,17 +52,20 @@ def test_replicates_are_the_scores_of_the_images_they_count(repeats):
 
 def test_identical_disjoint_and_constant_sets():
     x = features(6, 90, 10)
-    same = prdc.prdc(x, x, k=5)
     # Of k neighbours the k-th lies on the edge, which density leaves out, and the image is inside.
-    assert same == prdc.Prdc(1.0, 1.0, 1.0, 1.0)
-    assert prdc.prdc(x[::-1], x, k=5) == same
+    # Which side of the edge it is on rounding may decide, on some CPUs by its place among others.
+    for drawn in (x, x[::-1]):
+        same = prdc.prdc(drawn, x, k=5)
+        assert dataclasses.replace(same, density=1.0) == prdc.Prdc(1.0, 1.0, 1.0, 1.0)
+        assert 1.0 <= same.density <= 1 + 1 / 5
     assert prdc.prdc(x + 100, x, k=5) == prdc.Prdc(0.0, 0.0, 0.0, 0.0)
     # One picture over and over: balls without extent, which hold only what is the same.
     still = np.tile(x[:1], (20, 1))
     assert prdc.prdc(still, x, k=5).recall == pytest.approx(1 / 90)
     assert prdc.prdc(still, still, k=5) == prdc.Prdc(1.0, 1.0, 0.0, 0.0)
     # Far from the origin nothing is lost.
-    assert prdc.prdc(x[:40] + 1e4, x + 1e4, k=5) == prdc.prdc(x[:40], x, k=5)
+    other = features(9, 40, 10)
+    assert prdc.prdc(other + 1e4, x + 1e4, k=5) == prdc.prdc(other, x, k=5)
 
 
 def test_a_collapsed_and_a_spread_model():

@@ -158,10 +158,10 @@ def warp(x_BHWC: np.ndarray, shift_BXHW: np.ndarray) -> np.ndarray:
 
 def test_worse_pictures_are_further_away():
     """The more blur, noise or warping, the further from other real pictures, in both layers."""
-    real, other = pictograms()[:200], pictograms()[200:]
+    real, other = pictograms()[:100], pictograms()[100:200]
     rng = np.random.default_rng(1)
     noise = rng.normal(size=other.shape)
-    shift = 10 * scipy.ndimage.gaussian_filter(rng.normal(size=(200, 2, 32, 32)), (0, 0, 3, 3))
+    shift = 10 * scipy.ndimage.gaussian_filter(rng.normal(size=(100, 2, 32, 32)), (0, 0, 3, 3))
     blur = scipy.ndimage.gaussian_filter
     families = {
         "blur": [blur(other.astype(float), (0, s, s, 0)) for s in (0.6, 1.0, 2.0)],
