@@ -24,6 +24,7 @@ from ldm_scaling.study import baselines, networks, records, resolve
 from ldm_scaling.study.paired_scorer import LABELS, LPIPS, PSNR, SSIM, PairedScorer
 from ldm_scaling.study.scorer import FRECHET
 from ldm_scaling.study.workdir import Workdir
+from tests import shallow
 from tests.data.conditions.made import photograph
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -31,9 +32,16 @@ MEMBERS = ("c8_s16", "c16_s16")
 MEMBER = MEMBERS[0]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def shallow_members():
+    """Here as in the commands."""
+    with shallow.members():
+        yield
+
+
 def run(command, workdir, *more, config="configs/demo_sr.py:tiny"):
     return subprocess.run(
-        [sys.executable, "-m", "ldm_scaling", command, f"--config={config}",
+        [sys.executable, shallow.PATH, command, f"--config={config}",
          f"--workdir={workdir}", *more],
         cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
