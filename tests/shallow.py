@@ -5,27 +5,23 @@ tests that look at its workdirs."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Iterator
-
-import pytest
+from contextlib import AbstractContextManager
+from unittest import mock
 
 from ldm_scaling.models import zoo
 
 PATH = str(pathlib.Path(__file__).resolve())
 
 
-@contextlib.contextmanager
-def members() -> Iterator[None]:
+def members() -> AbstractContextManager:
     """Within it the small members are shallow."""
-    with pytest.MonkeyPatch.context() as patch:
-        for member in (*zoo.SMALL, *zoo.SMALL_16):
-            spec = dataclasses.replace(
-                member.spec, channel_mults=(1,), attention_levels=(False,), heads=2)
-            patch.setitem(zoo.MEMBERS, member.name, dataclasses.replace(member, spec=spec))
-        yield
+    one_level = {"channel_mults": (1,), "attention_levels": (False,), "heads": 2}
+    return mock.patch.dict(zoo.MEMBERS, {
+        m.name: dataclasses.replace(m, spec=dataclasses.replace(m.spec, **one_level))
+        for m in (*zoo.SMALL, *zoo.SMALL_16)
+    })
 
 
 if __name__ == "__main__":

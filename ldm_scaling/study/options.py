@@ -283,7 +283,7 @@ def _together(parts: Mapping[str, _Part], points: Sequence[Point], unit: Unit) -
     """What is said of several tasks."""
     cells = {task: sum(p.task == task for p in points) for task in parts}
     of = [f"{labels.task(task)} ({n:,} {'cell' if n == 1 else 'cells'})"
-          for task, n in cells.items()]
+          for task, n in cells.items() if n]
     out = [f"Weighed together: {labels.listing(of)}; what has more cells has more to choose from."]
     if any(task in DISTILLED for task in parts):
         out.append(
