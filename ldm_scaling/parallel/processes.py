@@ -2,14 +2,17 @@
 
 Process 0 leads: it locks a workdir, prepares, logs and reports. Waiting goes through jax's
 coordination service and not through the devices, so that it may last as long as the lead works,
-answers signals, and ends as soon as any process says that it failed.
+answers signals, and ends as soon as any process says that it failed. One that neither waits nor
+fails by itself, as it waits for devices or works by itself, is ended by a thread that listens.
 """
 
 from __future__ import annotations
 
+import atexit
 import collections
 import contextlib
 import json
+import logging
 import os
 import re
 import sys
@@ -27,10 +30,14 @@ START_S = 900
 # How long a process may be silent before all others are ended.
 HEARTBEAT_S = 100
 _SLICE_MS = 1_000  # between two looks at signals and at failures of others
-_FAILED, _LEFT = "ldm_scaling/failed", "ldm_scaling/left"
-_LEAVING_S = 5.0  # that processes wait for others that leave too
+_FAILED, _HEARD, _LEFT = "ldm_scaling/failed", "ldm_scaling/heard", "ldm_scaling/left"
+_LISTEN_S = 1.0  # between two looks of the thread that listens
+_HEARING_S = 5.0  # in which others hear of a failure, or are taken for dead
+_ALONE_S = 20.0  # that a process which heard has to end by itself
+_LINGER_S = 0.5  # from a process's last word to its end
 _COMMANDS = "TPU pods and slices, GKE (with the package kubernetes) and Slurm"
 
+log = logging.getLogger(__name__)
 _counts: collections.Counter[str] = collections.Counter()
 _joined = threading.Event()
 
@@ -86,6 +93,34 @@ def initialize(where: str, start_s: float = START_S, heartbeat_s: int = HEARTBEA
         kind = UserError if isinstance(error, ValueError) else ApartError
         raise kind(f"--distributed={where}: {_first_line(error)}") from error
     _joined.set()
+    if _state().num_processes > 1:
+        ended = threading.Event()
+        listener = threading.Thread(target=_listen, args=(ended,), daemon=True, name="listen")
+        listener.start()
+        # Before jax lets go of its client, which was registered earlier.
+        atexit.register(lambda: (ended.set(), listener.join()))
+
+
+def _listen(ended: threading.Event) -> None:
+    """Ends this process after another one failed, where it does not end by itself."""
+    client, told = _client(), None
+    while told is None:
+        if ended.wait(_LISTEN_S):
+            return
+        try:
+            told = client.key_value_try_get(_FAILED)
+        except jax.errors.JaxRuntimeError as e:
+            if "NOT_FOUND" not in str(e):
+                return  # The service is gone, and jax ends this process.
+    with contextlib.suppress(Exception):
+        client.key_value_set(f"{_HEARD}/{_state().process_id}", "null")
+    failure = _failure(**json.loads(told))
+    # Where all have saved and end they do so at their own pace.
+    if isinstance(failure, Interrupted) or ended.wait(_ALONE_S):
+        return
+    log.error("%s", failure)
+    print(f"ldm-scaling: error: {failure}", file=sys.stderr)
+    leave(json.loads(told)["status"], str(failure))
 
 
 def _parsed(where: str) -> tuple[str, int, int]:
@@ -167,7 +202,7 @@ def leave(status: int, why: str = "") -> None:
     """Ends this process at once where it is one of several; otherwise returns.
 
     Python's own end would wait for the others, and they for this one. Those that wait for a word of
-    it raise; those that wait for its devices are ended when its silence is noticed.
+    it raise; those that do not hear of it by themselves are ended with the same status.
     """
     if not jax.distributed.is_initialized():
         return
@@ -180,20 +215,36 @@ def leave(status: int, why: str = "") -> None:
 
 
 def _tell(status: int, why: str) -> None:
-    """Tells the other processes that this one ends; the lead waits a little for them to do so too,
-    and where all end alike (75), each for all: jax aborts those that see others gone.
+    """Tells the other processes that this one ends; the lead waits for them to do so too, and where
+    all end alike (75), each for all: jax aborts those that see others gone.
     """
     client, own = _client(), _state().process_id
     text = json.dumps({"status": status, "why": f"process {own}: {why}"})
-    client.key_value_set(_FAILED, text, allow_overwrite=True)
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # The first that failed is the cause.
+        client.key_value_set(_FAILED, text)
     client.key_value_set(f"{_LEFT}/{own}", "null")
-    # It serves what the others read: without it they are ended by jax, with no status of ours.
-    deadline = time.monotonic() + _LEAVING_S
-    for other in range(_state().num_processes) if own == 0 or status == SAVED else ():
-        if other == own:
-            continue
-        left_ms = int(1000 * (deadline - time.monotonic()))
-        client.blocking_key_value_get(f"{_LEFT}/{other}", max(left_ms, 1))
+    if own != 0 and status != SAVED:
+        return
+    # The lead serves what the others read: without it jax ends them, with no status of ours.
+    started = time.monotonic()
+    waiting = set(range(_state().num_processes)) - {own}
+    for patience, key in ((_HEARING_S, _HEARD), (_ALONE_S + _HEARING_S, None)):
+        for other in sorted(waiting):
+            left_ms = int(1000 * (started + patience - time.monotonic()))
+            try:
+                client.blocking_key_value_get(f"{_LEFT}/{other}", max(left_ms, 1))
+                waiting.remove(other)
+            except jax.errors.JaxRuntimeError:
+                if key is not None and not _is_set(f"{key}/{other}"):
+                    waiting.remove(other)  # It is dead.
+    time.sleep(_LINGER_S)
+
+
+def _is_set(key: str) -> bool:
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        _client().key_value_try_get(key)
+        return True
+    return False
 
 
 def _key(what: str) -> str:

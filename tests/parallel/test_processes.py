@@ -66,6 +66,36 @@ def test_processes_that_do_not_come_are_told_of_in_time(number):
         assert part in found.stdout, found.stderr[-2000:]
 
 
+@pytest.mark.parametrize("failed", [0, 1])
+@pytest.mark.parametrize("busy, alone", [(4, 60), (60, 1)], ids=["looks later", "never looks"])
+def test_one_that_fails_ends_those_that_are_busy_with_its_status(failed, busy, alone):
+    """Whichever fails: jax would abort the others, after the lead at once, else after long."""
+    code = f"""
+import sys, time
+from ldm_scaling.errors import UserError
+from ldm_scaling.parallel import processes
+processes._HEARING_S, processes._ALONE_S = 2.5, {alone}
+processes.initialize(sys.argv[1], start_s=120)
+processes.barrier("start")
+if processes._state().process_id == {failed}:
+    processes.leave(2, "the disk is full")
+time.sleep({busy})
+try: processes.barrier("end")
+except UserError as e: print(e, file=sys.stderr); processes.leave(2, str(e))
+"""
+    address = f"127.0.0.1:{driving.free_port()}"
+    began = time.monotonic()
+    running = [
+        subprocess.Popen([sys.executable, "-c", code, f"{address},{k},2"], text=True,
+                         stderr=subprocess.PIPE, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+        for k in range(2)
+    ]
+    told = [process.communicate(timeout=100)[1] for process in running]
+    assert [process.returncode for process in running] == [2, 2], told
+    assert f"another process stopped: process {failed}: the disk is full" in told[1 - failed]
+    assert time.monotonic() - began < 55
+
+
 def test_alone_nothing_waits():
     assert not processes.several()
     assert processes.from_lead("x", lambda: (1, "a")) == (1, "a")
