@@ -95,7 +95,7 @@ def test_a_sample_is_the_plain_samplers(size, devices, max_rows, expected):
     configurations, lanes = grid(), make_lanes(size, devices, max_rows=max_rows)
     got = gather(lanes.run(MIX, configurations, cond_of, EMPTY, KEY), configurations)
     for c, ours, plain in zip(configurations, got, expected):
-        assert np.abs(ours - plain).max() <= 1e-5 * np.abs(plain).max(), (c.table.name, size)
+        assert np.abs(ours - plain).max() <= 1e-4 * np.abs(plain).max(), (c.table.name, size)
 
 
 def test_order_of_jobs_does_not_matter(expected):
@@ -103,7 +103,7 @@ def test_order_of_jobs_does_not_matter(expected):
     configurations = [grid()[i] for i in order]
     got = gather(make_lanes(16, 2).run(MIX, configurations, cond_of, EMPTY, KEY), configurations)
     for i, ours in zip(order, got):
-        assert np.abs(ours - expected[i]).max() <= 1e-5 * np.abs(expected[i]).max()
+        assert np.abs(ours - expected[i]).max() <= 1e-4 * np.abs(expected[i]).max()
 
 
 def compilations(run):

@@ -141,12 +141,12 @@ def _data(page):
 
 
 def test_the_page_names_the_flags_that_say_the_same(found):
-    flags = ["--metric=caption_agreement", "--report-blocks=1,2,3"]
+    task, flags = "--task=text_to_image", ["--metric=caption_agreement", "--report-blocks=1,2,3"]
     for told, named in (((FD, 0, (1,)), []), (("caption_agreement", 0, REPORT), flags)):
-        assert [unit["flags"] for unit in page_advice.units(found, *told)] == [named] * 3
+        assert [unit["flags"] for unit in page_advice.units(found, *told)] == [[task, *named]] * 3
     (unit, *_) = page_advice.units(
         [r for r in found if r.identity.seed_block != 0], FD, 1, (2, 3))
-    assert unit["flags"] == ["--select-block=1", "--report-blocks=2,3"]
+    assert unit["flags"] == [task, "--select-block=1", "--report-blocks=2,3"]
 
 
 @pytest.mark.parametrize("more", [(0,), (1,), (2, 2), (-1,)])
