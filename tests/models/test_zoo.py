@@ -1,6 +1,7 @@
 """The family table against the paper's printed figures."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import jax
 import pytest
 
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import cost, zoo, zoo_table
+from ldm_scaling.models import cost, counted, zoo, zoo_table
 
 # arXiv 2404.01367, Table 1, as printed; parameters in millions.
 TABLE_1 = """
@@ -24,6 +25,9 @@ PRINTED = dict(zip(
     TABLE_1.split("\n")[1].split()[1:],
     zip(*(line.split()[1:] for line in TABLE_1.strip().split("\n")[1:])),
 ))  # fmt: skip
+SOME = {"39m", "sd15", "c8", "c16_s16", "dit_w40", "dit_s2", "pixart_xl2*", "uvit_w32", "uvit_s",
+        "mmdit_d5", "mmdit_15", "edm2_c14", "edm2_xs"}
+RENEW = "networks or the zoo have changed: python -m ldm_scaling.models.counted"
 KEYS = [
     "name", "base_channels", "context_dim", "params", "gflops", "norm_cost", "published_params",
     "published_gflops", "published_norm_cost", "published_fid", "published_clip",
@@ -32,11 +36,7 @@ KEYS = [
 
 @pytest.fixture(scope="module")
 def rows():
-    before = jax.live_arrays()  # held: none of another test's may go meanwhile
-    rows = {row["name"]: row for row in zoo_table.rows()}
-    left = {id(array) for array in jax.live_arrays()} - {id(array) for array in before}
-    assert not left, "counting left arrays behind"
-    return rows
+    return {row["name"]: row for row in zoo_table.rows()}
 
 
 def as_printed(value, printed):
@@ -104,12 +104,31 @@ def test_text_table(rows):
     assert max(map(len, text.splitlines())) <= 100
 
 
+def test_costs_that_are_kept_are_of_these_networks():
+    """What has another form than when it was counted would not be found, and counted anew."""
+    kept = json.loads(cost.COUNTED.read_text("utf-8"))
+    assert set(kept) == {cost.key(spec) for spec in counted.networks().values()}, RENEW
+
+
+@pytest.mark.parametrize("name", [
+    name for name in counted.networks() if name in SOME or "LDM_SCALING_LONG" in os.environ
+])
+def test_costs_that_are_kept_are_what_is_counted(name):
+    """Of each kind of network a small one; with LDM_SCALING_LONG=1 of all, in some minutes."""
+    spec = counted.networks()[name]
+    before = jax.live_arrays()  # held: none of another test's may go meanwhile
+    now, kept = cost.count(spec), cost.of(spec)
+    left = {id(array) for array in jax.live_arrays()} - {id(array) for array in before}
+    assert not left, "counting left arrays behind"
+    assert now.params == kept.params and now.gflops == pytest.approx(kept.gflops), RENEW
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_counting_5b_needs_little_memory():
     """Its parameters alone are 20 GB."""
     code = (
         "import re; from ldm_scaling.models import cost, zoo;"
-        "assert cost.param_count(zoo.get('5b').spec) * 4 > 19e9;"
+        "assert cost.count(zoo.get('5b').spec).params * 4 > 19e9;"
         "print(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
