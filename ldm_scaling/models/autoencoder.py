@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -147,6 +149,12 @@ def init(spec: AutoencoderSpec, key: jax.Array) -> dict:
         "encoder": Encoder(spec).init(key_e, x)["params"],
         "decoder": Decoder(spec).init(key_d, z)["params"],
     }
+
+
+@functools.cache
+def initializer(spec: AutoencoderSpec) -> Callable[[jax.Array], dict]:
+    """`init` as a function of the key: one object for each spec, to be traced but once."""
+    return functools.partial(init, spec)
 
 
 def encode(spec: AutoencoderSpec, params: dict, x_BHWC: jax.Array, dtype=jnp.float32) -> Posterior:

@@ -5,6 +5,7 @@ A new kind is a module with these functions and a row of `_MODULES`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -29,6 +30,12 @@ _MODULES: dict[type, ModuleType] = {
 def init(spec: Spec, key: jax.Array) -> Any:
     """Random float32 parameters (use under `jax.eval_shape` to allocate nothing)."""
     return _MODULES[type(spec)].init(spec, key)
+
+
+@functools.cache
+def initializer(spec: Spec) -> Callable[[jax.Array], Any]:
+    """`init` as a function of the key: one object for each spec, to be traced but once."""
+    return functools.partial(init, spec)
 
 
 def param_shapes(spec: Spec) -> Any:

@@ -90,7 +90,7 @@ def trained(materials: Materials) -> Networks:
             )
 
     def params(member: str) -> Any:
-        init = functools.partial(backbone.init, zoo.get(member).spec)
+        init = backbone.initializer(zoo.get(member).spec)
         return restored(init, study.train, workdir.member(member), f"member {member}")
 
     @functools.cache
@@ -99,7 +99,7 @@ def trained(materials: Materials) -> Networks:
             return placing.put(
                 published.params, rules.shardings(published.params, materials.mesh)
             )
-        init = functools.partial(autoencoder.init, spec)
+        init = autoencoder.initializer(spec)
         run = study.autoencoder.train
         return restored(init, run, workdir / "autoencoder", "the autoencoder")
 

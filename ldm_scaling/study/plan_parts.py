@@ -171,7 +171,7 @@ def _train(study: Study, member: str, devices: list[jax.Device]) -> Part:
     loss = text_to_image.loss_fn(
         denoise, spec, train, study.diffusion, 1.0, np.zeros(context, np.float32)
     )
-    state = step_lib.abstract_state(functools.partial(backbone.init, spec), train, mesh)
+    state = step_lib.abstract_state(backbone.initializer(spec), train, mesh)
     batch = text_to_image.batch_shapes(
         train.batch_size, spec.latent_shape, context, study.data.latent_dtype, mesh
     )
@@ -239,7 +239,7 @@ def _distill(study: Study, member: str, devices: list[jax.Device], kind: str) ->
         study.diffusion.prediction if first else student.prediction_of(distill, study.diffusion),
         examples, uncond,
     )
-    state = step_lib.abstract_state(functools.partial(backbone.init, spec), train, mesh)
+    state = step_lib.abstract_state(backbone.initializer(spec), train, mesh)
     batch = text_to_image.batch_shapes(
         train.batch_size, spec.latent_shape, context, study.data.latent_dtype, mesh
     )

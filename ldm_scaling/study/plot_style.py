@@ -277,4 +277,5 @@ def save(drawn: Figure, directory: epath.PathLike, name: str) -> None:
         buffer = io.BytesIO()
         with style():
             drawn.savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
+        drawn.set_layout_engine("none")  # What the first made of it holds for all.
         files.atomic_write_bytes(epath.Path(directory) / f"{name}.{kind}", buffer.getvalue())

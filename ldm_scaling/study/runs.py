@@ -40,6 +40,6 @@ def average(
     spec: backbone.Spec, folder: epath.Path, run: Train, mesh: jax.sharding.Mesh, steps: int
 ) -> Any:
     """The averaged parameters of a network's run after so many steps, laid out for a mesh."""
-    abstract = step.abstract_state(functools.partial(backbone.init, spec), run, mesh)
+    abstract = step.abstract_state(backbone.initializer(spec), run, mesh)
     with loop.checkpoints_of(folder, run) as checkpoints:
         return checkpoints.restore_average(abstract, steps)

@@ -101,7 +101,4 @@ def make(config: Autoencoder, validation_images: np.ndarray) -> Task:
         pairs = np.concatenate([validation_images[:n], out], axis=1)
         return {"reconstruction": pictures.tile(pairs, columns=8)}
 
-    def init(key: jax.Array) -> Any:
-        return autoencoder.init(spec, key)
-
-    return Task("autoencoder", init, make_batch, loss, validate, show)
+    return Task("autoencoder", autoencoder.initializer(spec), make_batch, loss, validate, show)

@@ -126,6 +126,6 @@ def make(
         return 3e9 * cost.of(spec).gflops
 
     return Task(
-        name, lambda key: backbone.init(spec, key), make_batch, loss, validate, show,
+        name, backbone.initializer(spec), make_batch, loss, validate, show,
         flops_per_example, start,
     )

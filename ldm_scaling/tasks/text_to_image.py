@@ -156,17 +156,19 @@ def make(
     validate = held_out.validate_fn(denoise, spec, diffusion, frozen, drawer.mesh, validation)
     transferred = transfer(spec, train)
 
-    def init(key: jax.Array) -> Any:
-        params = backbone.init(spec, key)
-        return transferred.drawn(params) if transferred else params
+    init = backbone.initializer(spec)
+
+    def drawn(key: jax.Array) -> Any:
+        return transferred.drawn(init(key))
 
     def flops_per_example() -> float:
         # Backward takes two products for each one forward.
         return 3e9 * cost.of(spec).gflops
 
     return Task(
-        name, init, make_batch, loss, validate, show_fn(drawer, sample, validation),
-        flops_per_example, rates=transferred.rates if transferred else None,
+        name, drawn if transferred else init, make_batch, loss, validate,
+        show_fn(drawer, sample, validation), flops_per_example,
+        rates=transferred.rates if transferred else None,
         frozen=placing.replicate(
             drawer.mesh, {"latent_scale": np.float32(frozen.latent_scale)}
         ),

@@ -176,7 +176,7 @@ def make(
         return jax.tree.map(lambda leaf: leaf.copy(), params)
 
     return Task(
-        name, lambda key: backbone.init(spec, key), text_to_image.make_batch, loss, validate,
+        name, backbone.initializer(spec), text_to_image.make_batch, loss, validate,
         text_to_image.show_fn(drawer, sample, validation),
         lambda: flops_per_example(stage, distill, spec, teacher_spec), start, beside,
         common.diverges,
