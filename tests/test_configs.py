@@ -13,6 +13,7 @@ from ldm_scaling import config as config_lib
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import backbone_tables, zoo
 from ldm_scaling.study import materials, stages, workdir
+from tests import shallow
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAPER = [member.name for member in zoo.PAPER]
@@ -87,7 +88,7 @@ def test_the_local_arm_trains(tmp_path):
     assert all(arm.identity() == arms["5b"].identity() for arm in arms.values())
     assert len({arm.name for arm in arms.values()}) == len(arms)
     subprocess.run(
-        [sys.executable, "-m", "ldm_scaling", "train", "--config=configs/t2i_5b.py:local",
+        [sys.executable, shallow.PATH, "train", "--config=configs/t2i_5b.py:local",
          f"--workdir={tmp_path}"],
         cwd=ROOT, check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )
