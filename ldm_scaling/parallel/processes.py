@@ -35,9 +35,11 @@ _LISTEN_S = 1.0  # between two looks of the thread that listens
 _HEARING_S = 5.0  # in which others hear of a failure, or are taken for dead
 _ALONE_S = 20.0  # that a process which heard has to end by itself
 _LINGER_S = 0.5  # from a process's last word to its end
+_TELLING_S = 10.0  # that its last words may take
 _COMMANDS = "TPU pods and slices, GKE (with the package kubernetes) and Slurm"
 
 log = logging.getLogger(__name__)
+_ended, _leaving = threading.Event(), threading.Lock()
 _counts: collections.Counter[str] = collections.Counter()
 _joined = threading.Event()
 
@@ -94,33 +96,47 @@ def initialize(where: str, start_s: float = START_S, heartbeat_s: int = HEARTBEA
         raise kind(f"--distributed={where}: {_first_line(error)}") from error
     _joined.set()
     if _state().num_processes > 1:
-        ended = threading.Event()
-        listener = threading.Thread(target=_listen, args=(ended,), daemon=True, name="listen")
+        listener = threading.Thread(target=_listen, daemon=True, name="listen")
         listener.start()
         # Before jax lets go of its client, which was registered earlier.
-        atexit.register(lambda: (ended.set(), listener.join()))
+        atexit.register(lambda: (_ended.set(), listener.join()))
 
 
-def _listen(ended: threading.Event) -> None:
+def _listen() -> None:
     """Ends this process after another one failed, where it does not end by itself."""
-    client, told = _client(), None
-    while told is None:
-        if ended.wait(_LISTEN_S):
+    while (told := failure()) is None:
+        if _ended.wait(_LISTEN_S):
             return
-        try:
-            told = client.key_value_try_get(_FAILED)
-        except jax.errors.JaxRuntimeError as e:
-            if "NOT_FOUND" not in str(e):
-                return  # The service is gone, and jax ends this process.
-    with contextlib.suppress(Exception):
-        client.key_value_set(f"{_HEARD}/{_state().process_id}", "null")
-    failure = _failure(**json.loads(told))
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        _client().key_value_set(f"{_HEARD}/{_state().process_id}", "null")
+    status, why = told
     # Where all have saved and end they do so at their own pace.
-    if isinstance(failure, Interrupted) or ended.wait(_ALONE_S):
+    if status == SAVED or _ended.wait(_ALONE_S):
         return
-    log.error("%s", failure)
-    print(f"ldm-scaling: error: {failure}", file=sys.stderr)
-    leave(json.loads(told)["status"], str(failure))
+
+    def tell() -> None:
+        print(f"ldm-scaling: error: {why}", file=sys.stderr, flush=True)
+        log.error("%s", why)
+
+    within(_TELLING_S, tell)
+    leave(status, why)
+
+
+def failure() -> tuple[int, str] | None:
+    """Exit status and cause of the process that failed first; None while none has said so."""
+    if not _joined.is_set():
+        return None
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        told = json.loads(_client().key_value_try_get(_FAILED))
+        return told["status"], f"another process stopped: {told['why']}"
+    return None
+
+
+def within(seconds: float, function: Callable[[], Any]) -> None:
+    """Calls it, and goes on after so many seconds at most: what hangs must not hold the process."""
+    thread = threading.Thread(target=function, daemon=True, name="last-words")
+    thread.start()
+    thread.join(seconds)
 
 
 def _parsed(where: str) -> tuple[str, int, int]:
@@ -206,11 +222,13 @@ def leave(status: int, why: str = "") -> None:
     """
     if not jax.distributed.is_initialized():
         return
+    if not _leaving.acquire(blocking=False):
+        threading.Event().wait()  # for another thread of this process, which ends it
+    _ended.set()
     if _joined.is_set():
         with contextlib.suppress(Exception):
             _tell(status, why)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    within(_TELLING_S, lambda: (sys.stdout.flush(), sys.stderr.flush()))
     os._exit(status)
 
 
@@ -261,16 +279,15 @@ def _wait(key: str) -> str:
         except jax.errors.JaxRuntimeError as e:
             if "DEADLINE_EXCEEDED" not in str(e):
                 raise
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            raise _failure(**json.loads(client.key_value_try_get(_FAILED)))
+        if (told := failure()) is not None:
+            raise _raised(*told)
 
 
-def _failure(status: int, why: str) -> BaseException:
+def _raised(status: int, why: str) -> BaseException:
     """What the failure of another process is in this one: the exit status is to be the same."""
-    told = f"another process stopped: {why}"
     if status == 2:
-        return UserError(told)
-    return RuntimeError(told) if status == 1 else Interrupted(told)
+        return UserError(why)
+    return RuntimeError(why) if status == 1 else Interrupted(why)
 
 
 def _state() -> Any:

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from ldm_scaling.errors import STALLED
+from ldm_scaling.errors import SAVED, STALLED
+from ldm_scaling.parallel import processes
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +100,8 @@ class Watchdog:
 
 @contextlib.contextmanager
 def lost_host(name: str) -> Iterator[None]:
-    """Ends the process with status 76 where the runtime fails inside and there are others.
+    """Ends the process where the runtime fails inside and there are others: with the status of the
+    one that said why it stopped, else with 76.
 
     A step, or a barrier, that another process does not come to any more fails so where the network
     notices at once; JAX's own service ends a process when heartbeats stay away.
@@ -112,6 +114,12 @@ def lost_host(name: str) -> Iterator[None]:
         if jax.process_count() == 1 or not lost or str(e).startswith(_OWN_FAULTS):
             raise
         log.exception("%s: the runtime failed", name)
+        # It said so before its connections closed.
+        told: list[tuple[int, str] | None] = []
+        processes.within(_TELLING, lambda: told.append(processes.failure()))
+        if told and told[0] is not None and told[0][0] != SAVED:
+            status, why = told[0]
+            end_process(f"{name}: {why}", lambda _: processes.leave(status, why))
         lines = str(e).strip().splitlines() or [type(e).__name__]
         end_process(
             f"{name}: process {jax.process_index()} of {jax.process_count()} lost the others "
@@ -121,7 +129,7 @@ def lost_host(name: str) -> Iterator[None]:
 
 
 def end_process(message: str, end: Callable[[int], None] = os._exit) -> None:
-    """Tells the message, with the stacks of all threads in the log, and ends with status 76.
+    """Tells the message, with the stacks of all threads in the log, and calls `end` with 76.
 
     Nothing is waited for: no other thread, no exit handler and no other process, which could hang.
     """
@@ -133,9 +141,7 @@ def end_process(message: str, end: Callable[[int], None] = os._exit) -> None:
         for handler in logging.getLogger().handlers:
             handler.flush()
 
-    teller = threading.Thread(target=tell, daemon=True, name="last-words")
-    teller.start()
-    teller.join(_TELLING)
+    processes.within(_TELLING, tell)
     end(STALLED)
 
 

@@ -75,6 +75,7 @@ import sys, time
 from ldm_scaling.errors import UserError
 from ldm_scaling.parallel import processes
 processes._HEARING_S, processes._ALONE_S = 2.5, {alone}
+processes._LISTEN_S = 1.0 + 0.7 * int(sys.argv[1].split(",")[1])  # the lead comes first
 processes.initialize(sys.argv[1], start_s=120)
 processes.barrier("start")
 if processes._state().process_id == {failed}:

@@ -120,3 +120,19 @@ def test_a_runtime_error_of_one_of_several_is_a_lost_host(monkeypatch, capsys):
         raise jax.errors.JaxRuntimeError("Gloo: Connection closed by peer\nmore")
     (message,) = ended
     assert "process 0 of 4 lost the others (Gloo: Connection closed by peer)" in message
+
+
+@pytest.mark.parametrize("status, end", [(2, 2), (75, 76)])
+def test_a_host_that_said_why_it_stopped_is_not_lost(status, end, monkeypatch, capsys):
+    """Where all have saved, the one that is late to hear of it is started again too."""
+    ended = []
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    monkeypatch.setattr(watchdog.processes, "failure", lambda: (status, "process 3: disk full"))
+    monkeypatch.setattr(watchdog.processes, "leave", lambda status, why: ended.append(status))
+    own = watchdog.end_process
+    monkeypatch.setattr(
+        watchdog, "end_process", lambda message, end=ended.append: own(message, end))
+    with watchdog.lost_host("toy"):
+        raise jax.errors.JaxRuntimeError("Gloo: Connection closed by peer")
+    assert ended[0] == end
+    assert ("toy: process 3: disk full" in capsys.readouterr().err) == (end == 2)
