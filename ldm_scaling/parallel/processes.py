@@ -132,11 +132,15 @@ def failure() -> tuple[int, str] | None:
     return None
 
 
-def within(seconds: float, function: Callable[[], Any]) -> None:
-    """Calls it, and goes on after so many seconds at most: what hangs must not hold the process."""
-    thread = threading.Thread(target=function, daemon=True, name="last-words")
+def within(seconds: float, function: Callable[[], Any]) -> Any:
+    """What it returns; None after so many seconds: what hangs must not hold the process."""
+    found: list[Any] = []
+    thread = threading.Thread(
+        target=lambda: found.append(function()), daemon=True, name="last-words"
+    )
     thread.start()
     thread.join(seconds)
+    return found[0] if found else None
 
 
 def _parsed(where: str) -> tuple[str, int, int]:
@@ -236,7 +240,7 @@ def _tell(status: int, why: str) -> None:
     """Tells the other processes that this one ends; the lead waits for them to do so too, and where
     all end alike (75), each for all: jax aborts those that see others gone.
     """
-    client, own = _client(), _state().process_id
+    client, own, started = _client(), _state().process_id, time.monotonic()
     text = json.dumps({"status": status, "why": f"process {own}: {why}"})
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # The first that failed is the cause.
         client.key_value_set(_FAILED, text)
@@ -244,23 +248,22 @@ def _tell(status: int, why: str) -> None:
     if own != 0 and status != SAVED:
         return
     # The lead serves what the others read: without it jax ends them, with no status of ours.
-    started = time.monotonic()
-    waiting = set(range(_state().num_processes)) - {own}
-    for patience, key in ((_HEARING_S, _HEARD), (_ALONE_S + _HEARING_S, None)):
-        for other in sorted(waiting):
-            left_ms = int(1000 * (started + patience - time.monotonic()))
-            try:
-                client.blocking_key_value_get(f"{_LEFT}/{other}", max(left_ms, 1))
-                waiting.remove(other)
-            except jax.errors.JaxRuntimeError:
-                if key is not None and not _is_set(f"{key}/{other}"):
-                    waiting.remove(other)  # It is dead.
+    others = [f"/{other}" for other in range(_state().num_processes) if other != own]
+    late = [other for other in others if not _come(_LEFT + other, started + _HEARING_S)]
+    for other in late:
+        if _come(_HEARD + other, started + _HEARING_S):  # Else it is dead.
+            _come(_LEFT + other, started + _HEARING_S + _ALONE_S)
     time.sleep(_LINGER_S)
 
 
-def _is_set(key: str) -> bool:
+def _come(key: str, until: float) -> bool:
+    """Waits for a key until a time, if that is not past; whether it is there."""
+    left_ms = int(1000 * (until - time.monotonic()))
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-        _client().key_value_try_get(key)
+        if left_ms > 0:
+            _client().blocking_key_value_get(key, left_ms)
+        else:
+            _client().key_value_try_get(key)
         return True
     return False
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -21,9 +20,6 @@ from ldm_scaling.training.state import TrainState
 from ldm_scaling.training.task import Beside
 
 Loss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
-
-# Of parameters, by what makes them: to trace it takes a second, and a study asks often.
-_SHAPES: weakref.WeakKeyDictionary[Callable, Any] = weakref.WeakKeyDictionary()
 
 
 def train_step(
@@ -88,9 +84,9 @@ def _gradients(loss: Loss, params: Any, batch: Any, key: jax.Array, parts: int):
 def abstract_state(init: Callable, config: Train, mesh: Mesh) -> TrainState:
     """Shapes, types and shardings of a run's state; nothing is allocated."""
     optimizer = optimizer_lib.make(config)
-    if init not in _SHAPES:
-        _SHAPES[init] = jax.eval_shape(init, jax.random.key(0))
-    shapes = jax.eval_shape(lambda params: state_lib.create(params, optimizer), _SHAPES[init])
+    # By itself: jax keeps what it traced of a function. It takes a second, and studies ask often.
+    params = jax.eval_shape(init, jax.random.key(0))
+    shapes = jax.eval_shape(lambda params: state_lib.create(params, optimizer), params)
     shardings = rules.shardings(shapes, mesh)
     return jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),

@@ -115,10 +115,8 @@ def lost_host(name: str) -> Iterator[None]:
             raise
         log.exception("%s: the runtime failed", name)
         # It said so before its connections closed.
-        told: list[tuple[int, str] | None] = []
-        processes.within(_TELLING, lambda: told.append(processes.failure()))
-        if told and told[0] is not None and told[0][0] != SAVED:
-            status, why = told[0]
+        status, why = processes.within(_TELLING, processes.failure) or (SAVED, "")
+        if status != SAVED:
             end_process(f"{name}: {why}", lambda _: processes.leave(status, why))
         lines = str(e).strip().splitlines() or [type(e).__name__]
         end_process(
