@@ -15,25 +15,17 @@ from ldm_scaling.training.events import read_curves, without_times
 from tests import shallow
 from tests.distributed import driving
 
+# What decides the networks and their training is as in tests/study/test_study.py, which may have
+# compiled them.
 STUDY = (
     "study", "--config=configs/demo.py:tiny", "--config.members=('c8',)", "--config.reference=c8",
-    "--config.train.steps=4", "--config.autoencoder.train.steps=4", "--config.sample.num_images=2",
-    "--config.sweep.samplers=('ddim',)", "--config.autoencoder.train.validate_every=0",
-    "--config.autoencoder.train.sample_every=0",
+    "--config.train.checkpoint_every=8", "--config.autoencoder.train.checkpoint_every=8",
+    "--config.sample.num_images=2", "--config.sweep.samplers=('ddim',)",
+    "--config.autoencoder.train.validate_every=0", "--config.autoencoder.train.sample_every=0",
 )
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    flags = "--xla_force_host_platform_device_count={} --xla_backend_optimization_level=0"
-    cache = tmp_path_factory.mktemp("compiled")
-    return lambda devices: {
-        **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.format(devices),
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-    }
-
-
-def _run(environment, workdir, processes=1, *more):
+def _run(workdir, processes=1, *more):
     address = f"127.0.0.1:{driving.free_port()}"
     given = [[f"--distributed={address},{k},{processes}"] if processes > 1 else []
              for k in range(processes)]
@@ -41,7 +33,7 @@ def _run(environment, workdir, processes=1, *more):
         subprocess.Popen(
             [sys.executable, shallow.PATH, *STUDY, f"--workdir={workdir}", *flag, *more],
             cwd=driving.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=environment(2 // processes),
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
         )
         for flag in given
     ]
@@ -60,9 +52,9 @@ def _facts(workdir):
     }
 
 
-def test_two_processes_give_the_records_of_one(environment, tmp_path):
+def test_two_processes_give_the_records_of_one(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    ((out, err, status),) = _run(environment, one)
+    ((out, err, status),) = _run(one)
     assert status == 0 and out == [str(one / "report.html")], err[-3000:]
 
     # The autoencoder and the pictures are taken over; the rest is made anew, by two.
@@ -70,7 +62,7 @@ def test_two_processes_give_the_records_of_one(environment, tmp_path):
         "models", "latents", "text", "records", "strips", "samples", "figures", "reference",
         "report.html", "log.txt",
     ))
-    (lead, other) = _run(environment, two, 2)
+    (lead, other) = _run(two, 2)
     assert (lead[2], other[2]) == (0, 0), lead[1][-3000:] + other[1][-3000:]
     assert lead[0] == [str(two / "report.html")] and other[0] == []
     assert "train c8" in lead[1] and "train c8" not in other[1]
@@ -90,6 +82,6 @@ def test_two_processes_give_the_records_of_one(environment, tmp_path):
     assert [row[2] for row in rows[0]] == pytest.approx([row[2] for row in rows[1]], rel=1e-4)
 
     # What is wrong is said by all, and none waits for the other.
-    found = _run(environment, two, 2, "--config.seed=5")
+    found = _run(two, 2, "--config.seed=5")
     for _, err, status in found:
         assert status == 2 and "belongs to another config" in err.splitlines()[-1]

