@@ -1,6 +1,7 @@
 """A small scaling study on one H200: seven widths from 0.4M to 17M parameters, in 11 to 14 minutes.
 
-    python benchmarks/gpu/ladder.py run --workdir=runs/h200_ladder --to=runs/h200_ladder_out
+    python benchmarks/gpu/ladder.py run --workdir=runs/h200_ladder --to=runs/h200_ladder_out \
+        --minutes=15
 
 or, without stretches, `ldm-scaling study --config=configs/h200_ladder.py --workdir=...`. Pictures
 of 64 px, composed of OpenMoji's pictograms, in latents of 16x16x4: at 32 px a pictogram is a blur,

@@ -26,6 +26,9 @@ SAVED = 75  # saved after SIGTERM or a preemption notice: the same command goes 
 WATCHDOG = 76  # a stalled step or a lost host: start again
 INTERRUPTED = 130  # Ctrl-C
 
+# Commands of `ldm-scaling` that several processes share; each of the others is one process's.
+SHARED = ("prepare", "cache-latents", "train", "sample", "sweep", "report", "study", "dreambooth")
+
 # Names of variables and flags whose values are not for manifests, logs or the screen.
 SECRET = re.compile(r"token|secret|passw|credential|api_?key|access_?key|private_?key", re.I)
 
@@ -56,10 +59,12 @@ def job_command(job: Sequence[str], distributed: str = "") -> list[str]:
       job: a command of `ldm-scaling` and its flags.
       distributed: empty where jax finds the cluster by itself.
     Raises:
-      LaunchError: when something is missing, or a secret stands in it.
+      LaunchError: when something is missing, a secret stands in it, or one process does it alone.
     """
     if not job or job[0].startswith("-"):
         raise LaunchError("after  --  goes the job: -- train --config=FILE --workdir=DIR")
+    if job[0] not in SHARED:
+        raise LaunchError(f"{job[0]} is none of what several processes do: {', '.join(SHARED)}")
     if any(a.split("=")[0] == "--distributed" for a in job):
         raise LaunchError("leave out --distributed: the launcher gives it")
     if not any(a.startswith("--workdir=") for a in job):

@@ -7,6 +7,7 @@
     --topology    the same slice for all, for example v5e:16x16
     --num-slices  with it
     --job         what is run: train (default), sweep, study, ...
+    --arm         argument of every config: local is the small arm for a CPU
 
 Every other flag goes to the launcher as it is, and what stands after  --  to each job. A member's
 config is configs/t2i_MEMBER.py, its workdir WORKDIR/t2i_MEMBER, its name t2i-MEMBER.
@@ -144,7 +145,7 @@ def _with(why: str, flags: Sequence[str]) -> str:
 
 
 def launch_command(on: str, member: str, chips: Chips | None, workdir: str, job: str,
-                   flags: Sequence[str], rest: Sequence[str]) -> list[str]:
+                   flags: Sequence[str], rest: Sequence[str], arm: str = "") -> list[str]:
     """The launcher's command line for one member."""
     launch = ROOT / "launch"
     name = f"t2i-{member}"
@@ -158,7 +159,7 @@ def launch_command(on: str, member: str, chips: Chips | None, workdir: str, job:
         "local": [sys.executable, str(launch / "local.py")],
     }[on]
     return [
-        *first, *flags, "--", job, f"--config=configs/t2i_{member}.py",
+        *first, *flags, "--", job, f"--config=configs/t2i_{member}.py" + (f":{arm}" if arm else ""),
         f"--workdir={workdir.rstrip('/')}/t2i_{member}",
         *(chips.flags if chips else ()), *rest,
     ]
@@ -191,6 +192,7 @@ def main(arguments: list[str]) -> int:
     p.add_argument("--topology", default="")
     p.add_argument("--num-slices", type=int, default=1)
     p.add_argument("--job", default="train")
+    p.add_argument("--arm", default="")
     p.add_argument("--logs", type=pathlib.Path, default=pathlib.Path("runs/family_logs"))
     p.add_argument("--dry-run", action="store_true")
     given, flags = p.parse_known_args(own)
@@ -215,7 +217,7 @@ def main(arguments: list[str]) -> int:
             raise LaunchError(f"--on={given.on} takes no --topology: give its own flags")
         passed = [*flags, "--dry-run"] if given.dry_run else flags
         commands[member] = launch_command(
-            given.on, member, chips, workdir, given.job, passed, rest
+            given.on, member, chips, workdir, given.job, passed, rest, given.arm
         )
     sys.stdout.flush()
     if given.on == "tpu-vm" and not given.dry_run:

@@ -23,7 +23,7 @@ setup() {
   [[ -x $venv/bin/python ]] || "$HOME/.local/bin/uv" venv --python 3.12 "$venv"
   # The demo's packages name torch, which nothing here imports: the small one, without CUDA.
   "$HOME/.local/bin/uv" pip install --quiet --python "$venv/bin/python" --torch-backend=cpu \
-    --constraint "$tree/requirements.lock" --editable "${tree}[data,demo]" 'jax[tpu]'
+    --constraint "$tree/requirements.lock" --editable "${tree}[data,demo,downstream]" 'jax[tpu]'
   [[ -z $bucket ]] || mount_bucket "$bucket"
 }
 

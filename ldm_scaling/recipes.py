@@ -159,7 +159,7 @@ def conditioned(task: str, arg: str = "") -> ml_collections.ConfigDict:
     The member is that of a study which has trained it, --config.finetune.pretrained=WORKDIR, or
     --config.weights=DIR, a published Stable Diffusion; without either it is trained here first. The
     images are those of the config's data: give photographs of your own by --config.data.source=
-    photos:DIR or shards:DIR.
+    photos:DIR or shards:DIR; they need no captions.
 
     Args:
       task: a name of `data.conditions.table`.

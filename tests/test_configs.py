@@ -97,6 +97,21 @@ def test_the_local_arm_trains(tmp_path):
         assert list((tmp_path / run / "samples").glob("*.png"))
 
 
+@pytest.mark.parametrize("task", [
+    "super_resolution", "inpainting", "outpainting", "colourisation", "deblurring",
+    "jpeg_restoration",
+])
+def test_an_image_task_of_any_member(task):
+    """Its members are those of the size's own config."""
+    for arg, member in (("", "866m"), ("39m", "39m"), ("866m,local", "c8"), ("local", "c8")):
+        study = config_lib.parse(load(task).get_config(arg))
+        assert study.finetune.task == task and study.members == (member,)
+        assert study.finetune.budgets[-1] == study.finetune.train.steps
+    of_text = config_lib.parse(load("t2i_39m").get_config())
+    assert config_lib.parse(load(task).get_config("39m")).training_hash("39m") == \
+        of_text.training_hash("39m")
+
+
 @pytest.mark.parametrize("family", ["", "dit", "sit", "uvit", "mmdit", "families"])
 def test_the_demo_takes_a_family(family):
     """Of networks that take the demo's latents; all that decides them but their shape is one."""

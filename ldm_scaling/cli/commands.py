@@ -18,7 +18,7 @@ COMMANDS = {
     "pairs": "cut pairs for super-resolution and other conditions out of photographs",
     "upscale": "make pictures four times larger: bicubic, an ESRGAN, or a fine-tuned member",
     "restore": "fill in, colour, sharpen or clean pictures by a fine-tuned member",
-    "plan": "what a job will need on TPUs that are not here, by their own compiler",
+    "plan": "what a job will need on TPUs or GPUs that are not here, by their own compiler",
     "cost": "parameters, FLOPs and measured seconds of each member on the device that is here",
     "rates": "train members at several learning rates: which is best at which width",
     "advise": "which size, sampler, steps and guidance for a budget, from records",

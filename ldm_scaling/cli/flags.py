@@ -69,7 +69,7 @@ FLAGS = {
         "only says what caching latents and text states would cost and save",
     ),
     "family": (
-        ("zoo",), "--family=unet|dit|uvit|mmdit|edm2", "which networks; the U-Nets if not given"
+        ("zoo",), "--family=unet|dit|sit|uvit|mmdit|edm2", "which networks; the U-Nets if not given"
     ),
     "format": (("zoo", "prepare"), "--format=text|json", "how to print a table"),
 }

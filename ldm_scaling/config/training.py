@@ -48,8 +48,8 @@ class Train:
         allow it, see `models.attention`.
       micro_batches: parts that a batch is worked off in, one after the other: memory for time.
       moment_dtype: of the optimiser's first moment, `float32` or `bfloat16`.
-      log_every, validate_every, checkpoint_every, sample_every: in steps; 0 is never. A run's last
-        step always does all that are not 0.
+      log_every, validate_every, checkpoint_every, sample_every: in steps; 0, of validate_every and
+        sample_every, is never. A run's last step always does all that are not 0.
       keep: newest checkpoints kept.
       keep_every: checkpoints of these steps are kept for ever; 0 is none.
       keep_best: best checkpoints kept, by `keep_metric`; 0 is none.

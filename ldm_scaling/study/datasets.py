@@ -374,7 +374,11 @@ def prepare_into(
 ) -> shards.Shards:
     """A collection's shards in a folder: made, gone on with, or found, see `prepare.run`."""
     collection = sources.collection(source, source_options(data))
-    return prepare.run(collection, folder, prepare_options(data), runner, pipeline_options)
+    options = prepare_options(data)
+    if source.startswith("photos:"):  # None has a caption.
+        filters = dataclasses.replace(options.filters, captions=False)
+        options = dataclasses.replace(options, filters=filters)
+    return prepare.run(collection, folder, options, runner, pipeline_options)
 
 
 def of(data: Data, root: epath.PathLike) -> tuple[Dataset, ...]:

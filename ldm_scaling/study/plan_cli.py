@@ -47,8 +47,8 @@ def _parser() -> Parser:
     add("--to", metavar="PATH", help="writes JSON to this file; with --all, the folder "
         "(launch/plans)")
     add("--all", action="store_true", help="every network of the paper's family on "
-        "v5e:16x16, v5p:4x8x8 and v6e:16x16, train and sample; plans that are there and still "
-        "hold are kept")
+        "v5e:16x16, v5p:4x8x8 and v6e:16x16, train and sample, and the largest of other families "
+        "on v5e:16x16; plans that are there and still hold are kept")
     add("--again", action="store_true", help="with --all: makes every plan anew")
     add("--jobs", type=above_0, default=1, metavar="N",
         help="with --all: so many at a time; each takes one core and up to 8 GB")

@@ -138,6 +138,12 @@ def test_flags_and_the_rest_reach_every_job():
     assert all("run -- study" in line and "--config.train.steps=9" in line for line in runs)
 
 
+def test_an_arm_is_of_every_config():
+    ran = dry("--on=local", "--processes=2", "--members=39m,83m", "--arm=local")
+    for member in ("39m", "83m"):
+        assert f"--config=configs/t2i_{member}.py:local --workdir" in ran.stdout
+
+
 def test_all_watch_at_once_and_a_failure_is_told(tmp_path):
     # Each waits until all have been asked for: one after the other would never end.
     fake(tmp_path / "bin", "gcloud", r"""

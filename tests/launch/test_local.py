@@ -257,6 +257,7 @@ def test_dry_run_starts_nothing(tmp_path):
     (["--cpu-devices=1", "--gpus=1", "--", "train", "--workdir=x"], "not both"),
     (["--", "train"], "--workdir"),
     (["--", "train", "--workdir=x", "--distributed"], "the launcher gives it"),
+    (["--", "rates", "--workdir=x"], "rates is none of what several processes do: prepare"),
     ([], "after  --  goes the job"),
     (["--raw", "--", "no-such-program-anywhere"], "cannot be started"),
 ])  # fmt: skip
@@ -270,3 +271,9 @@ def test_the_statuses_are_the_programs():
     # Read as text: the launchers run where the package is not installed.
     text = pathlib.Path("ldm_scaling/errors.py").read_text()
     assert f"= {common.SAVED}\n" in text and f"= {common.WATCHDOG}\n" in text
+
+
+def test_the_commands_are_those_that_processes_share():
+    from ldm_scaling.cli import commands
+
+    assert common.SHARED == commands.STAGES

@@ -258,6 +258,17 @@ def test_the_command_line_makes_shards_and_says_what_was_dropped(tmp_path, capsy
     assert "--runner" in capsys.readouterr().err
 
 
+def test_photographs_need_no_captions(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for i in range(40):
+        _image(rng, 32, 24 + i).save(tmp_path / "photos" / f"{i:03d}.jpg", quality=95)
+    assert _run("prepare", f"--config={ROOT / 'configs' / 'demo.py'}:tiny", "--config.data.side=16",
+                f"--source=photos:{tmp_path / 'photos'}", f"--to={tmp_path / 'shards'}") == 0
+    found = shards.open(tmp_path / "shards")
+    assert found.count("train") + found.count("validation") == 40
+
+
 def test_the_dry_run_counts_what_shards_hold(tmp_path, capsys, monkeypatch):
     family = prepare_cli._family(config.parse(config.default()))
     assert "866m" in family and len(family) >= 11

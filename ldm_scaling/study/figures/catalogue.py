@@ -132,20 +132,20 @@ FIGURES = (
           "Loss and quality against training compute, and what a law of the smaller sizes "
           "foretells of the largest, with its 95% interval."),
     Entry("fig4_super", "Fig. 4", "Super-resolution and fine-tuning compute", compute.fine_tuning,
-          "records of task super_resolution with FID or LPIPS, of three sizes or fine-tuning "
+          "records of task super_resolution with a distance, of three sizes or fine-tuning "
           "lengths", "downstream",
           "Distances of super-resolution against fine-tuning compute, a line for each size."),
     Entry("fig17_super", "Fig. 17", "Super-resolution's inception score",
           compute.fine_tuning_score,
-          "records of task super_resolution with the inception score, of three sizes or "
-          "fine-tuning lengths", "downstream",
+          "records of task super_resolution with a score of labels, of three sizes or fine-tuning "
+          "lengths", "downstream",
           "Inception score of super-resolution against fine-tuning compute."),
     Entry("fig12_super", "Fig. 12", "Super-resolution and sampling cost",
-          downstream.super_resolution, "records of task super_resolution with FID or LPIPS",
+          downstream.super_resolution, "records of task super_resolution with a distance",
           "downstream",
           "Distance of super-resolution against sampling cost, few and many steps apart."),
     Entry("fig6_dreambooth", "Fig. 6", "DreamBooth by size", downstream.dreambooth,
-          "records of task dreambooth with DINO, CLIP-I or CLIP-T", "downstream",
+          "records of task dreambooth with fidelity to subject or prompt", "downstream",
           "Fidelity to subject and prompt of every size after DreamBooth."),
     Entry("fig13_distilled", "Fig. 13", "Consistency distillation", distilled.consistency,
           "records of task consistency beside undistilled ones of the same sizes", "downstream",
