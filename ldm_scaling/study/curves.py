@@ -170,16 +170,18 @@ def other_settings(records: Sequence[Record], settings: Sequence[str] = ()) -> l
 
 
 def last_rounds(records: Sequence[Record]) -> list[Record]:
-    """The records without those that a later round of the same race replaces: it holds their
-    images and more."""
+    """The records without those of a race that others replace, which hold their images and more: of
+    a later round, of another race that drew more, or of all images without a race."""
     def race(r: Record) -> Identity:
         return dataclasses.replace(r.identity, num_images=0)
 
-    last: dict[Identity, int] = {}
+    def drawn(r: Record) -> tuple[bool, int, int]:
+        return not r.round, r.identity.num_images, r.round
+
+    last: dict[Identity, tuple[bool, int, int]] = {}
     for r in records:
-        if r.round:
-            last[race(r)] = max(r.round, last.get(race(r), 0))
-    return [r for r in records if not r.round or r.round == last[race(r)]]
+        last[race(r)] = max(drawn(r), last.get(race(r), drawn(r)))
+    return [r for r in records if not r.round or drawn(r) == last[race(r)]]
 
 
 def distinct(records: Sequence[Record]) -> list[Record]:
@@ -223,8 +225,8 @@ def _clash(a: Identity, b: Identity) -> str:
               if v != other[k]] or ["nothing: the record was given twice"]
     return (
         f"two records for {b.model}, {b.sampler}, {b.steps} steps, guidance {b.guidance}, seed "
-        f"block {b.seed_block}; they differ in {'; '.join(differ)}: keep one of them in the "
-        "records folder"
+        f"block {b.seed_block}; they differ in {'; '.join(differ)}: keep one of {a.key}.json and "
+        f"{b.key}.json in the records folder"
     )
 
 
@@ -285,6 +287,37 @@ def quality_curves(
                   record.identity.num_images, record.task)
         )
     return {key: sorted(points, key=lambda p: p.cost) for key, points in sorted(curves.items())}
+
+
+def chosen_curves(
+    records: Sequence[Record], metric: str, choose_by: str, select_block: int = 0,
+    report_block: int = 1,
+) -> tuple[str, Curves]:
+    """The measure that chooses guidance, and the curves of `metric`, see `quality_curves`.
+
+    A sweep reports one rate of each cell, the best by one measure. So it is the measure at whose
+    best rates most cells are reported: `choose_by` itself where it does as well as any. `chosen_by`
+    of the points is of `choose_by` all the same.
+    """
+    at = {(r.identity.model, r.identity.sampler, r.identity.steps, r.identity.guidance): r.metrics
+          for r in records if r.identity.seed_block == select_block}
+    sign = labels.measure(choose_by).sign
+
+    def curves(chooser: str) -> Curves:
+        found = {
+            key: [
+                dataclasses.replace(p, chosen_by=sign * chosen) for p in curve
+                if (chosen := at[p.model, p.sampler, p.steps, p.guidance].get(choose_by))
+                is not None
+            ]
+            for key, curve in quality_curves(
+                records, metric, chooser, select_block, report_block).items()
+        }
+        return {key: curve for key, curve in found.items() if curve}
+
+    choosers = dict.fromkeys([choose_by, *measures(records)])
+    return max(((name, curves(name)) for name in choosers),
+               key=lambda one: sum(map(len, one[1].values())))
 
 
 def _percentiles(replicates_R: np.ndarray) -> tuple[float | None, float | None]:

@@ -83,7 +83,7 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     if home:
         source = dataclasses.replace(
             source, loss_curves=beside.losses(home, curves.models(found)),
-            images=beside.strips(home / "strips", source.main, source.report_block),
+            images=beside.strips(home / "strips", source),
             baselines=baselines.of_records(home.path, found),
         )
     to = epath.Path(given.to).expanduser() if given.to else folder.parent / "figures"

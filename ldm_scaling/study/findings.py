@@ -180,11 +180,13 @@ def _trade_off(records: Sequence[Record], metric: str, block: int) -> list[str]:
             gains.append(other_sign * (best[1].metrics[other] - last[1].metrics[other]))
     if not gains:
         return []
+    mean = sum(gains) / len(gains)
+    trades = "trades one measure for the other" if mean > 0 else "does not trade the measures"
     return [
-        f"Guidance trades one measure for the other: going from the rate with the best "
-        f"{labels.measure(metric).short} to the highest rate raises caption agreement in "
-        f"{sum(g > 0 for g in gains)} of {len(gains)} cells, by "
-        f"{labels.number(sum(gains) / len(gains))} on average."
+        f"Guidance {trades}: going from the rate with the best {labels.measure(metric).short} to "
+        f"the highest rate raises caption agreement in {sum(g > 0 for g in gains)} of {len(gains)} "
+        f"cells, and {'raises' if mean > 0 else 'lowers'} it by {labels.number(abs(mean))} on "
+        "average."
     ]
 
 

@@ -124,7 +124,7 @@ def of_records(
     cascades) are weighed together, those of a task that cannot be are left out with a note.
 
     A sweep reports one guidance rate of each cell, the best by one measure. Another measure is
-    then of that rate too, see `_chooser`, and decides between cells alone.
+    then of that rate too, see `curves.chosen_curves`, and decides between cells alone.
 
     Args:
       records: of one study; of each size those of its longest training are used.
@@ -227,7 +227,9 @@ def _comparable(
     for task, own in found.items():
         there = reported.whole(own, metric, select_block, asked)
         pooled = blocks.pooled(own, select_block, there)
-        part = _Part(own, pooled, *_chooser(pooled, metric, select_block, there[0]))
+        chooser, curves = curves_lib.chosen_curves(
+            pooled, metric, metric, select_block, there[0])
+        part = _Part(own, pooled, chooser, [p for curve in curves.values() for p in curve])
         try:
             _require_points(part, metric, select_block, there)
         except UserError as e:
@@ -322,30 +324,6 @@ def _lengths(
     return list(dict.fromkeys(out))
 
 
-def _chooser(
-    records: Sequence[Record], metric: str, select: int, report: int
-) -> tuple[str, list[Point]]:
-    """The measure that chooses guidance, and the points of `metric`.
-
-    It is the measure at whose best rates most cells are reported: the one that the sweep chose by,
-    `metric` itself where it does as well. `chosen_by` is of `metric` all the same.
-    """
-    at = {(r.identity.model, r.identity.sampler, r.identity.steps, r.identity.guidance): r.metrics
-          for r in records if r.identity.seed_block == select}
-    sign = labels.measure(metric).sign
-
-    def points(chooser: str) -> list[Point]:
-        curves = curves_lib.quality_curves(records, metric, chooser, select, report)
-        return [
-            dataclasses.replace(p, chosen_by=sign * chosen)
-            for curve in curves.values() for p in curve
-            if (chosen := at[p.model, p.sampler, p.steps, p.guidance].get(metric)) is not None
-        ]
-
-    choosers = dict.fromkeys([metric, *curves_lib.measures(records)])
-    return max(((name, points(name)) for name in choosers), key=lambda c: len(c[1]))
-
-
 # --- from the paper -----------------------------------------------------------------------------
 
 _PUBLISHED = {"fid": ("FID", 1), "clip": ("CLIP score", -1)}
@@ -384,6 +362,8 @@ def of_published(
             "that device"
         )
     counted = dataclasses.replace(pricing.COUNTED[unit], batch=batch)
+    if prices and not all(("text", batch) in prices[m.name].seconds for m in members):
+        counted = dataclasses.replace(counted, text=False)  # As in `pricing.counted_of`.
     calls = costing.calls("ddim", PUBLISHED_STEPS)
     device = next(iter(prices.values())).device if prices else ""
 

@@ -186,12 +186,13 @@ def write(materials: Materials, found: list[Record], others: Sequence[Record] = 
     if here:
         captions = materials.prompts(report_blocks[0]).captions[:STRIP]
     held = baselines.of_records(materials.workdir.path, [*found, *others])
-    written = catalogue.write(figures, Source(
+    source = Source(
         [*found, *others], FRECHET, sweep.select_block, report_blocks,
         loss_curves=beside.losses(materials.workdir, materials.study.members),
-        images=beside.strips(strips, found, report_blocks[0]),
         captions=captions, baselines=held,
-    ))
+    )
+    images = beside.strips(strips, source) if here else {}
+    written = catalogue.write(figures, dataclasses.replace(source, images=images))
     for line in written.skipped:
         log.info("skipped: %s", line)
     path = report.write(

@@ -20,6 +20,7 @@ from ldm_scaling.study import labels
 
 AXES = ("member", "prompt", "sampler", "steps", "guidance", "seed")
 MOST_PICTURES = 4096
+_LONGEST = 180  # bytes of a file's name: file systems take 255, of which others put some before it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,8 @@ class Request:
         ]
         digest = files.sha256_of([__version__, dataclasses.asdict(self)])[:8]
         parts = [re.sub(r"[^\w.+-]+", "-", part).strip("-")[:50] for part in parts]
-        return "_".join([*filter(None, parts), digest])
+        stem = "_".join(filter(None, parts)).encode()[:_LONGEST].decode(errors="ignore")
+        return f"{stem}_{digest}"
 
     def tables(self, study: Study) -> dict[tuple[str, int], SamplerTable]:
         """The table of every (sampler, steps).

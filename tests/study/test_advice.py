@@ -289,6 +289,12 @@ def test_table_1_on_a_device():
     found = advice.advise(options, budgets.parse("120 ms"))
     assert found.best.model == "145m" and found.best.cost == pytest.approx(0.12)
     assert any("223m" in n and "5b" in n for n in found.notes)
+    for price in chip.values():  # As where text comes from published weights.
+        del price.seconds["text", 1]
+    options = options_lib.of_published("seconds", prices=chip)
+    assert options.unit_label.endswith("with decoder")
+    found = advice.advise(options, budgets.parse("120 ms"))
+    assert found.best.model == "145m" and found.best.cost == pytest.approx(0.11)
 
 
 # --- the command --------------------------------------------------------------------------------

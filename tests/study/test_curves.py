@@ -10,6 +10,7 @@ import pytest
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.study import curves, findings, winners
+from ldm_scaling.study.figures.source import Source
 from ldm_scaling.study.statistics import words
 from tests.study import fake_records as fake
 
@@ -262,6 +263,48 @@ def test_of_a_race_the_last_rounds_are_compared():
     kept = curves.distinct(raced)
     assert sorted(r.identity.num_images for r in kept) == [20, 20, 60, 60]
     assert len({r.identity.guidance for r in kept}) == 4
+
+
+def test_of_two_races_and_none_what_drew_most_counts():
+    """A sweep that was raced by other rounds, or begun as a race, is no clash."""
+    records = fake.make(models=("c8",), samplers=("ddim",), steps={"ddim": (4,)})
+    one = records[0]
+
+    def at(images, number):
+        return dataclasses.replace(
+            one, round=number, identity=dataclasses.replace(one.identity, num_images=images))
+
+    raced = [at(32, 1), at(64, 1), at(64, 2)]
+    for some in (raced, raced[::-1]):
+        (kept,) = curves.distinct(some)
+        assert (kept.identity.num_images, kept.round) == (64, 2)
+        assert curves.distinct([*some, at(256, 0)]) == [at(256, 0)]
+    two = [at(256, 0), at(512, 0)]
+    with pytest.raises(UserError) as told:
+        curves.distinct(two)
+    assert all(f"{r.identity.key}.json" in str(told.value) for r in two)
+
+
+def test_another_measure_is_of_the_rates_that_are_reported(exact):
+    """Those that the sweep chose by, where few are the best by the measure itself."""
+    chooser, found = curves.chosen_curves(exact, "caption_agreement", "caption_agreement")
+    cells = {(p.model, p.sampler, p.steps): p for c in found.values() for p in c}
+    best = curves.best_guidance(exact, FD)
+    assert chooser == FD and {cell: p.guidance for cell, p in cells.items()} == best
+    assert len(Source(exact, "caption_agreement").bands) == len(found)
+    at = {(r.identity.model, r.identity.sampler, r.identity.steps, r.identity.guidance): r
+          for r in exact if r.identity.seed_block == 0}
+    for cell, p in cells.items():
+        assert p.chosen_by == -at[*cell, p.guidance].metrics["caption_agreement"]
+    assert curves.chosen_curves(exact, FD, FD)[0] == FD
+
+
+def test_a_trade_off_that_is_none_is_not_called_one(exact):
+    turned = [dataclasses.replace(r, metrics=r.metrics | {
+        "caption_agreement": -r.metrics["caption_agreement"]}) for r in exact]
+    text = " ".join(findings.findings(turned, FD))
+    assert "does not trade the measures" in text
+    assert "raises caption agreement in 0 of 70 cells, and lowers it by" in text
 
 
 def test_the_sentences_follow_the_numbers(exact):

@@ -240,6 +240,17 @@ def test_what_is_not_given_comes_from_the_config():
     assert request_lib.of(STUDY, "a", sampler="ddim:eta=0").sampler == ("ddim",)
 
 
+def test_a_files_name_is_no_longer_than_file_systems_take():
+    many = request_lib.of(
+        STUDY, ["\u732b" * 40, "b"], sampler=["ddim", "ddpm", "dpmpp_2m"], guidance=range(2, 9),
+        steps=[4, 6, 10, 20, 50, 100], seeds=0,
+    )
+    assert len(many.name.encode()) <= 200 and many.name.isprintable()
+    other = dataclasses.replace(many, seeds=((1,), (1,)))
+    assert other.name != many.name and other.name.encode()[:180] == many.name.encode()[:180]
+    assert "_w3_seeds-0_c8+c16_" in request_lib.of(STUDY, "a", guidance=3, seeds=0).name
+
+
 @pytest.mark.parametrize("values, message", [
     ({"steps": [4, 0]}, "sampler ddim, 0 steps.*1 or more"),
     ({"steps": 2000}, "2000 steps"),

@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from etils import epath
 
 from ldm_scaling import pictures
+from ldm_scaling.study import curves
+from ldm_scaling.study.figures.source import Source
 from ldm_scaling.study.image_grids import Images
-from ldm_scaling.study.records import Record
+from ldm_scaling.study.records import TEXT_TO_IMAGE
 from ldm_scaling.study.workdir import Workdir
 from ldm_scaling.training.events import read_curves
 
@@ -50,11 +52,19 @@ def strip(path: epath.PathLike) -> np.ndarray | None:
         return None
 
 
-def strips(folder: epath.Path, records: Sequence[Record], block: int) -> Images:
-    """The first pictures of every configuration that is reported."""
+def strips(folder: epath.Path, source: Source) -> Images:
+    """The first pictures of every point of the source's curves, on the block that stands for those
+    that are reported."""
+    rates = {(p.model, p.sampler, p.steps): p.guidance for c in source.curves.values() for p in c}
+    own = curves.longest([r for r in source.records if r.task == TEXT_TO_IMAGE], source.settings)
+    own = curves.last_rounds(own)
     out: dict[tuple[str, str, int], np.ndarray] = {}
-    for identity in (r.identity for r in records if r.identity.seed_block == block):
-        images_NHWC = strip(folder / f"{identity.key}.png")
-        if images_NHWC is not None:
-            out[identity.model, identity.sampler, identity.steps] = images_NHWC
+    # Files have the names of records, before samplers are told apart by their spacings.
+    for record, arm in zip(own, curves.distinct(own), strict=True):
+        i = arm.identity
+        cell = (i.model, i.sampler, i.steps)
+        if i.seed_block == source.report_block and rates.get(cell) == i.guidance:
+            images_NHWC = strip(folder / f"{record.identity.key}.png")
+            if images_NHWC is not None:
+                out[cell] = images_NHWC
     return out

@@ -47,7 +47,8 @@ def _draw(
     panels: dict[str, list[Network]] = {}
     for name in measures:
         own = [r for r in records if name in r.metrics]
-        chooses = source.metric if all(source.metric in r.metrics for r in own) else None
+        held = own and all(source.metric in r.metrics for r in own)
+        chooses = source.chooser(source.distinct(own)) if held else None
         found = trends.networks(own, name, *blocks, choose_by=chooses)
         if len({round(n.compute, 9) for n in found}) >= _LEAST:
             panels[name] = found

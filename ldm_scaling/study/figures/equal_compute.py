@@ -14,6 +14,8 @@ from ldm_scaling.study.figures.source import Drawn, Source
 from ldm_scaling.study.statistics import isoflop
 from ldm_scaling.study.statistics.isoflop import Frontier, Profile
 
+_FLOPS = 1e9  # of a GFLOP: the law is of FLOPs, what is drawn of GFLOPs.
+
 
 def profiles(source: Source) -> dict[str, Drawn]:
     """Iso-FLOP profiles: at each training budget the loss over size, and its least."""
@@ -86,7 +88,7 @@ def _draw_frontier(ax: Axes, found: Sequence[Profile], frontier: Frontier | None
                 zorder=5)
     budgets = [p.flops for p in found]
     x = np.geomspace(min(budgets) / 1.3, max(budgets) * 1.3, 50)
-    ax.plot(x, frontier.best_size(x), color=plot_style.INK, lw=1.4, zorder=2)
+    ax.plot(x, frontier.best_size(_FLOPS * x), color=plot_style.INK, lw=1.4, zorder=2)
     low, high = frontier.exponent_interval
     ax.set_title(f"Best size grows as $C^{{{frontier.exponent:.2f}}}$ [{low:.2f}, {high:.2f}]")
     plot_style.log_x(ax)
@@ -103,7 +105,7 @@ def _profile_rows(
     if frontier:
         low, high = frontier.exponent_interval
         law = {"exponent": frontier.exponent, "exponent_low": low, "exponent_high": high,
-               "factor": frontier.factor}
+               "factor": frontier.factor * _FLOPS**frontier.exponent}
     for p in found:
         low, high = (None, None) if p.best_size is None else next(ends, (None, None))
         best = {"best_size": p.best_size, "best_low": low, "best_high": high,

@@ -52,7 +52,10 @@ def _draw(source, choice, near):
     rates = sorted(set(choice.values()))
     columns = {s: sorted({n for _, name, n in choice if name == s}) for s in names}
     sizes = [m for m in source.sizes if any(m == model for model, _, _ in choice)]
-    norm = matplotlib.colors.LogNorm(min(rates) * 0.999, max(rates) * 1.001)
+    if min(rates) > 0:
+        norm = matplotlib.colors.LogNorm(min(rates) * 0.999, max(rates) * 1.001)
+    else:
+        norm = matplotlib.colors.Normalize(min(rates) - 0.001, max(rates) + 0.001)
     cmap = matplotlib.colormaps["cividis"]
     wide = [0.62 * len(c) for c in columns.values()]
     fig = plot_style.figure(max(1.6 + sum(max(w, 1.9) + 0.25 for w in wide), 6.8),

@@ -123,6 +123,12 @@ class Source:
         return curves_lib.own_blocks(records, self.select_block, self.report_block)
 
     def curves_of(self, records: Sequence[Record], metric: str) -> Curves:
-        """Curves of distinct records; guidance is chosen by the main measure where they hold it."""
+        """Curves of distinct records; guidance is chosen by the main measure where they hold it, or
+        by that which the sweep reports the best rates of, see `curves.chosen_curves`."""
         chooses = self.metric if any(self.metric in r.metrics for r in records) else metric
-        return curves_lib.quality_curves(records, metric, chooses, *self.blocks(records))
+        return curves_lib.chosen_curves(records, metric, chooses, *self.blocks(records))[1]
+
+    def chooser(self, records: Sequence[Record]) -> str:
+        """The measure that chooses the guidance of distinct records, which hold the main one."""
+        return curves_lib.chosen_curves(
+            records, self.metric, self.metric, *self.blocks(records))[0]

@@ -180,10 +180,13 @@ def _drawn(profile: Profile, replicates: int, rng: np.random.Generator) -> np.nd
 def _moved(profile: Profile, drawn_RM: np.ndarray) -> np.ndarray:
     """Log sizes of the least of replicates' log losses (R,)."""
     x_M = np.log(profile.size_M) - profile.centre
-    place_R, _ = _vertex((np.linalg.pinv(np.vander(x_M, 3)) @ drawn_RM.T).T)
-    # A replicate without a least inside says that it lies at the edge, or beyond.
-    place_R = np.where(np.isnan(place_R), x_M.max(), place_R)
-    return profile.centre + np.clip(place_R, x_M.min(), x_M.max())
+    bend_R, slope_R, _ = found = np.linalg.pinv(np.vander(x_M, 3)) @ drawn_RM.T
+    place_R, _ = _vertex(found.T)
+    # One that bends down has no least inside: the lower of its ends is the lowest.
+    first, last = x_M.min(), x_M.max()
+    falls_R = bend_R * (last**2 - first**2) + slope_R * (last - first) < 0
+    place_R = np.where(np.isnan(place_R), np.where(falls_R, last, first), place_R)
+    return profile.centre + np.clip(place_R, first, last)
 
 
 def _groups(logf_N: np.ndarray, width: float) -> Sequence[np.ndarray]:

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm_scaling import pictures
 from ldm_scaling.cli import program
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import zoo
 from ldm_scaling.study import plot_style, records, report
-from ldm_scaling.study.figures import catalogue
+from ldm_scaling.study.figures import beside, catalogue, guidance
 from ldm_scaling.study.figures.source import Source
 from tests.study import paper_records as paper
 
@@ -228,6 +229,40 @@ def test_guidance_is_never_chosen_where_it_is_reported(main):
             for r in two]
     with pytest.raises(UserError, match=r"guidance \[1.0, 2.0\] on seed block 1 alone"):
         source.blocks(two)
+
+
+def test_pictures_are_those_of_the_chosen_rate_whatever_its_arm_is_called(tmp_path, main):
+    """A rate that was chosen once lies beside the one that is now; a sampler of two spacings has
+    files of its own name."""
+    source = Source(main, paper.FID)
+    choice = {(p.model, p.sampler, p.steps): p.guidance for c in source.curves.values() for p in c}
+    other = [
+        dataclasses.replace(r, identity=dataclasses.replace(r.identity, guidance=9.0))
+        for r in main if r.identity.seed_block == 1
+    ]
+    trailing = [
+        dataclasses.replace(r, identity=dataclasses.replace(r.identity, spacing="trailing"))
+        for r in main if r.identity.sampler == "ddim"
+    ]
+    for r in (*main, *other, *trailing):
+        shade = int(10 * r.identity.guidance) + 100 * (r.identity.spacing == "trailing")
+        pictures.save_png(tmp_path / f"{r.identity.key}.png", np.full((4, 8, 3), shade, np.uint8))
+    found = beside.strips(tmp_path, Source([*main, *other], paper.FID))
+    assert {cell: int(images[0, 0, 0, 0]) for cell, images in found.items()} == {
+        cell: int(10 * rate) for cell, rate in choice.items()}
+    found = beside.strips(tmp_path, Source([*main, *trailing], paper.FID))
+    assert {s for _, s, _ in found} == {"dpmpp_2m", "ddim, leading", "ddim, trailing"}
+    for (model, sampler, steps), images in found.items():
+        rate = choice[model, sampler.partition(",")[0], steps]
+        assert images[0, 0, 0, 0] == int(10 * rate) + 100 * sampler.endswith("trailing")
+
+
+def test_rates_of_0_have_colours(main):
+    """Where the best one is none, or negative, there are no logarithms of rates."""
+    rates = {2.0: 0.0, 4.0: -1.0, 6.0: 3.0}
+    moved = [dataclasses.replace(r, identity=dataclasses.replace(
+        r.identity, guidance=rates[r.identity.guidance])) for r in main]
+    assert guidance.best_rates(Source(moved, paper.FID))[""].rows
 
 
 def test_old_parts_go_and_other_files_stay(tmp_path, main, monkeypatch):

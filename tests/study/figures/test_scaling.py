@@ -8,7 +8,7 @@ import pytest
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.study import plot_style
-from ldm_scaling.study.figures import catalogue, scaling
+from ldm_scaling.study.figures import catalogue, equal_compute, scaling
 from ldm_scaling.study.figures.source import Source
 from ldm_scaling.study.statistics.laws import Law
 from tests.study import fake_records as fake
@@ -105,6 +105,21 @@ def test_the_law_of_size_is_that_of_the_ends(drawn):
     assert float(exact["E"]) == pytest.approx(100 * left, rel=1e-3)
     for row in _rows(folder, "law_size", FD):
         assert float(row["loss"]) == pytest.approx(100 * _loss(int(row["params"]), LAST))
+
+
+def test_the_line_goes_through_the_best_sizes(drawn):
+    """In the numbers beside the figure, and as it is drawn."""
+    rows = [r for r in _rows(drawn[0], "law_isoflop", "validation_loss") if r["best_size"]]
+    assert rows
+    for row in rows:
+        line = float(row["factor"]) * float(row["compute"]) ** float(row["exponent"])
+        assert line == pytest.approx(float(row["best_size"]), rel=0.2)
+    (shown, *_) = equal_compute.profiles(Source(_records(), FD, loss_curves=_losses())).values()
+    ax = next(ax for ax in shown.figure.axes if ax.get_ylabel() == "parameters at the least")
+    line = max(ax.lines, key=lambda one: len(one.get_xdata()))
+    for row in rows:
+        at = np.interp(float(row["compute"]), line.get_xdata(), line.get_ydata())
+        assert at == pytest.approx(float(row["best_size"]), rel=0.2)
 
 
 def test_profiles_have_their_least_at_the_best_size(drawn):

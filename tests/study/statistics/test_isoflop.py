@@ -86,6 +86,17 @@ def test_unequal_exponents_bias_the_parabola_and_not_approach_3():
     assert by_law == pytest.approx(true, rel=1e-4)
 
 
+def test_a_replicate_that_bends_down_is_lowest_at_the_lower_end():
+    (profile,) = isoflop.profiles(np.full(5, 1e18), np.geomspace(1e6, 16e6, 5), np.array(
+        [2.0, 1.98, 1.99, 2.02, 2.06]))
+    x_M = np.log(profile.size_M) - profile.centre
+    down = np.stack([-0.01 * x_M**2 + slope * x_M for slope in (0.02, -0.02)])
+    first, last = isoflop._moved(profile, down)
+    assert (np.exp(first), np.exp(last)) == pytest.approx((1e6, 16e6))
+    inside = 0.01 * (x_M - x_M[1]) ** 2
+    assert np.exp(isoflop._moved(profile, inside[None])) == pytest.approx(profile.size_M[1])
+
+
 def test_a_budget_without_a_least_inside_is_left_out():
     law = Law(1.7, (400.0, 400.0), (0.34, 0.34))
     flops, size, loss = _runs(law)
