@@ -79,11 +79,16 @@ def _folder(root: Path, names: tuple[str, ...]) -> ImageFolder:
     )
 
 
+def stem(name: str) -> str:
+    """What a pair's two names share: DIV2K calls the small one of 0801.png 0801x4.png."""
+    return re.sub(rf"x{FACTOR}$", "", Path(name).with_suffix("").as_posix())
+
+
 def _by_stem(folder: ImageFolder) -> dict[str, str]:
     stems: dict[str, str] = {}
     for name in folder.names:
-        stem = re.sub(rf"x{FACTOR}$", "", Path(name).with_suffix("").as_posix())
-        if stem in stems:
-            raise UserError(f"{folder.root} holds both {stems[stem]} and {name}: keep one of them")
-        stems[stem] = name
+        one = stem(name)
+        if one in stems:
+            raise UserError(f"{folder.root} holds both {stems[one]} and {name}: keep one of them")
+        stems[one] = name
     return stems

@@ -40,6 +40,7 @@ from ldm_scaling.models import (
     unet,
 )
 from ldm_scaling.models.text_network import TextNetwork
+from ldm_scaling.models.tiny_decoder import TinyDecoderSpec
 from ldm_scaling.parallel import hosts, placing, processes
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling import solvers
@@ -121,6 +122,8 @@ class Taught:
             sample.sampler, schedule, sample.steps, study.diffusion.prediction, sample.spacing
         )
         _ = self.text
+        if isinstance(m.networks.decoder_spec, TinyDecoderSpec):
+            encoders.check_encodes(study.weights)
         for member in study.members:
             shapes = {"unet": backbone.param_shapes(m.spec(member))}
             if self.text is not None:

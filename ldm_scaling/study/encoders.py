@@ -101,6 +101,26 @@ def latent_encoder_from(
     Raises:
       UserError: for files that are missing, broken or of something else.
     """
+    path = check_encodes(path)
+    if converted.is_converted(path):
+        found = converted.load(path, "sd_autoencoder")
+        loaded = found.spec, found.params, found.settings["scale"]
+    elif path.is_dir():
+        loaded = convert.load_autoencoder(path)
+    else:
+        loaded = convert_compvis.load_autoencoder(path)
+    return latent_encoder(*loaded, compute_dtype)
+
+
+def check_encodes(path: str | os.PathLike[str]) -> Path:
+    """Where a published autoencoder's files are; no weights are read.
+
+    Args:
+      path: see `latent_encoder_from`.
+
+    Raises:
+      UserError: where there is none, or a tiny one, by which nothing can be trained.
+    """
     path = Path(path).expanduser()
     if not path.exists():
         raise UserError(
@@ -113,23 +133,15 @@ def latent_encoder_from(
     if (path / "vae").is_dir():
         path = path / "vae"
     if converted.is_converted(path):
-        _refuse_tiny(path, converted.read_manifest(path)["kind"] == "tiny_decoder")
-        found = converted.load(path, "sd_autoencoder")
-        loaded = found.spec, found.params, found.settings["scale"]
-    elif path.is_dir():
-        _refuse_tiny(path, convert.read_config(path).get("_class_name") == "AutoencoderTiny")
-        loaded = convert.load_autoencoder(path)
+        tiny = converted.read_manifest(path)["kind"] == "tiny_decoder"
     else:
-        loaded = convert_compvis.load_autoencoder(path)
-    return latent_encoder(*loaded, compute_dtype)
-
-
-def _refuse_tiny(path: Path, tiny: bool) -> None:
+        tiny = path.is_dir() and convert.read_config(path).get("_class_name") == "AutoencoderTiny"
     if tiny:
         raise UserError(
             f"{path} holds a tiny autoencoder, whose latents have no variance and are only "
             "decoded here: give the AutoencoderKL that it imitates"
         )
+    return path
 
 
 # --- captions ---------------------------------------------------------------------------------

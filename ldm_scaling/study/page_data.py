@@ -167,9 +167,10 @@ def reference(records: Sequence[Record]) -> str:
 
 
 def alternatives(
-    records: Sequence[Record], measure: Measure, sentences: Sequence[str]
+    records: Sequence[Record], measure: Measure, sentences: Sequence[str],
+    trade: Sequence[str] | None = None,
 ) -> dict[str, str]:
-    """What each interactive chart shows, for readers who cannot see it."""
+    """What each interactive chart shows, for readers who cannot see it; `trade` as in `charts`'."""
     sizes = labels.listing(curves_lib.models(records))
     keys = "Arrow keys move between its points."
     first = sentences[1] if len(sentences) > 1 else ""
@@ -178,8 +179,8 @@ def alternatives(
         "winners": f"Stacked areas: the probability that each of {sizes} is the best, against the "
                    f"budget. {first} {keys}",
         "heat": f"Heat maps: {measure.axis} over guidance rate and steps for {sizes}. {keys}",
-        "trade": f"Line chart: {measure.axis} against caption agreement as the guidance rate "
-                 f"rises, for {sizes}. {keys}",
+        "trade": f"Line chart: {measure.axis} against {labels.measure(trade[1]).axis} as the "
+                 f"guidance rate rises, for {sizes}. {keys}" if trade else "",
     }
 
 

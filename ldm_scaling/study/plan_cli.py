@@ -154,4 +154,4 @@ def _one(given: argparse.Namespace, study_of: Callable) -> list[dict]:
         print(json.dumps(body, indent=1, allow_nan=False))
     else:
         print(plan_show.text(list(plans.values()), share))
-    return [one for kind, one in plans.items() if kind in plan_family.KINDS]
+    return [one for kind, one in plans.items() if asked != _ALL or kind in plan_family.KINDS]

@@ -26,6 +26,7 @@ KINDS = ("train", "sample")
 # The largest of each other backbone, on the first topology alone.
 OTHERS = ("dit_xl2", "uvit_h", "mmdit_38", "edm2_xxl")
 FOLDER = "launch/plans"
+_JOB = ("member", "topology", "num_slices", "kind")
 # What a figure may be worse than its baseline by: compilations are not alike to the last digit.
 TOLERANCE = 0.01
 
@@ -33,7 +34,7 @@ TOLERANCE = 0.01
 def file_name(member: str, target: Target, kind: str) -> str:
     """Of a plan, e.g. `866m_v5e-16x16_train.json`; of two slices `866m_2xv5e-16x16_train.json`."""
     slices = f"{target.num_slices}x" if target.num_slices > 1 else ""
-    return f"{member}_{slices}{target.topology.replace(':', '-')}_{kind}.json"
+    return f"{member}_{slices}{target.topology}_{kind}.json".replace(":", "-")
 
 
 def read(path: Path) -> dict[str, Any] | None:
@@ -184,5 +185,7 @@ def compare(plans: Sequence[Mapping[str, Any]], baseline: Path) -> list[str]:
         old = read(path)
         if old is None:
             raise UserError(f"--baseline={baseline} holds no {path.name} to compare with")
+        if differ := [k for k in _JOB if old.get(k) != new[k]]:
+            raise UserError(f"{path} is of another job: its {differ[0]} is {old.get(differ[0])}")
         out += [f"{path.name}: {what}" for what in worse(new, old)]
     return out

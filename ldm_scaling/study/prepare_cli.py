@@ -17,7 +17,8 @@ from ldm_scaling.config import Study
 from ldm_scaling.data import shards as shards_lib
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import zoo
-from ldm_scaling.study import caching_cost, datasets
+from ldm_scaling.models.tiny_decoder import TinyDecoderSpec
+from ldm_scaling.study import caching_cost, datasets, encoders
 from ldm_scaling.study.materials import Materials
 
 
@@ -79,6 +80,8 @@ def dry_run(materials: Materials, format: str) -> str:
       UserError: where it is not known how many pictures there are.
     """
     study = materials.study
+    if isinstance(materials.networks.decoder_spec, TinyDecoderSpec):
+        encoders.check_encodes(study.weights)  # Nothing is trained in its latents.
     images, captions, known = _counts(materials)
     plan = caching_cost.Plan(
         images, captions, study.data.side, materials.networks.decoder_spec,
@@ -89,8 +92,8 @@ def dry_run(materials: Materials, format: str) -> str:
         rows = [dataclasses.asdict(row) for row in found]
         return json.dumps({"images": images, "captions": captions, "counted": known, "rows": rows})
     note = "" if known else (
-        "Not prepared yet: data.train_pictures stands for the number of pictures, one caption "
-        "each.\n"
+        "Not prepared yet: data.train_pictures stands for the number of pictures of a collection, "
+        "one caption each.\n"
     )
     return note + caching_cost.text(plan, found)
 
@@ -100,19 +103,25 @@ def _counts(materials: Materials) -> tuple[int, int, bool]:
     data = materials.study.data
     if data.composed:
         return data.train_pictures, data.train_pictures, True
-    places = [datasets.folder_of(data, s, materials.workdir / "data") for s in data.sources]
-    if all((place / shards_lib.MANIFEST).exists() for place in places):
-        most = {"train": data.train_pictures, "validation": data.validation_pictures}
-        found = [datasets.Collected(shards_lib.open(p), data.side, most) for p in places]
-        return (
-            sum(d.count("train") for d in found), sum(len(d.captions("train")) for d in found), True
-        )
-    if not data.train_pictures:
-        raise UserError(
-            f"it is not known how many pictures {data.source} has: give "
-            "--config.data.train_pictures=N, or prepare it first"
-        )
-    return data.train_pictures, data.train_pictures, False
+    most = {"train": data.train_pictures, "validation": data.validation_pictures}
+    images = captions = 0
+    known = True
+    for source in data.sources:
+        place = datasets.folder_of(data, source, materials.workdir / "data")
+        if (place / shards_lib.MANIFEST).exists():
+            found = datasets.Collected(shards_lib.open(place), data.side, most)
+            images += found.count("train")
+            captions += len(found.captions("train"))
+        elif data.train_pictures:
+            images += data.train_pictures
+            captions += data.train_pictures
+            known = False
+        else:
+            raise UserError(
+                f"it is not known how many pictures {source} has: give "
+                "--config.data.train_pictures=N, or prepare it first"
+            )
+    return images, captions, known
 
 
 def _text_spec(materials: Materials) -> Any:

@@ -201,6 +201,12 @@ def given(
 
 
 def _coco(protocol, data, limit, with_real, texts) -> Given:
+    count = protocol.captions.count
+    if limit is None and len(texts or ()) > count:
+        raise UserError(
+            f"{len(texts):,} captions are given, {protocol.name} takes {count:,}: give as many, or "
+            "try out with --limit=N"
+        )
     whole = coco.read(data)
     if not whole.whole and limit is None:
         raise UserError(
@@ -208,7 +214,6 @@ def _coco(protocol, data, limit, with_real, texts) -> Given:
             f"{protocol.name} is over COCO-2014's {coco.IMAGES:,} and {coco.CAPTIONS:,}: download "
             "all, or try out with a part by --limit=N"
         )
-    count = protocol.captions.count
     if texts is None:
         captions = whole.choose(min(count, limit or count), protocol.captions.seed)
     else:
@@ -293,8 +298,8 @@ def task(given: Given, images: Path, reference: Path | None = None) -> Task:
 
 
 def _same_names(folder: ImageFolder, real: ImageFolder) -> ImageFolder:
-    stems = {Path(name).stem for name in real.names}
-    return folder.take(i for i, name in enumerate(folder.names) if Path(name).stem in stems)
+    stems = set(map(pairs.stem, real.names))
+    return folder.take(i for i, name in enumerate(folder.names) if pairs.stem(name) in stems)
 
 
 def captions_in(path: Path, names: tuple[str, ...] | None = None) -> tuple[str, ...]:
@@ -310,7 +315,8 @@ def captions_in(path: Path, names: tuple[str, ...] | None = None) -> tuple[str, 
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix != ".json":
-            return tuple(line.strip() for line in text.splitlines())
+            # At line feeds alone: captions of the web hold other characters that part lines.
+            return tuple(line.strip() for line in text.removesuffix("\n").split("\n"))
         table = json.loads(text)
     except OSError as e:
         raise UserError(f"cannot read the captions in {path}: {e.strerror or e}") from e

@@ -344,7 +344,7 @@ def write(
         measures=[labels.measure(m["name"]) for m in data["measures"]],
         reference=page_data.reference(arms),
         devices=labels.listing(sorted({r.device for r in records})),
-        alt=page_data.alternatives(arms, measure, sentences),
+        alt=page_data.alternatives(arms, measure, sentences, data["trade"]),
         pictures=_pictures(epath.Path(figures_dir), records),
         winner_rows=page_data.winner_rows(curves, told.metric, sizes, data["samplers"][0]["name"]),
         csv=_csv(records),

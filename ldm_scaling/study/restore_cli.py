@@ -49,7 +49,7 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
         raise UserError(
             "restore needs a picture, --to=DIR and --workdir=DIR; see  ldm-scaling restore --help"
         )
-    pictures = listing(given.given)
+    pictures = listing(given.given, given.to)
     hosts.use_cpu_cores()
     compiled.keep()
     from ldm_scaling.data.conditions import table
@@ -65,6 +65,8 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
         if masked:
             holes = _masks(Path(given.mask).expanduser(), pictures)
             hashes = holes.hashes
+            for i in range(len(pictures)):  # Before one is drawn.
+                _with_hole(pictures, holes, i)
 
             def read(i: int) -> np.ndarray:
                 return _with_hole(pictures, holes, i)

@@ -57,7 +57,7 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     for name in drawn if given.by else ():
         if getattr(given, name) is not None:
             raise UserError(f"--{name} needs --workdir=DIR, not --by={given.by}")
-    pictures = listing(given.given)
+    pictures = listing(given.given, given.to)
     hosts.use_cpu_cores()
     compiled.keep()
     from ldm_scaling.study import upscaling
@@ -118,14 +118,25 @@ def chosen(member: str | None, members: Sequence[str]) -> str:
     return member or members[0]
 
 
-def listing(given: Sequence[str]) -> ImageFolder:
-    """One folder's images, or those named."""
-    paths = [Path(path).expanduser() for path in given]
+def listing(given: Sequence[str], to: str) -> ImageFolder:
+    """One folder's images, or those named.
+
+    Args:
+      given: the folder, or pictures.
+      to: where others are drawn, which may lie in the folder, and is left out.
+    """
+    paths, out = [Path(path).expanduser() for path in given], Path(to).expanduser().resolve()
     folders = [path for path in paths if path.is_dir()]
     if folders and len(paths) > 1:
         raise UserError(f"{folders[0]} is a folder: give one folder, or pictures")
+    if out in {(path if path.is_dir() else path.parent).resolve() for path in paths}:
+        raise UserError(f"--to={to} is where the pictures are that are given: name another folder")
     if folders:
-        return image_folder.listing(folders[0])
+        found, root = image_folder.listing(folders[0]), folders[0].resolve()
+        some = [i for i, n in enumerate(found.names) if not (root / n).is_relative_to(out)]
+        if not some:
+            raise UserError(f"all pictures in {folders[0]} lie in --to={to}: name another folder")
+        return found.take(some)
     for path in paths:
         if not path.is_file():
             raise UserError(f"there is no image {path}")

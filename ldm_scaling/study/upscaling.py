@@ -307,6 +307,8 @@ def write(
         cannot be read, and as the way's `check`.
     """
     to = epath.Path(to)
+    for i, (width, height) in enumerate(given.sizes):  # Before one is drawn.
+        _check(way, given, i, (height, width))
     hashes = dict(zip(given.names, given.hashes))
     about = {"version": __version__, **way.about, "images": hashes}
     about |= {"beside": list(beside)} if beside else {}
@@ -325,11 +327,6 @@ def write(
             for start in range(0, len(places), way.batch):
                 some = places[start : start + way.batch]
                 images = {i: read(i) for i in some}
-                for i, image in images.items():
-                    try:
-                        way.check(image.shape[:2])
-                    except UserError as e:
-                        raise UserError(f"{given.path(i)}: {e}") from e
                 # EXIF may have turned some of them.
                 for shape in sorted({image.shape for image in images.values()}):
                     alike = np.array([i for i in some if images[i].shape == shape])
@@ -339,3 +336,10 @@ def write(
                         pictures.save_png(targets[i], image)
                 bar.update(len(some))
     return to
+
+
+def _check(way: Way, given: ImageFolder, i: int, size: tuple[int, int]) -> None:
+    try:
+        way.check(size)
+    except UserError as e:
+        raise UserError(f"{given.path(i)}: {e}") from e

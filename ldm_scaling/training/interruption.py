@@ -37,6 +37,11 @@ class Interruption:
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
 
+    @property
+    def told(self) -> bool:
+        """Whether this process, alone, has heard SIGTERM."""
+        return self._told.is_set()
+
     def due(self) -> bool:
         """Whether to end after this step; all processes get the same answer.
 
@@ -44,5 +49,5 @@ class Interruption:
         on from one run to the next, where steps begin again.
         """
         if jax.process_count() == 1:
-            return self._told.is_set()
+            return self.told
         return multihost_utils.reached_preemption_sync_point(next(_CALLS))

@@ -260,4 +260,7 @@ def _run(
                 clock.lap(meter.CHECKPOINT)
             if stops:
                 raise Interrupted(f"{task.name} stopped by SIGTERM after step {number}")
+    # Told while the last step was looked at and saved: one process has nobody else to ask.
+    if interruption.told:
+        raise Interrupted(f"{task.name} stopped by SIGTERM after step {last}")
     return state

@@ -5,6 +5,7 @@ import io
 import json
 import pathlib
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ from ldm_scaling.data import shards
 from ldm_scaling.data.loading import loader, sides
 from ldm_scaling.data.record import Record
 from ldm_scaling.errors import UserError
+from ldm_scaling.models.tiny_decoder import TinyDecoderSpec
 from ldm_scaling.study import datasets, prepare_cli, resolve, stages
+from ldm_scaling.study.materials import Materials
 from ldm_scaling.study.workdir import Workdir
 from tests import published as mini
 
@@ -283,6 +286,33 @@ def test_the_dry_run_counts_what_shards_hold(tmp_path, capsys, monkeypatch):
     assert all(0 < row["frozen_share"] < 1 for row in said["rows"])
 
 
+def test_each_collection_counts_whether_it_is_prepared_or_not(tmp_path):
+    """`data.train_pictures` is of one; what is not prepared is as many as that."""
+    _shards(tmp_path / "a")
+    (tmp_path / "pairs").mkdir()
+    _image(np.random.default_rng(0), 32, 24).save(tmp_path / "pairs" / "0.png")
+    tree = config.default()
+    tree.update_from_flattened_dict({
+        "data.source": f"shards:{tmp_path / 'a'},folder:{tmp_path / 'pairs'}",
+        "data.train_pictures": 10, "members": ("c8",), "reference": "c8",
+    })
+    materials = Materials(config.parse(tree), Workdir(tmp_path / "w"))
+    assert prepare_cli._counts(materials) == (20, 30, False)
+    with pytest.raises(UserError, match="how many pictures folder:"):
+        prepare_cli._counts(Materials(dataclasses.replace(
+            materials.study, data=dataclasses.replace(materials.study.data, train_pictures=0)),
+            Workdir(tmp_path / "w")))
+
+
+def test_by_a_tiny_autoencoder_nothing_is_trained(tmp_path):
+    (tmp_path / "sd" / "vae").mkdir(parents=True)
+    (tmp_path / "sd" / "vae" / "config.json").write_text('{"_class_name": "AutoencoderTiny"}')
+    study = types.SimpleNamespace(weights=str(tmp_path / "sd"))
+    networks = types.SimpleNamespace(decoder_spec=TinyDecoderSpec())
+    with pytest.raises(UserError, match="vae holds a tiny autoencoder"):
+        prepare_cli.dry_run(types.SimpleNamespace(study=study, networks=networks), "text")
+
+
 def test_published_encoders_take_the_place_of_trained_ones(tmp_path):
     """Latents are diffusers' own, nothing is trained in the first stage, and the workdir is bound
     to the files' contents, not to where they lie."""
@@ -306,8 +336,6 @@ def test_published_encoders_take_the_place_of_trained_ones(tmp_path):
         "sweep.batch_size": 8, **overrides,
     })
     study = resolve.resolved(config.parse(tree), workdir)
-    from ldm_scaling.study.materials import Materials
-
     materials = Materials(study, workdir)
     cache = materials.caches.latents(0, "train")
     images = materials.source("train", "image").batch(range(4))["image"]

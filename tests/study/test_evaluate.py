@@ -672,6 +672,18 @@ def test_dreambench(evaluate, tmp_path, monkeypatch):
     assert "dog2/03_0.png is of no subject and prompt" in run("--limit=2", status=2)
 
 
+def test_captions_end_at_line_feeds_alone(coco_folder, tmp_path):
+    """Those of the web hold other characters at which Python cuts lines; one more than a protocol
+    takes is not dropped in silence."""
+    path = tmp_path / "captions.txt"
+    path.write_bytes("a dog\r\na cat\u2028on a mat\n\na\x0bbird\n".encode())
+    texts = protocols.captions_in(path)
+    assert texts == ("a dog", "a cat\u2028on a mat", "", "a\x0bbird")
+    with pytest.raises(UserError, match="5,001 captions are given, coco5k takes 5,000"):
+        protocols.given(
+            protocols.PROTOCOLS["coco5k"], coco_folder, None, True, ("a",) * 5001)
+
+
 def test_super_resolution(evaluate, reds, tmp_path):
     """Names in any order and ending; of all that are there a limit takes the first."""
     high = write_reds(tmp_path / "data" / "HR", B + [0], side=8)
@@ -679,6 +691,7 @@ def test_super_resolution(evaluate, reds, tmp_path):
     made = write_reds(tmp_path / "made", A, side=8)
     (made / "001.png").rename(made / "001.PNG")
     (low / "001.png").rename(low / "001x4.png")
+    (made / "002.png").rename(made / "002x4.png")  # As what is drawn of DIV2K's small ones.
     run = functools.partial(
         evaluate, "--protocol=div2k-sr", f"--data={tmp_path / 'data'}", f"--images={made}", FD
     )

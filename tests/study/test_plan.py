@@ -348,6 +348,12 @@ def test_what_is_worse_than_the_baseline_is_told(tmp_path):
     assert plan_family.compare([old | {"fits": False}], tmp_path) != []
     with pytest.raises(UserError, match="holds no 83m"):
         plan_family.compare([old | {"member": "83m"}], tmp_path)
+    plan_family.write(tmp_path / "83m_v5e-16x16_train.json", old)
+    with pytest.raises(UserError, match="of another job: its member is 39m"):
+        plan_family.compare([old | {"member": "83m"}], tmp_path)
+    staged = old | {"kind": "distill:student"}
+    plan_family.write(tmp_path / "39m_v5e-16x16_distill-student.json", staged)
+    assert plan_family.compare([staged | {"hbm_gb": 4.0}], tmp_path) != []
 
 
 def _fails(capsys, *arguments):

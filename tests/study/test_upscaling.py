@@ -1,5 +1,6 @@
 """`ldm-scaling upscale`: three ways, pictures of any size, and folders that are gone on with."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,6 +11,7 @@ from PIL import Image
 
 from ldm_scaling import cli
 from ldm_scaling.data import image_folder
+from ldm_scaling.errors import UserError
 from ldm_scaling.models import rrdbnet
 from ldm_scaling.study import upscaling
 from tests.data.conditions.made import photograph
@@ -64,6 +66,27 @@ def test_bicubic_is_pillows(images, tmp_path):
     np.testing.assert_array_equal(found["a.png"], given.resize((120, 80), Image.BICUBIC))
 
 
+def test_a_folder_within_is_not_enlarged_again(images, capsys):
+    for _ in range(2):
+        _run(images, f"--to={images / 'large'}", "--by=bicubic")
+        assert set(_read(images / "large")) == {"a.png", "b.png", "below/c.png"}
+
+
+def test_a_picture_that_cannot_be_is_told_before_one_is_drawn(images, tmp_path):
+    """What was drawn of the others would be of another folder of pictures once it is mended."""
+    def check(size):
+        if min(size) < 24:
+            raise UserError("too small")
+
+    def enlarge(*unused):
+        raise AssertionError("it was drawn")
+
+    way = dataclasses.replace(upscaling.bicubic(), check=check, enlarge=enlarge)
+    with pytest.raises(UserError, match="a.png: too small"):
+        upscaling.write(way, image_folder.listing(images), tmp_path / "high")
+    assert not (tmp_path / "high").exists()
+
+
 def test_a_published_network_goes_on_where_it_was(images, tmp_path, weights):
     high = tmp_path / "high"
     _run(images, f"--to={high}", f"--by={weights}")
@@ -113,7 +136,9 @@ def test_mistakes(images, tmp_path, weights, capsys):
     _run(images / "a.png", to, "--by=bicubic")
     assert "made in another way" in error(images / "a.png", to, f"--by={weights}")
     assert "made in another way, 'images' differs" in error(images / "b.png", to, "--by=bicubic")
+    for given in (images, images / "a.png"):
+        assert "is where the pictures are" in error(given, f"--to={images}", "--by=bicubic")
     assert "is not empty, and holds no upscale.json" in error(
-        images, f"--to={images}", "--by=bicubic"
+        images / "a.png", f"--to={images / 'below'}", "--by=bicubic"
     )
     assert json.loads((tmp_path / "high" / "upscale.json").read_text())["by"] == "bicubic"

@@ -54,6 +54,21 @@ def test_sigterm_saves_the_step_in_hand_and_stops(tmp_path):
     assert _curves(tmp_path / "whole") == _curves(tmp_path / "cut")
 
 
+def test_sigterm_while_the_last_step_is_looked_at_ends_what_comes_after_too(tmp_path):
+    """The run is whole, and whoever would go on after it hears of it."""
+    def validate(params, step):
+        if step == CONFIG.steps:
+            signal.raise_signal(signal.SIGTERM)
+        return {}
+
+    config = dataclasses.replace(CONFIG, validate_every=2)
+    task = dataclasses.replace(_task(), validate=validate)
+    with pytest.raises(loop.Interrupted, match=f"SIGTERM after step {CONFIG.steps}"):
+        loop.fit(task, config, Loader, tmp_path, one_device(), seed=3)
+    assert checkpoint.latest(tmp_path / "checkpoints") == CONFIG.steps
+    assert int(loop.fit(task, config, Loader, tmp_path, one_device(), seed=3).step) == CONFIG.steps
+
+
 def test_finished_run_is_not_run_again(tmp_path):
     mesh = one_device()
     first = loop.fit(_task(), CONFIG, Loader, tmp_path, mesh, seed=0)

@@ -22,6 +22,7 @@ from ldm_scaling.data.loading.order import Examples, Order
 from ldm_scaling.data.loading.source import Source
 from ldm_scaling.errors import UserError
 
+_AFTER_SIGTERM = 60.0  # seconds that a worker goes on for
 _ATTEMPTS = 20  # half of a source may be corrupt, and one in a million batches fails
 
 
@@ -154,6 +155,14 @@ def start_worker(number: int, count: int) -> None:
     del number, count
     jax.config.update("jax_platforms", "cpu")  # grain imports it; arrays are made by no one
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent closes them
+
+    def end_soon(*unused) -> None:
+        timer = threading.Timer(_AFTER_SIGTERM, os._exit, (1,))
+        timer.daemon = True
+        timer.start()
+
+    # So may SIGTERM, whose parent ends the step in hand first, which may want a batch.
+    signal.signal(signal.SIGTERM, end_soon)
 
     def end_with_parent() -> None:
         parent = multiprocessing.parent_process()

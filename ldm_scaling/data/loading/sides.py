@@ -9,9 +9,20 @@ that is mirrored wrongly teaches a falsehood.
 from __future__ import annotations
 
 import re
+import unicodedata
 
-# Whole words, casefolded; forms that share a stem are in _STEMS.
-_WORDS = frozenset(
+
+def _plain(text: str) -> str:
+    """Small letters without accents, which may be characters of their own, or left out of capitals;
+    Turkish loses its dots with them."""
+    apart = unicodedata.normalize("NFKD", text.casefold().replace("ı", "i"))
+    return "".join(c for c in apart if not unicodedata.combining(c))
+
+
+# Raised with these rules: what was found by others is found anew.
+VERSION = 2
+# Whole words; forms that share a stem are in _STEMS.
+_WORDS = frozenset(_plain(
     """
     left right lefthand righthand leftmost rightmost leftward leftwards rightward rightwards lefty
     clockwise anticlockwise counterclockwise
@@ -30,12 +41,13 @@ _WORDS = frozenset(
     reads reading number numbers numeral numerals digit digits sign signs poster newspaper clock map
     schrift buchstabe buchstaben wort wörter texte texto testo lettre lettres letra letras lettere
     mot mots palabra palabras parola parole palavra palavras
-    """.split()
-)
+    """
+).split())
 # Words that begin so: languages that decline.
-_STEMS = ("лев", "прав", "налев", "направ", "слева", "справа", "влево", "вправо", "лів", "ліворуч",
+_STEMS = tuple(map(_plain, (
+          "лев", "прав", "налев", "направ", "слева", "справа", "влево", "вправо", "лів", "ліворуч",
           "зліва", "праворуч", "lewo", "lewa", "lewy", "lewe", "prawo", "prawa", "prawy", "prawe",
-          "levo", "levá", "levé", "levý", "vlevo", "vpravo", "prav")  # fmt: skip
+          "levo", "levá", "levé", "levý", "vlevo", "vpravo", "prav")))  # fmt: skip
 # Scripts without spaces, or with particles grown together: anywhere.
 _PARTS = ("左", "右", "왼쪽", "오른쪽", "좌측", "우측", "يسار", "يمين", "שמאל", "ימין",
           "बाएं", "बाएँ", "बायीं", "दाएं", "दाएँ", "दायीं", "ซ้าย", "ขวา", "文字", "글자")  # fmt: skip
@@ -45,8 +57,8 @@ _QUOTES = '"“”„«»「」『』'
 
 def names_a_side(caption: str) -> bool:
     """Whether the caption names a side or speaks of writing, in one of some twenty languages."""
-    caption = caption.casefold()
-    if any(part in caption for part in _PARTS) or any(mark in caption for mark in _QUOTES):
+    whole = unicodedata.normalize("NFC", caption)
+    if any(part in whole for part in _PARTS) or any(mark in whole for mark in _QUOTES):
         return True
-    words = re.findall(r"\w+", caption)
+    words = re.findall(r"\w+", _plain(caption))
     return any(word in _WORDS or word.startswith(_STEMS) for word in words)

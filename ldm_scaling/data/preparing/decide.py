@@ -80,7 +80,8 @@ def _numbered(texts: np.ndarray) -> np.ndarray:
     """A number for each different text, from 0."""
     import pyarrow as pa
 
-    return pa.array(texts, pa.string()).dictionary_encode().indices.to_numpy()
+    # Large ones: all together may be more than 2^31 bytes.
+    return pa.array(texts, pa.large_string()).dictionary_encode().indices.to_numpy()
 
 
 def _best_first(pixels: np.ndarray, key: np.ndarray) -> np.ndarray:
@@ -88,6 +89,6 @@ def _best_first(pixels: np.ndarray, key: np.ndarray) -> np.ndarray:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    table = pa.table({"pixels": pixels, "key": pa.array(key, pa.string())})
+    table = pa.table({"pixels": pixels, "key": pa.array(key, pa.large_string())})
     order = [("pixels", "descending"), ("key", "ascending")]
     return pc.sort_indices(table, sort_keys=order).to_numpy().astype(np.int64)

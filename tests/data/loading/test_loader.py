@@ -423,6 +423,18 @@ def test_worker_processes_give_the_same_batches_and_end():
         _equal(next(iterator), expected[20])
 
 
+def test_worker_processes_give_batches_after_sigterm():
+    """It reaches a whole group of processes: the run ends its step, which may want a batch."""
+    with loader.train_loader(Numbers(50), 4, 0, workers=1) as iterator:
+        next(iterator)
+        (process,) = multiprocessing.active_children()
+        os.kill(process.pid, signal.SIGTERM)
+        for _ in range(20):
+            next(iterator)
+        assert process.is_alive()
+    assert not process.is_alive()
+
+
 def test_errors_of_worker_processes_are_told_and_no_process_stays(tmp_path):
     """The source is missing in the workers only: it was there when the loader was made."""
     cache.write(tmp_path / "x", ({"x": np.float32([i])} for i in range(20)))

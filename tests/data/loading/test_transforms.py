@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import unicodedata
 
 import cloudpickle
 import numpy as np
@@ -213,6 +214,16 @@ def test_no_mirroring_unless_asked_for_nor_where_a_side_is_named():
 )  # fmt: skip
 def test_captions_that_name_a_side_or_writing(caption):
     assert sides.names_a_side(caption)
+
+
+@pytest.mark.parametrize(
+    "caption",
+    ["till höger", "bên trái", "λάμπα δεξιά", "sağında", "왼쪽에 있는 개", "ΛΑΜΠΑ ΔΕΞΙΑ", "SAĞINDA",
+     "levá strana", "NALEVO, VĽAVO, LEVÁ", "बाएँ"],
+)  # fmt: skip
+def test_accents_may_be_characters_of_their_own_or_left_out(caption):
+    for form in ("NFC", "NFD"):
+        assert sides.names_a_side(unicodedata.normalize(form, caption))
 
 
 @pytest.mark.parametrize(
