@@ -75,6 +75,11 @@ class Events:
         """The newest value of a scalar, or None."""
         return next((value for _, n, value in reversed(self._rows) if n == name), None)
 
+    def at(self, step: int, prefix: str) -> dict[str, float]:
+        """The scalars of a step whose names begin so, by the rest of their names."""
+        return {n.removeprefix(prefix): value for s, n, value in self._rows
+                if s == step and n.startswith(prefix)}
+
     def note(self, step: int, name: str, value: float) -> None:
         """Records a scalar in the curves alone."""
         self._rows.append((step, name, float(value)))

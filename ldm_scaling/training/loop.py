@@ -18,13 +18,13 @@ from ldm_scaling.parallel import hosts
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.training import checkpoint, consensus, meter, nonfinite, step, watchdog
 from ldm_scaling.training import feed as feed_lib
-from ldm_scaling.training.events import Events
+from ldm_scaling.training.events import TIMED, Events
 from ldm_scaling.training.interruption import Interruption
 from ldm_scaling.training.meter import Meter
 from ldm_scaling.training.nonfinite import DivergedError, NonFiniteLossError
 from ldm_scaling.training.profile import Profile
 from ldm_scaling.training.saver import Saver
-from ldm_scaling.training.scalars import Scalars
+from ldm_scaling.training.scalars import STEPS, Scalars
 from ldm_scaling.training.state import TrainState
 from ldm_scaling.training.task import Task
 from ldm_scaling.training.watchdog import Watchdog
@@ -32,6 +32,8 @@ from ldm_scaling.training.watchdog import Watchdog
 __all__ = ["DivergedError", "Interrupted", "NonFiniteLossError", "checkpoints_of", "fit"]
 
 log = logging.getLogger(__name__)
+
+_OPEN = f"{TIMED}open/"  # sums of a run that was saved between two logs
 
 
 def _due(number: int, every: int, last: int) -> bool:
@@ -123,6 +125,7 @@ class _Record:
         self.directory, self.start = directory, start
         self.events = Events(directory, start) if hosts.is_lead() else None
         last = self.events.last if self.events is not None else lambda name: None
+        self._open = {} if self.events is None else self.events.at(start, _OPEN)
         self.meter = Meter(
             config.batch_size, last(meter.STARTED), last(meter.PRODUCTIVE) or 0.0,
             peak=meter.peak_of(mesh, config),
@@ -145,8 +148,17 @@ class _Record:
         for name, image in images.items() if self.events is not None else ():
             self.events.image(number, name, image)
 
-    def flush(self, number: int) -> None:
+    def add_open(self, scalars: Scalars) -> None:
+        """At the first step: adds those since the last log of the run that this one goes on from.
+        The lead's word, for all look at averages."""
+        names = [STEPS, *sorted(scalars.totals().keys() - {STEPS})]
+        values = consensus.everyone(*(self._open.get(name, 0.0) for name in names))[0]
+        scalars.add(dict(zip(names, map(float, values))))
+
+    def flush(self, number: int, totals: dict[str, float]) -> None:
         if self.events is not None:
+            for name, value in totals.items():
+                self.events.note(number, f"{_OPEN}{name}", value)
             # What a run that goes on from here has spent well.
             self.events.note(number, meter.PRODUCTIVE, self.meter.productive)
             self.events.flush()
@@ -197,8 +209,11 @@ def _run(
         if number is not None:
             dog.finished(number)
 
-    saver = Saver(task.name, checkpoints, config, start, record.flush, begin)
     scalars = Scalars(refuse)
+    saver = Saver(
+        task.name, checkpoints, config, start,
+        lambda number: record.flush(number, scalars.totals()), begin,
+    )
     profile = Profile(record.directory / "profile", config.profile_steps, start)
     with (
         contextlib.closing(profile),
@@ -218,6 +233,9 @@ def _run(
                 state, values = train(state, batch, key, *frozen)
             read()  # The metrics of the step before: the device never waits for the host.
             scalars.push(number, values, before)
+            if number == start + 1 and start:
+                read()
+                record.add_open(scalars)
             stops = interruption.due()
             logs = _due(number, config.log_every, last)
             validates = _due(number, config.validate_every, last)

@@ -11,6 +11,8 @@ from clu import metrics as clu_metrics
 
 from ldm_scaling.training import nonfinite
 
+STEPS = "steps"
+
 
 class _Pending(NamedTuple):
     step: int
@@ -53,6 +55,19 @@ class Scalars:
             self._averages[name] = new if before is None else before.merge(new)
         self.loss = values["loss"]
         return step
+
+    def totals(self) -> dict[str, float]:
+        """Sums since the last log, and under `STEPS` of how many steps; empty right after one."""
+        found = {name: float(average.total) for name, average in self._averages.items()}
+        return found and {STEPS: float(self._averages["loss"].count)} | found
+
+    def add(self, totals: dict[str, float]) -> None:
+        """Adds sums of steps before, of a run that was stopped between two logs; see `totals`. To
+        those of one step, so that all are added in their order."""
+        steps = np.float32(totals.get(STEPS, 0.0))
+        for name, average in self._averages.items():
+            before = clu_metrics.Average(total=np.float32(totals.get(name, 0.0)), count=steps)
+            self._averages[name] = before.merge(average)
 
     def averages(self) -> dict[str, float]:
         """The averages since the last call."""

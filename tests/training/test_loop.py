@@ -54,6 +54,23 @@ def test_sigterm_saves_the_step_in_hand_and_stops(tmp_path):
     assert _curves(tmp_path / "whole") == _curves(tmp_path / "cut")
 
 
+def test_what_is_logged_after_a_stop_is_of_all_steps_since_the_last_log(tmp_path):
+    def validate(params, step):
+        if step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return {}
+
+    config = dataclasses.replace(CONFIG, log_every=4, checkpoint_every=10, validate_every=2)
+    quiet = dataclasses.replace(_task(), validate=lambda params, step: {})
+    loop.fit(quiet, config, Loader, tmp_path / "whole", one_device(), seed=3)
+    task = dataclasses.replace(_task(), validate=validate)
+    with pytest.raises(loop.Interrupted, match="after step 3"):
+        loop.fit(task, config, Loader, tmp_path / "cut", one_device(), seed=3)
+    loop.fit(quiet, config, Loader, tmp_path / "cut", one_device(), seed=3)
+    assert _curves(tmp_path / "whole") == _curves(tmp_path / "cut")
+    assert [s for s, name, _ in _curves(tmp_path / "cut") if name == "train/loss"] == [4, 6]
+
+
 def test_sigterm_while_the_last_step_is_looked_at_ends_what_comes_after_too(tmp_path):
     """The run is whole, and whoever would go on after it hears of it."""
     def validate(params, step):
