@@ -16,7 +16,6 @@ from ldm_scaling.config import Data
 from ldm_scaling.data.cache import CacheSource
 from ldm_scaling.data.cached_pairs import CachedBuckets, CachedPairs
 from ldm_scaling.data.loading import buckets as buckets_lib
-from ldm_scaling.data.loading import sides
 from ldm_scaling.data.loading.mixture import Mixture
 from ldm_scaling.data.loading.source import Source
 from ldm_scaling.models.text_encoder import TextEncoder
@@ -24,7 +23,6 @@ from ldm_scaling.study import caching, datasets
 from ldm_scaling.study.datasets import Dataset
 from ldm_scaling.study.encoders import LatentEncoder, TextStates
 
-_NAMES_SIDE = f"names_side_{sides.VERSION}.npy"
 Size = tuple[int, int]
 
 
@@ -214,7 +212,7 @@ class Caches:
         )
 
     def _names_side(self, number: int) -> np.ndarray:
-        path = epath.Path(self.states(number, "train").path) / _NAMES_SIDE
+        path = epath.Path(self.states(number, "train").path) / "names_side.npy"
         if not path.exists():
             found = self.datasets[number].captions("train").name_sides()
             with files.atomic_path(path) as temporary, temporary.open("wb") as out:

@@ -11,7 +11,13 @@ import numpy as np
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.study import labels
-from ldm_scaling.study.records import CHOSEN, TEXT_TO_IMAGE, Identity, Record
+from ldm_scaling.study.records import (
+    CHOSEN,
+    TEXT_TO_IMAGE,
+    Identity,
+    Record,
+    raced_reference,
+)
 
 Cell = tuple[str, str, int]
 """(model, sampler, steps): what has one best guidance rate."""
@@ -173,7 +179,9 @@ def last_rounds(records: Sequence[Record]) -> list[Record]:
     """The records without those of a race that others replace, which hold their images and more: of
     a later round, of another race that drew more, or of all images without a race."""
     def race(r: Record) -> Identity:
-        return dataclasses.replace(r.identity, num_images=0)
+        i = r.identity
+        reference = i.reference_hash if r.round else raced_reference(i)
+        return dataclasses.replace(i, num_images=0, reference_hash=reference)
 
     def drawn(r: Record) -> tuple[bool, int, int]:
         return not r.round, r.identity.num_images, r.round

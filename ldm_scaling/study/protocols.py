@@ -201,12 +201,6 @@ def given(
 
 
 def _coco(protocol, data, limit, with_real, texts) -> Given:
-    count = protocol.captions.count
-    if limit is None and len(texts or ()) > count:
-        raise UserError(
-            f"{len(texts):,} captions are given, {protocol.name} takes {count:,}: give as many, or "
-            "try out with --limit=N"
-        )
     whole = coco.read(data)
     if not whole.whole and limit is None:
         raise UserError(
@@ -214,6 +208,7 @@ def _coco(protocol, data, limit, with_real, texts) -> Given:
             f"{protocol.name} is over COCO-2014's {coco.IMAGES:,} and {coco.CAPTIONS:,}: download "
             "all, or try out with a part by --limit=N"
         )
+    count = protocol.captions.count
     if texts is None:
         captions = whole.choose(min(count, limit or count), protocol.captions.seed)
     else:
@@ -316,7 +311,8 @@ def captions_in(path: Path, names: tuple[str, ...] | None = None) -> tuple[str, 
         text = path.read_text(encoding="utf-8")
         if path.suffix != ".json":
             # At line feeds alone: captions of the web hold other characters that part lines.
-            return tuple(line.strip() for line in text.removesuffix("\n").split("\n"))
+            lines = text.removesuffix("\n").split("\n") if text else ()
+            return tuple(line.strip() for line in lines)
         table = json.loads(text)
     except OSError as e:
         raise UserError(f"cannot read the captions in {path}: {e.strerror or e}") from e

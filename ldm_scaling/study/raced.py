@@ -14,7 +14,6 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
-from ldm_scaling import files
 from ldm_scaling.config import Sweep
 from ldm_scaling.errors import UserError
 from ldm_scaling.metrics import arrays
@@ -89,11 +88,9 @@ def _replay(
 
 
 def _at(identity: Identity, images: int) -> Identity:
-    """A rate of the full grid after so many pictures. What its distance is foretold for decides
-    the distance, so it is hashed with what else does."""
+    """A rate of the full grid after so many pictures."""
     return dataclasses.replace(
-        identity, num_images=images,
-        reference_hash=files.sha256_of([identity.reference_hash, identity.num_images]),
+        identity, num_images=images, reference_hash=records.raced_reference(identity)
     )
 
 

@@ -110,6 +110,12 @@ class Identity:
         return files.sha256_of(decides)
 
 
+def raced_reference(identity: Identity) -> str:
+    """The reference's hash of records of a race for this one. What a distance is foretold for
+    decides it, so it is hashed with what else does."""
+    return files.sha256_of([identity.reference_hash, identity.num_images])
+
+
 @dataclasses.dataclass(frozen=True)
 class Record:
     """One row of the study.

@@ -270,6 +270,14 @@ def test_photographs_need_no_captions(tmp_path):
                 f"--source=photos:{tmp_path / 'photos'}", f"--to={tmp_path / 'shards'}") == 0
     found = shards.open(tmp_path / "shards")
     assert found.count("train") + found.count("validation") == 40
+    # Members that are trained from text want some.
+    tree = config.default()
+    tree.data.source = f"photos:{tmp_path / 'photos'}"
+    materials = Materials(config.parse(tree), Workdir(tmp_path / "w"))
+    for stage in (stages.train, stages.study_all):
+        with pytest.raises(UserError, match="photographs have no captions, and members"):
+            stage(materials)
+    assert not (tmp_path / "w").exists()
 
 
 def test_the_dry_run_counts_what_shards_hold(tmp_path, capsys, monkeypatch):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ldm_scaling.errors import UserError
-from ldm_scaling.study import curves, findings, winners
+from ldm_scaling.study import curves, findings, raced, winners
 from ldm_scaling.study.figures.source import Source
 from ldm_scaling.study.statistics import words
 from tests.study import fake_records as fake
@@ -266,20 +266,23 @@ def test_of_a_race_the_last_rounds_are_compared():
 
 
 def test_of_two_races_and_none_what_drew_most_counts():
-    """A sweep that was raced by other rounds, or begun as a race, is no clash."""
-    records = fake.make(models=("c8",), samplers=("ddim",), steps={"ddim": (4,)})
-    one = records[0]
+    """A sweep that was raced by other rounds, or begun as a race, is no clash; two of other numbers
+    of pictures are one, whose files are named."""
+    one = fake.make(models=("c8",), samplers=("ddim",), steps={"ddim": (4,)}, num_images=256)[0]
 
-    def at(images, number):
-        return dataclasses.replace(
-            one, round=number, identity=dataclasses.replace(one.identity, num_images=images))
+    def at(images, number, of=one):
+        return dataclasses.replace(of, round=number, identity=raced._at(of.identity, images))
 
-    raced = [at(32, 1), at(64, 1), at(64, 2)]
-    for some in (raced, raced[::-1]):
+    rounds = [at(32, 1), at(64, 1), at(64, 2)]
+    for some in (rounds, rounds[::-1]):
         (kept,) = curves.distinct(some)
         assert (kept.identity.num_images, kept.round) == (64, 2)
-        assert curves.distinct([*some, at(256, 0)]) == [at(256, 0)]
-    two = [at(256, 0), at(512, 0)]
+        assert curves.distinct([*some, one]) == [one]
+    larger = dataclasses.replace(
+        one, identity=dataclasses.replace(one.identity, num_images=512))
+    two = [one, larger]
+    with pytest.raises(UserError, match="reference_hash"):
+        curves.distinct([at(64, 1), at(64, 1, larger)])
     with pytest.raises(UserError) as told:
         curves.distinct(two)
     assert all(f"{r.identity.key}.json" in str(told.value) for r in two)
