@@ -112,7 +112,8 @@ def _restores(workdir, task, other):
     hole = np.zeros((70, 90), np.uint8)
     hole[20:50, 30:70] = 255
     Image.fromarray(photo).save(workdir / "photo.png")
-    for name, mask in {"hole": hole, "small": hole[:60], "none": 0 * hole}.items():
+    holes = {"hole": hole, "other": hole[::-1], "small": hole[:60], "none": 0 * hole}
+    for name, mask in holes.items():
         Image.fromarray(mask).save(workdir / f"{name}.png")
 
     def restore(to, mask, place=workdir, more=task):
@@ -128,7 +129,7 @@ def _restores(workdir, task, other):
     assert made.shape == photo.shape and np.any(made[hole > 0] != photo[hole > 0])
     for to, mask, message in (
         ("a", "small", "is 90x60 pixels"), ("b", "none", "is black"), ("c", "", "needs --mask"),
-        ("restored", "none", "made in another way"),
+        ("restored", "other", "made in another way"),
     ):
         status, said = restore(to, mask)
         assert status == 2 and message in said.splitlines()[-1], said
