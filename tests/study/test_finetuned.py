@@ -112,7 +112,7 @@ def _restores(workdir, task, other):
     hole = np.zeros((70, 90), np.uint8)
     hole[20:50, 30:70] = 255
     Image.fromarray(photo).save(workdir / "photo.png")
-    holes = {"hole": hole, "other": hole[::-1], "small": hole[:60], "none": 0 * hole}
+    holes = {"hole": hole, "other": np.roll(hole, 7, 0), "small": hole[:60], "none": 0 * hole}
     for name, mask in holes.items():
         Image.fromarray(mask).save(workdir / f"{name}.png")
 
