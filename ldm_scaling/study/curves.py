@@ -186,6 +186,8 @@ def last_rounds(records: Sequence[Record]) -> list[Record]:
     def drawn(r: Record) -> tuple[bool, int, int]:
         return not r.round, r.identity.num_images, r.round
 
+    if not any(r.round for r in records):
+        return list(records)
     last: dict[Identity, tuple[bool, int, int]] = {}
     for r in records:
         last[race(r)] = max(drawn(r), last.get(race(r), drawn(r)))
@@ -193,7 +195,12 @@ def last_rounds(records: Sequence[Record]) -> list[Record]:
 
 
 def distinct(records: Sequence[Record]) -> list[Record]:
-    """The records with one name per arm, checked to hold each configuration once.
+    """The records with one name per arm, see `arms`."""
+    return [arm for _, arm in arms(records)]
+
+
+def arms(records: Sequence[Record]) -> list[tuple[Record, Record]]:
+    """Each record as it is stored and with its arm's name, checked to hold each configuration once.
 
     A sampler measured with several timestep spacings becomes several arms ("ddim, trailing"); so
     does one behind several first stages of a cascade ("ddim, after 4 of ddim"), whose spacing is
@@ -210,8 +217,8 @@ def distinct(records: Sequence[Record]) -> list[Record]:
         if r.first:
             firsts[r.first.sampler].add(r.first.spacing)
     out, seen = [], {}
-    for r in records:
-        i = r.identity
+    for stored in records:
+        r, i = stored, stored.identity
         name = f"{i.sampler}, {i.spacing}" if len(spacings[i.sampler]) > 1 else i.sampler
         if r.first and ", after " not in name:
             name += f", after {r.first.steps} of {r.first.sampler}"
@@ -223,7 +230,7 @@ def distinct(records: Sequence[Record]) -> list[Record]:
         if place in seen:
             raise UserError(_clash(seen[place], i))
         seen[place] = i
-        out.append(r)
+        out.append((stored, r))
     return out
 
 

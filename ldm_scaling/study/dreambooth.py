@@ -40,7 +40,6 @@ from ldm_scaling.models import (
     unet,
 )
 from ldm_scaling.models.text_network import TextNetwork
-from ldm_scaling.models.tiny_decoder import TinyDecoderSpec
 from ldm_scaling.parallel import hosts, placing, processes
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling import solvers
@@ -122,7 +121,7 @@ class Taught:
             sample.sampler, schedule, sample.steps, study.diffusion.prediction, sample.spacing
         )
         _ = self.text
-        if isinstance(m.networks.decoder_spec, TinyDecoderSpec):
+        if study.weights:
             encoders.check_encodes(study.weights)
         for member in study.members:
             shapes = {"unet": backbone.param_shapes(m.spec(member))}

@@ -361,9 +361,8 @@ def of_published(
             f"ldm-scaling cost --members={','.join(m.name for m in zoo.PAPER)} --batch={batch}  on "
             "that device"
         )
-    counted = dataclasses.replace(pricing.COUNTED[unit], batch=batch)
-    if prices and not all(("text", batch) in prices[m.name].seconds for m in members):
-        counted = dataclasses.replace(counted, text=False)  # As in `pricing.counted_of`.
+    counted = dataclasses.replace(pricing.COUNTED[unit], batch=batch) if prices is None else \
+        pricing.counted_on(prices, [m.name for m in members], unit, batch)
     calls = costing.calls("ddim", PUBLISHED_STEPS)
     device = next(iter(prices.values())).device if prices else ""
 

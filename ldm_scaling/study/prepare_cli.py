@@ -17,7 +17,6 @@ from ldm_scaling.config import Study
 from ldm_scaling.data import shards as shards_lib
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import zoo
-from ldm_scaling.models.tiny_decoder import TinyDecoderSpec
 from ldm_scaling.study import caching_cost, datasets, encoders
 from ldm_scaling.study.materials import Materials
 
@@ -80,8 +79,8 @@ def dry_run(materials: Materials, format: str) -> str:
       UserError: where it is not known how many pictures there are.
     """
     study = materials.study
-    if isinstance(materials.networks.decoder_spec, TinyDecoderSpec):
-        encoders.check_encodes(study.weights)  # Nothing is trained in its latents.
+    if study.weights:
+        encoders.check_encodes(study.weights)
     images, captions, known = _counts(materials)
     plan = caching_cost.Plan(
         images, captions, study.data.side, materials.networks.decoder_spec,

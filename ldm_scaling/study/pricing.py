@@ -60,11 +60,19 @@ def counted_of(
         return COUNTED[unit], f"seconds a picture in the sweep's batches on {devices[0]}"
     if prices is None:
         return COUNTED[unit], costing.label(unit, COUNTED[unit])
-    counted = dataclasses.replace(COUNTED[unit], batch=batch)
-    # Where the text encoder was not timed, the rest is counted, and the label says so.
-    if not all(("text", batch) in prices[m].seconds for m in {p.model for p in points}):
-        counted = dataclasses.replace(counted, text=False)
+    counted = counted_on(prices, {p.model for p in points}, unit, batch)
     return counted, costing.label(unit, counted, next(iter(prices.values())).device)
+
+
+def counted_on(
+    prices: Mapping[str, Price], members: Iterable[str], unit: Unit, batch: int
+) -> Counted:
+    """What is counted of these members' pictures on a device: where the text encoder was not timed,
+    the rest."""
+    counted = dataclasses.replace(COUNTED[unit], batch=batch)
+    if all(("text", batch) in prices[m].seconds for m in members):
+        return counted
+    return dataclasses.replace(counted, text=False)
 
 
 def of_points(

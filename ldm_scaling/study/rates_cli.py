@@ -76,6 +76,7 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     several = given.rates or [study.train.learning_rate * times for times in _TIMES]
     planned = rates.of(study, several, given.seeds)
     materials = stages.check(study, workdir, measured=False)
+    stages.check_captions(study)
     lock = workdir.lock()
     workdir.bind(materials.study)
     with lock, workdir.log_to_file():

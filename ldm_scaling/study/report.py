@@ -228,8 +228,7 @@ def _images(
                for p in (advice[0]["points"] if advice else ()) if p["task"] not in own}
     pairs = [*zip(records, arms, strict=True)]
     for task in {r.task for r in others} - own:
-        some = curves_lib.last_rounds(curves_lib.longest([r for r in others if r.task == task]))
-        pairs += zip(some, curves_lib.distinct(some), strict=True)
+        pairs += curves_lib.arms(curves_lib.longest([r for r in others if r.task == task]))
     keys = {}
     for record, arm in pairs:
         i = arm.identity

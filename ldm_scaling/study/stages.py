@@ -141,7 +141,7 @@ def train(materials: Materials) -> list[str]:
     study, several = materials.study, further_lib.of(materials)
     if study.weights and not several:
         return [f"nothing to train: {study.members[0]} is the published model in {study.weights}"]
-    _check_captions(study)
+    check_captions(study)
     if not (study.weights or study.finetune.pretrained):
         _check_width(materials)
         prepare(materials)
@@ -154,7 +154,7 @@ def train(materials: Materials) -> list[str]:
     return []
 
 
-def _check_captions(study: Study) -> None:
+def check_captions(study: Study) -> None:
     """Raises `UserError` where members would be trained from the captions of photographs, which
     have none."""
     photos = [source for source in study.data.sources if source.startswith("photos:")]
@@ -372,7 +372,7 @@ def _records(own: Materials, subjects: Sequence[Subject], reference_hash: str) -
 
 def study_all(materials: Materials) -> str:
     """All stages, in order."""
-    _check_captions(materials.study)
+    check_captions(materials.study)
     if not materials.study.finetune.pretrained:  # Whose members see no captions here.
         prepare(materials)
     train(materials)

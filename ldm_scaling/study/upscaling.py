@@ -308,7 +308,10 @@ def write(
     """
     to = epath.Path(to)
     for i, (width, height) in enumerate(given.sizes):  # Before one is drawn.
-        _check(way, given, i, (height, width))
+        try:
+            way.check((height, width))
+        except UserError as e:
+            raise UserError(f"{given.path(i)}: {e}") from e
     hashes = dict(zip(given.names, given.hashes))
     about = {"version": __version__, **way.about, "images": hashes}
     about |= {"beside": list(beside)} if beside else {}
@@ -336,10 +339,3 @@ def write(
                         pictures.save_png(targets[i], image)
                 bar.update(len(some))
     return to
-
-
-def _check(way: Way, given: ImageFolder, i: int, size: tuple[int, int]) -> None:
-    try:
-        way.check(size)
-    except UserError as e:
-        raise UserError(f"{given.path(i)}: {e}") from e

@@ -19,7 +19,6 @@ from ldm_scaling.data import shards
 from ldm_scaling.data.loading import loader, sides
 from ldm_scaling.data.record import Record
 from ldm_scaling.errors import UserError
-from ldm_scaling.models.tiny_decoder import TinyDecoderSpec
 from ldm_scaling.study import datasets, prepare_cli, resolve, stages
 from ldm_scaling.study.materials import Materials
 from ldm_scaling.study.workdir import Workdir
@@ -316,9 +315,8 @@ def test_by_a_tiny_autoencoder_nothing_is_trained(tmp_path):
     (tmp_path / "sd" / "vae").mkdir(parents=True)
     (tmp_path / "sd" / "vae" / "config.json").write_text('{"_class_name": "AutoencoderTiny"}')
     study = types.SimpleNamespace(weights=str(tmp_path / "sd"))
-    networks = types.SimpleNamespace(decoder_spec=TinyDecoderSpec())
     with pytest.raises(UserError, match="vae holds a tiny autoencoder"):
-        prepare_cli.dry_run(types.SimpleNamespace(study=study, networks=networks), "text")
+        prepare_cli.dry_run(types.SimpleNamespace(study=study), "text")
 
 
 def test_published_encoders_take_the_place_of_trained_ones(tmp_path):

@@ -356,6 +356,24 @@ def test_what_is_worse_than_the_baseline_is_told(tmp_path):
     assert plan_family.compare([staged | {"hbm_gb": 4.0}], tmp_path) != []
 
 
+def test_the_plan_of_a_distillation_is_compared_too(tmp_path, monkeypatch, capsys):
+    made = {
+        "member": "39m", "topology": "v5e:16x16", "num_slices": 1, "kind": "distill", "fits": True,
+        "key": "", "seconds_per_step_bound": 0.2, "hbm_gb": 3.0, "batch": 64,
+    }  # fmt: skip
+    monkeypatch.setattr(aot_tpu, "require", lambda: None)
+    monkeypatch.setattr(plan, "make", lambda *unused: made)
+    monkeypatch.setattr(plan, "with_batch", lambda study, *unused: study)
+    plan_family.write(
+        tmp_path / "39m_v5e-16x16_distill.json", made | {"seconds_per_step_bound": 0.1})
+    line = ["plan", "--config=configs/t2i_39m.py", "--topology=v5e:16x16", "--kind=distill",
+            "--format=json", f"--baseline={tmp_path}"]
+    assert cli.main(line) == 2
+    told, why = capsys.readouterr().err.splitlines()
+    assert told.startswith("39m_v5e-16x16_distill.json: ") and "+100.0%" in told
+    assert "1 figures are worse" in why
+
+
 def _fails(capsys, *arguments):
     assert cli.main(["plan", *arguments]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()

@@ -57,10 +57,9 @@ def strips(folder: epath.Path, source: Source) -> Images:
     that are reported."""
     rates = {(p.model, p.sampler, p.steps): p.guidance for c in source.curves.values() for p in c}
     own = curves.longest([r for r in source.records if r.task == TEXT_TO_IMAGE], source.settings)
-    own = curves.last_rounds(own)
     out: dict[tuple[str, str, int], np.ndarray] = {}
     # Files have the names of records, before samplers are told apart by their spacings.
-    for record, arm in zip(own, curves.distinct(own), strict=True):
+    for record, arm in curves.arms(own):
         i = arm.identity
         cell = (i.model, i.sampler, i.steps)
         if i.seed_block == source.report_block and rates.get(cell) == i.guidance:
