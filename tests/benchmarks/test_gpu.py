@@ -362,7 +362,6 @@ def test_what_the_ladder_compiles_ahead_is_what_it_runs(tmp_path):
     env = {
         **os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # Quick to compile, slow to run.
     }
     done = subprocess.run(
         [sys.executable, "-c", _AHEAD, str(GPU), str(tmp_path / "w")], env=env, cwd=GPU.parents[1],

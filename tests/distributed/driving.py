@@ -18,8 +18,8 @@ import numpy as np
 from ldm_scaling.data import cache
 
 ROOT = pathlib.Path(__file__).parents[2]
-# One thread each, for many processes share few cores; quick to compile.
-_THREADS = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0",
+# One thread each, for many processes share few cores; quick to compile, as all tests are.
+_THREADS = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_cpu_multi_thread_eigen=false",
             "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 _PATH = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "training")])  # where `toy` is
