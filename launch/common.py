@@ -52,25 +52,49 @@ def parted(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(arguments[:at]), list(arguments[at + 1 :])
 
 
-def job_command(job: Sequence[str], distributed: str = "") -> list[str]:
-    """`train --config=... --workdir=...` -> the command of every process.
-
-    Args:
-      job: a command of `ldm-scaling` and its flags.
-      distributed: empty where jax finds the cluster by itself.
-    Raises:
-      LaunchError: when something is missing, a secret stands in it, or one process does it alone.
-    """
+def check_job(job: Sequence[str]) -> None:
+    """Raises `LaunchError` when a command of `ldm-scaling` and its flags are no job: something is
+    missing, a secret stands in it, or one process does it alone."""
     if not job or job[0].startswith("-"):
         raise LaunchError("after  --  goes the job: -- train --config=FILE --workdir=DIR")
     if job[0] not in SHARED:
         raise LaunchError(f"{job[0]} is none of what several processes do: {', '.join(SHARED)}")
-    if any(a.split("=")[0] == "--distributed" for a in job):
+    own, _ = parted(job)
+    if any(a.split("=")[0] == "--distributed" for a in own):
         raise LaunchError("leave out --distributed: the launcher gives it")
-    if not any(a.startswith("--workdir=") for a in job):
+    workdirs = [a.removeprefix("--workdir=") for a in own if a.startswith("--workdir=")]
+    if not workdirs:
         raise LaunchError("the job needs --workdir=DIR, on a file system that all hosts see")
+    for workdir in workdirs:
+        check_workdir(workdir)
     check_no_secret(job)
-    return ["ldm-scaling", *job, f"--distributed={distributed}" if distributed else "--distributed"]
+
+
+def job_command(job: Sequence[str], distributed: str = "--distributed") -> list[str]:
+    """`train --config=... --workdir=...` -> the command of every process.
+
+    The flag comes right behind the command's name: behind a job's own `--` it would be Beam's.
+    Raises as `check_job`.
+    """
+    check_job(job)
+    return ["ldm-scaling", job[0], distributed, *job[1:]]
+
+
+def check_workdir(path: str) -> None:
+    """Raises `LaunchError` for a URL: a bucket must be mounted."""
+    if "://" in path:
+        raise LaunchError(
+            f"--workdir={path}: buckets are not written directly: mount it (launchers do by "
+            "--bucket=NAME, at /mnt/ldm; elsewhere gcsfuse) and give the path there"
+        )
+
+
+def bucket_name(text: str) -> str:
+    """`B` or `gs://B` -> `B`. Raises `LaunchError` for what is no bucket's name."""
+    name = text.removeprefix("gs://").removesuffix("/")
+    if text and not re.fullmatch(r"[a-z0-9][-a-z0-9_.]*", name):
+        raise LaunchError(f"--bucket={text}: give a bucket's name, without a folder in it")
+    return name
 
 
 def check_name(name: str, most: int = 40) -> str:
@@ -138,7 +162,7 @@ def main(arguments: list[str]) -> int:
     """What the shell scripts ask for."""
     own, rest = parted(arguments)
     if own == ["check-job"]:
-        job_command(rest)
+        check_job(rest)
     elif own[:1] == ["variables"]:
         given = {flag: [a.removeprefix(flag) for a in own[1:] if a.startswith(flag)]
                  for flag in ("--env=", "--secret=")}

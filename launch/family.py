@@ -190,7 +190,7 @@ def main(arguments: list[str]) -> int:
     p.add_argument("--workdir", required=True)
     p.add_argument("--members", default="")
     p.add_argument("--topology", default="")
-    p.add_argument("--num-slices", type=int, default=1)
+    p.add_argument("--num-slices", type=int)
     p.add_argument("--job", default="train")
     p.add_argument("--arm", default="")
     p.add_argument("--logs", type=pathlib.Path, default=pathlib.Path("runs/family_logs"))
@@ -203,18 +203,24 @@ def main(arguments: list[str]) -> int:
     for member in members:
         if member not in known:
             raise LaunchError(f"--members: no config of {member!r}; there are {', '.join(known)}")
+    counted = given.num_slices is not None
+    if given.on in ("slurm", "local") and (given.topology or counted):
+        raise LaunchError(
+            f"--on={given.on} takes no --topology and no --num-slices: give its own flags"
+        )
+    if counted and not given.topology:
+        raise LaunchError(f"--num-slices={given.num_slices}: give --topology=KIND:SHAPE with it")
     workdir = given.workdir
-    if given.on in ("slurm", "local") and "://" not in workdir:
+    common.check_workdir(workdir)
+    if given.on in ("slurm", "local"):
         workdir = str(pathlib.Path(workdir).expanduser().absolute())
     commands = {}
     for member in members:
         chips = None
         if given.on in ("tpu-vm", "gke"):
-            chips = chips_for(member, given.topology, given.num_slices)
+            chips = chips_for(member, given.topology, given.num_slices if counted else 1)
             total = chips.tpu.chips * chips.num_slices
             print(f"# {member}: {chips.num_slices} x {chips.tpu}, {total} chips ({chips.why})")
-        elif given.topology:
-            raise LaunchError(f"--on={given.on} takes no --topology: give its own flags")
         passed = [*flags, "--dry-run"] if given.dry_run else flags
         commands[member] = launch_command(
             given.on, member, chips, workdir, given.job, passed, rest, given.arm

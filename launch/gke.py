@@ -281,8 +281,9 @@ def main(arguments: list[str]) -> int:
         return next((s for s in (common.run(c, given.dry_run) for c in pools) if s), 0)
     job = Job(
         given.name, tpu, given.num_slices, given.image, tuple(common.job_command(rest)),
-        common.plain_environment(given.env), common.secret_names(given.secret), given.bucket,
-        given.claim, given.service_account, given.max_restarts, given.grace,
+        common.plain_environment(given.env), common.secret_names(given.secret),
+        common.bucket_name(given.bucket), given.claim, given.service_account, given.max_restarts,
+        given.grace,
     )
     text = yaml.safe_dump(manifest(job), sort_keys=False)
     if given.command == "manifest":

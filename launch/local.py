@@ -3,8 +3,9 @@
     python3 launch/local.py --processes=4 --cpu-devices=2 -- train --config=FILE --workdir=DIR
 
 Every process gets `--distributed=127.0.0.1:PORT,K,N`. `--cpu-devices=D` gives each D fake devices,
-`--gpus=G` its own G of this machine's; with neither each sees what there is. `--dry-run` only
-prints. With `--raw` what stands after  --  is run as it is, with `--distributed=...` behind it.
+`--gpus=G` its own G of this machine's, or of those that `CUDA_VISIBLE_DEVICES` names; with neither
+each sees what there is. `--dry-run` only prints. With `--raw` what stands after  --  is run as it
+is, with `--distributed=...` behind it.
 
 When one process fails, the others are ended (SIGTERM, after `--grace` seconds SIGKILL) and all
 start again, on a new port: after status 75, 76, 1 or a signal, at most `--max-restarts` times in a
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
+import itertools
 import os
 import pathlib
 import re
@@ -49,7 +51,7 @@ class Plan:
     """What is started, and how often.
 
     Attributes:
-      command: of every process, without `--distributed`.
+      job: what every process runs, without `--distributed`.
       processes: how many.
       cpu_devices, gpus: devices of each; 0 leaves them as they are. At most one of them.
       max_restarts: starts after the first that fail in a row.
@@ -58,9 +60,10 @@ class Plan:
       pause: seconds before the first restart; then twice as long each time, to a minute.
       stable: seconds after which an attempt's failure is the first again.
       logs: a folder for each process's output, or None: all write where this process does.
+      raw: it is any command, not one of ldm-scaling.
     """
 
-    command: tuple[str, ...]
+    job: tuple[str, ...]
     processes: int = 1
     cpu_devices: int = 0
     gpus: int = 0
@@ -70,6 +73,7 @@ class Plan:
     pause: float = 1.0
     stable: float = 3600.0
     logs: pathlib.Path | None = None
+    raw: bool = False
 
     def __post_init__(self):
         if self.processes < 1:
@@ -79,9 +83,16 @@ class Plan:
         for name in ("cpu_devices", "gpus", "max_restarts", "grace", "saving", "pause", "stable"):
             if getattr(self, name) < 0:
                 raise LaunchError(f"--{name.replace('_', '-')}={getattr(self, name)}: at least 0")
+        shown, wanted = shown_gpus(), self.processes * self.gpus
+        if self.gpus and shown is not None and len(shown) < wanted:
+            raise LaunchError(
+                f"--processes={self.processes} of --gpus={self.gpus} need {wanted} GPUs, and "
+                f"CUDA_VISIBLE_DEVICES names {len(shown)}: unset it, or ask for fewer"
+            )
 
     def arguments(self, process: int, port: int | str) -> list[str]:
-        return [*self.command, f"--distributed=127.0.0.1:{port},{process},{self.processes}"]
+        flag = f"--distributed=127.0.0.1:{port},{process},{self.processes}"
+        return [*self.job, flag] if self.raw else common.job_command(self.job, flag)
 
     def variables(self, process: int) -> dict[str, str]:
         """Environment variables that differ from this process's."""
@@ -92,10 +103,20 @@ class Plan:
             out = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(self.cpu_devices)}
             return out | ({"XLA_FLAGS": flags} if "XLA_FLAGS" in os.environ else {})
         if self.gpus:
-            first = process * self.gpus
-            shown = ",".join(str(i) for i in range(first, first + self.gpus))
-            return {"CUDA_VISIBLE_DEVICES": shown}
+            numbers = range(process * self.gpus, (process + 1) * self.gpus)
+            shown = shown_gpus()
+            names = map(str, numbers) if shown is None else (shown[i] for i in numbers)
+            return {"CUDA_VISIBLE_DEVICES": ",".join(names)}
         return {}
+
+
+def shown_gpus() -> list[str] | None:
+    """The GPUs that `CUDA_VISIBLE_DEVICES` names, by number, UUID or MIG name; None: all are."""
+    text = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if text is None:
+        return None
+    names = (name.strip() for name in text.split(","))
+    return list(itertools.takewhile(lambda name: name not in ("", "-1"), names))  # as CUDA reads it
 
 
 def free_port() -> int:
@@ -210,20 +231,21 @@ class Launcher:
 
     def _start(self, process: int, port: int) -> subprocess.Popen:
         out: IO | None = None
+        command = self.plan.arguments(process, port)
         if self.plan.logs:
             self.plan.logs.mkdir(parents=True, exist_ok=True)
             out = open(self.plan.logs / f"{process}.log", "ab")
         try:
             # A session of its own: Ctrl-C reaches it through this launcher, once.
             return subprocess.Popen(
-                self.plan.arguments(process, port),
+                command,
                 env=os.environ | self.plan.variables(process),
                 stdout=out, stderr=subprocess.STDOUT if out else None,
                 start_new_session=True, preexec_fn=_in_child,
             )
         except OSError as e:
             raise LaunchError(
-                f"{self.plan.command[0]} cannot be started ({e.strerror}): activate the "
+                f"{command[0]} cannot be started ({e.strerror}): activate the "
                 "environment that has it"
             ) from e
         finally:
@@ -281,12 +303,14 @@ def main(arguments: list[str]) -> int:
     p.add_argument("--raw", action="store_true", help="run any command, not ldm-scaling")
     p.add_argument("--dry-run", action="store_true")
     given = vars(p.parse_args(own))
-    raw, dry = given.pop("raw"), given.pop("dry_run")
-    if raw and not job:
+    dry = given.pop("dry_run")
+    if given["raw"] and not job:
         raise LaunchError("after  --  goes the command")
-    command = job if raw else common.job_command(job)[:-1]
-    common.check_no_secret(command)
-    plan = Plan(tuple(command), **given)
+    if given["raw"]:
+        common.check_no_secret(job)
+    else:
+        common.check_job(job)
+    plan = Plan(tuple(job), **given)
     if dry:
         print(dry_run(plan))
         return 0

@@ -64,7 +64,7 @@ command+=("$here/slurm.sbatch" "$@")
 if [[ -n $dry ]]; then
   show "${command[@]}"
   echo "# on the first node, for every start:"
-  show srun --kill-on-bad-exit=0 --wait=900 --ntasks-per-node=1 ldm-scaling "$@" --distributed
+  show srun --kill-on-bad-exit=0 --wait=900 --ntasks-per-node=1 ldm-scaling "$1" --distributed "${@:2}"
   exit 0
 fi
 command -v sbatch >/dev/null || fail "sbatch is not here: run this on a node of the cluster"

@@ -5,7 +5,8 @@
 #
 #   up       create (if it is not there), wait, setup, run
 #   watch    up; then looks every minute, and does `resume` when the slices were taken away, until
-#            the job is done; with --delete it then gives the slices back
+#            the job is done; with --delete it then gives the slices back. After a failure it waits,
+#            twice as long each time to half an hour, and gives up after 20 in a row
 #   create   queues the request    --topology=v5e:16x16 [--num-slices=N] [--spot | --reserved]
 #                                  [--project=P] [--runtime-version=V] [--service-account=A]
 #                                  [--network=N] [--internal-ips]
@@ -31,7 +32,7 @@ fail() {
 
 name='' zone='' project='' topology='' slices=1 bucket='' runtime='' account='' network=''
 dry='' tier='' internal='' give_back='' worker=0 node=0 variables=()
-[[ ${1:-} == --help || $# == 0 ]] && sed -n '2,26s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 0
+[[ ${1:-} == --help || $# == 0 ]] && sed -n '2,24s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 0
 what=$1
 shift
 options=() # as given, for `watch`, which calls this script again
@@ -70,6 +71,9 @@ done
 [[ -n $zone ]] || fail "give --zone=ZONE, one that has the TPUs, for example us-west4-a"
 [[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--num-slices=$slices: give a number above 0"
 where=("--zone=$zone")
+bucket=${bucket#gs://} bucket=${bucket%/}
+[[ $bucket =~ ^([a-z0-9][-a-z0-9_.]*)?$ ]] ||
+  fail "--bucket=$bucket: give a bucket's name, without a folder in it"
 [[ -z $project ]] || where+=("--project=$project")
 queued=(gcloud compute tpus queued-resources)
 # With internal addresses only, hosts are reached through Google's proxy.
@@ -206,7 +210,9 @@ up() {
   if [[ -n $dry ]]; then
     echo "# unless the job runs already:"
   else
-    if [[ $(job_state) == running ]]; then
+    local now
+    now=$(known_job_state)
+    if [[ $now == running ]]; then
       # The tree that it runs from is not replaced beneath it.
       echo "launch/tpu_vm.sh: $name runs already; to change it,  stop  it first" >&2
       return
@@ -230,10 +236,49 @@ resume() {
   up "$@"
 }
 
-# What the first host says of the job (see tpu_worker.sh); empty when it cannot be asked.
+# What the first host says of the job (see tpu_worker.sh), or unknown: it cannot be asked.
 job_state() {
-  on_hosts 0 0 'bash ldm_scaling/launch/tpu_worker.sh state' 2>/dev/null |
-    { [[ -n $dry ]] && cat || grep -oxE 'absent|running|done|stopped|failed'; } || true
+  local script=ldm_scaling/launch/tpu_worker.sh errors said
+  local ask="[ -e $script ] || { echo absent; exit; }; bash $script state"
+  if [[ -n $dry ]]; then
+    on_hosts 0 0 "$ask"
+    return
+  fi
+  errors=$(mktemp)
+  said=$(on_hosts 0 0 "$ask" 2>"$errors" | grep -xE 'absent|running|done|stopped|failed') || true
+  [[ -n $said ]] || cat "$errors" >&2
+  rm -f "$errors"
+  echo "${said:-unknown}"
+}
+
+# The same, asked for five minutes: a host that has just come takes no ssh for a while. Status 1
+# where it cannot be asked.
+known_job_state() {
+  local now attempt
+  for attempt in {1..10}; do
+    ((attempt == 1)) || sleep 30
+    now=$(job_state)
+    [[ $now == unknown ]] || break
+  done
+  if [[ $now == unknown ]]; then
+    echo "launch/tpu_vm.sh: $name cannot be asked whether the job runs: nothing is set up" >&2
+    return 1
+  fi
+  echo "$now"
+}
+
+max_failures=${LDM_MAX_FAILURES:-20}
+failures=0 # in a row, since the job was last seen running
+# After a failure: waits, longer each time. Status 1 when there were too many.
+once_more() {
+  failures=$((failures + 1))
+  if ((failures > max_failures)); then
+    echo "launch/tpu_vm.sh: $name: failed $failures times in a row, no more tries" >&2
+    return 1
+  fi
+  local pause=$((failures < 6 ? 60 * 2 ** (failures - 1) : 1800))
+  echo "$(date +%T) $name: failure $failures in a row, again in $pause s" >&2
+  sleep "$pause"
 }
 
 watch() {
@@ -245,15 +290,16 @@ watch() {
     [[ -z $give_back ]] || delete
     return
   fi
-  local now status
+  local status now seen
   while true; do
     # A shell of its own: what fails in it is tried again, but for what the user must mend.
-    status=0
+    status=0 seen=''
     "${BASH_SOURCE[0]}" resume "${options[@]}" -- "$@" || status=$?
     ((status != 2)) || return 2
-    while sleep 60; do
-      [[ $(state || true) == ACTIVE ]] || break
-      now=$(job_state)
+    while ((status == 0)); do
+      sleep 60
+      now=$(state) || now=unknown
+      [[ $now != ACTIVE ]] || now=$(job_state)
       case $now in
         done | failed | stopped)
           echo "$(date +%T) $name: the job is $now" >&2
@@ -262,10 +308,12 @@ watch() {
           [[ -z $give_back ]] || delete
           return
           ;;
-        running) ;;
-        *) break ;; # it cannot be asked, or was not set up
+        running) seen=1 failures=0 ;;
+        unknown) once_more || return 1 ;;
+        *) break ;; # the slices are gone, or nothing was set up
       esac
     done
+    [[ -n $seen ]] || once_more || return 1
   done
 }
 
@@ -277,7 +325,12 @@ case $what in
   watch) watch "$@" ;;
   create) create ;;
   wait) wait_for_slices ;;
-  setup) setup ;;
+  setup)
+    now=absent
+    [[ -n $dry ]] || now=$(known_job_state)
+    [[ $now != running ]] || fail "the job runs from the tree that setup replaces:  stop  it first"
+    setup
+    ;;
   run) run "$@" ;;
   logs) on_hosts "$node" "$worker" 'bash ldm_scaling/launch/tpu_worker.sh logs' ;;
   status)

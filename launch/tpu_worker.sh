@@ -6,7 +6,8 @@
 #   tpu_worker.sh state | stop | logs
 #
 # The service is systemd's: it starts again after every status but 0, 2 and 130 and after a reboot,
-# and gives up after 20 starts within an hour. What it prints is kept by the journal.
+# and gives up after 20 restarts in a row, where an hour of running counts from zero again. What it
+# prints is kept by the journal.
 set -euo pipefail
 
 unit=ldm-scaling
@@ -15,6 +16,15 @@ venv=$HOME/ldm_venv
 start=$HOME/ldm_start.sh
 mount=/mnt/ldm
 unit_path=${LDM_UNITS:-/etc/systemd/system}/$unit.service
+self=$(realpath "${BASH_SOURCE[0]}")
+starts=$HOME/ldm_starts # how many in a row, and when the last was
+max_restarts=20
+stable=3600 # seconds after which an attempt's failure is the first again
+
+fail() {
+  echo "tpu_worker.sh: error: $1" >&2
+  exit 2
+}
 
 setup() {
   local bucket=${1:-}
@@ -36,6 +46,13 @@ mount_bucket() {
     sudo apt-get update -q
     sudo apt-get install -qy gcsfuse
   fi
+  # What was mounted before would stay until the next reboot, whatever fstab says.
+  local there
+  there=$(findmnt -no SOURCE "$mount" || true)
+  if [[ -n $there && $there != "$1" ]]; then
+    [[ $(state) != running* ]] || fail "the job runs on $there at $mount: stop it first"
+    sudo umount "$mount" || fail "$there is in use at $mount: end what uses it first"
+  fi
   sudo mkdir -p "$mount"
   # In fstab, so that it is there after a reboot too. A checkpoint is made final by renaming its
   # folder, which gcsfuse does only up to rename_dir_limit files.
@@ -48,11 +65,15 @@ mount_bucket() {
 
 # Lines on standard input go before the command: variables, and how secrets are fetched at start.
 run() {
-  local command
-  printf -v command '%q ' "$venv/bin/ldm-scaling" "$@" --distributed
+  local command count
+  # Behind a job's own  --  the flag would be Beam's.
+  printf -v command '%q ' "$venv/bin/ldm-scaling" "$1" --distributed "${@:2}"
+  printf -v count '%q ' bash "$self" count
+  rm -f "$starts"
   {
     echo '#!/usr/bin/env bash'
     echo 'set -euo pipefail'
+    echo "$count"
     cat
     echo "exec $command"
   } >"$start"
@@ -64,6 +85,16 @@ run() {
   sudo systemctl start --no-block "$unit" # a job that runs already stays
 }
 
+# Counts a start of the job; status 2, after which nothing starts again, when it is one too many.
+count() {
+  local row=0 last=0 now
+  now=$(date +%s)
+  [[ ! -s $starts ]] || read -r row last <"$starts"
+  if ((now - last >= stable)); then row=0; fi
+  ((row <= max_restarts)) || fail "it failed $row times in a row, no more restarts"
+  echo "$((row + 1)) $now" >"$starts"
+}
+
 # SIGTERM goes to the main process alone: it saves and ends its own data workers. systemd takes an
 # end by SIGTERM for a clean one; here it is not, unless it was asked for by `stop`.
 unit_file() {
@@ -72,8 +103,7 @@ unit_file() {
 Description=ldm-scaling
 Wants=network-online.target
 After=network-online.target remote-fs.target
-StartLimitIntervalSec=3600
-StartLimitBurst=20
+StartLimitIntervalSec=0
 
 [Service]
 User=$(id -un)
@@ -117,11 +147,9 @@ case $what in
     run "$@"
     ;;
   unit) unit_file ;;
+  count) count ;; # of the service itself
   state) state ;;
   stop) sudo systemctl disable --quiet --now "$unit" ;;
   logs) journalctl --unit="$unit" --output=cat --lines=200 --follow ;;
-  *)
-    echo "tpu_worker.sh: error: setup, run, state, stop or logs" >&2
-    exit 2
-    ;;
+  *) fail "setup, run, state, stop or logs" ;;
 esac

@@ -15,8 +15,14 @@ from ldm_scaling.files import sha256_of
 _LEAST_S = 0.1
 
 
-def keep() -> None:
+def keep(shared: str | os.PathLike | None = None) -> None:
     """Turns on jax's compilation cache, in the user's cache folder.
+
+    Several processes need a folder that all see: jax writes in process 0 alone, and the others
+    read what it wrote.
+
+    Args:
+      shared: what several processes share, their workdir; None for one process.
 
     What the environment says goes before: `JAX_COMPILATION_CACHE_DIR` names another folder, also of
     a bucket (gs://); `JAX_ENABLE_COMPILATION_CACHE=false` turns it off. A folder that cannot be
@@ -25,17 +31,20 @@ def keep() -> None:
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_S)
     if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", os.fspath(folder()))
+        jax.config.update("jax_compilation_cache_dir", os.fspath(folder(shared)))
 
 
-def folder() -> Path:
-    """Where programs are kept unless the environment says otherwise.
+def folder(shared: str | os.PathLike | None = None) -> Path:
+    """Where programs are kept unless the environment says otherwise, see `keep`.
 
     Machines with other instructions have folders of their own: a program that XLA made for a CPU
     may not run on another, and jax's keys do not tell them apart.
     """
+    kind = sha256_of([platform.machine(), _cpu()])
+    if shared is not None:
+        return Path(shared).expanduser().absolute() / "compiled" / kind
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(caches) / "ldm_scaling" / "compiled" / sha256_of([platform.machine(), _cpu()])
+    return Path(caches) / "ldm_scaling" / "compiled" / kind
 
 
 @functools.cache

@@ -44,13 +44,21 @@ class Workdir:
         records/KEY.json      one record per configuration
         rates/KEY.json        a short run at a learning rate, see `ldm-scaling rates`; its figure
         features/KEY.npz      features of a racing sweep between its rounds
+        seconds/KEY.json      measured seconds of each network's programs
         strips/KEY.png        the first pictures of each configuration
         samples/              grids that `ldm-scaling sample` drew
         figures/              plots: PNG, SVG, PDF and CSV
+        compiled/             programs that several processes compiled, for their next start
         report.html
     """
 
     def __init__(self, path: epath.PathLike):
+        """Raises `UserError` for a URL: a bucket must be mounted."""
+        if "://" in os.fspath(path):
+            raise UserError(
+                f"workdir {os.fspath(path)}: buckets are not written directly: mount it, for "
+                "example with gcsfuse, and give the path there"
+            )
         self.path = epath.Path(path).expanduser()
 
     def __truediv__(self, name: str) -> epath.Path:

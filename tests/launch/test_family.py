@@ -172,6 +172,9 @@ fi
     (["--on=gke", "--members=40m"], "no config of '40m'"),
     (["--on=slurm", "--topology=v5e:4x4"], "takes no --topology"),
     (["--on=tpu-vm", "--topology=v5e:5x5"], "v5e:5x5 is no slice"),
+    (["--on=gke", "--num-slices=2"], "--num-slices=2: give --topology"),
+    (["--on=local", "--num-slices=1"], "no --num-slices"),
+    (["--on=tpu-vm", "--workdir=gs://b/x"], "gs://b/x: buckets are not written"),
 ])  # fmt: skip
 def test_mistakes_are_one_line_and_status_2(flags, part):
     ran = dry(*flags)

@@ -17,7 +17,7 @@ from launch.tpu import Slice
 from tests.launch.programs import call, environment, fake
 
 JOB = ["train", "--config=configs/t2i_866m.py", "--workdir=/mnt/ldm/x"]
-COMMAND = ("ldm-scaling", *JOB, "--distributed")
+COMMAND = ("ldm-scaling", JOB[0], "--distributed", *JOB[1:])
 
 
 def made(topology="v5e:16x16", slices=1, **more):
@@ -234,6 +234,9 @@ def test_apply_gives_the_manifest_and_resume_replaces_it(cluster):
     assert applied["metadata"]["name"] == "t2i-866m"
     ran, _ = cluster("manifest", job=JOB)
     assert yaml.safe_load(ran.stdout) == applied
+    (replicated,) = applied["spec"]["replicatedJobs"]
+    (container,) = replicated["template"]["spec"]["template"]["spec"]["containers"]
+    assert container["command"] == list(COMMAND)
     _, calls = cluster("resume", "--namespace=ns", job=JOB)
     assert [c.split()[2] for c in calls[-2:]] == ["delete", "apply"]
     assert "--namespace=ns" in calls[-1]
@@ -269,6 +272,8 @@ def test_dry_runs_print_and_call_nothing(cluster, command, job, part):
     (["apply", "--name=X", "--topology=v5e:4x4", "--image=i", "--", *JOB], "--name=X"),
     (["nodes", "--name=x", "--topology=v5e:4x4"], "--cluster"),
     (["status", "--name=x"], "kubectl is not installed"),
+    (["apply", *FLAGS, "--bucket=gs://b/folder", "--", *JOB], "without a folder"),
+    (["apply", *FLAGS, "--", "train", "--workdir=gs://b/x"], "gs://b/x"),
 ])  # fmt: skip
 def test_mistakes_are_one_line_and_status_2(tmp_path, arguments, part):
     ran = call("gke.py", *arguments, env=os.environ | {"PATH": str(tmp_path)})

@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from launch import common
+from launch import common, local
+from launch.common import LaunchError
 from tests.launch.programs import LAUNCH, call, environment
 
 # What every job starts with: its number, and the start it is in (1, 2, ...), counted in a file. It
@@ -222,8 +223,9 @@ def test_nothing_outlives_a_killed_launcher(tmp_path):
 
 def test_devices_and_logs(tmp_path):
     job = 'print(os.environ.get("JAX_NUM_CPU_DEVICES"), os.environ.get("CUDA_VISIBLE_DEVICES"))'
-    env = environment(FOLDER=str(tmp_path), CUDA_VISIBLE_DEVICES="",
+    env = environment(FOLDER=str(tmp_path),
                       XLA_FLAGS="--xla_force_host_platform_device_count=8 --xla_dump_to=x")
+    env.pop("CUDA_VISIBLE_DEVICES", None)
     logs = tmp_path / "logs"
     assert call(*command(job, "--gpus=2", f"--logs={logs}"), env=env).returncode == 0
     assert [(logs / f"{k}.log").read_text() for k in range(2)] == ["None 0,1\n", "None 2,3\n"]
@@ -231,6 +233,26 @@ def test_devices_and_logs(tmp_path):
     assert call(*command(job, "--cpu-devices=3", f"--logs={logs}"), env=env).returncode == 0
     # A count in XLA_FLAGS would be refused by jax beside its own setting.
     assert (logs / "1.log").read_text().splitlines()[-1] == "3 --xla_dump_to=x"
+
+
+def test_gpus_are_those_that_the_environment_names(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-1a, MIG-2b,0,3")
+    plan = local.Plan(("train",), processes=2, gpus=2)
+    shown = [plan.variables(k)["CUDA_VISIBLE_DEVICES"] for k in range(2)]
+    assert shown == ["5,GPU-1a", "MIG-2b,0"]
+    for text in ("5,GPU-1a,MIG-2b", "0,1,-1,2,3", ""):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", text)
+        with pytest.raises(LaunchError, match="need 4 GPUs, and CUDA_VISIBLE_DEVICES names [023]"):
+            local.Plan(("train",), processes=2, gpus=2)
+
+
+def test_what_stands_behind_the_jobs_own_dashes_stays_there():
+    job = ["prepare", "--workdir=x", "--", "--workers=4", "--distributed"]  # Beam's own, if so
+    assert common.job_command(job) == ["ldm-scaling", "prepare", "--distributed", *job[1:]]
+    first, where, *rest = local.Plan(tuple(job)).arguments(0, 7)[1:]
+    assert (first, rest) == ("prepare", job[1:]) and where.startswith("--distributed=127.0.0.1:7,")
+    with pytest.raises(LaunchError, match="--workdir"):
+        common.check_job(["prepare", "--", "--workdir=x"])
 
 
 def test_jax_takes_the_fake_devices(tmp_path):
@@ -248,7 +270,7 @@ def test_dry_run_starts_nothing(tmp_path):
     assert lines[-1] == "wait" and len(lines) == 5
     for k, line in enumerate(lines[:-1]):
         assert f"--distributed=127.0.0.1:PORT,{k},4" in line
-        assert "ldm-scaling train" in line and "JAX_NUM_CPU_DEVICES=2" in line
+        assert "ldm-scaling train --distributed" in line and "JAX_NUM_CPU_DEVICES=2" in line
     assert os.listdir(tmp_path) == []
 
 
@@ -256,6 +278,7 @@ def test_dry_run_starts_nothing(tmp_path):
     (["--processes=0", "--", "train", "--workdir=x"], "--processes=0"),
     (["--cpu-devices=1", "--gpus=1", "--", "train", "--workdir=x"], "not both"),
     (["--", "train"], "--workdir"),
+    (["--", "train", "--workdir=gs://b/x"], "--workdir=gs://b/x: buckets are not written"),
     (["--", "train", "--workdir=x", "--distributed"], "the launcher gives it"),
     (["--", "rates", "--workdir=x"], "rates is none of what several processes do: prepare"),
     ([], "after  --  goes the job"),

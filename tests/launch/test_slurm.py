@@ -1,4 +1,5 @@
-"""The Slurm script with stand-ins for srun and scontrol: what it does after every status."""
+"""The Slurm script with stand-ins for srun, scontrol and scancel: what it does after every status,
+and when it is told to end."""
 
 import os
 import signal
@@ -7,6 +8,7 @@ import time
 
 import pytest
 
+from launch import common
 from tests.launch.programs import LAUNCH, call, environment, fake
 
 JOB = ["train", "--config=configs/t2i_39m.py", "--workdir=/shared/x"]
@@ -18,14 +20,30 @@ set -- $STATUSES
 (( count <= $# )) || count=$#
 exit "${!count}"
 """
+# As the real one does at SIGTERM: it kills what it runs. The step's own process is in a file.
+SRUN_OF_TASK = r"""
+bash "$FOLDER/task" &
+child=$!
+trap 'kill -KILL "$child"' TERM
+echo "$child" > "$FOLDER/step"
+while kill -0 "$child" 2>/dev/null; do wait "$child"; done
+wait "$child"
+"""
+# Signals the steps and not the script. A controller is busy as often as a file says.
+SCANCEL = r"""
+echo "$*" >> "$FOLDER/scancel"
+[[ ! -s $FOLDER/busy ]] || { sed -i 1d "$FOLDER/busy"; exit 1; }
+kill -TERM "$(< "$FOLDER/step")"
+"""
 
 
 def prepared(folder, statuses="0", srun=SRUN, **variables):
     fake(folder / "bin", "srun", srun)
     fake(folder / "bin", "scontrol", 'echo "$*" >> "$FOLDER/scontrol"')
-    return environment(folder / "bin", FOLDER=str(folder), STATUSES=statuses, LDM_PAUSE="0",
-                       SLURM_JOB_ID="77", SLURM_GPUS_ON_NODE="4", SLURM_CPUS_PER_TASK="12",
-                       **variables)
+    fake(folder / "bin", "scancel", SCANCEL)
+    fixed = {"LDM_PAUSE": "0", "SLURM_JOB_ID": "77", "SLURM_GPUS_ON_NODE": "4",
+             "SLURM_CPUS_PER_TASK": "12"}
+    return environment(folder / "bin", FOLDER=str(folder), STATUSES=statuses, **fixed | variables)
 
 
 def lines(folder, name):
@@ -43,8 +61,16 @@ def test_one_process_a_node_that_sees_all_its_gpus(tmp_path):
     devices, cpus, *words = line.split()
     assert (devices, cpus) == ("0,1,2,3", "12")
     assert "--ntasks-per-node=1" in words
-    assert words[-5:] == ["ldm-scaling", *JOB, "--distributed"]
+    assert words[-5:] == common.job_command(JOB)
     assert lines(tmp_path, "scontrol") == []
+
+
+def test_what_stands_behind_the_jobs_own_dashes_stays_there(tmp_path):
+    job = ["prepare", "--workdir=/shared/x", "--runner=DirectRunner", "--", "--workers=4"]
+    assert call("slurm.sbatch", *job, env=prepared(tmp_path)).returncode == 0
+    (line,) = lines(tmp_path, "srun")
+    assert line.endswith(" ldm-scaling prepare --distributed --workdir=/shared/x "
+                         "--runner=DirectRunner -- --workers=4")
 
 
 @pytest.mark.parametrize("status", [2, 130])
@@ -78,43 +104,75 @@ def test_restarts_are_bounded(tmp_path):
     assert len(lines(tmp_path, "srun")) == 3
 
 
-def background(folder, srun):
-    return subprocess.Popen(["bash", str(LAUNCH / "slurm.sbatch"), *JOB],
-                            env=prepared(folder, srun=srun), stderr=subprocess.DEVNULL)
-
-
-def until_ready(folder):
+def until(folder, name):
     limit = time.monotonic() + 20
-    while not (folder / "ready").exists():
+    while not (folder / name).exists():
         assert time.monotonic() < limit
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("status", [75, 143])
-def test_sigterm_is_forwarded_and_the_job_goes_back_into_the_queue(tmp_path, status):
-    # It takes a while to save: the script waits for it.
-    script = background(tmp_path, f"""
-trap 'sleep 0.5; echo saved >> "$FOLDER/saved"; exit {status}' TERM
+def background(folder, task, **variables):
+    (folder / "task").write_text(f"""
+{task}
 touch "$FOLDER/ready"
-while true; do sleep 0.05; done
+for _ in {{1..400}}; do sleep 0.05; done
 """)
-    until_ready(tmp_path)
+    script = subprocess.Popen(["bash", str(LAUNCH / "slurm.sbatch"), *JOB],
+                              env=prepared(folder, srun=SRUN_OF_TASK, **variables),
+                              stderr=subprocess.DEVNULL)
+    until(folder, "ready")
+    return script
+
+
+@pytest.mark.parametrize("status", [75, 143])
+def test_sigterm_reaches_the_processes_and_the_job_goes_back_into_the_queue(tmp_path, status):
+    # It takes a while to save: the script waits for it.
+    task = f"trap 'sleep 0.5; echo saved >> \"$FOLDER/saved\"; exit {status}' TERM"
+    script = background(tmp_path, task)
     script.send_signal(signal.SIGTERM)
     assert script.wait(20) == status
     assert lines(tmp_path, "saved") == ["saved"]
+    assert lines(tmp_path, "scancel") == ["--signal=TERM 77"]
+    assert lines(tmp_path, "scontrol") == ["requeue 77"]
+
+
+def test_processes_that_heard_nothing_are_signalled_again(tmp_path):
+    (tmp_path / "busy").write_text("x\n" * 2)
+    script = background(tmp_path, "trap 'exit 75' TERM", LDM_REPEAT="0")
+    script.send_signal(signal.SIGTERM)
+    assert script.wait(20) == 75
+    assert lines(tmp_path, "scancel") == ["--signal=TERM 77"] * 3
     assert lines(tmp_path, "scontrol") == ["requeue 77"]
 
 
 def test_sigterm_to_a_job_that_then_is_done_puts_nothing_back(tmp_path):
-    script = background(tmp_path, """
-trap 'exit 0' TERM
-touch "$FOLDER/ready"
-while true; do sleep 0.05; done
-""")
-    until_ready(tmp_path)
+    script = background(tmp_path, "trap 'exit 0' TERM")
     script.send_signal(signal.SIGTERM)
     assert script.wait(20) == 0
     assert lines(tmp_path, "scontrol") == []
+
+
+LAST = {"SLURM_RESTART_COUNT": "3", "LDM_MAX_REQUEUES": "3"}
+
+
+def test_requeues_are_bounded_where_nothing_was_saved(tmp_path):
+    script = background(tmp_path, "trap 'exit 143' TERM", **LAST)
+    script.send_signal(signal.SIGTERM)
+    assert script.wait(20) == 143
+    assert lines(tmp_path, "scontrol") == []
+
+
+@pytest.mark.parametrize("variables, requeued", [({}, ["requeue 77"]), (LAST, [])])
+def test_sigterm_between_two_starts(tmp_path, variables, requeued):
+    env = prepared(tmp_path, "76", LDM_PAUSE="60", **variables)
+    fake(tmp_path / "bin", "sleep", 'touch "$FOLDER/pausing"; exec /bin/sleep 3')
+    script = subprocess.Popen(["bash", str(LAUNCH / "slurm.sbatch"), *JOB], env=env,
+                              stderr=subprocess.DEVNULL)
+    until(tmp_path, "pausing")
+    script.send_signal(signal.SIGTERM)
+    assert script.wait(20) == 75
+    assert lines(tmp_path, "scontrol") == requeued
+    assert len(lines(tmp_path, "srun")) == 1
 
 
 def test_directives():
@@ -148,6 +206,7 @@ def test_submitting(tmp_path):
     (["--nodes=2", "--gpus=all", "--", *JOB], "--gpus=all"),
     (["--nodes=2", "--gpus=8", "--node=3", "--", *JOB], "unknown argument --node=3"),
     (["--nodes=2", "--gpus=8"], "after  --  goes the job"),
+    (["--nodes=2", "--gpus=8", "--", "train", "--workdir=gs://b/x"], "gs://b/x"),
     (["--nodes=2", "--gpus=8", "--", *JOB], "sbatch is not here"),
 ])  # fmt: skip
 def test_mistakes_are_one_line_and_status_2(arguments, part):

@@ -1,4 +1,4 @@
-"""Cloud TPU VMs, with stand-ins for gcloud and the host: what is called, in which order, when."""
+"""Cloud TPU VMs, with a stand-in for gcloud: what is called, in which order, when."""
 
 import os
 import pathlib
@@ -27,25 +27,32 @@ case $words in
     echo "$state"
     exit
     ;;
-  "ssh state") next jobs; exit ;;
+  "ssh state")
+    job=$(next jobs)
+    [[ $job != unreachable ]] || { echo "ERROR: no route to host" >&2; exit 255; }
+    echo "$job"
+    exit
+    ;;
 esac
 echo "$words" >> "$FOLDER/calls"
 printf '%s\0' "$@" >> "$FOLDER/arguments"
+[[ $words != "$FAILS" ]] || { echo "ERROR: PERMISSION_DENIED" >&2; exit 1; }
 """
 
 
 @pytest.fixture
 def cloud(tmp_path):
     fake(tmp_path / "bin", "gcloud", GCLOUD)
-    fake(tmp_path / "bin", "sleep", "exit 0")
+    fake(tmp_path / "bin", "sleep", 'echo "$1" >> "$FOLDER/sleeps"')
 
-    def run(command, *flags, states="ACTIVE", jobs="running", job=JOB):
+    def run(command, *flags, states="ACTIVE", jobs="running", job=JOB, fails="", most=20):
         (tmp_path / "states").write_text("\n".join(states.split()) + "\n")
         (tmp_path / "jobs").write_text("\n".join(jobs.split()) + "\n")
-        for name in ("calls", "arguments"):
+        for name in ("calls", "arguments", "sleeps"):
             (tmp_path / name).write_text("")
         ran = call("tpu_vm.sh", command, *WHERE, *flags, *(["--", *job] if job else []),
-                   env=environment(tmp_path / "bin", FOLDER=str(tmp_path)))
+                   env=environment(tmp_path / "bin", FOLDER=str(tmp_path), FAILS=fails,
+                                   LDM_MAX_FAILURES=str(most)))
         return ran, (tmp_path / "calls").read_text().split("\n")[:-1]
 
     run.folder = tmp_path
@@ -112,6 +119,61 @@ def test_watch_does_not_take_a_host_without_a_job_for_a_done_one(cloud):
                        jobs="absent absent absent running done")
     assert ran.returncode == 0
     assert calls == [*INSTALL, *INSTALL, "delete"]
+
+
+def test_watch_waits_longer_after_each_failure_and_gives_up(cloud):
+    ran, calls = cloud("watch", *SIZE, states="ABSENT", fails="create", most=3)
+    assert ran.returncode == 1
+    assert calls == ["create"] * 4
+    assert (cloud.folder / "sleeps").read_text().split() == ["60", "120", "240"]
+    assert "PERMISSION_DENIED" in ran.stderr and "4 times in a row" in ran.stderr
+
+
+def test_watch_counts_setups_after_which_the_job_does_not_run(cloud):
+    ran, calls = cloud("watch", *SIZE, jobs="absent", most=1)
+    assert ran.returncode == 1 and calls == INSTALL * 2
+
+
+def test_a_job_that_was_seen_running_counts_from_zero_again(cloud):
+    # Nothing is set up beneath it meanwhile.
+    ran, calls = cloud("watch", *SIZE, most=1,
+                       jobs="absent running unreachable running unreachable running done")
+    assert ran.returncode == 0, ran.stderr
+    assert calls == INSTALL and "no route to host" in ran.stderr
+
+
+@pytest.mark.parametrize("command", ["up", "resume", "setup"])
+def test_nothing_is_set_up_on_hosts_that_cannot_be_asked(cloud, command):
+    ran, calls = cloud(command, *SIZE, jobs="unreachable")
+    assert ran.returncode == 1 and calls == []
+    assert "nothing is set up" in ran.stderr
+    # Hosts that have just come answer after a while.
+    ran, calls = cloud(command, *SIZE, jobs="unreachable unreachable absent")
+    assert ran.returncode == 0
+    assert calls == (INSTALL[:2] if command == "setup" else INSTALL)
+
+
+def test_setup_by_hand_leaves_a_job_that_runs(cloud):
+    ran, calls = cloud("setup", jobs="running", job=None)
+    assert ran.returncode == 2 and calls == []
+    assert "stop  it first" in ran.stderr
+
+
+def test_a_host_without_the_tree_says_absent(cloud):
+    ran, _ = cloud("watch", *SIZE, "--dry-run")
+    line = next(line for line in ran.stdout.splitlines() if "tpu_worker.sh state" in line)
+    command = shlex.split(line)[-1].removeprefix("--command=")
+    said = subprocess.run(["bash", "-c", command], cwd=cloud.folder, capture_output=True, text=True)
+    assert (said.stdout, said.returncode) == ("absent\n", 0)
+    fake(cloud.folder / "ldm_scaling" / "launch", "tpu_worker.sh", 'echo "$1 is told"')
+    said = subprocess.run(["bash", "-c", command], cwd=cloud.folder, capture_output=True, text=True)
+    assert said.stdout == "state is told\n"
+
+
+def test_a_bucket_is_a_name(cloud):
+    cloud("setup", "--bucket=gs://my-bucket/", jobs="absent", job=None)
+    arguments = (cloud.folder / "arguments").read_text().split("\0")
+    assert any(a.endswith("tpu_worker.sh setup my-bucket") for a in arguments)
 
 
 def test_watch_ends_at_a_users_mistake(cloud):
@@ -184,6 +246,7 @@ def test_dry_runs_print_and_call_nothing(cloud, command, parts):
     ("create", ["--topology=v5e:3x3"], "v5e:3x3 is no slice"),
     ("create", ["--topology=v5e:4x4", "--num-slices=0"], "--num-slices=0"),
     ("create", ["--topolgy=v5e:4x4"], "unknown argument --topolgy"),
+    ("setup", ["--bucket=gs://b/folder"], "without a folder"),
 ])  # fmt: skip
 def test_mistakes_are_one_line_and_status_2(cloud, command, flags, part):
     if "unknown command" in part:
@@ -203,92 +266,6 @@ def test_a_name_and_a_zone_are_needed():
 def test_the_committed_tree_holds_what_a_host_calls():
     assert os.access(LAUNCH / "tpu_worker.sh", os.R_OK)
     assert (ROOT / "requirements.lock").exists()
-
-
-@pytest.fixture
-def host(tmp_path):
-    """A host's home, with stand-ins for what needs a real one."""
-    home = tmp_path / "home"
-    fake(home / "ldm_venv" / "bin", "ldm-scaling",
-         'printf "%s\\n" "$HF_TOKEN" "$@" > "$HOME/started"; exit 75')
-    fake(tmp_path / "bin", "sudo", 'exec "$@"')
-    fake(tmp_path / "bin", "gcloud", "echo hf_value")
-    fake(tmp_path / "bin", "systemctl", r"""
-echo "$*" >> "$HOME/systemctl"
-case $1 in
-  is-active) echo "$ACTIVE"; [[ $ACTIVE == active ]] ;;
-  show) [[ $2 == *Status ]] && echo "$STATUS" || echo "$ENDED" ;;
-esac
-""")
-    (tmp_path / "units").mkdir()
-
-    def run(*arguments, **options):
-        variables = {"ACTIVE": "inactive", "STATUS": "0", "ENDED": "0"} | options.pop("states", {})
-        env = environment(tmp_path / "bin", HOME=str(home), LDM_UNITS=str(tmp_path / "units"),
-                          **variables)
-        return call("tpu_worker.sh", *arguments, env=env, **options)
-
-    run.home, run.units, run.bin = home, tmp_path / "units", tmp_path / "bin"
-    return run
-
-
-def test_the_service_starts_the_job_and_fetches_secrets_then(host):
-    lines = call("common.py", "variables", "--secret=HF_TOKEN=hf-token").stdout
-    assert host("run", "--", *JOB, input=lines).returncode == 0
-    start = host.home / "ldm_start.sh"
-    assert "hf_value" not in start.read_text()
-    assert start.stat().st_mode & 0o077 == 0
-    # The job's status is the service's.
-    ran = subprocess.run([start], env=environment(host.bin, HOME=str(host.home)))
-    assert ran.returncode == 75
-    assert (host.home / "started").read_text().splitlines() == ["hf_value", *JOB, "--distributed"]
-    calls = (host.home / "systemctl").read_text().splitlines()
-    assert "daemon-reload" in calls and calls[-1] == "start --no-block ldm-scaling"
-
-
-def test_the_service_starts_again_after_the_right_ends(host):
-    unit = dict(line.split("=", 1) for line in host("unit").stdout.splitlines() if "=" in line)
-    assert unit["Restart"] == "on-failure"
-    assert set(unit["RestartPreventExitStatus"].split()) == {"2", "130"}
-    assert {"75", "76", "SIGTERM"} <= set(unit["RestartForceExitStatus"].split())
-    assert int(unit["StartLimitBurst"]) * int(unit["RestartSec"]) < int(
-        unit["StartLimitIntervalSec"]
-    ), "else the limit is never reached"
-    assert unit["KillMode"] == "mixed" and unit["WantedBy"] == "multi-user.target"
-
-
-@pytest.mark.parametrize("installed, states, said", [
-    (False, {}, "absent"),
-    (True, {"ACTIVE": "active"}, "running"),
-    (True, {"ACTIVE": "activating", "STATUS": "75", "ENDED": "5"}, "running"),
-    (True, {"ACTIVE": "inactive", "STATUS": "0", "ENDED": "5"}, "done"),
-    (True, {"ACTIVE": "inactive", "STATUS": "75", "ENDED": "5"}, "stopped"),
-    (True, {"ACTIVE": "inactive", "STATUS": "0", "ENDED": "0"}, "stopped"),
-    (True, {"ACTIVE": "failed", "STATUS": "2", "ENDED": "5"}, "failed"),
-])  # fmt: skip
-def test_what_a_host_says_of_its_job(host, installed, states, said):
-    if installed:
-        (host.units / "ldm-scaling.service").write_text("")
-    ran = host("state", states=states)
-    assert ran.returncode == 0 and ran.stdout.splitlines()[0] == said
-
-
-def test_setup_installs_and_mounts_once(host):
-    for name in ("python3", "mountpoint", "mount", "gcsfuse"):
-        fake(host.bin, name, f'echo "{name} $*" >> "$HOME/calls"')
-    fake(host.home / ".local" / "bin", "uv", 'echo "uv $*" >> "$HOME/calls"')
-    # /etc/fstab is the host's own: what would be written is caught.
-    fake(host.bin, "sudo", r"""
-echo "sudo $*" >> "$HOME/calls"
-case $1 in tee) cat >> "$HOME/fstab" ;; esac
-""")
-    fake(host.home / "ldm_venv" / "bin", "python", "exit 0")
-    assert host("setup", "my-bucket").returncode == 0
-    calls = (host.home / "calls").read_text()
-    assert "jax[tpu]" in calls and "requirements.lock" in calls
-    entry = (host.home / "fstab").read_text().split()
-    assert entry[:3] == ["my-bucket", "/mnt/ldm", "gcsfuse"]
-    assert "_netdev" in entry[3].split(",") and "allow_other" in entry[3].split(",")
 
 
 def test_the_dry_runs_job_can_be_pasted():

@@ -5,7 +5,11 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
+
+from ldm_scaling.cli import program
+from ldm_scaling.parallel import processes
 
 _CODE = """
 import json
@@ -55,3 +59,29 @@ def test_warm_start_compiles_nothing_anew(tmp_path):
 def test_what_the_environment_says_goes_before(tmp_path, environment, expected):
     _run(tmp_path / "home", **{k: v.format(tmp_path) for k, v in environment.items()})
     assert [p.name for p in tmp_path.iterdir() if any(p.iterdir())] == [expected] * bool(expected)
+
+
+@pytest.mark.parametrize("flags, below", [
+    (["--distributed=127.0.0.1:9,0,2"], "work/compiled"),
+    ([], "home/ldm_scaling/compiled"),
+])  # fmt: skip
+def test_several_processes_keep_programs_where_all_see_them(tmp_path, monkeypatch, flags, below):
+    # jax writes in process 0 alone: what the others have at home stays empty.
+    class Kept(BaseException):
+        pass
+
+    def joined(*unused):
+        raise Kept
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(processes, "initialize", joined)
+    monkeypatch.setattr("ldm_scaling.study.workdir.Workdir", joined)
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        with pytest.raises(Kept):
+            program.main(["train", f"--workdir={tmp_path / 'work'}", *flags])
+        kept = jax.config.jax_compilation_cache_dir
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert kept.startswith(f"{tmp_path / below}{os.sep}")

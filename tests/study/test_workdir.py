@@ -30,6 +30,12 @@ def test_last_config_is_the_one_that_was_bound(name, tmp_path):
     assert (tmp_path / "study.json").stat().st_mtime_ns == before
 
 
+def test_a_bucket_is_no_workdir():
+    for url in ("gs://bucket/x", "s3://bucket"):
+        with pytest.raises(UserError, match=f"{url}.*mount it"):
+            Workdir(url)
+
+
 def test_config_that_cannot_be_read_again(tmp_path):
     Workdir(tmp_path).bind(config.parse({}))
     marker = tmp_path / "study.json"
