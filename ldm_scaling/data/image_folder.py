@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import string
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -169,6 +170,19 @@ def listing(root: str | os.PathLike[str]) -> ImageFolder:
     if not names:
         raise UserError(f"there is no image in {root}: files that end in {', '.join(SUFFIXES)}")
     return ImageFolder(root, tuple(names))
+
+
+def by_number(folder: ImageFolder) -> ImageFolder:
+    """In the order of numbers where the names are one beginning and numbers of several lengths
+    (`0.png` to `10.png`), of which the order of names is 0, 1, 10, 2; else as it is."""
+    stems = [Path(name).with_suffix("").as_posix() for name in folder.names]
+    same = len(os.path.commonprefix(stems).rstrip(string.digits))
+    numbers = [stem[same:] for stem in stems]
+    if not all(number.isdecimal() and number.isascii() for number in numbers):
+        return folder
+    if len({len(number) for number in numbers}) == 1:
+        return folder
+    return folder.take(sorted(range(len(folder)), key=lambda i: int(numbers[i])))
 
 
 def sound(folder: ImageFolder) -> tuple[ImageFolder, tuple[str, ...]]:

@@ -17,12 +17,15 @@ images*, the only thing in which records of equal n can be compared; it is not o
 of infinitely many images.
 
 Every metric's module has replicates of its own next to the metric; each is the metric of the
-images that it counts. Simulated with 60 images and 100 replicates, 95% intervals held the expected
-score in 89 to 96 of 100 trials, paired differences in 90 to 96. The narrowest, by a tenth to a
-fifth, are those of coverage: nearest neighbours are not smooth in the images.
+images that it counts (the inception score's are brought to the level of all images). Simulated
+with 60 images and 100 replicates, 95% intervals held the expected score in 89 to 96 of 100 trials,
+paired differences in 90 to 96. The narrowest, by a tenth to a fifth, are those of coverage:
+nearest neighbours are not smooth in the images.
 """
 
 from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from scipy import stats
@@ -32,24 +35,47 @@ from ldm_scaling.metrics import arrays
 from ldm_scaling.metrics.frechet import ReferenceStats, check_widths
 
 
-def resample_counts(n: int, replicates: int, seed: int) -> np.ndarray:
+def resample_counts(
+    n: int, replicates: int, seed: int, strata_N: Sequence[Hashable] | None = None
+) -> np.ndarray:
     """How often each replicate counts each prompt: (R, n) integers, 1 for the n // 2 drawn.
 
     The same arguments give the same counts, so every configuration of a seed block resamples the
     same prompts and differences between configurations are paired.
 
+    Args:
+      n: images.
+      replicates: R.
+      seed: of the drawing.
+      strata_N: what each image was drawn for. Halves are then drawn within each such stratum, which
+        leaves out how they differ: the interval is for just these, and other noise. Of an odd
+        number the smaller half is drawn, and spreads farther (of 3 by 1.4, of 5 by 1.2).
+
     Raises:
-      UserError: when n < 4 (half of it must still have a covariance) or replicates < 1.
+      UserError: when n < 4 (half of it must still have a covariance) or replicates < 1, or a
+        stratum has 1 image.
     """
     if n < 4 or replicates < 1:
         raise UserError(
             f"a bootstrap needs at least 4 images and 1 replicate, got {n} and {replicates}: "
             "evaluate more images"
         )
-    order_RN = np.random.default_rng(seed).permuted(
-        np.tile(np.arange(n), (replicates, 1)), axis=1
-    )
-    return (order_RN < n // 2).astype(np.int64)
+    number_of: dict[Hashable, int] = {}
+    strata_N = (0,) * n if strata_N is None else strata_N
+    number_N = np.array([number_of.setdefault(one, len(number_of)) for one in strata_N])
+    if number_N.shape != (n,):
+        raise UserError(f"{len(number_N)} strata for {n} images: name one for each")
+    if np.bincount(number_N).min() < 2:
+        raise UserError(
+            "a stratum (a prompt of a subject, say) has 1 image, which says nothing of other "
+            "noise: draw several of each"
+        )
+    rng, counts_RN = np.random.default_rng(seed), np.zeros((replicates, n), np.int64)
+    for stratum in range(len(number_of)):
+        own = np.flatnonzero(number_N == stratum)
+        order_RS = rng.permuted(np.tile(np.arange(len(own)), (replicates, 1)), axis=1)
+        counts_RN[:, own] = order_RS < len(own) // 2
+    return counts_RN
 
 
 def check_counts(counts_RN: np.ndarray, n: int, least: int = 1) -> np.ndarray:

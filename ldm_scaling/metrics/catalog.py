@@ -65,11 +65,13 @@ class Score:
       interval: (low, high) of the expected value at this number of images, within the metric's
         range, or None.
       replicates_R: raw replicates for `compare.distributions`, or None.
+      remark: what to know of how the value was found; mostly nothing.
     """
 
     value: float
     interval: tuple[float, float] | None = None
     replicates_R: np.ndarray | None = None
+    remark: str = ""
 
 
 FEATURES = {
@@ -106,7 +108,10 @@ _FRECHET = (frechet.frechet_from_features, bootstrap.frechet_replicates)
 _INFINITY = (infinity.frechet_infinity, infinity.infinity_replicates)
 _KID = (kernel.kid, kernel.kid_replicates)
 _CMMD = (kernel.cmmd, kernel.cmmd_replicates)
-_IS = (_alone(inception_score.inception_score), _alone(inception_score.inception_score_replicates))
+_IS = tuple(
+    _alone(functools.partial(f, shuffle_seed=inception_score.SHUFFLE_SEED))
+    for f in (inception_score.inception_score, inception_score.inception_score_replicates)
+)
 _CLIP = _mean_of(similarity.pair_cosines)
 _SUBJECT = _mean_of(lambda x, y: similarity.subject_cosines(x, *y))
 _PAIR = _mean_of(lambda x, _: np.asarray(x).reshape(len(x)))
@@ -129,13 +134,13 @@ _TABLE = (
     ("inception_score", "inception score", "higher", "inception_logits", "nothing", _IS, "value",
      "Salimans et al. 2016; torch-fidelity"),
     ("precision", "precision", "higher", "inception_pool", "features", _K3, "precision",
-     "Kynkäänniemi et al. 2019, k = 3; torch-fidelity"),
+     "formula of Kynkäänniemi et al. 2019, k = 3; features of ADM's evaluator"),
     ("recall", "recall", "higher", "inception_pool", "features", _K3, "recall",
-     "Kynkäänniemi et al. 2019, k = 3; torch-fidelity"),
+     "formula of Kynkäänniemi et al. 2019, k = 3; features of ADM's evaluator"),
     ("density", "density", "higher", "inception_pool", "features", _K5, "density",
-     "Naeem et al. 2020, k = 5; prdc"),
+     "formula of Naeem et al. 2020 and prdc, k = 5"),
     ("coverage", "coverage", "higher", "inception_pool", "features", _K5, "coverage",
-     "Naeem et al. 2020, k = 5; prdc"),
+     "formula of Naeem et al. 2020 and prdc, k = 5"),
     ("clip_score", "CLIP score", "higher", "clip", "captions", _CLIP, "",
      "Hessel et al. 2021, cosine; torchmetrics is 100 times it"),
     ("clip_t", "CLIP-T", "higher", "clip_b32", "captions", _CLIP, "",
@@ -212,12 +217,13 @@ def evaluate(
         if key not in values:
             values[key] = one.function(x, y)
         value = float(_part(values[key], one.field))
+        remark = getattr(values[key], "remark", "")
         if counts_RN is None:
-            scores[one.name] = Score(value)
+            scores[one.name] = Score(value, remark=remark)
             continue
         if key not in drawn:
             drawn[key] = one.replicates(x, y, counts_RN)
         raw_R = np.asarray(_part(drawn[key], one.field))
         low, high = np.clip(bootstrap.basic_interval(value, raw_R, level), *one.range)
-        scores[one.name] = Score(value, (float(low), float(high)), raw_R)
+        scores[one.name] = Score(value, (float(low), float(high)), raw_R, remark)
     return scores

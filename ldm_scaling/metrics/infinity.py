@@ -38,6 +38,14 @@ class Extrapolation:
     sizes: tuple[int, ...]
     distances: tuple[float, ...]
 
+    @property
+    def remark(self) -> str:
+        """How well the points lie on the line, in words."""
+        return (
+            f"intercept of a line through {len(self.sizes)} subsets of {self.sizes[0]:,} to "
+            f"{self.sizes[-1]:,} images; its standard error is {self.error:.2g}"
+        )
+
 
 def frechet_infinity(
     features_ND: np.ndarray,
@@ -52,22 +60,22 @@ def frechet_infinity(
     Args:
       features_ND: features (N, D) of the generated images.
       reference: statistics of the real ones.
-      smallest: images in the smallest subset; the largest has all N, and sizes are evenly spaced
-        in between, as the authors' `score_infinity.py` has them. Where it is not well above D the
-        distances leave the line.
+      smallest: images in the smallest subset, at most half of N, or the line has nothing to go
+        by; the largest has all N, and sizes are evenly spaced in between, as the authors'
+        `score_infinity.py` has them. Where it is not well above D the distances leave the line.
       points: how many subsets, each drawn on its own without replacement.
       seed: of the drawing.
 
     Raises:
-      UserError: when N is not above `smallest`, there are fewer than 3 points, or as
+      UserError: when N is below twice `smallest`, there are fewer than 3 points, or as
         `frechet_from_features`.
     """
     features_ND = arrays.rows(features_ND, "features")
     n = len(features_ND)
-    if not 2 <= smallest < n or points < 3:
+    if not 2 <= smallest <= n / 2 or points < 3:
         raise UserError(
             f"an extrapolation from {points} subsets of {smallest} to {n} images: it needs at "
-            "least 3 subsets and more images than the smallest has (of at least 2)"
+            "least 3 subsets, and twice the images that the smallest has (at least 2)"
         )
     sizes_P = np.linspace(smallest, n, points).astype(int)
     rng = np.random.default_rng(seed)
@@ -105,11 +113,11 @@ def infinity_replicates(
     """
     features_ND = arrays.rows(features_ND, "features")
     n = len(features_ND)
-    counts_RN = check_counts(counts_RN, n, least=3)
+    counts_RN = check_counts(counts_RN, n, least=4)
     replicates = []
     for r, counts_N in enumerate(counts_RN):
         drawn_ND = np.repeat(features_ND, counts_N, axis=0)
-        part = max(2, round(smallest * len(drawn_ND) / n))
+        part = max(2, smallest * len(drawn_ND) // n)
         whole = frechet_infinity(
             drawn_ND, reference, smallest=part, points=points, seed=seed + 1 + r
         )

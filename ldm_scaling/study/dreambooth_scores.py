@@ -40,7 +40,8 @@ class Values:
 
     Attributes:
       value: mean over them.
-      replicates_R: of its bootstrap over the pictures; empty of fewer than 4.
+      replicates_R: of its bootstrap over the pictures of each prompt: for other noise. Empty of
+        fewer than 4 pictures, or 1 of a prompt.
     """
 
     value: float
@@ -55,9 +56,8 @@ class Values:
 
 
 def pooled(found: Sequence[Values]) -> Values:
-    """The mean over subjects, of as many pictures each: for these subjects, other noise.
-
-    Replicate r draws in each subject by itself, so the spread is that of a stratified sample.
+    """The mean over subjects, of as many pictures each: for these subjects and prompts, and other
+    noise. Replicate r draws in each prompt of each subject by itself, a stratified sample.
     """
     several = all(len(v.replicates_R) for v in found)
     # Each subject's replicates in an order of its own, or all would draw the same of them.
@@ -102,12 +102,12 @@ class Scores:
             [[s.name, s.kind, s.images.hashes, s.prompts] for s in t.subjects] + [by, t.drawn_hash]
         )
 
-    def _replicates(self, values_N: np.ndarray) -> Values:
+    def _replicates(self, values_N: np.ndarray, texts: Sequence[str]) -> Values:
         values_N, n = np.asarray(values_N, np.float64), len(values_N)
-        if n < 4:
+        if n < 4 or self.taught.config.images_per_prompt < 2:
             return Values(float(values_N.mean()), np.empty(0))
         sweep = self.taught.materials.study.sweep
-        counts_RN = bootstrap.resample_counts(n, sweep.replicates, sweep.report_block)
+        counts_RN = bootstrap.resample_counts(n, sweep.replicates, sweep.report_block, texts)
         return Values(float(values_N.mean()), bootstrap.mean_replicates(values_N, counts_RN))
 
     def of(self, subject: Subject, drawn: Sequence[epath.Path]) -> dict[str, Values]:
@@ -124,10 +124,11 @@ class Scores:
 
         x_ND = features(np.stack([pictures.load_png(path) for path in drawn]))
         real_MD = features(subject.pictures(m.study.data.side))
-        out = {SUBJECT: self._replicates(similarity.subject_cosines(x_ND, real_MD))}
+        out = {SUBJECT: self._replicates(similarity.subject_cosines(x_ND, real_MD), texts)}
         if not m.study.weights:  # The probe knows the study's own pictures and captions.
             embeddings = m.text_encoder.sentence(texts)
-            out[AGREEMENT] = self._replicates(agreement.score(m.scorer.probe, x_ND, embeddings))
+            agreed_N = agreement.score(m.scorer.probe, x_ND, embeddings)
+            out[AGREEMENT] = self._replicates(agreed_N, texts)
         return out
 
     def _published(

@@ -50,6 +50,14 @@ class Task:
                 f"{self.generated.folder.root}: give one for each, in the order of names"
             )
 
+    @property
+    def strata(self) -> tuple[tuple[str, str], ...] | None:
+        """Subject and caption of each generated image; None where they are of no subjects."""
+        if self.subjects is None:
+            return None
+        generated, _ = self.subjects
+        return tuple(zip(generated, self.captions or ("",) * len(generated), strict=True))
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -270,11 +278,11 @@ def _group(
             value = against[row.metric].value
             have = value.moments.d if isinstance(value, ReferenceStats) else value.shape[1]
             evaluate_checks.width(row, task.real, have, x[row.layer].shape[1])
-    counts_RN = None
-    if options.replicates and len(images) >= 4:
-        counts_RN = bootstrap.resample_counts(len(images), options.replicates, options.seed)
+    counts_RN, words = _counts(task, options)
     values, notes = _evaluate(name, rows, x, against, counts_RN, options.level)
     for row in rows:
+        if words and row.metric not in notes:
+            notes[row.metric] = [words]
         n, d = x[row.layer].shape
         if row.definition.against == "statistics" and n <= d:
             notes.setdefault(row.metric, []).append(
@@ -282,6 +290,19 @@ def _group(
                 "compare it at this number of images only"
             )
     return {row.name: _score(row, network, values, against, notes, len(images)) for row in rows}
+
+
+def _counts(task: Task, options: Options) -> tuple[np.ndarray | None, str]:
+    """Of the bootstrap; and what their intervals are for, or why there are none, where that is not
+    plain."""
+    n, strata = len(task.generated), task.strata
+    if not options.replicates or n < 4:
+        return None, ""
+    try:
+        counts_RN = bootstrap.resample_counts(n, options.replicates, options.seed, strata)
+    except UserError as e:
+        return None, f"no interval: {e}"
+    return counts_RN, "interval: these subjects and prompts, other noise" if strata else ""
 
 
 def _other_side(
@@ -344,7 +365,7 @@ def _score(
     against: Mapping[str, _Against], notes: Mapping[str, list[str]], n: int,
 ) -> Score:
     value, side = values[row.metric], against[row.metric]
-    remarks = [row.remark, *notes.get(row.metric, ())]
+    remarks = [row.remark, value.remark, *notes.get(row.metric, ())]
     return Score(
         name=row.name, label=row.label, better=row.definition.better, value=value.value,
         interval=value.interval, n=n, extractor=network.hash_of(row.layer),

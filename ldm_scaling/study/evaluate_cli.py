@@ -63,7 +63,8 @@ def _parser() -> Parser:
         f"{', '.join(scores.SCORES)}")
     add("--side", type=above_0, metavar="N", help="first brings all images to N x N pixels by "
         f"{image_folder.SQUARE}")
-    add("--captions", metavar="FILE", help=".txt, a line for each image, or .json by name")
+    add("--captions", metavar="FILE", help=".txt, a line for each image in the order of names "
+        "(of numbers, where names are numbers), or .json by name")
     add("--prefix", default="", metavar="TEXT", help="before each caption for CLIP scores")
     add("--versus", metavar="DIR", help="another model's images for the same captions and noise, "
         "named alike: differences with intervals and p-values")
@@ -223,12 +224,16 @@ def _folders(given, about) -> Task:
         real = Path(given.b).expanduser()
     elif given.b:
         real = ImageSet(_listing(given.b, given.skip_corrupt, about), given.side)
-    captions = None
-    if given.captions:
-        path = Path(given.captions).expanduser()
-        captions = protocols.captions_in(path, images.folder.names)
-        about["captions"] = {"file": str(path), "hash": files.sha256_of(list(captions))}
-    return Task(images, real, captions)
+    if not given.captions:
+        return Task(images, real)
+    path = Path(given.captions).expanduser()
+    if path.suffix != ".json":
+        images = dataclasses.replace(images, folder=image_folder.by_number(images.folder))
+    captions = protocols.captions_in(path, images.folder.names)
+    task = Task(images, real, captions)
+    about["captions"] = {"file": str(path), "hash": files.sha256_of(list(captions)),
+                         "first": evaluate_show.first_pairs(task)}
+    return task
 
 
 def _make_reference(given, options: Options) -> None:

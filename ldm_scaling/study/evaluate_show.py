@@ -17,8 +17,10 @@ from ldm_scaling.parallel import hosts
 from ldm_scaling.study import scores
 from ldm_scaling.study.evaluate import Options, Score, Task
 from ldm_scaling.study.features import ImageSet
+from ldm_scaling.study.statistics import multiple
 
 FORMAT = 1
+_FIRST = 3
 
 
 def said(images: ImageSet) -> dict[str, Any]:
@@ -34,7 +36,7 @@ def record(
     versus: Sequence[Score] | None, differences: dict[str, Comparison],
 ) -> dict[str, Any]:
     """All of it, for a file of JSON."""
-    real = task.real
+    real, holm = task.real, _holm(differences)
     return {
         "format": FORMAT,
         "version": __version__,
@@ -46,9 +48,19 @@ def record(
                      "seed": options.seed, "method": "bootstrap over images, centred"},
         "scores": [one.plain() for one in found],
         **({"versus_scores": [one.plain() for one in versus]} if versus else {}),
-        **({"differences": {k: dataclasses.asdict(v) for k, v in differences.items()}}
-           if differences else {}),
+        **({"differences": {k: dataclasses.asdict(v) | {"p_holm": holm[k]}
+                            for k, v in differences.items()}} if differences else {}),
     }  # fmt: skip
+
+
+def first_pairs(task: Task) -> list[list[str]]:
+    """The names of the first images with their captions, said on stderr before hours are spent on
+    wrong pairs."""
+    pairs = [list(pair) for pair in zip(task.generated.folder.names[:_FIRST], task.captions)]
+    more = len(task.captions) - len(pairs)
+    said = "; ".join(f"{name}: {caption!r}" for name, caption in pairs)
+    print(f"captions: {said}{f'; and {more:,} more' if more else ''}", file=sys.stderr)
+    return pairs
 
 
 def warn(about: dict[str, Any]) -> None:
@@ -56,6 +68,12 @@ def warn(about: dict[str, Any]) -> None:
     for folder, names in about.get("skipped", {}).items():
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         print(f"left out {len(names)} broken images of {folder}: {shown}", file=sys.stderr)
+
+
+def _holm(differences: dict[str, Comparison]) -> dict[str, float]:
+    """p-values adjusted for there being all of these."""
+    adjusted = multiple.holm([one.p_value for one in differences.values()])
+    return dict(zip(differences, map(float, adjusted)))
 
 
 def _digits(value: float, sign: str = "") -> str:
@@ -77,17 +95,18 @@ def show(
     table = Table(box=box.SIMPLE_HEAD)
     heads = ["score", "value", "95% interval", "n", "real n", "better"]
     if versus:
-        heads[3:3] = ["versus", "difference", "its 95% interval", "p"]
+        heads[3:3] = ["versus", "difference", "its 95% interval", "p", "p (Holm)"]
+    holm = _holm(differences)
     for head in heads:
         table.add_column(head, justify="left" if head in ("score", "better") else "right")
     for i, one in enumerate(found):
         cells = [one.label, _digits(one.value), _span(one.interval)]
         if versus:
             d = differences.get(one.name)
-            more = ["-"] * 3
+            more = ["-"] * 4
             if d:
-                p = f"{d.p_value:.3g}"
-                more = [_digits(d.difference, "+"), _span((d.low, d.high)), p]
+                p_values = [f"{p:.3g}" for p in (d.p_value, holm[one.name])]
+                more = [_digits(d.difference, "+"), _span((d.low, d.high)), *p_values]
             cells += [_digits(versus[i].value), *more]
         real = "-" if one.reference_n is None else str(one.reference_n)
         table.add_row(*cells, str(one.n), real, one.better)

@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from ldm_scaling.errors import UserError
 from ldm_scaling.metrics import catalog
 from ldm_scaling.metrics.catalog import Metric
-from ldm_scaling.study.extractors import EXTRACTORS
+from ldm_scaling.metrics.inception_score import SHUFFLE_SEED
+from ldm_scaling.study.extractors import EFFNET_SIDE, EXTRACTORS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,20 +65,28 @@ def _inception(metric: str, label: str, *shorts: str) -> list[Row]:
     ]  # fmt: skip
 
 
+_EFFNET = (
+    f"always at {EFFNET_SIDE} px: a study's records have it at sweep.feature_side and by another "
+    "resize, and do not compare"
+)
+_PRDC = (
+    "on Inception's features as in ADM's evaluator; the authors' and torch-fidelity's are VGG16's, "
+    "and do not compare"
+)
 _ROWS = [
     *_inception("fid", "FID", *_PATHS),
     *_inception("fid_infinity", "FID-infinity", "tf2015", "clean"),
     *_inception("kid", "KID", "tf2015", "clean"),
     Row("fd_dinov2", "FD-DINOv2", "fd_dinov2", "dinov2_l14", "class"),
     Row("fd_effnetlite0", "FD-EfficientNet-Lite0", "fid", "effnetlite0", "trunk",
-        "320 ImageNet features of a pip package; not FID"),
+        f"320 ImageNet features of a pip package, {_EFFNET}; not FID"),
     Row("kd_effnetlite0", "KD-EfficientNet-Lite0", "kid", "effnetlite0", "trunk",
-        "KID's kernel on the same features; not KID"),
+        f"KID's kernel on 320 ImageNet features of a pip package, {_EFFNET}; not KID"),
     Row("cmmd", "CMMD", "cmmd", "clip_l14_336", "projected"),
     Row("inception_score", "inception score", "inception_score", "inception_tf2015",
-        "logits_unbiased", "10 splits in the images' order"),
+        "logits_unbiased", f"10 splits, shuffled with torch-fidelity's seed {SHUFFLE_SEED}"),
     *(
-        Row(name, name, name, "inception_tf2015", "pool", f"k = {k}")
+        Row(name, name, name, "inception_tf2015", "pool", f"k = {k}, {_PRDC}")
         for name, k in (("precision", 3), ("recall", 3), ("density", 5), ("coverage", 5))
     ),
     *(

@@ -44,6 +44,20 @@ HOLE = np.array([[0, 0, 0], [250, 10, 20], [255, 255, 255], [60, 70, 230]], np.u
 CMYK = np.stack([255 - RGB[..., 0], 255 - RGB[..., 1], 255 - RGB[..., 2], 0 * GREY], axis=-1)
 
 
+@pytest.mark.parametrize("names, wanted", [
+    (["0.png", "1.jpg", "10.png", "11.png", "2.png"], [0, 1, 4, 2, 3]),
+    (["a_1.png", "a_10.png", "a_9.png"], [0, 2, 1]),
+    (["sd15_1.png", "sd15_100.png", "sd15_20.png"], [0, 2, 1]),
+    (["000.png", "001.png", "010.png"], [0, 1, 2]),
+    (["1.png", "10_b.png", "9.png"], [0, 1, 2]),
+    (["10.png", "9.png", "a.png"], [0, 1, 2]),
+    (["one.png"], [0]),
+])
+def test_order_of_numbers(tmp_path, names, wanted):
+    folder = image_folder.ImageFolder(tmp_path, tuple(names))
+    assert image_folder.by_number(folder).names == tuple(names[i] for i in wanted)
+
+
 @pytest.mark.parametrize("suffix, image, expected", [
     ("png", Image.fromarray(RGB), RGB),
     ("webp", Image.fromarray(RGB), RGB),

@@ -106,6 +106,22 @@ def test_stored_replicates_are_centred_and_their_differences_are_the_difference(
     assert wide[0] < low and high < wide[1]
 
 
+def test_halves_within_strata_leave_out_how_the_strata_differ():
+    """DreamBench: what subjects and prompts add is the same in every replicate."""
+    rng, strata = np.random.default_rng(10), np.repeat(np.arange(40), 4)
+    counts_RN = bootstrap.resample_counts(160, 4000, 0, strata.tolist())
+    drawn_RS = np.stack([counts_RN[:, strata == s].sum(axis=1) for s in range(40)], axis=1)
+    assert (drawn_RS == 2).all() and set(np.unique(counts_RN)) == {0, 1}
+    assert counts_RN.mean(axis=0) == pytest.approx(0.5, abs=0.05)
+    noise_N = rng.normal(0, 0.04, 160)
+    values_N = rng.normal(0, 0.1, 40)[strata] + noise_N
+    within = np.mean([noise_N[strata == s].var(ddof=1) for s in range(40)])
+    spread = bootstrap.mean_replicates(values_N, counts_RN).std()
+    assert spread == pytest.approx(np.sqrt(within / 160), rel=0.05)
+    plain = bootstrap.mean_replicates(values_N, bootstrap.resample_counts(160, 500, 0))
+    assert plain.std() > 1.8 * spread
+
+
 TRIALS = 300
 
 
@@ -199,6 +215,10 @@ def test_mistakes_say_what_is_wrong():
         bootstrap.resample_counts(1, 10, 0)
     with pytest.raises(UserError, match="replicate"):
         bootstrap.resample_counts(10, 0, 0)
+    with pytest.raises(UserError, match="has 1 image, which says nothing"):
+        bootstrap.resample_counts(5, 10, 0, ["a", "a", "b", "b", "c"])
+    with pytest.raises(UserError, match="4 strata for 5 images"):
+        bootstrap.resample_counts(5, 10, 0, ["a", "a", "b", "b"])
     with pytest.raises(UserError, match="do not fit 32 images"):
         bootstrap.frechet_replicates(features_ND, reference, np.ones((3, N + 1), int))
     with pytest.raises(UserError, match="fewer than 2"):

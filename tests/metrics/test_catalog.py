@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ldm_scaling.errors import UserError
-from ldm_scaling.metrics import bootstrap, catalog, prdc
+from ldm_scaling.metrics import bootstrap, catalog, inception_score, prdc
 from ldm_scaling.metrics.frechet import ReferenceStats
 from ldm_scaling.metrics.moments import Moments
 from tests.metrics.peers import features
@@ -46,6 +46,17 @@ def test_every_metric_has_a_value_an_interval_and_replicates():
     for name, score in catalog.evaluate(catalog.PAIRED, values, {}, counts_RN).items():
         assert score.value == pytest.approx((N - 1) / 2 / N), name
         assert score.interval[0] < score.value < score.interval[1], name
+
+
+def test_images_by_class_are_shuffled_before_the_inception_score_splits_them():
+    """As torch-fidelity does. In their order each split would hold one class and score 1."""
+    logits_NC = 30.0 * np.eye(10)[np.repeat(np.arange(10), 20)]
+    counts_RN = bootstrap.resample_counts(200, 12, 0)
+    score = catalog.evaluate(
+        ["inception_score"], {"inception_logits": logits_NC}, {}, counts_RN)["inception_score"]
+    wanted = inception_score.inception_score(logits_NC, shuffle_seed=2020).value
+    assert score.value == wanted > 5
+    assert score.interval[0] < score.value < score.interval[1]
 
 
 def test_intervals_end_where_the_metric_does():

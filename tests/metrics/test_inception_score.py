@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from ldm_scaling.errors import UserError
+from ldm_scaling.metrics import bootstrap
 from ldm_scaling.metrics.inception_score import inception_score, inception_score_replicates
 from tests.metrics import peers
 
@@ -46,14 +48,39 @@ def test_closed_forms():
 @pytest.mark.parametrize("seed", [None, 2020])
 def test_replicates_are_the_score_of_the_images_they_count(seed):
     x = _logits(2, 64, 30)
-    counts_RN = np.random.default_rng(3).integers(0, 3, (5, 64))
+    counts_RN = np.random.default_rng(3).multinomial(64, np.full(64, 1 / 64), 5)
     order = np.arange(64) if seed is None else np.random.RandomState(seed).permutation(64)
-    direct_R = [
+    direct_R = np.array([
         inception_score(np.repeat(x[order], counts_N[order], axis=0), splits=4).value
         for counts_N in counts_RN
-    ]
+    ])
     drawn_R = inception_score_replicates(x, counts_RN, splits=4, shuffle_seed=seed)
-    np.testing.assert_allclose(drawn_R, direct_R, rtol=1e-12)
+    value = inception_score(x, splits=4, shuffle_seed=seed).value
+    np.testing.assert_allclose(drawn_R, value * direct_R / direct_R.mean(), rtol=1e-12)
+    # Half of the images are scored in half of the splits.
+    half_RN = bootstrap.resample_counts(64, 3, 0)
+    direct_R = np.array([
+        inception_score(x[order][c[order] > 0], splits=2).value for c in half_RN
+    ])
+    drawn_R = inception_score_replicates(x, half_RN, splits=4, shuffle_seed=seed)
+    np.testing.assert_allclose(drawn_R / drawn_R[0], direct_R / direct_R[0], rtol=1e-12)
+
+
+@pytest.mark.parametrize("n, classes, splits", [(200, 100, 10), (100, 100, 1)])
+def test_intervals_hold_where_there_are_many_classes_and_few_images_a_split(n, classes, splits):
+    """The score of fewer images is much smaller then, and so is its spread."""
+    rng, trials, values, intervals = np.random.default_rng(7), 80, [], []
+    counts_RN = bootstrap.resample_counts(n, 60, 0)
+    for _ in range(trials):
+        logits_NC = 0.5 * rng.normal(size=(n, classes))
+        logits_NC[np.arange(n), rng.integers(classes, size=n)] += rng.gamma(2.0, 6.0, n)
+        values.append(inception_score(logits_NC, splits=splits).value)
+        drawn_R = inception_score_replicates(logits_NC, counts_RN, splits=splits)
+        intervals.append(bootstrap.basic_interval(values[-1], drawn_R))
+    low_T, high_T = np.transpose(intervals)
+    held = np.mean((low_T <= np.mean(values)) & (np.mean(values) <= high_T))
+    assert held >= scipy.stats.binom.ppf(1e-2, trials, 0.92) / trials
+    assert np.mean(high_T - low_T) < 1.6 * 3.92 * np.std(values)
 
 
 def test_mistakes_say_what_is_wrong():
@@ -63,6 +90,6 @@ def test_mistakes_say_what_is_wrong():
         inception_score(np.zeros((0, 5)), splits=1)
     with pytest.raises(UserError, match="not finite"):
         inception_score(np.full((20, 5), np.inf))
-    with pytest.raises(UserError, match="fewer than 10 images"):
-        inception_score_replicates(_logits(5, 12), np.eye(12, dtype=int))
+    with pytest.raises(UserError, match="fewer than 1 images"):
+        inception_score_replicates(_logits(5, 12), np.zeros((2, 12), int))
     assert inception_score(_logits(6, 1), splits=1).value == pytest.approx(1)

@@ -61,6 +61,14 @@ def test_mistakes_say_what_is_wrong():
     x = _features(np.random.default_rng(2), 50)
     with pytest.raises(UserError, match="15 subsets of 5000 to 50 images"):
         frechet_infinity(x, REFERENCE)
+    # Sizes from nearly all images to all: a line without a length.
+    with pytest.raises(UserError, match="15 subsets of 26 to 50 images.*twice the images"):
+        frechet_infinity(x, REFERENCE, smallest=26)
+    least = frechet_infinity(x, REFERENCE, smallest=25)
+    assert "subsets of 25 to 50 images" in least.remark and f"{least.error:.2g}" in least.remark
+    odd = bootstrap.resample_counts(51, 2, 0)  # Of halves, rounded down, as well.
+    assert len(infinity_replicates(_features(np.random.default_rng(3), 51), REFERENCE, odd,
+                                   smallest=25, points=3)) == 2
     with pytest.raises(UserError, match="at least 3 subsets"):
         frechet_infinity(x, REFERENCE, smallest=10, points=2)
     with pytest.raises(UserError, match="not finite"):

@@ -84,10 +84,11 @@ def test_paired_intervals_cover_the_difference(trials, name):
     assert np.mean([c.low <= expected <= c.high for c in found]) >= _low(nominal)
     for c in found[:20]:
         assert c.difference == pytest.approx((c.low + c.high) / 2, abs=c.high - c.low)
-        # The interval leaves out 0 where the p-value is small, and the other way round.
-        if c.p_value > 0.08:
+        # The interval leaves out 0 where the p-value is small, and the other way round: to what
+        # 100 replicates tell of their ends.
+        if c.p_value > 0.15:
             assert c.low <= 0 <= c.high
-        if c.p_value < 0.03:
+        if c.p_value < 0.01:
             assert not c.low <= 0 <= c.high
 
 
@@ -131,12 +132,16 @@ def test_means_are_scipys_paired_tests():
     assert (certain.low, certain.high, certain.p_value) == (2, 2, 0)
 
 
-def test_a_clear_difference_has_the_smallest_p_value_there_is():
+def test_a_clear_difference_has_a_p_value_that_survives_corrections():
     rng = np.random.default_rng(4)
     raw_R = rng.normal(size=99)
     found = compare.distributions(50.0, 10.0, raw_R, rng.normal(size=99))
-    assert found.p_value == pytest.approx(2 / 100)
+    assert found.p_value < 1e-6
     assert found.low > 0
+    # One as far as the interval's half width has 5% of Student's t.
+    drawn_R = rng.normal(size=2000)
+    near = compare.distributions(1.96 * drawn_R.std(), 0.0, drawn_R, np.zeros(2000))
+    assert near.p_value == pytest.approx(0.05, abs=0.001)
     same = compare.distributions(1.0, 1.0, raw_R, raw_R)
     assert (same.difference, same.low, same.high, same.p_value) == (0, 0, 0, 1)
 

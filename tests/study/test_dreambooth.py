@@ -15,6 +15,7 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.sampling import sampler
 from ldm_scaling.study import records
 from ldm_scaling.study.dreambooth import Taught
+from ldm_scaling.study.dreambooth_scores import Scores, pooled
 from ldm_scaling.tasks.drawing import sampling_key
 from tests import published as mini
 
@@ -98,6 +99,26 @@ def test_everything_is_there(booth, done):
     assert low <= record.metrics[name] <= high
     for one in subjects.values():
         assert one[name]["interval"][0] <= one[name]["value"] <= one[name]["interval"][1]
+
+
+def test_intervals_are_for_the_same_prompts():
+    """What prompts differ by is in none of them, pictures of a prompt that differ are."""
+    def found(values, each=4):
+        sweep = types.SimpleNamespace(replicates=200, report_block=1)
+        materials = types.SimpleNamespace(study=types.SimpleNamespace(sweep=sweep))
+        config = types.SimpleNamespace(images_per_prompt=each)
+        taught = types.SimpleNamespace(materials=materials, config=config)
+        texts = [f"prompt {i // each}" for i in range(len(values))]
+        return Scores(taught, None)._replicates(np.array(values), texts)
+
+    prompts = np.repeat([0.2, 0.5, 0.9], 4)
+    assert np.ptp(found(prompts).replicates_R) < 1e-12
+    noise = np.tile([-0.02, -0.01, 0.01, 0.02], 3)
+    spread = np.sqrt(noise[:4].var(ddof=1) / 12)
+    one = found(prompts + noise)
+    assert one.replicates_R.std() == pytest.approx(spread, rel=0.15)
+    assert pooled([one, one]).replicates_R.std() == pytest.approx(spread / np.sqrt(2), rel=0.15)
+    assert not found(prompts, 1).replicates_R.size  # One of each tells nothing of noise.
 
 
 def test_a_figure_is_drawn_of_its_records(booth, done, capsys):
@@ -219,7 +240,7 @@ def test_what_decides_a_taught_network_is_in_its_hash():
     base = DreamBooth()
     for change in ({"identifier": "zwx"}, {"prior_weight": 0.5}, {"class_images": 7},
                    {"lora_rank": 4}, {"train_text_encoder": True}, {"caption": "one {0} {1}"},
-                   {"train": Train(steps=3, validate_every=0, checkpoint_every=1)}):
+                   {"train": Train(steps=3, warmup_steps=0, validate_every=0, checkpoint_every=1)}):
         assert DreamBooth(**change).hash != base.hash
     for change in ({"prompts": PROMPTS}, {"images_per_prompt": 9}, {"subjects": "x"}):
         assert DreamBooth(**change).hash == base.hash

@@ -17,9 +17,17 @@ from PIL import Image
 from ldm_scaling import cli
 from ldm_scaling.data import coco
 from ldm_scaling.errors import UserError
+from ldm_scaling.metrics import inception_score
 from ldm_scaling.models import clip
 from ldm_scaling.sampling import solvers
-from ldm_scaling.study import extractors, protocol_images, protocols, scores, weights
+from ldm_scaling.study import (
+    evaluate_cli,
+    extractors,
+    protocol_images,
+    protocols,
+    scores,
+    weights,
+)
 from ldm_scaling.study.extractors import EXTRACTORS, Extractor, Network
 
 PARITY = "the peer is missing: pip install -e '.[parity]'"
@@ -153,7 +161,7 @@ def test_equals_torch_fidelity(evaluate, tmp_path, monkeypatch):
         module.kid_features_to_metric = both
         peer = fidelity.calculate_metrics(
             input1=str(a), input2=str(b), fid=True, isc=True, kid=True, kid_subset_size=4,
-            samples_shuffle=False, feature_extractor_weights_path=str(tmp_path / name),
+            feature_extractor_weights_path=str(tmp_path / name),
             cuda=False, cache=False, verbose=False, save_cpu_ram=True, batch_size=4,
         )  # fmt: skip
     load = functools.partial(extractors.inception.load, batch=4, devices=jax.devices()[:2])
@@ -176,9 +184,7 @@ def test_equals_torch_fidelity(evaluate, tmp_path, monkeypatch):
     # The same as a file of statistics, ours and pytorch-fid's.
     low, high = record["by name"]["fid_tf2015"]["interval"]
     assert low < ours["fid_tf2015"] < high
-    # Half of 12 images cannot be split into 10.
-    score = record["by name"]["inception_score"]
-    assert score["interval"] is None and "no interval" in score["remark"]
+    assert "torch-fidelity's seed 2020" in record["by name"]["inception_score"]["remark"]
     assert cli.main(["evaluate", f"--make-reference={tmp_path / 'b.npz'}", str(b),
                      f"--weights={tmp_path}"]) == 0  # fmt: skip
     again = evaluate(a, tmp_path / "b.npz", f"--weights={tmp_path}", "--replicates=0")
@@ -206,6 +212,7 @@ def test_needs_no_download(evaluate, tmp_path, monkeypatch):
     assert score["value"] < 1e-6 and score["label"] == "FD-EfficientNet-Lite0"
     assert record["generated"]["hash"] == record["real"]["hash"]
     assert "not FID" in score["remark"] and "12 images are no more than the 320" in score["remark"]
+    assert "always at 224 px: a study's records have it at sweep.feature_side" in score["remark"]
     assert evaluate(a, write_images(tmp_path / "c", 12, 1, low=128), FD)["by name"][
         "fd_effnetlite0"]["value"] > 1  # fmt: skip
 
@@ -328,12 +335,20 @@ def test_versus_is_paired(evaluate, reds, tmp_path):
     record = evaluate(a, b, FD, f"--versus={a}")
     found = record["differences"]["fd_effnetlite0"]
     assert (found["difference"], found["low"], found["high"]) == (0, 0, 0)
+    assert (found["p_value"], found["p_holm"]) == (1, 1)
     low, high = record["scores"][0]["interval"]
     assert low < record["scores"][0]["value"] < high
     worse = evaluate(a, b, FD, f"--versus={write_reds(tmp_path / 'w', np.array(A) // 2)}")
     assert worse["differences"]["fd_effnetlite0"]["high"] < 0
     few = write_reds(tmp_path / "few", A[:4])
     assert "2 images are in one of" in evaluate(a, b, FD, f"--versus={few}", status=2)
+    # Two scores at once: each p-value is adjusted for the other.
+    other = write_reds(tmp_path / "o", np.array(A) + [9, 1, -8, 3, 4, -2])
+    both = evaluate(a, b, FD + ",kd_effnetlite0", f"--versus={other}")
+    small, large = sorted(both["differences"].values(), key=lambda one: one["p_value"])
+    assert 0 < small["p_value"] and small["p_holm"] == min(1, 2 * small["p_value"])
+    assert large["p_holm"] == max(large["p_value"], small["p_holm"])
+    assert "p (Holm)" in both["out"]
 
 
 def test_versus_pairs_by_name(evaluate, reds, tmp_path):
@@ -351,6 +366,28 @@ def test_versus_pairs_by_name(evaluate, reds, tmp_path):
         broken.write_bytes(b"nothing")
     error = evaluate(a, b, FD, f"--versus={other}", "--skip-corrupt", status=2)
     assert "2 images are in one of" in error and "'002'" in error
+
+
+def test_scores_of_inception(evaluate, tmp_path, monkeypatch):
+    """Images by class, as folders have them: shuffled before they are split. Precision is said to
+    be on other features than its authors'; half of 6 images are too few for it."""
+    def run(images):
+        reds = np.array([image[0, 0, 0] for image in images])
+        return {"pool": reds[:, None].astype(np.float32),
+                "logits_unbiased": 30.0 * np.eye(10, dtype=np.float32)[reds // 20 % 10]}
+
+    network = Network(run, str, lambda layer: "a class")
+    monkeypatch.setitem(EXTRACTORS, "inception_tf2015", Extractor((), "none", lambda: network))
+    a = write_reds(tmp_path / "a", 20 * np.repeat(np.arange(10), 4))
+    score = evaluate(a, "--metrics=is")["scores"][0]
+    logits_NC = 30.0 * np.eye(10)[np.repeat(np.arange(10), 4)]
+    wanted = inception_score.inception_score(logits_NC, shuffle_seed=2020).value
+    assert score["value"] == pytest.approx(wanted) and wanted > 2
+    few, b = write_reds(tmp_path / "few", A), write_reds(tmp_path / "b", B)
+    score = evaluate(few, b, "--metrics=precision")["scores"][0]
+    assert score["interval"] is None and "no interval" in score["remark"]
+    assert "on Inception's features as in ADM's evaluator" in score["remark"]
+    assert "torch-fidelity" not in score["source"]
 
 
 def test_distances_are_of_pairs_by_name(evaluate, tmp_path, monkeypatch):
@@ -429,7 +466,7 @@ def test_weights_that_are_missing(evaluate, tmp_path):
     (["--make-reference=x.npz", "one", FD], ["statistics need 2 images, there is 1 in one"]),
     (["--protocol=coco5k", "--data=A", "--workdir", "W", "--config", "x.py", "--metrics=cmmd"],
      ["x.py"]),
-    (["A", "A", "--metrics=fid_infinity"], ["needs 5,001 images, there are 6 in A"]),
+    (["A", "A", "--metrics=fid_infinity"], ["needs 10,000 images, there are 6 in A"]),
     (["A", "--metrics=clip_score_b32"], ["needs the images' captions", "--captions=FILE"]),
     (["A", "A", "--metrics=dino"], ["--protocol=dreambench"]),
     (["A", "A", "--data=x"], ["--data belongs to --protocol"]),
@@ -609,6 +646,25 @@ def test_captions_of_a_folder(evaluate, write_clip, tmp_path):
     assert "no caption of 001.png" in run(f"--captions={tmp_path / 'x.json'}", status=2)
 
 
+def test_lines_of_captions_are_in_the_order_of_numbers(tmp_path, capsys):
+    """0.png to 10.png, whose names sort 0, 1, 10, 2; the first pairs are shown."""
+    (tmp_path / "a").mkdir()
+    for i in range(11):
+        Image.new("RGB", (2, 2), (i, 0, 0)).save(tmp_path / "a" / f"{i}.png")
+    (tmp_path / "x.txt").write_text("\n".join(f"number {i}" for i in range(11)))
+    table = {f"{i}.png": f"number {i}" for i in range(11)}
+    (tmp_path / "x.json").write_text(json.dumps(table))
+    for name in ("x.txt", "x.json"):
+        about = {}
+        given = evaluate_cli._parser().parse_args([
+            str(tmp_path / "a"), f"--captions={tmp_path / name}"])
+        given.config = given.workdir = None
+        task = evaluate_cli._folders(given, about)
+        assert dict(zip(task.generated.folder.names, task.captions)) == table
+        assert about["captions"]["first"][1] == ["1.png", "number 1"]
+        assert "captions: 0.png: 'number 0'; 1.png: 'number 1'; " in capsys.readouterr().err
+
+
 DREAMBENCH = """Classes
 
 subject_name,class
@@ -664,10 +720,18 @@ def test_dreambench(evaluate, tmp_path, monkeypatch):
                   for (s, p, _), red in drawn.items() if p < limit]  # fmt: skip
         assert record["scores"][0]["value"] == pytest.approx(np.mean(wanted), rel=1e-6)
         assert (record["scores"][0]["n"], record["scores"][0]["reference_n"]) == (4 * limit, 5)
+        # The images of one subject and prompt are nearly alike, those of others far from it.
+        low, high = record["scores"][0]["interval"]
+        assert 0 < high - low < 0.1 < np.std(wanted)
+        assert "interval: these subjects and prompts, other noise" in record["out"]
         assert "different sizes" not in record["out"]
     (tmp_path / "images" / "dog2" / "02_1.png").unlink()
     assert "1 images of dog2, prompt 2, and 2 of others" in run("--limit=3", status=2)
     assert run("--limit=2")["scores"][0]["n"] == 8
+    for path in (tmp_path / "images").glob("*/*_1.png"):
+        path.unlink()
+    alone = run("--limit=2")["scores"][0]
+    assert alone["interval"] is None and "no interval: a stratum" in alone["remark"]
     (tmp_path / "images" / "dog2" / "03_0.png").write_bytes(b"")
     assert "dog2/03_0.png is of no subject and prompt" in run("--limit=2", status=2)
 

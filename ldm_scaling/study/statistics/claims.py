@@ -132,12 +132,12 @@ def _compute(records: Sequence[Record], metric: str, blocks: tuple[int, int]) ->
     test = (
         "The slope of the measure over the log of training compute (GFLOPs of a network call x "
         "training steps), at the most steps that all were sampled with; its error holds the "
-        "scatter about the line and the choice of prompts."
+        "scatter about the line, by as many runs as there are sizes, and the choice of prompts."
     )
     found = trends.training(records, metric, *blocks)
     if found is None:
         return _blank(
-            1, test, "No records of three or more different training computes, sampled alike."
+            1, test, "No records of three or more sizes and training computes, sampled alike."
         )
     measure = labels.measure(metric)
     effect = f"{100 * found.change:+.2g}% {measure.short} for ten times the training compute"
@@ -158,7 +158,8 @@ def _compute(records: Sequence[Record], metric: str, blocks: tuple[int, int]) ->
 def _downstream(rows: Sequence[FineTuned]) -> Verdict:
     test = (
         "Shares of the variance of downstream quality that pretraining quality (a straight line) "
-        "and fine-tuning length (any shape) explain, over draws of the sizes with replacement."
+        "and fine-tuning length (any shape) explain, told from what is left without each size in "
+        "turn."
     )
     found = trends.downstream(rows)
     if found is None:

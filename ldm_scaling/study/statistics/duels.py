@@ -7,10 +7,9 @@ import itertools
 from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
-from scipy import stats
 
 from ldm_scaling.errors import UserError
-from ldm_scaling.metrics import bootstrap
+from ldm_scaling.metrics import bootstrap, compare
 from ldm_scaling.study import labels, winners
 from ldm_scaling.study.curves import Curves, Point
 from ldm_scaling.study.statistics import bands, multiple
@@ -27,9 +26,7 @@ class Duel:
       advantage: how much better a is, in the measure's units; negative where it is worse.
       low, high: its 95% interval from paired replicates.
       probability: that a is better: the share of paired replicates (ties count half).
-      p_value: two-sided, for "no difference". The advantage over its bootstrap standard error,
-        as Student's t: a share of 200 replicates cannot be small enough to survive a correction
-        for many comparisons.
+      p_value: two-sided, for "no difference", see `compare.p_of`.
       holm, bh: the p-value adjusted for the whole family it was judged in, see `multiple`.
     """
 
@@ -97,16 +94,8 @@ def between(a: Point, b: Point, metric: str, budget: float, axis: str) -> Duel:
     advantage = sign * (b.value - a.value)
     low, high = bootstrap.percentile_interval(advantage_R)
     share = float((advantage_R > 0).mean() + 0.5 * (advantage_R == 0).mean())
-    p_value = p_of(advantage, advantage_R)
+    p_value = compare.p_of(advantage, advantage_R)
     return Duel(a, b, budget, axis, advantage, low, high, share, p_value, p_value, p_value)
-
-
-def p_of(value: float, replicates_R: np.ndarray) -> float:
-    """Two-sided p-value of `value` against 0 by its replicates' standard deviation."""
-    error = float(np.std(replicates_R, ddof=1))
-    if error == 0:
-        return 1.0 if value == 0 else 0.0
-    return float(2 * stats.t.sf(abs(value) / error, len(replicates_R) - 1))
 
 
 def family(duels: Iterable[Duel]) -> list[Duel]:

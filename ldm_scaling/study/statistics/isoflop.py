@@ -170,11 +170,15 @@ def frontier(
 
 
 def _drawn(profile: Profile, replicates: int, rng: np.random.Generator) -> np.ndarray:
-    """Log losses of replicates that draw residuals about the parabola (R, M)."""
+    """Log losses of replicates that draw residuals about the parabola (R, M).
+
+    Their spread is known from as many points as the parabola leaves over, one of 4, so that each
+    replicate has its own, as `Scatter.draw` does.
+    """
     fit_M = np.log(profile.at(profile.size_M))
     residual_M = np.log(profile.loss_M) - fit_M
-    scale = np.sqrt(len(fit_M) / (len(fit_M) - 3))
-    return fit_M + rng.choice(residual_M * scale, (replicates, len(fit_M)))
+    scale_R1 = np.sqrt(len(fit_M) / rng.chisquare(len(fit_M) - 3, (replicates, 1)))
+    return fit_M + scale_R1 * rng.choice(residual_M, (replicates, len(fit_M)))
 
 
 def _moved(profile: Profile, drawn_RM: np.ndarray) -> np.ndarray:

@@ -58,7 +58,9 @@ def optima(curves: Sequence[Curve], seed: int = 0) -> list[Optimum]:
     """The lowest place of each of several curves of one experiment.
 
     Noise is what cubics through five points about the lowest leave of all curves' logarithms,
-    together. Each replicate adds as much to every point, and looks for the lowest again.
+    together. Each replicate adds as much to every point, and looks for the lowest again. That much
+    is itself known from one degree of freedom a curve, so each replicate has its own, as
+    `Scatter.draw` does: intervals have Student's tails. A curve that is there twice counts once.
 
     Args:
       curves: each with 3 finite losses at least, some with 5.
@@ -69,12 +71,13 @@ def optima(curves: Sequence[Curve], seed: int = 0) -> list[Optimum]:
     if any(c.known < LEAST for c in curves) or all(c.known < NOISE_FROM for c in curves):
         raise ValueError(f"{[c.known for c in curves]} finite losses: 3 each are needed, 5 of some")
     parts = [_logarithms(c) for c in curves]
-    left = [_left(x_K, y_K) for x_K, y_K in parts if len(x_K) >= NOISE_FROM]
-    deviation = math.sqrt(float(np.mean(left)))
+    told = {(x_K.tobytes(), y_K.tobytes()): _left(x_K, y_K)
+            for x_K, y_K in parts if len(x_K) >= NOISE_FROM}
     rng = np.random.default_rng(seed)
+    deviation_R = np.sqrt(sum(told.values()) / rng.chisquare(len(told), _REPLICATES))
     out = []
     for curve, (x_K, y_K) in zip(curves, parts, strict=True):
-        noise_RK = deviation * rng.standard_normal((_REPLICATES, len(x_K)))
+        noise_RK = deviation_R[:, None] * rng.standard_normal((_REPLICATES, len(x_K)))
         (x, *x_R), (y, *_) = _lowest(x_K, np.vstack([y_K, y_K + noise_RK]))
         low, high = np.exp(np.percentile(x_R, (2.5, 97.5)))
         best = curve.rate_N[np.nanargmin(curve.loss_N)]
@@ -92,7 +95,7 @@ def _logarithms(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _left(x_K: np.ndarray, y_K: np.ndarray) -> float:
-    """Variance of the noise: what a cubic leaves of five points, by its one degree of freedom."""
+    """Sum of squares that a cubic leaves of five points: of one degree of freedom."""
     start = int(np.clip(np.argmin(y_K) - NOISE_FROM // 2, 0, len(x_K) - NOISE_FROM))
     about = slice(start, start + NOISE_FROM)
     x, y = x_K[about] - x_K[about].mean(), y_K[about]

@@ -74,6 +74,21 @@ def test_best_sizes_have_intervals_and_parabolas_pass_the_points():
         few[0].at(1e6)
 
 
+def test_four_sizes_tell_their_noise_badly_and_intervals_are_as_wide():
+    law, hit = Law(1.7, (400.0, 400.0), (0.34, 0.34)), []
+    for seed in range(100):
+        rng, rows = np.random.default_rng(seed), []
+        for flops in (1e18, 1e20):
+            best, _ = law.best_split(flops)
+            for n in best * np.geomspace(1 / 4, 4, 4):
+                loss = law(np.array([[n, flops / 6 / n]]))[0] * np.exp(rng.normal(0, 0.003))
+                rows.append((flops, n, loss))
+        found = isoflop.frontier(*np.array(rows).T, seed=seed, replicates=200)
+        for p, (low, high) in zip(found.profiles, found.best_intervals, strict=True):
+            hit.append(low <= law.best_split(p.flops)[0] <= high)
+    assert np.mean(hit) >= 0.88
+
+
 def test_unequal_exponents_bias_the_parabola_and_not_approach_3():
     """arXiv 2603.22339: sizes over a wide range move the parabola's least, without any noise."""
     law = Law(1.7, (60.0, 4000.0), (0.22, 0.42))
