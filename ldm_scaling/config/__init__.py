@@ -9,6 +9,7 @@ from ldm_scaling.config.cascade import Cascade
 from ldm_scaling.config.data import OPENMOJI, Data, Prepare
 from ldm_scaling.config.distill import Consistency, Distill, Halving
 from ldm_scaling.config.dreambooth import DreamBooth
+from ldm_scaling.config.early import Early
 from ldm_scaling.config.edge import default, parse
 from ldm_scaling.config.finetune import FineTune
 from ldm_scaling.config.measuring import Sample, Sweep
@@ -17,6 +18,6 @@ from ldm_scaling.config.training import AUTO, Autoencoder, Diffusion, Mesh, Trai
 
 __all__ = [
     "AUTO", "OPENMOJI", "Autoencoder", "Cascade", "Consistency", "Data", "Diffusion", "Distill",
-    "DreamBooth", "FineTune", "Halving", "Mesh", "Prepare", "Sample", "Study", "Sweep", "Train",
-    "default", "parse",
+    "DreamBooth", "Early", "FineTune", "Halving", "Mesh", "Prepare", "Sample", "Study", "Sweep",
+    "Train", "default", "parse",
 ]

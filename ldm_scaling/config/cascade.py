@@ -60,6 +60,7 @@ class Cascade:
         for name in ("base", "upper", "first_steps"):
             values = getattr(self, name)
             require(len(set(values)) == len(values), f"cascade.{name}", values, "has a value twice")
+        self.sweep.require_none_of_its_own("cascade")
         require(self.factor >= 2, "cascade.factor", self.factor, "at least 2")
         require(self.start in ("member", "nothing"), "cascade.start", self.start,
                 "choose member or nothing")

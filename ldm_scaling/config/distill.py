@@ -86,6 +86,7 @@ class Distill:
                 "teacher's")
         require(len(self.rates) == 2 and 1 <= self.rates[0] <= self.rates[-1] < float("inf"),
                 f"{name}.rates", self.rates, "two from 1 (no guidance) on, the lower first")
+        self.sweep.require_none_of_its_own(name)
         wide = self.guidance_dim
         require(wide >= 4 and wide % 2 == 0, f"{name}.guidance_dim", wide,
                 "an even number from 4 on")
@@ -103,6 +104,22 @@ class Distill:
                 require(all(n.partition(":")[0] == own for n in names), f"{name}.{key}", names,
                         f"students of {self.method} are drawn by {own}, at whose nodes they are "
                         f"trained: {own}")
+                for n in names:
+                    require(not (why := self.refuses(n)), f"{name}.{key}", n, why)
+
+    def refuses(self, sampler: str) -> str:
+        """Why students are not drawn with these options of a sampler; empty where they are."""
+        pairs = [pair.partition("=") for pair in sampler.partition(":")[2].split(",")]
+        given = {option.strip(): value.strip() for option, _, value in pairs}
+        if not self.told:
+            return ""
+        if "rescale" in given:
+            return ("students that are told their rate are called once, so that there is nothing "
+                    "to rescale by: leave rescale out")
+        if {"guidance_low", "guidance_high"} & given.keys() and self.rates[0] > 1:
+            return ("outside of the interval students are told rate 1, which is none of "
+                    f"{self.NAME}.rates={self.rates}: leave it out, or begin rates with 1")
+        return ""
 
     @property
     def task(self) -> str:

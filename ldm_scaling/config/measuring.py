@@ -11,6 +11,14 @@ LEAST_RACED = 16
 """Pictures below which a Fréchet distance and its spread say too little to drop a rate by."""
 
 
+FRECHET = "fd_effnetlite0"
+"""What every sweep measures."""
+PUBLISHED_FRECHET = ("fid_tf2015", "fid_clean", "fid_pytorch", "fd_dinov2")
+CAPTION_SCORES = ("clip_score_b32", "clip_score_l14", "clip_score_g14")
+"""What a sweep can measure beside by networks whose weights are to be had elsewhere."""
+PUBLISHED = (*PUBLISHED_FRECHET, "inception_score", *CAPTION_SCORES)
+
+
 def race_rounds(arms: int, images: int, saving: float) -> tuple[int, ...]:
     """Pictures of an arm after each round of a race: twice as many each time, for half the arms.
 
@@ -73,6 +81,10 @@ class Sweep:
       replicates: bootstrap replicates on each report block.
       batch_size: lanes: pictures that are sampled at a time, over all devices.
       feature_side: side that pictures are resized to for the feature network.
+      metrics: what is measured beside by published networks, of `PUBLISHED`. They are read from the
+        folder that the variable LDM_SCALING_WEIGHTS names, see `study.weights`.
+      choose_by: the metric that chooses guidance, decides races and leads the report: the sweep's
+        own Fréchet distance, or one of `metrics`.
     """
 
     samplers: tuple[str, ...] = ("ddim", "ddpm", "dpmpp_2m")
@@ -89,6 +101,8 @@ class Sweep:
     replicates: int = 200
     batch_size: int = 512
     feature_side: int = 224
+    metrics: tuple[str, ...] = ()
+    choose_by: str = FRECHET
 
     def __post_init__(self):
         for name in ("samplers", "steps", "guidance"):
@@ -104,11 +118,21 @@ class Sweep:
         require(self.feature_side >= 32, "sweep.feature_side", self.feature_side, "at least 32")
         require(self.num_images >= 4, "sweep.num_images", self.num_images,
                  "at least 4, or there is no interval")
+        for name in self.metrics:
+            require(name in PUBLISHED, "sweep.metrics", name, f"choose of {', '.join(PUBLISHED)}")
+        require(len(set(self.metrics)) == len(self.metrics), "sweep.metrics", self.metrics,
+                "has a value twice")
+        require(self.choose_by in (FRECHET, *self.metrics), "sweep.choose_by", self.choose_by,
+                f"{FRECHET}, or one that sweep.metrics names")
         require(self.strategy in ("grid", "racing"), "sweep.strategy", self.strategy,
                  "is grid or racing")
         require(math.isfinite(self.saving) and self.saving >= 1, "sweep.saving", self.saving,
                  "at least 1")
         if self.strategy == "racing":
+            distances = (FRECHET, *PUBLISHED_FRECHET)
+            require(self.choose_by in distances, "sweep.choose_by", self.choose_by,
+                    f"races are decided by a distance: {', '.join(distances)}; or use "
+                    "sweep.strategy=grid")
             require(len(self.guidance) > 1, "sweep.guidance", self.guidance,
                      "a race needs two rates: give more, or sweep.strategy=grid")
             first = race_rounds(len(self.guidance), self.num_images, self.saving)[0]
@@ -124,6 +148,18 @@ class Sweep:
         require(len(set(blocks)) == len(blocks) and min(blocks) >= 0, "sweep.more_blocks",
                  self.more_blocks, f"blocks are not below 0, and each differs from the others, "
                  f"select_block={self.select_block} and report_block={self.report_block} too")
+
+    def judged_as(self, members: Sweep) -> Sweep:
+        """This grid, with what those of the members are judged by."""
+        return dataclasses.replace(self, metrics=members.metrics, choose_by=members.choose_by)
+
+    def require_none_of_its_own(self, part: str) -> None:
+        """Raises `UserError` where a part of a config says what its networks are judged by, which
+        is what members are judged by."""
+        for key, default in (("metrics", ()), ("choose_by", FRECHET)):
+            value = getattr(self, key)
+            require(value == default, f"{part}.sweep.{key}", value,
+                    f"these networks are judged as members are: say it in sweep.{key}")
 
     @property
     def report_blocks(self) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from ldm_scaling.config.check import require
 from ldm_scaling.config.data import Data
 from ldm_scaling.config.distill import Consistency, Distill, Halving
 from ldm_scaling.config.dreambooth import DreamBooth
+from ldm_scaling.config.early import Early
 from ldm_scaling.config.finetune import FineTune
 from ldm_scaling.config.measuring import Sample, Sweep
 from ldm_scaling.config.training import (
@@ -38,8 +39,8 @@ class Study:
         member, under any name, and nothing is trained. Empty where members are trained.
       weights_hash: of the folder's files. Filled in when the folder is read; given, it is what
         they must have.
-      data, autoencoder, diffusion, train, mesh, sample, sweep, finetune, consistency, halving,
-        cascade, dreambooth: see their classes.
+      data, autoencoder, diffusion, train, mesh, sample, sweep, early, finetune, consistency,
+        halving, cascade, dreambooth: see their classes.
     """
 
     name: str = "study"
@@ -55,6 +56,7 @@ class Study:
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     sample: Sample = dataclasses.field(default_factory=Sample)
     sweep: Sweep = dataclasses.field(default_factory=Sweep)
+    early: Early = dataclasses.field(default_factory=Early)
     finetune: FineTune = dataclasses.field(default_factory=FineTune)
     consistency: Consistency = dataclasses.field(default_factory=Consistency)
     halving: Halving = dataclasses.field(default_factory=Halving)
@@ -76,6 +78,15 @@ class Study:
                      "stable-diffusion-v1-5/stable-diffusion-v1-5")
         require(self.autoencoder.train.remat == "none", "autoencoder.train.remat",
                  self.autoencoder.train.remat, "the autoencoder has no blocks to recompute: none")
+        require(self.autoencoder.train.attention in ("auto", "plain", "chunked"),
+                "autoencoder.train.attention", self.autoencoder.train.attention, "fused "
+                "kernels are not for its one wide head: auto, plain or chunked")
+        require(not self.early.sampler or self.early.sampler in self.sweep.samplers,
+                "early.sampler", self.early.sampler, "the end of training is measured with "
+                f"sweep.samplers={self.sweep.samplers}: choose one of these")
+        require(not self.early.sampler or self.early.steps in self.sweep.steps,
+                "early.steps", self.early.steps, "the end of training is measured with "
+                f"sweep.steps={self.sweep.steps}: choose one of these")
         self._check_transfer()
         require(not (self.weights and self.finetune.pretrained), "finetune.pretrained",
                  self.finetune.pretrained, f"weights={self.weights!r} are the pretrained network: "

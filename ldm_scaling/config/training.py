@@ -29,7 +29,7 @@ class Train:
       steps: optimiser steps.
       batch_size: examples a step, over all devices.
       learning_rate: after the warm-up.
-      warmup_steps: steps of linear warm-up.
+      warmup_steps: steps of linear warm-up, fewer than `steps`.
       learning_rate_decay: `none`, or `linear`: from there to 0 at the last step.
       width_transfer: `none`, or `mup`: first weights and rates such that a rate that is best at one
         width is best at others, see `models.width`. Of `Study.train` alone.
@@ -43,9 +43,13 @@ class Train:
         starts from trained parameters needs none.
       caption_dropout: share of captions replaced by the empty one (not of autoencoders).
       compute_dtype: `float32`, `bfloat16`, or `auto`: bfloat16 on TPU and GPU, float32 on a CPU.
+        Pictures are encoded in float32 under `auto`. It is the type of operands: what multiplies
+        float32 ones on a TPU or GPU rounds them (to bfloat16, to TF32), unless
+        JAX_DEFAULT_MATMUL_PRECISION=highest is set.
       remat: `none` or `block`: what is computed again in the backward pass rather than kept.
       attention: `auto`, or `plain`, `chunked`, `splash` (TPU), `cudnn` (GPU) wherever its shapes
-        allow it, see `models.attention`.
+        allow it, see `models.attention`. Of an autoencoder `auto` is `plain`, and `chunked` is the
+        other choice.
       micro_batches: parts that a batch is worked off in, one after the other: memory for time.
       moment_dtype: of the optimiser's first moment, `float32` or `bfloat16`.
       log_every, validate_every, checkpoint_every, sample_every: in steps; 0, of validate_every and
@@ -54,8 +58,8 @@ class Train:
       keep_every: checkpoints of these steps are kept for ever; 0 is none.
       keep_best: best checkpoints kept, by `keep_metric`; 0 is none.
       keep_metric: a validation scalar, lower is better.
-      keep_steps: checkpoints of these steps are written and kept for ever, whatever
-        `checkpoint_every` is.
+      keep_steps: checkpoints of these steps, none beyond `steps`, are written and kept for ever,
+        whatever `checkpoint_every` is.
       checkpoint_patience: steps that may be at stake while checkpoints cannot be written, then the
         run stops; 0 is twice `checkpoint_every`.
       stall_seconds: without a finished step, after which the process ends itself so that a launcher
@@ -111,8 +115,9 @@ class Train:
         require(self.checkpoint_patience == 0 or self.checkpoint_patience > self.checkpoint_every,
                  "train.checkpoint_patience", self.checkpoint_patience,
                  f"above checkpoint_every={self.checkpoint_every}, or 0")
-        require(all(step > 0 for step in self.keep_steps), "train.keep_steps", self.keep_steps,
-                 "steps are above 0")
+        require(all(0 < step <= self.steps for step in self.keep_steps), "train.keep_steps",
+                 self.keep_steps, f"steps are above 0 and at most steps={self.steps}: leave out "
+                 "others")
         window = self.profile_steps
         require(not window or (len(window) == 2 and 0 < window[0] <= window[1]),
                  "train.profile_steps", window, "the first and the last step, or nothing")
@@ -126,9 +131,9 @@ class Train:
                  "train.attention", self.attention, "choose auto, plain, chunked, splash or cudnn")
         require(self.learning_rate_decay in ("none", "linear"), "train.learning_rate_decay",
                  self.learning_rate_decay, "choose none or linear")
-        require(self.learning_rate_decay == "none" or self.warmup_steps < self.steps,
-                 "train.warmup_steps", self.warmup_steps, f"below steps={self.steps}, or there is "
-                 "nothing left to fall over")
+        require(self.warmup_steps < self.steps, "train.warmup_steps", self.warmup_steps,
+                 f"below steps={self.steps}, or training ends before it is at learning_rate="
+                 f"{self.learning_rate:g}: lower it with the steps")
         require(self.width_transfer in ("none", "mup"), "train.width_transfer",
                  self.width_transfer, "choose none or mup")
         require((self.width_transfer == "mup") == bool(self.base_member), "train.base_member",
@@ -150,7 +155,9 @@ class Autoencoder:
         have.
       base_channels, channel_mults, blocks_per_level, latent_channels, groups, mid_attention: the
         network; latents have 1 / 2 ** (levels - 1) of a picture's side.
-      kl_weight: of the KL term (summed over a latent, averaged over pixel values).
+      kl_weight: of the KL term, which is summed over a latent and averaged over pictures; the other
+        terms are averaged over pixel values too. LDM sums all of them over a picture, with 1e-6:
+        here that is 1e-6 / (3 side^2).
       structure_weight: of the Laplacian-pyramid term.
       train: the run.
     """
@@ -178,8 +185,8 @@ class Diffusion:
     """The noise and what the network predicts.
 
     Attributes:
-      schedule: `sd` (Stable Diffusion's), `sd_zero_snr`, `flow` (rectified flow) or `edm`, see
-        `diffusion.schedule`; `auto` is what `Study.weights` says.
+      schedule: `sd` (Stable Diffusion's), `sd_zero_snr`, `linear` (DDPM's), `cosine`, `flow`
+        (rectified flow) or `edm`, see `diffusion.schedule`; `auto` is what `Study.weights` says.
       prediction: `epsilon`, `v`, `x0` or `flow`; `auto` likewise.
       timesteps: how often each is trained at: `uniform`, `shifted`, `logit_normal`, `mode` or
         `log_normal`, see `diffusion.timesteps`. Validation is even over all, whatever this is.

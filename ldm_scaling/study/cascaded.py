@@ -302,8 +302,9 @@ class Cascaded:
         study = self.materials.study
         own = [self.setting, base, zoo.get(base).spec, model_hash(study, member)]
         return Subject(
-            member, files.sha256_of(own), self.config.train.steps, self.config.sweep,
-            study.diffusion, study.seed, TASK, setting=self.setting, first=self.first(base, steps),
+            member, files.sha256_of(own), self.config.train.steps,
+            self.config.sweep.judged_as(study.sweep), study.diffusion, study.seed, TASK,
+            setting=self.setting, first=self.first(base, steps),
         )
 
     def subjects(self) -> list[Subject]:

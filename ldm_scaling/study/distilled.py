@@ -134,7 +134,8 @@ class Distilled:
 
     def subject(self, member: str, stage: Stage) -> Subject:
         """A student as it is measured."""
-        study, sweep_ = self.materials.study, self.config.sweep
+        study = self.materials.study
+        sweep_ = self.config.sweep.judged_as(study.sweep)
         if stage.steps:
             steps = tuple(sorted({*sweep_.steps, stage.steps}))
             sweep_ = dataclasses.replace(sweep_, steps=steps)

@@ -37,7 +37,7 @@ def _parser() -> Parser:
     add("--records", metavar="DIR", help="a folder of records alone")
     add("--to", metavar="DIR", help="where the files go; figures/ in the workdir or beside the "
         "records if not given")
-    add("--metric", metavar="NAME", help="the main measure; the first that the records hold of "
+    add("--metric", metavar="NAME", help="the main measure; the one that chose the guidance, of "
         f"{', '.join(labels.MEASURES)}")
     add("--select-block", "--select_block", type=int, metavar="N",
         help="seed block that chooses the guidance; the workdir's own, "
@@ -111,7 +111,7 @@ def _metric(given: argparse.Namespace, found: Sequence[Record], folder: epath.Pa
     if given.metric and labels.measure(given.metric).name not in held:
         raise UserError(f"--metric={given.metric}: no record in {folder} holds it; they hold "
                         f"{', '.join(held)}")
-    return given.metric or held[0]
+    return given.metric or reported.leading(found)
 
 
 def listing() -> str:

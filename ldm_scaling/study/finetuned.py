@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -26,12 +26,19 @@ from ldm_scaling.models import backbone, cost, efficientnet, lpips
 from ldm_scaling.parallel import hosts, placing, processes
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling.packing import Configuration
-from ldm_scaling.study import baselines, datasets, labels, runs, sheet, sweep
+from ldm_scaling.study import baselines, datasets, labels, published_scorer, runs, sheet, sweep
 from ldm_scaling.study import subject as subject_lib
 from ldm_scaling.study.baselines import Baselines
-from ldm_scaling.study.materials import LAYER, SHOWN_EXAMPLES, VALIDATION_EXAMPLES, Materials
+from ldm_scaling.study.materials import (
+    LAYER,
+    SHOWN_EXAMPLES,
+    VALIDATION_EXAMPLES,
+    Materials,
+    batches,
+)
 from ldm_scaling.study.networks import model_hash
 from ldm_scaling.study.paired_scorer import PairedScorer
+from ldm_scaling.study.published_scorer import WithPublished
 from ldm_scaling.study.subject import Subject
 from ldm_scaling.study.sweep import Prompts, block_indices
 from ldm_scaling.tasks import conditioned
@@ -297,8 +304,28 @@ class FineTuned:
     # Measuring.
 
     @functools.cached_property
-    def scorer(self) -> PairedScorer:
+    def scorer(self) -> PairedScorer | WithPublished:
         """Scores restored pictures; the lead makes the reference's statistics."""
+        own, names = self._own_scorer(), self.config.sweep.metrics
+        if not names:
+            return own
+        folder = self.materials.workdir / "reference" / f"{self.config.task}{self._cut}"
+        with processes.lead_first("published reference of restored pictures"):
+            return WithPublished(own, published_scorer.load(names, folder, self._real))
+
+    @property
+    def _cut(self) -> str:
+        """What names of references say of pictures that are parts of larger ones."""
+        return f"_of_{self.config.source_side}" if self.config.source_side else ""
+
+    def _real(self) -> Iterator[np.ndarray]:
+        """All validation pictures, cut as the drawn ones are."""
+        # Without a cut they are the study's own, which need no conditions made.
+        images = self.source("validation") if self.config.source_side else (
+            self.materials.source("validation", "image"))
+        return batches(images, "features of real pictures", size=_BATCH)
+
+    def _own_scorer(self) -> PairedScorer:
         config, m = self.config.sweep, self.materials
         network, perceptual = efficientnet.load(config.feature_side), lpips.load(PERCEPTUAL)
         extractor = network.layer_hash(LAYER)
@@ -307,29 +334,16 @@ class FineTuned:
             found = network.features(images)
             return found[LAYER], network.logits(found["head"])
 
-        cut = f"_of_{self.config.source_side}" if self.config.source_side else ""
-        path = m.workdir / "reference" / f"{self.config.task}{cut}_{extractor[:8]}.npz"
+        path = m.workdir / "reference" / f"{self.config.task}{self._cut}_{extractor[:8]}.npz"
         with processes.lead_first("reference of restored pictures"):
             if not path.exists():
-                moments.save(path, self._reference(trunk_and_logits), extractor)
+                found = np.concatenate([trunk_and_logits(some)[0] for some in self._real()])
+                moments.save(path, moments.Moments.of(found), extractor)
         return PairedScorer(
             trunk_and_logits, perceptual.distance,
             ReferenceStats(moments.load(path, extractor), extractor),
             network.layer_hash("head"), perceptual.hash(), config.replicates,
         )
-
-    def _reference(self, trunk_and_logits: Any) -> moments.Moments:
-        """Of all validation pictures, cut as the drawn ones are."""
-        # Without a cut they are the study's own, which need no conditions made.
-        cut, out = self.config.source_side, []
-        images = self.source("validation") if cut else self.materials.source("validation", "image")
-        count = len(images)
-        with files.progress(count, "features of real pictures", "picture") as bar:
-            for start in range(0, count, _BATCH):
-                some = range(start, min(start + _BATCH, count))
-                out.append(trunk_and_logits(images.batch(some)["image"])[0])
-                bar.update(len(some))
-        return moments.Moments.of(np.concatenate(out))
 
     def baselines(self) -> Baselines:
         """The conditions themselves, and the real pictures out of the autoencoder, scored on the

@@ -71,6 +71,15 @@ _MEASURES = (
         "The Fréchet distance in the features of the Inception graph of 2015-12-05, after a resize "
         "that does not alias.",
     ),
+    Measure(
+        "fid_pytorch", "FID (pytorch-fid's resize)", "FID (pytorch)", "lower",
+        "The Fréchet distance in the features of the Inception graph of 2015-12-05, resized as "
+        "pytorch-fid does.",
+    ),
+    Measure(
+        "fd_dinov2", "FD-DINOv2", "FD-DINOv2", "lower",
+        "The Fréchet distance in the features of DINOv2 ViT-L/14.",
+    ),
     *(
         Measure(
             f"clip_score_{short}", f"CLIP score ({model})", "CLIP", "higher",

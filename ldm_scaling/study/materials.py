@@ -25,8 +25,16 @@ from ldm_scaling.metrics.frechet import ReferenceStats
 from ldm_scaling.models import backbone, efficientnet, pretrained, text_encoder
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.parallel import processes
-from ldm_scaling.study import caches, datasets, encoders, fitting, published
+from ldm_scaling.study import (
+    caches,
+    datasets,
+    encoders,
+    fitting,
+    published,
+    published_scorer,
+)
 from ldm_scaling.study import networks as networks_lib
+from ldm_scaling.study.published_scorer import Published, WithPublished
 from ldm_scaling.study.scorer import Scorer
 from ldm_scaling.study.sweep import Prompts, block_indices
 from ldm_scaling.study.workdir import Workdir
@@ -304,7 +312,24 @@ class Materials:
         return efficientnet.load(self.study.sweep.feature_side)
 
     @functools.cached_property
-    def scorer(self) -> Scorer:
+    def published_metrics(self) -> Published | None:
+        """What `sweep.metrics` names, held against all validation pictures; the lead makes their
+        statistics. None where it names nothing."""
+        if not self.study.sweep.metrics:
+            return None
+        with processes.lead_first("published reference"):
+            return published_scorer.load(
+                self.study.sweep.metrics, self.workdir / "reference",
+                lambda: batches(self.source("validation", "image"), "real pictures"),
+            )
+
+    @functools.cached_property
+    def scorer(self) -> Scorer | WithPublished:
+        """What scores pictures of captions, see `_own_scorer`, and `published_metrics` beside."""
+        own, beside = self._own_scorer(), self.published_metrics
+        return WithPublished(own, beside) if beside else own
+
+    def _own_scorer(self) -> Scorer:
         """Reference statistics of all validation pictures, and the probe of the training ones.
         The lead makes them: text states must be there."""
         network = self.feature_network
@@ -349,12 +374,8 @@ class Materials:
         moments.save(reference_path, moments.Moments.of(real["validation"]), extractor)
 
     def _real_features(self, split: str, index_N: np.ndarray, features) -> np.ndarray:
-        images, out = self.source(split, "image"), []
-        with files.progress(len(index_N), f"features of real pictures, {split}", "picture") as bar:
-            for part in _slices(len(index_N), 256):
-                out.append(features(images.batch(index_N[part])["image"]))
-                bar.update(len(part))
-        return np.concatenate(out)
+        images, what = self.source(split, "image"), f"features of real pictures, {split}"
+        return np.concatenate([features(some) for some in batches(images, what, index_N)])
 
     def _embeddings(self, split: str, index_N: np.ndarray) -> np.ndarray:
         # A part at a time: the states beside them are hundreds of times larger.
@@ -373,9 +394,13 @@ class Materials:
         return Prompts(
             index_N=index.astype(np.int32),
             context_NLD=rows["context"] if own else self._contexts(captions),
-            embeddings_NE=rows["embedding"],
+            embeddings_NE=self._by_all_scorers(rows["embedding"], captions),
             captions=captions,
         )
+
+    def _by_all_scorers(self, own_NE: np.ndarray, captions: Sequence[str]) -> np.ndarray:
+        beside = self.published_metrics
+        return np.concatenate([own_NE, beside.embeddings(captions)], axis=1) if beside else own_NE
 
     def shown(self) -> np.ndarray:
         """Some validation pictures, uint8."""
@@ -396,6 +421,17 @@ def _kept_scale(path: epath.Path, encoder: str) -> float | None:
     except (ValueError, TypeError, KeyError) as e:
         log.warning("%s is damaged (%s) and made anew", path, e)
         return None
+
+
+def batches(
+    source: Any, what: str, index_N: np.ndarray | None = None, size: int = 256
+) -> Iterator[np.ndarray]:
+    """A source's pictures, or those of an index, uint8 (B, H, W, 3), with a progress bar."""
+    index_N = np.arange(len(source)) if index_N is None else index_N
+    with files.progress(len(index_N), what, "picture") as bar:
+        for part in _slices(len(index_N), size):
+            yield source.batch(index_N[part])["image"]
+            bar.update(len(part))
 
 
 def _slices(total: int, size: int):

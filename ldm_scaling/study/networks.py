@@ -84,10 +84,8 @@ def trained(materials: Materials) -> Networks:
 
     def restored(init: Callable, config: Train, directory, what: str) -> Any:
         _require(config, directory, what)
-        with checkpoint.Checkpoints(directory / "checkpoints", config.keep) as checkpoints:
-            return checkpoints.restore_average(
-                step.abstract_state(init, config, materials.mesh)
-            )
+        abstract = step.abstract_state(init, config, materials.mesh)
+        return checkpoint.average(directory / "checkpoints", config.steps, abstract)
 
     def params(member: str) -> Any:
         init = backbone.initializer(zoo.get(member).spec)

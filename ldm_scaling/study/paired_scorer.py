@@ -11,7 +11,7 @@ import numpy as np
 from ldm_scaling import files
 from ldm_scaling.metrics import bootstrap, fidelity, inception_score
 from ldm_scaling.metrics.frechet import ReferenceStats, frechet_from_features
-from ldm_scaling.study.scorer import FRECHET
+from ldm_scaling.study.scorer import FRECHET, rounded
 
 LPIPS, PSNR, SSIM, LABELS = "stlpips_alex", "psnr", "ssim", "label_score_effnetlite0"
 # Of pictures that are the same in every pixel.
@@ -94,4 +94,4 @@ class PairedScorer:
         }
         centred = {k: bootstrap.centre(metrics[k], v) for k, v in drawn.items()}
         intervals = {k: bootstrap.percentile_interval(v) for k, v in centred.items()}
-        return metrics, intervals, {k: [float(f"{x:.7g}") for x in v] for k, v in centred.items()}
+        return metrics, intervals, {k: rounded(v) for k, v in centred.items()}

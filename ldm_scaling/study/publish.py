@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 
 from ldm_scaling import __version__
-from ldm_scaling.config import Cascade, Consistency, Distill, FineTune, Study
+from ldm_scaling.config import Cascade, Consistency, Distill, FineTune, Study, Sweep
 from ldm_scaling.models import zoo
 from ldm_scaling.sampling import solvers
 from ldm_scaling.study import (
@@ -20,9 +20,11 @@ from ldm_scaling.study import (
     labels,
     report,
     reported,
+    scores,
     students,
 )
 from ldm_scaling.study.baselines import Baselines
+from ldm_scaling.study.extractors import EXTRACTORS
 from ldm_scaling.study.figures import beside, catalogue
 from ldm_scaling.study.figures.source import Source
 from ldm_scaling.study.materials import LAYER, PROBE_PICTURES, SANITY, Materials
@@ -56,6 +58,8 @@ def _context(materials: Materials, captions: Sequence[str]) -> dict:
             "configuration: compare values, do not read them alone."
         ),
     }
+    for row in scores.rows(_sweep(study).metrics) if _sweep(study).metrics else ():
+        measures[row.name] = _beside(row, materials)
     path = materials.workdir / SANITY
     if path.exists():
         sanity = json.loads(path.read_text())
@@ -69,7 +73,7 @@ def _context(materials: Materials, captions: Sequence[str]) -> dict:
     return {
         "title": f"{study.name}: quality against sampling cost",
         **({"summary": summary} if (summary := _summary(materials)) else {}),
-        "metric": FRECHET,
+        "metric": _metric(study),
         "select_block": sweep.select_block,
         "report_blocks": sweep.report_blocks,
         "dataset": [
@@ -88,6 +92,26 @@ def _context(materials: Materials, captions: Sequence[str]) -> dict:
         "config": json.loads(json.dumps(dataclasses.asdict(study))),
         "versions": {"ldm_scaling": __version__} | {p: _version(p) for p in PACKAGES},
     }
+
+
+def _sweep(study: Study) -> Sweep:
+    """What decides what is measured: of a study that only fine-tunes, that of fine-tuning."""
+    return study.finetune.sweep if study.finetune.pretrained else study.sweep
+
+
+def _metric(study: Study) -> str:
+    return _sweep(study).choose_by
+
+
+def _beside(row: scores.Row, materials: Materials) -> str:
+    """A sentence on a metric of a published network."""
+    extractor = EXTRACTORS[row.extractor]
+    said = f"{row.remark[0].upper()}{row.remark[1:]}. " if row.remark else ""
+    against = (
+        f" Reference: all {materials.count('validation'):,} validation pictures."
+        if row.definition.against == "statistics" else ""
+    )
+    return f"{said}Resized by {extractor.resizer}.{against}"
 
 
 def _fine_tuning(finetune: FineTune) -> str:
@@ -180,14 +204,15 @@ def write(materials: Materials, found: list[Record], others: Sequence[Record] = 
       others: of the same members' other tasks: for figures, claims and advice.
     """
     sweep, figures = materials.study.sweep, materials.workdir / "figures"
-    report_blocks = reported.whole(found, FRECHET, sweep.select_block, sweep.report_blocks)
+    metric = _metric(materials.study)
+    report_blocks = reported.whole(found, metric, sweep.select_block, sweep.report_blocks)
     strips, captions = materials.workdir / "strips", ()
     here = not materials.study.finetune.pretrained
     if here:
         captions = materials.prompts(report_blocks[0]).captions[:STRIP]
     held = baselines.of_records(materials.workdir.path, [*found, *others])
     source = Source(
-        [*found, *others], FRECHET, sweep.select_block, report_blocks,
+        [*found, *others], metric, sweep.select_block, report_blocks,
         loss_curves=beside.losses(materials.workdir, materials.study.members),
         captions=captions, baselines=held,
     )
@@ -200,6 +225,6 @@ def write(materials: Materials, found: list[Record], others: Sequence[Record] = 
         strips if here else None, others,
         [*_restored(held, [*found, *others]),
          *(sentence for of in (students, cascades) for sentence in of.sentences(
-             [*found, *others], FRECHET, sweep.select_block, report_blocks))],
+             [*found, *others], metric, sweep.select_block, report_blocks))],
     )
     return os.fspath(path)

@@ -1,5 +1,5 @@
 """Which seed blocks choose and are reported: a workdir's own, of those the ones that are whole; and
-which settings."""
+which settings and measure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from ldm_scaling.errors import UserError
-from ldm_scaling.study import labels
+from ldm_scaling.study import curves, labels
 from ldm_scaling.study.records import NAME, Record
 from ldm_scaling.study.workdir import MARKER, Workdir
 
@@ -64,6 +64,27 @@ def settings_of(home: epath.PathLike) -> tuple[str, ...]:
         return ()
     cascades = (study.cascade.setting,) if study.cascade.base else ()
     return (*cascades, *(d.setting for d in study.distillations))
+
+
+def leading(records: Sequence[Record]) -> str | None:
+    """The measure that chose the guidance of most cells: the one at whose best rates, on the block
+    that holds most rates, the others report. The table's first where several do, or none was
+    chosen; None where there is none."""
+    have = curves.measures(records)
+    if len(have) < 2:
+        return have[0] if have else None
+    held: dict[int, set[tuple]] = {}
+    for r in records:
+        i = r.identity
+        held.setdefault(i.seed_block, set()).add((i.model, i.sampler, i.steps, i.guidance))
+    select = max(held, key=lambda block: (len(held[block]), -block))
+    told = set().union(*(cells for block, cells in held.items() if block != select))
+
+    def count(name: str) -> int:
+        return sum((*cell, rate) in told
+                   for cell, rate in curves.best_guidance(records, name, select).items())
+
+    return max(have, key=count)
 
 
 def whole(

@@ -16,7 +16,7 @@ from ldm_scaling.data.loading.mixture import Mixture
 from ldm_scaling.data.loading.source import Source
 from ldm_scaling.models import backbone
 from ldm_scaling.parallel import processes
-from ldm_scaling.training import checkpoint, loop, step
+from ldm_scaling.training import checkpoint, step
 
 
 def loader_of(study: Study, source: Source | Mixture, train: Train) -> Callable:
@@ -41,5 +41,4 @@ def average(
 ) -> Any:
     """The averaged parameters of a network's run after so many steps, laid out for a mesh."""
     abstract = step.abstract_state(backbone.initializer(spec), run, mesh)
-    with loop.checkpoints_of(folder, run) as checkpoints:
-        return checkpoints.restore_average(abstract, steps)
+    return checkpoint.average(folder / "checkpoints", steps, abstract)

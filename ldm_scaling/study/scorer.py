@@ -8,11 +8,11 @@ from collections.abc import Callable
 import numpy as np
 
 from ldm_scaling import files
+from ldm_scaling.config.measuring import FRECHET
 from ldm_scaling.metrics import agreement, bootstrap, foretold
 from ldm_scaling.metrics.agreement import Probe
 from ldm_scaling.metrics.frechet import ReferenceStats, frechet_from_features
 
-FRECHET = "fd_effnetlite0"
 AGREEMENT = "caption_agreement"
 
 
@@ -65,5 +65,9 @@ class Scorer:
             )
         centred = {k: bootstrap.centre(metrics[k], v) for k, v in drawn.items()}
         intervals = {k: bootstrap.percentile_interval(v) for k, v in centred.items()}
-        # Seven digits are more than 200 replicates can tell; the records stay small.
-        return metrics, intervals, {k: [float(f"{x:.7g}") for x in v] for k, v in centred.items()}
+        return metrics, intervals, {k: rounded(v) for k, v in centred.items()}
+
+
+def rounded(replicates_R: np.ndarray) -> list[float]:
+    """Replicates as records keep them: seven digits are more than 200 of them can tell."""
+    return [float(f"{x:.7g}") for x in replicates_R]

@@ -23,10 +23,12 @@ from ldm_scaling.sampling import solvers
 from ldm_scaling.study import (
     curves,
     dreambooth_scores,
+    early,
     fitting,
     gallery,
     grids,
     publish,
+    published_scorer,
     resolve,
     runs,
     sweep,
@@ -86,6 +88,7 @@ def check(study: Study, workdir: Workdir, measured: bool = True) -> Materials:
     schedule = schedule_lib.get(study.diffusion.schedule)
     for member in study.members if pretrains else ():
         fitting.noise(member, f"members={member!r}", study.diffusion)
+    early.subjects(study)  # Raises for one that the end is not measured as.
     tables = [study.sample.table]
     grids = {"sweep": study.sweep} if pretrains or study.weights else {}
     tables += [table for grid in grids.values() for table in subject_lib.tables(grid)]
@@ -98,8 +101,11 @@ def check(study: Study, workdir: Workdir, measured: bool = True) -> Materials:
         names = [solvers.canonical(name) for name in grid.samplers]
         if len(set(names)) < len(names):
             raise UserError(f"config: {key}.samplers={grid.samplers} names one of them twice")
+        if measured and grid.metrics:
+            published_scorer.require(grid.metrics)
     for name, steps, spacing in tables:
-        solvers.make(name, schedule, steps, study.diffusion.prediction, spacing)
+        table = solvers.make(name, schedule, steps, study.diffusion.prediction, spacing)
+        solvers.warn_of_start(table)
     if measured:
         if study.data.composed:
             openmoji.load()
@@ -196,6 +202,7 @@ def train_member(materials: Materials, member: str) -> None:
     study, folder, run = materials.study, materials.workdir.member(member), materials.study.train
     if runs.done(folder, run):
         return
+    early.require_ahead(materials, member)
     task = text_to_image.make(
         member, materials.spec(member), run, study.diffusion, study.sample, materials.frozen,
         materials.drawer(member), materials.validation,
@@ -241,18 +248,20 @@ def run_sweep(materials: Materials) -> None:
         blocks = (study.sweep.select_block, *study.sweep.report_blocks)
         for block in blocks:
             own.prompts(block)  # While all processes are here.
+        early.require_kept(own, own.scorer.hash)
+        seconds: dict[str, dict] = {member: {} for member in study.members}
 
         def bench(subject: Subject) -> sweep.Bench:
             m = subject.member
             return sweep.Bench(
-                spec=own.spec(m), drawer=own.drawer(m), params=own.member_params(m),
+                spec=own.spec(m), drawer=own.drawer(m), params=early.params(own, subject),
                 cost=cost.of(own.spec(m)), reference_cost=reference_cost, scorer=own.scorer,
                 prompts=own.prompts, directory=own.workdir / "records",
-                strips=own.workdir / "strips",
+                strips=own.workdir / "strips", seconds=seconds[m],
             )
 
         subjects = [subject_lib.of_member(study, m) for m in study.members]
-        _measure(own, subjects, own.scorer.hash, bench)
+        _measure(own, [*subjects, *early.subjects(study)], own.scorer.hash, bench)
     for further in further_lib.of(own):
         _measure(
             own, further.subjects(), further.scorer.hash,
@@ -286,7 +295,8 @@ def _measure(
         for number in short:
             subject = subjects[number]
             trained = f", {subject.train_step:,} steps of {subject.task}"
-            progress.show(subject.model + (trained if subject.task != TEXT_TO_IMAGE else ""))
+            end = subject.task == TEXT_TO_IMAGE and subject.train_step not in early.steps(own.study)
+            progress.show(subject.model + ("" if end else trained))
             sweep.run(subject, bench(subject), progress)
 
 
@@ -337,7 +347,8 @@ def run_report(materials: Materials) -> str:
         _prepare_together(materials)
 
     def write() -> str:
-        found, others = _pretrained_records(own), []
+        found, others = _pretrained_records(own)
+        others = others if found else []
         for further in further_lib.of(own):
             others += _records(own, further.subjects(), further.scorer.hash)
         if not (found or others):
@@ -353,14 +364,16 @@ def run_report(materials: Materials) -> str:
     return processes.from_lead("report", write)
 
 
-def _pretrained_records(own: Materials) -> list[Record]:
-    """Those of text-to-image members; of members that another study trained those that it has."""
+def _pretrained_records(own: Materials) -> tuple[list[Record], list[Record]]:
+    """Those of text-to-image members at the end of their training, and along it; of members that
+    another study trained those that it has."""
     there = own.pretrained if own.study.finetune.pretrained else own
     if there is not own and not (there.workdir / "records").exists():
-        return []
+        return [], []
     members = [m for m in there.study.members if m in own.study.members]
-    subjects = [subject_lib.of_member(there.study, m) for m in members]
-    return _records(there, subjects, there.scorer.hash)
+    ends = [subject_lib.of_member(there.study, m) for m in members]
+    along = [s for s in early.subjects(there.study) if s.member in members]
+    return tuple(_records(there, subjects, there.scorer.hash) for subjects in (ends, along))
 
 
 def _records(own: Materials, subjects: Sequence[Subject], reference_hash: str) -> list[Record]:

@@ -17,13 +17,12 @@ from ldm_scaling.sampling import solvers
 from ldm_scaling.study import curves, raced, records
 from ldm_scaling.study.networks import model_hash
 from ldm_scaling.study.records import Identity, Record
-from ldm_scaling.study.scorer import FRECHET
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A network, and the grid that it is measured on; make one with `of_member`, or `subject` of
-    `finetuned`, `distilled` or `cascaded`.
+    """A network, and the grid that it is measured on; make one with `of_member`, `subjects` of
+    `early`, or `subject` of `finetuned`, `distilled` or `cascaded`.
 
     Attributes:
       member: its name.
@@ -61,7 +60,7 @@ class Subject:
 
 
 def of_member(study: Study, member: str) -> Subject:
-    """A text-to-image member of a study."""
+    """A text-to-image member of a study, at the end of its training."""
     return Subject(
         member, model_hash(study, member), 0 if study.weights else study.train.steps, study.sweep,
         study.diffusion, study.seed,
@@ -121,7 +120,7 @@ def reporting(
     """The records that are reported: the chosen guidance of each cell on every report block."""
     if not subject.selects:
         return _reported(subject, reference_hash, lambda *_: subject.sweep.guidance)
-    best = curves.best_guidance(chosen, FRECHET, subject.sweep.select_block)
+    best = curves.best_guidance(chosen, subject.sweep.choose_by, subject.sweep.select_block)
     return _reported(
         subject, reference_hash,
         lambda name, steps: (best[subject.model, solvers.canonical(name), steps],),
@@ -188,7 +187,8 @@ def existing(
 
     first = selection(subject, reference_hash)
     if races(subject):
-        chosen, whole = raced.last_rounds(subject.sweep, first, directory, FRECHET)
+        chosen, whole = raced.last_rounds(
+            subject.sweep, first, directory, subject.sweep.choose_by)
     else:
         chosen = there(first)
         whole = len(chosen) == len(first)

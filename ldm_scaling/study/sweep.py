@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,19 +12,20 @@ import jax
 import numpy as np
 from etils import epath
 
-from ldm_scaling import pictures
+from ldm_scaling import __version__, files, pictures
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import backbone
 from ldm_scaling.models.cost import Cost
 from ldm_scaling.parallel import hosts, processes
 from ldm_scaling.sampling.packing import Configuration
-from ldm_scaling.study import raced, records
+from ldm_scaling.study import raced, records, row_times
 from ldm_scaling.study import subject as subject_lib
 from ldm_scaling.study.behind import Behind
 from ldm_scaling.study.paired_scorer import PairedScorer
 from ldm_scaling.study.progress import Progress
+from ldm_scaling.study.published_scorer import WithPublished
 from ldm_scaling.study.records import Identity, Record
-from ldm_scaling.study.scorer import FRECHET, Scorer
+from ldm_scaling.study.scorer import Scorer
 from ldm_scaling.study.subject import Subject
 from ldm_scaling.tasks.cascade_drawing import CascadeDrawer
 from ldm_scaling.tasks.drawing import Drawer, sampling_key
@@ -41,7 +43,7 @@ class Prompts:
     Attributes:
       index_N: index into the validation split; noise is drawn by it too.
       context_NLD: text states of the captions.
-      embeddings_NE: their sentence embeddings.
+      embeddings_NE: their embeddings, as the scorer takes them.
       captions: the captions themselves.
       condition_NHWC: what networks see beside the text, see `Drawer.draw`; None if nothing.
       real: places in the block -> the real pictures, uint8, where drawn ones are compared with
@@ -83,11 +85,11 @@ class Bench:
       drawer: draws with it.
       params: its averaged parameters.
       cost, reference_cost: of the member, and of the member whose cost is 1.
-      scorer: scores pictures, see `scorer.Scorer` and `paired_scorer.PairedScorer`.
+      scorer: scores pictures, see `scorer`, `paired_scorer` and `published_scorer`.
       prompts: block -> prompts.
       directory: where records lie.
       strips: where the first pictures of each configuration go.
-      seconds: measured seconds of a row and of decoding a picture, by program.
+      seconds: measured seconds of a row and of decoding a picture, by program; see `row_times`.
     """
 
     spec: backbone.Spec
@@ -95,7 +97,7 @@ class Bench:
     params: Any
     cost: Cost
     reference_cost: Cost
-    scorer: Scorer | PairedScorer
+    scorer: Scorer | PairedScorer | WithPublished
     prompts: Callable[[int], Prompts]
     directory: epath.Path
     strips: epath.Path
@@ -139,7 +141,8 @@ def _race(
 
     Between rounds features are kept. Where they are gone, all of a rate's pictures are drawn anew.
     """
-    while (now := raced.agreed_round(subject.sweep, grid, bench.directory, FRECHET)) is not None:
+    by = subject.sweep.choose_by
+    while (now := raced.agreed_round(subject.sweep, grid, bench.directory, by)) is not None:
         lost = set(processes.from_lead("lost", lambda now=now: [
             i.key for i in now.identities
             if now.start and not raced.before(bench.features, i, now.start).exists()
@@ -151,7 +154,7 @@ def _race(
         processes.barrier(f"round {now.number}")
     if hosts.is_lead():
         raced.forget(bench.features, subject.sweep, grid)
-    return raced.last_rounds(subject.sweep, grid, bench.directory, FRECHET)[0]
+    return raced.last_rounds(subject.sweep, grid, bench.directory, by)[0]
 
 
 def _complete(
@@ -186,7 +189,7 @@ def _complete(
         missing[0].model, len(missing), len(places), drawer.batch_size, len(plans), rows,
         100 * useful / rows,
     )
-    seconds = _seconds(bench, configurations, block, key)
+    seconds = _seconds(subject, bench, configurations, block, key)
 
     broken: set[int] = set()
 
@@ -263,13 +266,13 @@ def _complete(
 
 
 def _seconds(
-    bench: Bench, configurations: list[Configuration], block: Prompts, key: Any
+    subject: Subject, bench: Bench, configurations: list[Configuration], block: Prompts, key: Any
 ) -> list[float]:
     """Measured seconds per image of each configuration: of its rows, and of decoding it.
 
-    Rows are timed once for each program of a member, with all lanes full, by the configuration
-    whose calls are nearest to `TIMED_CALLS`: in lanes, configurations share a batch, so none has a
-    time of its own.
+    Rows are timed once for each program of a network and kind of device, in whatever run comes
+    first (`row_times`), with all lanes full, by the configuration whose calls are nearest to
+    `TIMED_CALLS`: in lanes, configurations share a batch, so none has a time of its own.
     """
     out = [0.0] * len(configurations)
     for guided, group in bench.drawer.split(configurations):
@@ -279,8 +282,19 @@ def _seconds(
         )
         kind = (guided, timed.table.correction)
         if kind not in bench.seconds:
-            bench.seconds[kind] = bench.drawer.seconds(
-                bench.params, timed, block.context_NLD, key, block.condition_NHWC
+            drawer, correction = bench.drawer, timed.table.correction
+            program = {
+                "model": subject.model, "task": subject.task, "setting": subject.setting,
+                "first": subject.first.spelling if subject.first else "",
+                "network": files.sha256_of(bench.spec), "version": __version__,
+                "guided": guided, "correction": dataclasses.asdict(correction),
+                "batch": drawer.batch_size,
+                "device": hosts.describe(list(drawer.mesh.devices.flat)),
+            }
+            bench.seconds[kind] = row_times.kept(
+                epath.Path(bench.directory).parent, program, functools.partial(
+                    drawer.seconds, bench.params, timed, block.context_NLD, key,
+                    block.condition_NHWC),
             )
         row, decode = bench.seconds[kind]
         for i in group:

@@ -90,7 +90,8 @@ def find(folder: Path | None, name: str) -> Path | None:
 
 
 def require(
-    folder: Path | None, needed: Mapping[str, Sequence[str]], free: Sequence[str]
+    folder: Path | None, needed: Mapping[str, Sequence[str]], free: Sequence[str],
+    named: str = f"--weights=DIR or the variable {VARIABLE}",
 ) -> dict[str, Path]:
     """The paths of weights that scores need.
 
@@ -98,6 +99,7 @@ def require(
       folder: of weights.
       needed: name in `PUBLISHED` to the scores that need it.
       free: scores that need none, for the message.
+      named: by what the folder is named, for the message.
 
     Raises:
       UserError: naming every file that is missing, where to get it and where to put it.
@@ -110,7 +112,7 @@ def require(
     ]
     if missing:
         where = f"in {folder}" if folder else (
-            f"in a folder, and name it with --weights=DIR or the variable {VARIABLE}"
+            f"in a folder, and name it with {named}"
         )
         raise UserError(
             f"{'; '.join(missing)}; put it {where} ({', '.join(free)} need no download)"

@@ -16,26 +16,36 @@ from ldm_scaling.config import FineTune, Study
 from ldm_scaling.errors import UserError
 from ldm_scaling.metrics import moments
 from ldm_scaling.metrics.frechet import ReferenceStats
-from ldm_scaling.study import baselines, networks, records, resolve
+from ldm_scaling.study import baselines, networks, records, reported, resolve
 from ldm_scaling.study.paired_scorer import LABELS, LPIPS, PSNR, SSIM, PairedScorer
 from ldm_scaling.study.scorer import FRECHET
 from ldm_scaling.study.workdir import Workdir
 from tests import commands, shallow
 from tests.data.conditions.made import photograph
+from tests.study import fake_networks
 
 MEMBERS = ("c8_s16", "c16_s16")
 MEMBER = MEMBERS[0]
 
 
+# By networks of published names, which are small ones here.
+METRICS = (
+    "--config.sweep.metrics=('fid_tf2015','clip_score_b32')", "--config.sweep.choose_by=fid_tf2015",
+    "--config.finetune.sweep.metrics=('fid_clean',)",
+)
+
+
 @pytest.fixture(scope="module", autouse=True)
-def shallow_members():
+def small_networks(tmp_path_factory):
     """In the commands as in what looks at their workdirs."""
-    with shallow.members():
+    with shallow.members(), fake_networks.instead(tmp_path_factory.mktemp("weights")):
         yield
 
 
 def run(command, workdir, *more):
-    return commands.run(command, "--config=configs/demo_sr.py:tiny", f"--workdir={workdir}", *more)
+    return commands.run(
+        command, "--config=configs/demo_sr.py:tiny", f"--workdir={workdir}", *METRICS, *more
+    )
 
 
 def finish(*words):
@@ -57,10 +67,13 @@ def test_the_study_leaves_records_figures_and_a_grid(workdir):
     assert {(r.identity.model, r.identity.train_step, r.identity.steps, r.identity.seed_block)
             for r in restored} == {(MEMBER, t, n, 1) for t in (1, 2, 4) for n in (1, 2)}
     for r in restored:
-        assert set(r.metrics) == {FRECHET, LPIPS, PSNR, SSIM, LABELS}
+        assert set(r.metrics) == {FRECHET, LPIPS, PSNR, SSIM, LABELS, "fid_clean"}
         for name, (low, high) in r.intervals.items():
             assert low < r.metrics[name] < high
-    assert {r.identity.model for r in found if r.task == "text_to_image"} == {MEMBER}
+    drawn = [r for r in found if r.task == "text_to_image"]
+    assert {r.identity.model for r in drawn} == {MEMBER}
+    assert all({FRECHET, "fid_tf2015", "clip_score_b32"} <= r.metrics.keys() for r in drawn)
+    assert reported.leading(drawn) == "fid_tf2015"
     for name in ("fig4_super", "fig12_super", "fig17_super"):
         assert (workdir / "figures" / f"{name}.png").exists()
     (grid,) = (workdir / "samples").glob("super_resolution_*.png")
@@ -70,6 +83,7 @@ def test_the_study_leaves_records_figures_and_a_grid(workdir):
     assert set(held.metrics) == {baselines.GIVEN, baselines.AUTOENCODER}
     page = (workdir / "report.html").read_text()
     assert "after 4 steps of fine-tuning" in page and "Super-resolution" in page
+    assert "FID (clean-fid" in page
 
 
 def test_again_nothing_is_done_anew(workdir):
@@ -87,7 +101,7 @@ def test_another_task_begins_with_the_same_members(workdir, tmp_path):
     before = set(workdir.rglob("*"))
     task = (
         "--config.finetune.task=inpainting", f"--config.finetune.pretrained={workdir}",
-        "--config.finetune.budgets=()",
+        "--config.finetune.train.warmup_steps=1", "--config.finetune.budgets=()",
     )
     finish("train", tmp_path, *task, "--config.finetune.train.steps=2")
     (folder,) = (tmp_path / "finetuned").glob("inpainting_*/c8_s16/checkpoints")
@@ -97,7 +111,7 @@ def test_another_task_begins_with_the_same_members(workdir, tmp_path):
     assert set(workdir.rglob("*")) == before
     assert json.loads((tmp_path / "study.json").read_text())["identity"]["pretrained_hash"]
     # A step that the run has passed does not come again: silently there would be nothing to do.
-    status, said = run("train", tmp_path, *task[:2], "--config.finetune.budgets=(1,3)",
+    status, said = run("train", tmp_path, *task[:3], "--config.finetune.budgets=(1,3)",
                        "--config.finetune.train.steps=3")
     assert status == 2 and "beyond step 1 " in said
     _restores(tmp_path, ("--config.finetune.train.steps=3", *task), workdir)

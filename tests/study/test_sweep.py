@@ -1,15 +1,24 @@
-"""The sweep's plan: blocks share no prompt, and every cell is planned once."""
+"""The sweep's plan: blocks share no prompt, every cell is planned once, and a network is timed once
+whenever its records are made."""
 
 import dataclasses
+import functools
+import json
+import logging
 import math
+import types
 
 import numpy as np
 import pytest
 
 from ldm_scaling.config import Data, Study, Sweep
+from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import UserError
+from ldm_scaling.models import zoo
 from ldm_scaling.models.cost import Cost
-from ldm_scaling.study import records, sweep
+from ldm_scaling.sampling import solvers
+from ldm_scaling.sampling.packing import Configuration, split
+from ldm_scaling.study import records, row_times, sweep
 from ldm_scaling.study import subject as subject_lib
 from tests.study import fake_records
 
@@ -64,7 +73,7 @@ def test_identity_follows_what_decides_numbers():
         return {i.key for i in subject_lib.selection(subject_lib.of_member(study, "c8"), "r")}
 
     assert keys(STUDY) == keys(dataclasses.replace(STUDY, name="other", members=("c8",)))
-    longer = dataclasses.replace(STUDY.train, steps=7)
+    longer = dataclasses.replace(STUDY.train, steps=20_000)
     for other in (
         dataclasses.replace(STUDY, seed=1), dataclasses.replace(STUDY, train=longer),
         dataclasses.replace(STUDY, data=dataclasses.replace(STUDY.data, seed=1)),
@@ -105,3 +114,66 @@ def test_work_is_shared_out_whole_and_evenly():
         sums = [sum(work[n] for n in part) for part in parts]
         assert max(sums) - min(sums) <= max(work)
     assert sweep.shared([1.0], 3) == [[0], [], []]
+
+
+class _Clock:
+    """A drawer that is slower each time that it is timed, as on a machine that gets busier."""
+
+    batch_size = 4
+    mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(device_kind="chip")]))
+    split = staticmethod(split)
+
+    def __init__(self, times):
+        self.times = times
+
+    def seconds(self, params, configuration, *_):
+        self.times.append(configuration.table.calls)
+        return float(len(self.times)), 0.5
+
+
+def _timed(workdir, steps, times, task="text_to_image", kind="chip"):
+    """Seconds per image of DDIM's configurations, guided and not, of a run of its own."""
+    drawer = _Clock(times)
+    drawer.mesh = types.SimpleNamespace(
+        devices=np.array([types.SimpleNamespace(device_kind=kind)]))
+    bench = types.SimpleNamespace(
+        spec=zoo.get("c8").spec, drawer=drawer, params=None, directory=workdir / "records",
+        seconds={})
+    block = types.SimpleNamespace(context_NLD=None, condition_NHWC=None)
+    table = functools.partial(solvers.make, "ddim", schedule_lib.get("sd"), prediction="v")
+    some = [Configuration(table(steps=n), w, np.arange(4)) for n in steps for w in (1.0, 2.0)]
+    subject = dataclasses.replace(subject_lib.of_member(STUDY, "c8"), task=task)
+    return sweep._seconds(subject, bench, some, block, None)
+
+
+def test_a_sweep_that_is_widened_keeps_its_networks_times(tmp_path, caplog):
+    """Killed and started again under another load, all records are of one measurement."""
+    times = []
+    assert _timed(tmp_path, (2, 10), times) == [2.5, 4.5, 10.5, 20.5] and times == [10, 10]
+    assert _timed(tmp_path, (50,), times) == [50.5, 100.5] and len(times) == 2
+    # Another task, and another device, is another program.
+    assert _timed(tmp_path, (2,), times, task="consistency") == [6.5, 8.5]
+    assert _timed(tmp_path, (2,), times, kind="other") == [10.5, 12.5]
+    files = sorted((tmp_path / row_times.FOLDER).iterdir())
+    assert len(files) == 6 and not caplog.records
+    assert {json.loads(f.read_text())["program"]["device"] for f in files} == {
+        "1 x chip", "1 x other"}
+    # What is damaged is measured anew, and said.
+    for damage in ("", "[]", '{"seconds": {"row": -1, "picture": 0.5}}', '{"seconds": {"row": 1}}'):
+        for f in files:
+            f.write_text(damage)
+        before = len(times)
+        with caplog.at_level(logging.WARNING):
+            _timed(tmp_path, (2,), times)
+        assert len(times) == before + 2
+        assert sum("measured anew" in r.getMessage() for r in caplog.records) == 2
+        caplog.clear()
+    assert _timed(tmp_path, (2,), times) and len(times) == before + 2
+
+
+def test_of_processes_that_time_at_once_the_first_counts(tmp_path):
+    def late():
+        row_times.kept(tmp_path, {"a": 1}, lambda: (1.0, 0.0))
+        return 2.0, 0.0
+
+    assert row_times.kept(tmp_path, {"a": 1}, late) == (1.0, 0.0)

@@ -1,0 +1,95 @@
+"""Members along their training: which checkpoints are measured, see `config.Early`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ldm_scaling.config import Study
+from ldm_scaling.errors import UserError
+from ldm_scaling.parallel import processes
+from ldm_scaling.study import runs
+from ldm_scaling.study import subject as subject_lib
+from ldm_scaling.study.materials import Materials
+from ldm_scaling.study.subject import Subject
+from ldm_scaling.training import checkpoint
+
+
+def steps(study: Study) -> list[int]:
+    """Training steps before the end that members are measured after, rising."""
+    if study.weights or study.finetune.pretrained or not study.early.sampler:
+        return []
+    return sorted({n for n in study.train.keep_steps if n < study.train.steps})
+
+
+def subjects(study: Study) -> list[Subject]:
+    """All that is measured, the smallest member first, after ever more steps.
+
+    Raises:
+      UserError: where the end of training is not measured so.
+    """
+    along, sampler, count = steps(study), study.early.sampler, study.early.steps
+    if not along:
+        return []
+    sweep = dataclasses.replace(study.sweep, samplers=(sampler,), steps=(count,))
+    if not subject_lib.tables(sweep):
+        raise UserError(
+            f"config: early.steps={count}: sweep.max_steps lets {sampler} take "
+            f"{subject_lib.most_steps(sweep, sampler)} at most, so that the end of training is not "
+            "measured so: lower it"
+        )
+    return [
+        dataclasses.replace(subject_lib.of_member(study, member), train_step=n, sweep=sweep)
+        for member in study.members for n in along
+    ]
+
+
+def _kept(materials: Materials, member: str) -> list[int]:
+    return checkpoint.steps_of(materials.workdir.member(member) / "checkpoints")
+
+
+def require_ahead(materials: Materials, member: str) -> None:
+    """Raises `UserError` where a run that is to go on has left behind a step that it would be
+    measured at; in all processes."""
+    def passed() -> list[int]:
+        have = _kept(materials, member)
+        return [n for n in steps(materials.study) if n not in have and n < max(have, default=0)]
+
+    if lost := processes.from_lead("passed", passed):
+        raise _not_kept(member, lost)
+
+
+def require_kept(materials: Materials, reference_hash: str) -> None:
+    """Raises `UserError` where a checkpoint is gone that is to be measured still; in all processes.
+    """
+    directory = materials.workdir / "records"
+
+    def lost() -> list[Any]:
+        for s in subjects(materials.study):
+            found = subject_lib.existing(s, reference_hash, directory)
+            missing = len(found) < len(subject_lib.planned(s))
+            if missing and s.train_step not in _kept(materials, s.member):
+                return [s.member, s.train_step]
+        return []
+
+    if found := processes.from_lead("kept", lost):
+        raise _not_kept(found[0], found[1:])
+
+
+def _not_kept(member: str, lost: list[int]) -> UserError:
+    return UserError(
+        f"member {member} is to be measured after {lost[0]} steps of training, and no checkpoint "
+        f"was kept there: leave {lost[0]} out of train.keep_steps, or measure the end alone, "
+        "--config.early.sampler="
+    )
+
+
+def params(materials: Materials, subject: Subject) -> Any:
+    """The averaged parameters of a member, along its training or at its end."""
+    run, member = materials.study.train, subject.member
+    if subject.train_step not in steps(materials.study):
+        return materials.member_params(member)
+    return runs.average(
+        materials.spec(member), materials.workdir.member(member), run, materials.mesh,
+        subject.train_step,
+    )
