@@ -1,5 +1,6 @@
 """The command line: what a user gets wrong is one line that says how to mend it."""
 
+import importlib
 import json
 import os
 import pathlib
@@ -8,6 +9,7 @@ import signal
 import pytest
 
 from ldm_scaling import cli
+from ldm_scaling.cli import commands
 from ldm_scaling.models import zoo
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -57,11 +59,18 @@ def test_missing_flags(capsys, tmp_path):
     (["sweep", "--prompt=x"], ["sweep takes no --prompt", "belongs to sample"]),
     (["study", "--seeds=0:8"], ["study takes no --seeds", "belongs to sample"]),
     (["sample", "--format=json"], ["sample takes no --format", "belongs to zoo"]),
-    (["zoo", "--workdir=x"], ["zoo takes no --workdir", "prepare, cache-latents, train"]),
+    (["zoo", "--workdir=x"], ["zoo takes no --workdir", "cache-latents, train", "advise, figure"]),
     (["zoo", "--distributed"], ["zoo takes no --distributed", "prepare, cache-latents, train"]),
 ])  # fmt: skip
 def test_flag_of_another_command(capsys, arguments, parts):
     assert_error(run(capsys, *arguments), *parts)
+
+
+def test_commands_with_flags_of_their_own_take_what_is_said_of_them():
+    for command, module in commands.OWN.items():
+        taken = importlib.import_module(module)._parser().format_help()
+        for flag in ("config", "workdir"):
+            assert (f"--{flag} " in taken) == (command in cli.FLAGS[flag][0]), (command, flag)
 
 
 @pytest.mark.parametrize(

@@ -6,20 +6,21 @@ import os
 import re
 import sys
 
-from ldm_scaling.cli.commands import OWN, STAGES
+from ldm_scaling.cli.commands import STAGES
 from ldm_scaling.errors import UserError
 
-# Those that name a study.
-STUDIED = (*STAGES, *OWN)
+# Those that take a config, and a workdir; the commands with flags of their own read these here too.
+_CONFIGURED = (*STAGES, "evaluate", "plan", "cost", "rates", "upscale", "restore")
+_IN_WORKDIR = (*STAGES, "evaluate", "advise", "figure", "rates", "upscale", "restore")
 # Flags: the commands that take them, how they are written, what they are.
 FLAGS = {
     "config": (
-        STUDIED, "--config=FILE[:argument]",
+        _CONFIGURED, "--config=FILE[:argument]",
         "a file of configs/, e.g. configs/demo.py or configs/t2i_866m.py:local; a workdir knows "
         "the one that was last used in it",
     ),
     "workdir": (
-        STUDIED, "--workdir=DIR",
+        _IN_WORKDIR, "--workdir=DIR",
         "where everything is written; the same command goes on from what is there",
     ),
     "distributed": (

@@ -19,7 +19,7 @@ from ldm_scaling.cli import flags
 from ldm_scaling.cli.commands import COMMANDS, OWN
 from ldm_scaling.cli.flags import first_line
 from ldm_scaling.cli.usage import usage
-from ldm_scaling.errors import SAVED, STALLED, ApartError, Interrupted, UserError
+from ldm_scaling.errors import AGAIN, SAVED, STALLED, ApartError, Interrupted, UserError
 
 log = logging.getLogger("ldm_scaling")
 
@@ -84,7 +84,7 @@ def _in_workdir(command: str, arguments: list[str], rest: list[str], values: Any
     from ldm_scaling.parallel import compiled, hosts, processes
 
     hosts.use_cpu_cores()
-    compiled.keep()
+    compiled.keep(values.workdir if values.distributed else None)
     if values.distributed:
         processes.initialize(values.distributed)
         files.show_progress(hosts.is_lead())
@@ -109,7 +109,7 @@ def _in_workdir(command: str, arguments: list[str], rest: list[str], values: Any
         if hosts.is_lead():
             lock = workdir.lock()
             workdir.bind(materials.study)
-    # Several processes leave SIGTERM to jax, which training's loop asks.
+    # Several leave SIGTERM to jax's service, which training's loop and `processes` ask.
     told = contextlib.nullcontext() if processes.several() else _terminated_is_raised()
     with lock, workdir.log_to_file(jax.process_index()), told:
         started = time.perf_counter()
@@ -196,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
     if status:
         print(f"ldm-scaling: {why}", file=sys.stderr)
         if (processes := sys.modules.get("ldm_scaling.parallel.processes")) is not None:
-            processes.leave(status, why)
+            processes.leave(status, why.removesuffix(AGAIN))  # Each process says it once.
     return status
 
 
@@ -219,9 +219,9 @@ def _status(command: str, arguments: list[str]) -> tuple[int, str]:
     except ApartError as e:
         return STALLED, f"error: {e}"
     except Interrupted as e:
-        return SAVED, f"{e}; the same command goes on from here"
+        return SAVED, f"{e}{AGAIN}"
     except KeyboardInterrupt:
-        return 130, "stopped; the same command goes on from here"
+        return 130, f"stopped{AGAIN}"
     return 0, ""
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable
 
-from ldm_scaling.cli.commands import COMMANDS, OWN, STAGES
-from ldm_scaling.cli.flags import FLAGS, STUDIED
+from ldm_scaling.cli.commands import COMMANDS, OWN
+from ldm_scaling.cli.flags import FLAGS
+
+# Flags of most commands.
+_COMMON = ("config", "workdir", "distributed")
 
 
 def _table(rows: Iterable[tuple[str, str]], width: int = 29) -> list[str]:
@@ -26,7 +29,7 @@ def usage() -> str:
     of = {
         command: [
             line for name, (commands, *_) in FLAGS.items()
-            if command in commands and commands not in (STAGES, STUDIED) for line in flags[name]
+            if command in commands and name not in _COMMON for line in flags[name]
         ]
         for command in ("prepare", "sample", "convert", "zoo")
     }

@@ -9,7 +9,7 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.study import budgets, labels, winners
 from ldm_scaling.study.budgets import Budget
 from ldm_scaling.study.curves import Point
-from ldm_scaling.study.options import PUBLISHED_STEPS, Options
+from ldm_scaling.study.options import Options
 from ldm_scaling.study.statistics import duels
 from ldm_scaling.study.statistics.duels import Duel
 
@@ -71,23 +71,49 @@ def advise(options: Options, budget: Budget) -> Advice:
     if budget.value > max(p.cost for p in options.points):
         notes.append("The budget allows all that was measured: more steps or a larger size than "
                      "these may do better still.")
-    if duel is not None and duel.probability < 0.5:
-        notes.append("On the reporting prompts the runner-up looks better: the two are hard to "
-                     "tell apart.")
+    if duel is not None:
+        notes += _doubts(best, runner_up, duel)
     return Advice(options, budget, best, runner_up, duel, front(options.points, limit),
                   tuple(notes))
 
 
+def _doubts(best: Point, runner_up: Point, duel: Duel) -> list[str]:
+    """What the reporting prompts say against the choice, and whether noise alone could have made
+    it."""
+    out, other = [], 1 - duel.probability
+    if other > 0.5:
+        shown = labels.probability(other)
+        said = (
+            f"is better (probability {shown}), against the choice" if other > 0.95 else
+            f"is probably better ({shown}), against the choice" if other > 0.75 else
+            f"looks better ({shown}): the two are hard to tell apart"
+        )
+        out.append(f"On the reporting prompts the runner-up {said}.")
+    # The spread is of the reporting block: the choosing one has no replicates, and as few pictures
+    # or fewer.
+    gap, spread = runner_up.chosen_by - best.chosen_by, (duel.high - duel.low) / 2
+    if gap < spread and other > 0.05:
+        out.append(
+            f"The choice is within noise: on the choosing prompts the first leads by "
+            f"{labels.number(gap)}, and prompts and noise alone move such a lead by "
+            f"{labels.number(spread)}. More blocks tell the two apart better: "
+            "--config.sweep.more_blocks, docs/statistics.md."
+        )
+    return out
+
+
 def _too_little(options: Options, budget: Budget) -> str:
     least = min(options.points, key=lambda p: (p.cost, p.chosen_by))
-    only = "" if options.metric else (
-        f" (Table 1 has {PUBLISHED_STEPS} steps alone: what fewer would do, it does not say)"
-    )
+    steps = options.steps_alone
+    only = f" (Table 1 has {steps} steps alone: what fewer would do, it does not say)" if steps \
+        else ""
+    untimed = f". {options.untimed}" if options.untimed else ""
     return (
         f"a budget of {budgets.amount(budget.value, budget.unit, 9)} is below the cheapest of what "
         f"there is, {labels.network(least.model, least.task)} with {labels.sampler(least.sampler)} "
         f"and {least.steps} step{'s' * (least.steps > 1)}: "
-        f"{budgets.amount(budgets.enough(least.cost), options.unit, 5)}{only}"
+        f"{budgets.amount(budgets.enough(least.cost), options.unit, 5)}{only}; {budgets.WHAT}"
+        f"{untimed}"
     )
 
 

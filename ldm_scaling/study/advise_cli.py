@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -15,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ldm_scaling.errors import UserError
-from ldm_scaling.study import advice, budgets, cost_files, labels, reported
+from ldm_scaling.study import advice, budgets, cost_files, labels, reported, table_1
 from ldm_scaling.study import options as options_lib
 from ldm_scaling.study import records as records_lib
 from ldm_scaling.study.advice import Advice
@@ -23,33 +25,42 @@ from ldm_scaling.study.arguments import Parser, above_0, several, whole
 from ldm_scaling.study.budgets import Budget
 from ldm_scaling.study.curves import Point
 from ldm_scaling.study.options import Options
+from ldm_scaling.study.pricing import Training
 from ldm_scaling.study.records import Record
+from ldm_scaling.study.workdir import Workdir
 
 _USAGE = """
   ldm-scaling advise --records=runs/demo --budget="3 cost"
-  ldm-scaling advise --records=runs/demo --budget="400ms" --device=h100
-  ldm-scaling advise --records=runs/demo --budget="1e12 flops"
-  ldm-scaling advise --budget="20 cost"                   from the paper's Table 1"""
+  ldm-scaling advise --records=runs/demo --budget="20ms" --device=h100
+  ldm-scaling advise --records=runs/demo --budget="1 gflops" --pictures=1000000
+  ldm-scaling advise --budget="40 tflops"                 from the paper's Table 1"""
 
 
 def _parser() -> Parser:
     parser = Parser(
         "ldm-scaling advise", _USAGE, allow_abbrev=False,
-        description="Which size, sampler, steps and guidance to take for a budget, what to expect, "
-        "how sure that is, and the best for every smaller budget. docs/advise.md says how.",
+        description="Which size, sampler, steps and guidance to take for a budget of drawing one "
+        "picture, what to expect, how sure that is, and the best for every smaller budget. "
+        "docs/advise.md says how.",
     )
     add = parser.add_argument
-    add("--records", action="append", metavar="PLACE", help="a folder of records, a workdir that "
-        "has one, or records' files; with commas, or given again")
+    add("--records", "--workdir", action="append", metavar="PLACE", help="a folder of records, a "
+        "workdir that has one, or records' files; with commas, or given again")
     add("--published", action="store_true", help="works from the paper's Table 1, as without "
         "--records")
     add("--budget", metavar="TEXT", help=f"what a picture may cost: {budgets.FORMS}; without it, "
         "the best of all, in cost")
+    add("--pictures", type=above_0, metavar="N", help="counts training too, spread over so many "
+        "pictures: of a budget in flops, and of members of a workdir")
+    add("--member", action="append", metavar="NAME,NAME", help="chooses among these networks alone")
+    add("--sampler", action="append", metavar="NAME,NAME", help="among these samplers alone, with "
+        "their options: ddim:eta=1,dpmpp_2m")
+    add("--max-steps", type=above_0, metavar="N", help="among so many steps and fewer alone")
     add("--device", metavar="KIND", help="seconds are those of this device, such as h100, as "
         "ldm-scaling cost  measured them; without it the records' own")
     add("--costs", metavar="PLACE", help=f"where those lie, a folder or file ({cost_files.FOLDER})")
     add("--batch", type=above_0, metavar="N", help="pictures drawn at a time on the device (1)")
-    add("--metric", metavar="NAME", help="the measure; the first that the records have")
+    add("--metric", metavar="NAME", help="the measure; the one that chose the records' guidance")
     add("--task", metavar="NAME,NAME", help="of the records, where they are of several; those that "
         "draw from text are weighed together without it")
     add("--select-block", type=whole, metavar="N", help="seed block that chooses; the workdir's "
@@ -68,7 +79,11 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     """
     given = _parser().parse_args(list(arguments))
     budget = budgets.parse(given.budget) if given.budget is not None else Budget(math.inf, "cost")
-    found = advice.advise(_options(given, budget), budget)
+    chosen = options_lib.only(
+        _options(given, budget), _pieces(given.member or ()),
+        _pieces(given.sampler or (), r",(?!\s*\w+=)"), given.max_steps,
+    )
+    found = advice.advise(chosen, budget)
     if given.format == "json":
         print(json.dumps(plain(found), indent=1, allow_nan=False))
     else:
@@ -90,15 +105,29 @@ def _options(given: argparse.Namespace, budget: Budget) -> Options:
         prices = cost_files.of_device(epath.Path(place).expanduser(), given.device).prices()
     common = {"prices": prices, "batch": given.batch or 1}
     if not given.records:
-        if given.task:
-            raise UserError("--task goes with --records")
-        return options_lib.of_published(budget.unit, given.metric, **common)
+        for name in ("task", "pictures"):
+            if getattr(given, name):
+                raise UserError(f"--{name} goes with --records")
+        return table_1.options(budget.unit, given.metric, **common)
     records = _of_task(read(given.records), given.task)
     select_block, report_blocks = _blocks(given)
     return options_lib.of_records(
         records, budget.unit, given.metric, select_block=select_block,
-        report_blocks=report_blocks, settings=_settings(given.records), **common,
+        report_blocks=report_blocks, settings=_settings(given.records),
+        training=_training(given), **common,
     )
+
+
+def _training(given: argparse.Namespace) -> Training | None:
+    """What `--pictures` counts, where it is given: by the batch size of the workdirs' configs."""
+    if not given.pictures:
+        return None
+    homes = dict.fromkeys(map(reported.home_of, _pieces(given.records)))
+    sizes = {Workdir(home).last_config().train.batch_size for home in homes}
+    if len(sizes) > 1:
+        raise UserError(f"--pictures: the places of --records were trained with batches of "
+                        f"{labels.listing(sorted(map(str, sizes)))}: give one of them")
+    return Training(sizes.pop(), given.pictures)
 
 
 def _settings(places: Iterable[str]) -> list[str]:
@@ -124,8 +153,9 @@ def _blocks(given: argparse.Namespace) -> tuple[int, list[int]]:
     return own[first]
 
 
-def _pieces(places: Iterable[str]) -> list[str]:
-    return [piece.strip() for text in places for piece in text.split(",") if piece.strip()]
+def _pieces(texts: Iterable[str], comma: str = ",") -> list[str]:
+    """What flags list, given once or several times."""
+    return [piece.strip() for text in texts for piece in re.split(comma, text) if piece.strip()]
 
 
 def read(places: Iterable[str]) -> list[Record]:
@@ -188,7 +218,9 @@ def plain(found: Advice) -> dict[str, Any]:
     options, duel, budget = found.options, found.duel, found.budget.value
     return {
         "budget": budget if math.isfinite(budget) else None, "unit": options.unit,
-        "unit_label": options.unit_label, "measure": options.measure,
+        "unit_label": options.unit_label,
+        "reference": options.reference and dataclasses.asdict(options.reference),
+        "measure": options.measure,
         "better": "lower" if options.sign > 0 else "higher",
         "source": "records" if options.metric else "published",
         "best": _row(found.best, found),
@@ -209,7 +241,7 @@ def _how(p: Point) -> str:
 
 def _reached(p: Point, found: Advice) -> str:
     ends = "" if p.low is None else f" {labels.interval(p.low, p.high)}"
-    return f"{found.options.measure} {labels.number(p.value)}{ends}"
+    return f"{found.options.measure} {found.options.value(p.value)}{ends}"
 
 
 def text(found: Advice) -> str:
@@ -220,23 +252,28 @@ def text(found: Advice) -> str:
         file=out, width=100, highlight=False, markup=False, force_jupyter=False,
         force_terminal=False,
     )
-    limit = "Whatever it costs" if math.isinf(found.budget.value) else (
-        f"For {budgets.amount(found.budget.value, found.budget.unit)}"
+    budget = found.budget.value
+
+    def spent(p: Point) -> str:
+        return budgets.spent(p.cost, options.unit, budget)
+
+    limit = "Whatever it costs" if math.isinf(budget) else (
+        f"For {budgets.amount(budget, found.budget.unit)}"
     )
     console.print(f"{limit}: {_how(found.best)}")
-    console.print(f"  expect {_reached(found.best, found)} at "
-                  f"{budgets.amount(found.best.cost, options.unit)}")
+    console.print(f"  expect {_reached(found.best, found)} at {spent(found.best)}")
     if found.runner_up is not None:
         console.print(f"Runner-up: {_how(found.runner_up)}")
-        console.print(f"  {_reached(found.runner_up, found)} at "
-                      f"{budgets.amount(found.runner_up.cost, options.unit)}; {_sure(found)}")
+        console.print(
+            f"  {_reached(found.runner_up, found)} at {spent(found.runner_up)}; {_sure(found)}")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for head in (options.unit, "size", "sampler", "steps", "guidance", options.measure, "95%"):
         table.add_column(head, justify="left" if head in ("size", "sampler", "95%") else "right")
-    for p in found.front:
+    dearer = [p.cost for p in found.front[1:]] + [math.inf]
+    for p, below in zip(found.front, dearer, strict=True):
         table.add_row(
-            labels.number(p.cost), labels.network(p.model, p.task), labels.sampler(p.sampler),
-            str(p.steps), f"{p.guidance:g}", labels.number(p.value),
+            budgets.rounded_up(p.cost, below), labels.network(p.model, p.task),
+            labels.sampler(p.sampler), str(p.steps), f"{p.guidance:g}", options.value(p.value),
             "" if p.low is None else labels.interval(p.low, p.high),
         )
     console.print("\nThe best for every budget up to this one:")
@@ -250,8 +287,10 @@ def text(found: Advice) -> str:
 def _sure(found: Advice) -> str:
     if found.duel is None:
         return "how probably it is better is not known (no replicates)"
-    ends = labels.interval(found.duel.low, found.duel.high)
+    by, low, high = found.duel.advantage, found.duel.low, found.duel.high
+    lead = f"leads by {labels.number(by)} {labels.interval(low, high)}" if by >= 0 else (
+        f"is behind by {labels.number(-by)} {labels.interval(-high, -low)}"
+    )
     return (
-        f"better with probability {labels.probability(found.other_is_better)} (the first leads by "
-        f"{labels.number(found.duel.advantage)} {ends})"
+        f"better with probability {labels.probability(found.other_is_better)} (the first {lead})"
     )

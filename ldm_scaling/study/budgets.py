@@ -1,4 +1,4 @@
-"""Budgets as people write them: "400ms", "3 cost", "1e12 flops"."""
+"""Budgets as people write them: "3 cost", "20ms", "1 gflops"."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.study import labels
 from ldm_scaling.study.costing import Unit
 
-FORMS = '"400ms", "2 s", "3 cost", "1e12 flops" or "500 gflops"'
+FORMS = '"3 cost", "20ms", "2 s", "1 gflops" or "40 tflops"'
+WHAT = "a budget is of drawing one picture, training counts with --pictures alone: docs/advise.md"
 
 # Spelling -> the unit and how many of it.
 _SPELLINGS: dict[str, tuple[Unit, float]] = {
-    "ms": ("seconds", 1e-3), "s": ("seconds", 1.0), "sec": ("seconds", 1.0),
-    "second": ("seconds", 1.0), "seconds": ("seconds", 1.0), "cost": ("cost", 1.0),
-    "flop": ("gflops", 1e-9), "flops": ("gflops", 1e-9), "gflops": ("gflops", 1.0),
-    "tflops": ("gflops", 1e3),
+    "us": ("seconds", 1e-6), "ms": ("seconds", 1e-3), "s": ("seconds", 1.0),
+    "sec": ("seconds", 1.0), "second": ("seconds", 1.0), "seconds": ("seconds", 1.0),
+    "min": ("seconds", 60.0), "cost": ("cost", 1.0),
+    **{f"{prefix}flop{plural}": ("gflops", scale) for plural in ("", "s") for prefix, scale in (
+        ("", 1e-9), ("m", 1e-3), ("g", 1.0), ("t", 1e3), ("p", 1e6))},
 }
+_NAMES: dict[Unit, str] = {"seconds": "s", "gflops": "GFLOPs", "cost": "cost", "calls": "calls"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +53,7 @@ def parse(text: str) -> Budget:
         value = math.nan
     unit, scale = _SPELLINGS.get(found[2] if found else "", ("cost", math.nan))
     if not 0 < value * scale < math.inf:  # What overflows, or is too small to be told from 0, too.
-        raise UserError(f"--budget={text!r} is no budget; write one as {FORMS}")
+        raise UserError(f"--budget={text!r} is no budget; write one as {FORMS}; {WHAT}")
     return Budget(value * scale, unit)
 
 
@@ -61,9 +64,38 @@ def enough(value: float, digits: int = 5) -> float:
     return float(up.create_decimal(value * (1 - 1e-9)))
 
 
+def rounded_up(value: float, below: float = math.inf) -> str:
+    """A cost that can be typed as the budget that just pays for it: three digits or more, rounded
+    up.
+
+    Args:
+      value: a cost.
+      below: what it must not pay for, the next dearer cost: digits are added until it does not.
+    """
+    if not value > 0:
+        return labels.number(value)
+
+    def place(v: float) -> int:
+        return math.floor(math.log10(v))
+
+    digits = max(3, 1 + place(value))
+    apart = below > value * (1 + 1e-8)  # What rounding alone parts no digit does.
+    while apart and enough(value, digits) * (1 + 2e-9) >= below:
+        digits += 1
+    up = enough(value, digits)
+    return f"{up:.{max(0, digits - 1 - place(up))}f}"
+
+
 def amount(value: float, unit: Unit, digits: int | None = None) -> str:
     """So much of a unit: `0.400 s`, `3.00 cost`, `1000 GFLOPs`; with as many digits as are asked
-    for where two amounts are held against each other."""
-    names = {"seconds": "s", "gflops": "GFLOPs", "cost": "cost", "calls": "calls"}
-    text = labels.number(value) if digits is None else f"{value:.{digits}g}"
-    return f"{text} {names[unit]}"
+    for where two amounts are held against each other, else with all up to nine."""
+    text = labels.number(value)
+    if digits is not None or float(text) != value:
+        text = f"{value:.{digits or 9}g}"
+    return f"{text} {_NAMES[unit]}"
+
+
+def spent(value: float, unit: Unit, budget: float = math.inf) -> str:
+    """What something costs, `rounded_up` unless that is above the budget."""
+    text = rounded_up(value)
+    return f"{text if float(text) <= budget else f'{value:.9g}'} {_NAMES[unit]}"

@@ -1,19 +1,19 @@
-"""What advice chooses from: the cells of records, or the paper's Table 1, with what each costs.
+"""What advice chooses from: the cells of records, with what each costs (`table_1` has the paper's).
 Pure functions on records."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-
-import numpy as np
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import cost, zoo
-from ldm_scaling.study import costing, labels, pricing, reported
+from ldm_scaling.sampling import solvers
 from ldm_scaling.study import curves as curves_lib
+from ldm_scaling.study import labels, pricing, reported
 from ldm_scaling.study.costing import Price, Unit
 from ldm_scaling.study.curves import Point
+from ldm_scaling.study.pricing import Reference, Training
 from ldm_scaling.study.records import (
     CASCADE,
     CHOSEN,
@@ -23,8 +23,6 @@ from ldm_scaling.study.records import (
     Record,
 )
 from ldm_scaling.study.statistics import blocks
-
-PUBLISHED_STEPS, PUBLISHED_RATE, PUBLISHED_IMAGES = 50, 7.5, 30_000
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,6 +37,10 @@ class Options:
       sign: 1 where less of it is better, -1 where more is.
       metric: its name in the records; None where there are none.
       notes: what a reader must know of them, in sentences.
+      reference: what costs 1, in the unit `cost`.
+      untimed: of the notes that on sizes without measured seconds; empty where all have some.
+      steps_alone: the only number of steps that a published table has; 0 of records.
+      places: decimals of published values; None of records.
     """
 
     points: tuple[Point, ...]
@@ -48,20 +50,70 @@ class Options:
     sign: int
     metric: str | None
     notes: tuple[str, ...]
+    reference: Reference | None = None
+    untimed: str = ""
+    steps_alone: int = 0
+    places: int | None = None
+
+    def value(self, value: float) -> str:
+        """A value of the measure for readers."""
+        return labels.number(value) if self.places is None else f"{value:.{self.places}f}"
+
+
+def only(
+    options: Options, models: Collection[str] = (), samplers: Collection[str] = (),
+    most_steps: int | None = None,
+) -> Options:
+    """The options that were asked for.
+
+    Args:
+      options: of which guidance was chosen for each.
+      models, samplers: their names, and these with their options; all if empty.
+      most_steps: their steps; any if None.
+
+    Raises:
+      UserError: naming what there is.
+    """
+    asked: list[str] = []
+
+    def kept(points: Sequence[Point], flag: str, wanted: Collection[str], of: Any) -> list[Point]:
+        there = sorted({of(p) for p in points})
+        if lacking := [name for name in wanted if name not in there]:
+            raise UserError(f"--{flag}={lacking[0]}: there are {', '.join(there)}")
+        asked.extend(wanted)
+        return [p for p in points if of(p) in wanted] if wanted else list(points)
+
+    def base(p: Point) -> str:
+        return p.sampler.partition(", ")[0]
+
+    points = kept(options.points, "member", list(models), lambda p: p.model)
+    there = {base(p) for p in points}
+    points = kept(
+        points, "sampler", [s if s in there else solvers.canonical(s) for s in samplers], base)
+    if most_steps is not None:
+        least = min(p.steps for p in points)
+        if least > most_steps:
+            raise UserError(f"--max-steps={most_steps}: the fewest that there are is {least}")
+        asked.append(f"at most {most_steps} step{'s' * (most_steps > 1)}")
+        points = [p for p in points if p.steps <= most_steps]
+    if not asked:
+        return options
+    note = f"As asked, of {labels.listing(asked)} alone."
+    return dataclasses.replace(options, points=tuple(points), notes=(*options.notes, note))
 
 
 # --- from records -------------------------------------------------------------------------------
 
 
 def metric_of(records: Sequence[Record], metric: str | None) -> str:
-    """The measure asked for, or the first that the records have.
+    """The measure asked for, or the one that chose the records' guidance.
 
     Raises:
       UserError: where no record has it.
     """
     have = curves_lib.measures(records)
     if metric is None and have:
-        return have[0]
+        return reported.leading(records)
     if metric in have:
         return metric
     said = f"metric {metric!r} is in no record" if metric else "no record has a known measure"
@@ -116,7 +168,7 @@ def _counts(values: Iterable[int]) -> str:
 def of_records(
     records: Sequence[Record], unit: Unit, metric: str | None = None, *, select_block: int = 0,
     report_blocks: Sequence[int] = (1,), prices: Mapping[str, Price] | None = None, batch: int = 1,
-    settings: Sequence[str] = (),
+    settings: Sequence[str] = (), training: Training | None = None,
 ) -> Options:
     """Every measured cell at its chosen guidance.
 
@@ -129,17 +181,20 @@ def of_records(
     Args:
       records: of one study; of each size those of its longest training are used.
       unit: of the budget; see `pricing.COUNTED` for what it counts.
-      metric: the measure; the first that the records have if None.
+      metric: the measure; see `metric_of` if None.
       select_block: chooses guidance, and between cells.
       report_blocks: are reported, pooled where there are several; see `reported.whole`.
       prices: member -> measured seconds, for a budget in seconds on another device; without them
         seconds are the records' own.
       batch: pictures drawn at a time, for `prices`.
       settings: to be preferred where there are several, see `curves.one_setting`.
+      training: counted too, in a budget in FLOPs, of members that were trained from the start.
 
     Raises:
       UserError: where records, blocks or measured seconds are missing, or tasks do not compare.
     """
+    if training is not None:
+        training.check(records, unit)
     held = _by_task(records)
     left_out: list[str] = []
     if prices is not None and CASCADE in held:
@@ -159,19 +214,29 @@ def of_records(
         found, metric, select_block, asked, devices=unit == "seconds" and prices is None)
     points, untimed = pricing.priced_here(
         [p for part in parts.values() for p in part.points], prices, batch)
-    counted, where = pricing.counted_of(
-        [r for part in parts.values() for r in part.found], points, unit, prices, batch)
+    weighed = [r for part in parts.values() for r in part.found]
+    counted, where = pricing.counted_of(weighed, points, unit, prices, batch)
+    ones = pricing.references(weighed)
+    one = ones[-1].gflops if len(ones) > 1 else None
     price = {
-        task: pricing.of_points(part.found, unit, prices, counted) for task, part in parts.items()
+        task: pricing.of_points(part.found, unit, prices, counted, one, training)
+        for task, part in parts.items()
     }
     measure = labels.measure(metric)
     images = sorted({p.num_images for p in points})
     where_reported = labels.listing([str(block) for block in report_blocks])
     notes = [
+        *untimed,
         f"Chosen on seed block {select_block}, reported on {where_reported} "
         f"({labels.listing([f'{n:,}' for n in images])} pictures each): other prompts and noise. "
         "Intervals and probabilities do not cover the chance of another training run.",
     ]
+    if unit == "cost":
+        notes += [ones[-1].note, *pricing.mixed(ones)]
+    if unit == "seconds" and prices is None:
+        notes += pricing.doubts(weighed)
+    if training is not None:
+        notes += training.notes(weighed)
     if len(parts) > 1:
         notes += _together(parts, points, unit)
     for chooser in sorted({part.chooser for part in parts.values()} - {metric}):
@@ -182,7 +247,7 @@ def of_records(
     notes += filter(None, [reported.left_out(asked, report_blocks)])
     notes += _lengths({task: held[task] for task in parts}, longest, settings)
     kept = [r for task in parts for r in held[task]]
-    notes += [*curves_lib.other_settings(kept, settings), *untimed, *left_out, *lacking]
+    notes += [*curves_lib.other_settings(kept, settings), *left_out, *lacking]
     gaps = [
         g for part in parts.values()
         for g in curves_lib.gaps(part.pooled, part.chooser, select_block, report_blocks[0])
@@ -196,6 +261,7 @@ def of_records(
     return Options(
         tuple(dataclasses.replace(p, cost=price[p.task](p)) for p in points), unit,
         where, measure.short, measure.sign, metric, tuple(notes),
+        ones[-1] if unit == "cost" else None, " ".join(untimed),
     )
 
 
@@ -322,75 +388,3 @@ def _lengths(
             f"({labels.listing([f'{n:,}' for n in steps], 'or')} steps), no earlier checkpoint."
         )
     return list(dict.fromkeys(out))
-
-
-# --- from the paper -----------------------------------------------------------------------------
-
-_PUBLISHED = {"fid": ("FID", 1), "clip": ("CLIP score", -1)}
-_NONE_R = np.zeros(0)
-
-
-def of_published(
-    unit: Unit, metric: str | None = None, *, prices: Mapping[str, Price] | None = None,
-    batch: int = 1,
-) -> Options:
-    """The paper's Table 1: eleven sizes, each at 50 DDIM steps and guidance 7.5.
-
-    Costs are as printed; FLOPs are XLA's count of the same networks, as the table's own hold a
-    misprint.
-
-    Args:
-      unit: of the budget.
-      metric: "fid" (also if None) or "clip".
-      prices, batch: as `of_records`'; sizes without measured seconds take no part.
-
-    Raises:
-      UserError: for another metric, or seconds that were measured of none of these sizes.
-    """
-    metric = metric or "fid"
-    if metric not in _PUBLISHED:
-        raise UserError(f"metric {metric!r} is not in Table 1; there are {', '.join(_PUBLISHED)}")
-    short, sign = _PUBLISHED[metric]
-    members = [m for m in zoo.PAPER if prices is None or pricing.timed(prices.get(m.name), batch)]
-    if unit == "seconds" and prices is None:
-        raise UserError("Table 1 has no seconds: give --device=KIND, with seconds that  "
-                        "ldm-scaling cost  measured, or a budget in cost or flops")
-    if not members:
-        raise UserError(
-            f"no measured seconds of the paper's sizes at batch size {batch} there: run  "
-            f"ldm-scaling cost --members={','.join(m.name for m in zoo.PAPER)} --batch={batch}  on "
-            "that device"
-        )
-    counted = dataclasses.replace(pricing.COUNTED[unit], batch=batch) if prices is None else \
-        pricing.counted_on(prices, [m.name for m in members], unit, batch)
-    calls = costing.calls("ddim", PUBLISHED_STEPS)
-    device = next(iter(prices.values())).device if prices else ""
-
-    def point(m: zoo.Member) -> Point:
-        price = prices[m.name] if prices else Price(
-            m.name, cost.gflops(m.spec) if unit == "gflops" else 1.0, m.published.norm_cost
-        )
-        value = getattr(m.published, metric)
-        spent = costing.sampling(price, calls, True, unit, counted)
-        return Point(
-            m.name, "ddim", PUBLISHED_STEPS, PUBLISHED_RATE, spent, float("nan"), value, None, None,
-            sign * value, _NONE_R, PUBLISHED_IMAGES,
-        )
-
-    notes = (
-        "From the paper's Table 1 (arXiv 2404.01367) alone, which supports little: one sampler "
-        f"(DDIM), one step count ({PUBLISHED_STEPS}), one guidance rate ({PUBLISHED_RATE}).",
-        "It says which size to take where that many steps are affordable, and nothing of whether a "
-        "larger size with fewer steps, or a smaller one with other settings, would do better.",
-        "It has no error bars: each size was trained once. Half of the neighbouring sizes differ "
-        "by less than 2% in FID; whether one is truly better is not known.",
-        "Records of your own say more: ldm-scaling sweep, then --records=DIR.",
-    )
-    lacking = [m.name for m in zoo.PAPER if m not in members]
-    if lacking:
-        without = labels.listing(lacking)
-        notes += (f"Without measured seconds, so not taken into account: {without}.",)
-    return Options(
-        tuple(map(point, members)), unit, costing.label(unit, counted, device), short, sign, None,
-        notes,
-    )

@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib
 
 from ldm_scaling.study import curves as curves_lib
-from ldm_scaling.study import labels, winners
+from ldm_scaling.study import labels, pricing, winners
 from ldm_scaling.study.curves import Curves
 from ldm_scaling.study.labels import Measure
 from ldm_scaling.study.records import Record
@@ -159,11 +159,7 @@ def facts(records: Sequence[Record]) -> list[tuple[str, str]]:
 
 def reference(records: Sequence[Record]) -> str:
     """What has normalised cost 1."""
-    ones = {r.identity.model for r in records if abs(r.norm_cost - 1) < 1e-9}
-    if ones:
-        return sorted(ones)[0]
-    r = max(records, key=lambda r: r.norm_cost)
-    return f"a network of {labels.number(r.gflops / r.norm_cost)} GFLOPs"
+    return pricing.references(records)[-1].words
 
 
 def alternatives(

@@ -50,6 +50,8 @@ def _parser() -> Parser:
         "v5e:16x16, v5p:4x8x8 and v6e:16x16, train and sample, and the largest of other families "
         "on v5e:16x16; plans that are there and still hold are kept")
     add("--again", action="store_true", help="with --all: makes every plan anew")
+    add("--table", action="store_true", help="with --all: makes no plan, only the README.md of "
+        "those that are there, which says how many no longer hold")
     add("--jobs", type=above_0, default=1, metavar="N",
         help="with --all: so many at a time; each takes one core and up to 8 GB")
     add("--baseline", metavar="DIR", help="plans of before: says what is worse, and fails if "
@@ -107,10 +109,11 @@ def _all(given: argparse.Namespace, overrides: list[str], study_of: Callable) ->
         raise UserError(
             f"--baseline={given.baseline} is where --all writes: give another place by --to"
         )
-    aot_tpu.require()
+    if not given.table:
+        aot_tpu.require()
     plans = plan_family.run(
         study_of, Path("configs"), folder, overrides, given.num_slices, given.batch, given.again,
-        given.jobs, say=lambda line: print(line, file=sys.stderr, flush=True),
+        given.jobs, say=lambda line: print(line, file=sys.stderr, flush=True), table=given.table,
     )
     print(json.dumps(plans, indent=1) if given.format == "json" else folder / "README.md")
     return plans
@@ -120,8 +123,11 @@ def _one(given: argparse.Namespace, study_of: Callable) -> list[dict]:
     for name in ("config", "topology"):
         if not getattr(given, name):
             raise UserError(f"ldm-scaling plan needs --{name}; see  ldm-scaling plan --help")
-    if given.again or given.jobs > 1:
-        raise UserError(f"--{'again' if given.again else 'jobs'} goes with --all")
+    for name in ("again", "table"):
+        if getattr(given, name):
+            raise UserError(f"--{name} goes with --all")
+    if given.jobs > 1:
+        raise UserError("--jobs goes with --all")
     from ldm_scaling.parallel import aot
     from ldm_scaling.study import plan, plan_family, plan_parts, plan_show
 
@@ -142,7 +148,8 @@ def _one(given: argparse.Namespace, study_of: Callable) -> list[dict]:
     plans = {}
     for kind in kinds:
         batch = given.batch if kind == "train" or asked.startswith(("sample", "distill")) else None
-        plans[kind] = plan.make(plan.with_batch(study, kind, batch), member, target, kind)
+        plans[kind] = plan.make(plan.with_batch(study, kind, batch), member, target, kind) | {
+            "made": plan_family.made()}
     share = plan.frozen_share(plans) if len(plans) == len(plan_parts.KINDS) else None
     body: Any = plans[asked] if asked != _ALL else {
         "member": member, "topology": target.topology, "num_slices": target.num_slices,

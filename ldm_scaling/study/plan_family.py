@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import datetime
 import json
 import os
 import subprocess
@@ -55,6 +56,30 @@ def write(path: Path, plan: Mapping[str, Any]) -> None:
     files.atomic_write_text(path, json.dumps(plan, indent=1, allow_nan=False) + "\n")
 
 
+def made() -> dict[str, str]:
+    """The day, and the commit of this code where git knows it; `-dirty` where it was changed."""
+    commit = _git("describe", "--always", "--dirty", "--exclude=*", "--abbrev=9") \
+        if _git("ls-files", Path(__file__).name) else ""
+    return {"date": datetime.date.today().isoformat(), **({"commit": commit} if commit else {})}
+
+
+def _came(path: Path) -> dict[str, str]:
+    """The day and commit that a plan came with which does not say when it was made; nothing where
+    git does not know it."""
+    found = _git("log", "-1", "--format=%as %h", "--", path.name, folder=path.parent).split()
+    return dict(zip(("came", "commit"), found, strict=True)) if found else {}
+
+
+def _git(*words: str, folder: Path = Path(__file__).parent) -> str:
+    """What git says in a folder; nothing where it cannot."""
+    try:
+        done = subprocess.run(
+            ["git", *words], cwd=folder, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if not done.returncode else ""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Job:
     """A plan to be had: its file, its key, and the words after `plan` that make it."""
@@ -67,7 +92,7 @@ class _Job:
 def run(
     study_of: Callable[[str], Study], configs: Path, folder: Path, overrides: Sequence[str],
     num_slices: int = 1, batch: int | None = None, again: bool = False, jobs: int = 1,
-    say: Callable[[str], None] = print, command: Sequence[str] = (),
+    say: Callable[[str], None] = print, command: Sequence[str] = (), table: bool = False,
 ) -> list[dict[str, Any]]:
     """Makes what is missing of the family's plans, each in a process of its own, which gives its
     memory back; and the table `README.md` beside them.
@@ -85,6 +110,7 @@ def run(
       jobs: how many are made at a time; a compilation keeps one core busy.
       say: told what is done.
       command: what a plan is made by; this program if not given.
+      table: makes no plan, only the table of those that are there.
 
     Raises:
       UserError: for a config that is missing; at the end, naming the plans that could not be made.
@@ -100,6 +126,18 @@ def run(
         for member in members for kind in KINDS
     ]
 
+    def show() -> list[dict[str, Any]]:
+        there = [(plan, job) for job in wanted if (plan := read(job.path)) is not None]
+        page = plan_show.markdown(
+            [plan if "made" in plan else plan | {"made": _came(job.path)} for plan, job in there],
+            stale=sum(plan["key"] != job.key for plan, job in there),
+        )
+        files.atomic_write_text(folder / "README.md", page)
+        return [plan for plan, _ in there]
+
+    if table:
+        return show()
+
     def make(job: _Job) -> str:
         """Why it could not be made, or nothing."""
         plan = None if again else read(job.path)
@@ -112,10 +150,9 @@ def run(
         return why
 
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        made = list(pool.map(make, wanted))
-    failed = [job.path.name for job, why in zip(wanted, made, strict=True) if why]
-    found = [read(job.path) for job, why in zip(wanted, made, strict=True) if not why]
-    files.atomic_write_text(folder / "README.md", plan_show.markdown(found))
+        whys = list(pool.map(make, wanted))
+    failed = [job.path.name for job, why in zip(wanted, whys, strict=True) if why]
+    found = show()
     if failed:
         raise UserError(f"{len(failed)} plans could not be made: {', '.join(failed)}; see above")
     return found

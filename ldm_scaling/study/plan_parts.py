@@ -16,7 +16,7 @@ from ldm_scaling.config import Distill, Study
 from ldm_scaling.config.distill import Stage
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import autoencoder, backbone, text_encoder, zoo
-from ldm_scaling.parallel import aot, hosts, rules
+from ldm_scaling.parallel import aot, rules
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.study import caching, encoders
 from ldm_scaling.study.encoders import LatentEncoder
@@ -30,7 +30,7 @@ KINDS = ("train", "sample", "encode", "decode", "text")
 # `distilling`.
 DISTILL = "distill"
 # Pictures and captions that the caches are made with at a time, see `caching`.
-_PICTURES, _CAPTIONS = 128, 256
+_PICTURES, _CAPTIONS = 64, 256
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -293,7 +293,7 @@ def _autoencoder_params(study: Study) -> Any:
 def _encode(study: Study, member: str, devices: list[jax.Device]) -> Part:
     """Pictures to latents, see `caching.cache_latents`."""
     mesh, copies = own_mesh(study, devices)
-    dtype = hosts.compute_dtype(study.autoencoder.train.compute_dtype, mesh_lib.platform(mesh))
+    dtype = encoders.latent_dtype(study.autoencoder.train.compute_dtype)
     encoder = LatentEncoder(autoencoder_of(study), None, None, dtype, "")
     params = {"encoder": _autoencoder_params(study)["encoder"]}
     params = _placed(params, mesh_lib.replicated(mesh))

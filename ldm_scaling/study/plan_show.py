@@ -215,8 +215,8 @@ def _seconds(value: float) -> str:
 # --- the family -------------------------------------------------------------------------------
 
 
-def markdown(plans: Iterable[Plan]) -> str:
-    """The family's plans as a page."""
+def markdown(plans: Iterable[Plan], stale: int = 0) -> str:
+    """The family's plans as a page; of so many the key is another by now."""
     plans = list(plans)
     lines = [
         "# Plans of the family", "",
@@ -226,6 +226,7 @@ def markdown(plans: Iterable[Plan]) -> str:
     versions = {tuple(sorted(one["versions"].items())) for one in plans}
     for found in sorted(versions):
         lines.append("Compiled with " + ", ".join(f"{n} {v}" for n, v in found) + ".")
+    lines += ["", *_age(plans, stale)]
     trained = [one for one in plans if one["kind"] == "train"]
     unets = [one for one in trained if zoo.family_of(one["member"]) == "unet"]
     others = [one for one in trained if one not in unets]
@@ -240,6 +241,27 @@ def markdown(plans: Iterable[Plan]) -> str:
     lines += ["", "## How these figures come about", ""]
     lines += [f"- {note}" for note in plan_lib.NOTES]
     return "\n".join(lines) + "\n"
+
+
+def _age(plans: Sequence[Plan], stale: int) -> list[str]:
+    """When and of which code plans were made, and how many are of another code than there is."""
+    made: dict[str, int] = {}
+    for one in plans:
+        when = one.get("made", {})
+        words = f"made on {when['date']}" if "date" in when else (
+            f"that came on {when['came']}" if "came" in when else "of which no day is known")
+        by = "with" if "came" in when else "by the code of"
+        words += f" {by} commit {when['commit']}" if "commit" in when else ""
+        made[words] = made.get(words, 0) + 1
+    told = ", ".join(f"{n} {words}" for words, n in made.items())
+    out = [f"{len(plans)} plans: {told}."] if plans else []
+    if stale:
+        which = "All" if stale == len(plans) else f"{stale} of them"
+        out.append(
+            f"**{which} are of an earlier version of the code, its config or its compiler**: "
+            "their keys no longer hold, and `ldm-scaling plan --all` makes them anew."
+        )
+    return out
 
 
 def glance(plans: list[Plan], family: bool = True) -> list[str]:
@@ -277,12 +299,16 @@ def _where(one: Plan) -> str:
     return f"{slices}{one['topology']}"
 
 
+# Beside what every kind has: of a plan's rate, its unit, and what follows from it.
+_ENDS = {
+    "train": ("examples/s", "days to the last step", "chip-hours"),
+    "sample": ("rows/s", "s for 50 rows", "pictures/s of 50 rows"),
+}
+
+
 def _rows(kind: str, plans: list[Plan]) -> list[str]:
-    end = ("days to the last step", "chip-hours") if kind == "train" else ("s for 50 rows", "")
-    heads = ["network", "topology", "batch", "HBM GB", "of", "s", "binds", "examples/s", *end,
-             "settings that make it fit"]  # fmt: skip
-    if kind != "train":
-        heads.remove("")
+    heads = ["network", "topology", "batch", "HBM GB", "of", "s", "binds",
+             *_ENDS.get(kind, ("examples/s",)), "settings that make it fit"]  # fmt: skip
     out = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for one in plans:
         out.append(f"| {' | '.join(_row(one))} |")
@@ -294,13 +320,14 @@ def _row(one: Plan) -> list[str]:
     capacity = f"{one['hbm_capacity_gb']:.1f}"
     size = "-" if one["hbm_gb"] is None else f"{one['hbm_gb']:.2f}"
     if not one["fits"]:
-        rest = ["-"] * (5 if one["kind"] == "train" else 4)
+        rest = ["-"] * (2 + len(_ENDS.get(one["kind"], ("",))))
         return [*start, size, capacity, *rest, "does not fit"]
-    seconds = one["seconds_per_step_bound"]
-    end = [f"{one['days_bound']:.2f}", f"{one['chip_hours_bound']:,.0f}"] \
-        if one["kind"] == "train" else [f"{50 * seconds:.2f}"]
+    seconds, rate = one["seconds_per_step_bound"], one["examples_per_second_bound"]
+    end = {
+        "train": lambda: [f"{one['days_bound']:.2f}", f"{one['chip_hours_bound']:,.0f}"],
+        "sample": lambda: [f"{50 * seconds:.2f}", f"{rate / 50:,.0f}"],
+    }.get(one["kind"], list)
     settings = " ".join(flag.removeprefix("--config.") for flag in one["remedies"])
     return [
-        *start, size, capacity, _seconds(seconds), one["binds"],
-        f"{one['examples_per_second_bound']:,.0f}", *end, settings,
+        *start, size, capacity, _seconds(seconds), one["binds"], f"{rate:,.0f}", *end(), settings,
     ]

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import numpy as np
+
 from ldm_scaling.errors import UserError
+from ldm_scaling.models import zoo
 from ldm_scaling.study import costing, labels
 from ldm_scaling.study.costing import Counted, Price, Unit
 from ldm_scaling.study.curves import Point
-from ldm_scaling.study.records import Record
+from ldm_scaling.study.records import TEXT_TO_IMAGE, First, Record
 
 # What a budget counts, by its unit: the paper's cost as the paper has it; FLOPs and seconds as they
 # are spent.
 COUNTED: dict[Unit, Counted] = {
     "cost": costing.THE_PAPERS, "gflops": Counted(doubled=True), "seconds": costing.ALL,
 }
+# How much two counts of one network's FLOPs may differ by: XLA's versions do not agree to the last.
+_SAME = 1e-3
+# Seconds of one measurement lie on a line, calls x a row's + the rest. Beyond these factors it is
+# said that they do not, and that a network of fewer FLOPs is the slower one.
+_APART, _SLOWER = 1.5, 1.1
 
 
 def priced_here(
@@ -76,29 +85,37 @@ def counted_on(
 
 
 def of_points(
-    records: Sequence[Record], unit: Unit, prices: Mapping[str, Price] | None, counted: Counted
+    records: Sequence[Record], unit: Unit, prices: Mapping[str, Price] | None, counted: Counted,
+    one: float | None = None, training: Training | None = None,
 ) -> Callable[[Point], float]:
-    """What a point of one task's records costs."""
+    """What a point of one task's records costs.
+
+    Args:
+      records, unit, prices, counted: see `options.of_records`.
+      one: GFLOPs of what costs 1; the records' own if None.
+      training: whose share is added, if any's.
+    """
     cells = {(r.identity.model, r.identity.sampler, r.identity.steps): r for r in records}
+
+    def own(name: str, of: Record | First) -> Price:
+        return Price(name, of.gflops, of.gflops / one if one else of.norm_cost)
+
     if unit == "seconds" and prices is None:
         return lambda p: p.seconds
     if prices is not None:
         _check_networks(cells.values(), prices)
     else:
-        prices = {
-            r.identity.model: Price(r.identity.model, r.gflops, r.norm_cost) for r in cells.values()
-        }
+        prices = {r.identity.model: own(r.identity.model, r) for r in cells.values()}
 
     def price(p: Point) -> float:
         record = cells[p.model, p.sampler, p.steps]
-        guided = p.guidance != 1 and not record.told
-        if record.first is None:
-            return costing.sampling(prices[p.model], record.calls, guided, unit, counted)
-        first = record.first
-        own = Price(first.model, first.gflops, first.norm_cost)
+        guided, first = _guided(record, p.guidance), record.first
+        taught = training.share(record) if training else 0.0
+        if first is None:
+            return taught + costing.sampling(prices[p.model], record.calls, guided, unit, counted)
         both = first.upper_guidance != 1
-        return costing.sampling(own, first.calls, guided, unit, counted) + costing.sampling(
-            prices[p.model], record.calls, both, unit, counted)
+        return costing.sampling(own(first.model, first), first.calls, guided, unit, counted) + (
+            costing.sampling(prices[p.model], record.calls, both, unit, counted))
 
     return price
 
@@ -112,3 +129,162 @@ def _check_networks(records: Iterable[Record], prices: Mapping[str, Price]) -> N
                 f"{r.identity.model} takes {r.gflops:.4g} GFLOPs a call in the records and "
                 f"{price.gflops:.4g} in the measured seconds: they are of different networks"
             )
+
+
+def _guided(record: Record, guidance: float) -> bool:
+    """Whether its calls at this rate are pairs."""
+    return guidance != 1 and not record.told
+
+
+# --- what costs 1 -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """The network of which one call costs 1.
+
+    Attributes:
+      model: its name; None where no record is of it.
+      gflops: of a call.
+    """
+
+    model: str | None
+    gflops: float
+
+    @property
+    def words(self) -> str:
+        """It in a sentence."""
+        return self.model or f"a network of {labels.number(self.gflops)} GFLOPs"
+
+    @property
+    def note(self) -> str:
+        """What a cost of 1 is."""
+        of = f", {labels.number(self.gflops)} GFLOPs" if self.model else ""
+        return f"A cost of 1 is one call of {self.words}{of}."
+
+
+def references(records: Iterable[Record]) -> list[Reference]:
+    """What costs 1, by each of these records: one of one study, in FLOPs rising."""
+    stages = [part for r in records for part in (r, r.first) if part]
+    ones: list[float] = []
+    for one in sorted({part.gflops / part.norm_cost for part in stages}):
+        if not ones or one > ones[-1] * (1 + _SAME):
+            ones.append(one)
+    named = {
+        part.gflops: part.identity.model if isinstance(part, Record) else part.model
+        for part in stages if not getattr(part, "first", None)
+    }
+    return [
+        Reference(min((name for gflops, name in named.items() if abs(gflops / one - 1) < _SAME),
+                      default=None), one)
+        for one in ones
+    ]
+
+
+def mixed(found: Sequence[Reference]) -> list[str]:
+    """What is said of records that count cost in calls of several networks."""
+    if len(found) < 2:
+        return []
+    named = [f"{one.words} ({labels.number(one.gflops)} GFLOPs)" if one.model else one.words
+             for one in found]
+    return [f"The records count cost in calls of {labels.listing(named)}: all are counted in those "
+            f"of {found[-1].words} here."]
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What training takes, spread over the pictures that are drawn with what it made.
+
+    Attributes:
+      batch_size: examples of a step.
+      pictures: that are drawn.
+    """
+
+    batch_size: int
+    pictures: int
+
+    def share(self, record: Record) -> float:
+        """GFLOPs of a picture: of an example three calls' (the backward pass takes two)."""
+        examples = record.identity.train_step * self.batch_size
+        return 3 * record.gflops * examples / self.pictures
+
+    def check(self, records: Iterable[Record], unit: Unit) -> None:
+        """Raises `UserError` where it cannot be counted."""
+        if unit != "gflops":
+            raise UserError('--pictures goes with a budget in FLOPs, such as --budget="1 gflops"')
+        for r in records:
+            if r.task != TEXT_TO_IMAGE:
+                raise UserError(
+                    f"--pictures: records of {r.task} do not tell what trained their networks "
+                    f"before: --task={TEXT_TO_IMAGE} is advice on members alone"
+                )
+            if not r.identity.train_step:
+                raise UserError(f"--pictures: {r.identity.model} was not trained here")
+
+    def notes(self, records: Iterable[Record]) -> list[str]:
+        """What is counted, by size."""
+        by = {r.identity.model: r for r in sorted(records, key=lambda r: r.gflops)}
+        shares = [f"{name} {labels.number(self.share(r))}" for name, r in by.items()]
+        return [
+            f"Counted are sampling and a share of training, spread over {self.pictures:,} "
+            f"pictures, in GFLOPs a picture: {labels.listing(shares)}. That is 3 x the GFLOPs of a "
+            f"call x steps x {self.batch_size} examples, of the training that was measured; the "
+            "autoencoder's, captions' and the sweep's own work are not in it."
+        ]
+
+
+# --- measured seconds ---------------------------------------------------------------------------
+
+
+def doubts(records: Sequence[Record]) -> list[str]:
+    """What speaks against the seconds of one device's records: a network whose own are not of one
+    measurement, and one that is slower than a larger one of its family."""
+    lines: dict[tuple, list[tuple[int, float]]] = defaultdict(list)
+    cells: dict[tuple, list[Record]] = defaultdict(list)
+    family = {r.identity.model: zoo.family_of(r.identity.model) for r in records}
+    for r in records:
+        i, guided = r.identity, _guided(r, r.identity.guidance)
+        kind = (r.task, r.setting, r.student_steps, i.first, guided)
+        lines[i.model, *kind].append((r.calls, r.seconds_per_image))
+        if family[i.model]:
+            cells[*kind, i.sampler, i.steps, family[i.model]].append(r)
+    apart: dict[str, float] = {}
+    for (model, *_), points in lines.items():
+        apart[model] = max(apart.get(model, 1.0), _spread(np.array(points)))
+    uneven = sorted(model for model, times in apart.items() if times > _APART)
+    slower = {
+        (a.seconds_per_image / b.seconds_per_image, b.gflops / a.gflops, a.identity.model,
+         b.identity.model)
+        for own in cells.values() for a in own for b in own
+        if b.gflops > 1.1 * a.gflops and a.seconds_per_image > _SLOWER * b.seconds_per_image
+    }
+    out = []
+    if uneven:
+        out.append(
+            f"Seconds of {labels.listing(uneven)} are not of one measurement each: for a call they "
+            f"differ by up to {max(apart.values()):.1f} times between records of one network."
+        )
+    if slower:
+        times, flops, small, large = max(slower)
+        out.append(
+            f"By its records {small} is up to {times:.1f} times slower than {large}, which takes "
+            f"{flops:.1f} times its FLOPs."
+        )
+    if out:
+        out.append(
+            "So sizes may change places in seconds that were measured anew: ldm-scaling cost  "
+            "measures them one after the other, for --device=KIND."
+        )
+    return out
+
+
+def _spread(points_N2: np.ndarray) -> float:
+    """How many times the seconds of one (calls, seconds) are another's, at least, for whatever
+    share of a picture's seconds is not its calls': 1 where all are of one measurement."""
+    calls_N, seconds_N = points_N2.T
+    rest_Q1 = np.concatenate([[0.0], np.geomspace(1e-3, 1e4, 500)])[:, None]  # in calls
+    row_QN = seconds_N / (calls_N + rest_Q1)
+    return float((row_QN.max(axis=1) / row_QN.min(axis=1)).min())

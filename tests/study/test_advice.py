@@ -11,7 +11,7 @@ from ldm_scaling import cli
 from ldm_scaling.config import Consistency, Study, Sweep
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import zoo
-from ldm_scaling.study import advice, budgets, cost_files, records
+from ldm_scaling.study import advice, advise_cli, budgets, cost_files, records, table_1
 from ldm_scaling.study import options as options_lib
 from ldm_scaling.study.budgets import Budget
 from ldm_scaling.study.cost_files import CostFile, MemberCost, Timing
@@ -192,7 +192,9 @@ def test_sizes_that_the_device_could_not_hold_take_no_part(exact):
     chip["c48"] = dataclasses.replace(chip["c48"], seconds={})
     found = within(exact, 100.0, "seconds", prices=chip)
     assert found.best.model == "c32"
-    assert any(note.startswith("c48: no measured seconds") for note in found.notes)
+    assert found.notes[0].startswith("c48: no measured seconds")
+    with pytest.raises(UserError, match="below the cheapest.* c48: no measured seconds at batch"):
+        within(exact, 0.1, "seconds", prices=chip)
     with pytest.raises(UserError, match="at batch size 3 on Chip: run  ldm-scaling cost "
                                         "--members=c16,c24,c32,c48,c8 --batch=3"):
         within(exact, 1.0, "seconds", prices=chip, batch=3)
@@ -240,6 +242,34 @@ def test_notes_say_what_is_lacking(study):
     assert any("no interval" in n for n in found.notes)
 
 
+def test_a_contradicted_choice_is_graded(study):
+    """From noise to nearly sure, by how often the runner-up is better in what is reported."""
+    points = {p.model: p for p in options_lib.of_records(study, "cost").points
+              if (p.sampler, p.steps) == ("ddim", 20)}
+    base = dataclasses.replace(points["c8"], value=100.0, replicates_R=np.zeros(200))
+    for above, words in ((40, None), (120, "looks better (0.60): the two are hard to tell apart"),
+                         (180, "is probably better (0.90), against the choice"),
+                         (196, "is better (probability 0.98), against the choice")):
+        lead_R = (np.arange(200) + 0.5 - above) / 10
+        other = dataclasses.replace(base, model="c16", chosen_by=base.chosen_by + 1.0,
+                                    value=float(100 + lead_R.mean()), replicates_R=lead_R)
+        options = dataclasses.replace(
+            options_lib.of_records(study, "cost"), points=(base, other), notes=())
+        found = advice.advise(options, Budget(100.0, "cost"))
+        assert found.best.model == "c8" and found.other_is_better == pytest.approx(above / 200)
+        said = " ".join(found.notes)
+        assert (words in said) if words else ("On the reporting" not in said)
+        noise = "the first leads by 1.00, and prompts and noise alone move such a lead by 9.45"
+        assert noise in said and "--config.sweep.more_blocks" in said
+        ahead = found.duel.advantage >= 0
+        shown = advise_cli.text(found)
+        assert ("(the first leads by" in shown) == ahead and "by -" not in shown
+        assert ("(the first is behind by" in shown) != ahead
+    clear = dataclasses.replace(other, chosen_by=base.chosen_by + 50.0)
+    options = dataclasses.replace(options, points=(base, clear))
+    assert "within noise" not in " ".join(advice.advise(options, Budget(100.0, "cost")).notes)
+
+
 def test_what_cannot_be_answered(study):
     with pytest.raises(UserError, match=r"0.1 cost is below the cheapest.*c8 with .* 4 steps"):
         within(study, 0.1)
@@ -258,7 +288,7 @@ def test_what_cannot_be_answered(study):
 
 @pytest.mark.parametrize("budget", [3.5, 6.4, 20.0, 49.9, 50.0, 1000.0])
 def test_table_1_says_which_size_at_50_steps(budget):
-    found = advice.advise(options_lib.of_published("cost"), Budget(budget, "cost"))
+    found = advice.advise(table_1.options("cost"), Budget(budget, "cost"))
     able = [m for m in zoo.PAPER if m.published.norm_cost * 50 <= budget + 1e-9]
     assert found.best.model == min(able, key=lambda m: m.published.fid).name
     assert (found.best.sampler, found.best.steps, found.best.guidance) == ("ddim", 50, 7.5)
@@ -270,13 +300,24 @@ def test_table_1_says_which_size_at_50_steps(budget):
 
 def test_table_1_cannot_say():
     with pytest.raises(UserError, match="below the cheapest.*39m.*Table 1 has 50 steps alone"):
-        advice.advise(options_lib.of_published("cost"), Budget(3.0, "cost"))
+        advice.advise(table_1.options("cost"), Budget(3.0, "cost"))
     with pytest.raises(UserError, match="Table 1 has no seconds: give --device"):
-        options_lib.of_published("seconds")
+        table_1.options("seconds")
     with pytest.raises(UserError, match="'lpips' is not in Table 1; there are fid, clip"):
-        options_lib.of_published("cost", "lpips")
-    clip = advice.advise(options_lib.of_published("cost", "clip"), Budget(np.inf, "cost"))
+        table_1.options("cost", "lpips")
+    clip = advice.advise(table_1.options("cost", "clip"), Budget(np.inf, "cost"))
     assert clip.best.model == "5b" and clip.best.value == 0.314
+    assert "less than 1% in CLIP score" in (said := " ".join(clip.notes)) and "FID" not in said
+
+
+def test_table_1_has_its_own_digits():
+    """Values as printed; of costs it says that they are, and FLOPs not."""
+    found = advice.advise(table_1.options("cost"), budgets.parse("35 cost"))
+    assert "FID 22.15 at 33.5 cost" in advise_cli.text(found)
+    assert "A cost of 1 is one call of 866m, 790 GFLOPs. Costs are as printed" in " ".join(
+        found.notes)
+    other = advice.advise(table_1.options("gflops"), budgets.parse("40 tflops"))
+    assert other.best.model == "318m" and "as printed" not in " ".join(other.notes)
 
 
 def test_table_1_on_a_device():
@@ -285,13 +326,13 @@ def test_table_1_on_a_device():
             ("network", 1): 0.001, ("guided", 1): 0.002, ("decoder", 1): 0.01, ("text", 1): 0.01})
         for m in zoo.PAPER[:3]
     }
-    options = options_lib.of_published("seconds", prices=chip)
+    options = table_1.options("seconds", prices=chip)
     found = advice.advise(options, budgets.parse("120 ms"))
     assert found.best.model == "145m" and found.best.cost == pytest.approx(0.12)
     assert any("223m" in n and "5b" in n for n in found.notes)
     for price in chip.values():  # As where text comes from published weights.
         del price.seconds["text", 1]
-    options = options_lib.of_published("seconds", prices=chip)
+    options = table_1.options("seconds", prices=chip)
     assert options.unit_label.endswith("with decoder")
     found = advice.advise(options, budgets.parse("120 ms"))
     assert found.best.model == "145m" and found.best.cost == pytest.approx(0.11)
@@ -347,6 +388,49 @@ def test_the_command_names_everything(capsys, folder):
         assert run(capsys, *flags, "--budget=5 cost") == (0, out, "")
 
 
+def test_every_printed_cost_can_be_typed(capsys, folder):
+    """As a budget it gives the row that it stands in."""
+    _, out, _ = run(capsys, f"--workdir={folder}", "--budget=40 cost")
+    rows = [line.split() for line in out.split("95%\n")[1].splitlines()[1:] if line.strip()]
+    rows = rows[: next(k for k, row in enumerate(rows) if row[0] == "In")]
+    assert len(rows) > 3
+    for cost, size, *_ in rows:
+        first = run(capsys, f"--records={folder}", f"--budget={cost} cost")[1].splitlines()[0]
+        assert f": {size}, " in first
+        table = run(capsys, f"--records={folder}", f"--budget={cost} cost")[1]
+        assert f"\n  {cost} " in table.replace("\n ", "\n  ") or f" {cost} " in table
+
+
+def test_the_command_counts_training_by_the_workdirs_batches(capsys, tmp_path, study):
+    homes = {n: Workdir(tmp_path / str(n)) for n in (64, 128)}
+    for n, home in homes.items():
+        config = Study()
+        home.bind(dataclasses.replace(config, train=dataclasses.replace(
+            config.train, batch_size=n)))
+        for r in study:
+            if (r.identity.model == "c8") == (n == 64):
+                records.write(home / "records", r)
+    flags = ["--pictures=1000", "--budget=1 pflops"]
+    out = " ".join(run(capsys, f"--records={homes[64].path}", *flags)[1].split())
+    assert "spread over 1,000 pictures" in out and "x 64 examples" in out
+    status, _, err = run(capsys, *(f"--records={h.path}" for h in homes.values()), *flags)
+    assert status == 2 and "batches of 128 and 64" in err
+    (tmp_path / "bare").mkdir()
+    shutil.copytree(homes[64] / "records", tmp_path / "bare" / "records")
+    status, _, err = run(capsys, f"--records={tmp_path}/bare", *flags)
+    assert status == 2 and "study.json is not there" in err
+    assert run(capsys, "--pictures=5", "--budget=1 pflops")[2].endswith("goes with --records\n")
+
+
+def test_the_command_weighs_what_it_is_asked_to(capsys, folder):
+    _, out, _ = run(capsys, f"--records={folder}", "--sampler=ddim,ddpm", "--member=c48",
+                    "--max-steps=10", "--format=json")
+    found = json.loads(out)
+    assert {p["model"] for p in found["front"]} == {"c48"}
+    assert {p["sampler"] for p in found["front"]} <= {"ddim", "ddpm"}
+    assert max(p["steps"] for p in found["front"]) == 10
+
+
 def test_the_command_for_programs(capsys, folder):
     status, out, _ = run(capsys, f"--records={folder}", "--format=json", "--budget=1e11 flops")
     found = json.loads(out)
@@ -376,7 +460,7 @@ def test_the_command_on_a_device(capsys, folder, costs):
     (["--records=EMPTY"], ["no records there", "ldm-scaling sweep"]),
     (["--records=STUDY"], ["no records there", "ldm-scaling sweep"]),
     (["--records=STUDY/study.json"], ["is no record", "16 hex digits"]),
-    (["--budget=3 apples"], ["'3 apples'", "400ms", "3 cost", "1e12 flops"]),
+    (["--budget=3 apples"], ["'3 apples'", "20ms", "3 cost", "1 gflops", "one picture"]),
     (["--budget=1 cost"], ["below the cheapest", "39m"]),
     (["--budget=400ms"], ["no seconds", "--device"]),
     (["--budget=400ms", "--device=h100", "--costs=EMPTY"], ["h100", "ldm-scaling cost"]),
@@ -536,7 +620,7 @@ def test_tasks_that_do_not_compare_take_no_part(exact):
     with pytest.raises(UserError, match="--task=deblurring or text_to_image,consistency"):
         within([*fake.students(exact), *exact, *fake.students(exact, "deblurring")], 3.0)
     # On another device cascades are not timed, members are.
-    first = records.First("c8", "ddim", 4, "leading", 1.0, 0.0, 1.0, 0.1, 4)
+    first = records.First("c8", "ddim", 4, "leading", 1.0, 0.0, 0.21, 0.1, 4)
     cascades = [
         dataclasses.replace(r, first=first, identity=dataclasses.replace(
             r.identity, model="c8+c16", first=first.spelling))

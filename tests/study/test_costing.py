@@ -100,6 +100,8 @@ def test_labels_name_the_unit_and_what_is_counted():
     ("400ms", 0.4, "seconds"), ("0.4 s", 0.4, "seconds"), ("2 seconds", 2, "seconds"),
     ("3 cost", 3, "cost"), (" 3.5COST ", 3.5, "cost"), ("1e12 flops", 1000, "gflops"),
     ("1 TFLOPs", 1000, "gflops"), ("500 gflops", 500, "gflops"), ("1e+3 GFLOPS", 1000, "gflops"),
+    ("40 tflop", 40_000, "gflops"), ("5 mflops", 0.005, "gflops"), ("1 pflops", 1e6, "gflops"),
+    ("250us", 2.5e-4, "seconds"), ("2 min", 120, "seconds"),
 ])  # fmt: skip
 def test_budgets_as_people_write_them(text, value, unit):
     found = budgets.parse(text)
@@ -111,8 +113,28 @@ def test_budgets_as_people_write_them(text, value, unit):
     "3 cost 4",
 ])  # fmt: skip
 def test_what_is_no_budget_shows_the_forms(text):
-    with pytest.raises(UserError, match='"400ms".*"3 cost".*"1e12 flops"'):
+    with pytest.raises(UserError, match='"3 cost".*"20ms".*"1 gflops".*one picture'):
         budgets.parse(text)
+
+
+@pytest.mark.parametrize("value", [
+    1.2339719, 0.12007205, 0.00205812, 2.0, 0.9996, 9.999, 99.96, 999.7, 1234.5, 98765.4, 3.3e-7,
+])  # fmt: skip
+def test_a_cost_that_is_printed_pays_for_itself_and_for_nothing_dearer(value):
+    text = budgets.rounded_up(value)
+    assert "e" not in text and value <= float(text) * (1 + 1e-9) <= value * 1.01
+    dearer = value * (1 + 1e-5)
+    typed = budgets.parse(f"{budgets.rounded_up(value, dearer)} cost").value
+    assert value <= typed * (1 + 1e-9) < dearer
+    # What is no dearer but by rounding costs no digits.
+    assert budgets.rounded_up(value, value * (1 + 1e-12)) == text
+
+
+def test_amounts_say_what_was_asked_for():
+    assert budgets.amount(3.0, "cost") == "3.00 cost"
+    assert budgets.amount(1.23397, "cost") == "1.23397 cost"
+    assert budgets.spent(1.23397, "cost", 2.0) == "1.24 cost"
+    assert budgets.spent(1.23397, "cost", 1.2345) == "1.23397 cost"
 
 
 def test_a_budget_is_above_0():

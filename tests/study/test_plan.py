@@ -315,6 +315,15 @@ def test_the_family_goes_on_where_it_was(tmp_path, monkeypatch, devices):
     table = (folder / "README.md").read_text()
     assert "| 39m | v6e:16x16 |" in table and "not measurements" in table
     assert "| dit_xl2 |" in table.split("## Other backbones")[1].split("##")[0]
+    assert "earlier version" not in table and "of which no day is known" in table
+    # The table alone says what no longer holds.
+    old = plan_family.read(folder / "39m_v5e-16x16_train.json") | {
+        "key": "old", "made": {"date": "2026-01-02", "commit": "abc"}}
+    plan_family.write(folder / "39m_v5e-16x16_train.json", old)
+    assert len(plan_family.run(study_of, configs, folder, [], command=("false",), table=True)) == 4
+    table = (folder / "README.md").read_text()
+    assert "1 made on 2026-01-02 by the code of commit abc" in table
+    assert "**1 of them are of an earlier version of the code" in table
 
     (folder / "39m_v5e-16x16_train.json").unlink()
     with pytest.raises(UserError):
@@ -334,6 +343,25 @@ def test_the_readme_shows_what_the_plans_say():
     table = "\n".join(plan_show.glance(plans))
     assert table in (ROOT / "README.md").read_text()
     assert table in (ROOT / plan_family.FOLDER / "README.md").read_text()
+
+
+def test_rows_of_samples_are_no_pictures():
+    one = plan_family.read(ROOT / plan_family.FOLDER / "866m_v5e-16x16_sample.json")
+    heads, _, row = (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in plan_show._rows("sample", [one]))
+    said = dict(zip(heads, row, strict=True))
+    assert "examples/s" not in said and said["rows/s"] == "25,393"
+    assert said["pictures/s of 50 rows"] == f"{one['images_per_second_bound']['50 rows']:,.0f}"
+
+
+def test_a_plan_says_of_which_code_it_is(monkeypatch, tmp_path):
+    found = plan_family.made()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", found["date"])
+    if (ROOT / ".git").exists():
+        assert re.fullmatch(r"[0-9a-f]{9,}(-dirty)?", found["commit"])
+    monkeypatch.setattr(plan_family, "_git", lambda *words, **more: "")
+    assert set(plan_family.made()) == {"date"} and plan_family._came(tmp_path / "a.json") == {}
 
 
 def test_what_is_worse_than_the_baseline_is_told(tmp_path):

@@ -18,6 +18,10 @@ if (study.advice.length) {
   const spent = (p) => written(enough(p.cost));
   const reached = (p) => `${of.measure} ${number(p.value)}${range(p.low, p.high)}`;
 
+  const lead = ({ advantage: [by, least, most] }) => (by < 0
+    ? `is behind by ${number(-by)}${range(-most, -least)}`
+    : `leads by ${number(by)}${range(least, most)}`);
+
   /** The piece that holds for a budget, or nothing below the cheapest. A budget that is just what
       something costs pays for it, whatever rounding says. */
   const at = (v) => of.pieces.filter((piece) => piece.from <= v * (1 + 1e-9)).at(-1);
@@ -84,8 +88,7 @@ if (study.advice.length) {
       if (next) {
         choice("Runner-up", next, `${reached(next)} at ${spent(next)}`,
           piece.probability === null ? "how probably it is better is not known (no replicates)"
-            : `better with probability ${sure(piece.probability).slice(2)}; the first leads by `
-              + number(piece.advantage[0]) + range(...piece.advantage.slice(1)));
+            : `better with probability ${sure(piece.probability).slice(2)}; the first ${lead(piece)}`);
       }
       notes.push(...piece.notes);
       if (budget > of.points.at(-1).cost) notes.push(...of.beyond);

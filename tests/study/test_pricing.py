@@ -1,0 +1,117 @@
+"""What options cost: one reference, seconds of one measurement, training's share; and which of them
+are asked for."""
+
+import dataclasses
+
+import pytest
+
+from ldm_scaling.errors import UserError
+from ldm_scaling.study import advice, advise_cli
+from ldm_scaling.study import options as options_lib
+from ldm_scaling.study.budgets import Budget
+from ldm_scaling.study.pricing import Training
+from tests.study import fake_records as fake
+
+
+@pytest.fixture(scope="module")
+def exact():
+    return fake.make(noise=0.0, shared=0.0)
+
+
+@pytest.fixture(scope="module")
+def study():
+    return fake.make()
+
+
+def _within(records, budget, unit="cost"):
+    return advice.advise(options_lib.of_records(records, unit), Budget(budget, unit))
+
+
+def _cell(p):
+    return p.model, p.sampler, p.steps
+
+
+def test_what_costs_1_is_said_and_is_one_thing(study):
+    """Records of studies with other references, weighed together, count in calls of one."""
+    found = _within(study, 3.0)
+    assert "A cost of 1 is one call of c48, 2.10 GFLOPs." in found.notes
+    assert advise_cli.plain(found)["reference"] == {"model": "c48", "gflops": pytest.approx(2.1)}
+    half = fake.norm_cost("c16")
+    moved = [
+        dataclasses.replace(r, norm_cost=r.norm_cost / half)
+        if r.identity.model in ("c8", "c16") else r for r in study
+    ]
+    other = _within(moved, 3.0)
+    assert _cell(other.best) == _cell(found.best)
+    assert [p.cost for p in other.front] == pytest.approx([p.cost for p in found.front])
+    (note,) = [n for n in other.notes if "count cost in calls of c16" in n]
+    assert note.endswith("all are counted in those of c48 here.")
+    assert _within(moved, 3.0, "gflops").options.reference is None
+    alone = _within([r for r in study if r.identity.model == "c8"], 3.0)
+    assert "A cost of 1 is one call of a network of 2.10 GFLOPs." in alone.notes
+
+
+def test_seconds_of_several_measurements_are_doubted(study):
+    """What a picture takes beside its calls is no doubt, nor is a small difference."""
+    def notes(change):
+        return " ".join(_within([change(r) for r in study], 100.0, "seconds").notes)
+
+    def slow(r, factor, model, steps):
+        there = r.identity.model == model and r.identity.steps >= steps
+        return dataclasses.replace(
+            r, seconds_per_image=r.seconds_per_image * (factor if there else 1))
+
+    assert "Seconds of" not in notes(lambda r: r) and "slower" not in notes(lambda r: r)
+    more = notes(lambda r: dataclasses.replace(r, seconds_per_image=r.seconds_per_image + 1.0))
+    assert "Seconds of" not in more
+    assert "Seconds of" not in notes(lambda r: slow(r, 1.3, "c16", 50))
+    told = notes(lambda r: slow(r, 3.0, "c16", 50))
+    assert "Seconds of c16 are not of one measurement" in told
+    # What is not of calls may be any share: at least so many times.
+    assert 1.5 < float(told.split("differ by up to ")[1].split()[0]) <= 3.0
+    assert "--device=KIND" in told
+    told = notes(lambda r: slow(r, 5.0, "c8", 0))
+    assert "Seconds of" not in told and "c8 is up to" in told and "slower than c16" in told
+    assert "slower" not in " ".join(_within(study, 100.0, "cost").notes)
+
+
+def test_training_is_spread_over_the_pictures(exact):
+    """3 x GFLOPs x examples over N; with few pictures the small sizes pay off."""
+    for pictures in (10**3, 10**9):
+        training = Training(64, pictures)
+        options = options_lib.of_records(exact, "gflops", training=training)
+        plain = options_lib.of_records(exact, "gflops")
+        for p, q in zip(options.points, plain.points, strict=True):
+            share = 3 * 2.1 * fake.norm_cost(p.model) * 2000 * 64 / pictures
+            assert p.cost == pytest.approx(q.cost + share)
+        (note,) = [n for n in options.notes if n.startswith("Counted are sampling and a share")]
+        assert f"over {pictures:,} pictures" in note and "64 examples" in note
+    few, many = (
+        advice.advise(options_lib.of_records(exact, "gflops", training=Training(64, n)),
+                      Budget(210.0, "gflops")).best.model for n in (2_000, 10**9))
+    assert few != "c48" == many
+    with pytest.raises(UserError, match="--pictures goes with a budget in FLOPs"):
+        options_lib.of_records(exact, "cost", training=training)
+    with pytest.raises(UserError, match="--task=text_to_image is advice on members alone"):
+        options_lib.of_records(
+            [*exact, *fake.students(exact)], "gflops", training=training)
+    published = [dataclasses.replace(r, identity=dataclasses.replace(r.identity, train_step=0))
+                 for r in exact]
+    with pytest.raises(UserError, match="was not trained here"):
+        options_lib.of_records(published, "gflops", training=training)
+
+
+def test_only_what_was_asked_for_is_weighed(exact):
+    options = options_lib.of_records(exact, "cost")
+    some = options_lib.only(options, ("c8", "c48"), ("ddim",), 10)
+    assert {_cell(p) for p in some.points} == {
+        (m, "ddim", n) for m in ("c8", "c48") for n in (4, 6, 10)}
+    assert some.notes[-1] == "As asked, of c8, c48, ddim and at most 10 steps alone."
+    assert options_lib.only(options) is options
+    for asked, message in (
+        ({"models": ("c9",)}, "--member=c9: there are c16, c24, c32, c48, c8"),
+        ({"samplers": ("heun",)}, "--sampler=heun: there are ddim, ddpm, dpmpp_2m"),
+        ({"most_steps": 3}, "--max-steps=3: the fewest that there are is 4"),
+    ):
+        with pytest.raises(UserError, match=message):
+            options_lib.only(options, **asked)
