@@ -273,7 +273,7 @@ def spec_of(manifest: dict[str, Any]) -> Any:
 
 
 def load(path: str | os.PathLike[str], kind: str | None = None) -> Converted:
-    """Converted weights.
+    """Converted weights. Any process may read them by itself: none is waited for.
 
     Args:
       path: the folder.
@@ -293,8 +293,12 @@ def load(path: str | os.PathLike[str], kind: str | None = None) -> Converted:
         for parent in parents:
             node = node.setdefault(parent, {})
         node[leaf] = np.empty(shape, dtype)
+    # Orbax would wait for all processes when it has read.
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=None, active_processes={jax.process_index()}
+    )
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
             params = checkpointer.restore(os.fspath(path / _PARAMS), expected)
         found = pretrained.hash_of(params)
     except (OSError, ValueError, KeyError, TypeError) as e:

@@ -4,6 +4,8 @@ Process 0 leads: it locks a workdir, prepares, logs and reports. Waiting goes th
 coordination service and not through the devices, so that it may last as long as the lead works,
 answers signals, and ends as soon as any process says that it failed. One that neither waits nor
 fails by itself, as it waits for devices or works by itself, is ended by a thread that listens.
+
+That thread also ends all of them where one hears SIGTERM, but not while training has steps to save.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import Any
 
 import jax
 
-from ldm_scaling.errors import SAVED, ApartError, Interrupted, UserError
+from ldm_scaling.errors import AGAIN, SAVED, ApartError, Interrupted, UserError
 
 # How long processes wait for each other to start: a pod's hosts come up minutes apart.
 START_S = 900
@@ -31,6 +33,8 @@ START_S = 900
 HEARTBEAT_S = 100
 _SLICE_MS = 1_000  # between two looks at signals and at failures of others
 _FAILED, _HEARD, _LEFT = "ldm_scaling/failed", "ldm_scaling/heard", "ldm_scaling/left"
+# What jax's preemption service tells the processes by, of which one has heard SIGTERM.
+_NOTICE = "RECEIVED_PREEMPTION_NOTICE"
 _LISTEN_S = 1.0  # between two looks of the thread that listens
 _HEARING_S = 5.0  # in which others hear of a failure, or are taken for dead
 _ALONE_S = 20.0  # that a process which heard has to end by itself
@@ -41,7 +45,7 @@ _COMMANDS = "TPU pods and slices, GKE (with the package kubernetes) and Slurm"
 log = logging.getLogger(__name__)
 _ended, _leaving = threading.Event(), threading.Lock()
 _counts: collections.Counter[str] = collections.Counter()
-_joined = threading.Event()
+_joined, _saves = threading.Event(), threading.Event()
 
 
 def initialize(where: str, start_s: float = START_S, heartbeat_s: int = HEARTBEAT_S) -> None:
@@ -102,33 +106,58 @@ def initialize(where: str, start_s: float = START_S, heartbeat_s: int = HEARTBEA
         atexit.register(lambda: (_ended.set(), listener.join()))
 
 
+def saves(itself: bool) -> None:
+    """Says whether this process, told to end, saves what it is at and ends by itself; all that do
+    save together. Otherwise it is ended where it is."""
+    if itself:
+        _saves.set()
+    else:
+        _saves.clear()
+
+
 def _listen() -> None:
-    """Ends this process after another one failed, where it does not end by itself."""
-    while (told := failure()) is None:
+    """Ends this process when it is told to, and after another one failed, where it does not end by
+    itself."""
+    while (told := failure() or _told()) is None:
         if _ended.wait(_LISTEN_S):
             return
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         _client().key_value_set(f"{_HEARD}/{_state().process_id}", "null")
     status, why = told
-    # Where all have saved and end they do so at their own pace.
-    if status == SAVED or _ended.wait(_ALONE_S):
+    # Who ends with 75 has saved together with all that had to, or left before there was a step.
+    patience_s = (_HEARING_S if _saves.is_set() else 0.0) if status == SAVED else _ALONE_S
+    if _ended.wait(patience_s):
         return
 
     def tell() -> None:
-        print(f"ldm-scaling: error: {why}", file=sys.stderr, flush=True)
-        log.error("%s", why)
+        said = f"{why}{AGAIN}" if status == SAVED else f"error: {why}"
+        print(f"ldm-scaling: {said}", file=sys.stderr, flush=True)
+        log.log(logging.INFO if status == SAVED else logging.ERROR, "%s", why)
 
     within(_TELLING_S, tell)
     leave(status, why)
 
 
+def _told() -> tuple[int, str] | None:
+    """How this process is to end where any has heard SIGTERM; None where it saves first."""
+    if _saves.is_set() or _peek(_NOTICE) is None:
+        return None
+    return SAVED, "stopped by SIGTERM"
+
+
 def failure() -> tuple[int, str] | None:
     """Exit status and cause of the process that failed first; None while none has said so."""
-    if not _joined.is_set():
+    text = _peek(_FAILED) if _joined.is_set() else None
+    if text is None:
         return None
+    told = json.loads(text)
+    return told["status"], f"another process stopped: {told['why']}"
+
+
+def _peek(key: str) -> str | None:
+    """The value of a key, None where it is not there."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-        told = json.loads(_client().key_value_try_get(_FAILED))
-        return told["status"], f"another process stopped: {told['why']}"
+        return _client().key_value_try_get(key)
     return None
 
 
@@ -253,7 +282,7 @@ def _tell(status: int, why: str) -> None:
     for other in late:
         if _come(_HEARD + other, started + _HEARING_S):  # Else it is dead.
             _come(_LEFT + other, started + _HEARING_S + _ALONE_S)
-    time.sleep(_LINGER_S)
+    time.sleep(_LINGER_S if own else 2 * _LINGER_S)  # The lead last.
 
 
 def _come(key: str, until: float) -> bool:

@@ -415,8 +415,7 @@ class Taught:
         task, run = self.teach(member, subject), self.config.train
         folder = self.run_folder(member, subject)
         abstract = step.abstract_state(task.init, run, self.materials.mesh)
-        with loop.checkpoints_of(folder, run) as checkpoints:
-            average = checkpoints.restore_average(abstract)
+        average = checkpoint.average(folder / "checkpoints", run.steps, abstract)
         if self.config.lora_rank:
             adapters = placing.fetch(average)  # By all: a process may lack a shard.
             if hosts.is_lead():

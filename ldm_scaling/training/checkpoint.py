@@ -22,6 +22,8 @@ from ldm_scaling.training.state import TrainState
 
 # What a full disk becomes on its way through tensorstore and Orbax's threads.
 _WRITE_ERRORS = (OSError, ValueError, RuntimeError)
+# What a file that is gone, cut short or of something else becomes.
+_READ_ERRORS = (ValueError, KeyError, OSError, TypeError)
 # Seconds that a save may take. Where one of several processes cannot write its part, the others
 # learn of it by waiting so long.
 _SAVE_SECONDS = 600
@@ -140,7 +142,7 @@ class Checkpoints:
     def _await(self) -> None:
         try:
             self._manager.wait_until_finished()
-        except _WRITE_ERRORS as e:
+        except Exception as e:  # Whatever it is, nothing was saved.
             self._error = e
 
     def poll(self, seconds: float = 0.0) -> tuple[bool, UserError | None]:
@@ -154,7 +156,7 @@ class Checkpoints:
     def clean(self) -> None:
         """Forgets a save that failed and removes what it left: it would fill the store further."""
         self._error = None
-        with contextlib.suppress(*_WRITE_ERRORS):  # Orbax tells every thread once.
+        with contextlib.suppress(Exception):  # Orbax tells every thread once.
             self._manager.wait_until_finished()
         with contextlib.suppress(*_WRITE_ERRORS):
             if hosts.is_lead():
@@ -189,71 +191,49 @@ class Checkpoints:
           UserError: with a diff when the tree in the file is not `abstract`'s, and with the
             folder's name when the file is damaged. Nothing is ever started afresh silently.
         """
-        folder, remedy = self._checked(abstract, step)
+        step = self.latest() if step is None else step
+        folder = self.directory / str(step)
+        _check_tree(folder, abstract)
         try:
             restored = self._manager.restore(
-                int(folder.name),
+                step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardRestore(abstract), iterator=ocp.args.JsonRestore()
                 ),
             )
-        except (ValueError, KeyError, OSError, TypeError) as e:
-            raise _damaged(folder, e, remedy) from e
+        except _READ_ERRORS as e:
+            raise _damaged(folder, e) from e
         return restored.state, restored.iterator
 
-    def restore_average(self, abstract: TrainState, step: int | None = None) -> Any:
-        """A checkpoint's average of parameters alone, placed as `abstract.ema` says: a quarter of
-        the memory and of the reading.
 
-        Args, raises: as `restore`.
-        """
-        folder, remedy = self._checked(abstract, step)
-        item = abstract._replace(
-            step=ocp.PLACEHOLDER,
-            params=jax.tree.map(lambda _: ocp.PLACEHOLDER, abstract.params),
-            opt_state=jax.tree.map(lambda _: ocp.PLACEHOLDER, abstract.opt_state),
-        )
-        try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                restored = checkpointer.restore(
-                    folder / "state", args=ocp.args.PyTreeRestore(
-                        item, restore_args=ocp.checkpoint_utils.construct_restore_args(item)
-                    ),
-                )
-        except (ValueError, KeyError, OSError, TypeError) as e:
-            raise _damaged(folder, e, remedy) from e
-        return restored.ema
+def average(directory: epath.PathLike, step: int, abstract: TrainState) -> Any:
+    """The average of parameters alone, of a folder's checkpoint, placed as `abstract.ema` says: a
+    quarter of the memory and of the reading. Any process may read by itself: none is waited for.
 
-    def _checked(self, abstract: TrainState, step: int | None) -> tuple[epath.Path, str]:
-        """The folder of a step (None: the newest), which holds a tree like this; and what to do
-        where it turns out to be damaged."""
-        step = self._manager.latest_step() if step is None else step
-        folder = self.directory / str(step)
-        remedy = (
-            f"delete {folder} to go on from the checkpoint before it (or anew, if there is none), "
-            "then run the same command again"
-        )
-        self._check_tree(folder, abstract, remedy)
-        return folder, remedy
-
-    def _check_tree(self, folder: epath.Path, abstract: TrainState, remedy: str) -> None:
-        try:
-            found = ocp.StandardCheckpointer().metadata(folder / "state").item_metadata.tree
-        except (ValueError, KeyError, OSError, TypeError, AttributeError) as e:
-            raise _damaged(folder, e, remedy) from e
-        have, want = _shapes(found), _shapes(abstract)
-        wrong = [f"+{k} {have[k]}" for k in sorted(have.keys() - want.keys())]
-        wrong += [f"-{k} {want[k]}" for k in sorted(want.keys() - have.keys())]
-        wrong += [
-            f"{k} is {have[k]}, should be {want[k]}"
-            for k in sorted(have.keys() & want.keys()) if have[k] != want[k]
-        ]
-        if wrong:
-            shown = "; ".join(wrong[:6]) + (f"; and {len(wrong) - 6} more" if wrong[6:] else "")
-            raise UserError(
-                f"the checkpoint {folder} is not of this network (+ surplus, - missing): {shown}; "
-                "use the config it was trained with or another --workdir"
+    Args:
+      directory: of checkpoints.
+      step: which.
+      abstract: shapes, types and shardings.
+    Raises:
+      UserError: as `Checkpoints.restore`.
+    """
+    folder = epath.Path(os.path.abspath(directory)) / str(step)
+    _check_tree(folder, abstract)
+    item = abstract._replace(
+        step=ocp.PLACEHOLDER,
+        params=jax.tree.map(lambda _: ocp.PLACEHOLDER, abstract.params),
+        opt_state=jax.tree.map(lambda _: ocp.PLACEHOLDER, abstract.opt_state),
+    )
+    try:
+        with _reader(ocp.PyTreeCheckpointHandler()) as reader:
+            restored = reader.restore(
+                folder / "state", args=ocp.args.PyTreeRestore(
+                    item, restore_args=ocp.checkpoint_utils.construct_restore_args(item)
+                ),
             )
+    except _READ_ERRORS as e:
+        raise _damaged(folder, e) from e
+    return restored.ema
 
 
 def latest(directory: epath.PathLike) -> int | None:
@@ -275,14 +255,48 @@ def config_of(directory: epath.PathLike, step: int) -> dict[str, Any]:
     """What was given as `about` when a step was saved. Raises `UserError` where nothing was."""
     folder = epath.Path(os.path.abspath(directory)) / str(step)
     try:
-        return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder / "config")
+        with _reader(ocp.JsonCheckpointHandler()) as reader:
+            return reader.restore(folder / "config")
     except (OSError, ValueError) as e:
         raise UserError(
             f"the checkpoint {folder} holds no config that can be read: {_first_line(e)}"
         ) from e
 
 
-def _damaged(folder: epath.Path, error: Exception, remedy: str) -> UserError:
+def _reader(handler: Any) -> ocp.Checkpointer:
+    """Reads in this process alone: Orbax's own waits for all processes when it has read."""
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=None, active_processes={jax.process_index()}
+    )
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
+def _check_tree(folder: epath.Path, abstract: TrainState) -> None:
+    """Raises `UserError` where a checkpoint does not hold a tree like this."""
+    try:
+        found = ocp.StandardCheckpointer().metadata(folder / "state").item_metadata.tree
+    except (*_READ_ERRORS, AttributeError) as e:
+        raise _damaged(folder, e) from e
+    have, want = _shapes(found), _shapes(abstract)
+    wrong = [f"+{k} {have[k]}" for k in sorted(have.keys() - want.keys())]
+    wrong += [f"-{k} {want[k]}" for k in sorted(want.keys() - have.keys())]
+    wrong += [
+        f"{k} is {have[k]}, should be {want[k]}"
+        for k in sorted(have.keys() & want.keys()) if have[k] != want[k]
+    ]
+    if wrong:
+        shown = "; ".join(wrong[:6]) + (f"; and {len(wrong) - 6} more" if wrong[6:] else "")
+        raise UserError(
+            f"the checkpoint {folder} is not of this network (+ surplus, - missing): {shown}; "
+            "use the config it was trained with or another --workdir"
+        )
+
+
+def _damaged(folder: epath.Path, error: Exception) -> UserError:
+    remedy = (
+        f"delete {folder} to go on from the checkpoint before it (or anew, if there is none), "
+        "then run the same command again"
+    )
     if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
         return UserError(
             f"the checkpoint {folder} cannot be read ({_first_line(error)}): where the store is at "

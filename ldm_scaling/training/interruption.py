@@ -9,6 +9,8 @@ import threading
 import jax
 from jax.experimental import multihost_utils
 
+from ldm_scaling.parallel import processes
+
 # Over all runs of this process, see `Interruption.due`.
 _CALLS = itertools.count(1)
 
@@ -20,7 +22,8 @@ class Interruption:
     Several are told at different moments and must save one checkpoint together: JAX's preemption
     service, which `jax.distributed.initialize` starts and which hears SIGTERM from then on, picks
     the step after the furthest one that any of them has reached. A handler of SIGTERM that is set
-    in Python after that would silence it.
+    in Python after that would silence it. Before the first answer, and outside, there is no step to
+    save, and `processes` ends them.
     """
 
     def __init__(self):
@@ -33,9 +36,11 @@ class Interruption:
             self._before = signal.signal(signal.SIGTERM, lambda *unused: self._told.set())
         return self
 
-    def __exit__(self, *unused) -> None:
+    def __exit__(self, kind, *unused) -> None:
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
+        if kind is None:  # What is raised ends the process, with its own status.
+            processes.saves(False)
 
     @property
     def told(self) -> bool:
@@ -50,4 +55,5 @@ class Interruption:
         """
         if jax.process_count() == 1:
             return self.told
+        processes.saves(True)
         return multihost_utils.reached_preemption_sync_point(next(_CALLS))

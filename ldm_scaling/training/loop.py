@@ -29,7 +29,7 @@ from ldm_scaling.training.state import TrainState
 from ldm_scaling.training.task import Task
 from ldm_scaling.training.watchdog import Watchdog
 
-__all__ = ["DivergedError", "Interrupted", "NonFiniteLossError", "checkpoints_of", "fit"]
+__all__ = ["DivergedError", "Interrupted", "NonFiniteLossError", "fit"]
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def _due(number: int, every: int, last: int) -> bool:
     return every > 0 and (number % every == 0 or number == last)
 
 
-def checkpoints_of(directory: epath.PathLike, config: Train) -> checkpoint.Checkpoints:
+def _checkpoints(directory: epath.PathLike, config: Train) -> checkpoint.Checkpoints:
     """A run's checkpoints, kept as the config says."""
     return checkpoint.Checkpoints(
         epath.Path(directory) / "checkpoints", config.keep, config.keep_every, config.keep_best,
@@ -87,9 +87,13 @@ def fit(
     with contextlib.ExitStack() as stack:
         # Twice: where hosts are lost later, what checkpoints wait for does not come any more.
         stack.enter_context(watchdog.lost_host(task.name))
-        checkpoints = stack.enter_context(checkpoints_of(directory, config))
+        checkpoints = stack.enter_context(_checkpoints(directory, config))
         # The lead's word: a shared folder may look different elsewhere for a moment.
         loader, start = None, int(consensus.everyone(checkpoints.latest() or 0)[0, 0])
+        passed = {number for number in config.keep_steps if number <= start}
+        if lost := sorted(passed - set(checkpoint.steps_of(checkpoints.directory))):
+            log.warning("%s: of train.keep_steps %s are not on disk, and the run is at step %d: "
+                        "they will not be made", task.name, lost, start)
         dog = stack.enter_context(Watchdog(task.name, config.stall_seconds, start))
         stack.enter_context(watchdog.lost_host(task.name))
         if start == 0:

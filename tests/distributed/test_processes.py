@@ -1,11 +1,15 @@
-"""Two and four processes on this machine train as one; what four saved fewer can go on from."""
+"""Two and four processes on this machine train as one; what four saved fewer can go on from; one
+reads by itself; SIGTERM to one ends all."""
 
 import functools
 import shutil
+import signal
+import time
 
 import numpy as np
 import pytest
 
+from ldm_scaling.models import autoencoder, converted
 from ldm_scaling.training.events import read_curves, without_times
 from tests.distributed import driving
 
@@ -82,3 +86,32 @@ def test_checkpoint_of_four_is_gone_on_from_by_others(nursery, run, data, tmp_pa
     log = [row for row in without_times(read_curves(directory)) if row[1] == "train/loss"]
     assert [step for step, *_ in log] == [4, 5, 6]  # It did not begin anew.
     np.testing.assert_allclose([v for *_, v in log], _losses(four)[3:], rtol=1e-5)
+
+
+def test_one_reads_while_the_other_waits_for_its_word(nursery, data, tmp_path, monkeypatch):
+    """Orbax's own reading waits for the devices of both."""
+    params = {"encoder": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}}
+    kind = converted.KINDS["sd_autoencoder"]._replace(
+        load=lambda path: (autoencoder.AutoencoderSpec(), params, {"scale": 1.0})
+    )
+    monkeypatch.setitem(converted.KINDS, "sd_autoencoder", kind)
+    (tmp_path / "source").touch()
+    given = converted.write("sd_autoencoder", tmp_path / "source", tmp_path / "converted")
+    job = _job(tmp_path / "run", data, "linear", 2, 4) | {"reads": str(given)}
+    run = nursery.start(job, 2, tmp_path / "logs")
+    assert run.wait(60) == [0, 0], driving.output(tmp_path / "logs")
+
+
+def test_sigterm_to_one_ends_all_wherever_they_are(nursery, data, tmp_path):
+    """The lead is busy by itself; the other is told, as it waits for the devices of both."""
+    late = tmp_path / "late"
+    job = _job(tmp_path / "run", data, "linear", 2, 1) | {"late": str(late)}
+    run = nursery.start(job, 2, tmp_path / "logs")
+    while not late.exists() and run.poll() == [None, None]:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    run.signal(signal.SIGTERM, 1)
+    began = time.monotonic()
+    assert run.wait(60) == [75, 75], driving.output(tmp_path / "logs")
+    assert time.monotonic() - began < 20
+    assert "stopped by SIGTERM; the same command" in driving.output(tmp_path / "logs")

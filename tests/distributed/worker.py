@@ -8,8 +8,10 @@ Reads a line of JSON for each order and answers with one:
 
 A job is a JSON file: `task` (linear, unet), `mesh` (arguments of `mesh.make`), `devices` of each
 process, `train` (of `config.Train`), `data` (a cache), `directory`, `out`, `pause` (seconds a
-batch), `max_corrupt`, `largest` (bytes that a file may have: a disk that is full). Process 0 writes
-`out`, the final parameters; the exit status is as the command line's.
+batch), `max_corrupt`, `largest` (bytes that a file may have: a disk that is full), `late` (process
+0 makes this file and stays away from the run), `reads` (a converted network, which process 0 reads
+by itself in the end, as the last checkpoint). Process 0 writes `out`, the final parameters; the
+exit status is as the command line's.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import pathlib
 import resource
 import subprocess
 import sys
@@ -38,7 +41,7 @@ from ldm_scaling.models import unet
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.parallel import placing, processes
 from ldm_scaling.tasks import drawing
-from ldm_scaling.training import loop
+from ldm_scaling.training import checkpoint, loop, step
 from ldm_scaling.training.task import Task
 
 
@@ -90,14 +93,35 @@ def train(job: dict, address: str, k: int, n: int) -> None:
             job.get("pause", 0.0),
         )
 
+    if "late" in job:
+        processes.barrier("late")
+        if k == 0:
+            pathlib.Path(job["late"]).touch()
+            time.sleep(3600)
     mesh = mesh_lib.make(**job.get("mesh", {}))
     task = network(mesh) if job["task"] == "unet" else toy.task()
     state = loop.fit(task, config, make_loader, job["directory"], mesh, seed=3)
-    params = placing.fetch(state.params)
+    params, average = placing.fetch((state.params, state.ema))
+    if "reads" in job:
+        with processes.lead_first("read"):
+            if k == 0:
+                read_alone(job, task, config, average)
     if k == 0:
         leaves = jax.tree_util.tree_leaves_with_path(params)
         np.savez(job["out"], **{jax.tree_util.keystr(path): leaf for path, leaf in leaves})
     processes.barrier("done")
+
+
+def read_alone(job: dict, task: Task, config: Train, average) -> None:
+    """What one process reads while the others wait for its word is what is there."""
+    from ldm_scaling.models import converted
+
+    mesh = mesh_lib.own(1, jax.local_devices())
+    abstract = step.abstract_state(task.init, config, mesh)
+    folder = os.path.join(job["directory"], "checkpoints")
+    found = checkpoint.average(folder, config.steps, abstract)
+    jax.tree.map(np.testing.assert_array_equal, placing.fetch(found), average)
+    converted.load(job["reads"])  # It compares the hash of all values.
 
 
 def _process(order: dict) -> None:
@@ -126,7 +150,6 @@ def _process(order: dict) -> None:
     elif jax.distributed.is_initialized():
         jax.distributed.shutdown()
     os._exit(status)
-
 
 
 def main() -> None:

@@ -41,9 +41,20 @@ def test_the_best_are_known_after_a_restart(tmp_path):
     assert _steps(tmp_path) == [1, 4, 6]
 
 
+def test_steps_to_be_kept_that_the_run_has_passed_are_told(tmp_path, caplog):
+    config = dataclasses.replace(toy.CONFIG, steps=3, keep_steps=(1,))
+    loop.fit(toy.task(), config, toy.Loader, tmp_path, toy.one_device(), seed=0)
+    assert "keep_steps" not in caplog.text
+    config = dataclasses.replace(config, steps=5, keep_steps=(1, 2, 3, 5))
+    (tmp_path / "checkpoints" / "2").rename(tmp_path / "gone")
+    loop.fit(toy.task(), config, toy.Loader, tmp_path, toy.one_device(), seed=0)
+    assert "of train.keep_steps [2] are not on disk, and the run is at step 3" in caplog.text
+    assert _steps(tmp_path) == [1, 3, 4, 5]
+
+
 def test_a_metric_that_validation_does_not_give_is_refused(tmp_path):
     config = dataclasses.replace(
-        toy.CONFIG, steps=2, validate_every=1, checkpoint_every=1, keep_best=1
+        toy.CONFIG, steps=3, validate_every=1, checkpoint_every=1, keep_best=1
     )
     task = toy.task(validate=lambda params, step: {"psnr": 1.0})
     with pytest.raises(UserError, match=r"keep_metric='loss'.*\['psnr'\]"):
@@ -55,6 +66,7 @@ def test_a_metric_that_validation_does_not_give_is_refused(tmp_path):
     ({"keep_best": 1}, "set validate_every"),
     ({"keep_best": 1, "validate_every": 3}, "train.checkpoint_every=2: with keep_best a multiple"),
     ({"checkpoint_patience": 2}, "above checkpoint_every=2"),
+    ({"keep_steps": (2, 7)}, r"train.keep_steps=\(2, 7\): .* at most steps=6: leave out"),
     ({"stall_seconds": -1.0}, "train.stall_seconds"),
     ({"profile_steps": (3, 2)}, "train.profile_steps"),
     ({"profile_steps": (3,)}, "train.profile_steps"),
@@ -131,13 +143,12 @@ def test_the_average_is_read_alone(tmp_path):
     state = loop.fit(toy.task(), toy.CONFIG, toy.Loader, tmp_path, mesh, seed=0)
     abstract = step.abstract_state(toy.init, toy.CONFIG, mesh)
     nbytes = sum(x.nbytes for x in jax.tree.leaves(state.ema))
-    with checkpoint.Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        before = jax.live_arrays()
-        average = checkpoints.restore_average(abstract)
-        left = {id(x): x.nbytes for x in jax.live_arrays()}
-        for array in before:
-            left.pop(id(array), None)
-        assert sum(left.values()) == nbytes
-        jax.tree.map(np.testing.assert_array_equal, average, state.ema)
-        with pytest.raises(UserError, match="not of this network"):
-            checkpoints.restore_average(abstract._replace(ema={"other": abstract.ema}))
+    before, folder = jax.live_arrays(), tmp_path / "checkpoints"
+    average = checkpoint.average(folder, 6, abstract)
+    left = {id(x): x.nbytes for x in jax.live_arrays()}
+    for array in before:
+        left.pop(id(array), None)
+    assert sum(left.values()) == nbytes
+    jax.tree.map(np.testing.assert_array_equal, average, state.ema)
+    with pytest.raises(UserError, match="not of this network"):
+        checkpoint.average(folder, 6, abstract._replace(ema={"other": abstract.ema}))

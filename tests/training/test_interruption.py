@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from ldm_scaling.errors import Interrupted
 from ldm_scaling.training import consensus, interruption
 
 
@@ -33,13 +34,27 @@ def test_several_ask_the_service_with_counts_that_grow_over_runs(monkeypatch):
         interruption.multihost_utils, "reached_preemption_sync_point", reached
     )
     before = signal.getsignal(signal.SIGTERM)
-    answers = []
+    said, answers = [], []
+    monkeypatch.setattr(interruption.processes, "saves", said.append)
     for _ in range(2):
         with interruption.Interruption() as own:
             assert signal.getsignal(signal.SIGTERM) is before  # The service has its own.
             answers += [own.due() for _ in range(3)]
+            assert set(said) == {True}
+        assert said.pop() is False
+        said.clear()
     assert answers == [False, False, False, False, True, False]
     assert np.all(np.diff(asked) == 1)
+
+
+def test_a_run_that_fails_or_has_saved_ends_by_itself(monkeypatch):
+    """And is not ended meanwhile with another status, or before it has closed what it holds."""
+    said = []
+    monkeypatch.setattr(interruption.processes, "saves", said.append)
+    with pytest.raises(Interrupted):
+        with interruption.Interruption():
+            raise Interrupted("toy stopped by SIGTERM after step 3")
+    assert said == []
 
 
 @pytest.mark.parametrize("others", [[], [[0.0, 1.0]], [[1.0, 0.0], [0.0, 0.0]]])

@@ -36,15 +36,17 @@ def _at_once(monkeypatch):
     monkeypatch.setattr(saver, "_FIRST_PAUSE", 0.0)
 
 
-@pytest.mark.parametrize("where", ["begin", "commit", "curves"])
+@pytest.mark.parametrize("where", ["begin", "commit", "commit unforeseen", "curves"])
 def test_a_store_that_recovers_costs_nothing(tmp_path, monkeypatch, caplog, where):
     mesh, error = toy.one_device(), OSError(28, "No space left on device")
     whole = loop.fit(toy.task(), toy.CONFIG, toy.Loader, tmp_path / "whole", mesh, seed=3)
     if where == "begin":
         calls = _failing(monkeypatch, checkpoint._Manager, "save", 1, error)
-    elif where == "commit":  # In Orbax's own thread, after training went on.
+    elif where.startswith("commit"):  # In Orbax's own thread, after training went on.
         from orbax.checkpoint import AsyncCheckpointer
 
+        if where != "commit":  # A kind of error that nobody has seen there.
+            error = KeyError("No space left")
         calls = _failing(monkeypatch, AsyncCheckpointer, "_save_step_metadata", 1, error)
     else:
         failed = UserError("cannot write curves.csv: No space left on device")
