@@ -21,8 +21,10 @@ class Option(NamedTuple):
 Known = Mapping[str, Mapping[str, Option]]
 
 SCHEDULES: Known = {
-    "sd": {},
+    "sd": {"beta_start": Option(0.00085, 0.0, 1.0), "beta_end": Option(0.012, 0.0, 1.0)},
     "sd_zero_snr": {},
+    "linear": {"beta_start": Option(1e-4, 0.0, 1.0), "beta_end": Option(0.02, 0.0, 1.0)},
+    "cosine": {},
     "flow": {"shift": Option(1.0)},
     "edm": {"sigma_min": Option(0.002), "sigma_max": Option(80.0), "sigma_data": Option(0.5)},
 }

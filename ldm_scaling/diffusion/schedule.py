@@ -91,18 +91,27 @@ class Schedule:
 
     def at(self, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """alpha, sigma at timesteps in [0, T-1]. Between whole ones sigma / alpha is linear, as in
-        diffusers' Euler; on a straight schedule sigma is."""
+        diffusers' Euler; on a straight schedule sigma is; next to pure noise alpha / sigma is."""
         t = np.asarray(t, np.float64)
         nodes = np.floor(t).astype(np.int64)
         alpha, sigma = self.alpha[nodes], self.sigma[nodes]
         between = nodes != t
         if np.any(between):
-            known = self.sigma if self.straight else self.noise
-            value = np.interp(t[between], np.arange(self.num_timesteps), known)
-            alpha[between], sigma[between] = (
-                (1 - value, value) if self.straight else self.at_noise(value)
-            )
+            if self.straight:
+                value = np.interp(t[between], np.arange(self.num_timesteps), self.sigma)
+                alpha[between], sigma[between] = 1 - value, value
+            else:
+                alpha[between], sigma[between] = self.at_noise(self._noise_at(t[between]))
         return alpha, sigma
+
+    def _noise_at(self, t_N: np.ndarray) -> np.ndarray:
+        """Noise levels between whole timesteps."""
+        known_T, last = self.noise, self.num_timesteps - 1
+        finite_T = np.isfinite(known_T)
+        noise_N = np.interp(t_N, np.flatnonzero(finite_T), known_T[finite_T])
+        if not finite_T.all():
+            noise_N = noise_N / np.minimum(last - t_N, 1)
+        return noise_N
 
     def at_noise(self, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """alpha, sigma at finite noise levels sigma / alpha within its range."""
@@ -187,13 +196,53 @@ def sd(
     Raises:
         UserError: unless 0 < beta_start <= beta_end < 1 and num_timesteps >= 1.
     """
+    return _rising("sd", 0.5, num_timesteps, beta_start, beta_end)
+
+
+def linear(
+    num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+) -> Schedule:
+    """DDPM's schedule, ADM's and DiT's too: beta rises linearly.
+
+    Source: Ho et al. 2020 (DDPM), section 4.
+
+    Raises:
+        UserError: as `sd`.
+    """
+    return _rising("linear", 1.0, num_timesteps, beta_start, beta_end)
+
+
+def _rising(
+    name: str, power: float, num_timesteps: int, beta_start: float, beta_end: float
+) -> Schedule:
+    """beta^power rises linearly."""
     if num_timesteps < 1 or not 0 < beta_start <= beta_end < 1:
         raise UserError(
-            f"schedule with num_timesteps={num_timesteps}, beta_start={beta_start}, "
+            f"{name} schedule with num_timesteps={num_timesteps}, beta_start={beta_start}, "
             f"beta_end={beta_end}: needs num_timesteps >= 1 and 0 < beta_start <= beta_end < 1"
         )
-    beta_T = np.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=np.float64) ** 2
-    return variance_preserving("sd", np.cumprod(1 - beta_T))
+    ends = np.array([beta_start, beta_end], np.float64) ** power
+    beta_T = np.linspace(*ends, num_timesteps) ** (1 / power)
+    told = {"beta_start": beta_start, "beta_end": beta_end}
+    return variance_preserving(
+        named.spell(name, told, named.SCHEDULES), np.cumprod(1 - beta_T)
+    )
+
+
+def cosine(num_timesteps: int = 1000) -> Schedule:
+    """Improved DDPM's schedule: abar falls as a squared cosine, and no beta is above 0.999.
+
+    Source: Nichol & Dhariwal 2021, eq. 17, with s = 0.008.
+
+    Raises:
+        UserError: unless num_timesteps >= 1.
+    """
+    if num_timesteps < 1:
+        raise UserError(f"cosine schedule with num_timesteps={num_timesteps}: give 1 or more")
+    time = np.arange(num_timesteps + 1) / num_timesteps
+    abar = np.cos((time + 0.008) / 1.008 * np.pi / 2) ** 2
+    beta_T = np.minimum(1 - abar[1:] / abar[:-1], 0.999)
+    return variance_preserving("cosine", np.cumprod(1 - beta_T))
 
 
 def zero_terminal_snr(schedule: Schedule) -> Schedule:
@@ -207,8 +256,14 @@ def zero_terminal_snr(schedule: Schedule) -> Schedule:
         schedule: a variance-preserving one.
 
     Raises:
-        UserError: if the schedule has a single timestep.
+        UserError: if the schedule has a single timestep or preserves no variance.
     """
+    square_T = schedule.alpha**2 + schedule.sigma**2
+    if np.any(np.abs(square_T - 1) > 1e-9):
+        raise UserError(
+            f"schedule {schedule.name!r} has alpha^2 + sigma^2 from {square_T.min():.6g} to "
+            f"{square_T.max():.6g}: only one where that is 1 can be shifted to zero terminal SNR"
+        )
     if schedule.num_timesteps < 2:
         raise UserError("a schedule of one timestep cannot end in pure noise: give it two or more")
     alpha_T = schedule.alpha
@@ -279,13 +334,14 @@ def edm(
 
 _EDM_RHO = 7.0
 _BY_NAME = {
-    "sd": sd, "sd_zero_snr": lambda: zero_terminal_snr(sd()), "flow": flow, "edm": edm,
+    "sd": sd, "sd_zero_snr": lambda: zero_terminal_snr(sd()), "linear": linear, "cosine": cosine,
+    "flow": flow, "edm": edm,
 }
 
 
 def get(name: str) -> Schedule:
-    """The schedule called `name`: "sd", "sd_zero_snr", "flow", "edm", or with options
-    "flow:shift=3"; see `config.named`.
+    """The schedule called `name`: "sd", "sd_zero_snr", "linear", "cosine", "flow", "edm", or with
+    options "flow:shift=3"; see `config.named`.
 
     Raises:
         UserError: for another name or option.

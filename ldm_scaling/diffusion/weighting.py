@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import numpy as np
 
 from ldm_scaling.config import named
 from ldm_scaling.diffusion import parameterization
 from ldm_scaling.diffusion.schedule import Schedule
 from ldm_scaling.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def weights(weighting: str, schedule: Schedule, prediction: str) -> np.ndarray | None:
@@ -22,6 +27,8 @@ def weights(weighting: str, schedule: Schedule, prediction: str) -> np.ndarray |
     | cosmap     | 2 / (pi (1 - 2 s + 2 s^2)) times the error of the velocity                  |
 
     with SNR = alpha^2 / sigma^2 and s = sigma / (alpha + sigma), flow matching's time at that SNR.
+    In pure noise, where samples begin, min_snr and snr are 0 and what the network says there is not
+    trained; that is logged.
     Names as in diffusers' compute_loss_weighting_for_sd3; cosmap is Esser et al. 2024, section 3.1.
 
     Args:
@@ -51,4 +58,16 @@ def weights(weighting: str, schedule: Schedule, prediction: str) -> np.ndarray |
         "sigma_sqrt": lambda: s**-2,
         "cosmap": lambda: 2 / (np.pi * (1 - 2 * s + 2 * s**2)) / s**2,
     }[name]()
-    return of_x0 * q**2  # an error in x0 is q times that of the output
+    weight_T = of_x0 * q**2  # an error in x0 is q times that of the output
+    if weight_T[-1] == 0:
+        _say_untrained(weighting, schedule.name)
+    return weight_T
+
+
+@functools.cache
+def _say_untrained(weighting: str, schedule: str) -> None:
+    log.warning(
+        "weighting %r is 0 in the pure noise that schedule %r ends in, and next to 0 before it: "
+        "samples begin there, by an output that is hardly trained; sigma_sqrt, cosmap and none "
+        "weigh it", weighting, schedule,
+    )

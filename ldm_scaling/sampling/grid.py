@@ -184,6 +184,13 @@ def from_sigmas(
             f"from {high:.6g} down to {low:.6g}"
         )
     inside = np.clip(noise_N, low, high)
+    rises = np.flatnonzero(np.diff(inside) >= 0)
+    if rises.size:
+        k = rises[0]
+        raise UserError(
+            f"sigmas must fall strictly, within the {high:.6g} down to {low:.6g} of schedule "
+            f"{schedule.name!r}, but {noise_N[k]:g} is followed by {noise_N[k + 1]:g}"
+        )
     alpha, sigma = schedule.at_noise(inside)
     if final == "abar_0" and inside.size and np.isclose(inside[-1], low, rtol=1e-9):
         alpha[-1], sigma[-1] = end  # the end itself, to the last bit
@@ -197,7 +204,10 @@ def _leading(steps: int, T: int, convention: str, offset: int) -> np.ndarray:
     return (np.arange(steps) + dpm)[::-1] * stride + offset
 
 
-def _trailing(steps: int, T: int, convention: str) -> np.ndarray:
+def _trailing(steps: int, T: int, convention: str, shift: float | None = None) -> np.ndarray:
+    if shift is not None:
+        s = np.arange(steps, 0, -1) / steps
+        return T * (s / (s + (1 - s) / shift)) - 1
     # As diffusers rounds it (halves to even, after float error); arange may yield one node too
     # many, at -1, for instance at 61 steps.
     return np.round(np.arange(T, 0, -T / steps))[:steps] - 1
@@ -243,6 +253,8 @@ _SIGMAS: dict[str, Callable[..., np.ndarray]] = {
     "karras": _karras, "exponential": _exponential, "ays": _ays,
 }
 _LISTS = {"timesteps": from_timesteps, "sigmas": from_sigmas}
+# The option of a spacing, a number above 0, and what it may be.
+_OPTIONS = {"karras": ("rho", 7), "trailing": ("shift", 3)}
 SPACINGS = (*_TIMESTEPS, *_SIGMAS)
 
 
@@ -257,7 +269,8 @@ def build(
     | spacing       | nodes                                                                     |
     |---------------|---------------------------------------------------------------------------|
     | leading       | (T // N) i + offset, i < N; "dpm": (T // (N+1)) i + offset, 1 <= i <= N   |
-    | trailing      | round(T - i T / N) - 1                                                    |
+    | trailing      | round(T - i T / N) - 1; "trailing:shift=3": T s' - 1, as it is, with      |
+    |               | s' = shift s / (1 + (shift - 1) s) of s = 1 - i / N                       |
     | linspace      | linspace(0, T-1, N), rounded but in "euler"; "dpm": N+1 of them without 0 |
     | lcm           | N out of the 50 of which the last is T-1                                  |
     | codi          | N out of the 50 of which the first is 0                                   |
@@ -271,7 +284,8 @@ def build(
     timesteps. With `final="abar_0"` karras and exponential end where their last node is.
 
     Sources: diffusers (leading, trailing, linspace by convention; lcm from scheduling_lcm.py);
-    CoDi's public pipeline; Karras et al. 2022, eq. 5; Sabour et al. 2024.
+    CoDi's public pipeline; Karras et al. 2022, eq. 5; Sabour et al. 2024; Esser et al. 2024
+    (Stable Diffusion 3), eq. 23, for the shift.
 
     Args:
         spacing: one of `SPACINGS`, or a list as above.
@@ -286,7 +300,7 @@ def build(
             the spacing cannot make; it says which it can.
     """
     kind, colon, text = spacing.partition(":")
-    if kind not in (*SPACINGS, *_LISTS) or (colon and kind not in ("karras", *_LISTS)):
+    if kind not in (*SPACINGS, *_LISTS) or (colon and kind not in (*_OPTIONS, *_LISTS)):
         raise UserError(
             f"unknown spacing {spacing!r}: choose one of {', '.join(SPACINGS)}, or a list such as "
             "timesteps:999,759,499,259 or sigmas:14.6,3.9,1.4"
@@ -308,13 +322,8 @@ def build(
                 "agree"
             )
         return _LISTS[kind](schedule, values, final, spacing)
+    options = _option(spacing) if colon else {}
     if kind in _SIGMAS:
-        options = {}
-        if colon:
-            key, _, value = text.partition("=")
-            options["rho"] = rho = _numbers(spacing, value)[0] if key == "rho" else 0.0
-            if not 0 < rho < np.inf:
-                raise UserError(f"spacing {spacing!r}: write karras:rho=7, with rho above 0")
         if schedule.zero_terminal_snr:
             raise UserError(
                 f"{spacing} spacing goes by noise levels sigma / alpha, which have no highest on "
@@ -327,7 +336,21 @@ def build(
                 f"noise levels, {noise_T[-1]:.6g} down to {noise_T[0]:.6g}: use spacing 'karras'"
             )
         return from_sigmas(schedule, _SIGMAS[kind](steps, noise_T, **options), final, spacing)
-    return _build_timesteps(kind, schedule, steps, convention, final, offset)
+    if kind == "leading":
+        options["offset"] = 1 if offset is None else offset
+    return _build_timesteps(spacing, schedule, steps, convention, final, options)
+
+
+def _option(spacing: str) -> dict[str, float]:
+    kind, _, text = spacing.partition(":")
+    option, example = _OPTIONS[kind]
+    key, _, value = text.partition("=")
+    numbers = _numbers(spacing, value) if key == option else []
+    if len(numbers) != 1 or not 0 < numbers[0] < np.inf:
+        raise UserError(
+            f"spacing {spacing!r}: write {kind}:{option}={example}, with {option} above 0"
+        )
+    return {option: numbers[0]}
 
 
 def _numbers(spacing: str, text: str) -> list[float]:
@@ -340,18 +363,16 @@ def _numbers(spacing: str, text: str) -> list[float]:
 
 
 def _build_timesteps(
-    spacing: str, schedule: Schedule, steps: int, convention: str, final: str, offset: int | None
+    spacing: str, schedule: Schedule, steps: int, convention: str, final: str,
+    options: dict[str, float],
 ) -> Grid:
-    name, options = spacing, {}
-    if spacing == "leading":
-        options["offset"] = 1 if offset is None else offset
-        name += f"+{offset}" if offset not in (None, 1) else ""
-    if spacing in ("leading", "linspace"):
-        name += f"-{convention}"
+    name, kind = spacing, spacing.partition(":")[0]
+    name += f"+{options['offset']}" if options.get("offset", 1) != 1 else ""
+    name += f"-{convention}" if kind in ("leading", "linspace") else ""
     T = schedule.num_timesteps
 
     def place(n: int) -> np.ndarray | None:
-        t = _TIMESTEPS[spacing](n, T, convention, **options)
+        t = _TIMESTEPS[kind](n, T, convention, **options)
         fits = len(t) == n and t[0] < T and t[-1] >= 0 and np.all(np.diff(t) < 0)
         return t if fits else None
 

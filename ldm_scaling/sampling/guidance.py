@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,15 +27,16 @@ class Correction:
         threshold: dynamic thresholding: the quantile of |x0|, per sample, that x0 is clipped to
             and divided by; 0 is off, Imagen's is 0.995. Meant for pixels: latents have no known
             range. Source: Saharia et al. 2022 (Imagen), section 2.3.
-        threshold_max: the clipping value is held between 1 and this, as in diffusers.
+        threshold_max: the clipping value is held between 1 and this; Imagen's has no bound,
+            diffusers' sample_max_value is 1 unless told, which clips to [-1, 1] and no more.
 
     Raises:
-        UserError: for values outside those ranges.
+        UserError: for values outside those ranges, or threshold_max without threshold.
     """
 
     rescale: float = 0.0
     threshold: float = 0.0
-    threshold_max: float = 1.0
+    threshold_max: float = math.inf
 
     def __post_init__(self):
         if not 0 <= self.rescale <= 1:
@@ -43,15 +45,11 @@ class Correction:
             raise UserError(f"threshold={self.threshold}: give 0 (off) to 1, a quantile")
         if not self.threshold_max >= 1:
             raise UserError(f"threshold_max={self.threshold_max}: give 1 or more")
-
-    @property
-    def suffix(self) -> str:
-        """What it adds to a sampler's name."""
-        out = f"_rescale{self.rescale:g}" if self.rescale else ""
-        if self.threshold:
-            out += f"_threshold{self.threshold:g}"
-            out += f"_max{self.threshold_max:g}" if self.threshold_max != 1 else ""
-        return out
+        if self.threshold_max < math.inf and not self.threshold:
+            raise UserError(
+                f"threshold_max={self.threshold_max} does nothing without threshold: give one, "
+                "such as threshold=0.995, or leave it out"
+            )
 
     def x0(self, m0: Array) -> Array:
         """The network's x0 after thresholding."""

@@ -12,7 +12,7 @@ from jax import Array, lax
 from ldm_scaling.errors import UserError
 from ldm_scaling.sampling import guidance
 from ldm_scaling.sampling.guidance import Correction, Denoise
-from ldm_scaling.sampling.table import COLUMNS
+from ldm_scaling.sampling.table import COLUMNS, Padded
 
 
 class State(NamedTuple):
@@ -101,18 +101,17 @@ def _check_batch(index_B: Array, guidance_B: Array | None, cond: Any) -> None:
 
 
 def make_sampler(
-    denoise: Denoise, latent_shape: tuple[int, ...], correction: Correction = guidance.NONE,
+    denoise: Denoise, latent_shape: tuple[int, ...],
     narrowed: Callable[[Any], Any] = lambda params: params,
 ) -> Callable[..., Array]:
     """The jitted function that runs any table with this network.
 
     The row count is a traced number, so tables padded to one length, any step count and any
-    guidance rate share one trace per batch size.
+    guidance rate share one trace per batch size and `Correction`.
 
     Args:
         denoise: `denoise(params, x_BHWC, t_B, cond) -> F_BHWC`.
         latent_shape: (H, W, C).
-        correction: what no table can say; off by default.
         narrowed: what is done to the parameters before the first row, see `models.narrowing`.
 
     Returns:
@@ -135,8 +134,8 @@ def make_sampler(
 
     @jax.jit
     def sample(
-        params: Any, table: Mapping[str, Array], guidance_B: Array | None, cond: Any, uncond: Any,
-        key: Array, index_B: Array,
+        params: Any, table: Padded, guidance_B: Array | None, cond: Any, uncond: Any, key: Array,
+        index_B: Array,
     ) -> Array:
         if (guidance_B is None) != (uncond is None):
             raise UserError("guidance needs both guidance_B and uncond: give both or neither")
@@ -145,23 +144,25 @@ def make_sampler(
         both = None if uncond is None else guidance.with_unconditional(cond, uncond)
 
         def body(r: Array, state: State) -> State:
-            row = columns(table["rows"][r])
+            row = columns(table.rows[r])
             t_B = jnp.broadcast_to(row["t"], index_B.shape)
             if uncond is None:
                 F_BHWC = denoise(params, state.x, t_B, cond).astype(jnp.float32)
             else:
                 w_B = 1 + row["g"] * (guidance_B.astype(jnp.float32) - 1)
-                F_BHWC = guidance.guided(denoise, params, state.x, t_B, both, w_B, correction)
+                F_BHWC = guidance.guided(
+                    denoise, params, state.x, t_B, both, w_B, table.correction
+                )
             noise = lax.cond(
                 row["c"] != 0,
                 lambda: row_noise(key, index_B, r, latent_shape),
                 lambda: jnp.zeros_like(state.x),
             )
-            return update(row, state, F_BHWC, noise, correction)
+            return update(row, state, F_BHWC, noise, table.correction)
 
-        scale = columns(table["rows"][0])["s"]
+        scale = columns(table.rows[0])["s"]
         start = State.start(scale * initial_noise(key, index_B, latent_shape))
         # The trip count is an array: XLA compiles a while loop, once for every table.
-        return lax.fori_loop(0, table["n"], body, start).x
+        return lax.fori_loop(0, table.n, body, start).x
 
     return sample

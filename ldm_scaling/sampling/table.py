@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import Any
 
+import jax
 import numpy as np
 
 from ldm_scaling.errors import UserError
@@ -16,6 +19,24 @@ COLUMNS = (
     "s",
 )  # fmt: skip
 _TOLERANCE = 1e-9
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("rows", "n"), meta_fields=("correction",)
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Padded:
+    """A table as the jitted sampler takes it.
+
+    Attributes:
+        rows: (max_rows, len(COLUMNS)) float32, zeros behind the table's own.
+        n: int32, how many those are.
+        correction: the table's, which is compiled in: another one is another program.
+    """
+
+    rows: Any
+    n: Any
+    correction: Correction = NONE
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -39,7 +60,8 @@ class SamplerTable:
         noise   (a sigma)^2 + c^2 = sigma'^2           kx sigma + ky sigma1 = sigma
 
     All four are checked here, for every row that does not claim an exception. A node without noise
-    (sigma' = 0) is reached by x' = m0.
+    (sigma' = 0) is reached by x' = m0, in LCM and CoDi by their consistency function, c_skip x +
+    c_out m0.
 
     Columns may be given as one number for all rows.
 
@@ -176,13 +198,11 @@ class SamplerTable:
         """The rows as a sampler takes them: (R, len(COLUMNS)) float32, cast once, here."""
         return np.stack([getattr(self, column) for column in COLUMNS], axis=1).astype(np.float32)
 
-    def padded(self, max_rows: int = MAX_ROWS) -> dict[str, np.ndarray]:
-        """What the jitted sampler takes: the rows, padded with zeros, and their count.
+    def padded(self, max_rows: int = MAX_ROWS) -> Padded:
+        """What the jitted sampler takes: the rows, padded with zeros, their count and the
+        correction.
 
-        Tables padded to one length share one compiled program.
-
-        Returns:
-            "rows", (max_rows, len(COLUMNS)) float32, and "n", int32.
+        Tables padded to one length share one compiled program, but for their corrections.
 
         Raises:
             UserError: if the table has more rows than that.
@@ -193,4 +213,4 @@ class SamplerTable:
                 "raise max_rows or take fewer steps"
             )
         rows = np.pad(self.rows(), ((0, max_rows - self.calls), (0, 0)))
-        return {"rows": rows, "n": np.array(self.calls, np.int32)}
+        return Padded(rows, np.array(self.calls, np.int32), self.correction)

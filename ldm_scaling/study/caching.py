@@ -112,7 +112,7 @@ def cache_latents(
     indices: Sequence[int] | None = None,
     mirrored: bool = False,
     dtype: str = "float32",
-    batch_size: int = 128,
+    batch_size: int = 64,
     what: str = "latents",
     process_index: int = 0,
     process_count: int = 1,
@@ -132,7 +132,8 @@ def cache_latents(
       mirrored: encodes the images mirrored left to right.
       dtype: that latents are kept in. float16 halves the files; it moves a mean by at most 2**-11
         of itself (noise 73 dB below the latents; the least noise of Stable Diffusion's schedule is
-        31 dB below) and the posterior's deviation by at most 0.4%.
+        31 dB below) and the posterior's deviation by at most 0.4%. What they are computed in is the
+        encoder's, see `encoders.latent_dtype`.
       batch_size: rounded up to a multiple of the devices.
       what: of the progress bar.
       process_index, process_count: of the hosts that make the cache together, each with images and

@@ -153,7 +153,7 @@ class Gallery:
             _label(axis, getattr(r, axis)[0]) for axis in ("member", "sampler", "steps", "guidance")
             if len(getattr(r, axis)) == 1
         ]
-        parts.append(f"{r.spacing} spacing")
+        parts.append(f"{r.spacing or 'its own'} spacing")
         seeds, same = r.seeds[0], len(set(r.seeds)) == 1
         if not same:
             parts.append("each prompt with its own seed")

@@ -75,6 +75,9 @@ def _students_grid(distilled: Distilled, prompts: Sequence[str], values: dict[st
             f"--guidance={','.join(f'{w:g}' for w in wanted.guidance)}: students of "
             f"{distilled.config.method} are told rates from {low:g} to {high:g}"
         )
+    for name in wanted.sampler:
+        if why := distilled.config.refuses(name):
+            raise UserError(f"--sampler={name}: {why}")
     return grid(materials, wanted, prompts, values, f"{distilled.setting}_", functools.partial(
         gallery.draw, dataclasses.replace(materials, study=theirs),
         drawer=lambda member: distilled.drawer(member, last.told),

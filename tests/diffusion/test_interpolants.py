@@ -124,7 +124,7 @@ def test_refuses_what_is_no_schedule(alpha, sigma, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [("flo", "did you mean 'flow'"), ("flow:shift=0", "shift='0': give a number between 0 and inf"),
-     ("flow:shift", "shift='': give a number"), ("sd:shift=3", "'sd' has none"),
+     ("flow:shift", "shift='': give a number"), ("cosine:shift=3", "'cosine' has none"),
      ("flow:shift=2,shift=3", "each option once"), ("edm:rho=7", "has sigma_min=0.002, sigma_max"),
      ("edm:sigma_min=90", "0 < sigma_min < sigma_max"), ("flow:shift=inf", "between 0 and inf")],
 )

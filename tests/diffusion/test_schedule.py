@@ -37,6 +37,24 @@ def test_zero_terminal_snr_moves_the_end_and_keeps_the_start():
     np.testing.assert_allclose(ratio, ratio[0], rtol=1e-9)
 
 
+def test_betas_match_diffusers():
+    schedulers = pytest.importorskip(
+        "diffusers.schedulers", reason="parity needs: pip install -e '.[parity]'"
+    )
+    for name, theirs in (
+        ("linear", {"beta_schedule": "linear"}), ("cosine", {"beta_schedule": "squaredcos_cap_v2"}),
+        ("linear:beta_end=0.01", {"beta_schedule": "linear", "beta_end": 0.01}),
+        ("sd:beta_end=0.02", {"beta_schedule": "scaled_linear", "beta_start": 0.00085}),
+    ):
+        given = schedule.get(name)
+        peer = schedulers.DDPMScheduler(**{"beta_start": 1e-4, "beta_end": 0.02} | theirs)
+        abar = given.alpha**2
+        betas = 1 - abar / np.append(1, abar[:-1])
+        np.testing.assert_allclose(betas, peer.betas.double(), rtol=1e-5)
+        assert given.name == name
+    assert schedule.get("sd:beta_end=0.0120").name == "sd"
+
+
 def test_both_schedules_match_diffusers():
     pytest.importorskip("diffusers", reason="parity needs: pip install -e '.[parity]'")
     from diffusers.schedulers import DDIMScheduler
@@ -49,6 +67,21 @@ def test_both_schedules_match_diffusers():
         ours, theirs = schedule.get(name).alpha ** 2, peer.alphas_cumprod.double().numpy()
         # Theirs is built in float32.
         np.testing.assert_allclose(ours, theirs, rtol=5e-6, atol=1e-8)
+
+
+def test_between_timesteps():
+    """sigma / alpha is linear; from the last that is finite to pure noise alpha / sigma is."""
+    sd, zero = schedule.get("sd"), schedule.get("sd_zero_snr")
+    alpha, sigma = sd.at([0.25, 700.0, 998.5])
+    wanted = [0.75 * sd.noise[0] + 0.25 * sd.noise[1], sd.noise[700], sd.noise[-2:].mean()]
+    np.testing.assert_allclose(sigma / alpha, wanted, rtol=1e-12)
+    t = np.array([997.5, 998.0, 998.25, 998.999, 999.0])
+    with np.errstate(all="raise"):
+        alpha, sigma = zero.at(t)
+    np.testing.assert_allclose(alpha**2 + sigma**2, 1, rtol=1e-12)
+    last = zero.alpha[-2] / zero.sigma[-2]
+    np.testing.assert_allclose((alpha / sigma)[1:], last * (999 - t[1:]), rtol=1e-9)
+    np.testing.assert_allclose(sigma[0] / alpha[0], zero.noise[-3:-1].mean(), rtol=1e-12)
 
 
 def test_is_frozen():
@@ -75,8 +108,14 @@ def test_refuses_what_is_no_schedule(abar, message):
 
 
 def test_user_errors():
-    with pytest.raises(UserError, match="choose one of sd, sd_zero_snr, flow, edm"):
-        schedule.get("cosine")
+    with pytest.raises(UserError, match="choose one of sd, sd_zero_snr, linear, cosine, flow, edm"):
+        schedule.get("sigmoid")
+    with pytest.raises(UserError, match="beta_start=0.03, beta_end=0.02: needs"):
+        schedule.get("linear:beta_start=0.03")
+    with pytest.raises(UserError, match="num_timesteps=0"):
+        schedule.cosine(0)
+    with pytest.raises(UserError, match="'flow' has alpha.2 . sigma.2 from 0.5 to 1"):
+        schedule.zero_terminal_snr(schedule.get("flow"))
     with pytest.raises(UserError, match="beta_start=0.5"):
         schedule.sd(beta_start=0.5)
     with pytest.raises(UserError, match="one timestep"):

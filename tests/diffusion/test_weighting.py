@@ -66,6 +66,20 @@ def test_snr_is_the_error_of_eps():
     np.testing.assert_allclose(weighting.weights("snr", SD, "epsilon"), 1, rtol=1e-12)
 
 
+def test_an_end_that_is_not_trained_is_logged_once(caplog):
+    weighting._say_untrained.cache_clear()
+    for name, prediction in (("min_snr", "v"), ("snr", "x0")):
+        for _ in range(2):
+            assert weighting.weights(name, FLOW, prediction)[-1] == 0
+    assert len(caplog.records) == 2
+    assert "'min_snr' is 0 in the pure noise that schedule 'flow' ends in" in caplog.text
+    caplog.clear()
+    for name in ("sigma_sqrt", "cosmap"):
+        assert weighting.weights(name, FLOW, "flow")[-1] > 0
+    assert weighting.weights("min_snr", SD, "v")[-1] > 0
+    assert not caplog.records
+
+
 def test_the_loss_is_weighted_by_timestep_and_validation_is_not():
     seen = []
 

@@ -135,16 +135,16 @@ def noise_of_samples():
 
 
 @functools.cache
-def _our_sampler(correction):
+def _our_sampler():
     def denoise(params, x_BHWC, t_B, cond):
         return network(jnp, params, x_BHWC, t_B[:, None, None, None], cond["context"])
 
-    return sampler.make_sampler(denoise, SHAPE[1:], correction)
+    return sampler.make_sampler(denoise, SHAPE[1:])
 
 
 def sample(table: SamplerTable) -> np.ndarray:
     """Two samples of the network, guided, by our jitted loop."""
-    return np.asarray(_our_sampler(table.correction)(
+    return np.asarray(_our_sampler()(
         jnp.asarray(MIX), table.padded(64), jnp.full(2, GUIDANCE),
         {"context": jnp.asarray(CONTEXT)}, {"context": jnp.asarray(EMPTY)},
         jax.random.key(5), jnp.arange(2),

@@ -124,5 +124,5 @@ def test_every_spec_and_spacing_is_one():
     spacings = [spacing for cell in spacings for spacing in cell]
     assert set(grid.SPACINGS) <= set(spacings)
     for spacing in spacings:
-        steps = 1 + spacing.count(",") if ":" in spacing and "rho" not in spacing else 5
+        steps = 1 + spacing.count(",") if ":" in spacing and "=" not in spacing else 5
         assert solvers.make("ddim", SD, steps, spacing=spacing).calls == steps

@@ -146,7 +146,10 @@ def test_lists():
     for spacing, message in (
         ("timesteps:999,759,499,259", "places 4 steps, but steps=3"),
         ("sigmas:14.6,3.9", "places 2 steps, but steps=3"),
-        ("sigmas:3.9,6.5,1", "must fall strictly"), ("sigmas:20,6.5,1", "sigma 20: .*14.6146 down"),
+        ("sigmas:3.9,6.5,1", "must fall strictly.* 3.9 is followed by 6.5"),
+        # Both within the 1% above the highest, and so the same.
+        ("sigmas:14.7,14.65,3", "within the 14.6146 down to .* 14.7 is followed by 14.65"),
+        ("sigmas:20,6.5,1", "sigma 20: .*14.6146 down"),
         ("sigmas:3,2,0", "sigma 0"), ("timesteps:1000,2,1", "timestep 1000"),
         ("timesteps:3,two,1", "not a list of numbers"), ("timesteps:", "not a list of numbers"),
         ("timesteps", "not a list of numbers"), ("sigmas:nan,1,0.5", "sigma nan"),
@@ -201,10 +204,40 @@ def test_too_many_steps_are_refused_with_what_there_can_be(spacing, convention, 
     assert grid.build(spacing, SD, most, convention).steps == most
 
 
+def test_a_shift_moves_trailing_nodes():
+    """To s' with s' / (1 - s') = shift s / (1 - s), of s = (t + 1) / T; the first stays the last
+    timestep."""
+    flow = schedule.get("flow")
+    for shift, steps in ((3, 4), (0.1, 7), (6.5, 13), (1.7, 250)):
+        g = grid.build(f"trailing:shift={shift}", flow, steps, final="zero")
+        assert g.timesteps[0] == 999 and g.alpha[0] == 0 and g.steps == steps
+        s = np.linspace(1, 1 / steps, steps)[1:]
+        odds = g.sigma[1:-1] / g.alpha[1:-1]
+        np.testing.assert_allclose(odds, shift * s / (1 - s), rtol=1e-9)
+    names = {grid.build(f"trailing{o}", flow, 4).name for o in ("", ":shift=3", ":shift=2")}
+    assert len(names) == 3
+    # The schedule's shift and the spacing's come one on top of the other.
+    both = grid.build("trailing:shift=2", schedule.get("flow:shift=1.5"), 8, final="zero")
+    one = grid.build("trailing:shift=3", flow, 8, final="zero")
+    np.testing.assert_allclose(both.sigma, one.sigma, atol=1e-3)  # linear between timesteps
+    for steps in (8, 13):  # 13 is rounded without a shift alone
+        shifted, plain = (grid.build(f"trailing{o}", SD, steps) for o in (":shift=1", ""))
+        np.testing.assert_allclose(
+            shifted.timesteps, plain.timesteps, atol=1e-9 if steps == 8 else 0.51
+        )
+    zero = grid.build("trailing:shift=3", schedule.get("sd_zero_snr"), 40)
+    assert zero.alpha[0] == 0 and np.isfinite(zero.sigma).all()
+    with pytest.raises(UserError, match="it can place 1 to 100;"):
+        grid.build("trailing:shift=0.1", SD, 500)
+
+
 def test_other_user_errors():
     for args, message in (
         (("edm", SD, 4), "unknown spacing 'edm': choose one of leading, trailing, linspace, "),
         (("leading:3", SD, 4), "unknown spacing"), (("karras:tau=7", SD, 4), "write karras:rho=7"),
+        (("karras:rho=7,5", SD, 4), "write karras:rho=7"),
+        (("trailing:shift=0", SD, 4), "write trailing:shift=3, with shift above 0"),
+        (("trailing:shft=3", SD, 4), "write trailing:shift=3"),
         (("karras:rho=-1", SD, 4), "rho above 0"), (("karras:rho=x", SD, 4), "not a list"),
         (("leading", SD, 4, "edm"), "choose one of ddim, dpm, euler"),
         (("leading", SD, 4, "ddim", "one"), "choose one of abar_0, zero"),

@@ -11,7 +11,7 @@ from ldm_scaling.sampling.guidance import NONE, Correction
 SD = schedule.get("sd")
 COMMON = {
     "offset": 1, "guidance_low": 0.0, "guidance_high": np.inf, "rescale": 0.0, "threshold": 0.0,
-    "threshold_max": 1.0,
+    "threshold_max": np.inf,
 }
 
 
@@ -38,6 +38,8 @@ def test_canonical_is_one_spelling():
         ("ddim:offset=1", "ddim"), ("unipc:variant=bh1,order=3", "unipc:order=3,variant=bh1"),
         ("dpmpp_2s:midpoints=True", "dpmpp_2s:midpoints=true"),
         ("ddim:guidance_high=inf,rescale=0.7", "ddim:rescale=0.7"),
+        ("ddim:threshold_max=inf,threshold=0.9", "ddim:threshold=0.9"),
+        ("ddim:threshold_max=1,threshold=0.9", "ddim:threshold=0.9,threshold_max=1"),
         ("ddim:eta=1e-7", "ddim:eta=1e-07"), ("ddim:eta=0.12345678901", "ddim:eta=0.12345678901"),
     ):
         assert solvers.canonical(spec) == wanted == solvers.canonical(wanted)
@@ -83,6 +85,26 @@ def test_every_registered_solver_makes_tables_with_telling_names():
                           ("ddpm_large", {"final_noise": True}), ("ddim", {"rescale": 0.7}),
                           ("ddim", {"guidance_high": 3.0})):
         assert solvers.make(name, SD, 10, **options).name not in names
+
+
+def test_a_start_with_much_signal_is_logged_once(caplog):
+    """Few steps of leading spacing, and many, begin far from the noise that samples begin as."""
+    solvers._say_start.cache_clear()
+
+    def said(*args, **options):
+        caplog.clear()
+        for _ in range(2):
+            solvers.warn_of_start(solvers.make(*args, **options))
+        return [record.getMessage() for record in caplog.records]
+
+    (line,) = said("ddim", SD, 1)
+    assert "ddim-leading-ddim-abar_0-1 begins at t=1, where 99.8% of the variance" in line
+    for args in (("ddim", SD, 3), ("ddpm", SD, 501), ("ddim", SD, 1, "v", "linspace"),
+                 ("dpmpp_2m", SD, 1)):
+        assert len(said(*args)) == 1, args
+    for args in (("ddim", SD, 4), ("ddim", SD, 500), ("ddim", SD, 1, "v", "trailing"),
+                 ("codi", SD, 1, "v"), ("euler", schedule.get("flow"), 1, "flow", "trailing")):
+        assert not said(*args), args
 
 
 def test_a_solvers_own_spacing():

@@ -315,15 +315,27 @@ def test_thresholding_clips_each_sample_at_its_own_quantile():
 
 
 def test_corrections_act_in_the_loop():
+    """A table brings its own: one sampler runs them all, each as it says."""
     index = np.arange(4)
     plain = sample(solvers.make("ddim", SD, 3, "v"), 6.0, index)
-    for option in ({"rescale": 0.7}, {"threshold": 0.9}):
-        table = solvers.make("ddim", SD, 3, "v", **option)
-        function = sampler.make_sampler(network, SHAPE, table.correction)
-        assert np.abs(sample(table, 6.0, index, function) - plain).max() > 0.01
+    for spec in ("ddim:rescale=0.7", "ddim:threshold=0.9"):
+        table = solvers.make(spec, SD, 3, "v")
+        assert np.abs(sample(table, 6.0, index) - plain).max() > 0.01
+    assert np.abs(sample(solvers.make("ddim", SD, 3, "v"), 6.0, index) - plain).max() == 0
+    # A step to no noise is x0; clipped to [-1, 1] where the bound is 1, whatever the quantile.
+    function = sampler.make_sampler(lambda params, x, t, cond: 9 * x, SHAPE)
+
+    def x0(spec):
+        table = solvers.make(spec, SD, 1, "x0", "trailing", final="zero")
+        return np.abs(sample(table, None, index, function))
+
+    assert x0("ddim").max() > 20
+    for spec, clipped in (("ddim:threshold=0.5", 0.5), ("ddim:threshold=0.5,threshold_max=1", 0.9)):
+        assert x0(spec).max() == 1 and np.mean(x0(spec) == 1) == pytest.approx(clipped, abs=0.03)
     for option, message in (
         ({"rescale": 1.5}, "rescale=1.5"), ({"threshold": -1.0}, "threshold=-1.0"),
-        ({"threshold_max": 0.5}, "threshold_max=0.5"),
+        ({"threshold": 0.9, "threshold_max": 0.5}, "threshold_max=0.5: give 1 or more"),
+        ({"threshold_max": 2.0}, "does nothing without threshold"),
     ):
         with pytest.raises(UserError, match=message):
             solvers.make("ddim", SD, 3, "v", **option)

@@ -283,8 +283,13 @@ def test_lcm_and_codi():
     assert_same_rows(dataclasses.replace(codi, a=ddim.a, b0=ddim.b0), ddim)
     np.testing.assert_allclose(codi.a, ddim.a, atol=1e-7)
     np.testing.assert_allclose(codi.b0, ddim.b0, atol=1e-7)
-    at_zero = solvers.make("codi", SD, 50, spacing=None)
-    np.testing.assert_allclose([at_zero.a[-1], at_zero.b0[-1]], [1 + SD.alpha[0], -SD.alpha[0]])
+    # From the end to the end nothing is done: no noise is left in twice, or added.
+    for at_zero in (solvers.make("codi", SD, 50), solvers.make("lcm:final=abar_0", SD, 5,
+                                                               spacing="linspace")):
+        assert at_zero.t[-1] == 0
+        assert [at_zero.a[-1], at_zero.b0[-1], at_zero.c[-1]] == [1, 0, 0]
+    clean = solvers.make("lcm", SD, 5, spacing="linspace")  # the consistency function's own
+    assert [clean.a[-1], clean.b0[-1], clean.c[-1]] == [1, 0, 0]
 
 
 def test_calls():

@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
 from ldm_scaling.diffusion import schedule
 from ldm_scaling.errors import UserError
 from ldm_scaling.sampling import solvers
+from ldm_scaling.sampling.guidance import NONE, Correction
 from ldm_scaling.sampling.table import COLUMNS
 
 SD = schedule.get("sd")
@@ -47,13 +49,18 @@ def test_is_frozen():
 
 def test_padded():
     arrays = TABLE.padded(10)
-    assert set(arrays) == {"rows", "n"} and arrays["rows"].dtype == np.float32
-    assert arrays["n"] == 7 == TABLE.calls and arrays["n"].dtype == np.int32
-    assert arrays["rows"].shape == (10, len(COLUMNS)) and not arrays["rows"][7:].any()
+    assert arrays.rows.dtype == np.float32 and arrays.correction == NONE
+    assert arrays.n == 7 == TABLE.calls and arrays.n.dtype == np.int32
+    assert arrays.rows.shape == (10, len(COLUMNS)) and not arrays.rows[7:].any()
     for i, column in enumerate(COLUMNS):
         wanted = getattr(TABLE, column).astype("f4")
-        np.testing.assert_array_equal(arrays["rows"][:7, i], wanted)
-    assert TABLE.padded(7)["rows"].shape == (7, len(COLUMNS))
+        np.testing.assert_array_equal(arrays.rows[:7, i], wanted)
+    assert TABLE.padded(7).rows.shape == (7, len(COLUMNS))
+    # What no row says goes along, and is no array.
+    sharp = solvers.make("ddim:threshold=0.995", SD, 7).padded(10)
+    assert sharp.correction == Correction(threshold=0.995)
+    assert len(jax.tree.leaves(sharp)) == 2
+    assert jax.tree.structure(sharp) != jax.tree.structure(arrays)
     with pytest.raises(UserError, match="7 rows, more than max_rows=6"):
         TABLE.padded(6)
 

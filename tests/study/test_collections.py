@@ -60,6 +60,7 @@ def _study(workdir, **overrides):
         "autoencoder.base_channels": 8, "autoencoder.channel_mults": (1, 1),
         "autoencoder.blocks_per_level": 1, "autoencoder.groups": 4,
         "autoencoder.train.steps": 2, "autoencoder.train.batch_size": 8,
+        "autoencoder.train.warmup_steps": 1, "train.warmup_steps": 1,
         "train.steps": 2, "train.batch_size": 8, "train.sample_every": 0,
         "train.validate_every": 0, "autoencoder.train.validate_every": 0,
         "autoencoder.train.sample_every": 0, "sweep.num_images": 4, "sweep.batch_size": 8,

@@ -132,11 +132,22 @@ def test_mistakes_are_one_line(workdir, tmp_path):
 
 
 def test_settings_that_contradict_one_another():
+    def told(rates=(1.0, 8.0), **options):
+        (option,) = options.items()
+        sweep = Sweep(samplers=("lcm:{}={}".format(*option),), guidance=(2.0, 3.0))
+        sample = Sample(sampler="lcm", steps=4, guidance=3.0)
+        return Consistency(method="lcm", rates=rates, sweep=sweep, sample=sample)
+
+    assert told(guidance_high=3).refuses("lcm:eta=0") == ""
     for make, message in (
         (lambda: Consistency(method="cm"), "choose codi or lcm"),
         (lambda: Consistency(method="lcm"), "students of lcm are drawn by lcm"),
         (lambda: Consistency(method="lcm", **LCM, rates=(2.0, 8.0)), "or widen it"),
         (lambda: Consistency(method="lcm", **LCM, skip=8), "a divisor of 20"),
+        (lambda: told(rescale=0.7), "sweep.samplers='lcm:rescale=0.7': .* called once"),
+        (lambda: told((2.0, 8.0), guidance_high=3), "told rate 1, which is none of consistency.ra"),
+        (lambda: Halving(method="guided", sample=Sample(sampler="ddim:rescale=0.7", steps=4)),
+         "halving.sample.sampler='ddim:rescale=0.7'"),
         (lambda: Halving(method="guided", sweep=Sweep(spacing="trailing")), "drawn by ddim"),
         (lambda: Consistency(rates=(3.0, 2.0)), "the lower first"),
         (lambda: Consistency(match="v"), "choose x0 or epsilon"),

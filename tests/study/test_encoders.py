@@ -75,12 +75,22 @@ def test_the_hash_is_of_what_decides_latents(sd):
     assert encoders.latent_encoder(one.spec, shifted, None, "float32").hash != one.hash
 
 
-def test_an_autoencoder_in_memory():
+def test_an_autoencoder_in_memory(monkeypatch):
     spec = autoencoder.AutoencoderSpec(8, (1, 2), 1, 3, 4)
     shapes = jax.eval_shape(lambda: autoencoder.init(spec, jax.random.key(0)))
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     encoder = encoders.latent_encoder(spec, params)
     assert encoder.scale is None
+    # Float32 wherever it runs, in every product: latents are made but once.
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    elsewhere = encoders.latent_encoder(spec, params)
+    assert elsewhere.hash == encoder.hash and elsewhere.dtype == np.float32
+    half = encoders.latent_encoder(spec, params, compute_dtype="bfloat16")
+    assert half.hash != encoder.hash
+    x = np.zeros((2, 8, 6, 3), np.float32)
+    for one, highest in ((elsewhere, True), (half, False)):
+        jaxpr = str(jax.make_jaxpr(one.encode)(params, x))
+        assert jaxpr.count("HIGHEST") == (2 * jaxpr.count("precision=") if highest else 0)
     x = jax.ShapeDtypeStruct((2, 8, 6, 3), np.float32)
     posterior = jax.eval_shape(encoder.encode, params, x)
     assert posterior.mean.shape == posterior.logvar.shape == (2, *encoder.latent_shape(8, 6))

@@ -15,6 +15,7 @@ from ldm_scaling import config, pictures
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import autoencoder, unet
 from ldm_scaling.parallel import mesh as mesh_lib
+from ldm_scaling.sampling import solvers
 from ldm_scaling.sampling.packing import Configuration
 from ldm_scaling.sampling.sampler import make_sampler
 from ldm_scaling.sampling.solvers import SOLVERS
@@ -210,6 +211,9 @@ def test_title_says_what_is_fixed_and_what_it_costs():
     about = solid(steps=(4, 8), guidance=(1.0, 3.0), seeds=(0, 1, 2))._sheet().about
     assert about == ("c8 · DDIM · trailing spacing · in each cell the seeds 0 to 2 · "
                      "4 to 8 network calls a picture")  # fmt: skip
+    own = solid()
+    own = dataclasses.replace(own, request=dataclasses.replace(own.request, spacing=""))
+    assert " · its own spacing · " in own._sheet().about
     page = solid(prompts=("a", "b"), sampler=("ddim:eta=0.5",), seeds=(3,))._sheet()
     assert page.title == "2 prompts" and "DDIM with eta 0.5 · 12 steps · guidance 5" in page.about
     assert set(labels.SAMPLERS) >= set(SOLVERS)
@@ -238,6 +242,15 @@ def test_what_is_not_given_comes_from_the_config():
     assert request_lib.of(STUDY, "a", steps=range(1, 20)).shape[-1] == 1
     assert request_lib.of(STUDY, "a", seeds=4).seeds == ((4,),)
     assert request_lib.of(STUDY, "a", sampler="ddim:eta=0").sampler == ("ddim",)
+
+
+def test_a_request_says_where_its_samples_begin_in_signal(caplog):
+    solvers._say_start.cache_clear()
+    request_lib.of(STUDY, "a", steps=1)
+    assert not caplog.records
+    request_lib.of(STUDY, "a", steps=[1, 4], spacing="leading")
+    (record,) = caplog.records
+    assert "ddim-leading-ddim-abar_0-1 begins at t=1" in record.getMessage()
 
 
 def test_a_files_name_is_no_longer_than_file_systems_take():
