@@ -103,7 +103,7 @@ def get_config(arg: str = ""):
         for run in (config.autoencoder.train, config.train):
             run.steps = 4
             run.batch_size = 16
-            run.warmup_steps = 2
+            run.warmup_steps = 1
             run.log_every = 2
             run.validate_every = 4
             run.checkpoint_every = 4

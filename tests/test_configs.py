@@ -12,7 +12,7 @@ import pytest
 from ldm_scaling import config as config_lib
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import backbone_tables, zoo
-from ldm_scaling.study import materials, stages, workdir
+from ldm_scaling.study import early, materials, stages, subject, workdir
 from tests import shallow
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -38,6 +38,15 @@ def test_recipe(name, tmp_path):
     assert study.members == (name,) and study.reference == "866m"
     assert (study.sample.steps, study.sample.guidance) == (50, 7.5)
     assert study.sweep.num_images == 30_000
+    # Fig. 9 and 11: how far each sampler goes. Fig. 3: measured along the run as at its end.
+    most = {name: max(steps for other, steps, _ in subject.tables(study.sweep) if other == name)
+            for name in study.sweep.samplers}
+    assert most == {"ddim": 500, "ddpm": 50, "dpmpp_2m": 20}
+    along = early.subjects(study)
+    assert [s.train_step for s in along] == [10_000, 25_000, 50_000, 100_000, 200_000]
+    assert {table for s in along for table in subject.tables(s.sweep)} == {("ddim", 50, "")}
+    # LDM's loss: 1e-6 of KL to terms that are sums over a picture's values.
+    assert study.autoencoder.kl_weight * 3 * study.data.side**2 == pytest.approx(1e-6)
     spec = materials.Materials(study, workdir.Workdir(tmp_path)).spec(name)
     assert spec == zoo.get(name).spec and study.data.text_length == spec.context_length
 

@@ -456,7 +456,7 @@ class Ladder:
             _link(kept, target)
             changed = only | EARLY | {
                 "sweep.guidance": str(guided(self.study.sweep.guidance)),
-                "train.steps": str(steps),
+                "train.steps": str(steps), "train.keep_steps": "()",
             }
             if not self.command("sweep", early, changed):
                 return False
@@ -473,7 +473,9 @@ class Ladder:
     def _bind(self, folder: Path, steps: int | None = None) -> None:
         """Makes a workdir of this study, of so many steps, that shares what all members do."""
         if not (folder / workdir_lib.MARKER).exists():
-            train = dataclasses.replace(self.study.train, steps=steps or self.study.train.steps)
+            train = self.study.train
+            if steps:
+                train = dataclasses.replace(train, steps=steps, keep_steps=())
             workdir_lib.Workdir(folder).bind(dataclasses.replace(self.study, train=train))
         for shared in SHARED:
             place = folder / shared

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ldm_scaling.errors import UserError
+from ldm_scaling.models import attention as attention_lib
 from ldm_scaling.models import blocks
 
 
@@ -77,6 +78,7 @@ class Posterior(NamedTuple):
 class _Middle(nn.Module):
     spec: AutoencoderSpec
     dtype: Any
+    attention: Callable
 
     @nn.compact
     def __call__(self, x):
@@ -85,7 +87,10 @@ class _Middle(nn.Module):
         x = blocks.ResBlock(c, spec.groups, 1e-6, self.dtype, name="res_0")(x)
         if spec.mid_attention:
             y = blocks.norm(spec.groups, 1e-6, self.dtype, "attn_norm")(x).reshape(b, h * w, c)
-            y = blocks.Attention(1, bias=True, dtype=self.dtype, name="attn")(y)
+            attend = blocks.Attention(
+                1, bias=True, dtype=self.dtype, attention=self.attention, name="attn"
+            )
+            y = attend(y)
             x = x + y.reshape(b, h, w, c)
         return blocks.ResBlock(c, spec.groups, 1e-6, self.dtype, name="res_1")(x)
 
@@ -95,6 +100,7 @@ class Encoder(nn.Module):
 
     spec: AutoencoderSpec
     dtype: Any = jnp.float32
+    attention: Callable = attention_lib.plain
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
@@ -111,7 +117,7 @@ class Encoder(nn.Module):
                     width, (3, 3), (2, 2), padding=[(0, 1), (0, 1)], dtype=dtype,
                     name=f"down_{i}_downsample",
                 )(h)
-        h = _Middle(spec, dtype, name="mid")(h)
+        h = _Middle(spec, dtype, self.attention, name="mid")(h)
         h = blocks.norm(spec.groups, 1e-6, dtype, "norm_out", activated=True)(h)
         h = blocks.conv(2 * spec.latent_channels, 3, dtype, "conv_out")(h)
         return blocks.conv(2 * spec.latent_channels, 1, dtype, "quant_conv")(h).astype(jnp.float32)
@@ -122,13 +128,14 @@ class Decoder(nn.Module):
 
     spec: AutoencoderSpec
     dtype: Any = jnp.float32
+    attention: Callable = attention_lib.plain
 
     @nn.compact
     def __call__(self, z_BHWC: jax.Array) -> jax.Array:
         spec, dtype = self.spec, self.dtype
         h = blocks.conv(spec.latent_channels, 1, dtype, "post_quant_conv")(z_BHWC.astype(dtype))
         h = blocks.conv(spec.base_channels * spec.channel_mults[-1], 3, dtype, "conv_in")(h)
-        h = _Middle(spec, dtype, name="mid")(h)
+        h = _Middle(spec, dtype, self.attention, name="mid")(h)
         for i in reversed(range(len(spec.channel_mults))):
             width = spec.base_channels * spec.channel_mults[i]
             for j in range(spec.blocks_per_level + 1):
@@ -157,13 +164,19 @@ def initializer(spec: AutoencoderSpec) -> Callable[[jax.Array], dict]:
     return functools.partial(init, spec)
 
 
-def encode(spec: AutoencoderSpec, params: dict, x_BHWC: jax.Array, dtype=jnp.float32) -> Posterior:
+def encode(
+    spec: AutoencoderSpec, params: dict, x_BHWC: jax.Array, dtype=jnp.float32,
+    attention: Callable = attention_lib.plain,
+) -> Posterior:
     """Posterior over latents of pictures in [-1, 1]. Log variances are clipped to [-30, 20]."""
-    moments = Encoder(spec, dtype).apply({"params": params["encoder"]}, x_BHWC)
+    moments = Encoder(spec, dtype, attention).apply({"params": params["encoder"]}, x_BHWC)
     mean, logvar = jnp.split(moments, 2, axis=-1)
     return Posterior(mean, jnp.clip(logvar, -30.0, 20.0))
 
 
-def decode(spec: AutoencoderSpec, params: dict, z_BHWC: jax.Array, dtype=jnp.float32) -> jax.Array:
+def decode(
+    spec: AutoencoderSpec, params: dict, z_BHWC: jax.Array, dtype=jnp.float32,
+    attention: Callable = attention_lib.plain,
+) -> jax.Array:
     """Pictures (B, H, W, 3) of unscaled latents, about [-1, 1], not clipped."""
-    return Decoder(spec, dtype).apply({"params": params["decoder"]}, z_BHWC)
+    return Decoder(spec, dtype, attention).apply({"params": params["decoder"]}, z_BHWC)

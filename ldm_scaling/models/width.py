@@ -10,9 +10,11 @@ checkpoints and whatever is made of it. Under Adam, against a base width at whic
     hidden        yes            yes             base / width          base / width
     output        yes            no              (base / width)^2      base / width
 
-All else (biases, gains of norms, positions) is drawn and trained as it is. Logits of attention are
-divided by a head's width rather than by its root: as that is q k / root W times a constant, the
-constant goes into what makes q and its rates, a head's width at the base giving what it gave.
+All else (biases, gains of norms, positions) is drawn and trained as at the base; DiT's offsets of
+shifts, scales and gates, which it draws with variance 1 / width, are input-like. Logits of
+attention are divided by a head's width rather than by its root: as that is q k / root W times a
+constant, the constant goes into what makes q and its rates, a head's width at the base giving what
+it gave.
 
 Which dimensions grow is seen by comparing the shapes of a network and of one twice as wide, as the
 authors' package `mup` does. What is drawn as zeros stays so.
@@ -38,8 +40,9 @@ from ldm_scaling.models.unet import UNetSpec
 from ldm_scaling.models.uvit import UViTSpec
 
 # 1 / variance of what is drawn, but for a factor: so much of the fan-in, so much of the fan-out. Of
-# a variance that no shape changes, neither.
+# a variance that no shape changes, neither. By what draws a kernel, or by the layer that is one.
 _DRAWN: dict[Callable, tuple[float, float]] = {
+    dit.Offsets: (0.0, 1.0),
     default_kernel_init: (1.0, 0.0),
     uvit.TORCH: (1.0, 0.0),
     uvit.TORCH_PATCHES: (1.0, 0.0),
@@ -93,14 +96,15 @@ def mup(spec: backbone.Spec, base: backbone.Spec) -> Transfer:
 
     def factors(path: tuple, own: Any, wide: Any) -> tuple[float, float]:
         apart = narrower if len(path) > 1 and path[-2].key == _QUERIES else 1.0
-        if path[-1].key != "kernel":
+        name = "/".join(k.key for k in path)
+        if path[-1].key != "kernel" and name not in inits:
             return apart, apart
         (fan_in, out), (wide_in, wide_out) = (
             (math.prod(s.shape[:-1]), s.shape[-1]) for s in (own, wide)
         )
         # Dimensions are a + b width: two widths tell what they are at the base.
         base_in, base_out = fan_in + (wide_in - fan_in) * part, out + (wide_out - out) * part
-        per_in, per_out = _DRAWN[inits["/".join(k.key for k in path[:-1])]]
+        per_in, per_out = _DRAWN[inits[name]]
         more = (per_in * fan_in + per_out * out) / (per_in * base_in + per_out * base_out) \
             if per_in + per_out else 1.0
         rate = base_in / fan_in
@@ -170,13 +174,15 @@ def _head_width(spec: backbone.Spec, base: backbone.Spec) -> float:
 
 
 def _inits(spec: backbone.Spec) -> dict[str, Callable]:
-    """What draws each kernel, by its layer's path."""
+    """What draws each kernel, and whatever else is drawn by its width, by the parameter's path."""
     found: dict[str, Callable] = {}
 
     def see(call: Callable, args: tuple, kw: dict, context: nn.module.InterceptorContext) -> Any:
         layer = context.module
         if context.method_name == "__call__" and isinstance(layer, nn.Dense | nn.Conv):
-            found["/".join(layer.path)] = layer.kernel_init
+            found["/".join([*layer.path, "kernel"])] = layer.kernel_init
+        elif isinstance(layer, dit.Offsets):
+            found["/".join([*layer.path, "bias"])] = dit.Offsets
         return call(*args, **kw)
 
     # Under jit a block that is like another would not be seen.

@@ -10,6 +10,7 @@ import numpy as np
 
 from ldm_scaling import pictures
 from ldm_scaling.config import Autoencoder
+from ldm_scaling.models import attention as attention_lib
 from ldm_scaling.models import autoencoder
 from ldm_scaling.parallel import hosts, placing
 from ldm_scaling.training.task import Task
@@ -59,6 +60,8 @@ def make(config: Autoencoder, validation_images: np.ndarray) -> Task:
     """
     spec = spec_of(config)
     dtype = hosts.compute_dtype(config.train.compute_dtype)
+    chunked = config.train.attention == "chunked"
+    attention = attention_lib.chunked if chunked else attention_lib.plain
     x_val_BHWC = pictures.from_uint8(validation_images)
 
     def make_batch(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -66,8 +69,8 @@ def make(config: Autoencoder, validation_images: np.ndarray) -> Task:
 
     def loss(params: Any, batch: Any, key: jax.Array):
         x_BHWC = batch["image"].astype(jnp.float32) / 127.5 - 1.0
-        posterior = autoencoder.encode(spec, params, x_BHWC, dtype)
-        y_BHWC = autoencoder.decode(spec, params, posterior.sample(key), dtype)
+        posterior = autoencoder.encode(spec, params, x_BHWC, dtype, attention)
+        y_BHWC = autoencoder.decode(spec, params, posterior.sample(key), dtype, attention)
         l1 = jnp.mean(jnp.abs(x_BHWC - y_BHWC))
         structure = laplacian_pyramid_l1(x_BHWC, y_BHWC)
         kl = jnp.mean(posterior.kl())
@@ -76,8 +79,8 @@ def make(config: Autoencoder, validation_images: np.ndarray) -> Task:
 
     @jax.jit
     def through(params, x_BHWC):
-        mean = autoencoder.encode(spec, params, x_BHWC, dtype).mean
-        return autoencoder.decode(spec, params, mean, dtype)
+        mean = autoencoder.encode(spec, params, x_BHWC, dtype, attention).mean
+        return autoencoder.decode(spec, params, mean, dtype, attention)
 
     def reconstruct(params, x_NHWC):
         # In parts of one shape, so that large pictures fit.

@@ -139,6 +139,11 @@ def test_weights_are_drawn_as_the_table_says():
         "block_0/attn1/to_k/kernel": 0.5, "block_0/attn1/to_q/kernel": 0.25,
     }.items():
         assert np.std(own[name]) / np.std(its[name]) == pytest.approx(ratio, rel=0.06), name
+    # Biases are as wide at every width, and move by the rate, also those that are not drawn as 0.
+    rates = leaves(transfer.rates)
+    for name in ("block_0/modulation/bias", "modulation_out/bias"):
+        assert np.std(own[name]) / np.std(its[name]) == pytest.approx(1.0, rel=0.3), name
+        assert np.std(own[name]) == pytest.approx(32**-0.5, rel=0.2) and rates[name] == 1.0
     for name in ("proj_out/kernel", "block_0/attn2/to_out/kernel"):
         assert not np.any(own[name])  # zeros stay
 

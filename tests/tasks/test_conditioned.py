@@ -1,5 +1,7 @@
 """Image-conditioned fine-tuning: what networks see, where they begin, and what they learn from."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -157,7 +159,7 @@ def test_settings_that_contradict_each_other_are_refused():
 
     for values, message in (
         ({"budgets": (4, 2)}, "ascending"),
-        ({"budgets": (2, 4), "train": Train(steps=5)}, "ends the run"),
+        ({"budgets": (2, 4), "train": Train(steps=5, warmup_steps=0)}, "ends the run"),
         ({"task": "inpainting", "sweep": Sweep(guidance=(1.0, 3.0))}, "nothing to guide away"),
         ({"task": "inpainting", "condition_dropout": 0.1,
           "sweep": Sweep(guidance=(1.0, 3.0), strategy="racing")}, "do not race"),
@@ -170,14 +172,14 @@ def test_settings_that_contradict_each_other_are_refused():
 
 def test_a_longer_run_is_the_same_run():
     """Its length and bookkeeping name no other network; what decides numbers does."""
-    base = FineTune(task="inpainting", train=Train(steps=10))
-    assert base.hash == FineTune(
-        task="inpainting", train=Train(steps=20, log_every=3), budgets=(10, 20)
-    ).hash
+    run = Train(steps=10, warmup_steps=5)
+    base = FineTune(task="inpainting", train=run)
+    longer = dataclasses.replace(run, steps=20, log_every=3)
+    assert base.hash == FineTune(task="inpainting", train=longer, budgets=(10, 20)).hash
     for other in (
-        FineTune(task="outpainting", train=Train(steps=10)),
-        FineTune(task="inpainting", train=Train(steps=10, learning_rate=1.0)),
-        FineTune(task="inpainting", train=Train(steps=10), source_side=400),
+        FineTune(task="outpainting", train=run),
+        FineTune(task="inpainting", train=dataclasses.replace(run, learning_rate=1.0)),
+        FineTune(task="inpainting", train=run, source_side=400),
     ):
         assert other.hash != base.hash
-    assert FineTune(budgets=(3, 7), train=Train(steps=7)).run.keep_steps == (3, 7)
+    assert FineTune(budgets=(3, 10), train=run).run.keep_steps == (3, 10)

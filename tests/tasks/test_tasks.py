@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_scaling.config import Diffusion, Sample, Train
+from ldm_scaling.config import Autoencoder, Diffusion, Sample, Study, Train
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import autoencoder, unet
+from ldm_scaling.models import attention, autoencoder, unet
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling.packing import Configuration
+from ldm_scaling.tasks import autoencoder as autoencoder_task
 from ldm_scaling.tasks import drawing, text_to_image
 from ldm_scaling.tasks.autoencoder import laplacian_pyramid_l1
 from ldm_scaling.training.task import Beside
@@ -33,6 +34,47 @@ def test_pyramid_of_the_finest_checkerboard_is_in_the_first_level():
     """Its 2x2 means vanish, so the first level holds all of it."""
     board = jnp.asarray(np.indices((16, 16)).sum(0) % 2 * 2.0 - 1.0)[None, :, :, None]
     np.testing.assert_allclose(float(laplacian_pyramid_l1(0.5 * board, 0 * board)), 0.5, rtol=1e-6)
+
+
+def test_the_autoencoders_loss_at_ldms_balance_and_its_attention(monkeypatch):
+    """LDM sums the error over a picture and the KL over its latent. In chunks the attention is the
+    same."""
+    side, weight = 8, 0.5
+
+    def made(form):
+        config = Autoencoder(
+            base_channels=8, channel_mults=(1, 1), blocks_per_level=1, groups=4,
+            kl_weight=weight / (3 * side**2), structure_weight=0.0,
+            train=Train(compute_dtype="float32", attention=form),
+        )
+        return config, autoencoder_task.make(config, np.zeros((2, side, side, 3), np.uint8))
+
+    (config, task), rng, key = made("auto"), np.random.default_rng(0), jax.random.key(1)
+    image = rng.integers(256, size=(2, side, side, 3)).astype(np.uint8)
+    spec, x_BHWC = autoencoder_task.spec_of(config), image / np.float32(127.5) - 1
+    params = jax.tree.map(
+        lambda p: rng.normal(scale=0.2, size=p.shape).astype(np.float32),
+        jax.eval_shape(task.init, key),
+    )
+
+    @jax.jit
+    def parts(params):
+        z = autoencoder.encode(spec, params, x_BHWC)
+        y_BHWC = autoencoder.decode(spec, params, z.sample(key))
+        return task.loss(params, {"image": image}, key)[0], z, y_BHWC
+
+    loss, (mean, logvar), y_BHWC = jax.tree.map(np.float64, parts(params))
+    kl_B = (0.5 * (mean**2 + np.exp(logvar) - 1 - logvar)).sum((1, 2, 3))
+    error_B = np.abs(x_BHWC - y_BHWC).sum((1, 2, 3))
+    assert loss * 3 * side**2 == pytest.approx(np.mean(error_B + weight * kl_B), rel=1e-4)
+
+    monkeypatch.setattr(attention, "_CHUNK_LOGITS", 512)  # of 16 queries 4 at a time
+    _, task = made("chunked")
+    assert "scan" in str(jax.make_jaxpr(task.loss)(params, {"image": image}, key))
+    found, _ = jax.jit(task.loss)(params, {"image": image}, key)
+    assert float(found) == pytest.approx(loss, rel=1e-4)
+    with pytest.raises(UserError, match="autoencoder.train.attention='cudnn'.*auto, plain or chu"):
+        Study(autoencoder=Autoencoder(train=Train(attention="cudnn")))
 
 
 def test_context_is_padded_with_zeros_or_refused():

@@ -25,9 +25,12 @@ def test_the_rate_rises_and_stays_or_falls_to_nothing_at_the_end():
     np.testing.assert_allclose(at_once, np.linspace(2, 0, 101), rtol=1e-5, atol=1e-6)
 
 
-def test_a_rate_that_cannot_fall_is_refused():
-    with pytest.raises(UserError, match="nothing left to fall over"):
-        Train(steps=10, warmup_steps=10, learning_rate_decay="linear")
+def test_a_rate_that_is_never_reached_is_refused():
+    for decay in ("none", "linear"):
+        with pytest.raises(UserError, match="warmup_steps=10: below steps=10, or training ends"):
+            Train(steps=10, warmup_steps=10, learning_rate_decay=decay)
+    shortest = Train(steps=11, warmup_steps=10, learning_rate=2.0)
+    assert float(optimizer.learning_rate(shortest)(shortest.steps - 1)) == 2.0  # its last step's
     with pytest.raises(UserError, match="choose none or linear"):
         Train(learning_rate_decay="cosine")
 
