@@ -85,6 +85,7 @@ def test_commands_with_flags_of_their_own_take_what_is_said_of_them():
         ("--config.sweep.report_block=0", ["report_block", "differ"]),
         ("--config.sweep.batch_size=5", ["sweep.batch_size=5", "does not split"]),
         ("--config.data.side=34", ["data.side", "34"]),
+        ("--config.early.steps=3", ["early.steps=3", "sweep.steps=(1, 2)", "early.sampler="]),
         ("--config.members=('39m',)", ["39m", "latents"]),
         ("--workdri=x", ["workdri"]),
     ],

@@ -81,12 +81,6 @@ class Study:
         require(self.autoencoder.train.attention in ("auto", "plain", "chunked"),
                 "autoencoder.train.attention", self.autoencoder.train.attention, "fused "
                 "kernels are not for its one wide head: auto, plain or chunked")
-        require(not self.early.sampler or self.early.sampler in self.sweep.samplers,
-                "early.sampler", self.early.sampler, "the end of training is measured with "
-                f"sweep.samplers={self.sweep.samplers}: choose one of these")
-        require(not self.early.sampler or self.early.steps in self.sweep.steps,
-                "early.steps", self.early.steps, "the end of training is measured with "
-                f"sweep.steps={self.sweep.steps}: choose one of these")
         self._check_transfer()
         require(not (self.weights and self.finetune.pretrained), "finetune.pretrained",
                  self.finetune.pretrained, f"weights={self.weights!r} are the pretrained network: "

@@ -31,13 +31,15 @@ def subjects(study: Study) -> list[Subject]:
     along, sampler, count = steps(study), study.early.sampler, study.early.steps
     if not along:
         return []
-    sweep = dataclasses.replace(study.sweep, samplers=(sampler,), steps=(count,))
-    if not subject_lib.tables(sweep):
+    end = study.sweep
+    if (sampler, count, end.spacing) not in subject_lib.tables(end):
         raise UserError(
-            f"config: early.steps={count}: sweep.max_steps lets {sampler} take "
-            f"{subject_lib.most_steps(sweep, sampler)} at most, so that the end of training is not "
-            "measured so: lower it"
+            f"config: early.sampler={sampler!r}, early.steps={count}: the end of training is not "
+            f"measured so: choose of sweep.samplers={end.samplers} and sweep.steps={end.steps}, "
+            f"within sweep.max_steps={end.max_steps}, or measure the end alone, "
+            "--config.early.sampler="
         )
+    sweep = dataclasses.replace(end, samplers=(sampler,), steps=(count,))
     return [
         dataclasses.replace(subject_lib.of_member(study, member), train_step=n, sweep=sweep)
         for member in study.members for n in along

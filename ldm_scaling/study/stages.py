@@ -88,7 +88,6 @@ def check(study: Study, workdir: Workdir, measured: bool = True) -> Materials:
     schedule = schedule_lib.get(study.diffusion.schedule)
     for member in study.members if pretrains else ():
         fitting.noise(member, f"members={member!r}", study.diffusion)
-    early.subjects(study)  # Raises for one that the end is not measured as.
     tables = [study.sample.table]
     grids = {"sweep": study.sweep} if pretrains or study.weights else {}
     tables += [table for grid in grids.values() for table in subject_lib.tables(grid)]
@@ -107,6 +106,7 @@ def check(study: Study, workdir: Workdir, measured: bool = True) -> Materials:
         table = solvers.make(name, schedule, steps, study.diffusion.prediction, spacing)
         solvers.warn_of_start(table)
     if measured:
+        early.subjects(study)  # Raises where the end is not measured alike.
         if study.data.composed:
             openmoji.load()
         elif study.data.hash:  # Shards: their counts are known.
