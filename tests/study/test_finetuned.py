@@ -83,7 +83,7 @@ def test_the_study_leaves_records_figures_and_a_grid(workdir):
     assert set(held.metrics) == {baselines.GIVEN, baselines.AUTOENCODER}
     page = (workdir / "report.html").read_text()
     assert "after 4 steps of fine-tuning" in page and "Super-resolution" in page
-    assert "FID (clean-fid" in page
+    assert "FID (TensorFlow 1" in page
 
 
 def test_again_nothing_is_done_anew(workdir):
@@ -182,7 +182,7 @@ def test_members_of_another_study_may_be_added_later(tmp_path):
     assert one.identity() == both.identity()
     assert len({networks.model_hash(both, m) for m in MEMBERS}) == 2
     assert networks.model_hash(one, MEMBERS[0]) == networks.model_hash(both, MEMBERS[0])
-    longer = dataclasses.replace(theirs, train=dataclasses.replace(theirs.train, steps=7))
+    longer = dataclasses.replace(theirs, train=dataclasses.replace(theirs.train, steps=20_000))
     shutil.rmtree(tmp_path / "theirs")
     assert resolved(longer).identity() != both.identity()
     shutil.rmtree(tmp_path / "theirs")
