@@ -13,7 +13,7 @@ _REMAT = {"2b": "block", "mmdit_30": "block", "mmdit_38": "block"}
 # What stands for each family on a CPU.
 _SMALLEST = {"unet": "c8", "dit": "dit_w40", "sit": "sit_w40", "uvit": "uvit_w32",
              "mmdit": "mmdit_d5", "edm2": "edm2_c14"}
-# Training steps that a member is measured at before its end; its steps where others measure it too.
+# Training steps that a member is measured after, before its end. Sampling steps of Fig. 7 and 8.
 _EARLY = (10_000, 25_000, 50_000, 100_000, 200_000)
 _STEPS = (4, 6, 8, 10, 20, 50)
 
@@ -246,7 +246,7 @@ def distilled(method: str, arg: str = "") -> ml_collections.ConfigDict:
     config.name = f"{method}_local" if small else f"{method}_{member}"
     config.early.sampler = ""
     config.sweep.samplers = ("ddim",)
-    if not small:
+    if not small:  # Teachers in more steps are no match for students.
         config.sweep.steps = _STEPS
     # Students of halving have trailing nodes; so have those that they are held against.
     config.sweep.spacing = "trailing"

@@ -122,6 +122,8 @@ class Sweep:
             require(name in PUBLISHED, "sweep.metrics", name, f"choose of {', '.join(PUBLISHED)}")
         require(len(set(self.metrics)) == len(self.metrics), "sweep.metrics", self.metrics,
                 "has a value twice")
+        require("inception_score" not in self.metrics or self.num_images >= 10,
+                "sweep.num_images", self.num_images, "at least 10 for an inception score")
         require(self.choose_by in (FRECHET, *self.metrics), "sweep.choose_by", self.choose_by,
                 f"{FRECHET}, or one that sweep.metrics names")
         require(self.strategy in ("grid", "racing"), "sweep.strategy", self.strategy,

@@ -111,8 +111,12 @@ def _options(given: argparse.Namespace, budget: Budget) -> Options:
         return table_1.options(budget.unit, given.metric, **common)
     records = _of_task(read(given.records), given.task)
     select_block, report_blocks = _blocks(given)
+    homes = dict.fromkeys(map(reported.home_of, _pieces(given.records)))
+    own = {reported.metric_of(home) for home in homes}
+    held = any(name in r.metrics for name in own for r in records)
+    metric = given.metric or (own.pop() if len(own) == 1 and held else None)
     return options_lib.of_records(
-        records, budget.unit, given.metric, select_block=select_block,
+        records, budget.unit, metric, select_block=select_block,
         report_blocks=report_blocks, settings=_settings(given.records),
         training=_training(given), **common,
     )

@@ -111,7 +111,8 @@ def _metric(given: argparse.Namespace, found: Sequence[Record], folder: epath.Pa
     if given.metric and labels.measure(given.metric).name not in held:
         raise UserError(f"--metric={given.metric}: no record in {folder} holds it; they hold "
                         f"{', '.join(held)}")
-    return given.metric or reported.leading(found)
+    own = reported.metric_of(reported.home_of(folder))
+    return given.metric or (own if own in held else reported.leading(found))
 
 
 def listing() -> str:

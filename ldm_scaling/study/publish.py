@@ -29,7 +29,7 @@ from ldm_scaling.study.figures import beside, catalogue
 from ldm_scaling.study.figures.source import Source
 from ldm_scaling.study.materials import LAYER, PROBE_PICTURES, SANITY, Materials
 from ldm_scaling.study.paired_scorer import LPIPS, PSNR
-from ldm_scaling.study.records import Record
+from ldm_scaling.study.records import TEXT_TO_IMAGE, Record
 from ldm_scaling.study.scorer import AGREEMENT, FRECHET
 from ldm_scaling.study.sweep import STRIP
 
@@ -45,7 +45,9 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _context(materials: Materials, captions: Sequence[str]) -> dict:
+def _context(
+    materials: Materials, captions: Sequence[str], found: Sequence[Record]
+) -> dict:
     study = materials.study
     sweep = study.sweep
     probed = min(materials.count("train"), PROBE_PICTURES)
@@ -58,7 +60,8 @@ def _context(materials: Materials, captions: Sequence[str]) -> dict:
             "configuration: compare values, do not read them alone."
         ),
     }
-    for row in scores.rows(_sweep(study).metrics) if _sweep(study).metrics else ():
+    beside = dict.fromkeys((*_sweep(materials, found).metrics, *finetune.sweep.metrics))
+    for row in scores.rows(beside) if beside else ():
         measures[row.name] = _beside(row, materials)
     path = materials.workdir / SANITY
     if path.exists():
@@ -73,7 +76,7 @@ def _context(materials: Materials, captions: Sequence[str]) -> dict:
     return {
         "title": f"{study.name}: quality against sampling cost",
         **({"summary": summary} if (summary := _summary(materials)) else {}),
-        "metric": _metric(study),
+        "metric": _sweep(materials, found).choose_by,
         "select_block": sweep.select_block,
         "report_blocks": sweep.report_blocks,
         "dataset": [
@@ -94,13 +97,13 @@ def _context(materials: Materials, captions: Sequence[str]) -> dict:
     }
 
 
-def _sweep(study: Study) -> Sweep:
-    """What decides what is measured: of a study that only fine-tunes, that of fine-tuning."""
-    return study.finetune.sweep if study.finetune.pretrained else study.sweep
-
-
-def _metric(study: Study) -> str:
-    return _sweep(study).choose_by
+def _sweep(materials: Materials, found: Sequence[Record]) -> Sweep:
+    """What these records are of: of members that another study trained, its sweep."""
+    study = materials.study
+    if not study.finetune.pretrained:
+        return study.sweep
+    of_text = any(r.task == TEXT_TO_IMAGE for r in found)
+    return materials.pretrained.study.sweep if of_text else study.finetune.sweep
 
 
 def _beside(row: scores.Row, materials: Materials) -> str:
@@ -204,7 +207,7 @@ def write(materials: Materials, found: list[Record], others: Sequence[Record] = 
       others: of the same members' other tasks: for figures, claims and advice.
     """
     sweep, figures = materials.study.sweep, materials.workdir / "figures"
-    metric = _metric(materials.study)
+    metric = _sweep(materials, found).choose_by
     report_blocks = reported.whole(found, metric, sweep.select_block, sweep.report_blocks)
     strips, captions = materials.workdir / "strips", ()
     here = not materials.study.finetune.pretrained
@@ -221,7 +224,7 @@ def write(materials: Materials, found: list[Record], others: Sequence[Record] = 
     for line in written.skipped:
         log.info("skipped: %s", line)
     path = report.write(
-        materials.workdir.path, found, figures, _context(materials, captions),
+        materials.workdir.path, found, figures, _context(materials, captions, found),
         strips if here else None, others,
         [*_restored(held, [*found, *others]),
          *(sentence for of in (students, cascades) for sentence in of.sentences(

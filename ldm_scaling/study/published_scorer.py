@@ -136,7 +136,8 @@ def load(
     Raises:
       UserError: for weights that are missing or damaged.
     """
-    rows, found = tuple(scores.rows(names)), require(names)
+    # In whatever order they are named, they are the same metrics.
+    rows, found = tuple(sorted(scores.rows(names), key=lambda row: row.name)), require(names)
     networks, towers = {}, {}
     for row in rows:
         if row.extractor in networks:

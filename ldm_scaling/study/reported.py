@@ -52,6 +52,19 @@ def of_workdir(
     )
 
 
+def metric_of(home: epath.PathLike) -> str | None:
+    """The measure that a workdir's last config chooses by; None of a folder that is no workdir or
+    whose config cannot be read."""
+    workdir = Workdir(home)
+    if not (workdir / MARKER).exists():
+        return None
+    try:
+        study = workdir.last_config()
+    except UserError:
+        return None
+    return (study.finetune if study.finetune.pretrained else study).sweep.choose_by
+
+
 def settings_of(home: epath.PathLike) -> tuple[str, ...]:
     """Of what a workdir's last config makes of members, see `curves.one_setting`: its cascades and
     distillations; none of a folder that is no workdir or whose config cannot be read."""

@@ -107,6 +107,15 @@ def check(study: Study, workdir: Workdir, measured: bool = True) -> Materials:
         solvers.warn_of_start(table)
     if measured:
         early.subjects(study)  # Raises where the end is not measured alike.
+        if study.early.sampler and not early.steps(study):
+            log.warning(
+                "early.sampler=%r measures nothing: train.keep_steps=%s names no step below "
+                "train.steps, or nothing is trained here", study.early.sampler,
+                study.train.keep_steps,
+            )
+        if study.finetune.pretrained and (materials.pretrained.workdir / "records").exists():
+            if names := materials.pretrained.study.sweep.metrics:  # Its records are shown.
+                published_scorer.require(names)
         if study.data.composed:
             openmoji.load()
         elif study.data.hash:  # Shards: their counts are known.

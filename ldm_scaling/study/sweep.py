@@ -288,7 +288,7 @@ def _seconds(
                 "first": subject.first.spelling if subject.first else "",
                 "network": files.sha256_of(bench.spec), "version": __version__,
                 "guided": guided, "correction": dataclasses.asdict(correction),
-                "batch": drawer.batch_size,
+                "batch": drawer.batch_size, "program": drawer.program, "jax": jax.__version__,
                 "device": hosts.describe(list(drawer.mesh.devices.flat)),
             }
             bench.seconds[kind] = row_times.kept(

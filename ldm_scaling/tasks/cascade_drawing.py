@@ -36,6 +36,7 @@ class CascadeDrawer:
         self.first, self.second, self.cascade = first, second, cascade
         self.frozen, self.mesh, self.batch_size = second.frozen, second.mesh, second.batch_size
         self.table, self.decode = second.table, second.decode
+        self.program = {"first": first.program, "second": second.program}
         self.before: SamplerTable | None = None
         self._seconds: dict[tuple[str, bool, Correction], tuple[float, float]] = {}
 

@@ -191,7 +191,7 @@ class Drawer:
       batch_size: lanes, and pictures decoded at a time.
       decode: `frozen.decoder()`, shared between members.
       mesh: lanes and batches are split over its devices.
-      compute_dtype, attention: see `config.Train`.
+      compute_dtype, attention: see `config.Train`; kept as `program`.
     """
 
     def __init__(
@@ -201,6 +201,7 @@ class Drawer:
     ):
         self.frozen, self.diffusion, self.batch_size = frozen, diffusion, batch_size
         self._decode, self.mesh = decode, mesh
+        self.program = {"compute_dtype": compute_dtype, "attention": attention}
         self.schedule = schedule_lib.get(diffusion.schedule)
         self.lanes = lanes(spec, frozen.latent_shape, batch_size, mesh, compute_dtype, attention)
         self._uncond = {"context": frozen.null_ctx_LD[None]}

@@ -75,7 +75,7 @@ def _picture(index, steps, rate):
 
 
 class _Drawer:
-    batch_size = 32
+    batch_size, program = 32, {}
     mesh = types.SimpleNamespace(devices=np.array(jax.devices()[:1]))
 
     def plans(self, configurations):

@@ -119,7 +119,7 @@ def test_work_is_shared_out_whole_and_evenly():
 class _Clock:
     """A drawer that is slower each time that it is timed, as on a machine that gets busier."""
 
-    batch_size = 4
+    batch_size, program = 4, {}
     mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(device_kind="chip")]))
     split = staticmethod(split)
 
