@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -38,8 +39,12 @@ def _run(workdir, processes=1, *more):
         for flag in given
     ]
     ended = [(*process.communicate(timeout=1500), process.returncode) for process in running]
-    # Gloo, which joins CPU processes, writes to stdout.
-    lines = [[line for line in out.splitlines() if "[Gloo]" not in line] for out, *_ in ended]
+    # Gloo, which joins CPU processes, writes to stdout, a line in several pieces.
+    lines = [
+        [line for line in out.splitlines()
+         if line and not re.search(r"\[Gloo\]|is connected to|peer ranks", line)]
+        for out, *_ in ended
+    ]
     return [(told, err, status) for told, (_, err, status) in zip(lines, ended)]
 
 

@@ -63,7 +63,7 @@ def test_a_grown_network_gives_what_it_gave_whatever_it_sees():
     after = unet.denoise_fn(grown)(
         more, jnp.array(x_BHWC), t_B, {"context": ctx_BLD, "condition": jnp.array(seen_BHWC)}
     )
-    np.testing.assert_allclose(after, before, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(after, before, rtol=0, atol=5e-6)
     assert jax.tree.map(jnp.shape, more) == jax.tree.map(
         lambda s: s.shape, unet.param_shapes(grown)
     )
