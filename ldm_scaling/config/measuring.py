@@ -10,13 +10,13 @@ from ldm_scaling.config.check import positive, require
 LEAST_RACED = 16
 """Pictures below which a Fréchet distance and its spread say too little to drop a rate by."""
 
-
 FRECHET = "fd_effnetlite0"
-"""What every sweep measures."""
+"""The Fréchet distance that every sweep measures."""
+
 PUBLISHED_FRECHET = ("fid_tf2015", "fid_clean", "fid_pytorch", "fd_dinov2")
 CAPTION_SCORES = ("clip_score_b32", "clip_score_l14", "clip_score_g14")
-"""What a sweep can measure beside by networks whose weights are to be had elsewhere."""
 PUBLISHED = (*PUBLISHED_FRECHET, "inception_score", *CAPTION_SCORES)
+"""What a sweep can measure beside, by networks whose weights are to be had elsewhere."""
 
 
 def race_rounds(arms: int, images: int, saving: float) -> tuple[int, ...]:

@@ -111,14 +111,10 @@ def _options(given: argparse.Namespace, budget: Budget) -> Options:
         return table_1.options(budget.unit, given.metric, **common)
     records = _of_task(read(given.records), given.task)
     select_block, report_blocks = _blocks(given)
-    homes = dict.fromkeys(map(reported.home_of, _pieces(given.records)))
-    own = {reported.metric_of(home) for home in homes}
-    held = any(name in r.metrics for name in own for r in records)
-    metric = given.metric or (own.pop() if len(own) == 1 and held else None)
+    metric = given.metric or _own_metric(given.records, records)
     return options_lib.of_records(
-        records, budget.unit, metric, select_block=select_block,
-        report_blocks=report_blocks, settings=_settings(given.records),
-        training=_training(given), **common,
+        records, budget.unit, metric, select_block=select_block, report_blocks=report_blocks,
+        settings=_settings(given.records), training=_training(given), **common,
     )
 
 
@@ -126,25 +122,35 @@ def _training(given: argparse.Namespace) -> Training | None:
     """What `--pictures` counts, where it is given: by the batch size of the workdirs' configs."""
     if not given.pictures:
         return None
-    homes = dict.fromkeys(map(reported.home_of, _pieces(given.records)))
-    sizes = {Workdir(home).last_config().train.batch_size for home in homes}
+    sizes = {Workdir(home).last_config().train.batch_size for home in _homes(given.records)}
     if len(sizes) > 1:
         raise UserError(f"--pictures: the places of --records were trained with batches of "
                         f"{labels.listing(sorted(map(str, sizes)))}: give one of them")
     return Training(sizes.pop(), given.pictures)
 
 
+def _homes(places: Iterable[str]) -> list[epath.Path]:
+    """The workdirs, or the folders that are none, of places; each once."""
+    return list(dict.fromkeys(map(reported.home_of, _pieces(places))))
+
+
+def _own_metric(places: Iterable[str], records: Sequence[Record]) -> str | None:
+    """The measure that all workdirs' configs choose by, where the records hold it."""
+    own = {reported.metric_of(home) for home in _homes(places)}
+    metric = own.pop() if len(own) == 1 else None
+    return metric if any(metric in r.metrics for r in records) else None
+
+
 def _settings(places: Iterable[str]) -> list[str]:
     """Those of the workdirs' last configs."""
-    homes = dict.fromkeys(map(reported.home_of, _pieces(places)))
-    return [setting for home in homes for setting in reported.settings_of(home)]
+    return [setting for home in _homes(places) for setting in reported.settings_of(home)]
 
 
 def _blocks(given: argparse.Namespace) -> tuple[int, list[int]]:
     """The seed blocks: of the flags, else of the workdirs, which must name the same."""
-    homes = dict.fromkeys(map(reported.home_of, _pieces(given.records)))
     own = {
-        home: reported.of_workdir(home, given.select_block, given.report_blocks) for home in homes
+        home: reported.of_workdir(home, given.select_block, given.report_blocks)
+        for home in _homes(given.records)
     }
     first, *others = own
     for other in others:

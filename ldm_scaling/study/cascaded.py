@@ -319,7 +319,7 @@ class Cascaded:
         return sweep.Bench(
             spec=spec, drawer=self.drawer(base, member).after(subject.first.steps),
             params=self.params(base, member), cost=dataclasses.replace(cost.of(spec), params=both),
-            reference_cost=reference_cost, scorer=self.scorer, prompts=m.prompts,
+            reference_cost=reference_cost, scorer=self.scorer, prompts=m.swept_prompts,
             directory=m.workdir / "records", strips=m.workdir / "strips",
         )
 

@@ -252,7 +252,7 @@ class Distilled:
         return sweep.Bench(
             spec=spec, drawer=self.drawer(subject.member, stage.told),
             params=self.params(subject.member, stage), cost=cost.of(spec),
-            reference_cost=reference_cost, scorer=self.scorer, prompts=m.prompts,
+            reference_cost=reference_cost, scorer=self.scorer, prompts=m.swept_prompts,
             directory=m.workdir / "records", strips=m.workdir / "strips",
         )
 

@@ -396,13 +396,18 @@ class Materials:
         return Prompts(
             index_N=index.astype(np.int32),
             context_NLD=rows["context"] if own else self._contexts(captions),
-            embeddings_NE=self._by_all_scorers(rows["embedding"], captions),
+            embeddings_NE=rows["embedding"],
             captions=captions,
         )
 
-    def _by_all_scorers(self, own_NE: np.ndarray, captions: Sequence[str]) -> np.ndarray:
-        beside = self.published_metrics
-        return np.concatenate([own_NE, beside.embeddings(captions)], axis=1) if beside else own_NE
+    @functools.cache  # noqa: B019
+    def swept_prompts(self, block: int) -> Prompts:
+        """A seed block's captions as a sweep scores them: by published networks too."""
+        own, beside = self.prompts(block), self.published_metrics
+        if not beside:
+            return own
+        both_NE = np.concatenate([own.embeddings_NE, beside.embeddings(own.captions)], axis=1)
+        return dataclasses.replace(own, embeddings_NE=both_NE)
 
     def shown(self) -> np.ndarray:
         """Some validation pictures, uint8."""

@@ -77,7 +77,8 @@ class Published:
 
     def features(self, images_NHWC: np.ndarray) -> np.ndarray:
         """Features of uint8 pictures, of all layers side by side: float32 (N, `width`)."""
-        return _joined(self.networks, self.widths, images_NHWC)
+        found = _run(self.networks, self.widths, images_NHWC)
+        return np.concatenate([found[key] for key in self.widths], axis=1, dtype=np.float32)
 
     def embeddings(self, captions: Sequence[str]) -> np.ndarray:
         """What `score` needs of captions, of all towers side by side: float32 (N, `text_width`)."""
@@ -154,10 +155,9 @@ def load(
     paths = {key: folder / f"{key[0]}_{hashes[key][:8]}.npz" for key in held}
     if missing := [key for key in held if not paths[key].exists()]:
         _keep_statistics(missing, networks, hashes, paths, real)
-    black = np.zeros((1, 64, 64, 3), np.uint8)
+    black = _run(networks, layers, np.zeros((1, 64, 64, 3), np.uint8))
     return Published(
-        rows, networks,
-        {key: networks[key[0]].run(black)[key[1]].shape[1] for key in layers},
+        rows, networks, {key: x_ND.shape[1] for key, x_ND in black.items()},
         {key: ReferenceStats(moments.load(paths[key], hashes[key]), hashes[key]) for key in held},
         towers,
     )
@@ -171,20 +171,20 @@ def _keep_statistics(
     """Statistics of all real pictures, a batch at a time: their features need not fit in memory."""
     sums: dict[tuple[str, str], moments.Moments] = {}
     for images in real():
-        runs = {name: networks[name].run(images) for name in dict.fromkeys(k[0] for k in keys)}
-        for key in keys:
-            part = moments.Moments.of(runs[key[0]][key[1]])
+        for key, x_ND in _run(networks, keys, images).items():
+            part = moments.Moments.of(x_ND)
             sums[key] = moments.merge(sums[key], part) if key in sums else part
     for key, found in sums.items():
         moments.save(paths[key], found, hashes[key])
 
 
-def _joined(
+def _run(
     networks: Mapping[str, Network], layers: Iterable[tuple[str, str]], images_NHWC: np.ndarray
-) -> np.ndarray:
+) -> dict[tuple[str, str], np.ndarray]:
+    """Features of each (extractor, layer); every network runs once."""
     layers = list(layers)
-    runs = {name: networks[name].run(images_NHWC) for name in dict.fromkeys(k[0] for k in layers)}
-    return np.concatenate([runs[name][layer] for name, layer in layers], axis=1, dtype=np.float32)
+    found = {name: networks[name].run(images_NHWC) for name in dict.fromkeys(k[0] for k in layers)}
+    return {(name, layer): found[name][layer] for name, layer in layers}
 
 
 def _split(x_NF: np.ndarray, widths: Sequence[int]) -> list[np.ndarray]:

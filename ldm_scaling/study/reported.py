@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
+from ldm_scaling.config import Study
 from ldm_scaling.errors import UserError
 from ldm_scaling.study import curves, labels
 from ldm_scaling.study.records import NAME, Record
@@ -55,12 +56,8 @@ def of_workdir(
 def metric_of(home: epath.PathLike) -> str | None:
     """The measure that a workdir's last config chooses by; None of a folder that is no workdir or
     whose config cannot be read."""
-    workdir = Workdir(home)
-    if not (workdir / MARKER).exists():
-        return None
-    try:
-        study = workdir.last_config()
-    except UserError:
+    study = _last_config(home)
+    if study is None:
         return None
     return (study.finetune if study.finetune.pretrained else study).sweep.choose_by
 
@@ -68,15 +65,21 @@ def metric_of(home: epath.PathLike) -> str | None:
 def settings_of(home: epath.PathLike) -> tuple[str, ...]:
     """Of what a workdir's last config makes of members, see `curves.one_setting`: its cascades and
     distillations; none of a folder that is no workdir or whose config cannot be read."""
-    workdir = Workdir(home)
-    if not (workdir / MARKER).exists():
-        return ()
-    try:
-        study = workdir.last_config()
-    except UserError:
+    study = _last_config(home)
+    if study is None:
         return ()
     cascades = (study.cascade.setting,) if study.cascade.base else ()
     return (*cascades, *(d.setting for d in study.distillations))
+
+
+def _last_config(home: epath.PathLike) -> Study | None:
+    workdir = Workdir(home)
+    if not (workdir / MARKER).exists():
+        return None
+    try:
+        return workdir.last_config()
+    except UserError:
+        return None
 
 
 def leading(records: Sequence[Record]) -> str | None:

@@ -265,7 +265,7 @@ def run_sweep(materials: Materials) -> None:
             return sweep.Bench(
                 spec=own.spec(m), drawer=own.drawer(m), params=early.params(own, subject),
                 cost=cost.of(own.spec(m)), reference_cost=reference_cost, scorer=own.scorer,
-                prompts=own.prompts, directory=own.workdir / "records",
+                prompts=own.swept_prompts, directory=own.workdir / "records",
                 strips=own.workdir / "strips", seconds=seconds[m],
             )
 

@@ -6,6 +6,8 @@ import dataclasses
 
 import numpy as np
 
+from ldm_scaling.study import advice, options
+from ldm_scaling.study.budgets import Budget
 from ldm_scaling.study.records import Identity, Record
 
 CHANNELS = {"c8": 8, "c16": 16, "c24": 24, "c32": 32, "c48": 48}
@@ -199,3 +201,13 @@ def images(models: tuple[str, ...] = tuple(CHANNELS), n: int = 6, size: int = 32
 
 CAPTIONS = ["a red circle on a pale yellow field", "a blue ball <b>& \"quotes\"</b>",
             "a green disc", "an amber sun on a grey sky", "a violet plum", "a $grey^stone"]
+
+
+def within(records, budget, unit="cost", **kw):
+    """Advice on them within a budget."""
+    return advice.advise(options.of_records(records, unit, **kw), Budget(budget, unit))
+
+
+def cell(p):
+    """The cell that a point is of."""
+    return p.model, p.sampler, p.steps

@@ -18,6 +18,7 @@ from ldm_scaling.study.cost_files import CostFile, MemberCost, Timing
 from ldm_scaling.study.costing import Price
 from ldm_scaling.study.workdir import Workdir
 from tests.study import fake_records as fake
+from tests.study.fake_records import cell, within
 
 FD = "fd_effnetlite0"
 TRUTH = fake.Truth()
@@ -44,14 +45,6 @@ def exact():
 @pytest.fixture(scope="module")
 def study():
     return fake.make()
-
-
-def within(records, budget, unit="cost", **kw):
-    return advice.advise(options_lib.of_records(records, unit, **kw), Budget(budget, unit))
-
-
-def cell(p):
-    return p.model, p.sampler, p.steps
 
 
 def test_the_true_best_at_and_between_all_costs(exact):

@@ -11,6 +11,7 @@ from ldm_scaling.study import options as options_lib
 from ldm_scaling.study.budgets import Budget
 from ldm_scaling.study.pricing import Training
 from tests.study import fake_records as fake
+from tests.study.fake_records import cell, within
 
 
 @pytest.fixture(scope="module")
@@ -23,17 +24,9 @@ def study():
     return fake.make()
 
 
-def _within(records, budget, unit="cost"):
-    return advice.advise(options_lib.of_records(records, unit), Budget(budget, unit))
-
-
-def _cell(p):
-    return p.model, p.sampler, p.steps
-
-
 def test_what_costs_1_is_said_and_is_one_thing(study):
     """Records of studies with other references, weighed together, count in calls of one."""
-    found = _within(study, 3.0)
+    found = within(study, 3.0)
     assert "A cost of 1 is one call of c48, 2.10 GFLOPs." in found.notes
     assert advise_cli.plain(found)["reference"] == {"model": "c48", "gflops": pytest.approx(2.1)}
     half = fake.norm_cost("c16")
@@ -41,20 +34,20 @@ def test_what_costs_1_is_said_and_is_one_thing(study):
         dataclasses.replace(r, norm_cost=r.norm_cost / half)
         if r.identity.model in ("c8", "c16") else r for r in study
     ]
-    other = _within(moved, 3.0)
-    assert _cell(other.best) == _cell(found.best)
+    other = within(moved, 3.0)
+    assert cell(other.best) == cell(found.best)
     assert [p.cost for p in other.front] == pytest.approx([p.cost for p in found.front])
     (note,) = [n for n in other.notes if "count cost in calls of c16" in n]
     assert note.endswith("all are counted in those of c48 here.")
-    assert _within(moved, 3.0, "gflops").options.reference is None
-    alone = _within([r for r in study if r.identity.model == "c8"], 3.0)
+    assert within(moved, 3.0, "gflops").options.reference is None
+    alone = within([r for r in study if r.identity.model == "c8"], 3.0)
     assert "A cost of 1 is one call of a network of 2.10 GFLOPs." in alone.notes
 
 
 def test_seconds_of_several_measurements_are_doubted(study):
     """What a picture takes beside its calls is no doubt, nor is a small difference."""
     def notes(change):
-        return " ".join(_within([change(r) for r in study], 100.0, "seconds").notes)
+        return " ".join(within([change(r) for r in study], 100.0, "seconds").notes)
 
     def slow(r, factor, model, steps):
         there = r.identity.model == model and r.identity.steps >= steps
@@ -72,7 +65,7 @@ def test_seconds_of_several_measurements_are_doubted(study):
     assert "--device=KIND" in told
     told = notes(lambda r: slow(r, 5.0, "c8", 0))
     assert "Seconds of" not in told and "c8 is up to" in told and "slower than c16" in told
-    assert "slower" not in " ".join(_within(study, 100.0, "cost").notes)
+    assert "slower" not in " ".join(within(study, 100.0, "cost").notes)
 
 
 def test_training_is_spread_over_the_pictures(exact):
@@ -104,7 +97,7 @@ def test_training_is_spread_over_the_pictures(exact):
 def test_only_what_was_asked_for_is_weighed(exact):
     options = options_lib.of_records(exact, "cost")
     some = options_lib.only(options, ("c8", "c48"), ("ddim",), 10)
-    assert {_cell(p) for p in some.points} == {
+    assert {cell(p) for p in some.points} == {
         (m, "ddim", n) for m in ("c8", "c48") for n in (4, 6, 10)}
     assert some.notes[-1] == "As asked, of c8, c48, ddim and at most 10 steps alone."
     assert options_lib.only(options) is options
