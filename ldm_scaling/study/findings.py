@@ -163,8 +163,8 @@ def _guidance(records: Sequence[Record], metric: str, block: int) -> list[str]:
 
 
 def _trade_off(records: Sequence[Record], metric: str, block: int) -> list[str]:
-    other = "caption_agreement"
-    if metric == other:
+    other = labels.traded(metric, curves_lib.measures(records))
+    if other is None or not labels.of_captions(other) or labels.of_captions(metric):
         return []
     cells = defaultdict(list)
     for r in records:
@@ -184,9 +184,9 @@ def _trade_off(records: Sequence[Record], metric: str, block: int) -> list[str]:
     trades = "trades one measure for the other" if mean > 0 else "does not trade the measures"
     return [
         f"Guidance {trades}: going from the rate with the best {labels.measure(metric).short} to "
-        f"the highest rate raises caption agreement in {sum(g > 0 for g in gains)} of {len(gains)} "
-        f"cells, and {'raises' if mean > 0 else 'lowers'} it by {labels.number(abs(mean))} on "
-        "average."
+        f"the highest rate raises {labels.measure(other).short} in {sum(g > 0 for g in gains)} of "
+        f"{len(gains)} cells, and {'raises' if mean > 0 else 'lowers'} it by "
+        f"{labels.number(abs(mean))} on average."
     ]
 
 

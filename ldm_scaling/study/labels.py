@@ -136,6 +136,8 @@ _MEASURES = (
     ),
 )
 MEASURES = {m.name: m for m in _MEASURES}
+# Those of pictures and their captions, the better known first.
+_OF_CAPTIONS = ("clip_score_l14", "clip_score_b32", "clip_score_g14", "caption_agreement")
 
 # As their papers write them.
 SAMPLERS = {
@@ -173,6 +175,22 @@ def measure(name: str) -> Measure:
             "direction to the table in ldm_scaling/study/labels.py"
         )
     return MEASURES[name]
+
+
+def of_captions(metric: str) -> bool:
+    """Whether it is of pictures and their captions."""
+    return metric in _OF_CAPTIONS
+
+
+def traded(metric: str, held: Sequence[str]) -> str | None:
+    """What a measure is seen against as guidance rises, of those that records hold: how pictures
+    agree with their captions, by CLIP where it is there; else the next, None where there is none.
+    """
+    others = [name for name in held if name != metric]
+    known = [name for name in others if of_captions(name)]
+    if known and not of_captions(metric):
+        return min(known, key=_OF_CAPTIONS.index)
+    return others[0] if others else None
 
 
 def sampler(name: str) -> str:

@@ -65,7 +65,7 @@ def charts(records: Sequence[Record], metric: str, select: int, report: int) -> 
              "best": {n: best[n][i.model, i.sampler, i.steps] == i.guidance for n in here}}
         )
     main = curves_lib.quality_curves(records, metric, None, select, report)
-    trade = [m.name for m in shown]
+    other = labels.traded(metric, [m.name for m in shown])
     return {
         "metric": metric,
         "models": [{"name": m, "params": labels.count(params[m])} for m in sizes],
@@ -78,7 +78,7 @@ def charts(records: Sequence[Record], metric: str, select: int, report: int) -> 
                  for k in range(9)],
         "points": points,
         "cells": cells,
-        "trade": [metric, next(n for n in trade if n != metric)] if len(trade) > 1 else None,
+        "trade": [metric, other] if other else None,
         "winners": [
             {"axis": axis, "sampler": sampler or "", "unit": unit,
              "budgets": [_budget(w) for w in won]}

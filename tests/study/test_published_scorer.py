@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_scaling.config import Cascade, Consistency, FineTune, Sweep
+from ldm_scaling.config import Cascade, Consistency, FineTune, Sweep, measuring
 from ldm_scaling.data import image_folder
 from ldm_scaling.errors import UserError
 from ldm_scaling.metrics import bootstrap, foretold
-from ldm_scaling.study import evaluate, published_scorer, scores, weights
+from ldm_scaling.study import evaluate, labels, published_scorer, scores, weights
 from ldm_scaling.study.features import ImageSet
 from ldm_scaling.study.published_scorer import WithPublished
 from tests.study import fake_networks
@@ -138,10 +138,19 @@ def test_restored_pictures_have_no_captions():
         FineTune(task="inpainting", sweep=sweep)
 
 
-def test_what_a_config_may_name_is_what_evaluate_knows():
-    from ldm_scaling.config import measuring
-    from ldm_scaling.study import labels
+def test_what_guidance_trades():
+    """A distance against how pictures agree with captions, by CLIP where it is there."""
+    held = ["fd_effnetlite0", "caption_agreement", "fid_clean", "clip_score_b32", "clip_score_l14"]
+    for metric, shown, other in (
+        ("fid_clean", held, "clip_score_l14"), ("fid_clean", held[:4], "clip_score_b32"),
+        ("fid_clean", held[:3], "caption_agreement"),
+        ("fd_effnetlite0", held[:3:2], "fid_clean"),
+        ("clip_score_l14", held, "fd_effnetlite0"), ("fid_clean", ["fid_clean"], None),
+    ):
+        assert labels.traded(metric, shown) == other
 
+
+def test_what_a_config_may_name_is_what_evaluate_knows():
     for row in scores.rows(measuring.PUBLISHED):
         assert row.definition.better == labels.measure(row.name).better
         distance = row.definition.against == "statistics"

@@ -81,20 +81,22 @@ def heat(source: Source) -> dict[str, Drawn]:
 def trade(source: Source) -> dict[str, Drawn]:
     """The main measure against one more as guidance rises."""
     records = [r for r in source.main if r.identity.seed_block == source.select_block]
-    others = [m for m in source.measures(records)
-              if any({m, source.metric} <= r.metrics.keys() for r in records)][1:]
-    if not others:
+    other = labels.traded(source.metric, [
+        m for m in source.measures(records)
+        if any({m, source.metric} <= r.metrics.keys() for r in records)
+    ])
+    if other is None:
         return {}
-    both = [r for r in records if {others[0], source.metric} <= r.metrics.keys()]
+    both = [r for r in records if {other, source.metric} <= r.metrics.keys()]
     first = curves_lib.samplers(both)[0]
     out = [
         {"model": i.model, "sampler": first, "steps": i.steps, "guidance": i.guidance,
-         source.metric: r.metrics[source.metric], others[0]: r.metrics[others[0]]}
+         source.metric: r.metrics[source.metric], other: r.metrics[other]}
         for r in sorted(both, key=lambda r: (source.sizes.index(r.identity.model),
                                              r.identity.steps, r.identity.guidance))
         if (i := r.identity).sampler == first
     ]
-    fig = plots.trade_off(source.main, source.metric, others[0], source.select_block)
+    fig = plots.trade_off(source.main, source.metric, other, source.select_block)
     return {"": Drawn(fig, out)}
 
 
