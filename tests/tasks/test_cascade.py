@@ -134,7 +134,7 @@ def test_every_program_is_timed():
     asked = []
 
     class Timed:
-        frozen, mesh, batch_size, decode = None, None, 4, None
+        frozen, mesh, batch_size, decode, program = None, None, 4, None, {}
 
         def __init__(self, name):
             self.name, self.frozen = name, Frozen(None, None, 1.0, (8, 8, 4), NULL_LD)
