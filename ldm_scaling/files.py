@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import uuid
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from etils import epath
 from tqdm import tqdm
 
 from ldm_scaling.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -106,6 +110,36 @@ def bind(folder: epath.PathLike, name: str, about: dict[str, Any], other: str) -
             raise UserError(
                 f"{folder} holds {other.format(key=repr(key))}{shown}: name a new folder"
             )
+
+
+def lock(path: epath.PathLike, taken: str) -> IO[str]:
+    """Holds a file for this process while the returned one is open; a lock ends with its process.
+
+    Args:
+      path: the file; made if need be.
+      taken: what to say where another process holds it, as a `UserError`.
+    Raises:
+      OSError: where it cannot be opened.
+    """
+    file = open(os.fspath(path), "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        file.close()
+        raise UserError(taken) from e
+    except OSError:  # A file system without locks.
+        folder = os.path.dirname(os.fspath(path))
+        log.warning("%s cannot be locked; run one process at a time", folder)
+    return file
+
+
+def on_disk(what: str, path: epath.PathLike) -> None:
+    """Raises `UserError` for a bucket or a web address in place of a path."""
+    if "://" in os.fspath(path):
+        raise UserError(
+            f"{what}: {os.fspath(path)} is no path on this machine: mount it, for example with "
+            "gcsfuse, or fetch the files, and give the path there"
+        )
 
 
 def _plain(value: Any) -> Any:

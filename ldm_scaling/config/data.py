@@ -9,6 +9,7 @@ from typing import Any
 from ldm_scaling.config.check import positive, require
 
 OPENMOJI = "openmoji"
+_KIND = r"[a-z][a-z0-9_]*:"
 # Bookkeeping: what may change between two runs of one study.
 _FREE = ("workers", "max_corrupt", "cache")
 
@@ -102,6 +103,7 @@ class Data:
         1 is the square alone. What is measured is square.
       max_corrupt: share of a source's records that may be damaged before a run stops.
       latent_dtype: float32, or float16, half as large, that latents are kept in.
+      text_dtype: the same of text states; float32 where an encoder's leave float16's range.
       workers: processes that read ahead; 0 is threads.
       cache: folder of latents and text states, for several workdirs; empty is the workdir.
       prepare: how collections become shards.
@@ -121,6 +123,7 @@ class Data:
     max_aspect: float = 1.0
     max_corrupt: float = 0.01
     latent_dtype: str = "float32"
+    text_dtype: str = "float16"
     workers: int = 0
     cache: str = ""
     prepare: Prepare = dataclasses.field(default_factory=Prepare)
@@ -131,8 +134,9 @@ class Data:
         for name in ("train_pictures", "validation_pictures"):
             require(getattr(self, name) >= least, f"data.{name}", getattr(self, name),
                     f"at least {least}")
-        wrong = [s for s in self.sources if s != OPENMOJI and not re.match(r"[a-z]+:.", s)]
-        require(not wrong, "data.source", self.source, "openmoji, or KIND:PATH, e.g. folder:photos")
+        wrong = [s for s in self.sources if s != OPENMOJI and not re.match(f"{_KIND}.", s)]
+        require(not wrong, "data.source", self.source, "openmoji, or KIND:PATH, e.g. "
+                "folder:photos; a kind is lower-case letters, digits and _")
         require(self.composed or OPENMOJI not in self.sources, "data.source", self.source,
                 "openmoji stands alone")
         if self.weights:
@@ -148,9 +152,12 @@ class Data:
         require(3 <= self.text_length <= 512, "data.text_length", self.text_length, "use 3..512")
         require(1 <= self.max_aspect <= 8, "data.max_aspect", self.max_aspect, "in 1..8")
         require(0 <= self.max_corrupt < 1, "data.max_corrupt", self.max_corrupt, "in [0, 1)")
-        require(self.latent_dtype in ("float16", "float32"), "data.latent_dtype", self.latent_dtype,
-                "float16 or float32")
+        for name in ("latent_dtype", "text_dtype"):
+            require(getattr(self, name) in ("float16", "float32"), f"data.{name}",
+                    getattr(self, name), "float16 or float32")
         require(self.workers >= 0, "data.workers", self.workers, "not below 0")
+        require("://" not in self.cache, "data.cache", self.cache,
+                "a folder: mount a bucket, for example with gcsfuse")
 
     @property
     def composed(self) -> bool:
@@ -160,7 +167,7 @@ class Data:
     @property
     def sources(self) -> tuple[str, ...]:
         """Each source; a comma parts two where a kind follows it."""
-        return tuple(re.split(r",(?=[a-z]+:)", self.source))
+        return tuple(re.split(f",(?={_KIND})", self.source))
 
     def identity(self) -> dict[str, Any]:
         """What decides numbers; keys that are at their default and concern collections only are
@@ -173,7 +180,7 @@ class Data:
             del tree["text_weights"]
         default = Data()
         for name in ("weights", "hash", "text_weights", "text_hash", "flip", "max_aspect",
-                     "latent_dtype", "prepare"):
+                     "latent_dtype", "text_dtype", "prepare"):
             if name in tree and getattr(self, name) == getattr(default, name):
                 del tree[name]
         return tree

@@ -12,12 +12,10 @@ hash of every block and checks it on reading.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import json
 import math
 import os
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +25,7 @@ from etils import epath
 
 from ldm_scaling import files
 from ldm_scaling.data.corrupt import CorruptRecords
+from ldm_scaling.data.open_files import Readers
 from ldm_scaling.errors import UserError
 
 MANIFEST = "cache.json"
@@ -35,9 +34,6 @@ _FORMAT = "ldm_scaling cache 1"
 # One record a block: random access reads no more than it needs.
 _WRITING = {False: "group_size:1,uncompressed", True: "group_size:1,zstd:1"}
 _READING = "readahead_buffer_size:0,max_parallelism:0"  # for random access
-# Shards that are open at once. Three caches together stay below the 1,024 files that a process may
-# commonly have open; opening one more takes 0.3 ms.
-_OPEN = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,15 +257,14 @@ class CacheSource:
 
     def __init__(self, path: epath.PathLike, hash: str | None = None):
         self.path, self._hash = os.fspath(path), hash
-        self._lock = threading.Lock()
-        self._files: collections.OrderedDict[int, CacheFile] = collections.OrderedDict()
         if os.path.isdir(self.path):
             note = _read_manifest(self.path)
             self._paths = [os.path.join(self.path, name) for name in note["shards"]]
             self._counts = list(note["shards"].values())
         else:
-            self._files[0] = file = CacheFile(self.path)
+            file = CacheFile(self.path)
             note, self._paths, self._counts = file.note, [self.path], [file.count]
+        self._files = Readers(self._checked)
         self._starts = np.cumsum([0, *self._counts])
         self.meta: dict[str, Any] = note["meta"]
         self.statistics: dict[str, Any] = note.get("statistics", {})
@@ -333,7 +328,7 @@ class CacheSource:
         for row in np.argsort(shard_N, kind="stable").tolist():
             if shards[row] != current:
                 current = shards[row]
-                file = self._file(current)
+                file = self._files[current]
             try:
                 record, start = memoryview(file.read(local[row])), 0
             except UserError as e:
@@ -345,17 +340,6 @@ class CacheSource:
         if failures:
             raise CorruptRecords(failures)
         return arrays
-
-    def _file(self, shard: int) -> CacheFile:
-        """An open shard. One that another thread still reads stays open until that is done."""
-        with self._lock:
-            file = self._files.get(shard)
-            if file is None:
-                file = self._files[shard] = self._checked(shard)
-                if len(self._files) > _OPEN:
-                    self._files.popitem(last=False)
-            self._files.move_to_end(shard)
-            return file
 
     def _checked(self, shard: int) -> CacheFile:
         file = CacheFile(self._paths[shard])

@@ -53,16 +53,25 @@ class Part:
       name: of the part in messages, once in a collection.
       path: of the file or folder that it is in.
       start, stop: which of its rows, files or records; `stop` None is the end.
+      fingerprint: hash of all that decides its pairs, where its files are known by themselves: a
+        preparation that goes on examines those parts anew that have another. Empty: it goes on
+        only while the whole collection's is the same.
     """
 
     name: str
     path: str
     start: int = 0
     stop: int | None = None
+    fingerprint: str = ""
 
 
 class Collection(Protocol):
-    """A collection of pairs; picklable, so that workers may read its parts."""
+    """A collection of pairs; picklable, so that workers may read its parts.
+
+    Two methods more are used where there are such: `share(part)` gives a collection that reads that
+    part alone, for a process that would list everything to do so; `left_out()` how many files are
+    not read, by suffix.
+    """
 
     name: str
     """KIND:PATH, as it is asked for."""

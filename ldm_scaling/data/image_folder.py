@@ -16,12 +16,16 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from etils import epath
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from ldm_scaling import files
 from ldm_scaling.errors import UserError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
+SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff",
+    ".gif", *((".avif",) if features.check("avif") else ()),
+    *((".jp2",) if features.check_codec("jpg_2000") else ()),
+)  # fmt: skip
 SQUARE = "centre square of the short side, then Pillow's Lanczos"
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 

@@ -8,6 +8,7 @@ that decides a byte of it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from pathlib import Path
@@ -59,14 +60,19 @@ class Photographs:
 
     def crop(self, key: int) -> Crop:
         """The crop of a key: any place of any photograph is as likely as any other place."""
-        rooms = np.cumsum([
-            (height - self.side + 1) * (width - self.side + 1) for height, width in self.sizes
-        ])
+        rooms = self._rooms
         place = int(draws.generator(key, "crop").integers(rooms[-1]))
         number = int(np.searchsorted(rooms, place, side="right"))
         place -= int(rooms[number - 1]) if number else 0
         top, left = divmod(place, self.sizes[number][1] - self.side + 1)
         return Crop(number, top, left)
+
+    @functools.cached_property
+    def _rooms(self) -> np.ndarray:
+        """Places of a crop in each photograph and those before it, int64 [N]."""
+        return np.cumsum([
+            (height - self.side + 1) * (width - self.side + 1) for height, width in self.sizes
+        ])
 
 
 def photographs(names: tuple[str, ...], root: Path, side: int) -> Photographs:
@@ -91,7 +97,7 @@ def photographs(names: tuple[str, ...], root: Path, side: int) -> Photographs:
         )
     return Photographs(
         root, kept, tuple(sizes[n] for n in kept), tuple(hashes[n] for n in kept),
-        tuple(n for n in names if n not in kept), side,
+        tuple(n for n in names if min(sizes[n]) < side), side,
     )
 
 

@@ -30,6 +30,7 @@ from etils import epath
 
 from ldm_scaling import files
 from ldm_scaling.data.corrupt import CorruptRecords
+from ldm_scaling.data.open_files import Readers
 from ldm_scaling.data.record import Record, features
 from ldm_scaling.errors import UserError
 
@@ -40,7 +41,6 @@ _FORMAT = "ldm_scaling prepared 1"
 # faster as they are.
 _WRITING = "group_size:1,uncompressed"
 _READING = "readahead_buffer_size:0,max_parallelism:0"  # for random access
-_OPEN_READERS = 256  # a process may often have no more than 1,024 files open
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -122,7 +122,7 @@ class Records:
         self._paths = list(paths)
         self._counts = [int(count) for count in counts]
         self._ends = np.cumsum(self._counts, dtype=np.int64)
-        self._readers: dict[int, ArrayRecordReader] = {}
+        self._readers = Readers(lambda shard: _reader(self._paths[shard], self._counts[shard]))
 
     def __getstate__(self) -> tuple[list[str], list[int]]:
         return self._paths, self._counts
@@ -165,20 +165,11 @@ class Records:
 
     def _bytes(self, shard: int, rows: list[int]) -> list[bytes | RuntimeError]:
         """The records' bytes, and in place of those that are damaged, the reader's error."""
-        reader = self._reader(shard)
+        reader = self._readers[shard]
         try:
             return reader.read(rows)
         except RuntimeError:
             return [_read_one(reader, row) for row in rows]
-
-    def _reader(self, shard: int) -> ArrayRecordReader:
-        reader = self._readers.get(shard)
-        if reader is None:
-            reader = _reader(self._paths[shard], self._counts[shard])
-            if len(self._readers) >= _OPEN_READERS:
-                self._readers = {}  # those in use by other threads stay open until they are done
-            self._readers[shard] = reader
-        return reader
 
 
 def open(path: epath.PathLike) -> Shards:

@@ -31,9 +31,9 @@ class Behind:
     """Use as a context manager; on a clean exit everything that was put has been written.
 
     Args:
-      decode: `decode(latents_JHWC, configuration_J) -> uint8 pictures`.
-      features: `features(pictures, places_J) -> (J, D)`; places are among the configuration's
-        samples.
+      decode: `decode(latents_JHWC, configuration_J, places_J) -> uint8 pictures`; places are among
+        the configuration's samples.
+      features: `features(pictures, places_J) -> (J, D)`.
       write: `write(configuration, pictures, features_ND)`, called when a configuration is whole.
       samples: N, the samples of every configuration.
       batch_size: how many latents are decoded at a time.
@@ -104,8 +104,8 @@ class Behind:
         if not some:
             return
         configurations = [i for i, _, _ in some]
-        images_JHWC = self._decode(np.stack([z for _, _, z in some]), configurations)
         places_J = np.array([n for _, n, _ in some])
+        images_JHWC = self._decode(np.stack([z for _, _, z in some]), configurations, places_J)
         features_JD = self._features(images_JHWC, places_J)
         for (i, n, _), image, row in zip(some, images_JHWC, features_JD):
             if i not in self._gathered:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -16,9 +17,11 @@ from ldm_scaling.config import Data
 from ldm_scaling.data.cache import CacheSource
 from ldm_scaling.data.cached_pairs import CachedBuckets, CachedPairs
 from ldm_scaling.data.loading import buckets as buckets_lib
+from ldm_scaling.data.loading import sides
 from ldm_scaling.data.loading.mixture import Mixture
 from ldm_scaling.data.loading.source import Source
 from ldm_scaling.models.text_encoder import TextEncoder
+from ldm_scaling.parallel import processes
 from ldm_scaling.study import caching, datasets
 from ldm_scaling.study.datasets import Dataset
 from ldm_scaling.study.encoders import LatentEncoder, TextStates
@@ -38,6 +41,11 @@ class _First:
     def batch(self, indices: Sequence[int], keys: None = None) -> dict[str, np.ndarray]:
         """See `Source.batch`."""
         return self._text.batch(self._starts_N[np.asarray(indices, np.int64)])
+
+
+def _sides_of(text: CacheSource) -> epath.Path:
+    """Where it is kept which of the captions name a side."""
+    return epath.Path(text.path) / f"names_side_{sides.VERSION}.npy"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,14 +91,23 @@ class Caches:
     @functools.cache  # noqa: B019  One object a run.
     def states(self, number: int, split: str) -> CacheSource:
         """`context` (L, D) and `embedding` (E,) of all captions of a data set's split."""
-        captions = self.datasets[number].captions(split)
-        return caching.cache_text(
+        captions, dtype = self.datasets[number].captions(split), self.data.text_dtype
+        made = caching.cache_text(
             self._folder(
-                "text", split, number, self.text().hash, self.embedder().hash, captions.hash
+                "text", split, number, self.text().hash, self.embedder().hash, captions.hash,
+                *([] if dtype == "float16" else [dtype]),
             ),
-            captions, self.text(), self.mesh, embedder=self.embedder(),
+            captions, self.text(), self.mesh, embedder=self.embedder(), dtype=dtype,
             what=f"text states, {self._what(number, split)}", **self._share(),
         )
+        if self.data.flip and split == "train":
+            together = self.process_count > 1
+            with processes.lead_first("sides") if together else contextlib.nullcontext():
+                path = _sides_of(made)
+                if not path.exists():
+                    with files.atomic_path(path) as temporary, temporary.open("wb") as out:
+                        np.save(out, captions.name_sides())
+        return made
 
     @functools.cache  # noqa: B019
     def latents(self, number: int, split: str, mirrored: bool = False) -> CacheSource:
@@ -98,10 +115,10 @@ class Caches:
         dataset, encoder = self.datasets[number], self.autoencoder()
         return caching.cache_latents(
             self._folder(
-                "latents", split, number, encoder.hash, dataset.hash, self.data.side,
+                "latents", split, number, encoder.hash, dataset.hash_of(split), self.data.side,
                 self.data.latent_dtype, mirrored=mirrored,
             ),
-            dataset.images(split, ("image",)), encoder, self.mesh, dataset.hash,
+            dataset.images(split, ("image",)), encoder, self.mesh, dataset.hash_of(split),
             mirrored=mirrored, dtype=self.data.latent_dtype,
             what=f"latents, {self._what(number, split, mirrored)}", **self._share(),
         )
@@ -117,10 +134,11 @@ class Caches:
         ]
         return caching.cache_latent_buckets(
             self._folder(
-                "buckets", "train", number, encoder.hash, dataset.hash, images.sizes,
+                "buckets", "train", number, encoder.hash, dataset.hash_of("train"), images.sizes,
                 images.bucket_N, self.data.latent_dtype, mirrored=mirrored,
             ),
-            images, encoder, self.mesh, files.sha256_of([dataset.hash, images.sizes]), parts,
+            images, encoder, self.mesh,
+            files.sha256_of([dataset.hash_of("train"), images.sizes]), parts,
             mirrored=mirrored, dtype=self.data.latent_dtype,
             what=f"latents, {self._what(number, 'train', mirrored)}", **self._share(),
         )
@@ -189,7 +207,10 @@ class Caches:
     def pairs(self, number: int, told: bool = True) -> Source:
         """The same of one data set; unless `told`, without reading text states."""
         captions, text = self.datasets[number].captions("train"), self.states(number, "train")
-        names_side = self._names_side(number) if self.data.flip else None
+        names_side = None
+        if self.data.flip:
+            with _sides_of(text).open("rb") as file:
+                names_side = np.load(file)
 
         def pairs(latents, mirrored, image_N=None):
             return CachedPairs(
@@ -210,12 +231,3 @@ class Caches:
             ],
             images.sizes,
         )
-
-    def _names_side(self, number: int) -> np.ndarray:
-        path = epath.Path(self.states(number, "train").path) / "names_side.npy"
-        if not path.exists():
-            found = self.datasets[number].captions("train").name_sides()
-            with files.atomic_path(path) as temporary, temporary.open("wb") as out:
-                np.save(out, found)
-        with path.open("rb") as file:
-            return np.load(file)

@@ -184,7 +184,7 @@ def cache_latents(
                 if wrong.size:
                     raise UserError(
                         f"image {indices[at + int(wrong[0])]} has latents that are not finite in "
-                        f"{dtype}: compute and keep them in float32"
+                        f"{dtype}: compute and keep them in float32 (data.latent_dtype)"
                     )
             at += n
             yield out
@@ -331,7 +331,7 @@ def cache_text(
             if wrong.size:
                 raise UserError(
                     f"caption {low + int(wrong[0])} has states that are not finite in {dtype}: "
-                    "compute and keep them in float32"
+                    "keep them in float32 (data.text_dtype)"
                 )
             yield out if e_BE is None else {**out, "embedding": e_BE}
 

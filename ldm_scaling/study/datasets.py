@@ -8,24 +8,18 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from etils import epath
 
 from ldm_scaling import files
-from ldm_scaling.config import Data
-from ldm_scaling.data import shards, sources
+from ldm_scaling.data import shards
 from ldm_scaling.data.composed import builder, openmoji
 from ldm_scaling.data.corrupt import CorruptRecords
-from ldm_scaling.data.loading import loader, sides
+from ldm_scaling.data.loading import loader, sides, transforms
 from ldm_scaling.data.loading.buckets import Buckets
 from ldm_scaling.data.loading.mixture import Mixture
 from ldm_scaling.data.loading.source import Source
 from ldm_scaling.data.loading.transforms import PairSource
-from ldm_scaling.data.preparing import prepare
 from ldm_scaling.data.record import Record
 from ldm_scaling.errors import UserError
-
-# A source of this kind is prepared already, and used where it lies.
-SHARDS = "shards"
 
 
 class Dataset(Protocol):
@@ -40,6 +34,9 @@ class Dataset(Protocol):
     hash: str
     about: str
     attribution: str
+
+    def hash_of(self, split: str) -> str:
+        """The same of one split, whatever the other holds."""
 
     def count(self, split: str) -> int:
         """Pictures of a split."""
@@ -120,6 +117,10 @@ class Composed:
     def hash(self) -> str:
         """See `Dataset`."""
         return self.prepared.hash
+
+    def hash_of(self, split: str) -> str:
+        """See `Dataset`; both splits are made of one spec."""
+        return self.hash
 
     @property
     def about(self) -> str:
@@ -202,7 +203,16 @@ class Collected:
     @property
     def hash(self) -> str:
         """See `Dataset`."""
-        return files.sha256_of([self.shards.hash, [self.count(s) for s in shards.SPLITS]])
+        return self._hash({split: self.count(split) for split in shards.SPLITS})
+
+    def hash_of(self, split: str) -> str:
+        """See `Dataset`."""
+        every = {other: self.shards.count(other) for other in shards.SPLITS}
+        return self._hash({**every, split: self.count(split)})
+
+    def _hash(self, counts: dict[str, int]) -> str:
+        version = [] if transforms.VERSION == 1 else [transforms.VERSION]
+        return files.sha256_of([self.shards.hash, list(counts.values()), *version])
 
     @property
     def about(self) -> str:
@@ -230,14 +240,16 @@ class Collected:
     ) -> Source:
         """See `Dataset`."""
         return PairSource(
-            self._records(split), side or self.side, fields, flip, hash=f"{self.hash}/{split}"
+            self._records(split), side or self.side, fields, flip,
+            hash=f"{self.hash_of(split)}/{split}",
         )
 
     def bucketed(self, split: str, buckets: Buckets, at_least: int, flip: bool) -> Source:
         """See `Dataset`."""
         bucket_N = buckets.assign(self.shards.sizes(split)[self._index(split)], at_least)
         return PairSource(
-            self._records(split), buckets, ("image",), flip, bucket_N, f"{self.hash}/{split}"
+            self._records(split), buckets, ("image",), flip, bucket_N,
+            f"{self.hash_of(split)}/{split}",
         )
 
     def groups(self, split: str, index: Sequence[int]) -> np.ndarray:
@@ -259,145 +271,11 @@ class Collected:
                 ) from e
 
         return Captions(
-            np.concatenate([[0], np.cumsum(counts_N)]), f"{self.hash}/{split}", read
+            np.concatenate([[0], np.cumsum(counts_N)]), f"{self.hash_of(split)}/{split}", read
         )
 
 
-# --- from a config ----------------------------------------------------------------------------
-
-
-def _is_shards(source: str) -> bool:
-    return source.startswith(f"{SHARDS}:")
-
-
-def resolved(data: Data, root: epath.PathLike) -> Data:
-    """The settings with the hash of prepared shards, where all sources are such.
-
-    Args:
-      data: the settings.
-      root: where collections are prepared; those that are need no longer be there themselves.
-    Raises:
-      UserError: for shards that are missing or damaged, or of another hash than is wanted, and for
-        a collection that is not there.
-    """
-    if data.composed:
-        return data
-    raw = [source for source in data.sources if not _is_shards(source)]
-    for source in raw:
-        if not _prepared(folder_of(data, source, root)):
-            sources.collection(source, source_options(data))
-    if raw and data.hash:
-        raise UserError(
-            f"config: data.hash={data.hash!r} is of prepared shards, but data.source="
-            f"{data.source!r} is prepared by this study: leave out the hash"
-        )
-    if raw:
-        return data
-    found = [shards.open(source.partition(":")[2]).hash for source in data.sources]
-    have = found[0] if len(found) == 1 else files.sha256_of(found)
-    if data.hash not in ("", have):
-        raise UserError(
-            f"the shards {data.source} have the hash {have}, but the config wants those of "
-            f"{data.hash}: restore them, or leave out data.hash and choose another --workdir"
-        )
-    return dataclasses.replace(data, hash=have)
-
-
-def _prepared(folder: epath.Path) -> bool:
-    return (folder / shards.MANIFEST).exists()
-
-
-def source_options(data: Data) -> sources.Options:
-    """How the files of a collection are read."""
-    p = data.prepare
-    columns = {"aesthetic": p.aesthetic_column, "watermark": p.watermark_column}
-    return sources.Options(
-        caption_columns=p.caption_columns, caption_encoding=p.caption_encoding,
-        score_columns={k: v for k, v in columns.items() if v}, captions=p.captions,
-    )
-
-
-def prepare_options(data: Data) -> prepare.Options:
-    """How a collection becomes shards."""
-    p = data.prepare
-    return prepare.Options(
-        filters=prepare.Filters(
-            min_side=(data.side if p.min_side == -1 else p.min_side) or None,
-            max_aspect=p.max_aspect or None,
-            max_pixels=p.max_pixels or None,
-            min_caption=p.min_caption,
-            max_caption=p.max_caption or None,
-            captions=p.captions,
-            min_aesthetic=p.min_aesthetic or None,
-            max_watermark=None if p.max_watermark >= 1 else p.max_watermark,
-        ),
-        duplicates=prepare.Duplicates(p.exact, None if p.perceptual < 0 else p.perceptual),
-        validation_share=p.validation_share,
-        salt=str(data.seed) if data.seed else "",
-        store_side=p.store_side or None,
-        tile=p.tile or None,
-        limit=p.limit or None,
-        skip_broken=p.skip_broken,
-    )
-
-
-def folder_of(data: Data, source: str, root: epath.PathLike) -> epath.Path:
-    """Where a source's shards lie: its own folder, or one below `root`."""
-    if _is_shards(source):
-        return epath.Path(source.partition(":")[2]).expanduser()
-    kind = source.partition(":")[0]
-    name = files.sha256_of([source, dataclasses.asdict(data.prepare), data.seed, data.side])
-    return epath.Path(root) / f"{kind}_{name[:8]}"
-
-
-def make(
-    data: Data, source: str, root: epath.PathLike, runner: str | None = None,
-    pipeline_options: Sequence[str] = (),
-) -> shards.Shards:
-    """The shards of one source, made below `root` or found.
-
-    Args:
-      data: how.
-      source: KIND:PATH.
-      root: see `resolved`.
-      runner, pipeline_options: see `prepare.run`.
-    """
-    folder = folder_of(data, source, root)
-    if _is_shards(source) or _prepared(folder):
-        return shards.open(folder)
-    return prepare_into(data, source, folder, runner, pipeline_options)
-
-
-def prepare_into(
-    data: Data, source: str, folder: epath.PathLike, runner: str | None = None,
-    pipeline_options: Sequence[str] = (),
-) -> shards.Shards:
-    """A collection's shards in a folder: made, gone on with, or found, see `prepare.run`."""
-    collection = sources.collection(source, source_options(data))
-    options = prepare_options(data)
-    if source.startswith("photos:"):  # None has a caption.
-        filters = dataclasses.replace(options.filters, captions=False)
-        options = dataclasses.replace(options, filters=filters)
-    return prepare.run(collection, folder, options, runner, pipeline_options)
-
-
-def of(data: Data, root: epath.PathLike) -> tuple[Dataset, ...]:
-    """The data sets of a config, made below `root` if need be.
-
-    Raises:
-      UserError: for data that cannot be read or prepared.
-      MissingPackageError: for a package that a source needs.
-    """
-    if data.composed:
-        spec = builder.ComposedSpec(
-            data.side, data.train_pictures, data.validation_pictures, data.seed
-        )
-        return (Composed(builder.prepare(root, spec)),)
-    most = {"train": data.train_pictures, "validation": data.validation_pictures}
-    return tuple(
-        Collected(make(data, source, root), data.side, most)
-        for source in data.sources
-    )
+# --- several ----------------------------------------------------------------------------------
 
 
 def mixed(sources_: Sequence[Source], weights: Sequence[float]) -> Source | Mixture:

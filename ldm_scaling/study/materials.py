@@ -30,6 +30,7 @@ from ldm_scaling.study import (
     datasets,
     encoders,
     fitting,
+    preparing,
     published,
     published_scorer,
 )
@@ -87,7 +88,7 @@ class Materials:
         if self.own is not self:
             return self.own.datasets
         with processes.lead_first("data"):
-            found = datasets.of(self.study.data, self.workdir / "data")
+            found = preparing.of(self.study.data, self.workdir / "data")
         self.study.check_counts(*(sum(d.count(split) for d in found) for split in SPLITS))
         return found
 

@@ -31,6 +31,7 @@ class PairedScorer:
       reference: statistics of real pictures' features.
       labels_hash, perceptual_hash: of all that decides logits and distances.
       replicates: bootstrap replicates where asked for.
+      pasted: whether what networks saw of a picture has been put back into it, as `restore` does.
     """
 
     trunk_and_logits: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -39,11 +40,14 @@ class PairedScorer:
     labels_hash: str
     perceptual_hash: str
     replicates: int
+    pasted: bool = False
 
     @property
     def hash(self) -> str:
         """Hash of all that decides a metric's value for given pictures."""
-        return files.sha256_of([self.reference.hash, self.labels_hash, self.perceptual_hash])
+        pasted = ["pasted"] if self.pasted else []
+        return files.sha256_of(
+            [self.reference.hash, self.labels_hash, self.perceptual_hash, *pasted])
 
     def features(self, images_NHWC: np.ndarray, real_NHWC: np.ndarray) -> np.ndarray:
         """What `score` needs of pictures, uint8, and of the real ones in the same order: float32

@@ -17,7 +17,7 @@ from ldm_scaling.config import Study
 from ldm_scaling.data import shards as shards_lib
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import zoo
-from ldm_scaling.study import caching_cost, datasets, encoders
+from ldm_scaling.study import caching_cost, datasets, encoders, preparing
 from ldm_scaling.study.materials import Materials
 
 
@@ -40,7 +40,8 @@ def show(prepared: shards_lib.Shards) -> None:
 
 
 def to_folder(
-    study: Study, to: str, runner: str | None = None, pipeline_options: Sequence[str] = ()
+    study: Study, to: str, runner: str | None = None, pipeline_options: Sequence[str] = (),
+    workers: int | None = None,
 ) -> None:
     """Turns the config's collection into shards in a folder of their own, and prints the report.
 
@@ -48,28 +49,33 @@ def to_folder(
       study: its `data`.
       to: the folder to make.
       runner, pipeline_options: of Apache Beam, see `prepare.run`.
+      workers: processes of this machine, see `prepare.Options`.
     Raises:
       UserError: for a config whose data is no single collection, and as `prepare.run`.
     """
     data = study.data
-    if data.composed or len(data.sources) > 1 or data.source.startswith(f"{datasets.SHARDS}:"):
+    if data.composed or len(data.sources) > 1 or data.source.startswith(f"{preparing.SHARDS}:"):
         raise UserError(
             f"--to={to} takes one collection, given by --source=KIND:PATH or data.source, not "
             f"{data.source!r}"
         )
     folder = epath.Path(to).expanduser()
-    show(datasets.prepare_into(data, data.source, folder, runner, pipeline_options))
-    print(f"use it by  --config.data.source={datasets.SHARDS}:{os.fspath(folder)}")
+    show(preparing.prepare_into(data, data.source, folder, runner, pipeline_options, workers))
+    print(f"use it by  --config.data.source={preparing.SHARDS}:{os.fspath(folder)}")
 
 
 def in_workdir(
-    materials: Materials, runner: str | None = None, pipeline_options: Sequence[str] = ()
+    materials: Materials, runner: str | None = None, pipeline_options: Sequence[str] = (),
+    workers: int | None = None,
 ) -> None:
-    """Prepares the collections of a study's config in its workdir, and prints their reports."""
+    """Prepares the collections of a study's config in its workdir, and prints their reports.
+
+    Raises `UserError` for one that is prepared there and has other files now, and as `prepare.run`.
+    """
     data = materials.study.data
     for source in () if data.composed else data.sources:
         root = materials.workdir / "data"
-        show(datasets.make(data, source, root, runner, pipeline_options))
+        show(preparing.make(data, source, root, runner, pipeline_options, workers, compare=True))
 
 
 def dry_run(materials: Materials, format: str) -> str:
@@ -106,7 +112,7 @@ def _counts(materials: Materials) -> tuple[int, int, bool]:
     images = captions = 0
     known = True
     for source in data.sources:
-        place = datasets.folder_of(data, source, materials.workdir / "data")
+        place = preparing.folder_of(data, source, materials.workdir / "data")
         if (place / shards_lib.MANIFEST).exists():
             found = datasets.Collected(shards_lib.open(place), data.side, most)
             images += found.count("train")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ldm_scaling.config import Study
 from ldm_scaling.errors import UserError
-from ldm_scaling.study import datasets, published, weight_files
+from ldm_scaling.study import preparing, published, starting, weight_files
 from ldm_scaling.study.workdir import Workdir
 
 
@@ -16,11 +16,11 @@ def resolved(study: Study, workdir: Workdir) -> Study:
     """The study as its workdir is bound to it; nothing is computed or written but hashes.
 
     Raises:
-      UserError: for weights, shards and collections that are not there or not supported, and for
-        those that do not have the hash that the config gives.
+      UserError: for weights, shards, collections and members that are not there or not supported,
+        and for those that do not have the hash that the config gives.
     """
     study = _with_pretrained(published.resolved(study, workdir))
-    data = datasets.resolved(study.data, workdir / "data")
+    data = preparing.resolved(study.data, workdir / "data")
     autoencoder = study.autoencoder
     if data.text_weights:
         hash = _hash("data.text_weights", data.text_weights, data.text_hash, workdir)
@@ -29,7 +29,7 @@ def resolved(study: Study, workdir: Workdir) -> Study:
         given = autoencoder.weights
         hash = _hash("autoencoder.weights", given, autoencoder.weights_hash, workdir)
         autoencoder = dataclasses.replace(autoencoder, weights_hash=hash)
-    return dataclasses.replace(study, data=data, autoencoder=autoencoder)
+    return starting.resolved(dataclasses.replace(study, data=data, autoencoder=autoencoder))
 
 
 def _with_pretrained(study: Study) -> Study:

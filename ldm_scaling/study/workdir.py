@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import logging
 import os
@@ -155,17 +154,12 @@ class Workdir:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = open(os.fspath(self.path / ".lock"), "w")
+            file = files.lock(
+                self.path / ".lock",
+                f"another process works in {self.path}: wait for it, or choose another --workdir",
+            )
         except OSError as e:
             raise self._unusable(e) from e
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise UserError(
-                f"another process works in {self.path}: wait for it, or choose another --workdir"
-            ) from e
-        except OSError:  # A file system without locks.
-            log.warning("%s cannot be locked; run one process at a time", self.path)
         for folder in (
             ".", "data", "reference", "records", "rates", "features", "strips", "figures",
         ):

@@ -14,7 +14,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from ldm_scaling.data import cache, cache_shards
+from ldm_scaling.data import cache, cache_shards, open_files
 from ldm_scaling.errors import UserError
 
 COUNT, SIZE = 50, 8
@@ -267,7 +267,7 @@ def test_merging_is_associative_and_of_all(parts):
 
 
 def test_threads_share_more_shards_than_are_open(unbroken, monkeypatch):
-    monkeypatch.setattr(cache, "_OPEN", 2)
+    monkeypatch.setattr(open_files, "most", lambda: 2)
     source, wrong = cache.CacheSource(unbroken), []
 
     def read(seed):

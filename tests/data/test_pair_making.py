@@ -51,6 +51,14 @@ def test_pairs_are_crops_with_their_condition(photos, tmp_path, capsys):
         np.testing.assert_array_equal(found.low.read(i), wanted)
 
 
+def test_crops_sum_the_photographs_once(photos, monkeypatch):
+    calls, cumsum = [], np.cumsum
+    monkeypatch.setattr(np, "cumsum", lambda x: calls.append(x) or cumsum(x))
+    given = pair_making.photographs(tuple(f"{name}.png" for name in SIZES), photos, 64)
+    assert given.skipped == ("small.png",)
+    assert len({given.crop(key) for key in range(20)}) == 20 and len(calls) == 1
+
+
 def test_the_same_bytes_whatever_was_there_before(photos, tmp_path):
     whole = _bytes(_make(photos, tmp_path / "a"))
     again = _make(photos, tmp_path / "b")

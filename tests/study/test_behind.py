@@ -22,7 +22,7 @@ def pieces(seed):
         yield Finished(i, n, latents.astype(np.float32), len(some), True)
 
 
-def decode(latents_JHWC, configuration_J):
+def decode(latents_JHWC, configuration_J, places_J):
     assert len(latents_JHWC) == len(configuration_J)
     np.testing.assert_array_equal(latents_JHWC[:, 0, 0, 0] // 100, configuration_J)
     return (latents_JHWC % 100).astype(np.uint8)

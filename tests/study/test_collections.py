@@ -19,7 +19,7 @@ from ldm_scaling.data import shards
 from ldm_scaling.data.loading import loader, sides
 from ldm_scaling.data.record import Record
 from ldm_scaling.errors import UserError
-from ldm_scaling.study import datasets, prepare_cli, resolve, stages
+from ldm_scaling.study import datasets, prepare_cli, preparing, resolve, stages
 from ldm_scaling.study.materials import Materials
 from ldm_scaling.study.workdir import Workdir
 from tests import published as mini
@@ -77,15 +77,15 @@ def test_shards_stand_in_the_identity_by_their_hash_wherever_they_lie(tmp_path):
     (tmp_path / "a").rename(tmp_path / "b")
     two = dataclasses.replace(first.data, source=f"shards:{tmp_path / 'b'}")
     with pytest.raises(UserError, match="no prepared data set"):
-        datasets.resolved(one, tmp_path)
-    found = datasets.resolved(two, tmp_path)
+        preparing.resolved(one, tmp_path)
+    found = preparing.resolved(two, tmp_path)
     assert found.hash == shards.open(tmp_path / "b").hash
     study = dataclasses.replace(first, data=found)
     assert str(tmp_path) not in json.dumps(study.identity())
     _shards(tmp_path / "c", seed=1)
     other = dataclasses.replace(found, source=f"shards:{tmp_path / 'c'}")
     with pytest.raises(UserError, match=found.hash):
-        datasets.resolved(other, tmp_path)
+        preparing.resolved(other, tmp_path)
 
 
 def test_at_most_so_many_pictures_are_taken_evenly(tmp_path):
@@ -100,6 +100,39 @@ def test_at_most_so_many_pictures_are_taken_evenly(tmp_path):
     assert ours["caption"].tolist() == theirs["caption"].tolist()
     assert some.hash != whole.hash
     assert some.groups("train", [1]).tolist() == ["g2"]
+
+
+def test_a_splits_hash_is_not_the_others(tmp_path):
+    """So that more validation pictures leave the training pictures' caches as they are."""
+    prepared = _shards(tmp_path / "a")
+
+    def of(**most):
+        return datasets.Collected(prepared, SIDE, {"train": 0, "validation": 0, **most})
+
+    whole, less = of(), of(validation=4)
+    assert less.hash != whole.hash and less.hash_of("train") == whole.hash_of("train")
+    assert less.captions("train").hash == whole.captions("train").hash
+    assert less.hash_of("validation") != whole.hash_of("validation")
+    assert of(train=4).hash_of("train") != whole.hash_of("train")
+    assert whole.hash_of("train") == whole.hash  # As it always was.
+
+
+def test_what_comes_too_late_for_shards_is_told(tmp_path, caplog):
+    _shards(tmp_path / "a")
+    plain = dataclasses.replace(
+        config.parse(config.default()).data, source=f"shards:{tmp_path / 'a'}", side=SIDE,
+        train_pictures=0)
+    with caplog.at_level("INFO"):
+        preparing.of(plain, tmp_path)
+        assert not caplog.records
+        late = dataclasses.replace(
+            plain, side=20, train_pictures=9,
+            prepare=dataclasses.replace(plain.prepare, min_aesthetic=6.0, perceptual=-1))
+        preparing.of(late, tmp_path)
+    first, second, third = (r.getMessage() for r in caplog.records)
+    assert "data.prepare.min_aesthetic=6.0, data.prepare.perceptual=-1 changes nothing" in first
+    assert "48 of 48 training pictures" in second and "data.side=20, down to 16" in second
+    assert "of 48 training pictures" in third and "takes 9" in third
 
 
 def test_captions_of_a_split_are_those_of_its_records_in_order(tmp_path):
@@ -195,6 +228,7 @@ def test_a_sweep_of_more_prompts_than_there_are_is_refused_with_both_numbers(tmp
 @pytest.mark.parametrize("source, match", [
     ("floder:{}", "did you mean folder"), ("folder:{}/missing", "there is no"),
     ("openmoji,folder:{}", "openmoji stands alone"), ("shards:{}", "no prepared data set"),
+    ("folder:gs://bucket/x", "mount it"), ("shards:gs://bucket/x", "shards:gs://.* mount it"),
 ])  # fmt: skip
 def test_a_wrong_source_is_refused_before_anything_is_written(tmp_path, source, match):
     with pytest.raises(UserError, match=match):
@@ -220,6 +254,28 @@ def test_a_collection_that_is_prepared_need_no_longer_be_there(tmp_path):
     assert _study(tmp_path / "w", **values).datasets[0].hash == before
     with pytest.raises(UserError, match="there is no"):  # prepared otherwise
         _study(tmp_path / "w", **values, **{"data.prepare.min_caption": 7})
+
+
+def test_a_collection_that_changed_is_told_and_not_prepared_anew(tmp_path, caplog):
+    _folder_of_pairs(tmp_path / "pairs", count=8)
+    source = f"folder:{tmp_path / 'pairs'}"
+    data = config.Data(source=source, side=16, prepare=config.Prepare(perceptual=-1))
+    before = preparing.make(data, source, tmp_path / "w", workers=1)
+    preparing.resolved(data, tmp_path / "w")
+    assert not caplog.records
+    (tmp_path / "pairs/one_more.jpg").write_bytes((tmp_path / "pairs/000.jpg").read_bytes())
+    with pytest.raises(UserError, match=f"files of {source} are not those that .*/w/folder_"):
+        preparing.make(data, source, tmp_path / "w", compare=True)
+    preparing.resolved(data, tmp_path / "w")
+    assert f"the files of {source} are not those" in caplog.text
+    assert preparing.make(data, source, tmp_path / "w").hash == before.hash
+    shutil.rmtree(tmp_path / "pairs")  # It need no longer be there.
+    assert preparing.make(data, source, tmp_path / "w", compare=True).hash == before.hash
+
+
+def test_a_cache_in_a_bucket_is_refused():
+    with pytest.raises(UserError, match="data.cache='gs://bucket/x': .*mount"):
+        config.Data(cache="gs://bucket/x")
 
 
 @pytest.mark.parametrize(
@@ -252,7 +308,10 @@ def test_the_command_line_makes_shards_and_says_what_was_dropped(tmp_path, capsy
     found = shards.open(tmp_path / "shards")
     assert found.count("train") + found.count("validation") == 40
     before = found.hash
-    assert _run("prepare", *common) == 0 and shards.open(tmp_path / "shards").hash == before
+    again = _run("prepare", *common, "--workers=2")
+    assert again == 0 and shards.open(tmp_path / "shards").hash == before
+    assert _run("prepare", *common, "--workers=0") == 2
+    assert "workers is 0" in capsys.readouterr().err
     assert _run("prepare", *common, "--config.data.prepare.min_side=30") == 2
     assert "remove" in capsys.readouterr().err
     assert _run("prepare", *common[:-1], f"--to={tmp_path / 'dry'}", "--dry-run") == 2

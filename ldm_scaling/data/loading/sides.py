@@ -11,6 +11,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
+from ldm_scaling.files import sha256_of
+
 # Whole words; forms that share a stem are in _STEMS. Greek capitals have no accents, and those of
 # Turkish end as other small letters.
 _WORDS = frozenset(
@@ -43,6 +45,11 @@ _PARTS = ("左", "右", "왼쪽", "오른쪽", "좌측", "우측", "يسار", "
           "बाएं", "बाएँ", "बायीं", "दाएं", "दाएँ", "दायीं", "ซ้าย", "ขวา", "文字", "글자")  # fmt: skip
 # Writing is quoted.
 _QUOTES = '"“”„«»「」『』'
+
+
+VERSION = sha256_of(
+    [1, sorted(_WORDS), _STEMS, _PARTS, _QUOTES]
+)[:8]  # another may find other captions
 
 
 def names_a_side(caption: str) -> bool:

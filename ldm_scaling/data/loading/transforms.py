@@ -28,6 +28,7 @@ _GAP = 1.5
 _REDUCING_GAP = 3.0
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 _ORIENTATION = 0x0112  # EXIF's
+VERSION = 1  # of the pixels: with another, what was made of pictures is made anew
 
 
 class Decoded(NamedTuple):

@@ -4,6 +4,10 @@ In `.work` of the destination lie `begun.json` and for each part `facts-N.parque
 (why each row is dropped, and for what) and `written-N.npz` (its shards). Every file appears by
 atomic rename, and a step whose file is there is not done again, so a run that is killed goes on
 where it was; every step gives the same bytes whenever and wherever it runs.
+
+Where a part's files are its own (`Part.fingerprint`), its facts are named by them: a tar that is
+mended, added or taken out in between costs no other's facts. A part that could not be read is tried
+again by the next run.
 """
 
 from __future__ import annotations
@@ -11,10 +15,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import hashlib
 import json
 import os
-import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -27,77 +29,14 @@ from ldm_scaling.data import shards
 from ldm_scaling.data.collection import Collection, Pair, Part
 from ldm_scaling.data.preparing import facts as facts_lib
 from ldm_scaling.data.preparing import stored
-from ldm_scaling.data.preparing.duplicates import Duplicates
 from ldm_scaling.data.preparing.facts import Facts
-from ldm_scaling.data.preparing.filters import KEPT, Filters
+from ldm_scaling.data.preparing.filters import KEPT
+from ldm_scaling.data.preparing.options import Options
 from ldm_scaling.data.record import Record
 from ldm_scaling.data.shards import Shard
 from ldm_scaling.errors import UserError
 
 _FORMAT = "ldm_scaling preparation 1"
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How a collection is prepared.
-
-    Attributes:
-      name: of the data set: small letters, digits and `_`.
-      filters: which pairs are kept.
-      duplicates: which duplicates are removed.
-      validation_share: of the groups, in the validation split, by hash of the group.
-      salt: changes the split, the order and what `limit` takes.
-      store_side: brings the short side of larger images down to so many pixels; None stores them
-        as they are.
-      tile: cuts images into tiles of so many pixels, side by side from the upper left, as PNG; the
-        tiles of one lie in one split. Bounds on size are of the whole image.
-      limit: keeps so many pairs, the first by hash of the key.
-      skip_broken: leaves out a part that cannot be read to its end, instead of stopping.
-      workers: processes, or threads where there are fewer parts; None is one for each core.
-    """
-
-    name: str = "pairs"
-    filters: Filters = Filters()
-    duplicates: Duplicates = Duplicates()
-    validation_share: float = 0.05
-    salt: str = ""
-    store_side: int | None = None
-    tile: int | None = None
-    limit: int | None = None
-    skip_broken: bool = False
-    workers: int | None = None
-
-    def __post_init__(self):
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
-            raise UserError(
-                f"the data set's name {self.name!r} needs small letters, digits and _, a letter "
-                "first"
-            )
-        if not 0 <= self.validation_share < 1:
-            raise UserError(f"validation_share {self.validation_share} is outside 0 <= share < 1")
-        for field in ("store_side", "tile", "limit", "workers"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise UserError(f"{field} is {value}: give 1 or more, or leave it")
-        if self.tile is not None and self.store_side is not None:
-            raise UserError("store_side and tile are both set: tiles are stored as they are cut")
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What decides the result, as plain JSON."""
-        plain = dataclasses.asdict(self)
-        del plain["workers"]
-        return json.loads(json.dumps(plain))
-
-    def order(self, key: str) -> str:
-        """What records are sorted by within a shard, and limited by."""
-        return hashlib.sha256(f"order {self.salt} {key}".encode()).hexdigest()[:32]
-
-    def split(self, group: str) -> str:
-        """The split that a group is in."""
-        digest = hashlib.sha256(f"split {self.salt} {group}".encode()).digest()
-        share = int.from_bytes(digest[:8], "big") / 2**64
-        return "validation" if share < self.validation_share else "train"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -147,30 +86,45 @@ class Preparation:
         """The folder of what is needed only until the end."""
         return self.path / ".work"
 
+    @property
+    def finished(self) -> bool:
+        """Whether the destination is a prepared data set."""
+        return (self.path / shards.MANIFEST).exists()
+
+    @property
+    def by_part(self) -> bool:
+        """Whether it is known of each part alone that its files changed."""
+        return all(part.fingerprint for part in self.parts)
+
     def scan(self, i: int, threads: int = 1) -> int:
-        """Finds out part i's facts unless they are there; returns how many rows were found anew."""
-        if self._file("facts", i, "parquet").exists():
+        """Finds out part i's facts unless they are there; returns how many rows were found anew.
+
+        Those of a part that could not be read are not taken for there, unless it is left out.
+        """
+        there = self.facts_file(i).exists()
+        if there and (self.options.skip_broken or not self.facts(i).broken):
             return 0
         options = self.options
         found = facts_lib.scan(
             self.collection, self.parts[i], options.tile,
             options.duplicates.perceptual is not None, threads,
         )  # fmt: skip
-        facts_lib.save(found, self._file("facts", i, "parquet"))
+        facts_lib.save(found, self.facts_file(i))
         return len(found)
 
     def facts(self, i: int) -> Facts:
         """Part i's facts."""
-        return facts_lib.load(self._file("facts", i, "parquet"))
+        return facts_lib.load(self.facts_file(i))
 
     def check_broken(self, numbers: Iterable[int]) -> None:
         """Raises `UserError` naming parts that cannot be read, unless they are to be left out."""
         broken = [why for i in numbers if (why := self.facts(i).broken)]
         if broken and not self.options.skip_broken:
             more = f" (and {len(broken) - 1} more parts like it)" if len(broken) > 1 else ""
+            anew = "" if self.by_part else f", remove {os.fspath(self.path)}"
             raise UserError(
-                f"{broken[0]}{more}; mend it and remove {os.fspath(self.path)}, or leave such "
-                "parts out by skip_broken in another folder"
+                f"{broken[0]}{more}; mend it{anew} and run again, or leave such parts out by "
+                "data.prepare.skip_broken=True: what was examined is not examined again"
             )
 
     def save_verdict(self, i: int, verdict: Verdict) -> None:
@@ -213,7 +167,7 @@ class Preparation:
         except OSError as e:
             where = f"the shards of {self.parts[i].name} into {os.fspath(self.path)}"
             raise UserError(f"cannot write {where}: {e.strerror or e}") from e
-        arrays = {}
+        arrays = {"basis": np.array(self._basis(i))}
         for split, shard in written.items():
             arrays[f"{split}/of"] = np.array([shard.file, str(shard.bytes), shard.hash])
             for column in ("width", "height", "captions"):
@@ -242,10 +196,17 @@ class Preparation:
         written = [self.written(i) for i in range(len(self.parts))]
         splits = {split: [w[split] for w in written if split in w] for split in shards.SPLITS}
         plain = {key: self.identity[key] for key in ("source", "fingerprint", "options", "parts")}
+        plain["broken"] = [p.name for i, p in enumerate(self.parts) if self.facts(i).broken]
         return shards.finish(self.path, self.options.name, splits, plain)
 
+    def _basis(self, i: int) -> str:
+        """Hash of what part i's shards are written by: facts and verdict."""
+        reason = self.verdict(i).reason.tobytes()
+        return files.sha256_of(self.facts_file(i).read_bytes() + reason)
+
     def _is_written(self, i: int, named: Mapping[str, str]) -> bool:
-        if not self._file("written", i).exists():
+        file = self._file("written", i)
+        if not file.exists() or str(_load(file).get("basis")) != self._basis(i):
             return False
         written = self.written(i)
         return {split: shard.file for split, shard in written.items()} == dict(named) and all(
@@ -283,10 +244,19 @@ class Preparation:
             raise self._changed()
 
     def _changed(self) -> UserError:
+        remedy = f"remove {os.fspath(self.path)} and prepare them anew"
+        if self.by_part:
+            remedy = "run again, those that changed are examined anew"
         return UserError(
-            f"the files of {self.collection.name} changed while they were prepared: remove "
-            f"{os.fspath(self.path)} and prepare them anew"
+            f"the files of {self.collection.name} changed while they were prepared: {remedy}"
         )
+
+    def facts_file(self, i: int) -> epath.Path:
+        """Where part i's facts lie."""
+        part = self.parts[i]
+        if not part.fingerprint:
+            return self._file("facts", i, "parquet")
+        return self.work / f"facts-{files.sha256_of([part.name, part.fingerprint])}.parquet"
 
     def _file(self, what: str, i: int, suffix: str = "npz") -> epath.Path:
         return self.work / f"{what}-{i:05d}.{suffix}"
@@ -301,26 +271,25 @@ def begin(
     with other options, and `MissingPackageError` for what is not installed.
     """
     path = epath.Path(destination).expanduser()
-    if "://" in os.fspath(destination):
-        raise UserError(
-            f"shards cannot be written to {os.fspath(destination)}: mount it as a folder"
-        )
+    files.on_disk("shards", destination)
     facts_lib.check_packages(options.duplicates.perceptual is not None)
     parts = tuple(collection.parts())
     if not parts:
         raise UserError(f"there is nothing in {collection.name}: give a collection with images")
     job = Preparation(collection, path, options, parts, collection.fingerprint())
-    manifest, begun = path / shards.MANIFEST, job.work / "begun.json"
-    if manifest.exists():
-        found = shards.open(path).manifest
-        _compare(job, found)
+    begun = job.work / "begun.json"
+    if job.finished:
+        _check_finished(job, shards.open(path).manifest)
         return job, True
     if begun.exists():
         try:
-            found = json.loads(begun.read_text())
-        except ValueError as e:
+            found = dict(json.loads(begun.read_text()))
+        except (ValueError, TypeError) as e:
             raise UserError(f"{os.fspath(begun)} is damaged: remove {os.fspath(path)}") from e
-        _compare(job, found)
+        of_files = () if job.by_part else ("fingerprint", "parts")
+        _compare(job, found, ("format", "source", *of_files))
+        if found["fingerprint"] == job.fingerprint:
+            _rename_facts(job)
         return job, False
     if path.exists():
         others = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
@@ -332,23 +301,47 @@ def begin(
     return job, False
 
 
-def _compare(job: Preparation, found: Mapping[str, Any]) -> None:
-    where, remedy = os.fspath(job.path), "remove it, or choose another folder"
-    for what in ("source", "fingerprint", "parts"):
+_REMEDY = "remove it, or choose another folder"
+
+
+def _check_finished(job: Preparation, found: Mapping[str, Any]) -> None:
+    """Raises `UserError` for a data set that is not what `job` would make."""
+    _compare(job, found, ("source", "fingerprint", "parts"))
+    skipped = bool(found["options"].get("skip_broken"))  # Older manifests do not say which.
+    if found.get("broken", skipped) and not job.options.skip_broken:
+        names = ", ".join(found.get("broken", ["some parts"])[:8])
+        raise UserError(
+            f"{os.fspath(job.path)} was made without {names}, which could not be read: say "
+            f"data.prepare.skip_broken=True, or mend them and {_REMEDY}"
+        )
+
+
+def _compare(job: Preparation, found: Mapping[str, Any], held: Sequence[str]) -> None:
+    where, name = os.fspath(job.path), job.collection.name
+    for what in held:
         if found.get(what) != job.identity[what]:
             how = {
-                "source": f"is of {found.get('source')}, not of {job.collection.name}",
-                "fingerprint": f"was made when the files of {job.collection.name} were others",
+                "format": f"was begun by another version ({found.get('format')})",
+                "source": f"is of {found.get('source')}, not of {name}",
+                "fingerprint": f"was made when the files of {name} were others",
                 "parts": f"was made of {found.get('parts')} parts, and there are {len(job.parts)}",
             }
-            raise UserError(f"{where} {how[what]}: {remedy}")
+            raise UserError(f"{where} {how[what]}: {_REMEDY}")
     before, wanted = found.get("options", {}), job.options.identity
-    for name in wanted:
-        if before.get(name) != wanted[name]:
+    for option in wanted:  # What is left out is decided after all is examined.
+        if option != "skip_broken" and before.get(option) != wanted[option]:
             raise UserError(
-                f"{where} was begun with {name} {json.dumps(before.get(name))}, not "
-                f"{json.dumps(wanted[name])}: {remedy}"
+                f"{where} was begun with {option} {json.dumps(before.get(option))}, not "
+                f"{json.dumps(wanted[option])}: {_REMEDY}"
             )
+
+
+def _rename_facts(job: Preparation) -> None:
+    """Facts of parts with fingerprints, found before these were in their files' names."""
+    for i, part in enumerate(job.parts):
+        old = job.work / f"facts-{i:05d}.parquet"
+        if part.fingerprint and old.exists():
+            old.replace(job.facts_file(i))
 
 
 def _records(item: tuple[Pair, list[dict[str, Any]]], options: Options) -> list[Record] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import math
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import IO, Any
 
 from etils import epath
 
@@ -27,10 +28,14 @@ from ldm_scaling.data.preparing import report as prepare_report
 from ldm_scaling.data.preparing.decide import decide
 from ldm_scaling.data.preparing.duplicates import Duplicates
 from ldm_scaling.data.preparing.filters import Filters
-from ldm_scaling.data.preparing.preparation import Options, Preparation, begin
+from ldm_scaling.data.preparing.options import Options
+from ldm_scaling.data.preparing.preparation import Preparation, begin
 from ldm_scaling.errors import UserError
 
 __all__ = ["Duplicates", "Filters", "Options", "run"]
+
+_LOCK = ".lock"
+_AHEAD = 4  # parts for each process that wait or are under way
 
 
 def run(
@@ -51,13 +56,37 @@ def run(
 
     Raises:
       UserError: what the user can mend: files that cannot be read or written or that changed, a
-        destination that holds something else, nothing left to keep.
+        destination that holds something else or that another preparation is at work in, nothing
+        left to keep.
       MissingPackageError: pyarrow, ImageHash or Apache Beam is not installed.
     """
     job, finished = begin(collection, destination, options or Options())
-    if finished:
-        _tidy(job)
-        return shards.open(job.path)
+    if not finished:
+        with lock(job):
+            if not job.finished:  # by another, in between
+                _run(job, runner, pipeline_options)
+    prepared = shards.open(job.path)
+    _tidy(job, prepared)
+    return prepared
+
+
+def lock(job: Preparation) -> IO[str]:
+    """Holds the destination for this process while the returned file is open.
+
+    Raises `UserError` when another preparation holds it, or the folder cannot be written.
+    """
+    where = os.fspath(job.path)
+    try:
+        job.path.mkdir(parents=True, exist_ok=True)
+        return files.lock(
+            job.path / _LOCK,
+            f"another preparation is at work in {where}: wait for it, or choose another folder",
+        )
+    except OSError as e:
+        raise UserError(f"cannot write into {where}: {e.strerror or e}") from e
+
+
+def _run(job: Preparation, runner: str | None, pipeline_options: Sequence[str]) -> None:
     seconds: dict[str, float] = {}
     if runner is None:
         done = _run_here(job, seconds)
@@ -73,9 +102,7 @@ def run(
     report["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
     report["per_second"] = {name: round(done[name] / seconds[name], 1) for name in done}
     prepare_report.write(job, report)
-    prepared = job.finish()  # the last: a folder with a manifest has all
-    _tidy(job)
-    return prepared
+    job.finish()  # the last: a folder with a manifest has all
 
 
 def _run_here(job: Preparation, seconds: dict[str, float]) -> dict[str, int]:
@@ -105,9 +132,15 @@ def _write(job: Preparation, i: int, threads: int, named: dict[str, str]) -> int
 
 def _how_many(job: Preparation) -> tuple[int, int]:
     """Processes, and threads in each."""
-    workers = job.options.workers or os.cpu_count() or 1
+    workers = job.options.workers or _cores()
     processes = min(workers, len(job.parts))
     return processes, math.ceil(workers / processes)
+
+
+def _cores() -> int:
+    """Those that this process may use, which on a shared machine may be few."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return cores or 1
 
 
 @contextlib.contextmanager
@@ -134,15 +167,16 @@ def _each_part(
     desc: str,
 ) -> int:
     """Does `work` for every part; returns how many pairs it was done for anew."""
-    _, threads = _how_many(job)
+    processes, threads = _how_many(job)
     total = 0
     with files.progress(len(job.parts), desc, "part") as bar:
         if pool is None:
             results = (work(job, i, threads, *more) for i, more in enumerate(arguments))
         else:
-            results = _results(
-                [pool.submit(_in_worker, work, i, threads, *m) for i, m in enumerate(arguments)]
+            tasks = (
+                (work, _share(job, i), i, threads, *more) for i, more in enumerate(arguments)
             )
+            results = _results(pool, tasks, processes)
         for count in results:
             total += count
             bar.set_postfix_str(f"{total} pairs", refresh=False)
@@ -150,22 +184,39 @@ def _each_part(
     return total
 
 
-def _results(futures: list[concurrent.futures.Future]) -> Iterator[int]:
+def _share(job: Preparation, i: int) -> Collection | None:
+    """As much of the collection as part i needs, where it would be listed in each process."""
+    share = getattr(job.collection, "share", None)
+    return share(job.parts[i]) if share else None
+
+
+def _results(
+    pool: concurrent.futures.ProcessPoolExecutor, tasks: Iterator[tuple[Any, ...]], processes: int
+) -> Iterator[int]:
+    """What tasks give, as they are done; few of them are made ahead."""
+    waiting: set[concurrent.futures.Future] = set()
     try:
-        for future in concurrent.futures.as_completed(futures):
+        for task in tasks:
+            waiting.add(pool.submit(_in_worker, *task))
+            if len(waiting) >= _AHEAD * processes:
+                first = concurrent.futures.FIRST_COMPLETED
+                done, waiting = concurrent.futures.wait(waiting, return_when=first)
+                yield from (future.result() for future in done)
+        for future in concurrent.futures.as_completed(waiting):
             yield future.result()
     except concurrent.futures.process.BrokenProcessPool as e:
         raise UserError(
-            "a worker process was killed, most likely for want of memory: run again with fewer "
-            "workers; it goes on where it was"
+            f"a worker process was killed, most likely for want of memory: run `ldm-scaling "
+            f"prepare` with fewer than --workers={processes}; it goes on where it was"
         ) from e
 
 
 _job: list[Preparation] = []  # a worker's; sent to it once, as a collection may have many parts
 
 
-def _in_worker(work: Callable[..., int], *arguments: Any) -> int:
-    return work(_job[0], *arguments)
+def _in_worker(work: Callable[..., int], share: Collection | None, *arguments: Any) -> int:
+    job = _job[0] if share is None else dataclasses.replace(_job[0], collection=share)
+    return work(job, *arguments)
 
 
 def _begin_worker(job: Preparation) -> None:
@@ -185,14 +236,15 @@ def _nothing(job: Preparation, report: dict[str, Any]) -> str:
     if report["kept"]["validation"]:
         return (
             f"all {report['kept']['validation']} pairs that are kept are in the validation split: "
-            f"lower validation_share or take another seed, and remove {os.fspath(job.path)}"
+            "lower data.prepare.validation_share or take another data.seed, and remove "
+            f"{os.fspath(job.path)}"
         )
     reasons = {name: entry["count"] for name, entry in report["dropped"].items()}
     shown = ", ".join(f"{count} {name}" for name, count in reasons.items())
     why = f" ({shown})" if shown else ""
     remedy = "loosen the filters"
     if "no caption" in reasons:  # they come after what is broken, or of another size
-        remedy = "say captions=False to keep pairs without captions, or loosen the filters"
+        remedy = "keep them without by data.prepare.captions=False, or loosen the filters"
     return (
         f"none of the {report['read']} pairs in {job.collection.name} is kept{why}: {remedy}, and "
         f"remove {os.fspath(job.path)}"
@@ -206,8 +258,12 @@ def _timed(seconds: dict[str, float], what: str) -> Iterator[None]:
     seconds[what] = time.perf_counter() - start
 
 
-def _tidy(job: Preparation) -> None:
+def _tidy(job: Preparation, prepared: shards.Shards) -> None:
     """Removes what only an unfinished preparation needs, and what killed ones left."""
-    for left in job.path.glob(".tmp-*"):
+    splits = prepared.manifest["splits"].values()
+    ours = {shard["file"] for split in splits for shard in split["shards"]}
+    written = job.path.glob(f"{prepared.name}-*.array_record-*")
+    stale = [file for file in written if file.name not in ours]  # its parts were others then
+    for left in (*job.path.glob(".tmp-*"), *stale, job.path / _LOCK):
         left.unlink(missing_ok=True)
     job.work.rmtree(missing_ok=True)

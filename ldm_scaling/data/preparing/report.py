@@ -63,6 +63,7 @@ def gather(job: Preparation) -> dict[str, Any]:
         "kept": {split: kept[split] for split in shards.SPLITS},
         "dropped": {name: entry for name, entry in dropped.items() if entry["count"]},
         "broken_parts": broken,
+        "left_out": dict(getattr(job.collection, "left_out", dict)()),
         "percentiles": {name: _percentiles(values) for name, values in sizes.items()},
     }
 
@@ -91,6 +92,10 @@ def text(report: dict[str, Any]) -> str:
     if report["broken_parts"]:
         lines.append(f"{len(report['broken_parts'])} parts could not be read and are left out:")
         lines += ["", *(f"- {why}" for why in report["broken_parts"])]
+    if report["left_out"]:
+        several = sorted(report["left_out"].items(), key=lambda item: (-item[1], item[0]))
+        shown = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in several)
+        lines += ["", f"Files that are no pictures by their suffix are not read: {shown}."]
     lines += ["", *_table(["kept", "pairs"], [[split, kept[split]] for split in kept])]
     if report["dropped"]:
         rows = [

@@ -12,7 +12,8 @@ from ldm_scaling.data import image_folder
 
 _JPEG_QUALITY = 95
 _ORIENTATION = 0x0112  # EXIF's tag
-_LOSSY = ("JPEG", "MPO", "WEBP")  # MPO: what some cameras call a JPEG with a preview behind it
+# MPO: what some cameras call a JPEG with a preview behind it
+_LOSSY = ("JPEG", "MPO", "WEBP", "AVIF")
 
 
 class BrokenImage(ValueError):

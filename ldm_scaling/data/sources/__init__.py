@@ -11,7 +11,8 @@
     dreambench    DreamBooth's subjects
 
 All give `Pair`s by the interface `data.collection.Collection`; nothing but a part's few rows is in
-memory at once, and the order is that of names and rows.
+memory at once, and the order is that of names and rows. A kind of one's own is a row of `KINDS`,
+see docs/data.md.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import difflib
 from collections.abc import Callable
 from pathlib import Path
 
+from ldm_scaling import files
 from ldm_scaling.data.collection import Collection
 from ldm_scaling.data.sources import (
     arrayrecord,
@@ -34,7 +36,7 @@ from ldm_scaling.data.sources import (
 from ldm_scaling.data.sources.options import Options
 from ldm_scaling.errors import UserError
 
-__all__ = ["KINDS", "Options", "collection"]
+__all__ = ["KINDS", "NOT_FILES", "Options", "collection"]
 
 # Kind to what makes it of its name, its path and the options.
 KINDS: dict[str, Callable[..., Collection]] = {
@@ -48,13 +50,15 @@ KINDS: dict[str, Callable[..., Collection]] = {
     "coco": coco.collection,
     "dreambench": dreambench.collection,
 }
+# Those whose PATH is no file or folder: they are made of it as it is written, a text.
+NOT_FILES = {"tfds"}
 _WITH_SPLIT = ("huggingface", "arrayrecord", "coco")
 
 
 def collection(text: str, options: Options = Options()) -> Collection:  # noqa: B008
     """The collection that `KIND:PATH` names, for some kinds `KIND:PATH#SPLIT`.
 
-    Raises `UserError` for an unknown kind and a path that is not there.
+    Raises `UserError` for an unknown kind and a path that is not there, or in a bucket.
     """
     kind, colon, place = text.partition(":")
     if kind not in KINDS or not colon or not place:
@@ -64,8 +68,9 @@ def collection(text: str, options: Options = Options()) -> Collection:  # noqa: 
             f"{text!r} names no collection: {hint}Write KIND:PATH with one of the kinds "
             f"{', '.join(KINDS)}"
         )
-    if kind == "tfds":
-        return arrayrecord.by_name(text, place, options)
+    if kind in NOT_FILES:
+        return KINDS[kind](text, place, options)
+    files.on_disk(text, place)
     path, split = Path(place).expanduser(), []
     if kind in _WITH_SPLIT and "#" in place and not path.exists():
         place, _, part = place.rpartition("#")

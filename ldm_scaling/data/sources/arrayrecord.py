@@ -13,17 +13,18 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from google.protobuf import json_format, message
 
+from ldm_scaling import files
 from ldm_scaling.data.collection import SCORES, Pair, Part
 from ldm_scaling.data.sources import listing, texts
 from ldm_scaling.data.sources.columns import IMAGE_COLUMNS
 from ldm_scaling.data.sources.listing import Once
-from ldm_scaling.data.sources.options import Options
+from ldm_scaling.data.sources.options import NO_CAPTIONS, Options
 from ldm_scaling.data.sources.texts import Unusable
 from ldm_scaling.errors import UserError
 
@@ -68,7 +69,9 @@ def by_name(name: str, text: str, options: Options) -> Records:
             "tfds:coco_captions:train"
         )
     dataset, config, split, data_dir = match.groups()
-    root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    place = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    files.on_disk(name, place)
+    root = Path(place).expanduser()
     folder = root / (dataset + config)
     found = [folder] if (folder / _INFO).is_file() else _below(folder) if folder.is_dir() else []
     newest: dict[Path, Path] = {}
@@ -155,10 +158,11 @@ class Records:
             ) from e
         image = self._image(features, tfds)
         captions = texts.columns_of(features, self.options)
-        if set(self.options.caption_columns) - set(captions):
+        missing = set(self.options.caption_columns) - set(captions)
+        if missing or (self.options.captions and not captions):
+            what = repr(min(missing)) if missing else "of captions"
             raise UserError(
-                f"{self.root} has no feature {self.options.caption_columns[0]!r}: there are "
-                f"{', '.join(features)}"
+                f"{self.root} has no feature {what}: {NO_CAPTIONS}; there are {', '.join(features)}"
             )
         scores = (name for score in SCORES for name in self.options.names_of(score))
         wanted = (image, *captions, _KEY, *_GROUPS, *scores)
@@ -178,10 +182,14 @@ class Records:
     def parts(self) -> tuple[Part, ...]:
         """As `Collection.parts`."""
         parts = tuple(
-            Part(f"{os.path.basename(file)}[{start + a}:{start + b}]", file, start + a, start + b)
+            Part(
+                f"{os.path.basename(file)}[{start + a}:{start + b}]", file, start + a, start + b,
+                of_file,
+            )
             for file, start, stop, _ in self.once.get(self._layout).files
+            for of_file in [self._fingerprint([file]) if os.path.isfile(file) else ""]
             for a, b in listing.cut(stop - start, self.options.part_size)
-        )
+        )  # fmt: skip
         if not parts:
             raise UserError(f"{self.name}: there is no record in {self.root}")
         return parts
@@ -224,7 +232,10 @@ class Records:
 
     def fingerprint(self) -> str:
         """As `Collection.fingerprint`."""
-        names = sorted({os.path.relpath(file, self.root) for file, *_ in self._layout().files})
+        return self._fingerprint([file for file, *_ in self._layout().files])
+
+    def _fingerprint(self, paths: Iterable[str]) -> str:
+        names = sorted({os.path.relpath(path, self.root) for path in paths})
         return listing.fingerprint(self.root, [_INFO, *names], self.options)
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ldm_scaling.data.collection import SCORES
 from ldm_scaling.data.sources import texts
-from ldm_scaling.data.sources.options import Options
+from ldm_scaling.data.sources.options import NO_CAPTIONS, Options
 from ldm_scaling.data.sources.texts import Unusable
 from ldm_scaling.errors import MissingPackageError, UserError
 
@@ -23,6 +25,10 @@ _BUFFER = 1 << 20
 # What ends a stream that was closed; a writer that is killed between two batches leaves none.
 _STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 _FILE_MARK = b"ARROW1"
+# Where the reading of a row group was left that is cut into several parts: the number of a batch's
+# first row, the batch, and those that follow. Rows are only found by decoding all before them, so a
+# process that takes one part after the other decodes the group once and not anew for each.
+_LEFT: dict[tuple, tuple[int, Any, Iterator[Any]]] = {}
 
 
 def arrow():
@@ -45,6 +51,7 @@ class ColumnFile:
     def __init__(self, path: Path):
         self.path = path
         self._pa = arrow()
+        self._mark = ()
         with self._named():
             self._arrow = path.suffix == ".arrow"
             if self._arrow:
@@ -53,6 +60,8 @@ class ColumnFile:
                     self.groups = [batch.num_rows for batch in _batches(batches)]
             else:
                 with self._open_parquet() as file:
+                    stat = os.stat(path)
+                    self._mark = (str(path), stat.st_size, stat.st_mtime_ns)
                     self.schema = file.schema_arrow
                     meta = file.metadata
                     self.groups = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
@@ -89,19 +98,29 @@ class ColumnFile:
                         yield first, batch.select(columns)
                     first += batch.num_rows
             return
-        first, groups, row = None, [], 0
-        for i, rows in enumerate(self.groups):
-            if row < stop and row + rows > start:
-                first = row if first is None else first
-                groups.append(i)
-            row += rows
-        with self._open_parquet() as file:
-            for batch in file.iter_batches(_ROWS, row_groups=groups, columns=columns):
-                if first < stop and first + batch.num_rows > start:
+        starts = [0, *itertools.accumulate(self.groups)]
+        pairs = itertools.pairwise(starts)
+        groups = [i for i, (a, b) in enumerate(pairs) if a < stop and b > start]
+        if not groups:
+            return
+        key = (*self._mark, *columns)
+        first, held, batches = _LEFT.pop(key, (-1, None, None))
+        if not starts[groups[0]] <= first <= start:
+            first, held = starts[groups[0]], None
+            batches = self._open_parquet().iter_batches(_ROWS, row_groups=groups, columns=columns)
+        left = None
+        try:
+            for batch in itertools.chain([] if held is None else [held], batches):
+                left = (first, batch, batches)
+                if first + batch.num_rows > start:
                     yield first, batch
-                first += batch.num_rows
-                if first >= stop:
+                if first + batch.num_rows >= stop:
                     return
+                first, left = first + batch.num_rows, None
+        finally:
+            if left and stop not in starts:
+                _LEFT.clear()
+                _LEFT[key] = left
 
     def _values(self, batch, first: int) -> list[dict[str, Any] | Unusable]:
         try:
@@ -205,8 +224,7 @@ def caption_columns(schema, where: Path, options: Options) -> tuple[str, ...]:
     if missing or (options.captions and not found):
         what = f"no column of captions {missing[0]!r}" if missing else "no column of captions"
         raise UserError(
-            f"{where} holds {what}: name them by caption_columns, or ask for none by "
-            f"captions=False; there are {describe(schema)}"
+            f"{where} holds {what}: {NO_CAPTIONS}; there are {describe(schema)}"
         )
     return found
 
@@ -216,8 +234,8 @@ def score_columns(schema, where: Path, options: Options) -> tuple[str, ...]:
     for column in options.score_columns.values():
         if column not in schema.names:
             raise UserError(
-                f"{where} holds no column of scores {column!r}: mend score_columns; there are "
-                f"{describe(schema)}"
+                f"{where} holds no column of scores {column!r}: mend data.prepare.aesthetic_column "
+                f"or data.prepare.watermark_column; there are {describe(schema)}"
             )
     return tuple(c for name in SCORES for c in options.names_of(name) if c in schema.names)
 

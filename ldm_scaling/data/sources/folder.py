@@ -3,7 +3,8 @@
     PATH/cat.jpg, PATH/cat.txt (a caption a line), cat.caption or cat.json
     PATH/metadata.csv, .jsonl or .parquet, or PATH/train/metadata.csv: file_name, caption
 
-A process that reads it lists the folder once: for more than some ten million images take tars.
+`prepare` lists the folder once; each process of Apache Beam does so for itself, so for more than
+some ten million images take tars.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from ldm_scaling.data.collection import Pair, Part
 from ldm_scaling.data.image_folder import SUFFIXES
 from ldm_scaling.data.sources import listing, metadata, texts
-from ldm_scaling.data.sources.listing import Once
+from ldm_scaling.data.sources.listing import Held, Once
 from ldm_scaling.data.sources.metadata import Row
 from ldm_scaling.data.sources.options import Options
 from ldm_scaling.data.sources.texts import Unusable
@@ -35,11 +36,13 @@ def collection(name: str, path: Path, options: Options) -> Folder:
 
 @dataclasses.dataclass(frozen=True)
 class _Listing:
-    """Images and what tables name, sorted; what tables say; sidecars by stem and lower suffix."""
+    """Images and what tables name, sorted, from number `first` on; what tables say; sidecars by
+    stem and lower suffix."""
 
     names: list[str]
     rows: dict[str, Row]
     sidecars: dict[str, str]
+    first: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Folder:
     name: str
     root: Path
     options: Options
-    once: Once = dataclasses.field(default_factory=Once, compare=False, repr=False)
+    once: Once | Held = dataclasses.field(default_factory=Once, compare=False, repr=False)
 
     def parts(self) -> tuple[Part, ...]:
         """As `Collection.parts`."""
@@ -99,8 +102,22 @@ class Folder:
     def read(self, part: Part) -> Iterator[Pair]:
         """As `Collection.read`."""
         found = self._listing()
-        for name in found.names[part.start : part.stop]:
+        for name in found.names[part.start - found.first : part.stop - found.first]:
             yield self._pair(name, found)
+
+    def share(self, part: Part) -> Folder:
+        """The folder with the listing of one part, which travels to a process that reads it."""
+        found = self._listing()
+        names = found.names[part.start : part.stop]
+        rows = {name: found.rows[name] for name in names if name in found.rows}
+        beside = (listing.stem(name) + suffix for name in names for suffix in SIDECARS)
+        sidecars = {name: found.sidecars[name] for name in beside if name in found.sidecars}
+        held = Held(_Listing(names, rows, sidecars, part.start))
+        return dataclasses.replace(self, once=held)
+
+    def left_out(self) -> dict[str, int]:
+        """Files that are neither images nor captions, by suffix."""
+        return listing.left_out(self.root, _belongs)
 
     def _pair(self, name: str, found: _Listing) -> Pair:
         key, row = listing.key(name), found.rows.get(name, Row())

@@ -46,6 +46,18 @@ class Once:
             return _KEPT[self.token]
 
 
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """In the place of `Once`, something that does travel: as much of it as a part needs."""
+
+    value: Any
+
+    def get(self, make: Callable[[], T]) -> T:
+        """As `Once.get`."""
+        del make
+        return self.value
+
+
 def walk(root: Path, keep: Callable[[str], bool]) -> list[str]:
     """Paths below `root` of the files whose name is to be kept, with `/`, sorted.
 
@@ -130,9 +142,18 @@ def gather(groups: Sequence[int], most: int) -> list[tuple[int, int]]:
     return runs if start == stop else [*runs, (start, stop)]
 
 
-def fingerprint(root: Path, names: Iterable[str], options: Options) -> str:
-    """`Collection.fingerprint` of files below `root`. Raises `UserError` when one is gone."""
-    digest = hashlib.sha256(options.hash.encode())
+def left_out(root: Path, keep: Callable[[str], bool]) -> dict[str, int]:
+    """How many files below `root` are not to be kept, by suffix."""
+    others = walk(root, lambda name: not keep(name))
+    return collections.Counter(posixpath.splitext(name)[1].lower() for name in others)
+
+
+def fingerprint(root: Path, names: Iterable[str], options: Options, more: str = "") -> str:
+    """`Collection.fingerprint` of files below `root`, or that of a part with `more` that decides.
+
+    Raises `UserError` when a file is gone.
+    """
+    digest = hashlib.sha256((options.hash + more).encode("utf-8", "surrogateescape"))
     for name, size, time in _stats(root, names):
         digest.update(f"{name}\0{size}\0{time}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:16]

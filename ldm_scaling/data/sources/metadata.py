@@ -14,7 +14,7 @@ from typing import Any
 from ldm_scaling.data.collection import CAPTION_COLUMNS
 from ldm_scaling.data.sources import columns, texts
 from ldm_scaling.data.sources.columns import ColumnFile
-from ldm_scaling.data.sources.options import Options
+from ldm_scaling.data.sources.options import NO_CAPTIONS, Options
 from ldm_scaling.data.sources.texts import Unusable
 from ldm_scaling.errors import UserError
 
@@ -139,7 +139,8 @@ def _check(names: list[str], path: Path, options: Options) -> None:
     found = texts.columns_of(names, options) or set(scores) & set(names)
     if missing or (options.captions and not found):
         what = repr(missing[0]) if missing else f"of captions ({', '.join(CAPTION_COLUMNS)})"
-        raise UserError(f"{path} has no column {what}: its columns are {there}")
+        remedy = "" if missing else f"; {NO_CAPTIONS}"
+        raise UserError(f"{path} has no column {what}: its columns are {there}{remedy}")
 
 
 def _encoding(path: Path, options: Options) -> str:

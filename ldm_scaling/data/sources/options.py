@@ -9,6 +9,10 @@ from ldm_scaling.data.collection import SCORES
 from ldm_scaling.errors import UserError
 from ldm_scaling.files import sha256_of
 
+NO_CAPTIONS = (
+    "name them by data.prepare.caption_columns, or ask for none by data.prepare.captions=False"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -32,15 +36,15 @@ class Options:
     def __post_init__(self):
         if isinstance(self.caption_columns, str):
             raise UserError(
-                f"caption_columns is a list of names, not the text {self.caption_columns!r}: "
-                f"write ({self.caption_columns!r},)"
+                "data.prepare.caption_columns is a list of names, not the text "
+                f"{self.caption_columns!r}: write ({self.caption_columns!r},)"
             )
         try:
             "".encode(self.caption_encoding)
         except LookupError as e:
             raise UserError(
-                f"caption_encoding {self.caption_encoding!r} is no encoding of texts that Python "
-                "knows: use utf-8, latin-1, cp1252, shift_jis, gb18030, ..."
+                f"data.prepare.caption_encoding {self.caption_encoding!r} is no encoding of texts "
+                "that Python knows: use utf-8, latin-1, cp1252, shift_jis, gb18030, ..."
             ) from e
         unknown = sorted(set(self.score_columns) - set(SCORES))
         if unknown:

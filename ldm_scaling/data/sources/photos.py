@@ -95,6 +95,10 @@ class Photos:
             group = listing.key(photograph(name))
             yield Pair(listing.key(name), data, group=group, error=error)
 
+    def left_out(self) -> dict[str, int]:
+        """Files that are no images, by suffix."""
+        return listing.left_out(self.root, listing.is_image)
+
     def fingerprint(self) -> str:
         """As `Collection.fingerprint`."""
         return listing.fingerprint(self.root, self._names(), self.options)

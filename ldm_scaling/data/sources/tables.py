@@ -25,6 +25,9 @@ _NOTES = ("status", "error_message")
 class Tables:
     """Files of columns below a folder; a part is some rows of one, by row groups where they fit.
 
+    Large row groups are cut; each process that reads of such a group decodes it once, see
+    `columns`.
+
     A pair's key is its file's name and its row's number: FILE/ROW.
 
     Attributes:
@@ -52,8 +55,9 @@ class Tables:
         def of(name: str) -> list[Part]:
             file = ColumnFile(self.root / name)
             _columns(file, self.options)  # What is missing is said before the work begins.
+            of_file = listing.fingerprint(self.root, [name], self.options, self.key_column)
             return [
-                Part(f"{listing.key(name)}[{a}:{b}]", str(file.path), a, b)
+                Part(f"{listing.key(name)}[{a}:{b}]", str(file.path), a, b, of_file)
                 for a, b in listing.gather(file.groups, self.options.part_size)
             ]
 

@@ -143,8 +143,8 @@ def _check(text: str, where: str, options: Options) -> None:
 
 def _not_in(encoding: str, where: str, why: str) -> str:
     return (
-        f"{where} is not in {encoding} ({why}): name its encoding by caption_encoding "
-        "(latin-1, cp1252, utf-16-le, ...)"
+        f"{where} is not in {encoding} ({why}): name its encoding by "
+        "data.prepare.caption_encoding (latin-1, cp1252, utf-16-le, ...)"
     )
 
 

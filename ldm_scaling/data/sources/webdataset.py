@@ -86,28 +86,43 @@ class Tars:
 
     def parts(self) -> tuple[Part, ...]:
         """As `Collection.parts`."""
-        names = self.once.get(self._names)[0]
-        return tuple(Part(listing.key(name), str(self.root / name)) for name in names)
+        names, own, _ = self.once.get(self._names)
+        return tuple(
+            Part(
+                listing.key(name), str(self.root / name),
+                fingerprint=listing.fingerprint(
+                    self.root, self._files([name]), self.options, f"{own} {self._piece(name)}"
+                ),
+            )
+            for name in names
+        )  # fmt: skip
+
+    def _piece(self, name: str) -> str:
+        """What the keys of a tar's samples begin with."""
+        twice = self.once.get(self._names)[2]
+        return name if _stem(name) in twice else _stem(name)
+
+    def _files(self, names: list[str]) -> list[str]:
+        """Tars, with the parquet files beside them."""
+        beside = [f"{_stem(name)}.parquet" for name in names]
+        return sorted([*names, *(name for name in beside if (self.root / name).is_file())])
 
     def read(self, part: Part) -> Iterator[Pair]:
         """As `Collection.read`; a sample's error is what is wrong with one of its files."""
         path = Path(part.path)
-        _, own, twice = self.once.get(self._names)
-        name = path.relative_to(self.root).as_posix()
-        piece = name if _stem(name) in twice else _stem(name)
+        own = self.once.get(self._names)[1]
+        piece = self._piece(path.relative_to(self.root).as_posix())
         rows = _beside(Path(f"{_stem(str(path))}.parquet"), self.options)
-        for sample in tars.samples(path):
-            bare = sample["__key__"].removeprefix("./")
-            key = listing.own_key(bare if own else None, piece, bare)
-            where = f"{sample['__key__']} in {path}"
-            yield _pair(key, sample, rows.get(bare, {}), where, self.options)
+        for found in tars.samples(path):
+            for name, sample in _parted(found):
+                bare = name.removeprefix("./")
+                key = listing.own_key(bare if own else None, piece, bare)
+                where = f"{name} in {path}"
+                yield _pair(key, sample, rows.get(bare, {}), where, self.options)
 
     def fingerprint(self) -> str:
         """As `Collection.fingerprint`, with the parquet files beside the tars."""
-        names = self.find()
-        beside = [f"{_stem(name)}.parquet" for name in names]
-        beside = [name for name in beside if (self.root / name).is_file()]
-        return listing.fingerprint(self.root, sorted([*names, *beside]), self.options)
+        return listing.fingerprint(self.root, self._files(self.find()), self.options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,9 +188,32 @@ class Files:
             else:
                 yield _pair(key, sample, rows.get(stem, {}), str(folder / name), self.options)
 
+    def left_out(self) -> dict[str, int]:
+        """Files that are neither images, captions nor img2dataset's tables, by suffix."""
+        ends = (*(f".{s}" for s in (*_TEXTS, "json")), ".parquet")
+        return listing.left_out(self.root, lambda n: listing.is_image(n) or n.endswith(ends))
+
     def fingerprint(self) -> str:
         """As `Collection.fingerprint`."""
         return listing.fingerprint(self.root, listing.walk(self.root, bool), self.options)
+
+
+def _parted(sample: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The name and files of each sample in one of webdataset's, whose names end at the first dot.
+
+    Several are in one where all names have more dots, as dates have, and those that agree up to
+    the last are an image each, some with a text.
+    """
+    key, pieces = sample["__key__"], {}
+    for suffix, data in sample.items():
+        if not suffix.startswith("__"):
+            stem, _, end = suffix.rpartition(".")
+            pieces.setdefault(stem, {})[end] = data
+    images = [sum(f".{end}" in SUFFIXES for end in piece) for piece in pieces.values()]
+    several = "" not in pieces and len(pieces) > 1 and set(images) == {1}
+    if several and any(len(piece) > 1 for piece in pieces.values()):
+        return [(f"{key}.{stem}", piece) for stem, piece in pieces.items()]
+    return [(key, sample)]
 
 
 def _pair(
@@ -185,14 +223,19 @@ def _pair(
     suffixes = [s for s in sample if f".{s.rpartition('.')[2]}" in SUFFIXES]
     suffixes = [s for s in suffixes if "." not in s] or suffixes
     if len(suffixes) != 1:
-        what = f"several images, {', '.join(suffixes)}" if suffixes else "no image"
+        shown = ", ".join(suffixes[:4]) + (", ..." if suffixes[4:] else "")
+        what = f"several images, {shown}" if suffixes else "no image"
+        if "." in shown:
+            what += ": a sample's name ends at its first dot, so rename files with more of them"
         return Pair(key, b"", error=texts.one_line(f"{where} holds {what}"))
-    image = sample[suffixes[0]]
+    image, prefix = sample[suffixes[0]], f"{suffixes[0].rpartition('.')[0]}."
+    # What is named as the image is up to the last dot goes before what is so up to the first.
+    beside = {s: sample.get(prefix + s, sample.get(s)) for s in (*_TEXTS, "json")}
     try:
         notes = {}
-        if "json" in sample:
-            notes = texts.parse(sample["json"], f"the JSON of {where}", options)
-        text = {s: sample[s] for s in _TEXTS if s in sample}
+        if beside["json"] is not None:
+            notes = texts.parse(beside["json"], f"the JSON of {where}", options)
+        text = {s: beside[s] for s in _TEXTS if beside[s] is not None}
         captions = _captions([text, notes, row], where, options)
         scores = {
             **texts.row_scores(row, where, options),

@@ -74,10 +74,11 @@ def test_it_goes_on_with_what_another_run_began(tmp_path, monkeypatch):
             prepare.run(collection, tmp_path / "there", Options(workers=1))
     facts = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "there/.work").glob("facts*")}
     assert len(facts) == 4
-    monkeypatch.setattr(prepare, "_tidy", lambda job: None)
+    monkeypatch.setattr(prepare, "_tidy", lambda *_: None)
     prepare.run(collection, tmp_path / "there", Options(), "DirectRunner")
     after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "there/.work").glob("facts*")}
     assert facts == after
+    (tmp_path / "there/.lock").unlink()
     assert files_of(tmp_path / "here") == files_of(tmp_path / "there")
 
 

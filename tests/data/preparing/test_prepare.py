@@ -436,7 +436,8 @@ def test_with_nothing_left_it_says_why(tmp_path):
     with pytest.raises(errors.UserError, match=r"none of the 5 pairs .* \(5 small\)"):
         prepare.run(collection, tmp_path / "to", options)
     bare = put(tmp_path / "bare", [[Pair("a", encoded(scene(0)))]])
-    with pytest.raises(errors.UserError, match=r"\(1 no caption\): say captions=False"):
+    wanted = r"\(1 no caption\): keep them without by data.prepare.captions=False"
+    with pytest.raises(errors.UserError, match=wanted):
         prepare.run(bare, tmp_path / "of_bare", Options(workers=1))
     (tmp_path / "empty").mkdir()
     with pytest.raises(errors.UserError, match="there is nothing in test:"):
@@ -476,7 +477,7 @@ def test_a_full_disk_while_a_shard_is_written(tmp_path, monkeypatch):
         with pytest.raises(errors.UserError, match="cannot write .*No space left") as caught:
             prepare.run(collection, tmp_path / "to", ALL)
     assert "\n" not in str(caught.value)
-    assert not [p for p in (tmp_path / "to").iterdir() if p.name != ".work"]
+    assert {p.name for p in (tmp_path / "to").iterdir()} == {".work", ".lock"}
     assert prepare.run(collection, tmp_path / "to", ALL).count("train") == 5
 
 

@@ -123,7 +123,9 @@ def test_captions_within_features(root, text, numbers):
 
 def test_the_default_folder(root, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(root))
-    pairs = made.read("tfds:div2k/bicubic_x4:val")
+    with pytest.raises(UserError, match="no feature of captions: .*captions=False; there are "):
+        sources.collection("tfds:div2k/bicubic_x4:val").parts()
+    pairs = made.read("tfds:div2k/bicubic_x4:val", captions=False)
     assert [pair.image for pair in pairs] == [made.image(i) for i in range(100, 104)]
     assert not any(pair.captions for pair in pairs)
 

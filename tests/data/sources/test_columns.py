@@ -147,6 +147,42 @@ def test_parts_of_any_row_groups(tmp_path_factory, groups, part_size):
     assert all(len(texts) <= part_size for texts in found)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_large_row_group_is_decoded_once_and_not_for_each_part(tmp_path, monkeypatch, order):
+    """By one process that reads part after part; in any order the rows are right."""
+    rows, part_size, decoded = 3000, 100, []
+    numbers = [str(i) for i in range(rows)]
+    pq.write_table(pa.table({"jpg": [b"x"] * rows, "caption": numbers}), tmp_path / "a.parquet")
+
+    class Counted(pq.ParquetFile):
+        def iter_batches(self, *args, **kwargs):
+            for batch in super().iter_batches(*args, **kwargs):
+                decoded.append(batch.num_rows)
+                yield batch
+
+    monkeypatch.setattr(pq, "ParquetFile", Counted)
+    collection = sources.collection(f"parquet:{tmp_path}", sources.Options(part_size=part_size))
+    parts = collection.parts()[::order]
+    found = [[pair.captions[0] for pair in collection.read(part)] for part in parts]
+    assert len(parts) == 30 and [text for texts in found[::order] for text in texts] == numbers
+    assert order == -1 or sum(decoded) == rows
+    # One that stops early, as the writing of what is kept does, and two at once.
+    assert [next(collection.read(p)).captions[0] for p in parts[:3]] == [t[0] for t in found[:3]]
+    one, two = collection.read(parts[3]), collection.read(parts[3])
+    assert [a.captions == b.captions for a, b in zip(one, two)] == [True] * part_size
+
+
+def test_another_file_of_the_same_name_is_read_anew(tmp_path):
+    """What is left of the reading of a row group is that file's."""
+    for word in ("one", "another"):
+        table = pa.table({"jpg": [b"x"] * 80, "caption": [f"{word} {i}" for i in range(80)]})
+        pq.write_table(table, tmp_path / "a.parquet")
+        collection = sources.collection(f"parquet:{tmp_path}", sources.Options(part_size=50))
+        first, second = collection.parts()
+        part = first if word == "one" else second
+        assert all(p.captions[0].startswith(word) for p in collection.read(part))
+
+
 @pytest.mark.parametrize("name, kind", [
     ("image", pa.binary()), ("jpg", pa.large_binary()), ("picture of it", pa.binary()),
     ("image_bytes", pa.binary()), ("thing", IMAGE),

@@ -1,13 +1,16 @@
 """Parts cover everything once; a fingerprint notices what changes; kinds and paths are checked."""
 
 import os
+import pickle
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import features
 
 from ldm_scaling.data import sources
-from ldm_scaling.data.sources import listing
+from ldm_scaling.data.preparing import stored
+from ldm_scaling.data.sources import folder, listing
 from ldm_scaling.errors import UserError
 from tests.data.sources import made
 
@@ -80,6 +83,9 @@ def test_the_fingerprint_notices_changes(tmp_path):
     ("huggingface:X/a.png", "name the folder"),
     ("webdataset:X/a.png", "is no tar"),
     ("tfds:X/", "tfds:NAME"),
+    ("folder:gs://bucket/x", "mount it"),
+    ("webdataset:s3://bucket/{0000..0003}.tar", "mount it"),
+    ("tfds:coco@gs://bucket/x", "mount it"),
 ])  # fmt: skip
 def test_what_is_no_collection(tmp_path, text, words):
     (tmp_path / "a.png").write_bytes(made.image(0))
@@ -95,6 +101,42 @@ def test_a_folder_with_nothing_in_it(tmp_path, kind):
     (tmp_path / "notes.md").write_text("nothing")
     with pytest.raises(UserError, match=str(tmp_path)):
         made.read(f"{kind}:{tmp_path}")
+
+
+@pytest.mark.parametrize("suffix, kind", [
+    ("jfif", "JPEG"), ("JPE", "JPEG"), ("avif", "AVIF"), ("jp2", "JPEG2000"),
+])  # fmt: skip
+def test_pictures_by_other_suffixes(tmp_path, suffix, kind):
+    if not features.check({"AVIF": "avif", "JPEG2000": "jpg_2000"}.get(kind, "jpg")):
+        pytest.skip(f"this Pillow reads no {kind}")
+    (tmp_path / f"a.{suffix}").write_bytes(made.image(0, kind))
+    (pair,) = made.read(f"folder:{tmp_path}")
+    assert stored.decode(pair.image).image_HWC.shape == (4, 5, 3)
+
+
+@pytest.mark.parametrize("kind, counts", [
+    ("folder", {".heic": 2, "": 1}), ("photos", {".heic": 2, "": 1, ".txt": 1}),
+    ("webdataset", {".heic": 2, "": 1}),
+])  # fmt: skip
+def test_what_is_left_out_is_counted(tmp_path, kind, counts):
+    (tmp_path / "a.png").write_bytes(made.image(0))
+    for name in ("a.txt", "b.heic", "c.HEIC", "notes", ".hidden"):
+        (tmp_path / name).touch()
+    assert sources.collection(f"{kind}:{tmp_path}").left_out() == counts
+
+
+def test_a_folders_part_travels_with_its_own_files_alone(tmp_path, monkeypatch):
+    for i in range(9):
+        (tmp_path / f"{i}.png").write_bytes(made.image(i))
+        (tmp_path / f"{i}.txt").write_text(f"picture {i}")
+    (tmp_path / "metadata.csv").write_text("file_name,text\n4.png,four\n8.png,eight\n")
+    collection = sources.collection(f"folder:{tmp_path}", sources.Options(part_size=3))
+    parts = collection.parts()
+    wanted = [list(collection.read(part)) for part in parts]
+    sent = [pickle.dumps(collection.share(part)) for part in parts]
+    monkeypatch.setattr(folder.Folder, "_list", None)  # Nobody lists anything.
+    assert [list(pickle.loads(s).read(part)) for s, part in zip(sent, parts)] == wanted
+    assert b"7.png" not in sent[1]
 
 
 def test_links_are_followed_once(tmp_path):

@@ -130,11 +130,44 @@ def test_other_peoples_tars(tmp_path, suffix):
     assert found["a/猫 (2)"].captions == () and found["a/猫 (2)"].image == made.image(2)
     path = tmp_path / f"a.{suffix}"
     assert found["a/3"].error == f"3 in {path} holds no image"
-    assert found["a/4"].error == f"4 in {path} holds several images, left.png, right.png"
+    assert found["a/4"].error.startswith(f"4 in {path} holds several images, left.png, right.png: ")
     assert found["a/5"].error == f"the image of 5 in {path} is empty"
     assert f"the JSON of 6 in {path} is no JSON" in found["a/6"].error
     assert f"7 in {path} is not in utf-8" in found["a/7"].error
     assert found["a/8"].captions == ("x", "y") and found["a/8"].image == made.image(8)
+
+
+def read(path):
+    """What is in a tar, by the name of its sample."""
+    return {
+        key.partition("/")[2]: found for key, found in made.plain(made.read(f"webdataset:{path}"))
+        .items()
+    }  # fmt: skip
+
+
+def test_names_with_dots(tmp_path):
+    """webdataset's name of a sample ends at the first dot, up to which dates are the same."""
+    days = [f"IMG_2023.01.{day:02d}" for day in range(1, 4)]
+    files = [
+        (f"{day}.{end}", data) for i, day in enumerate(days)
+        for end, data in (("jpg", made.image(i)), ("txt", day.encode()))
+    ]  # fmt: skip
+    path = tmp_path / "x.tar"
+    write(path, [*files, ("img.v1.jpg", made.image(5)), ("img.v1.txt", b"a version")])
+    assert read(path) == {**{day: (day,) for day in days}, "img": ("a version",)}
+    # Some without a caption; notes of others.
+    write(path, [f for f in files if f[0] != f"{days[1]}.txt"])
+    assert read(path) == {days[0]: (days[0],), days[1]: (), days[2]: (days[2],)}
+    notes = b'{"text": "x"}'
+    write(path, [("a.v1.jpg", made.image(5)), ("a.txt", b"of all"), ("a.v1.json", notes)])
+    assert read(path) == {"a": ("of all",)}
+    # A text of all of them tells no two apart.
+    write(path, [*files, ("IMG_2023.txt", b"of all")])
+    (error,) = read(path).values()
+    assert str(path) in error and "ends at its first dot" in error
+    write(path, [(f"a.{i}.png", made.image(i)) for i in range(40)])
+    (error,) = read(path).values()
+    assert "0.png, 1.png, 2.png, 3.png, ...: " in error
 
 
 def test_keys_that_differ_by_their_tar_only(tmp_path):
