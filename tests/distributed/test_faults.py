@@ -17,12 +17,12 @@ TRAIN = {
     "compute_dtype": "float32", "log_every": 4, "validate_every": 0, "checkpoint_every": 4,
     "sample_every": 0, "keep": 3,
 }
-# Those of a kind that the run may survive come often; twice as many with LDM_SCALING_LONG=1.
+# Those of a kind that the run may survive come often; four times as many with LDM_SCALING_LONG=1.
 FAULTS = (
-    ["one is killed"] * 4 + ["all are told to end"] * 3 + ["all are killed"]
+    ["one is killed"] * 2 + ["all are told to end"] * 2 + ["all are killed"]
     + ["the disk is full"] + ["the newest checkpoint is damaged"]
 )
-FAULTS *= 2 if os.environ.get("LDM_SCALING_LONG") else 1
+FAULTS *= 4 if os.environ.get("LDM_SCALING_LONG") else 1
 
 
 @pytest.fixture(scope="module")
