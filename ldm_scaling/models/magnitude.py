@@ -19,7 +19,7 @@ Dtype = Any
 _EPSILON = 1e-4
 _SILU_MAGNITUDE = 0.596  # of the SiLU of normal numbers
 # The paper draws weights of magnitude 1. Drawn over the root of what they sum over they are used as
-# the same, and take the steps of other networks' weights: one learning rate does for all families.
+# the same, and are of the size of other networks' weights; for their steps see `edm2.rates`.
 _DRAWN = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
@@ -52,16 +52,16 @@ def join(a: jax.Array, b: jax.Array, t: float) -> jax.Array:
     return jnp.concatenate([a, b], axis=-1)
 
 
+def unit(kernel: jax.Array) -> jax.Array:
+    """A kernel (..., in, out) at unit norm over all but out, taken in float32."""
+    w = kernel.astype(jnp.float32)
+    square = jnp.sum(w * w, axis=tuple(range(w.ndim - 1)), keepdims=True)
+    return (w / (_EPSILON + _root_mean(square))).astype(kernel.dtype)
+
+
 def of_unit_norm(product: Callable) -> Callable:
-    """A product with kernels (..., in, out), brought to unit norm over all but out (eq. 47)."""
-
-    def run(x, kernel, *args, **kw):
-        w = kernel.astype(jnp.float32)
-        square = jnp.sum(w * w, axis=tuple(range(w.ndim - 1)), keepdims=True)
-        unit = w / (_EPSILON + _root_mean(square))
-        return product(x, unit.astype(kernel.dtype), *args, **kw)
-
-    return run
+    """A product with kernels (..., in, out), brought to unit norm (eq. 47)."""
+    return lambda x, kernel, *args, **kw: product(x, unit(kernel), *args, **kw)
 
 
 def _kernel(product: Callable, gather: Callable | None, name: str) -> tuple[Callable, dict]:

@@ -16,6 +16,10 @@ attention are divided by a head's width rather than by its root: as that is q k 
 constant, the constant goes into what makes q and its rates, a head's width at the base giving what
 it gave.
 
+EDM2 has a rule of its own, `edm2.rates`: its kernels are kept at unit norm, so that nothing is
+drawn otherwise, and take steps by their fan-in at any width. Against a base hidden and output
+kernels then have the rates above, and all else root (base / width).
+
 Which dimensions grow is seen by comparing the shapes of a network and of one twice as wide, as the
 authors' package `mup` does. What is drawn as zeros stays so.
 """
@@ -33,8 +37,9 @@ import jax
 from flax.linen.linear import default_kernel_init
 
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import backbone, dit, tokens, uvit
+from ldm_scaling.models import backbone, dit, edm2, tokens, uvit
 from ldm_scaling.models.dit import DiTSpec
+from ldm_scaling.models.edm2 import EDM2Spec
 from ldm_scaling.models.mmdit import MMDiTSpec
 from ldm_scaling.models.unet import UNetSpec
 from ldm_scaling.models.uvit import UViTSpec
@@ -53,7 +58,9 @@ _DRAWN: dict[Callable, tuple[float, float]] = {
     tokens.SMALL: (0.0, 0.0),
     tokens.ZEROS: (0.0, 0.0),
 }
-_KINDS = {UNetSpec: "U-Net", DiTSpec: "DiT", UViTSpec: "U-ViT", MMDiTSpec: "MM-DiT"}
+_KINDS = {
+    UNetSpec: "U-Net", DiTSpec: "DiT", UViTSpec: "U-ViT", MMDiTSpec: "MM-DiT", EDM2Spec: "EDM2",
+}
 # Fields in which a network and its base may differ: sizes, and what is at the input.
 _FREE = (
     "base_channels", "head_width", "heads", "groups", "depth", "in_channels", "sample_size",
@@ -81,14 +88,17 @@ class Transfer:
 
 @functools.cache
 def mup(spec: backbone.Spec, base: backbone.Spec) -> Transfer:
-    """The parametrisation of a network against a base of its kind, at which it is the standard one
-    to the bit.
+    """The parametrisation of a network against a base of its kind, at which it is the one without
+    width transfer to the bit.
 
     Raises:
       UserError: for kinds of networks that it is not made for, and for a base that differs in more
         than its sizes.
     """
     _check(spec, base)
+    if isinstance(spec, EDM2Spec):
+        rates = edm2.rates(spec, base)
+        return Transfer(jax.tree.map(lambda _: 1.0, rates), rates)
     shapes, wider = (backbone.param_shapes(s) for s in (spec, _widened(spec)))
     inits = _inits(spec)
     part = (base.base_channels - spec.base_channels) / spec.base_channels
@@ -121,11 +131,9 @@ def mup(spec: backbone.Spec, base: backbone.Spec) -> Transfer:
 
 def _check(spec: backbone.Spec, base: backbone.Spec) -> None:
     if type(spec) not in _KINDS:
-        why = ": its weights are kept at unit length, and its rates go by another rule" \
-            if type(spec).__name__ == "EDM2Spec" else ""
         raise UserError(
             f"train.width_transfer='mup' is for {', '.join(_KINDS.values())}, not for "
-            f"{type(spec).__name__.removesuffix('Spec')}{why}; give 'none'"
+            f"{type(spec).__name__.removesuffix('Spec')}; give 'none'"
         )
     if type(base) is not type(spec):
         raise UserError(

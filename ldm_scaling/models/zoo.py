@@ -124,7 +124,45 @@ FAMILIES = {
 }
 """Networks by what they are called; a family's own widths and depths side by side. SiT's are DiT's,
 trained otherwise."""
+LABELS = {
+    "unet": "U-Net", "dit": "DiT", "sit": "SiT", "uvit": "U-ViT", "mmdit": "MM-DiT", "edm2": "EDM2",
+}
+"""What families are called in figures and sentences."""
 MEMBERS = {member.name: member for members in FAMILIES.values() for member in members}
+
+
+def register(*members: Member, family: str, label: str = "") -> None:
+    """Adds networks under their names, such as one's own, see docs/backbones.md.
+
+    Args:
+      members: their specs' kinds are known, see `backbone.register`; a `reference` is one of these
+        or is known. There may be more of a family later.
+      family: what they are compared as, a word; one that there is, for more sizes of it.
+      label: what figures call a new family.
+    Raises:
+      UserError: for a name that there is, a reference that there is not, a spec that lacks
+        something, or a label that is missing or is another.
+    """
+    known = MEMBERS | {member.name: member for member in members}
+    names = [member.name for member in members]
+    if taken := sorted(({*names} & {*MEMBERS}) | {n for n in names if names.count(n) > 1}):
+        raise UserError(f"networks are called {', '.join(taken)} already: give other names")
+    called = LABELS.get(family, label)
+    if not called or label not in ("", called):
+        raise UserError(
+            f"the family {family!r} of {', '.join(names)} is called {called!r} in figures, and "
+            f"label={label!r} is given: a new family needs one, another keeps its own"
+        )
+    for member in members:
+        backbone.check(member.spec)
+        if member.reference not in known:
+            raise UserError(
+                f"{member.name}'s cost is to be measured by {member.reference!r}, which no network "
+                "is called: name a member, it may be one of these"
+            )
+    LABELS[family] = called
+    FAMILIES[family] = (*FAMILIES.get(family, ()), *members)
+    MEMBERS.update(known)
 
 
 def family_of(name: str) -> str:
@@ -143,7 +181,8 @@ def get(name: str) -> Member:
     near = difflib.get_close_matches(str(name).lower(), MEMBERS, n=3)
     names = ", ".join(m.name for m in UNETS)
     hint = f"did you mean {' or '.join(near)}?" if near else (
-        f"choose from {names}, or of another family:  ldm-scaling zoo --family=dit")
+        f"choose from {names}, or of another family:  ldm-scaling zoo --family=dit; the module "
+        "that registers one's own is named in config.plugins")
     raise UserError(f"no network is called {name!r}; {hint}")
 
 

@@ -44,7 +44,7 @@ def rows(family: str = "unet") -> list[dict[str, Any]]:
     if family not in zoo.FAMILIES:
         raise UserError(f"--family={family}: choose one of {', '.join(zoo.FAMILIES)}")
     # Of the paper's at another side nothing but the GFLOPs differs, which take long to count.
-    members = zoo.UNETS if family == "unet" else zoo.FAMILIES[family]
+    members = [m for m in zoo.FAMILIES[family] if m not in zoo.PAPER_32]
     printed = [
         _printed(name, printed)
         for name, printed in (backbone_tables.PRINTED | backbone_tables.PRINTED_EDM2).items()

@@ -110,7 +110,8 @@ def _manual(shardings: Any) -> Any:
 
 
 def spread(
-    make: Callable[[Gather | None, bool], Callable], shapes: Any, mesh: Mesh
+    make: Callable[[Gather | None, bool], Callable], shapes: Any, mesh: Mesh,
+    gathers: bool = True,
 ) -> Callable:
     """`denoise(params, x_BHWC, t_B, cond)` over a mesh: parameters lie as `rules` say, the batch
     over replicas and shards. A batch that does not split is left to the compiler.
@@ -121,6 +122,8 @@ def spread(
         splits the program.
       shapes: the parameters' shapes.
       mesh: the devices.
+      gathers: whether the layers multiply through `gather`. Where they do not, shards are left to
+        the compiler.
     """
     if mesh.size == 1:
         return make(None, True)
@@ -131,6 +134,8 @@ def spread(
         for path, spec in jax.tree_util.tree_leaves_with_path(specs)
     }
     sharded = any(any(spec) for spec in paths.values())
+    if sharded and not gathers:
+        return whole
     local = make(Gather(paths) if sharded else None, True)
     batch = PartitionSpec(mesh_lib.BATCH_AXES)
     # With one tensor shard nothing is left to the compiler, which could not split a Pallas kernel.

@@ -31,6 +31,33 @@ DEFAULT: Rules = (
     (r"/(bias|scale)$", PartitionSpec()),
     (r"/(embedding|positions)$", PartitionSpec()),  # of text encoders that are trained along
 )
+_ADDED: list[tuple[str, PartitionSpec]] = []
+
+
+def add(*rules: tuple[str, Sequence[str | None]]) -> None:
+    """Rules of one's own networks, asked before all others, the first added first.
+
+    They are asked of every network: let patterns name layers that no other has, such as
+    `r"/mine_\\w+/kernel$"`.
+
+    Args:
+      rules: a regular expression that is searched for in a parameter's path, and the mesh axis,
+        `fsdp` or `tensor`, that each of its dimensions is split over, or None; () holds it whole.
+    Raises:
+      UserError: for what is no such pair, or another axis.
+    """
+    for pattern, axes in rules:
+        try:
+            re.compile(pattern)
+        except re.error as e:
+            raise UserError(f"sharding rule {pattern!r} is no regular expression: {e}") from e
+        if {*axes} - {None, "fsdp", "tensor"}:
+            raise UserError(
+                f"sharding rule {pattern!r} has axes {axes!r}: give a tuple of None, 'fsdp' and "
+                "'tensor'"
+            )
+    new = [(pattern, PartitionSpec(*axes)) for pattern, axes in rules]
+    _ADDED.extend(rule for rule in new if rule not in _ADDED)
 
 
 def path_name(path: tuple) -> str:
@@ -40,13 +67,17 @@ def path_name(path: tuple) -> str:
     )
 
 
-def specs(tree: Any, rules: Rules = DEFAULT) -> Any:
+def specs(tree: Any, rules: Rules | None = None) -> Any:
     """The `PartitionSpec` of every leaf: the first rule that matches its path; scalars are whole.
 
+    Args:
+      tree: arrays or shapes.
+      rules: None are those that were added, then `DEFAULT`.
     Raises:
       UserError: naming the leaves that no rule covers, or a rule with more axes than its leaf.
     """
     uncovered = []
+    rules = (*_ADDED, *DEFAULT) if rules is None else rules
 
     def spec(path, leaf):
         name = "/" + path_name(path)
@@ -66,11 +97,16 @@ def specs(tree: Any, rules: Rules = DEFAULT) -> Any:
     out = jax.tree_util.tree_map_with_path(spec, tree)
     if uncovered:
         shown = ", ".join(uncovered[:5]) + (" ..." if len(uncovered) > 5 else "")
-        raise UserError(f"no sharding rule covers {len(uncovered)} parameters: {shown}")
+        end = uncovered[0].split(" ")[0].rpartition("/")[2]
+        raise UserError(
+            f"no sharding rule covers {len(uncovered)} parameters: {shown}; where the network is "
+            f'defined, add one: ldm_scaling.parallel.rules.add((r"/{end}$", ())) holds it whole on '
+            'every device, ("fsdp",) splits its first dimension'
+        )
     return out
 
 
-def shardings(tree: Any, mesh: Mesh, rules: Rules = DEFAULT) -> Any:
+def shardings(tree: Any, mesh: Mesh, rules: Rules | None = None) -> Any:
     """The `NamedSharding` of every leaf.
 
     A dimension that the axis of its rule does not divide is held whole. `fsdp` moves to the other

@@ -7,6 +7,7 @@ the selection block, and is valued on the report block, as a size does in `winne
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 
 from ldm_scaling.models import zoo
@@ -15,9 +16,9 @@ from ldm_scaling.study.curves import Curves, Point
 from ldm_scaling.study.statistics import words
 from ldm_scaling.study.winners import Winner
 
-NAMES = {
-    "unet": "U-Net", "dit": "DiT", "sit": "SiT", "uvit": "U-ViT", "mmdit": "MM-DiT", "edm2": "EDM2",
-}
+NAMES = zoo.LABELS
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,13 +37,18 @@ class Family:
 def compared(curves: Curves, metric: str) -> tuple[list[Family], list[Winner]]:
     """Families, in the zoo's order, and the winner among them at every budget; nothing where there
     are not two. A winner's `model` is a family's name. Networks that the zoo does not know are left
-    out."""
+    out, see `left_out`."""
     pools: dict[str, list[Point]] = {}
     for (model, _), points in curves.items():
         if family := zoo.family_of(model):
             pools.setdefault(family, []).extend(points)
     names = [family for family in zoo.FAMILIES if family in pools]
     return of_pools({NAMES[name]: pools[name] for name in names}, metric)
+
+
+def left_out(curves: Curves) -> list[str]:
+    """Networks of no family, which `compared` leaves out."""
+    return sorted({model for model, _ in curves if not zoo.family_of(model)})
 
 
 def of_pools(
@@ -88,7 +94,7 @@ def sentences(curves: Curves, metric: str) -> list[str]:
         point = at[w.best.model][w.budget]
         return (
             f"at a budget of {labels.number(w.budget)} {w.best.model} is the best family, with "
-            f"{point.model} in {point.steps} {'step' if point.steps == 1 else 'steps'} of "
+            f"{point.model} in {labels.steps(point.steps)} of "
             f"{labels.sampler(point.sampler)}, "
             f"{words.reached(metric, w.best)} ({words.sure(w.best.probability)})"
         )

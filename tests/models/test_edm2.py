@@ -10,10 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ldm_scaling.config import Train
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import attention, backbone, backbone_tables, cost, edm2, magnitude, zoo
+from ldm_scaling.models import (
+    attention,
+    backbone,
+    backbone_tables,
+    cost,
+    edm2,
+    magnitude,
+    width,
+    zoo,
+)
 from ldm_scaling.parallel import gathering, rules
 from ldm_scaling.parallel import mesh as mesh_lib
+from ldm_scaling.training import optimizer
+from ldm_scaling.training import state as state_lib
+from ldm_scaling.training import step as step_lib
 
 WHY = "compares with torch: pip install -e '.[parity]'"
 SPEC = edm2.EDM2Spec(
@@ -267,6 +280,119 @@ def test_weights_magnitudes_do_not_matter():
     params = jax.tree.map(lambda w: 3.0 * w if w.ndim else w, parameters())
     x, t, ctx = inputs()
     close(program()(params, x, t, 5.0 * ctx), plain(), 2e-3)
+
+
+# --- its training -----------------------------------------------------------------------------
+
+
+def test_steps_turn_weights_as_the_papers_code_does():
+    """Adam at one rate for weights of magnitude 1 that are set back to it before each pass, as the
+    authors' layer does it, against ours by fan-in at unit norm: the same weights and gain."""
+    torch = pytest.importorskip("torch", reason=WHY)
+    alpha, betas, rng = 0.1, (0.9, 0.99), np.random.default_rng(3)
+    drawn = {"one": rng.normal(size=(12, 8)), "two": rng.normal(size=(8, 3))}
+    x, y = rng.normal(size=(10, 16, 12)), 5 * rng.normal(size=(10, 16, 3))
+
+    kernels = [torch.nn.Parameter(torch.tensor(drawn[k].T)) for k in drawn]
+    gain = torch.nn.Parameter(torch.tensor(0.0, dtype=torch.float64))
+    adam = torch.optim.Adam([*kernels, gain], lr=alpha, betas=betas)
+
+    def magnitude_1(w):
+        return w / (1e-4 + w.square().mean(1, keepdim=True).sqrt())
+
+    for step in range(10):
+        h = torch.tensor(x[step])
+        for k, w in enumerate(kernels):
+            with torch.no_grad():
+                w.copy_(magnitude_1(w))
+            h = h @ (magnitude_1(w) / math.sqrt(w.shape[1])).T
+            h = h if k else torch.tanh(h)
+        loss = (h * gain + 1 - torch.tensor(y[step])).square().mean()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    want = {k: np.array((w / w.norm(dim=1, keepdim=True)).detach()).T
+            for k, w in zip(drawn, kernels)}
+
+    def loss_of(params, batch, key):
+        dense = magnitude.of_unit_norm(jnp.matmul)
+        h = dense(jnp.tanh(dense(batch["x"], params["one"]["kernel"])), params["two"]["kernel"])
+        return jnp.mean((h * params["gain"] + 1 - batch["y"]) ** 2), {}
+
+    run = Train(learning_rate=alpha, warmup_steps=0, beta1=betas[0], beta2=betas[1],
+                clip_norm=1e9, ema_decay=0.5, ema_ramp=False)
+    own = {name: {"kernel": jnp.asarray(w, jnp.float32)} for name, w in drawn.items()}
+    params = edm2.project(own | {"gain": jnp.zeros(())})
+    rates = {k: {"kernel": len(w) ** -0.5} for k, w in drawn.items()} | {"gain": 1.0}
+    made = optimizer.make(run, rates)
+    one = jax.jit(functools.partial(
+        step_lib.train_step, loss=loss_of, config=run, optimizer=made, project=edm2.project))
+    state = state_lib.create(params, made)
+    average = params
+    for step in range(10):
+        batch = {"x": np.float32(x[step]), "y": np.float32(y[step])}
+        state, _ = one(state, batch, jax.random.key(0))
+        average = jax.tree.map(lambda a, p: 0.5 * a + 0.5 * p, average, state.params)
+    for name, w in want.items():
+        got = np.asarray(state.params[name]["kernel"])
+        np.testing.assert_allclose(np.linalg.norm(got, axis=0), 1.0, atol=2e-4)
+        np.testing.assert_allclose(got, w, atol=5e-4)
+    assert float(state.params["gain"]) == pytest.approx(gain.item(), abs=5e-4) and gain.item() != 0
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), state.ema, average)
+
+
+def test_rates_are_one_alpha_over_the_root_of_the_fan_in():
+    """And such that all kernels together move as far as at rates of 1."""
+    spec = dataclasses.replace(SPEC.grown(2), guidance_dim=12)
+    shapes, rates = (
+        {rules.path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (edm2.param_shapes(spec), edm2.rates(spec))
+    )
+    plain = {"conv_condition/kernel", "guidance_embedding/kernel"}
+    kernels = {k for k in shapes if k.endswith("kernel")} - plain
+    alphas = {rates[k] * math.sqrt(math.prod(shapes[k].shape[:-1])) for k in kernels}
+    alphas |= {rates[k] for k in shapes if k.endswith("gain")}
+    assert max(alphas) == pytest.approx(min(alphas)) and {rates[k] for k in plain} == {1.0}
+    moved = sum(rates[k] ** 2 * shapes[k].size for k in kernels)
+    assert moved == pytest.approx(sum(shapes[k].size for k in kernels))
+
+
+def test_kernels_keep_unit_norm_on_every_mesh():
+    """Sharded as the rules say; gains and plain layers are left alone."""
+    spec = dataclasses.replace(SPEC.grown(2), guidance_dim=12)
+    params, shapes = parameters(spec), edm2.param_shapes(spec)
+    mesh = mesh_lib.make(1, 4, 2)
+    shardings = rules.shardings(shapes, mesh)
+    project = jax.jit(edm2.project, in_shardings=(shardings,), out_shardings=shardings)
+    whole, parts = run(edm2.project, params), project(jax.device_put(params, shardings))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), whole, parts)
+    for path, w in jax.tree_util.tree_leaves_with_path(parts):
+        name, before = rules.path_name(path), params
+        for key in path:
+            before = before[key.key]
+        if name.endswith("gain") or "condition" in name or "guidance" in name:
+            np.testing.assert_array_equal(w, before)
+        else:
+            norms = np.sqrt(np.sum(np.square(w), axis=tuple(range(w.ndim - 1))))
+            np.testing.assert_allclose(norms, 1.0, atol=1e-3)
+    close(program()(edm2.project(parameters()), *inputs()), plain(), 1e-3)
+
+
+def test_width_transfer_is_the_papers_rule():
+    """Its published rates, by width, and the same norms at any: nothing is drawn otherwise."""
+    published = {64: 0.0170, 128: 0.0120, 256: 0.0090, 448: 0.0065}
+    base = dataclasses.replace(SPEC, base_channels=128)
+    for channels, rate in published.items():
+        found = width.mup(dataclasses.replace(base, base_channels=channels), base)
+        assert found.rates["gain"] / width.mup(base, base).rates["gain"] == pytest.approx(
+            rate / published[128], rel=0.07)
+        assert set(jax.tree.leaves(found.draws)) == {1.0}
+    assert width.mup(base, base).rates == backbone.rates(base)
+    wide = width.mup(dataclasses.replace(base, base_channels=512), base).rates
+    times = jax.tree.map(lambda a, b: a / b, wide, backbone.rates(base))
+    assert times["down_0_block_0"]["conv1"]["kernel"] == pytest.approx(1 / 4)
+    assert times["conv_out"]["kernel"] == pytest.approx(1 / 4)
+    assert times["conv_in"]["kernel"] == times["text_embedding"]["kernel"] == pytest.approx(1 / 2)
 
 
 # --- as the other backbones -------------------------------------------------------------------

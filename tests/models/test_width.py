@@ -249,7 +249,7 @@ def test_rates_on_sharded_parameters():
 
 
 @pytest.mark.parametrize("spec, base, told", [
-    ("edm2_c14", "edm2_c14", "EDM2: its weights are kept at unit length"),
+    ("edm2_c14", "c8", "base_member is a U-Net, and a member is a EDM2"),
     ("c16", "dit_w40", "base_member is a DiT, and a member is a U-Net"),
     ("c16", "39m", "context_dim=1024"),
 ])

@@ -33,6 +33,27 @@ def test_uncovered_parameter_is_named():
         rules.specs(tree)
 
 
+def test_rules_of_ones_own_come_first(monkeypatch):
+    """And the error says how to write one."""
+    monkeypatch.setattr(rules, "_ADDED", [])
+    tree = {"a": {"kernel": jnp.zeros((4, 2))}, "mine": [{"w": jnp.zeros((4, 8))}, jnp.zeros(3)]}
+    with pytest.raises(UserError, match=r'rules.add\(\(r"/w\$", \(\)\)\) holds it whole'):
+        rules.specs(tree)
+    for _ in range(2):  # A module may be imported under two names.
+        rules.add((r"/mine/0/w$", (None, "fsdp")), (r"/mine/1$", ()))
+    assert len(rules._ADDED) == 2
+    assert rules.specs(tree) == {
+        "a": {"kernel": P("fsdp")}, "mine": [{"w": P(None, "fsdp")}, P()]}
+    sharding = rules.shardings(tree, mesh_lib.make(1, 4, 2))["mine"][0]["w"]
+    assert sharding.shard_shape((4, 8)) == (4, 2)
+    rules.add((r"/a/kernel$", ()))
+    assert rules.specs(tree)["a"]["kernel"] == P()
+    with pytest.raises(UserError, match="axes 'fsdp': give a tuple"):
+        rules.add((r"/b$", "fsdp"))
+    with pytest.raises(UserError, match="'\\(' is no regular expression"):
+        rules.add(("(", ()))
+
+
 def test_rule_with_too_many_axes_is_named():
     with pytest.raises(UserError, match="has 2 axes but /a/kernel"):
         rules.specs({"a": {"kernel": jnp.zeros(3)}}, [("kernel", P(None, "fsdp"))])

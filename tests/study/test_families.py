@@ -68,10 +68,21 @@ def test_one_family_is_not_compared(curves):
     assert families.compared(curves, FID) == ([], []) and families.sentences(curves, FID) == []
 
 
-def test_the_figure_shows_every_budget():
-    class Source:
-        curves, metric = CURVES, FID
+class Source:
+    curves, metric = CURVES, FID
 
+
+def test_networks_of_no_family_are_told(caplog):
+    assert figure.by_cost(Source) and not caplog.records
+
+    class Own(Source):
+        curves = {("c8", "ddim"): CURVES["c8", "ddim"], ("mine", "ddim"): CURVES["c8", "ddim"]}
+
+    assert figure.by_cost(Own) == {}
+    assert "families: mine left out" in caplog.text and "zoo.register" in caplog.text
+
+
+def test_the_figure_shows_every_budget():
     (drawn,) = figure.by_cost(Source).values()
     assert {(r["family"], r["budget"], r["model"]) for r in drawn.rows} == {
         (f.name, b, p.model) for f in families.compared(CURVES, FID)[0] for b, p in f.frontier}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from ldm_scaling.study import families as families_lib
@@ -11,10 +12,18 @@ from ldm_scaling.study.figures import rows
 from ldm_scaling.study.figures.source import Drawn, Source
 from ldm_scaling.study.winners import Winner
 
+log = logging.getLogger(__name__)
+
 
 def by_cost(source: Source) -> dict[str, Drawn]:
     """What each family reaches within a budget, at its best size, sampler and steps."""
     families, found = families_lib.compared(source.curves, source.metric)
+    left = families_lib.left_out(source.curves)
+    if left and len({model for model, _ in source.curves}) > 1:
+        log.warning(
+            "families: %s left out, which no family has: register them by models.zoo.register, in "
+            "a module of config.plugins", ", ".join(left),
+        )
     if not families:
         return {}
     return {"": fronts(families, found, source.metric, "What each family reaches within a budget")}
