@@ -333,18 +333,20 @@ def edm(
 
 
 _EDM_RHO = 7.0
-_BY_NAME = {
+SCHEDULES = named.filled(named.SCHEDULES, {
     "sd": sd, "sd_zero_snr": lambda: zero_terminal_snr(sd()), "linear": linear, "cosine": cosine,
     "flow": flow, "edm": edm,
-}
+})
+"""Schedules by name: `make(**options) -> Schedule`. One's own are added here."""
 
 
 def get(name: str) -> Schedule:
-    """The schedule called `name`: "sd", "sd_zero_snr", "linear", "cosine", "flow", "edm", or with
-    options "flow:shift=3"; see `config.named`.
+    """The schedule called `name`, one of `SCHEDULES`, or with options "flow:shift=3"; see
+    `config.named`. It is named so.
 
     Raises:
         UserError: for another name or option.
     """
-    kind, options = named.parse("schedule", name, named.SCHEDULES)
-    return _BY_NAME[kind](**options)
+    kind, options = named.parse("schedule", name, SCHEDULES)
+    made = SCHEDULES[kind].make(**options)
+    return dataclasses.replace(made, name=named.spell(kind, options, SCHEDULES))

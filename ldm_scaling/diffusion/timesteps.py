@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -11,47 +13,61 @@ from ldm_scaling.diffusion.schedule import Schedule, log_noise
 
 # So that no draw is at an infinite quantile.
 _TINY = 2.0**-25
+Draw = Callable[..., Array]
 
 
-def quantile(density: str, u_B: Array) -> Array:
-    """The u-quantile of t / T in (0, 1), of densities that no schedule decides.
+def by_quantile(quantile: Callable[..., Array]) -> Draw:
+    """The density of which `quantile(u_B, **options)` is the u-quantile of t / T, in (0, 1)."""
 
-    | density      | t / T                                                       |
-    |--------------|-------------------------------------------------------------|
-    | uniform      | u                                                           |
-    | shifted      | shift u / (1 + (shift - 1) u)                               |
-    | logit_normal | log of t / (T - t) is normal; a mean above 0 is more noise  |
-    | mode         | u + scale (u - sin^2(pi u / 2)): more often in the middle   |
+    def draw(key: Array, count: int, schedule: Schedule, **options: float) -> Array:
+        u_B = jax.random.uniform(key, (count,), minval=_TINY)
+        t_B = jnp.floor(schedule.num_timesteps * quantile(u_B, **options)).astype(jnp.int32)
+        return jnp.clip(t_B, 0, schedule.num_timesteps - 1)
 
-    Source: Esser et al. 2024 (Stable Diffusion 3), section 3.1 and eq. 19, 20, 23.
+    return draw
 
-    Args:
-        density: its name with options, see `config.named`.
-        u_B: in (0, 1).
 
-    Raises:
-        UserError: for an unknown density or option.
-    """
-    name, options = named.parse("timesteps", density, named.TIMESTEPS)
-    if name == "uniform":
-        return u_B
-    if name == "shifted":
-        shift = options["shift"]
-        return shift * u_B / (1 + (shift - 1) * u_B)
-    if name == "mode":
-        return u_B + options["scale"] * (u_B - jnp.sin(jnp.pi / 2 * u_B) ** 2)
-    if name == "logit_normal":
-        return jax.nn.sigmoid(options["mean"] + options["std"] * jax.scipy.special.ndtri(u_B))
-    raise ValueError(f"density {density!r} is one of noise levels, not of t / T")
+def shifted(u_B: Array, *, shift: float) -> Array:
+    """u moved to a shift, as by `schedule.flow` (Esser et al. 2024, eq. 23)."""
+    return shift * u_B / (1 + (shift - 1) * u_B)
+
+
+def logit_normal(u_B: Array, *, mean: float, std: float) -> Array:
+    """log of t / (T - t) is normal; a mean above 0 is more noise (Esser et al. 2024, eq. 19)."""
+    return jax.nn.sigmoid(mean + std * jax.scipy.special.ndtri(u_B))
+
+
+def mode(u_B: Array, *, scale: float) -> Array:
+    """u + scale (u - sin^2(pi u / 2)): more often in the middle (Esser et al. 2024, eq. 20)."""
+    return u_B + scale * (u_B - jnp.sin(jnp.pi / 2 * u_B) ** 2)
+
+
+def _uniform(key: Array, count: int, schedule: Schedule) -> Array:
+    return jax.random.randint(key, (count,), 0, schedule.num_timesteps)
+
+
+def _log_normal(key: Array, count: int, schedule: Schedule, *, mean: float, std: float) -> Array:
+    level_B = mean + std * jax.random.normal(key, (count,))
+    known_T = log_noise(schedule.noise)
+    middle = jnp.asarray((known_T[1:] + known_T[:-1]) / 2, jnp.float32)
+    return jnp.searchsorted(middle, level_B).astype(jnp.int32)
+
+
+DENSITIES = named.filled(named.DENSITIES, {
+    "uniform": _uniform, "shifted": by_quantile(shifted), "logit_normal": by_quantile(logit_normal),
+    "mode": by_quantile(mode), "log_normal": _log_normal,
+})
+"""Densities by name: `make(key, count, schedule, **options) -> t_B`, int32 in [0, T), such as
+`by_quantile` makes. One's own are added here."""
 
 
 def draw(density: str, key: Array, count: int, schedule: Schedule) -> Array:
     """Random timesteps, t_B int32 in [0, T).
 
     Args:
-        density: a name with options: those of `quantile`, or "log_normal", under which the
-            logarithm of the noise level sigma / alpha is normal and t the nearest to it (Karras et
-            al. 2022 (EDM), table 1; its mean -1.2 for sigma_data = 0.5 is the default here).
+        density: one of `DENSITIES`, with options. Under "log_normal" the logarithm of the noise
+            level sigma / alpha is normal and t the nearest to it (Karras et al. 2022 (EDM), table
+            1; its mean -1.2 for sigma_data = 0.5 is the default here).
         key: a JAX random key.
         count: B.
         schedule: the noise schedule.
@@ -59,15 +75,5 @@ def draw(density: str, key: Array, count: int, schedule: Schedule) -> Array:
     Raises:
         UserError: for an unknown density or option.
     """
-    name, options = named.parse("timesteps", density, named.TIMESTEPS)
-    T = schedule.num_timesteps
-    if name == "uniform":
-        return jax.random.randint(key, (count,), 0, T)
-    if name == "log_normal":
-        level_B = options["mean"] + options["std"] * jax.random.normal(key, (count,))
-        known_T = log_noise(schedule.noise)
-        middle = jnp.asarray((known_T[1:] + known_T[:-1]) / 2, jnp.float32)
-        return jnp.searchsorted(middle, level_B).astype(jnp.int32)
-    u_B = jax.random.uniform(key, (count,), minval=_TINY)
-    t_B = jnp.floor(T * quantile(density, u_B)).astype(jnp.int32)
-    return jnp.clip(t_B, 0, T - 1)
+    name, options = named.parse("timesteps", density, DENSITIES)
+    return DENSITIES[name].make(key, count, schedule, **options)

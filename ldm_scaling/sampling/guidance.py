@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from ldm_scaling.errors import UserError
 
@@ -99,25 +99,50 @@ def with_unconditional(cond: Any, uncond: Any) -> Any:
 
 def guided(
     denoise: Denoise, params: Any, x_BHWC: Array, t_B: Array, both: Any, w_B: Array,
-    correction: Correction = NONE,
+    correction: Correction = NONE, pair: Array | None = None, weaker: Denoise | None = None,
 ) -> Array:
-    """F_u + w (F_c - F_u) in float32, from one call of the network on a batch of 2B.
+    """F_u + w (F_c - F_u) in float32 or better, from one call of the network on a batch of 2B.
 
     w = 1 is no guidance (Stable Diffusion's convention; Ho & Salimans 2022, eq. 6, call that 0).
 
     Args:
         denoise: `denoise(params, x_BHWC, t_B, cond) -> F_BHWC`.
-        params: its parameters.
+        params: its parameters; with `weaker` those of both networks.
         x_BHWC: noisy latents.
         t_B: the timestep of each sample.
         both: conditioning of the doubled batch, see `with_unconditional`.
         w_B: the guidance rate of each sample.
         correction: of the output.
+        pair: a traced bool: where it is False, F_c alone is evaluated, on a batch of B, and w must
+            be 1. None is True, and a program without that branch.
+        weaker: a network that evaluates F_u in the place of `denoise`, in a call of its own
+            (Karras et al. 2024, Guiding a Diffusion Model with a Bad Version of Itself).
     """
     batch = x_BHWC.shape[0]
-    F_NHWC = denoise(params, jnp.repeat(x_BHWC, 2, axis=0), jnp.repeat(t_B, 2), both)
-    F_B2HWC = F_NHWC.astype(jnp.float32).reshape(batch, 2, *F_NHWC.shape[1:])
-    conditional, unconditional = F_B2HWC[:, 0], F_B2HWC[:, 1]
-    w_B111 = w_B.astype(jnp.float32).reshape(-1, *(1,) * (x_BHWC.ndim - 1))
-    F_BHWC = unconditional + w_B111 * (conditional - unconditional)
-    return correction.output(F_BHWC, conditional)
+
+    def half(i: int) -> Any:
+        return jax.tree.map(lambda leaf: leaf.reshape(batch, 2, *leaf.shape[1:])[:, i], both)
+
+    def once(network: Denoise, params: Any, i: int) -> Array:
+        return in_floats(network(params, x_BHWC, t_B, half(i)))
+
+    def alone() -> Array:
+        return once(denoise, params if weaker is None else params[0], 0)
+
+    def twice() -> Array:
+        if weaker is None:
+            F_NHWC = denoise(params, jnp.repeat(x_BHWC, 2, axis=0), jnp.repeat(t_B, 2), both)
+            F_B2HWC = in_floats(F_NHWC).reshape(batch, 2, *F_NHWC.shape[1:])
+            conditional, unconditional = F_B2HWC[:, 0], F_B2HWC[:, 1]
+        else:
+            conditional, unconditional = alone(), once(weaker, params[1], 1)
+        w_B111 = w_B.astype(conditional.dtype).reshape(-1, *(1,) * (x_BHWC.ndim - 1))
+        F_BHWC = unconditional + w_B111 * (conditional - unconditional)
+        return correction.output(F_BHWC, conditional)
+
+    return twice() if pair is None else lax.cond(pair, twice, alone)
+
+
+def in_floats(F: Array) -> Array:
+    """What a network returns, in float32 or better."""
+    return F.astype(jnp.promote_types(F.dtype, jnp.float32))

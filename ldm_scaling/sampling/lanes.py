@@ -50,8 +50,9 @@ class Finished(NamedTuple):
         position: (J,) int, their places in these.
         latents_JHWC: the samples, float32, on the host.
         rows: rows that samples needed, run since the last one of these.
-        guided: whether each row was two evaluations of the network.
+        guided: whether rows with guidance were two evaluations of the network.
         first: whether the rows were of a cascade's first stage, whose samples are no one's here.
+        unguided_rows: rows of a guided program's tables that take no guidance: one evaluation.
     """
 
     configuration: np.ndarray
@@ -60,6 +61,12 @@ class Finished(NamedTuple):
     rows: int
     guided: bool
     first: bool = False
+    unguided_rows: int = 0
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of the network that the samples needed."""
+        return self.rows + (self.rows - self.unguided_rows if self.guided else 0)
 
 
 def _pick(flag_B: Array, new: Any, old: Any) -> Any:
@@ -99,8 +106,9 @@ class Lanes:
     rows, and for each chunk on its way B K prompts and latents, however long the sweep: K, the
     samples that a lane may begin in a chunk, is as large as 64 MiB of prompts allow, 1 to 8.
 
-    Two programs are compiled at most for each `Correction`: with guidance, and without it at half
-    the cost.
+    Three programs are compiled at most for each `Correction`: with guidance, without it at half the
+    cost, and for tables with guidance in some rows only. Of these a row is two evaluations where
+    any lane takes guidance: lanes that run one table side by side save what it says.
 
     Raises:
         UserError: if `size` does not split over the mesh.
@@ -156,8 +164,9 @@ class Lanes:
                 w_B = 1 + row["g"].reshape(-1) * (lane.guidance - 1)
             if guided:
                 both = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), lane.cond)
+                pair = chunk["pairs"][s] if "pairs" in chunk else None
                 F_BHWC = guidance.guided(
-                    self.denoise, params, state.x, t_B, both, w_B, correction
+                    self.denoise, params, state.x, t_B, both, w_B, correction, pair
                 )
             else:
                 cond = lane.cond | {"guidance": w_B} if self.told else lane.cond
@@ -279,7 +288,9 @@ class Lanes:
         waiting: collections.deque[tuple[Chunk, Array]] = collections.deque()
         for chunk in plan.chunks(self.max_rows, max_jobs):
             cond_BK = self._put(_conditioning(chunk, cond_of, example))
-            lane, out_BKHWC = program(params, lane, cond_BK, uncond, self._arrays(chunk), key)
+            lane, out_BKHWC = program(
+                params, lane, cond_BK, uncond, self._arrays(chunk, plan.partly), key
+            )
             if len(chunk.finished) and out_BKHWC.is_fully_addressable:
                 out_BKHWC.copy_to_host_async()
             waiting.append((chunk, out_BKHWC))
@@ -288,7 +299,7 @@ class Lanes:
         while waiting:
             yield _finished(*waiting.popleft(), guided)
 
-    def _arrays(self, chunk: Chunk) -> dict[str, Any]:
+    def _arrays(self, chunk: Chunk, partly: bool) -> dict[str, Any]:
         split = {
             "rows": chunk.rows_BSC, "stream": chunk.stream_BS, "start": chunk.start_BS,
             "end": chunk.end_BS, "guidance": chunk.guidance_BK, "index": chunk.index_BK,
@@ -297,6 +308,8 @@ class Lanes:
             "starts": chunk.starts_S, "ends": chunk.ends_S, "noisy": chunk.noisy_S,
             "n": np.array(chunk.n, np.int32),
         }
+        if partly:
+            whole["pairs"] = chunk.pairs_S
         return self._put(split) | placing.replicate(self.mesh, whole)
 
 
@@ -329,4 +342,7 @@ def _finished(chunk: Chunk, out_BKHWC: Array, guided: bool) -> Finished:
         latents = placing.fetch(out_BKHWC)[lane_J, k_J]
     else:
         latents = np.zeros((0, *out_BKHWC.shape[2:]), np.float32)
-    return Finished(configuration_J, position_J, latents, chunk.useful_rows, guided)
+    return Finished(
+        configuration_J, position_J, latents, chunk.useful_rows, guided,
+        unguided_rows=chunk.unguided_rows,
+    )

@@ -19,6 +19,8 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.sampling.guidance import Correction
 from ldm_scaling.sampling.table import COLUMNS, SamplerTable
 
+_G = COLUMNS.index("g")
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Configuration:
@@ -68,6 +70,8 @@ class Chunk:
         started: (lane, k) of each job that begins, (J, 2) int.
         finished: (lane, k, configuration, position in it) of each job that ends, (J, 4) int.
         useful_rows: rows that a sample needs, of the n B that run.
+        pairs_S: bool, whether any lane takes guidance in the row.
+        unguided_rows: useful rows whose table takes no guidance there.
     """
 
     n: int
@@ -84,6 +88,8 @@ class Chunk:
     started: np.ndarray
     finished: np.ndarray
     useful_rows: int
+    pairs_S: np.ndarray
+    unguided_rows: int
 
 
 class Plan:
@@ -137,6 +143,11 @@ class Plan:
         return _program(self.configurations[0], self.told)[1]
 
     @property
+    def partly(self) -> bool:
+        """Whether its rows are guided in part, which is compiled in too."""
+        return _program(self.configurations[0], self.told)[2]
+
+    @property
     def samples(self) -> int:
         """How many samples the plan draws."""
         return sum(len(c.index_N) for c in self.configurations)
@@ -167,7 +178,7 @@ class Plan:
         start_BS, end_BS = np.full((2, B, S), K, np.int32)
         guidance_BK = np.ones((B, K), np.float32)
         index_BK, prompt_BK = np.zeros((2, B, K), np.int32)
-        started, finished, useful = [], [], 0
+        started, finished, useful, guided = [], [], 0, 0
         for lane, jobs in enumerate(self.jobs):
             job, done = at[lane]
             s = new = ended = 0
@@ -192,6 +203,7 @@ class Plan:
                     job, done = job + 1, 0
             at[lane] = [job, done]
             useful += s
+            guided += int(np.count_nonzero(rows_BSC[lane, :s, _G]))
         return Chunk(
             n=n, rows_BSC=rows_BSC, stream_BS=stream_BS, start_BS=start_BS, end_BS=end_BS,
             guidance_BK=guidance_BK, index_BK=index_BK, prompt_BK=prompt_BK,
@@ -199,15 +211,17 @@ class Plan:
             noisy_S=(rows_BSC[..., COLUMNS.index("c")] != 0).any(0),
             started=np.array(started, np.int64).reshape(-1, 2),
             finished=np.array(finished, np.int64).reshape(-1, 4), useful_rows=useful,
+            pairs_S=(rows_BSC[..., _G] != 0).any(0), unguided_rows=useful - guided,
         )
 
 
-def _program(c: Configuration, told: bool) -> tuple[bool, Correction]:
+def _program(c: Configuration, told: bool) -> tuple[bool, Correction, bool]:
     """What a configuration must be compiled for."""
     guided = c.guidance != 1 and bool(c.table.g.any()) and not told
     correction = c.table.correction
     # Only a guided output is rescaled.
-    return guided, correction if guided else dataclasses.replace(correction, rescale=0.0)
+    correction = correction if guided else dataclasses.replace(correction, rescale=0.0)
+    return guided, correction, guided and c.table.partly
 
 
 def split(
@@ -215,10 +229,11 @@ def split(
 ) -> list[tuple[bool, list[int]]]:
     """What one program can run together: (whether guided, the configurations' numbers).
 
-    Guidance costs a second evaluation and a `Correction` is compiled in, so these part. A network
-    that is told its rate, as after guided distillation, is never evaluated twice.
+    Guidance costs a second evaluation and a `Correction` is compiled in, so these part, and so do
+    tables some of whose rows take no guidance: rows in which no lane does are evaluated once. A
+    network that is told its rate, as after guided distillation, is never evaluated twice.
     """
-    groups: dict[tuple[bool, Correction], list[int]] = {}
+    groups: dict[tuple[bool, Correction, bool], list[int]] = {}
     for i, c in enumerate(configurations):
         groups.setdefault(_program(c, told), []).append(i)
-    return [(guided, members) for (guided, _), members in groups.items()]
+    return [(guided, members) for (guided, *_), members in groups.items()]

@@ -1,8 +1,9 @@
-"""The one jitted loop that runs every sampler, step count and guidance rate."""
+"""The one jitted loop that runs every sampler, step count and guidance rate; and the rows of one
+table as a scan, which can be differentiated."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from jax import Array, lax
 from ldm_scaling.errors import UserError
 from ldm_scaling.sampling import guidance
 from ldm_scaling.sampling.guidance import Correction, Denoise
-from ldm_scaling.sampling.table import COLUMNS, Padded
+from ldm_scaling.sampling.table import COLUMNS, Padded, SamplerTable
 
 
 class State(NamedTuple):
@@ -87,7 +88,11 @@ def row_noise(
     return normal(key, index_B, row + 1, latent_shape)
 
 
-def _check_batch(index_B: Array, guidance_B: Array | None, cond: Any) -> None:
+def _check_batch(
+    index_B: Array, guidance_B: Array | None, cond: Any, uncond: Any
+) -> None:
+    if (guidance_B is None) != (uncond is None):
+        raise UserError("guidance needs both guidance_B and uncond: give both or neither")
     shapes = {f"cond{jax.tree_util.keystr(path)}": leaf.shape
               for path, leaf in jax.tree_util.tree_leaves_with_path(cond)}
     if guidance_B is not None:
@@ -100,19 +105,54 @@ def _check_batch(index_B: Array, guidance_B: Array | None, cond: Any) -> None:
             )
 
 
+def _row_of(
+    denoise: Denoise, weaker: Denoise | None, params: Any, table: Padded | SamplerTable,
+    guidance_B: Array | None, cond: Any, uncond: Any, key: Array | None, index_B: Array,
+) -> Callable[[Array, Array, State], State]:
+    """`step(r, row_C, state)`: one row of a table of a whole batch, in the precision of its x."""
+    both = None if uncond is None else guidance.with_unconditional(cond, uncond)
+
+    def step(r: Array, row_C: Array, state: State) -> State:
+        row, x = columns(row_C), state.x
+        t_B = jnp.broadcast_to(row["t"], index_B.shape)
+        if both is None:
+            alone = params if weaker is None else params[0]
+            F_BHWC = denoise(alone, x, t_B, cond)
+        else:
+            w_B = 1 + row["g"] * (guidance_B.astype(x.dtype) - 1)
+            F_BHWC = guidance.guided(
+                denoise, params, x, t_B, both, w_B, table.correction,
+                row["g"] != 0 if table.partly else None, weaker,
+            )
+        F_BHWC = F_BHWC.astype(x.dtype)
+        if key is None:
+            noise = jnp.zeros_like(x)
+        else:
+            noise = lax.cond(
+                row["c"] != 0,
+                lambda: row_noise(key, index_B, r, x.shape[1:]).astype(x.dtype),
+                lambda: jnp.zeros_like(x),
+            )
+        return update(row, state, F_BHWC, noise, table.correction)
+
+    return step
+
+
 def make_sampler(
     denoise: Denoise, latent_shape: tuple[int, ...],
-    narrowed: Callable[[Any], Any] = lambda params: params,
+    narrowed: Callable[[Any], Any] = lambda params: params, weaker: Denoise | None = None,
 ) -> Callable[..., Array]:
     """The jitted function that runs any table with this network.
 
     The row count is a traced number, so tables padded to one length, any step count and any
-    guidance rate share one trace per batch size and `Correction`.
+    guidance rate share one trace per batch size, `Correction`, and whether all rows are guided.
 
     Args:
         denoise: `denoise(params, x_BHWC, t_B, cond) -> F_BHWC`.
         latent_shape: (H, W, C).
         narrowed: what is done to the parameters before the first row, see `models.narrowing`.
+        weaker: a second network, such as a smaller one, that guidance is away from (autoguidance):
+            `params` are then a pair, and it is called with uncond, of which an empty dict is cond.
 
     Returns:
         `sample(params, table, guidance_B, cond, uncond, key, index_B) -> x_BHWC`, float32, where
@@ -125,7 +165,7 @@ def make_sampler(
           not on its batch, so tables compared at one key share their noise.
 
         With guidance_B = uncond = None the network is called once without guidance, at half the
-        cost: a second program.
+        cost: a second program. So it is in the rows of a table that take no guidance.
 
     Raises:
         UserError: (from `sample`) if only one of guidance_B and uncond is given, or if the
@@ -137,32 +177,61 @@ def make_sampler(
         params: Any, table: Padded, guidance_B: Array | None, cond: Any, uncond: Any, key: Array,
         index_B: Array,
     ) -> Array:
-        if (guidance_B is None) != (uncond is None):
-            raise UserError("guidance needs both guidance_B and uncond: give both or neither")
-        _check_batch(index_B, guidance_B, cond)
-        params = narrowed(params)
-        both = None if uncond is None else guidance.with_unconditional(cond, uncond)
-
-        def body(r: Array, state: State) -> State:
-            row = columns(table.rows[r])
-            t_B = jnp.broadcast_to(row["t"], index_B.shape)
-            if uncond is None:
-                F_BHWC = denoise(params, state.x, t_B, cond).astype(jnp.float32)
-            else:
-                w_B = 1 + row["g"] * (guidance_B.astype(jnp.float32) - 1)
-                F_BHWC = guidance.guided(
-                    denoise, params, state.x, t_B, both, w_B, table.correction
-                )
-            noise = lax.cond(
-                row["c"] != 0,
-                lambda: row_noise(key, index_B, r, latent_shape),
-                lambda: jnp.zeros_like(state.x),
-            )
-            return update(row, state, F_BHWC, noise, table.correction)
-
+        _check_batch(index_B, guidance_B, cond, uncond)
+        step = _row_of(
+            denoise, weaker, narrowed(params), table, guidance_B, cond, uncond, key, index_B
+        )
         scale = columns(table.rows[0])["s"]
         start = State.start(scale * initial_noise(key, index_B, latent_shape))
         # The trip count is an array: XLA compiles a while loop, once for every table.
-        return lax.fori_loop(0, table.n, body, start).x
+        return lax.fori_loop(0, table.n, lambda r, state: step(r, table.rows[r], state), start).x
 
     return sample
+
+
+KEPT = {"x": "x", "x0": "m1"}  # In `State` after a row.
+
+
+def trajectory(
+    denoise: Denoise, params: Any, table: SamplerTable, x_BHWC: Array, cond: Any,
+    guidance_B: Array | None = None, uncond: Any = None, *, key: Array | None = None,
+    index_B: Array | None = None, keep: Sequence[str] = (), remat: bool = False,
+    weaker: Denoise | None = None,
+) -> tuple[Array, dict[str, Array]]:
+    """The rows of one table as a `lax.scan`: what `make_sampler` draws, from an x of one's own, to
+    be differentiated, looked at row by row, or run in another precision.
+
+    Everything is in the precision of `x_BHWC`; the noise that rows add is `make_sampler`'s, drawn
+    in float32. The table is part of the program: put this into a function of one's own and jit it.
+
+    Args:
+        denoise, params, cond, guidance_B, uncond, weaker: see `make_sampler`.
+        table: not padded.
+        x_BHWC: where samples start; `make_sampler`'s do at `table.s[0] * initial_noise(...)`.
+        key, index_B: as there; needed only by a table that adds noise. Numbers are 0 to B - 1
+            unless given.
+        keep: of "x", what a row leaves, and "x0", the network's x0 in it.
+        remat: recompute a row in the backward pass instead of keeping what is within it.
+
+    Returns:
+        the samples x_BHWC, and what is kept by name, (R, B, H, W, C).
+
+    Raises:
+        UserError: as `make_sampler`, for another name to keep, or for a table that adds noise
+            without a key.
+    """
+    if unknown := set(keep) - set(KEPT):
+        raise UserError(f"keep={sorted(unknown)[0]!r}: choose of {', '.join(KEPT)}")
+    if key is None and table.c.any():
+        raise UserError(f"table {table.name!r} adds noise: give a key")
+    index_B = jnp.arange(len(x_BHWC)) if index_B is None else index_B
+    _check_batch(index_B, guidance_B, cond, uncond)
+    step = _row_of(denoise, weaker, params, table, guidance_B, cond, uncond, key, index_B)
+
+    def body(state: State, row: tuple[Array, Array]) -> tuple[State, dict[str, Array]]:
+        state = step(*row, state)
+        return state, {name: getattr(state, KEPT[name]) for name in keep}
+
+    rows = jnp.arange(table.calls), jnp.asarray(table.rows(x_BHWC.dtype))
+    state, kept = lax.scan(jax.checkpoint(body) if remat else body, State.start(x_BHWC), rows)
+    return state.x, kept

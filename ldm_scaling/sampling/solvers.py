@@ -84,6 +84,7 @@ SOLVERS: dict[str, Solver] = {
     "lcm": Solver(lcm, "ddim", "zero", spacing="lcm"),
     "codi": Solver(codi, "ddim", "abar_0", spacing="codi"),
 }
+_PACKAGED = dict(SOLVERS)
 
 _GUIDANCE = {"guidance_low": 0.0, "guidance_high": math.inf}
 _CORRECTION = {field.name: field.default for field in dataclasses.fields(Correction)}
@@ -188,6 +189,16 @@ def canonical(spec: str) -> str:
         UserError: as `parse`.
     """
     return _spell(*parse(spec))
+
+
+def is_own(spec: str) -> bool:
+    """Whether the solver is one's own: the package registered none, or another, of that name.
+
+    Raises:
+        UserError: as `parse`.
+    """
+    name, _ = parse(spec)
+    return SOLVERS[name] is not _PACKAGED.get(name)
 
 
 def spacing_of(spec: str, spacing: str | None = None) -> str:

@@ -22,7 +22,8 @@ _TOLERANCE = 1e-9
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("rows", "n"), meta_fields=("correction",)
+    jax.tree_util.register_dataclass, data_fields=("rows", "n"),
+    meta_fields=("correction", "partly"),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Padded:
@@ -32,11 +33,14 @@ class Padded:
         rows: (max_rows, len(COLUMNS)) float32, zeros behind the table's own.
         n: int32, how many those are.
         correction: the table's, which is compiled in: another one is another program.
+        partly: whether some rows are guided and others not; compiled in too, as the latter then
+            evaluate the network once.
     """
 
     rows: Any
     n: Any
     correction: Correction = NONE
+    partly: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -156,6 +160,16 @@ class SamplerTable:
         """R, the number of network calls per sample (guidance, two at once, counts as one)."""
         return len(self.t)
 
+    @property
+    def guided_calls(self) -> int:
+        """How many of the calls are two at once where samples are guided."""
+        return int(np.count_nonzero(self.g))
+
+    @property
+    def partly(self) -> bool:
+        """Whether some rows take guidance and others none."""
+        return 0 < self.guided_calls < self.calls
+
     def with_guidance(self, weights_R: np.ndarray, suffix: str = "weighted") -> SamplerTable:
         """The table whose rows take these shares of the guidance, times those they took before.
 
@@ -194,15 +208,16 @@ class SamplerTable:
         inside_R = (low <= noise_R) & (noise_R <= high)
         return self if inside_R.all() else self.with_guidance(inside_R, f"guided{low:g}-{high:g}")
 
-    def rows(self) -> np.ndarray:
-        """The rows as a sampler takes them: (R, len(COLUMNS)) float32, cast once, here."""
-        return np.stack([getattr(self, column) for column in COLUMNS], axis=1).astype(np.float32)
+    def rows(self, dtype: Any = np.float32) -> np.ndarray:
+        """The rows as a sampler takes them: (R, len(COLUMNS)), cast once, here."""
+        return np.stack([getattr(self, column) for column in COLUMNS], axis=1).astype(dtype)
 
     def padded(self, max_rows: int = MAX_ROWS) -> Padded:
         """What the jitted sampler takes: the rows, padded with zeros, their count and the
         correction.
 
-        Tables padded to one length share one compiled program, but for their corrections.
+        Tables padded to one length share one compiled program, but for their corrections, and
+        those with guidance in some rows only another.
 
         Raises:
             UserError: if the table has more rows than that.
@@ -213,4 +228,4 @@ class SamplerTable:
                 "raise max_rows or take fewer steps"
             )
         rows = np.pad(self.rows(), ((0, max_rows - self.calls), (0, 0)))
-        return Padded(rows, np.array(self.calls, np.int32), self.correction)
+        return Padded(rows, np.array(self.calls, np.int32), self.correction, self.partly)

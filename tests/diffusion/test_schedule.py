@@ -3,8 +3,11 @@
 import numpy as np
 import pytest
 
+from ldm_scaling.config import Diffusion, named
+from ldm_scaling.config.named import Named, Option
 from ldm_scaling.diffusion import schedule
 from ldm_scaling.errors import UserError
+from ldm_scaling.sampling import solvers
 
 
 def test_sd_has_the_published_constants():
@@ -105,6 +108,24 @@ def test_is_frozen():
 def test_refuses_what_is_no_schedule(abar, message):
     with pytest.raises(UserError, match=message):
         schedule.variance_preserving("mine", np.array(abar))
+
+
+def test_a_schedule_of_ones_own(monkeypatch):
+    """The table is the one that configs are checked against, and it names what is made."""
+    assert schedule.SCHEDULES is named.SCHEDULES
+
+    def tan(end):
+        angle_T = np.linspace(0.01, end, 500)
+        return schedule.Schedule("", np.cos(angle_T), np.sin(angle_T))
+
+    monkeypatch.setitem(schedule.SCHEDULES, "tan", Named(tan, {"end": Option(1.5, 0.01, 1.57)}))
+    assert Diffusion(schedule="tan:end=1.50").schedule == schedule.get("tan").name == "tan"
+    other = schedule.get("tan:end=1.2")
+    assert other.name == "tan:end=1.2" and other.num_timesteps == 500
+    np.testing.assert_allclose(other.noise[-1], np.tan(1.2))
+    assert solvers.make("dpmpp_2m", other, 10, "v").calls == 10
+    with pytest.raises(UserError, match="end='2': give a number between 0.01 and 1.57"):
+        Diffusion(schedule="tan:end=2")
 
 
 def test_user_errors():

@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 from scipy.special import ndtri
-from scipy.stats import ks_2samp, norm
+from scipy.stats import ks_2samp, kstest, norm
 
-from ldm_scaling.config import Diffusion
+from ldm_scaling.config import Diffusion, named
+from ldm_scaling.config.named import Named, Option
 from ldm_scaling.diffusion import loss, schedule, timesteps
 from ldm_scaling.errors import UserError
 
@@ -42,7 +43,7 @@ def peers_density(scheme, u=None, **options):
 @pytest.mark.parametrize("mean, std", [(0.0, 1.0), (-0.5, 0.6), (1.0, 2.0)])
 def test_logit_normal_quantiles(mean, std):
     theirs = peers_density("logit_normal", U, logit_mean=mean, logit_std=std)
-    ours = timesteps.quantile(f"logit_normal:mean={mean},std={std}", U)
+    ours = timesteps.logit_normal(U, mean=mean, std=std)
     np.testing.assert_allclose(ours, theirs, rtol=2e-5)
 
 
@@ -50,7 +51,7 @@ def test_logit_normal_quantiles(mean, std):
 def test_mode_quantiles(scale):
     """The peer's map falls, u from 1 to 0."""
     theirs = peers_density("mode", 1 - U, mode_scale=scale)
-    ours = timesteps.quantile(f"mode:scale={scale}", U)
+    ours = timesteps.mode(U, scale=scale)
     np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-7)
     assert np.all(np.diff(ours) > 0)
 
@@ -95,6 +96,16 @@ def test_the_loss_is_trained_at_them():
     )
     s = (seen[0] + 0.5) / 1000
     np.testing.assert_allclose(np.log(s / (1 - s)).mean(), 1, atol=5 * 0.5 / N**0.5)
+
+
+def test_a_density_of_ones_own(monkeypatch):
+    """The table is the one that configs are checked against; t = T u^(1/power)."""
+    assert timesteps.DENSITIES is named.DENSITIES
+    density = timesteps.by_quantile(lambda u_B, power: u_B ** (1 / power))
+    monkeypatch.setitem(timesteps.DENSITIES, "power", Named(density, {"power": Option(2.0)}))
+    assert Diffusion(timesteps="power:power=2.0").timesteps == "power"
+    t_B = np.asarray(timesteps.draw("power:power=3", jax.random.key(0), N, FLOW))
+    assert kstest((t_B + 0.5) / 1000, lambda x: np.clip(x, 0, 1) ** 3).statistic < 0.02
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_scaling.config import Diffusion
+from ldm_scaling.config import Diffusion, named
+from ldm_scaling.config.named import Named, Option
 from ldm_scaling.diffusion import loss, parameterization, schedule, weighting
 from ldm_scaling.errors import UserError
 
 REASON = "parity needs: pip install -e '.[parity]'"
 SD, FLOW, EDM = (schedule.get(name) for name in ("sd", "flow", "edm"))
-WEIGHTED = ("min_snr", "min_snr:gamma=1", "snr", "sigma_sqrt", "cosmap")
+WEIGHTED = ("min_snr", "min_snr:gamma=1", "snr", "sigma_sqrt", "cosmap", "p2:gamma=0.5", "debiased")
 
 
 def test_min_snr_as_published():
@@ -21,6 +22,37 @@ def test_min_snr_as_published():
     for prediction, wanted in (("x0", least), ("epsilon", least / snr), ("v", least / (snr + 1))):
         got = weighting.weights("min_snr", SD, prediction)
         np.testing.assert_allclose(got, wanted, rtol=1e-10)
+
+
+def test_p2_and_debiased_as_published():
+    """Both papers weigh the error of eps; an error of v is 1 / sqrt(SNR + 1) of one of eps."""
+    snr = SD.alpha**2 / SD.sigma**2
+    for name, of_eps in (
+        ("p2", 1 / (1 + snr)), ("p2:gamma=0.5", (1 + snr) ** -0.5),
+        ("p2:gamma=2,k=0.3", (0.3 + snr) ** -2), ("debiased", snr**-0.5),
+    ):
+        for prediction, wanted in (("epsilon", of_eps), ("v", of_eps * snr / (snr + 1))):
+            got = weighting.weights(name, SD, prediction)
+            np.testing.assert_allclose(got, wanted, rtol=1e-10)
+
+
+def test_a_weighting_of_ones_own(monkeypatch):
+    """The table is the one that configs are checked against, and what it gives is looked at."""
+    assert weighting.WEIGHTINGS is named.WEIGHTINGS
+
+    def add(name, make):
+        monkeypatch.setitem(weighting.WEIGHTINGS, name, Named(make, {"power": Option(2.0)}))
+
+    add("mine", lambda schedule, power: schedule.alpha**power)
+    assert Diffusion(weighting="mine:power=2").weighting == "mine"
+    for spelt, power in (("mine", 2), ("mine:power=3", 3)):
+        np.testing.assert_allclose(weighting.weights(spelt, SD, "x0"), SD.alpha**power)
+    add("short", lambda schedule, power: np.ones(3))
+    add("below", lambda schedule, power: 0.5 - schedule.sigma)
+    for name, message in (("short", r"shape \(3,\): give one for each of the 1000"),
+                          ("below", "'below' is -0.0.* at t=.* of schedule 'sd': every weight")):
+        with pytest.raises(UserError, match=message):
+            weighting.weights(name, SD, "v")
 
 
 def test_flow_matchings_as_in_diffusers():
@@ -68,10 +100,10 @@ def test_snr_is_the_error_of_eps():
 
 def test_an_end_that_is_not_trained_is_logged_once(caplog):
     weighting._say_untrained.cache_clear()
-    for name, prediction in (("min_snr", "v"), ("snr", "x0")):
+    for name, prediction in (("min_snr", "v"), ("snr", "x0"), ("p2", "flow")):
         for _ in range(2):
             assert weighting.weights(name, FLOW, prediction)[-1] == 0
-    assert len(caplog.records) == 2
+    assert len(caplog.records) == 3
     assert "'min_snr' is 0 in the pure noise that schedule 'flow' ends in" in caplog.text
     caplog.clear()
     for name in ("sigma_sqrt", "cosmap"):

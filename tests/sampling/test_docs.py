@@ -5,11 +5,12 @@ import math
 import pathlib
 import re
 
+import jax
 import numpy as np
 import pytest
 
-from ldm_scaling.config import named
-from ldm_scaling.diffusion import parameterization, schedule
+from ldm_scaling.config import Diffusion, named
+from ldm_scaling.diffusion import parameterization, schedule, timesteps, weighting
 from ldm_scaling.errors import UserError
 from ldm_scaling.sampling import grid, solvers
 
@@ -28,18 +29,41 @@ def rows_of(first_heading):
 
 @pytest.fixture
 def namespace(monkeypatch):
-    """What the page's code leaves behind; solvers that it registers are gone afterwards."""
+    """What the page's code leaves behind; what it registers is gone afterwards."""
     monkeypatch.setattr(solvers, "SOLVERS", dict(solvers.SOLVERS))
+    tables = named.SCHEDULES, named.DENSITIES, named.WEIGHTINGS
+    before = [dict(table) for table in tables]
     names = {}
     for block in blocks("python"):
         exec(compile(block, "docs/samplers.md", "exec"), names)
-    return names
+    yield names
+    for table, known in zip(tables, before):
+        table.clear()
+        table.update(known)
 
 
 def test_the_first_example(namespace, capsys):
     exec(blocks("python")[0], {})
     printed = capsys.readouterr().out.strip()
     assert re.search(r"# (.*)", blocks("python")[0]).group(1) == printed
+
+
+def test_what_is_of_ones_own_goes_by_name(namespace):
+    told = re.findall(r"--config\.diffusion\.(\w+)=(\S+)`", TEXT)
+    assert len(told) == 3
+    given = Diffusion(**dict(told))
+    own = schedule.get(given.schedule)
+    np.testing.assert_allclose(own.noise[-1], np.tan(1.4))
+    weight_T = weighting.weights(given.weighting, own, "x0")
+    snr = own.noise**-2.0
+    np.testing.assert_allclose(1 / weight_T, 1 / snr + 1 / 5)
+    t_B = timesteps.draw(given.timesteps, jax.random.key(0), 4000, own)
+    assert abs(float(t_B.mean()) / 1000 - 3 / 4) < 0.02
+
+
+def test_the_slope_is_one(namespace):
+    loss, slope = namespace["loss"], namespace["slope"]
+    assert abs(slope - (loss(0.51) - loss(0.49)) / 0.02) < 1e-2 * abs(slope)
 
 
 def test_the_new_solver_is_one_of_them(namespace):
@@ -83,7 +107,7 @@ def test_the_table_of_common_options_is_the_registrys():
 
 def test_the_tables_of_schedules_and_predictions_are_all_there_are():
     for heading, known in (
-        ("schedule", named.SCHEDULES), ("density", named.TIMESTEPS),
+        ("schedule", named.SCHEDULES), ("density", named.DENSITIES),
         ("weighting", named.WEIGHTINGS),
     ):
         listed = {}
@@ -91,8 +115,8 @@ def test_the_tables_of_schedules_and_predictions_are_all_there_are():
             pairs = (pair.split("=") for pair in re.findall(r"`([^`]*)`", options))
             listed[name.strip("`")] = {option: float(value) for option, value in pairs}
         defaults = {
-            name: {option: float(f"{has.default:g}") for option, has in options.items()}
-            for name, options in known.items()
+            name: {option: float(f"{has.default:g}") for option, has in one.options.items()}
+            for name, one in known.items()
         }
         assert listed == defaults
     listed = [row[0].strip("`") for row in rows_of("prediction")]

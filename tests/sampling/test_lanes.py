@@ -131,10 +131,28 @@ def test_one_compilation_for_each_kind_of_guidance():
         )
 
     assert run([c for c in plain if c.guidance == 1]) == 1
-    assert run([c for c in plain if c.guidance != 1]) == 1
+    assert run([c for c in plain if c.guidance != 1 and not c.table.partly]) == 1
+    assert run([c for c in plain if c.table.partly]) == 1
     other = [Configuration(solvers.make("heun", SD, n), w, np.arange(9))
              for n in (3, 50) for w in (1.0, 2.5)]
     assert run(other) == 0
+
+
+def test_rows_outside_an_interval_evaluate_the_network_once():
+    """Lanes that run one table in step; samples are the plain sampler's, see above."""
+    ran = []
+
+    def counted(params, x_BHWC, *rest):
+        jax.debug.callback(lambda: ran.append(x_BHWC.shape[0]))
+        return denoise(params, x_BHWC, *rest)
+
+    table = solvers.make("ddim", SD, 6, spacing="trailing", guidance_low=0.3, guidance_high=4)
+    assert (table.calls, table.guided_calls) == (6, 4)
+    lanes = Lanes(counted, SHAPE, 4, mesh_lib.make(devices=jax.devices()[:1]), admit, max_rows=5)
+    done = list(lanes.run(MIX, [Configuration(table, 4.0, np.arange(8))], cond_of, EMPTY, KEY))
+    jax.effects_barrier()
+    assert (ran.count(8), ran.count(4)) == (2 * 4, 2 * 2)
+    assert sum(d.rows for d in done) == 48 and sum(d.evaluations for d in done) == 8 * (6 + 4)
 
 
 def test_the_host_stays_a_bounded_number_of_chunks_ahead():

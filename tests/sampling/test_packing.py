@@ -97,13 +97,19 @@ def test_few_configurations_are_under_way_at_a_time():
 
 
 def test_guided_and_unguided_part():
-    """Rescaling is of guided outputs only, and a table without guidance is not guided."""
+    """Rescaling is of guided outputs only, a table without guidance is not guided, and one with
+    guidance in some rows is a program of its own."""
     rescaled = solvers.make("ddim", SD, 3, rescale=0.7)
     nowhere = solvers.make("ddim", SD, 3, guidance_low=100.0)
     some = [Configuration(TABLES[0], w, np.arange(2)) for w in (1.0, 2.0, 0.0, 1)]
     some += [Configuration(rescaled, w, np.arange(2)) for w in (2.0, 1.0)]
     some.append(Configuration(nowhere, 3.0, np.arange(2)))
-    assert packing.split(some) == [(False, [0, 3, 5, 6]), (True, [1, 2]), (True, [4])]
+    partly = solvers.make("ddim", SD, 3, guidance_low=1.0)
+    some += [Configuration(partly, w, np.arange(2)) for w in (3.0, 1.0)]
+    assert packing.split(some) == [
+        (False, [0, 3, 5, 6, 8]), (True, [1, 2]), (True, [4]), (True, [7])
+    ]
+    assert packing.split(some[-2:], told=True) == [(False, [0, 1])]
 
 
 def test_errors():
