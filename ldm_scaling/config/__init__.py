@@ -13,11 +13,12 @@ from ldm_scaling.config.early import Early
 from ldm_scaling.config.edge import default, parse
 from ldm_scaling.config.finetune import FineTune
 from ldm_scaling.config.measuring import Sample, Sweep
+from ldm_scaling.config.start import Start
 from ldm_scaling.config.study import Study
 from ldm_scaling.config.training import AUTO, Autoencoder, Diffusion, Mesh, Train
 
 __all__ = [
     "AUTO", "OPENMOJI", "Autoencoder", "Cascade", "Consistency", "Data", "Diffusion", "Distill",
-    "DreamBooth", "Early", "FineTune", "Halving", "Mesh", "Prepare", "Sample", "Study", "Sweep",
-    "Train", "default", "parse",
+    "DreamBooth", "Early", "FineTune", "Halving", "Mesh", "Prepare", "Sample", "Start", "Study",
+    "Sweep", "Train", "default", "parse",
 ]

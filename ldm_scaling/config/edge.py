@@ -9,6 +9,7 @@ from typing import Any
 
 import ml_collections
 
+from ldm_scaling.config import plugins
 from ldm_scaling.config.study import Study
 from ldm_scaling.errors import UserError
 
@@ -74,10 +75,15 @@ def _build(cls: type, tree: Any, where: str) -> Any:
 
 
 def parse(config: ml_collections.ConfigDict | dict[str, Any]) -> Study:
-    """Validates a ConfigDict (or a plain dict) into a `Study`.
+    """Validates a ConfigDict (or a plain dict) into a `Study`; imports its plugins first, which may
+    register what it names.
 
     Raises:
-      UserError: naming the key, its value and what it may be; for an unknown key the nearest name.
+      UserError: naming the key, its value and what it may be; for an unknown key the nearest name;
+        for a plugin that cannot be imported.
     """
     tree = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+    if tree.get("plugins"):
+        named = _coerce("plugins", tuple[str, ...], tree["plugins"])
+        tree = {**tree, "plugins": plugins.load(named)}
     return _build(Study, tree, "")

@@ -40,7 +40,7 @@ class FineTune:
       pretrained_hash: of how these members were trained, filled in when the workdir is read;
         given, it is what they must have.
       budgets: steps of fine-tuning after which a member is measured, as the paper does over
-        fine-tuning compute; the last is `train.steps`. Empty is that alone.
+        fine-tuning compute; the last is `train.steps`. Empty is that alone. See `measured`.
       source_side: side of the images that conditions are made of; the training examples are cut out
         of both at `data.side`. 0 is `data.side`, with nothing cut.
       condition_dropout: share of examples whose condition is left out (zeros), so that there is
@@ -93,12 +93,21 @@ class FineTune:
         kept = tuple(sorted({*self.train.keep_steps, *self.steps}))
         return dataclasses.replace(self.train, keep_steps=kept)
 
+    def measured(self, steps: int) -> Sweep:
+        """What is measured after so many steps of fine-tuning: at the end all of `sweep`, before it
+        one number of sampling steps, `sample`'s, or the sweep's largest where that is none of it.
+        """
+        if steps == self.train.steps:
+            return self.sweep
+        own, every = self.sample.steps, self.sweep.steps
+        return dataclasses.replace(self.sweep, steps=(own if own in every else max(every),))
+
     @property
     def hash(self) -> str:
         """Of all that decides a fine-tuned network but the pretrained one. A run may be made
         longer, so its length is not part of it, unless the learning rate falls to its end."""
         free = (*BOOKKEEPING, "caption_dropout")
-        if self.train.learning_rate_decay == "none":
+        if self.train.any_length:
             free += ("steps",)
         run = {k: v for k, v in dataclasses.asdict(self.train).items()
                if k not in free and NEUTRAL.get(k) != v}

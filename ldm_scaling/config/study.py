@@ -14,6 +14,7 @@ from ldm_scaling.config.dreambooth import DreamBooth
 from ldm_scaling.config.early import Early
 from ldm_scaling.config.finetune import FineTune
 from ldm_scaling.config.measuring import Sample, Sweep
+from ldm_scaling.config.start import Start
 from ldm_scaling.config.training import (
     AUTO,
     BOOKKEEPING,
@@ -39,7 +40,10 @@ class Study:
         member, under any name, and nothing is trained. Empty where members are trained.
       weights_hash: of the folder's files. Filled in when the folder is read; given, it is what
         they must have.
-      data, autoencoder, diffusion, train, mesh, sample, sweep, early, finetune, consistency,
+      plugins: code of one's own, which registers what is named here: dotted modules, and .py files,
+        which `config.parse` makes absolute. A workdir keeps them, and is not bound to them. See
+        docs/extending.md.
+      data, autoencoder, diffusion, train, start, mesh, sample, sweep, early, finetune, consistency,
         halving, cascade, dreambooth: see their classes.
     """
 
@@ -49,10 +53,12 @@ class Study:
     reference: str = "866m"
     weights: str = ""
     weights_hash: str = ""
+    plugins: tuple[str, ...] = ()
     data: Data = dataclasses.field(default_factory=Data)
     autoencoder: Autoencoder = dataclasses.field(default_factory=Autoencoder)
     diffusion: Diffusion = dataclasses.field(default_factory=Diffusion)
     train: Train = dataclasses.field(default_factory=Train)
+    start: Start = dataclasses.field(default_factory=Start)
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     sample: Sample = dataclasses.field(default_factory=Sample)
     sweep: Sweep = dataclasses.field(default_factory=Sweep)
@@ -82,6 +88,12 @@ class Study:
                 "autoencoder.train.attention", self.autoencoder.train.attention, "fused "
                 "kernels are not for its one wide head: auto, plain or chunked")
         self._check_transfer()
+        for name, value in (("weights", self.weights), ("finetune.pretrained",
+                                                        self.finetune.pretrained)):
+            require(not (value and self.start.workdir), "start.workdir", self.start.workdir,
+                     f"with {name}={value!r} no member is trained here: give one of the two")
+        require(self.start.passed < self.train.steps, "start.step", self.start.step,
+                 f"the run is to go on from there to train.steps={self.train.steps}: give more")
         require(not (self.weights and self.finetune.pretrained), "finetune.pretrained",
                  self.finetune.pretrained, f"weights={self.weights!r} are the pretrained network: "
                  "give one of the two")
@@ -213,10 +225,12 @@ class Study:
             if tree["diffusion"][name] == value:
                 del tree["diffusion"][name]
         tree["data"] = self.data.identity()
+        tree["start"] = self.start.hash
         weights, hash = (tree["autoencoder"].pop(name) for name in ("weights", "weights_hash"))
         if weights:
             tree["autoencoder"] = {"weights_hash": hash}
         kept = ["seed", "reference", "data", "autoencoder", "diffusion", "train"]
+        kept += ["start"] if self.start.hash else []
         if self.finetune.pretrained:  # Of these nothing else is trained here.
             tree["pretrained_hash"] = self.finetune.pretrained_hash
             kept = ["seed", "reference", "data", "diffusion", "pretrained_hash"]
@@ -240,6 +254,8 @@ class Study:
         kept = {k: tree[k] for k in ("seed", "data", "autoencoder")}
         if not self.autoencoder.weights:
             del kept["autoencoder"]["train"]["caption_dropout"]
+        if self.start.hash:
+            kept["start"] = tree["start"]
         if member is not None:
             kept |= {"member": member, "diffusion": tree["diffusion"], "train": tree["train"]}
         return files.sha256_of(kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 from ldm_scaling.config import named
 from ldm_scaling.config.check import positive, require
@@ -17,26 +18,33 @@ BOOKKEEPING = (
 )
 # Keys that decide numbers, but came later: at these values a run is what it was without them.
 NEUTRAL = {"micro_batches": 1, "moment_dtype": "float32", "learning_rate_decay": "none",
-           "ema_ramp": True, "width_transfer": "none", "base_member": ""}
+           "ema_ramp": True, "width_transfer": "none", "base_member": "", "optimizer": "adamw",
+           "rate_factors": ()}
 NEUTRAL_DIFFUSION = {"timesteps": "uniform", "weighting": "none"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """One training run: AdamW, linear warm-up, then constant or falling, EMA, clipping by norm.
+    """One training run: clipping by norm, an optimiser, linear warm-up, a rate's decay, EMA.
 
     Attributes:
       steps: optimiser steps.
       batch_size: examples a step, over all devices.
       learning_rate: after the warm-up.
       warmup_steps: steps of linear warm-up, fewer than `steps`.
-      learning_rate_decay: `none`, or `linear`: from there to 0 at the last step.
+      learning_rate_decay: from there on: `none`; `linear` or `cosine`, to 0 at the last step;
+        `wsd` (warm-up, stable, decay: to 0 over the last `share` of the steps) or `inverse_sqrt`
+        (from step `after` on), see `training.optimizer`.
+      optimizer: `adamw` or `lion`, see `training.optimizer`. It and the decay take options, as in
+        `wsd:share=0.1`, see `config.named`.
+      rate_factors: REGEX=FACTOR of parameters that take smaller steps, or with 0 none: the first
+        whose expression is found in a parameter's path, as `mid_res_0/conv1/kernel`, counts.
       width_transfer: `none`, or `mup`: first weights and rates such that a rate that is best at one
         width is best at others, see `models.width`. Of `Study.train` alone.
       base_member: with `mup` the member at whose width nothing changes, such as the one that the
         rate was chosen for.
-      weight_decay: AdamW's, on kernels only.
-      beta1, beta2: AdamW's.
+      weight_decay: decoupled, times the learning rate, see `training.optimizer.decays` for of what.
+      beta1, beta2: the optimiser's.
       clip_norm: largest global norm of the gradient.
       ema_decay: of the averaged parameters.
       ema_ramp: whether a run's first average is shorter: over a tenth of the run so far. A run that
@@ -72,6 +80,8 @@ class Train:
     learning_rate: float = 1e-4
     warmup_steps: int = 10_000
     learning_rate_decay: str = "none"
+    optimizer: str = "adamw"
+    rate_factors: tuple[str, ...] = ()
     width_transfer: str = "none"
     base_member: str = ""
     weight_decay: float = 0.01
@@ -129,11 +139,10 @@ class Train:
         require(self.remat in ("none", "block"), "train.remat", self.remat, "choose none or block")
         require(self.attention in ("auto", "plain", "chunked", "splash", "cudnn"),
                  "train.attention", self.attention, "choose auto, plain, chunked, splash or cudnn")
-        require(self.learning_rate_decay in ("none", "linear"), "train.learning_rate_decay",
-                 self.learning_rate_decay, "choose none or linear")
         require(self.warmup_steps < self.steps, "train.warmup_steps", self.warmup_steps,
                  f"below steps={self.steps}, or training ends before it is at learning_rate="
                  f"{self.learning_rate:g}: lower it with the steps")
+        self._check_named()
         require(self.width_transfer in ("none", "mup"), "train.width_transfer",
                  self.width_transfer, "choose none or mup")
         require((self.width_transfer == "mup") == bool(self.base_member), "train.base_member",
@@ -142,6 +151,57 @@ class Train:
                  self.moment_dtype, "choose float32 or bfloat16")
         require(self.batch_size % self.micro_batches == 0, "train.micro_batches",
                  self.micro_batches, f"it must divide batch_size={self.batch_size}")
+
+    def _check_named(self) -> None:
+        for name, known in (("optimizer", named.OPTIMIZERS),
+                            ("learning_rate_decay", named.DECAYS)):
+            spelt = named.spell(*named.parse(f"train.{name}", getattr(self, name), known), known)
+            object.__setattr__(self, name, spelt)
+        for text in self.rate_factors:
+            require(_factor(text) is not None, "train.rate_factors", text,
+                    "write REGEX=FACTOR, a regular expression and a number that is not below 0")
+        decay, options = self.decay
+        warm, steps = self.warmup_steps, self.steps
+        if decay == "inverse_sqrt":
+            require(warm <= options["after"] < steps, "train.learning_rate_decay",
+                     self.learning_rate_decay, f"the rate falls from step after="
+                     f"{options['after']:g}: not within warmup_steps={warm}, and before steps="
+                     f"{steps}")
+        if decay == "wsd":
+            cool = self.cooldown_steps
+            require(0 < cool <= steps - warm, "train.learning_rate_decay", self.learning_rate_decay,
+                     f"the last {cool} of steps={steps} are to cool down: at least one, and none "
+                     f"of warmup_steps={warm}")
+
+    @property
+    def decay(self) -> tuple[str, dict[str, float]]:
+        """The rate's decay and its options."""
+        return named.parse("train.learning_rate_decay", self.learning_rate_decay, named.DECAYS)
+
+    @property
+    def factors(self) -> tuple[tuple[str, float], ...]:
+        """`rate_factors`: expressions and their numbers."""
+        return tuple(filter(None, map(_factor, self.rate_factors)))
+
+    @property
+    def cooldown_steps(self) -> int:
+        """Steps over which `wsd` lets the rate fall."""
+        return round(self.decay[1].get("share", 0.0) * self.steps)
+
+    @property
+    def any_length(self) -> bool:
+        """Whether a longer run takes the same steps first: its rate does not fall to its end."""
+        return self.decay[0] in ("none", "inverse_sqrt")
+
+
+def _factor(text: str) -> tuple[str, float] | None:
+    pattern, _, number = text.rpartition("=")
+    try:
+        re.compile(pattern)
+        factor = float(number)
+    except (re.error, ValueError):
+        return None
+    return (pattern, factor) if pattern and 0 <= factor < float("inf") else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,12 +250,13 @@ class Diffusion:
       prediction: `epsilon`, `v`, `x0` or `flow`; `auto` likewise.
       timesteps: how often each is trained at: `uniform`, `shifted`, `logit_normal`, `mode` or
         `log_normal`, see `diffusion.timesteps`. Validation is even over all, whatever this is.
-      weighting: of the loss by timestep: `none`, `min_snr`, `snr`, `sigma_sqrt` or `cosmap`, see
-        `diffusion.weighting`. Validation is not weighted.
+      weighting: of the loss by timestep: `none`, `min_snr`, `snr`, `sigma_sqrt`, `cosmap`, `p2` or
+        `debiased`, see `diffusion.weighting`. Validation is not weighted.
 
     Distillation has timesteps and weights of its own: of these two it takes none.
 
-    All but prediction take options, as in `flow:shift=3`, see `config.named`.
+    All but prediction take options, as in `flow:shift=3`, see `config.named`, and may be of one's
+    own, see docs/samplers.md.
     """
 
     schedule: str = "sd"
@@ -204,7 +265,7 @@ class Diffusion:
     weighting: str = "none"
 
     def __post_init__(self):
-        for name, known in (("schedule", named.SCHEDULES), ("timesteps", named.TIMESTEPS),
+        for name, known in (("schedule", named.SCHEDULES), ("timesteps", named.DENSITIES),
                             ("weighting", named.WEIGHTINGS)):
             value = getattr(self, name)
             if value != AUTO or name != "schedule":

@@ -3,6 +3,7 @@ they leave."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -29,16 +30,38 @@ def loader_of(study: Study, source: Source | Mixture, train: Train) -> Callable:
     )
 
 
-def done(folder: epath.Path, run: Train) -> bool:
-    """Whether a run is done; all processes hear the same, whenever they ask."""
-    return processes.from_lead(
-        "trained", lambda: checkpoint.latest(folder / "checkpoints") == run.steps
-    )
+def network(spec: backbone.Spec) -> dict[str, Any]:
+    """What checkpoints say of a network, see `checkpoint.check_network`."""
+    recipe = backbone.recipe(spec)
+    own = {checkpoint.RECIPE: recipe} if recipe else {}
+    return {"kind": type(spec).__name__, **dataclasses.asdict(spec), **own}
+
+
+def about(study: Study, spec: backbone.Spec) -> dict[str, Any]:
+    """What the checkpoints of a network's run say of it: the config, and the network."""
+    return {**dataclasses.asdict(study), checkpoint.NETWORK: network(spec)}
+
+
+def done(folder: epath.Path, run: Train, spec: backbone.Spec | None = None) -> bool:
+    """Whether a run is done; all processes hear the same, whenever they ask.
+
+    Raises:
+      UserError: where it was of another network than `spec`, if one is given.
+    """
+    def found() -> bool:
+        if checkpoint.latest(folder / "checkpoints") != run.steps:
+            return False
+        if spec is not None:
+            checkpoint.check_network(folder / "checkpoints", run.steps, network(spec))
+        return True
+
+    return processes.from_lead("trained", found)
 
 
 def average(
     spec: backbone.Spec, folder: epath.Path, run: Train, mesh: jax.sharding.Mesh, steps: int
 ) -> Any:
-    """The averaged parameters of a network's run after so many steps, laid out for a mesh."""
+    """The averaged parameters of a network's run after so many steps, laid out for a mesh. Raises
+    `UserError` where the run was of another network."""
     abstract = step.abstract_state(backbone.initializer(spec), run, mesh)
-    return checkpoint.average(folder / "checkpoints", steps, abstract)
+    return checkpoint.average(folder / "checkpoints", steps, abstract, network(spec))

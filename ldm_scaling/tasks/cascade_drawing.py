@@ -38,7 +38,7 @@ class CascadeDrawer:
         self.table, self.decode = second.table, second.decode
         self.program = {"first": first.program, "second": second.program}
         self.before: SamplerTable | None = None
-        self._seconds: dict[tuple[str, bool, Correction], tuple[float, float]] = {}
+        self._seconds: dict[tuple[str, bool, Correction, str], tuple[float, float]] = {}
 
     def after(self, steps: int) -> CascadeDrawer:
         """The same, drawing the first stage in so many steps."""
@@ -178,7 +178,8 @@ class CascadeDrawer:
         )
         found = []
         for name, drawer, weights, one, condition in stages:
-            kind = (name, one.guidance != 1, one.table.correction)
+            table, guided = one.table, one.guidance != 1 and bool(one.table.g.any())
+            kind = (name, guided, table.correction, table.name if table.partly else "")
             if kind not in self._seconds:
                 self._seconds[kind] = drawer.seconds(weights, one, ctx_PLD, key, condition)
             found.append(self._seconds[kind])

@@ -142,5 +142,6 @@ def make(
 
     return Task(
         name, backbone.initializer(spec), make_batch, loss, validate, show,
-        flops_per_example, start, encoder_params,
+        flops_per_example, start, encoder_params, rates=backbone.rates(spec),
+        project=backbone.project(spec),
     )

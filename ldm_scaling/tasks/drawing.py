@@ -84,7 +84,7 @@ def denoiser(
         return backbone.denoise_fn(spec, dtype, remat, form if apart else form.unfused(), gather)
 
     shapes = backbone.param_shapes(spec)
-    return gathering.spread(make, shapes, mesh)
+    return gathering.spread(make, shapes, mesh, backbone.gathers(spec))
 
 
 def narrowed(

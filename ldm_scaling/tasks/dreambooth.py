@@ -158,5 +158,10 @@ def make(
     def shown(trained: Any, step: int) -> dict[str, np.ndarray]:
         return show(whole(trained, base), step) if show else {}
 
-    jax.eval_shape(init, jax.random.key(0))  # Says what is wrong with targets and rank.
-    return Task(name, init, make_batch, loss, show=shown, start=start, frozen=base)
+    shapes = jax.eval_shape(init, jax.random.key(0))  # Says what is wrong with targets and rank.
+    rates, project = (None, None) if rank else (backbone.rates(spec), backbone.project(spec))
+    return Task(
+        name, init, make_batch, loss, show=shown, start=start, frozen=base,
+        rates=rates and jax.tree.map(lambda _: 1.0, shapes) | {"unet": rates},
+        project=project and (lambda trained: trained | {"unet": project(trained["unet"])}),
+    )

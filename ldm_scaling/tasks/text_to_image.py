@@ -73,7 +73,7 @@ def loss_fn(
 
 def batch_shapes(
     batch_size: int, latent_shape: tuple[int, int, int], context_shape: tuple[int, int],
-    latent_dtype: str, mesh: jax.sharding.Mesh,
+    latent_dtype: str, mesh: jax.sharding.Mesh, text_dtype: str = "float16",
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """What a step is given: shapes and types as caches keep them, split over the mesh.
 
@@ -83,13 +83,15 @@ def batch_shapes(
       context_shape: (L, D) of the text states.
       latent_dtype: that latents are kept in.
       mesh: the devices.
+      text_dtype: that text states are kept in.
     """
     def shape(*dims: int, dtype: str) -> jax.ShapeDtypeStruct:
         sharding = mesh_lib.batch_sharding(mesh)
         return jax.ShapeDtypeStruct((batch_size, *dims), jnp.dtype(dtype), sharding=sharding)
 
     latent = shape(*latent_shape, dtype=latent_dtype)
-    return {"mean": latent, "logvar": latent, "context": shape(*context_shape, dtype="float16")}
+    context = shape(*context_shape, dtype=text_dtype)
+    return {"mean": latent, "logvar": latent, "context": context}
 
 
 def make_batch(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -168,7 +170,8 @@ def make(
     return Task(
         name, drawn if transferred else init, make_batch, loss, validate,
         show_fn(drawer, sample, validation), flops_per_example,
-        rates=transferred.rates if transferred else None,
+        rates=transferred.rates if transferred else backbone.rates(spec),
+        project=backbone.project(spec),
         frozen=placing.replicate(
             drawer.mesh, {"latent_scale": np.float32(frozen.latent_scale)}
         ),

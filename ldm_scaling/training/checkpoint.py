@@ -7,8 +7,8 @@ import json
 import os
 import threading
 import zlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
@@ -20,6 +20,10 @@ from ldm_scaling.parallel import hosts, rules
 from ldm_scaling.training import consensus
 from ldm_scaling.training.state import TrainState
 
+NETWORK = "network"
+"""Key of `about` under which a run says what network it trains, see `check_network`."""
+RECIPE = "recipe"
+"""Key in it of what the network's training has beside others', see `models.backbone.Kind`."""
 # What a full disk becomes on its way through tensorstore and Orbax's threads.
 _WRITE_ERRORS = (OSError, ValueError, RuntimeError)
 # What a file that is gone, cut short or of something else becomes.
@@ -115,7 +119,7 @@ class Checkpoints:
           state: of all processes; may be donated once this returns.
           iterator: where all processes together are in the data, the same in each of them, so that
             any number of processes can go on from it.
-          about: what the run is: JSON for people and tools, nothing here reads it again.
+          about: what the run is, JSON: for people and tools, and for `check_network`.
           metrics: of validation at this step, `keep_metric` among them; with `keep_best`.
         Raises:
           ValueError: the processes' iterators differ.
@@ -206,34 +210,60 @@ class Checkpoints:
         return restored.state, restored.iterator
 
 
-def average(directory: epath.PathLike, step: int, abstract: TrainState) -> Any:
+def average(
+    directory: epath.PathLike, step: int, abstract: TrainState,
+    network: Mapping[str, Any] | None = None, part: str = "ema",
+) -> Any:
     """The average of parameters alone, of a folder's checkpoint, placed as `abstract.ema` says: a
     quarter of the memory and of the reading. Any process may read by itself: none is waited for.
+    As `part`, `params` gives the parameters that were averaged.
 
     Args:
       directory: of checkpoints.
       step: which.
       abstract: shapes, types and shardings.
+      network: that it is of, see `check_network`.
+      part: `ema` or `params`.
     Raises:
-      UserError: as `Checkpoints.restore`.
+      UserError: as `Checkpoints.restore` and `check_network`.
     """
     folder = epath.Path(os.path.abspath(directory)) / str(step)
     _check_tree(folder, abstract)
-    item = abstract._replace(
-        step=ocp.PLACEHOLDER,
-        params=jax.tree.map(lambda _: ocp.PLACEHOLDER, abstract.params),
-        opt_state=jax.tree.map(lambda _: ocp.PLACEHOLDER, abstract.opt_state),
-    )
+    if network is not None:
+        check_network(directory, step, network)
+    item = jax.tree.map(lambda _: ocp.PLACEHOLDER, abstract)
+    return getattr(_read(folder, item._replace(**{part: getattr(abstract, part)})), part)
+
+
+class Place(NamedTuple):
+    """A checkpoint of another run, which is read and left as it is: a folder of them, and which."""
+
+    directory: epath.PathLike
+    step: int
+
+
+def read(place: Place, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    """As `Checkpoints.restore`, of another run."""
+    folder = epath.Path(os.path.abspath(place.directory)) / str(place.step)
+    _check_tree(folder, abstract)
+    state = _read(folder, abstract)
+    try:
+        with _reader(ocp.JsonCheckpointHandler()) as reader:
+            return state, reader.restore(folder / "iterator")
+    except _READ_ERRORS as e:
+        raise _damaged(folder, e) from e
+
+
+def _read(folder: epath.Path, item: TrainState) -> TrainState:
     try:
         with _reader(ocp.PyTreeCheckpointHandler()) as reader:
-            restored = reader.restore(
+            return reader.restore(
                 folder / "state", args=ocp.args.PyTreeRestore(
                     item, restore_args=ocp.checkpoint_utils.construct_restore_args(item)
                 ),
             )
     except _READ_ERRORS as e:
         raise _damaged(folder, e) from e
-    return restored.ema
 
 
 def latest(directory: epath.PathLike) -> int | None:
@@ -261,6 +291,35 @@ def config_of(directory: epath.PathLike, step: int) -> dict[str, Any]:
         raise UserError(
             f"the checkpoint {folder} holds no config that can be read: {_first_line(e)}"
         ) from e
+
+
+def check_network(directory: epath.PathLike, step: int, network: Mapping[str, Any]) -> None:
+    """Holds what a checkpoint says of its network against what it is wanted for: networks of other
+    heads, for example, have parameters of the same shapes. One that says nothing passes.
+
+    Args:
+      directory: of checkpoints.
+      step: which.
+      network: as `about` has it under `NETWORK`; what only one of the two tells is not compared,
+        but for a `RECIPE`: earlier versions trained without.
+    Raises:
+      UserError: for a checkpoint of another network, with what differs.
+    """
+    folder = epath.Path(os.path.abspath(directory)) / str(step)
+    if not (folder / "config").exists():
+        return
+    have = {RECIPE: []} | config_of(directory, step).get(NETWORK, {})
+    want = json.loads(json.dumps(network))
+    wrong = [
+        f"{k} was {have[k]!r} and is {want[k]!r}" for k in want
+        if k in have and have[k] != want[k]
+    ]
+    if wrong:
+        raise UserError(
+            f"the checkpoint {folder} is of another network, though its parameters may have the "
+            f"same shapes: {'; '.join(wrong)}; give the network back what it was trained with, or "
+            "give the changed one another name or another --workdir"
+        )
 
 
 def _reader(handler: Any) -> ocp.Checkpointer:

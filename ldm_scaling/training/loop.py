@@ -51,6 +51,7 @@ def _checkpoints(directory: epath.PathLike, config: Train) -> checkpoint.Checkpo
 def fit(
     task: Task, config: Train, make_loader: Callable[[], Any], directory: epath.PathLike,
     mesh: Mesh, seed: int, about: dict[str, Any] | None = None,
+    after: checkpoint.Place | None = None,
 ) -> TrainState:
     """Trains `task` to `config.steps` and returns the final state.
 
@@ -69,7 +70,10 @@ def fit(
       directory: holds `checkpoints/`, `events/`, `samples/`, `profile/` and `curves.csv`.
       mesh: where it runs.
       seed: of initialisation and training noise.
-      about: what the run is, JSON, kept in every checkpoint.
+      about: what the run is, JSON, kept in every checkpoint; a run that goes on is held against
+        what it says of the network, see `checkpoint.check_network`.
+      after: another run's checkpoint, below `config.steps`, that this one goes on from where it has
+        none of its own: parameters, optimiser, average and data.
     Raises:
       DivergedError: where `task.diverges`; the last checkpoint stays.
       NonFiniteLossError: naming the step and a file with the batch's examples; the last good
@@ -90,6 +94,8 @@ def fit(
         checkpoints = stack.enter_context(_checkpoints(directory, config))
         # The lead's word: a shared folder may look different elsewhere for a moment.
         loader, start = None, int(consensus.everyone(checkpoints.latest() or 0)[0, 0])
+        branches = after is not None and start == 0
+        start = after.step if branches else start
         passed = {number for number in config.keep_steps if number <= start}
         if lost := sorted(passed - set(checkpoint.steps_of(checkpoints.directory))):
             log.warning("%s: of train.keep_steps %s are not on disk, and the run is at step %d: "
@@ -101,12 +107,18 @@ def fit(
                 task.init, config, mesh, jax.random.fold_in(root, 0), task.start
             )
         else:
-            state, iterator = checkpoints.restore(abstract, start)
+            where = after.directory if branches else checkpoints.directory
+            if about and checkpoint.NETWORK in about:
+                checkpoint.check_network(where, start, about[checkpoint.NETWORK])
+            state, iterator = (
+                checkpoint.read(after, abstract) if branches
+                else checkpoints.restore(abstract, start)
+            )
             if start >= config.steps:
                 return state
             loader = make_loader()
             loader.set_state(iterator)
-            log.info("%s goes on from step %d", task.name, start)
+            log.info("%s goes on from step %d in %s", task.name, start, where)
         loader = make_loader() if loader is None else loader
         feed = stack.enter_context(
             feed_lib.Feed(loader, task.make_batch, mesh_lib.batch_sharding(mesh))
@@ -185,7 +197,7 @@ def _run(
 ) -> TrainState:
     frozen = () if task.frozen is None else (task.frozen,)
     train = step.make(
-        task.loss, config, feed.sharding.mesh, abstract, task.frozen, task.rates
+        task.loss, config, feed.sharding.mesh, abstract, task.frozen, task.rates, task.project
     )
     # By a program: `device_put` knows no keys on devices of other processes.
     key = jax.jit(

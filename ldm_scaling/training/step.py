@@ -25,6 +25,7 @@ Loss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 def train_step(
     state: TrainState, batch: Any, key: jax.Array, frozen: Any = None, *, loss: Loss,
     config: Train, optimizer: optax.GradientTransformation,
+    project: Callable[[Any], Any] | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimiser step.
 
@@ -36,6 +37,7 @@ def train_step(
       loss: `loss(params, batch, key) -> (scalar, metrics)`; with `frozen` see `task.Task`.
       config: the run.
       optimizer: optax's.
+      project: see `task.Task`.
     Returns:
       The state after, and scalar metrics: `loss`, `grad_norm` and the task's.
     """
@@ -46,6 +48,8 @@ def train_step(
     value, metrics, grads = _gradients(loss, state.params, batch, key, config.micro_batches)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    if project is not None:
+        params = project(params)
     decay = optimizer_lib.ema_decay(config, state.step)
     ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, state.ema, params)
     metrics = {"loss": value, "grad_norm": optax.global_norm(grads), **metrics}
@@ -111,12 +115,12 @@ def init_state(
 
 def make(
     loss: Loss, config: Train, mesh: Mesh, abstract: TrainState, frozen: Any = None,
-    rates: Any = None,
+    rates: Any = None, project: Callable[[Any], Any] | None = None,
 ) -> Callable:
     """The jitted step `(state, batch, key) -> (state, metrics)`; the state is donated.
 
     With `frozen`, arrays or shapes with shardings, it is `(state, batch, key, frozen)`. `rates` are
-    the optimiser's, see `optimizer.make`.
+    the optimiser's, see `optimizer.make`; for `project` see `task.Task`.
 
     Raises:
       UserError: when a part of the batch does not split over the mesh.
@@ -129,7 +133,8 @@ def make(
 
     def step(state, batch, key, *frozen):
         return train_step(
-            state, batch, key, *frozen, loss=loss, config=config, optimizer=optimizer
+            state, batch, key, *frozen, loss=loss, config=config, optimizer=optimizer,
+            project=project,
         )
 
     aside = () if frozen is None else (jax.tree.map(lambda a: a.sharding, frozen),)

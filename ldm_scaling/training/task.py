@@ -52,6 +52,8 @@ class Task:
       diverges: `diverges(averages) -> what is wrong`, in words or empty, of the metrics' averages
         over `log_every` steps. What is wrong ends the run, without a checkpoint of that step.
       rates: by parameter, what the optimiser's steps are multiplied by; None where by 1 alone.
+      project: `project(params) -> params`, traced: what parameters are brought back to after every
+        step, before they are averaged, such as weights of unit norm; None leaves them.
     """
 
     name: str
@@ -65,3 +67,4 @@ class Task:
     frozen: Any = None
     diverges: Callable[[dict[str, float]], str] = _sound
     rates: Any = None
+    project: Callable[[Any], Any] | None = None

@@ -10,11 +10,11 @@ import pytest
 
 from ldm_scaling.config import Autoencoder, Diffusion, Sample, Study, Train
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import attention, autoencoder, unet
+from ldm_scaling.models import attention, autoencoder, edm2, unet
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling.packing import Configuration
 from ldm_scaling.tasks import autoencoder as autoencoder_task
-from ldm_scaling.tasks import drawing, text_to_image
+from ldm_scaling.tasks import drawing, dreambooth, text_to_image
 from ldm_scaling.tasks.autoencoder import laplacian_pyramid_l1
 from ldm_scaling.training.task import Beside
 
@@ -87,21 +87,45 @@ def test_context_is_padded_with_zeros_or_refused():
         text_to_image.pad_context(ctx, 4)
 
 
-def _task(dropout, latent_scale=2.0):
+def _task(dropout, latent_scale=2.0, spec=SPEC):
     frozen = text_to_image.Frozen(
         autoencoder.AutoencoderSpec(8, (1,), 1, groups=4), None, latent_scale, (4, 4, 4),
         np.full((3, 16), 0.5, np.float32),
     )
     mesh = mesh_lib.make(devices=jax.devices()[:1])
-    drawer = text_to_image.Drawer(SPEC, frozen, Diffusion(), 4, None, mesh)
+    drawer = text_to_image.Drawer(spec, frozen, Diffusion(), 4, None, mesh)
     validation = {
         "mean": np.zeros((4, 4, 4, 4), np.float32), "context": np.zeros((4, 3, 16), np.float32),
         "index": np.arange(4, dtype=np.int32),
     }
     train = dataclasses.replace(Train(), caption_dropout=dropout, compute_dtype="float32")
     return text_to_image.make(
-        "m", SPEC, train, Diffusion(), Sample(steps=2), frozen, drawer, validation
+        "m", spec, train, Diffusion(), Sample(steps=2), frozen, drawer, validation
     )
+
+
+def test_an_edm2_is_trained_with_its_norms_and_rates():
+    """By DreamBooth too, where it is not adapters that learn; no other network is."""
+    spec = edm2.EDM2Spec(
+        4, 16, (1,), (True,), 1, head_channels=4, sample_size=4, context_length=3
+    )
+    task, plain, rates = _task(0.0, spec=spec), _task(0.0), edm2.rates(spec)
+    assert task.project is edm2.project and task.rates == rates
+    assert plain.project is None and plain.rates is None
+
+    ones = jax.tree.map(lambda s: np.ones(s.shape, np.float32), edm2.param_shapes(spec))
+    both = {"unet": ones, "text": {"kernel": 3 * np.ones((2, 2))}}
+    frozen = text_to_image.Frozen(None, None, 1.0, (4, 4, 4), np.zeros((3, 16), np.float32))
+    taught, adapters = (
+        dreambooth.make("m", spec, Train(), Diffusion(), frozen, None, of, rank=rank)
+        for rank, of in ((0, both), (1, {"unet": both["unet"]}))
+    )
+    assert taught.rates == {"unet": rates, "text": {"kernel": 1.0}}
+    after = jax.jit(taught.project)(both)
+    np.testing.assert_array_equal(after["text"]["kernel"], both["text"]["kernel"])
+    norms = np.linalg.norm(after["unet"]["time_embedding"]["kernel"], axis=0)
+    np.testing.assert_allclose(norms, 1.0, atol=1e-3)
+    assert adapters.project is None and adapters.rates is None
 
 
 def _spread(task, params, n=256):

@@ -150,5 +150,8 @@ def test_the_average_is_read_alone(tmp_path):
         left.pop(id(array), None)
     assert sum(left.values()) == nbytes
     jax.tree.map(np.testing.assert_array_equal, average, state.ema)
+    last = checkpoint.average(folder, 6, abstract, part="params")
+    jax.tree.map(np.testing.assert_array_equal, last, state.params)
+    assert not np.array_equal(last["layer"]["kernel"], average["layer"]["kernel"])
     with pytest.raises(UserError, match="not of this network"):
         checkpoint.average(folder, 6, abstract._replace(ema={"other": abstract.ema}))

@@ -36,6 +36,35 @@ def test_resumed_run_equals_unbroken_run(tmp_path):
     assert steps == list(range(1, 7))
 
 
+def test_a_run_that_branches_off_another_equals_one_that_did_it_all(tmp_path):
+    """A rate that stays and cools down: its first steps are those of a run whose rate stays."""
+    mesh = one_device()
+    cools = dataclasses.replace(CONFIG, learning_rate_decay="wsd:share=0.3")  # the last two
+    whole = loop.fit(_task(), cools, Loader, tmp_path / "whole", mesh, seed=3)
+    longer = dataclasses.replace(CONFIG, steps=9, keep_steps=(4,))
+    stays = loop.fit(_task(), longer, Loader, tmp_path / "stays", mesh, seed=3)
+    assert not np.array_equal(stays.ema["layer"]["bias"], whole.ema["layer"]["bias"])
+    there = tmp_path / "stays" / "checkpoints"
+    before = {p: p.stat().st_mtime_ns for p in there.rglob("*")}
+    after = checkpoint.Place(there, 4)
+
+    def refuse(key):
+        raise AssertionError("parameters are not drawn")
+
+    task = dataclasses.replace(_task(), start=refuse)
+    with pytest.raises(KeyboardInterrupt):
+        loop.fit(task, cools, lambda: Loader(stop_after=5), tmp_path / "cut", mesh, 3, after=after)
+    branch = loop.fit(task, cools, Loader, tmp_path / "cut", mesh, seed=3, after=after)
+    _equal(whole, branch)
+    assert _curves(tmp_path / "cut") == [r for r in _curves(tmp_path / "whole") if r[0] > 4]
+    assert before == {p: p.stat().st_mtime_ns for p in there.rglob("*")}
+    # Its own checkpoints come first.
+    again = checkpoint.Place(tmp_path / "gone", 4)
+    _equal(branch, loop.fit(task, cools, Loader, tmp_path / "cut", mesh, seed=3, after=again))
+    with pytest.raises(UserError, match="4 is damaged|4 cannot be read"):
+        loop.fit(task, cools, Loader, tmp_path / "other", mesh, seed=3, after=again)
+
+
 def test_sigterm_saves_the_step_in_hand_and_stops(tmp_path):
     def validate(params, step):
         if step == 2:

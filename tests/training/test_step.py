@@ -1,5 +1,6 @@
 """The train step on every mesh is that of one device, and so is one in parts."""
 
+import dataclasses
 import functools
 
 import jax
@@ -14,7 +15,7 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.models import unet
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.tasks import drawing
-from ldm_scaling.training import step
+from ldm_scaling.training import loop, step
 from tests.training import toy
 
 SPEC = unet.UNetSpec(8, 16, (1,), (True,), 1, heads=2, groups=4, sample_size=4,
@@ -189,3 +190,29 @@ def test_an_accelerator_begins_as_a_cpu_does(monkeypatch):
     found = step.init_state(toy.init, TRAIN, mesh, key)
     assert jax.tree.map(lambda a: a.sharding, found) == jax.tree.map(lambda a: a.sharding, wanted)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, wanted)
+
+
+def test_parameters_are_projected_after_each_step_and_then_averaged(tmp_path):
+    """On one device and on shards; the loop hands the task's projection on."""
+    def project(params):
+        norm = jnp.linalg.norm(params["layer"]["kernel"], axis=0)
+        return {"layer": params["layer"] | {"kernel": params["layer"]["kernel"] / norm}}
+
+    def first(key):
+        return project(toy.init(key))
+
+    config = dataclasses.replace(toy.CONFIG, steps=2, learning_rate=0.2, warmup_steps=0,
+                                 ema_ramp=False)
+    task = dataclasses.replace(toy.task(project=project), init=first)
+    states = [
+        loop.fit(task, config, toy.Loader, tmp_path / str(mesh.size), mesh, seed=0)
+        for mesh in (toy.one_device(), mesh_lib.make(1, 8))
+    ]
+    kernel = states[1].params["layer"]["kernel"]
+    assert not kernel.sharding.is_fully_replicated
+    np.testing.assert_allclose(np.linalg.norm(kernel, axis=0), 1.0, rtol=1e-6)
+    # An average of unit vectors is shorter, by as much as they turned.
+    norms = np.linalg.norm(states[1].ema["layer"]["kernel"], axis=0)
+    assert norms.max() < 1 and norms.min() > 0.9
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5),
+                 states[0].params, states[1].params)

@@ -135,7 +135,7 @@ class Records:
 
         try:
             info = tfds.builder_from_directory(self.root).info
-            features = dict(info.features)
+            features = dict(sorted(info.features.items()))
         except _DAMAGED as e:
             why = (str(e).splitlines() or [type(e).__name__])[0]
             raise UserError(
