@@ -93,7 +93,7 @@ def text_to_image(member: str, arg: str = "") -> ml_collections.ConfigDict:
     if zoo.family_of(member) == "sit":
         straight(config)
     if arg == "local":
-        _shrink(config, _SMALLEST[zoo.family_of(member)])
+        _shrink(config, _SMALLEST.get(zoo.family_of(member), member))
     return config
 
 

@@ -60,6 +60,10 @@ FLAGS = {
         ("convert", "prepare"), "--to=PATH",
         "the folder to make: of a converted network, or of shards for several workdirs",
     ),
+    "workers": (
+        ("prepare",), "--workers=N",
+        "processes that examine pictures and write shards; one for each core if not given",
+    ),
     "runner": (
         ("prepare",), "--runner=NAME",
         "prepares by Apache Beam: DirectRunner, DataflowRunner, FlinkRunner, ...; what follows "
@@ -91,6 +95,7 @@ def _define_flags():
         flags.DEFINE_multi_string(name, [], name, flag_values=values)
     for name in ("ema", "dry_run"):
         flags.DEFINE_boolean(name, False, name, flag_values=values)
+    flags.DEFINE_integer("workers", None, "processes", flag_values=values)
     flags.DEFINE_enum("format", "text", ["text", "json"], "of tables", flag_values=values)
     return values
 

@@ -95,7 +95,7 @@ def _in_workdir(command: str, arguments: list[str], rest: list[str], values: Any
     study = config.parse(values.config) if values.config else workdir.last_config()
     study = prepare_cli.with_source(study, values.source)
     if values.to:
-        prepare_cli.to_folder(study, values.to, values.runner, rest)
+        prepare_cli.to_folder(study, values.to, values.runner, rest, values.workers)
         return
     with processes.lead_first("check"):
         materials = stages.check(study, workdir, measured=not values.dry_run)
@@ -141,7 +141,8 @@ def _stage(
 
     if command == "prepare":
         processes.from_lead(
-            "prepare", lambda: prepare_cli.in_workdir(materials, values.runner, rest)
+            "prepare",
+            lambda: prepare_cli.in_workdir(materials, values.runner, rest, values.workers),
         )
         stages.prepare(materials)
         return []

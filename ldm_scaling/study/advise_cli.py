@@ -7,8 +7,7 @@ import dataclasses
 import io
 import json
 import math
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from etils import epath
@@ -17,14 +16,14 @@ from rich.console import Console
 from rich.table import Table
 
 from ldm_scaling.errors import UserError
-from ldm_scaling.study import advice, budgets, cost_files, labels, reported, table_1
+from ldm_scaling.study import advice, budgets, cost_files, labels, places, reported, table_1
 from ldm_scaling.study import options as options_lib
-from ldm_scaling.study import records as records_lib
 from ldm_scaling.study.advice import Advice
 from ldm_scaling.study.arguments import Parser, above_0, several, whole
 from ldm_scaling.study.budgets import Budget
 from ldm_scaling.study.curves import Point
 from ldm_scaling.study.options import Options
+from ldm_scaling.study.places import Places
 from ldm_scaling.study.pricing import Training
 from ldm_scaling.study.records import Record
 from ldm_scaling.study.workdir import Workdir
@@ -80,8 +79,8 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     given = _parser().parse_args(list(arguments))
     budget = budgets.parse(given.budget) if given.budget is not None else Budget(math.inf, "cost")
     chosen = options_lib.only(
-        _options(given, budget), _pieces(given.member or ()),
-        _pieces(given.sampler or (), r",(?!\s*\w+=)"), given.max_steps,
+        _options(given, budget), places.pieces(given.member or ()),
+        places.pieces(given.sampler or (), r",(?!\s*\w+=)"), given.max_steps,
     )
     found = advice.advise(chosen, budget)
     if given.format == "json":
@@ -109,95 +108,25 @@ def _options(given: argparse.Namespace, budget: Budget) -> Options:
             if getattr(given, name):
                 raise UserError(f"--{name} goes with --records")
         return table_1.options(budget.unit, given.metric, **common)
-    records = _of_task(read(given.records), given.task)
-    select_block, report_blocks = _blocks(given)
-    metric = given.metric or _own_metric(given.records, records)
+    found = places.read(given.records)
+    found = dataclasses.replace(found, records=_of_task(found.records, given.task))
+    select_block, report_blocks = found.blocks(given.select_block, given.report_blocks)
     return options_lib.of_records(
-        records, budget.unit, metric, select_block=select_block, report_blocks=report_blocks,
-        settings=_settings(given.records), training=_training(given), **common,
+        found.records, budget.unit, given.metric or found.metric, select_block=select_block,
+        report_blocks=report_blocks, settings=found.settings, training=_training(given, found),
+        **common,
     )
 
 
-def _training(given: argparse.Namespace) -> Training | None:
+def _training(given: argparse.Namespace, found: Places) -> Training | None:
     """What `--pictures` counts, where it is given: by the batch size of the workdirs' configs."""
     if not given.pictures:
         return None
-    sizes = {Workdir(home).last_config().train.batch_size for home in _homes(given.records)}
+    sizes = {Workdir(home).last_config().train.batch_size for home in found.homes}
     if len(sizes) > 1:
         raise UserError(f"--pictures: the places of --records were trained with batches of "
                         f"{labels.listing(sorted(map(str, sizes)))}: give one of them")
     return Training(sizes.pop(), given.pictures)
-
-
-def _homes(places: Iterable[str]) -> list[epath.Path]:
-    """The workdirs, or the folders that are none, of places; each once."""
-    return list(dict.fromkeys(map(reported.home_of, _pieces(places))))
-
-
-def _own_metric(places: Iterable[str], records: Sequence[Record]) -> str | None:
-    """The measure that all workdirs' configs choose by, where the records hold it."""
-    own = {reported.metric_of(home) for home in _homes(places)}
-    metric = own.pop() if len(own) == 1 else None
-    return metric if any(metric in r.metrics for r in records) else None
-
-
-def _settings(places: Iterable[str]) -> list[str]:
-    """Those of the workdirs' last configs."""
-    return [setting for home in _homes(places) for setting in reported.settings_of(home)]
-
-
-def _blocks(given: argparse.Namespace) -> tuple[int, list[int]]:
-    """The seed blocks: of the flags, else of the workdirs, which must name the same."""
-    own = {
-        home: reported.of_workdir(home, given.select_block, given.report_blocks)
-        for home in _homes(given.records)
-    }
-    first, *others = own
-    for other in others:
-        if own[other] != own[first]:
-            one, two = (f"{home} on {own[home][0]} and {own[home][1]}" for home in (first, other))
-            raise UserError(
-                f"the places of --records choose and report on other seed blocks, {one}, {two}: "
-                "give --select-block=N and --report-blocks=N,M"
-            )
-    return own[first]
-
-
-def _pieces(texts: Iterable[str], comma: str = ",") -> list[str]:
-    """What flags list, given once or several times."""
-    return [piece.strip() for text in texts for piece in re.split(comma, text) if piece.strip()]
-
-
-def read(places: Iterable[str]) -> list[Record]:
-    """The records of folders, of workdirs and of files, each once.
-
-    Raises:
-      UserError: where there is no such place, or no record in all of them.
-    """
-    found: dict[str, Record] = {}
-    pieces = _pieces(places)
-    for piece in pieces:
-        path = epath.Path(piece).expanduser()
-        if not path.exists():
-            raise UserError(f"--records={piece}: there is no such folder or file")
-        if path.is_dir():
-            folder = path / "records" if (path / "records").is_dir() else path
-            # A workdir before its sweep holds other JSON.
-            there = any(records_lib.NAME.fullmatch(p.name) for p in folder.glob("*.json"))
-            some = records_lib.read_all(folder) if there else []
-        elif records_lib.NAME.fullmatch(path.name):
-            some = [records_lib.read(path)]
-        else:
-            raise UserError(
-                f"--records={piece} is no record: their names are 16 hex digits and .json"
-            )
-        found |= {r.identity.key: r for r in some}
-    if not found:
-        raise UserError(
-            f"--records={','.join(pieces)}: no records there; ldm-scaling sweep  writes them, into "
-            "records/ of its workdir"
-        )
-    return list(found.values())
 
 
 def _of_task(records: list[Record], asked: str | None) -> list[Record]:
@@ -205,7 +134,7 @@ def _of_task(records: list[Record], asked: str | None) -> list[Record]:
     if asked is None:
         return records
     tasks = sorted({r.task for r in records})
-    some = _pieces([asked])
+    some = places.pieces([asked])
     for task in some or [asked]:
         if task not in tasks:
             raise UserError(f"--task={task}: the records are of {', '.join(tasks)}")

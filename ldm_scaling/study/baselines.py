@@ -13,12 +13,14 @@ from etils import epath
 from matplotlib.axes import Axes
 
 from ldm_scaling import __version__, files
+from ldm_scaling.config.measuring import FRECHET
 from ldm_scaling.errors import UserError
 from ldm_scaling.study import curves, labels
 from ldm_scaling.study.plot_style import INK, SOFT
 from ldm_scaling.study.records import Record
 
 GIVEN, AUTOENCODER = "as given", "autoencoder alone"
+_SAID = (FRECHET, "stlpips_alex", "psnr")  # A distance, and two to each picture's own.
 FOLDER = "baselines"
 
 
@@ -88,17 +90,29 @@ def _read(path: epath.Path) -> Baselines:
     return found
 
 
-def of_records(workdir: epath.PathLike, records: Sequence[Record]) -> Baselines | None:
-    """Those in a workdir that fit records; None where there are none.
+def of_records(workdir: epath.PathLike, records: Sequence[Record]) -> list[Baselines]:
+    """Those in a workdir that fit records, one of each task and reference.
 
     Raises:
       UserError: for a damaged file.
     """
     folder = epath.Path(workdir) / FOLDER
     if not folder.exists():
-        return None
+        return []
     found = [_read(p) for p in sorted(folder.glob("*.json")) if not p.name.startswith(".")]
-    return next((b for b in found if any(map(b.fits, records))), None)
+    fit = fitting(found, records)
+    return list({(b.task, b.reference_hash, b.num_images): b for b in reversed(fit)}.values())
+
+
+def fitting(held: Sequence[Baselines], records: Sequence[Record]) -> list[Baselines]:
+    """Those that fit records."""
+    return [b for b in held if any(map(b.fits, records))]
+
+
+def findings(held: Sequence[Baselines], records: Sequence[Record]) -> list[str]:
+    """What is said of restored pictures and their baselines, see `sentences`."""
+    return list(dict.fromkeys(
+        line for b in held for metric in _SAID for line in sentences(b, records, metric)))
 
 
 def sentences(baselines: Baselines, records: Sequence[Record], metric: str) -> list[str]:
@@ -122,7 +136,7 @@ def sentences(baselines: Baselines, records: Sequence[Record], metric: str) -> l
     said = (
         f"{labels.task(baselines.task)}: {i.model} reaches {short} "
         f"{labels.number(best.metrics[metric])} {labels.interval(*best.intervals[metric])} in "
-        f"{i.steps} steps after {i.train_step:,} steps of fine-tuning, "
+        f"{labels.steps(i.steps)} after {labels.steps(i.train_step)} of fine-tuning, "
         f"{'better' if better else 'worse'} than the condition {GIVEN} and enlarged, "
         f"{baselines.value(GIVEN, metric)}{sure}"
     )
@@ -132,16 +146,13 @@ def sentences(baselines: Baselines, records: Sequence[Record], metric: str) -> l
     return [f"{said}."]
 
 
-def draw(ax: Axes, baselines: Baselines | None, metric: str) -> None:
+def draw(ax: Axes, held: Sequence[Baselines], metric: str) -> None:
     """Dashed lines for them; where one lies outside the panel, its value at the edge."""
-    if baselines is None:
-        return
     low, high = sorted(ax.get_ylim())
     at_edge = {True: 0, False: 0}
-    for name, of in baselines.metrics.items():
-        if metric not in of:
-            continue
-        value, text = of[metric], f"{name}: {labels.number(of[metric])}"
+    named = {f"{name}: {labels.number(of[metric])}": of[metric]
+             for b in held for name, of in b.metrics.items() if metric in of}
+    for text, value in named.items():  # Several workdirs may hold the same.
         inside = low <= value <= high
         if inside:
             ax.axhline(value, color=SOFT, linestyle="--", linewidth=1, zorder=0)

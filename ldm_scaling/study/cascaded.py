@@ -21,7 +21,7 @@ from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling import sampler as sampler_lib
 from ldm_scaling.sampling import solvers
 from ldm_scaling.sampling.packing import Configuration
-from ldm_scaling.study import fitting, labels, runs, sheet, small, sweep
+from ldm_scaling.study import fitting, labels, runs, sheet, small, sweep, versions
 from ldm_scaling.study import subject as subject_lib
 from ldm_scaling.study.materials import SHOWN_EXAMPLES, VALIDATION_EXAMPLES, Materials
 from ldm_scaling.study.networks import model_hash
@@ -85,7 +85,8 @@ class Cascaded:
         """The setting, and how the first stage draws along the way: of pictures' names."""
         c = self.config
         name = solvers.canonical(c.first_sampler)
-        how = [name, c.first_steps[-1], solvers.spacing_of(name, c.first_spacing)]
+        table = (name, c.first_steps[-1], solvers.spacing_of(name, c.first_spacing))
+        how = [*table, *versions.own_rows(self.materials.study.diffusion, table)]
         return f"{TASK}_{files.sha256_of([self.setting, how])[:8]}"
 
     def check(self) -> None:
@@ -260,15 +261,15 @@ class Cascaded:
     def train(self) -> None:
         """Every base network and second stage that is missing."""
         study, config = self.materials.study, self.config
-        jobs = [(self.base_task, b, self.base_folder(b), config.base_train, self.caches.training)
-                for b in config.base]
-        jobs += [(self.upper_task, m, self.upper_folder(m), config.train, self.caches.both)
-                 for m in study.upper]
-        for task, name, folder, run, source in jobs:
-            if not runs.done(folder, run):
+        jobs = [(self.base_task, b, self.base_spec(b), self.base_folder(b), config.base_train,
+                 self.caches.training) for b in config.base]
+        jobs += [(self.upper_task, m, self.upper_spec(m), self.upper_folder(m), config.train,
+                  self.caches.both) for m in study.upper]
+        for task, name, spec, folder, run, source in jobs:
+            if not runs.done(folder, run, spec):
                 loop.fit(
                     task(name), run, runs.loader_of(study, source(), run), folder,
-                    self.materials.mesh, study.seed, about=dataclasses.asdict(study),
+                    self.materials.mesh, study.seed, about=runs.about(study, spec),
                 )
 
     # Measuring.
@@ -284,13 +285,13 @@ class Cascaded:
         name = solvers.canonical(c.first_sampler)
         spacing = solvers.spacing_of(name, c.first_spacing)
         gflops = cost.of(self.base_spec(base)).gflops
-        calls = solvers.make(
+        table = solvers.make(
             name, schedule_lib.get(study.diffusion.schedule), steps, study.diffusion.prediction,
             spacing,
-        ).calls
+        )
         return First(
             base, name, steps, spacing, c.upper_guidance, c.level, gflops,
-            gflops / self._reference_cost, calls,
+            gflops / self._reference_cost, table.calls, table.guided_calls,
         )
 
     @functools.cached_property
@@ -300,7 +301,8 @@ class Cascaded:
     def subject(self, base: str, member: str, steps: int) -> Subject:
         """A cascade whose first stage takes so many steps, as it is measured."""
         study = self.materials.study
-        own = [self.setting, base, zoo.get(base).spec, model_hash(study, member)]
+        spec = zoo.get(base).spec
+        own = [self.setting, base, spec, model_hash(study, member), *backbone.recipe(spec)]
         return Subject(
             member, files.sha256_of(own), self.config.train.steps,
             self.config.sweep.judged_as(study.sweep), study.diffusion, study.seed, TASK,
@@ -357,12 +359,12 @@ class Cascaded:
             decoded = self.base_drawer(base).decode(low, lambda j: "a small picture")
             f = self.config.factor
             drawn = {
-                f"{base}, {steps} steps": decoded.repeat(f, 1).repeat(f, 2),
-                f"then {member}, {sample.steps} steps": drawer.pictures(
+                f"{base}, {labels.steps(steps)}": decoded.repeat(f, 1).repeat(f, 2),
+                f"then {member}, {labels.steps(sample.steps)}": drawer.pictures(
                     params, shown, context_PLD, key)[0],
             }
             if base == self.config.base[-1]:
-                drawn[f"{member} alone, {sample.steps} steps"] = m.drawer(member).pictures(
+                drawn[f"{member} alone, {labels.steps(sample.steps)}"] = m.drawer(member).pictures(
                     m.member_params(member), shown, context_PLD, key)[0]
             for name, images in drawn.items():
                 rows.append(sheet.Row([image[None] for image in images], (name,),

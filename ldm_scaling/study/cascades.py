@@ -123,9 +123,9 @@ def sentences(
     def named(w: Winner) -> str:
         point = at[w.best.model][w.budget]
         if w.best.model == SINGLE:
-            return f"{point.model} alone in {_steps(point.steps)}"
+            return f"{point.model} alone in {labels.steps(point.steps)}"
         first = stages[cell(point)]
-        return (f"the cascade {point.model} in {first.steps} + {_steps(point.steps)} "
+        return (f"the cascade {point.model} in {first.steps} + {labels.steps(point.steps)} "
                 f"({100 * first.cost / point.cost:.0f}% of the cost in the first stage)")
 
     def one(w: Winner) -> str:
@@ -141,7 +141,3 @@ def sentences(
         f"at its best networks and steps: {'; '.join(map(one, ends))}. What has more cells has "
         "more to choose from; each network was trained once."
     ]
-
-
-def _steps(count: int) -> str:
-    return f"{count} {'step' if count == 1 else 'steps'}"

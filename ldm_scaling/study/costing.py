@@ -87,7 +87,8 @@ def calls(sampler: str, steps: int) -> int:
 
 
 def sampling(
-    price: Price, calls: int, guided: bool, unit: Unit, counted: Counted = THE_PAPERS
+    price: Price, calls: int, guided: bool, unit: Unit, counted: Counted = THE_PAPERS,
+    guided_calls: int | None = None,
 ) -> float:
     """What one picture costs.
 
@@ -98,16 +99,19 @@ def sampling(
       unit: "cost" is the paper's normalised cost, "gflops" 1e9 FLOPs, "seconds" those of
         `price.device`, "calls" network calls.
       counted: what is counted.
+      guided_calls: how many of the calls are pairs if guided, `SamplerTable.guided_calls`: with a
+        guidance interval those within. None is all.
 
     Raises:
       UserError: for what has no such unit, or was not counted or measured.
     """
-    pair = guided and counted.doubled
+    pairs = (calls if guided_calls is None else guided_calls) if guided and counted.doubled else 0
     extra = [p for p, on in (("decoder", counted.decoder), ("text", counted.text)) if on]
     if unit == "seconds":
-        network = calls * _seconds(price, "guided" if pair else "network", counted.batch)
+        kinds = {"guided": pairs, "network": calls - pairs}
+        network = sum(n * _seconds(price, part, counted.batch) for part, n in kinds.items() if n)
         return network + sum(_seconds(price, part, counted.batch) for part in extra)
-    times = calls * (2 if pair else 1)
+    times = calls + pairs
     if unit == "calls":
         if extra:
             raise UserError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -139,21 +138,42 @@ def one_setting(records: Sequence[Record], settings: Sequence[str] = ()) -> list
     of most sizes, of these the first method by name, CoDi's before LCM's, of its settings the one
     that was trained for longest, and the first by name.
 
+    Where each size has a workdir of its own, their configs may differ in what a size needs: others
+    of `settings`, of the same method and of other sizes, join it and take its name.
+
     Args:
       records: of any tasks.
-      settings: to be preferred, such as that of a workdir's last config.
+      settings: to be preferred, such as those of workdirs' last configs.
     """
+    kept = _kept_settings(records, settings)
+    return [
+        r if r.setting == kept[r.task][0] else dataclasses.replace(r, setting=kept[r.task][0])
+        for r in records if r.setting in kept[r.task]
+    ]
+
+
+def _kept_settings(records: Sequence[Record], settings: Sequence[str]) -> dict[str, list[str]]:
+    """Of each task the setting that is taken, and those that join it, see `one_setting`."""
     found: dict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for r in records:
         found[r.task][r.setting].append(r)
+    out = {}
+    for task, own in found.items():
+        sizes = {name: {r.identity.model for r in some} for name, some in own.items()}
+        steps = {name: max(r.identity.train_step for r in some) for name, some in own.items()}
+        first, *rest = sorted(own, key=lambda name: (
+            name not in settings, -len(sizes[name]), _method(name), -steps[name], name))
+        out[task], taken = [first], sizes[first]
+        for name in rest:
+            both = {first, name} <= {*settings} and _method(name) == _method(first)
+            if both and not taken & sizes[name]:
+                out[task].append(name)
+                taken = taken | sizes[name]
+    return out
 
-    def order(own: dict[str, list[Record]], name: str) -> tuple:
-        sizes = {r.identity.model for r in own[name]}
-        steps = max(r.identity.train_step for r in own[name])
-        return name not in settings, -len(sizes), name.rpartition("_")[0], -steps, name
 
-    kept = {task: min(own, key=functools.partial(order, own)) for task, own in found.items()}
-    return [r for r in records if r.setting == kept[r.task]]
+def _method(setting: str) -> str:
+    return setting.rpartition("_")[0]
 
 
 def other_settings(records: Sequence[Record], settings: Sequence[str] = ()) -> list[str]:
@@ -162,17 +182,19 @@ def other_settings(records: Sequence[Record], settings: Sequence[str] = ()) -> l
     for r in records:
         own = steps[r.task]
         own[r.setting] = max(own.get(r.setting, 0), r.identity.train_step)
-    kept = {r.task: r.setting for r in one_setting(records, settings)}
+    out = []
+    for task, kept in _kept_settings(records, settings).items():
+        def named(some: Iterable[str], word: str, own: dict[str, int] = steps[task]) -> str:
+            return labels.listing(
+                [f"{setting} ({own[setting]:,} steps of training)" for setting in some], word)
 
-    def named(task: str, setting: str) -> str:
-        return f"{setting} ({steps[task][setting]:,} steps of training)"
-
-    return [
-        f"{labels.task(task)}: the records are of {len(own)} settings, of which "
-        f"{named(task, kept[task])} is used, and not "
-        f"{labels.listing([named(task, s) for s in sorted(own) if s != kept[task]], 'or')}."
-        for task, own in steps.items() if len(own) > 1
-    ]
+        if others := sorted(steps[task].keys() - {*kept}):
+            out.append(
+                f"{labels.task(task)}: the records are of {len(steps[task])} settings, of which "
+                f"{named(kept, 'and')} {'are' if kept[1:] else 'is'} used, and not "
+                f"{named(others, 'or')}."
+            )
+    return out
 
 
 def last_rounds(records: Sequence[Record]) -> list[Record]:

@@ -97,6 +97,19 @@ class Distilled:
                 self._teacher_predicts(stage), _uncalled, {"context": nothing},
             )
 
+    def check_drawn(self, stage: Stage, samplers: Sequence[str], rates: Sequence[float]) -> None:
+        """Raises `UserError` for guidance rates that a student is not told, and for options of
+        samplers that it does not take."""
+        low, high = self.config.rates
+        if stage.told and not all(low <= w <= high for w in rates):
+            raise UserError(
+                f"--guidance={','.join(f'{w:g}' for w in rates)}: students of "
+                f"{self.config.method} are told rates from {low:g} to {high:g}"
+            )
+        for name in samplers:
+            if why := self.config.refuses(name):
+                raise UserError(f"--sampler={name}: {why}")
+
     # Networks.
 
     @functools.cached_property
@@ -222,12 +235,13 @@ class Distilled:
         for member in study.members:
             for stage in self.stages:
                 folder, run = self.folder(member, stage), stage.train
-                if runs.done(folder, run):
+                spec = self.spec(member, stage)
+                if runs.done(folder, run, spec):
                     continue
                 loop.fit(
                     self.task(member, stage), run,
                     runs.loader_of(study, self.caches.training(), run), folder,
-                    self.materials.mesh, study.seed, about=dataclasses.asdict(study),
+                    self.materials.mesh, study.seed, about=runs.about(study, spec),
                 )
 
     # Measuring.
@@ -286,8 +300,8 @@ class Distilled:
             few = drawn(
                 self.drawer(member, last.told), self.params(member, last), (sample, sample.steps)
             )
-            names = [f"{member}, {teacher.steps} steps", f"{member}, {sample.steps} steps",
-                     f"its student, {sample.steps} steps"]
+            many, less = map(labels.steps, (teacher.steps, sample.steps))
+            names = [f"{member}, {many}", f"{member}, {less}", f"its student, {less}"]
             for name, images in zip(names, (*many_few, *few), strict=True):
                 rows.append(sheet.Row([image[None] for image in images], (name,),
                                       apart=name is names[0] and bool(rows)))

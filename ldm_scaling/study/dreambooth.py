@@ -44,7 +44,7 @@ from ldm_scaling.parallel import hosts, placing, processes
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling import solvers
 from ldm_scaling.sampling.packing import Configuration
-from ldm_scaling.study import encoders
+from ldm_scaling.study import encoders, runs, versions
 from ldm_scaling.study.materials import Materials
 from ldm_scaling.tasks import dreambooth as task_lib
 from ldm_scaling.tasks.drawing import Drawer, denoiser, sampling_key
@@ -159,6 +159,8 @@ class Taught:
                    sorted({s.prompts for s in self.subjects})]
         if self.config.classes:  # Those that a folder says stay as they are.
             decides.append(sorted(self.config.classes))
+        decides += versions.own_rows(
+            self.materials.study.diffusion, self.config.sample.table)
         return files.sha256_of(decides)
 
     def drawn_folder(self, member: str, taught: bool) -> epath.Path:
@@ -393,10 +395,8 @@ class Taught:
         m, run, folder = self.materials, self.config.train, self.run_folder(member, subject)
         self._check_pictures(member, subject)
         task = self.task(member, subject)
-        done = processes.from_lead(
-            "taught", lambda: checkpoint.latest(folder / "checkpoints") == run.steps
-        )
-        if not done:
+        spec = m.spec(member)
+        if not runs.done(folder, run, spec):
             lesson = self.lesson(member, subject)
             if hosts.is_lead():
                 about = {"hash": self._mark(subject), "kind": subject.kind,
@@ -407,7 +407,7 @@ class Taught:
                 process_index=jax.process_index(), process_count=jax.process_count(),
             )
             loop.fit(task, run, make_loader, folder, m.mesh, m.study.seed,
-                     about=dataclasses.asdict(m.study))
+                     about=runs.about(m.study, spec))
         return task
 
     def taught(self, member: str, subject: Subject) -> dict[str, Any]:
@@ -415,7 +415,9 @@ class Taught:
         task, run = self.teach(member, subject), self.config.train
         folder = self.run_folder(member, subject)
         abstract = step.abstract_state(task.init, run, self.materials.mesh)
-        average = checkpoint.average(folder / "checkpoints", run.steps, abstract)
+        average = checkpoint.average(
+            folder / "checkpoints", run.steps, abstract, runs.network(self.materials.spec(member))
+        )
         if self.config.lora_rank:
             adapters = placing.fetch(average)  # By all: a process may lack a shard.
             if hosts.is_lead():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,15 +92,27 @@ class Scores:
         needed = {w for row in scores.rows(PUBLISHED) for w in row.weights}
         return all(weights.find(self.weights, name) for name in needed)
 
-    @property
+    @functools.cached_property
     def reference_hash(self) -> str:
         """Of the subjects' pictures and prompts, and of what scores them."""
         m, t = self.taught.materials, self.taught
-        by = list(PUBLISHED) if self.published else [m.feature_network.layer_hash(LAYER)]
+        by = [
+            evaluate.hash_of(scores.rows(PUBLISHED), self._options) if self.published
+            else m.feature_network.layer_hash(LAYER)
+        ]
         if not (self.published or m.study.weights):
             by.append(m.scorer.probe.hash)
         return files.sha256_of(
             [[s.name, s.kind, s.images.hashes, s.prompts] for s in t.subjects] + [by, t.drawn_hash]
+        )
+
+    @property
+    def _options(self) -> evaluate.Options:
+        """How published networks score."""
+        sweep = self.taught.materials.study.sweep
+        return evaluate.Options(
+            self.weights, Path(self.taught.materials.workdir / "features" / "dreambooth"),
+            sweep.replicates, sweep.report_block,
         )
 
     def _replicates(self, values_N: np.ndarray, texts: Sequence[str]) -> Values:
@@ -134,22 +147,17 @@ class Scores:
     def _published(
         self, subject: Subject, drawn: Sequence[epath.Path], texts: list[str]
     ) -> dict[str, Values]:
-        study, folder = self.taught.materials.study, Path(drawn[0].parent)
-        images = ImageFolder(folder, tuple(path.name for path in drawn))
+        images = ImageFolder(Path(drawn[0].parent), tuple(path.name for path in drawn))
         of = (subject.name,)
         task = evaluate.Task(
             ImageSet(images), ImageSet(subject.images), tuple(texts),
             (of * len(images), of * len(subject.images)),
         )
-        options = evaluate.Options(
-            self.weights, Path(self.taught.materials.workdir / "features" / "dreambooth"),
-            study.sweep.replicates, study.sweep.report_block,
-        )
         return {
             score.name: Values(
                 score.value, np.empty(0) if score.replicates_R is None else score.replicates_R
             )
-            for score in evaluate.score(scores.rows(PUBLISHED), task, options)
+            for score in evaluate.score(scores.rows(PUBLISHED), task, self._options)
         }
 
     # What is kept.
@@ -261,6 +269,7 @@ class Scores:
             seconds_per_image=table.calls * row + decode,
             device=hosts.describe(list(drawer.mesh.devices.flat)),
             task="dreambooth",
+            guided_calls=table.guided_calls,
         )
 
 
@@ -289,9 +298,10 @@ def grid(taught: Taught, members: Sequence[str], subject: Subject) -> np.ndarray
     how = f"LoRA of rank {c.lora_rank}" if c.lora_rank else "all parameters"
     prior = f"{c.class_images} pictures of the class" if c.prior_weight else "without prior"
     about = (
-        f"{c.train.steps:,} steps of {how}"
+        f"{labels.steps(c.train.steps)} of {how}"
         f"{', text encoder too' if c.train_text_encoder else ''} · {prior} · "
-        f"{labels.sampler(sample.sampler)}, {sample.steps} steps · guidance {sample.guidance:g}"
+        f"{labels.sampler(sample.sampler)}, {labels.steps(sample.steps)} · "
+        f"guidance {sample.guidance:g}"
     )
     title = f"DreamBooth: {subject.name} ({subject.kind})"
     return np.asarray(sheet.draw(sheet.Sheet(title, about, rows)))

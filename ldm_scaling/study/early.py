@@ -51,11 +51,12 @@ def _kept(materials: Materials, member: str) -> list[int]:
 
 
 def require_ahead(materials: Materials, member: str) -> None:
-    """Raises `UserError` where a run that is to go on has left behind a step that it would be
-    measured at; in all processes."""
+    """Raises `UserError` where a run that is to go on, its own or another study's, has left behind
+    a step that it would be measured at; in all processes."""
     def passed() -> list[int]:
-        have = _kept(materials, member)
-        return [n for n in steps(materials.study) if n not in have and n < max(have, default=0)]
+        have, study = _kept(materials, member), materials.study
+        behind = max([*have, study.start.passed + 1])
+        return [n for n in steps(study) if n not in have and n < behind]
 
     if lost := processes.from_lead("passed", passed):
         raise _not_kept(member, lost)

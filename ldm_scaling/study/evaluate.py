@@ -203,6 +203,17 @@ def make_reference(
     return out
 
 
+def hash_of(rows: Sequence[Row], options: Options) -> str:
+    """Of the networks and their preprocessing that these scores are by, those of captions too."""
+    found, by = require(rows, options), []
+    for name, some in _groups(rows):
+        network = _load(name, found)
+        by += [[row.name, network.hash_of(row.layer)] for row in some]
+        towers = {row.weights[0] for row in some if row.definition.against == "captions"}
+        by += [extractors.text_tower(found[weight]).hash for weight in sorted(towers)]
+    return sha256_of(by)
+
+
 # --- what is needed ---------------------------------------------------------------------------
 
 

@@ -89,10 +89,15 @@ def _parser() -> Parser:
     add("--workdir", metavar="DIR", help="of the study whose network draws; what is drawn is kept")
     add("--config", metavar="FILE[:argument]", help="of the study, with --config.KEY=VALUE to "
         "change its keys; the workdir knows the one that was last used in it")
-    add("--member", metavar="NAME", help="the network that draws")
-    add("--sampler", metavar="NAME", help="the protocol's if not given; so are the next two")
+    add("--member", metavar="NAME", help="the network that draws, or a cascade's name")
+    add("--stage", metavar="NAME", help="of a config that distils: the student that draws, the "
+        "last if not given; 'member' is the network undistilled")
+    add("--sampler", metavar="NAME", help="the protocol's if not given, of students their "
+        "config's; so are the next two")
     add("--steps", type=above_0, metavar="N", help="how many")
     add("--guidance", type=_rate, metavar="RATE", help="1 is none")
+    add("--spacing", metavar="NAME", help="timestep spacing; that of the config's sample if not "
+        "given")
     return parser
 
 
@@ -206,8 +211,9 @@ def _refuse(given: argparse.Namespace, names: Sequence[str], why: str) -> None:
             raise UserError(f"{shown} {why}")
 
 
+_OF_DRAWING = ("member", "stage", "sampler", "steps", "guidance", "spacing")
 _OF_PROTOCOLS = (
-    "data", "images", "reference", "limit", "member", "sampler", "steps", "guidance"
+    "data", "images", "reference", "limit", *_OF_DRAWING
 )  # fmt: skip
 
 
@@ -265,6 +271,8 @@ def _protocol(given, common, about, check: Callable[[], Any]) -> Task:
             f"--protocol={protocol.name} needs either --images=DIR, drawn before, or --workdir=DIR "
             "of a study whose network draws them"
         )
+    if given.images:
+        _refuse(given, (*_OF_DRAWING, "config"), "needs --workdir=DIR to draw in")
     reference = Path(given.reference).expanduser() if given.reference else None
     if reference and protocol.name not in ("coco30k", "coco5k"):
         raise UserError("--reference is for COCO's protocols: give the real images")
@@ -277,8 +285,6 @@ def _protocol(given, common, about, check: Callable[[], Any]) -> Task:
     if given.captions:
         about["protocol"]["captions"] |= {"file": given.captions, "selection": "as in the file"}
     if given.images:
-        _refuse(given, ("member", "sampler", "steps", "guidance", "config"),
-                "needs --workdir=DIR to draw in")
         images = Path(given.images).expanduser()
     else:
         check()
@@ -295,6 +301,8 @@ def _draw(given, common, read: protocols.Given, about: dict[str, Any]) -> Path:
             f"the images of {read.protocol.name} are not drawn here: draw them, give --images=DIR"
         )
     from ldm_scaling import config
+    from ldm_scaling.config import Sample
+    from ldm_scaling.sampling import solvers
     from ldm_scaling.study import protocol_images, stages
     from ldm_scaling.study.workdir import Workdir
 
@@ -302,20 +310,19 @@ def _draw(given, common, read: protocols.Given, about: dict[str, Any]) -> Path:
     study = config.parse(common.config) if common.config else workdir.last_config()
     # Pictures of the protocol's captions: of the study's own data nothing is needed.
     materials = stages.check(study, workdir, measured=False)
-    study = materials.study
-    if not given.member and len(study.members) > 1:
-        raise UserError(f"--member: name the network that draws: {', '.join(study.members)}")
     p = read.protocol
-    drawing = protocol_images.Drawing(
-        given.member or study.members[0], given.sampler or p.sampler, given.steps or p.steps,
-        p.guidance if given.guidance is None else given.guidance,
-    )
-    about["drawn"] = dataclasses.asdict(drawing) | {"workdir": str(workdir.path)}
+    network = protocol_images.network_of(
+        materials, given.member, given.stage, Sample(p.sampler, p.steps, "", p.guidance))
+    drawing = network.drawing(given.sampler, given.steps, given.guidance, given.spacing)
+    about["drawn"] = dataclasses.asdict(drawing) | {
+        "spacing": solvers.spacing_of(drawing.sampler, drawing.spacing),
+        "train_step": network.subject.train_step, "workdir": str(workdir.path),
+    }
     lock = workdir.lock()
-    workdir.bind(study)
+    workdir.bind(materials.study)
     with lock, workdir.log_to_file():
-        folder = protocol_images.folder_of(materials, drawing, read.captions)
-        protocol_images.draw(materials, drawing, read.captions, folder)
+        folder = protocol_images.folder_of(materials, network, drawing, read.captions)
+        protocol_images.draw(materials, network, drawing, read.captions, folder)
     return Path(os.fspath(folder))
 
 
@@ -326,6 +333,8 @@ def _upscale(given, common, read: protocols.Given, about: dict[str, Any]) -> Pat
 
     if given.guidance not in (None, read.protocol.guidance):
         raise UserError(f"--guidance={given.guidance:g}: {read.protocol.name} is without guidance")
+    _refuse(given, ("stage", "spacing"), f"is not for {read.protocol.name}, whose images "
+            "fine-tuned members draw: the spacing is --config.finetune.sample.spacing=NAME")
     tuned, workdir, study = upscale_cli.opened(common)
     settings = upscaling.Settings(
         upscale_cli.chosen(given.member, study.members),

@@ -1,4 +1,4 @@
-"""`ldm-scaling figure`: figures from records alone, by name."""
+"""`ldm-scaling figure`: figures from records alone, by name; with `--page` the page too."""
 
 from __future__ import annotations
 
@@ -12,16 +12,27 @@ from typing import Any
 from etils import epath
 
 from ldm_scaling.errors import UserError
-from ldm_scaling.study import baselines, curves, labels, records, reported
+from ldm_scaling.study import (
+    baselines,
+    cascades,
+    curves,
+    labels,
+    places,
+    report,
+    reported,
+    students,
+)
 from ldm_scaling.study.arguments import Parser, several
 from ldm_scaling.study.figures import beside, catalogue
 from ldm_scaling.study.figures.source import Source
-from ldm_scaling.study.records import Record
+from ldm_scaling.study.places import Places
+from ldm_scaling.study.records import TEXT_TO_IMAGE, Record
 from ldm_scaling.study.workdir import Workdir
 
 _USAGE = """
   ldm-scaling figure fig8 tab1 --workdir=DIR             these figures
   ldm-scaling figure --records=DIR [--to=DIR]            all that the records allow
+  ldm-scaling figure --workdir=DIR,DIR --to=DIR --page   of several workdirs, and a page of all
   ldm-scaling figure --list                              what there is"""
 
 
@@ -33,10 +44,14 @@ def _parser() -> Parser:
     )
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help="e.g. fig8, tab1; all if not given")
-    add("--workdir", metavar="DIR", help="of a study: its records, strips of images and losses")
-    add("--records", metavar="DIR", help="a folder of records alone")
+    add("--workdir", action="append", metavar="DIR", help="of a study: its records, strips of "
+        "images, losses and baselines; several with commas, or given again")
+    add("--records", action="append", metavar="PLACE", help="records alone, in a folder, a workdir "
+        "or files; several likewise")
     add("--to", metavar="DIR", help="where the files go; figures/ in the workdir or beside the "
         "records if not given")
+    add("--page", action="store_true", help="writes report.html there too, with the verdicts on "
+        "all these records")
     add("--metric", metavar="NAME", help="the main measure; the one that chose the guidance, of "
         f"{', '.join(labels.MEASURES)}")
     add("--select-block", "--select_block", type=int, metavar="N",
@@ -65,28 +80,26 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     if bool(given.records) == bool(given.workdir):
         raise UserError("ldm-scaling figure needs --workdir=DIR or --records=DIR, one of them; see "
                         " ldm-scaling figure --help")
-    catalogue.chosen(given.names)
-    home = Workdir(given.workdir) if given.workdir else None
-    folder = home / "records" if home else epath.Path(given.records).expanduser()
-    found = records.read_all(folder)
-    if not found:
-        raise UserError(f"no records are in {folder}: give the folder that holds a sweep's .json "
-                        "files, such as --records=runs/demo/records")
-    metric = _metric(given, found, folder)
-    select_block, asked = reported.of_workdir(
-        reported.home_of(folder), given.select_block, given.report_blocks)
+    flag = "--workdir" if given.workdir else "--records"
+    there = places.read(given.workdir or given.records, flag)
+    catalogue.chosen(given.names)  # The workdirs' plugins may have more.
+    to = _to(given, there)
+    found, metric, settings = there.records, _metric(given, there), there.settings
+    select_block, asked = there.blocks(given.select_block, given.report_blocks)
     # Who names blocks wants the main study's; else nothing that one block allows is to be missed.
     report_blocks = reported.whole(
         _main(found) if given.report_blocks else found, metric, select_block, asked)
-    settings = reported.settings_of(reported.home_of(folder))
-    source = Source(found, metric, select_block, report_blocks, settings=settings)
-    if home:
+    source = Source(
+        found, metric, select_block, report_blocks, settings=settings, spacing=there.spacing)
+    strips = [home / "strips" for home in there.homes] if given.workdir else []
+    if given.workdir:
+        losses = [beside.losses(Workdir(home), curves.models(found)) for home in there.homes]
         source = dataclasses.replace(
-            source, loss_curves=beside.losses(home, curves.models(found)),
-            images=beside.strips(home / "strips", source),
-            baselines=baselines.of_records(home.path, found),
+            source, images=beside.strips(strips, source),
+            # Of a member that several trained, the first's.
+            loss_curves={name: rows for own in reversed(losses) for name, rows in own.items()},
+            baselines=[b for home in there.homes for b in baselines.of_records(home, found)],
         )
-    to = epath.Path(given.to).expanduser() if given.to else folder.parent / "figures"
     written = catalogue.write(to, source, given.names)
     for name in written.names:
         print(os.fspath(to / f"{name}.png"))
@@ -96,23 +109,51 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
         print(lacking)
     for line in curves.other_settings(found, settings):
         print(line)
+    if given.page:
+        print(os.fspath(_page(to, source, strips)))
+
+
+def _to(given: argparse.Namespace, there: Places) -> epath.Path:
+    """Where the files go."""
+    if given.to:
+        return epath.Path(given.to).expanduser()
+    if len(there.folders) > 1:
+        raise UserError("the records are in several places: say where the files go by --to=DIR")
+    return there.folders[0].parent / "figures"
+
+
+def _page(to: epath.Path, source: Source, strips: Sequence[epath.Path]) -> epath.Path:
+    """Writes the page of the source's records beside its figures; it has no config to tell of."""
+    found = curves.one_setting(source.records, source.settings)
+    main = curves.longest(_main(found))  # A page is of networks of one length of training.
+    kept = {r.identity.key for r in main}
+    blocks = source.select_block, source.report_blocks
+    further = [
+        *baselines.findings(source.baselines, found),
+        *students.sentences(found, source.metric, *blocks, source.spacing),
+        *cascades.sentences(found, source.metric, *blocks),
+    ]
+    context = {"metric": source.metric, "select_block": blocks[0], "report_blocks": blocks[1],
+               "captions": source.captions}
+    others = [r for r in found if r.identity.key not in kept]
+    return report.write(to, main, to, context, strips, others, further)
 
 
 def _main(found: Sequence[Record]) -> Sequence[Record]:
     """The records of the main study, where there are some: other tasks may have fewer blocks."""
-    return curves.longest([r for r in found if r.task == "text_to_image"]) or found
+    return curves.longest([r for r in found if r.task == TEXT_TO_IMAGE]) or found
 
 
-def _metric(given: argparse.Namespace, found: Sequence[Record], folder: epath.Path) -> str:
-    held = curves.measures(found)
+def _metric(given: argparse.Namespace, there: Places) -> str:
+    where = ", ".join(map(os.fspath, there.folders))
+    held = curves.measures(there.records)
     if not held:
-        raise UserError(f"no record in {folder} holds a measure of {', '.join(labels.MEASURES)}: "
+        raise UserError(f"no record in {where} holds a measure of {', '.join(labels.MEASURES)}: "
                         "give another folder, or add the measure to study/labels.py")
     if given.metric and labels.measure(given.metric).name not in held:
-        raise UserError(f"--metric={given.metric}: no record in {folder} holds it; they hold "
+        raise UserError(f"--metric={given.metric}: no record in {where} holds it; they hold "
                         f"{', '.join(held)}")
-    own = reported.metric_of(reported.home_of(folder))
-    return given.metric or (own if own in held else reported.leading(found))
+    return given.metric or there.metric or reported.leading(there.records)
 
 
 def listing() -> str:

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from ldm_scaling.study import curves as curves_lib
-from ldm_scaling.study import families, labels, winners
+from ldm_scaling.study import families, labels, pricing, winners
 from ldm_scaling.study.curves import Curves
 from ldm_scaling.study.records import Record
 from ldm_scaling.study.statistics import bands, blocks, duels, words
@@ -31,7 +31,7 @@ def findings(
         if any(s == main for _, s in own):
             out += _budgets(own, metric, sizes, main)
             out += _pairs(own, metric, sizes, main)
-        out += _seconds(own, metric, sizes, main)
+        out += _seconds(records, own, metric, sizes, main)
         out += _best_of_all(curves, metric)
     out += _guidance(records, metric, select_block)
     out += _trade_off(records, metric, select_block)
@@ -108,7 +108,12 @@ def _run(run: Sequence[winners.Winner]) -> str:
     return f"{run[0].best.model} {where} (unsure: probability {' to '.join(ends)})"
 
 
-def _seconds(curves: Curves, metric: str, sizes: Sequence[str], sampler: str) -> list[str]:
+def _seconds(
+    records: Sequence[Record], curves: Curves, metric: str, sizes: Sequence[str], sampler: str
+) -> list[str]:
+    """Claim 3 in seconds, with what speaks against them; where they do not compare, only why."""
+    if why := pricing.incomparable(records):
+        return [f"{why}: claim 3 is judged by cost alone."]
     cross = winners.crossovers(curves, metric, sizes, [sampler], axis="seconds")[0].get(sampler)
     if cross is None:
         return []
@@ -118,6 +123,7 @@ def _seconds(curves: Curves, metric: str, sizes: Sequence[str], sampler: str) ->
         f"{words.judge(cross.probability)} for {labels.sampler(sampler)} "
         f"({words.sure(cross.probability)}): {low.best.model} is best at "
         f"{labels.number(low.budget)} s, {high.best.model} at {labels.number(high.budget)} s."
+        + "".join(f" {doubt}" for doubt in pricing.doubts(records))
     ]
 
 
@@ -127,10 +133,11 @@ def _best_of_all(curves: Curves, metric: str) -> list[str]:
     least = min(points, key=lambda p: (p.cost, p.chosen_by))
     return [
         f"Whatever the cost, the best configuration on the choosing prompts is {best.model} with "
-        f"{labels.sampler(best.sampler)}, {best.steps} steps and guidance {best.guidance:g}; "
-        f"on the reporting prompts it has {words.reached(metric, winners.Contender(best, None))} "
-        f"at a cost of {labels.number(best.cost)}; the cheapest is {least.model}, "
-        f"{labels.sampler(least.sampler)}, {least.steps} steps: "
+        f"{labels.sampler(best.sampler)}, {labels.steps(best.steps)} and guidance "
+        f"{best.guidance:g}; on the reporting prompts it has "
+        f"{words.reached(metric, winners.Contender(best, None))} at a cost of "
+        f"{labels.number(best.cost)}; the cheapest is {least.model}, "
+        f"{labels.sampler(least.sampler)}, {labels.steps(least.steps)}: "
         f"{words.reached(metric, winners.Contender(least, None))} at {labels.number(least.cost)}."
     ]
 
@@ -223,7 +230,7 @@ def _incomplete(records: Sequence[Record], metric: str, select: int, report: int
     thin = [g for g in gaps if g.guidance]
     out = []
     if silent:
-        some = labels.listing([f"{m} {labels.sampler(s)} {n} steps"
+        some = labels.listing([f"{m} {labels.sampler(s)} {labels.steps(n)}"
                                for m, s, n in (g.cell for g in silent[:3])])
         more = f" and {len(silent) - 3} more" if len(silent) > 3 else ""
         out.append(

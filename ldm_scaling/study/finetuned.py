@@ -62,6 +62,7 @@ class Examples:
       seen_NHWC: see `conditioned.latents_of`.
       image_NHWC: the pictures, uint8.
       given_NHWC: the conditions at the pictures' size, uint8.
+      mask_NHW1: 1 where a picture is not seen; None of tasks without masks.
     """
 
     index_N: np.ndarray
@@ -69,6 +70,13 @@ class Examples:
     seen_NHWC: np.ndarray
     image_NHWC: np.ndarray
     given_NHWC: np.ndarray
+    mask_NHW1: np.ndarray | None = None
+
+    def finished(self, images_JHWC: np.ndarray, places_J: np.ndarray) -> np.ndarray:
+        """Drawn pictures as `restore` writes them: what was seen stays, pixel for pixel."""
+        if self.mask_NHW1 is None:
+            return images_JHWC
+        return np.where(self.mask_NHW1[places_J] == 1, images_JHWC, self.given_NHWC[places_J])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -143,11 +151,12 @@ class FineTuned:
         return files.sha256_of([model_hash(self.materials.study, member), self.config.hash])
 
     def subject(self, member: str, steps: int) -> Subject:
-        """A member after so many steps of fine-tuning, as it is measured."""
+        """A member after so many steps of fine-tuning, as it is measured: see `FineTune.measured`.
+        """
         study = self.materials.study
         return Subject(
-            member, self._hash(member), steps, self.config.sweep, study.diffusion, study.seed,
-            self.config.task,
+            member, self._hash(member), steps, self.config.measured(steps), study.diffusion,
+            study.seed, self.config.task,
         )
 
     def params(self, member: str, steps: int) -> Any:
@@ -231,7 +240,8 @@ class FineTuned:
                 )
                 made = {name: values[: len(some)] for name, values in made.items()}
                 out.append(
-                    (made["mean"], made["seen"], batch["image"], pictures.to_uint8(made["given"]))
+                    (made["mean"], made["seen"], batch["image"], pictures.to_uint8(made["given"]),
+                     *([batch["condition_mask"]] if "condition_mask" in batch else []))
                 )
                 bar.update(len(some))
         return Examples(np.asarray(index_N, np.int32), *map(np.concatenate, zip(*out)))
@@ -254,7 +264,7 @@ class FineTuned:
             embeddings_NE=np.zeros((count, 0), np.float32),
             captions=("",) * count,
             condition_NHWC=found.seen_NHWC,
-            real=lambda places: found.image_NHWC[places],
+            real=lambda places: found.image_NHWC[places], finished=found.finished,
         )
 
     # Training.
@@ -343,6 +353,7 @@ class FineTuned:
             trunk_and_logits, perceptual.distance,
             ReferenceStats(moments.load(path, extractor), extractor),
             network.layer_hash("head"), perceptual.hash(), config.replicates,
+            pasted=self.condition.masked,
         )
 
     def baselines(self) -> Baselines:
@@ -353,6 +364,7 @@ class FineTuned:
         decoded = self.drawer(m.study.members[0]).decode(
             found.mean_NHWC * m.frozen.latent_scale, lambda j: f"validation picture {j}"
         )
+        decoded = found.finished(decoded, np.arange(len(decoded)))
         none_NE = np.zeros((len(found.index_N), 0), np.float32)
         scored = {
             name: scorer.score(scorer.features(images, found.image_NHWC), none_NE, block)
@@ -405,12 +417,13 @@ class FineTuned:
         for member in members:
             drawer = self.drawer(member)
             table_ = drawer.table(sample.sampler, sample.steps, sample.spacing)
-            (columns[member],) = drawer.pictures(
+            (drawn,) = drawer.pictures(
                 self.params(member, self.config.steps[-1]),
                 [Configuration(table_, sample.guidance, found.index_N, np.arange(count))],
                 np.broadcast_to(null_LD, (count, *null_LD.shape)), sampling_key(m.study.seed),
                 condition_PHWC=found.seen_NHWC,
             )
+            columns[member] = found.finished(drawn, np.arange(count))
         columns["real"] = found.image_NHWC
         rows = [
             sheet.Row([images[i][None] for images in columns.values()],
@@ -418,7 +431,7 @@ class FineTuned:
             for i in range(count)
         ]
         about = (
-            f"{labels.sampler(sample.sampler)} · {sample.steps} steps · "
-            f"{self.config.steps[-1]:,} steps of fine-tuning"
+            f"{labels.sampler(sample.sampler)} · {labels.steps(sample.steps)} · "
+            f"{labels.steps(self.config.steps[-1])} of fine-tuning"
         )
         return np.asarray(sheet.draw(sheet.Sheet(labels.task(self.config.task), about, rows)))

@@ -9,7 +9,7 @@ import functools
 from ldm_scaling import files, pictures
 from ldm_scaling.errors import UserError
 from ldm_scaling.parallel import hosts, processes
-from ldm_scaling.study import runs
+from ldm_scaling.study import runs, versions
 from ldm_scaling.study.cascaded import Cascaded
 from ldm_scaling.study.distilled import Distilled
 from ldm_scaling.study.finetuned import FineTuned
@@ -58,7 +58,8 @@ def _fine_tune(fine_tuned: FineTuned, member: str) -> None:
     study = materials.study
     loop.fit(
         fine_tuned.task(member), run, runs.loader_of(study, fine_tuned.source("train"), run),
-        fine_tuned.folder(member), materials.mesh, study.seed, about=dataclasses.asdict(study),
+        fine_tuned.folder(member), materials.mesh, study.seed,
+        about=runs.about(study, fine_tuned.spec(member)),
     )
 
 
@@ -71,6 +72,7 @@ def grid(further: Further) -> str:
         subjects, dataclasses.asdict(further.config.sample),
         *([dataclasses.asdict(materials.study.sample)] if isinstance(further, Distilled) else []),
         *([further.drawn_with] if isinstance(further, Cascaded) else []),
+        *versions.own_rows(materials.study.diffusion, further.config.sample.table),
     ])
     path = materials.workdir / "samples" / f"{further.config.task}_{drawn_with[:8]}.png"
     if not processes.from_lead("grid", path.exists):

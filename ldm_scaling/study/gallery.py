@@ -171,7 +171,7 @@ def _label(axis: str, value: Any) -> str:
     texts: dict[str, Callable[[Any], str]] = {
         "prompt": lambda text: f"“{text}”" if text else "the empty prompt",
         "sampler": labels.sampler,
-        "steps": lambda n: f"{n} step" if n == 1 else f"{n} steps",
+        "steps": labels.steps,
         "guidance": lambda w: "no guidance" if w == 1 else f"guidance {w:g}",
         "seed": lambda seed: f"seed {seed}",
     }

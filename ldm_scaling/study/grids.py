@@ -69,16 +69,10 @@ def _students_grid(distilled: Distilled, prompts: Sequence[str], values: dict[st
         materials.study, sample=distilled.sample(last), diffusion=distilled.diffusion
     )
     wanted = request_lib.of(theirs, prompts or ("",), **values)
-    low, high = distilled.config.rates
-    if last.told and not all(low <= w <= high for w in wanted.guidance):
-        raise UserError(
-            f"--guidance={','.join(f'{w:g}' for w in wanted.guidance)}: students of "
-            f"{distilled.config.method} are told rates from {low:g} to {high:g}"
-        )
-    for name in wanted.sampler:
-        if why := distilled.config.refuses(name):
-            raise UserError(f"--sampler={name}: {why}")
-    return grid(materials, wanted, prompts, values, f"{distilled.setting}_", functools.partial(
+    distilled.check_drawn(last, wanted.sampler, wanted.guidance)
+    # More halvings may follow: which student it is the setting does not say.
+    whose = f"{distilled.setting}_" + (f"{last.name}_" if last.steps else "")
+    return grid(materials, wanted, prompts, values, whose, functools.partial(
         gallery.draw, dataclasses.replace(materials, study=theirs),
         drawer=lambda member: distilled.drawer(member, last.told),
         params=lambda member: distilled.params(member, last),

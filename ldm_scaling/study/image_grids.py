@@ -114,7 +114,7 @@ def draw(
         best = min(known, key=lambda p: measure.sign * p.value, default=None)
         for cell, cost in row.cells:
             y -= side
-            lines = [f"{cell[2]} steps", f"cost {labels.number(cost)}"]
+            lines = [labels.steps(cell[2]), f"cost {labels.number(cost)}"]
             if cell in points:
                 star = " ★ best" if points[cell] is best and len(known) > 1 else ""
                 lines.append(f"{measure.short} {labels.number(points[cell].value)}{star}")

@@ -194,18 +194,23 @@ def traded(metric: str, held: Sequence[str]) -> str | None:
 
 
 def sampler(name: str) -> str:
-    """A sampler's name for readers; an unknown one keeps its own, a spacing stays behind it.
+    """A sampler's name for readers; an unknown one keeps its own, what an arm has more stays behind
+    it (see `curves.arms`).
 
-    `ddim:eta=0.5,final=zero` is DDIM with eta 0.5, final zero.
+    `ddim:eta=0.5,final=zero` is DDIM with eta 0.5, final zero; `ddim, after 4 of ddpm` is DDIM,
+    after 4 of DDPM.
     """
-    spec, comma, spacing = name.partition(", ")
+    spec, comma, more = name.partition(", ")
+    before, of, first = more.partition(" of ")
+    if of:
+        more = before + of + sampler(first)
     base, _, options = spec.partition(":")
     text = SAMPLERS.get(base, base)
     if options:
         text += " with " + ", ".join(
             option.replace("=", " ", 1).replace("_", " ") for option in options.split(",")
         )
-    return text + comma + spacing
+    return text + comma + more
 
 
 def task(name: str) -> str:
@@ -229,8 +234,8 @@ def network(model: str, task: str) -> str:
 
 def file_name(sampler: str) -> str:
     """A sampler's name as part of a file's: `dpmpp_2m:solver_type=heun` is
-    `dpmpp_2m-solver_type-heun`."""
-    return re.sub(r"[^\w.+-]+", "-", sampler.replace(", ", "_"))
+    `dpmpp_2m-solver_type-heun`. Without dots: LaTeX takes what follows the first for the suffix."""
+    return re.sub(r"[^\w+-]+", "-", sampler.replace(", ", "_"))
 
 
 def number(value: float) -> str:
@@ -258,6 +263,11 @@ def count(value: float) -> str:
         if value >= least:
             return f"{value / scale:.3g}{unit}"
     return f"{value:.0f}"
+
+
+def steps(count: int) -> str:
+    """`1 step`, `4 steps`, `2,000 steps`."""
+    return f"{count:,} step{'s' * (count != 1)}"
 
 
 def listing(items: Sequence[str], word: str = "and") -> str:

@@ -15,7 +15,7 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.models import autoencoder, backbone, zoo
 from ldm_scaling.models.tiny_decoder import TinyDecoderSpec
 from ldm_scaling.parallel import placing, rules
-from ldm_scaling.study import encoders
+from ldm_scaling.study import encoders, runs
 from ldm_scaling.study.encoders import LatentEncoder
 from ldm_scaling.tasks import autoencoder as autoencoder_task
 from ldm_scaling.training import checkpoint, step
@@ -65,7 +65,8 @@ def model_hash(study: Study, member: str) -> str:
     """Hash of all that decides a member's parameters, and of its network."""
     # The sizes of published networks are among their files.
     spec = None if study.weights else zoo.get(member).spec
-    return files.sha256_of([study.training_hash(member), spec])
+    recipe = () if spec is None else backbone.recipe(spec)
+    return files.sha256_of([study.training_hash(member), spec, *recipe])
 
 
 def trained(materials: Materials) -> Networks:
@@ -82,14 +83,10 @@ def trained(materials: Materials) -> Networks:
         for member in members:
             _require(study.train, workdir.member(member), f"member {member}")
 
-    def restored(init: Callable, config: Train, directory, what: str) -> Any:
-        _require(config, directory, what)
-        abstract = step.abstract_state(init, config, materials.mesh)
-        return checkpoint.average(directory / "checkpoints", config.steps, abstract)
-
     def params(member: str) -> Any:
-        init = backbone.initializer(zoo.get(member).spec)
-        return restored(init, study.train, workdir.member(member), f"member {member}")
+        folder, run = workdir.member(member), study.train
+        _require(run, folder, f"member {member}")
+        return runs.average(zoo.get(member).spec, folder, run, materials.mesh, run.steps)
 
     @functools.cache
     def decoder() -> Any:
@@ -97,9 +94,10 @@ def trained(materials: Materials) -> Networks:
             return placing.put(
                 published.params, rules.shardings(published.params, materials.mesh)
             )
-        init = autoencoder.initializer(spec)
-        run = study.autoencoder.train
-        return restored(init, run, workdir / "autoencoder", "the autoencoder")
+        run, folder = study.autoencoder.train, workdir / "autoencoder"
+        _require(run, folder, "the autoencoder")
+        abstract = step.abstract_state(autoencoder.initializer(spec), run, materials.mesh)
+        return checkpoint.average(folder / "checkpoints", run.steps, abstract)
 
     @functools.cache
     def latent_encoder() -> LatentEncoder:

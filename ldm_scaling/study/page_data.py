@@ -37,7 +37,14 @@ def charts(records: Sequence[Record], metric: str, select: int, report: int) -> 
       metric: the measure that chooses the guidance and decides the winners.
       select: seed block that chooses.
       report: seed block that is reported.
+
+    Returns:
+      A dictionary. `incomparable` says why nothing is drawn against seconds, where they do not
+      compare; without it `winners` are by seconds too.
     """
+    incomparable = pricing.incomparable(records)
+    units = {"cost": "normalised cost × network calls"}
+    units |= {} if incomparable else {"seconds": "seconds"}
     shown = [labels.MEASURES[name] for name in curves_lib.measures(records)]
     sizes, arms = curves_lib.models(records), curves_lib.samplers(records)
     params = {r.identity.model: r.params for r in records}
@@ -74,6 +81,7 @@ def charts(records: Sequence[Record], metric: str, select: int, report: int) -> 
         "measures": [{"name": m.name, "label": m.label, "short": m.short, "better": m.better}
                      for m in shown],
         "axes": labels.AXES,
+        "incomparable": incomparable,
         "ramp": [[round(255 * v) for v in matplotlib.colormaps["viridis"](k / 8)[:3]]
                  for k in range(9)],
         "points": points,
@@ -82,7 +90,7 @@ def charts(records: Sequence[Record], metric: str, select: int, report: int) -> 
         "winners": [
             {"axis": axis, "sampler": sampler or "", "unit": unit,
              "budgets": [_budget(w) for w in won]}
-            for axis, unit in (("cost", "normalised cost × network calls"), ("seconds", "seconds"))
+            for axis, unit in units.items()
             for sampler in (*arms, None)
             if (won := winners.winner_by_budget(
                 main, metric, sizes, axis, None if sampler is None else {sampler}))

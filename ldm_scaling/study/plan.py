@@ -298,7 +298,8 @@ def _of_kind(
         spec = plan_parts.spec_of(study, member)
         one = caching_cost.train_gflops(spec) * 1e9
         analytic = one * part.examples / devices
-        days = study.train.steps * seconds / 86400
+        steps = study.train.steps - study.start.passed
+        days = steps * seconds / 86400
         share = None
         if not study.data.text_weights:
             frozen = 1e9 * (
@@ -309,7 +310,7 @@ def _of_kind(
             )
             share = frozen / (frozen + one)
         return {
-            "steps": study.train.steps, "days_bound": days,
+            "steps": steps, "days_bound": days,
             "chip_hours_bound": 24 * days * devices / shared,
             "analytic_flops": analytic, "flops_over_analytic": work.flops / analytic,
             "frozen_encoders_share_of_flops": share,
@@ -358,7 +359,7 @@ def key(study: Study, member: str, target: Target, kind: str) -> str:
             del run[name]
     kept = {name: tree[name] for name in ("autoencoder", "diffusion", "train", "mesh")}
     for part, names in (
-        ("data", ("side", "text_length", "text_weights", "latent_dtype")),
+        ("data", ("side", "text_length", "text_weights", "latent_dtype", "text_dtype")),
         ("sweep", ("batch_size", "steps")),
     ):
         kept[part] = {name: tree[part][name] for name in names}

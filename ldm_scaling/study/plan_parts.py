@@ -173,11 +173,12 @@ def _train(study: Study, member: str, devices: list[jax.Device]) -> Part:
     )
     state = step_lib.abstract_state(backbone.initializer(spec), train, mesh)
     batch = text_to_image.batch_shapes(
-        train.batch_size, spec.latent_shape, context, study.data.latent_dtype, mesh
+        train.batch_size, spec.latent_shape, context, study.data.latent_dtype, mesh,
+        study.data.text_dtype,
     )
     return Part(
-        "train", step_lib.make(loss, train, mesh, state), (state, batch, _key()), mesh,
-        train.batch_size, 1,
+        "train", step_lib.make(loss, train, mesh, state, project=backbone.project(spec)),
+        (state, batch, _key()), mesh, train.batch_size, 1,
         {
             "parameters": local_bytes(state.params), "optimiser": local_bytes(state.opt_state),
             "average": local_bytes(state.ema), "batch": local_bytes(batch),
@@ -241,15 +242,17 @@ def _distill(study: Study, member: str, devices: list[jax.Device], kind: str) ->
     )
     state = step_lib.abstract_state(backbone.initializer(spec), train, mesh)
     batch = text_to_image.batch_shapes(
-        train.batch_size, spec.latent_shape, context, study.data.latent_dtype, mesh
+        train.batch_size, spec.latent_shape, context, study.data.latent_dtype, mesh,
+        study.data.text_dtype,
     )
     teacher: Any = ()
     if student.has_teacher(stage, distill):
         teacher = backbone.param_shapes(teacher_spec)
         teacher = _placed(teacher, rules.shardings(teacher, mesh))
     return Part(
-        kind, step_lib.make(loss, train, mesh, state, teacher), (state, batch, _key(), teacher),
-        mesh, train.batch_size, 1,
+        kind,
+        step_lib.make(loss, train, mesh, state, teacher, project=backbone.project(spec)),
+        (state, batch, _key(), teacher), mesh, train.batch_size, 1,
         {
             "parameters": local_bytes(state.params), "optimiser": local_bytes(state.opt_state),
             "average": local_bytes(state.ema), "teacher": local_bytes(teacher),
@@ -267,7 +270,8 @@ def _sample(study: Study, member: str, devices: list[jax.Device]) -> Part:
     lanes = drawing.lanes(
         spec, spec.latent_shape, size, mesh, train.compute_dtype, train.attention
     )
-    context = jax.ShapeDtypeStruct((1, *context_shape(study, spec)), jnp.float16)
+    context = jax.ShapeDtypeStruct(
+        (1, *context_shape(study, spec)), jnp.dtype(study.data.text_dtype))
     program, rest = lanes.abstract({"context": context}, guided=True)
     params = backbone.param_shapes(spec)
     params = _placed(params, rules.shardings(params, mesh))

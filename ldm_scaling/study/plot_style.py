@@ -96,6 +96,11 @@ def figure(width: float, height: float) -> Figure:
     return new
 
 
+def title(fig: Figure, text: str, **how: Any) -> None:
+    """The title of the whole figure, on as many lines as its width needs."""
+    fig.suptitle(text, x=0.01, ha="left", wrap=True, **how)
+
+
 def log_ticks(axis: Axis) -> None:
     """Plain numbers on a logarithmic axis, as many as its range has room for."""
     low, high = axis.get_view_interval()

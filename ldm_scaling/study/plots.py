@@ -101,8 +101,8 @@ def guidance_by_steps(records: Sequence[Record], metric: str, sampler: str, bloc
     if isinstance(norm, LogNorm):
         plot_style.log_ticks(bar.ax.yaxis)
     bar.set_label(f"{measure.short} ({measure.better} is better)")
-    fig.suptitle(f"{measure.short} over guidance and steps, {labels.sampler(sampler)} "
-                 "(framed: best rate)", x=0.01, ha="left")
+    plot_style.title(fig, f"{measure.short} over guidance and steps, {labels.sampler(sampler)} "
+                     "(framed: best rate)")
     return fig
 
 
@@ -286,7 +286,7 @@ def _name_stretches(ax: Axes, won: Sequence[winners.Winner], edges: Sequence[flo
 def trade_off(records: Sequence[Record], metric: str, other: str, block: int) -> Figure:
     """The two measures against each other as guidance rises, one line per size and step count."""
     entries = sized(records)
-    marks = plot_style.marks(list(entries))
+    marks, along = plot_style.marks(list(entries)), labels.measure(other)
     both = [r for r in records
             if r.identity.seed_block == block and {metric, other} <= r.metrics.keys()]
     first = curves_lib.samplers(both)[0]
@@ -307,12 +307,12 @@ def trade_off(records: Sequence[Record], metric: str, other: str, block: int) ->
             for k in sorted(ends):
                 ax.annotate(f"{rates[k]:g}", (x[k], y[k]), xytext=(4, 4), fontsize=7,
                             textcoords="offset points", color=marks[model]["color"])
-        ax.set_title(f"{n} step" if n == 1 else f"{n} steps")
-        ax.set_xlabel(f"{labels.measure(other).label} (→ better)")
+        ax.set_title(labels.steps(n))
+        ax.set_xlabel(f"{along.label} ({'→' if along.better == 'higher' else '←'} better)")
         ax.xaxis.set_major_locator(MaxNLocator(4, prune="both"))
     plot_style.best_arrow(axes[0], metric)
-    fig.suptitle(f"Guidance trades one for the other ({labels.sampler(first)}; numbers: "
-                 "guidance rate)", x=0.01, ha="left")
+    plot_style.title(fig, f"Both measures along guidance ({labels.sampler(first)}; numbers: "
+                     "guidance rate)")
     _legend(fig, entries)
     return fig
 

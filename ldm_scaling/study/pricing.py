@@ -107,15 +107,18 @@ def of_points(
     else:
         prices = {r.identity.model: own(r.identity.model, r) for r in cells.values()}
 
+    def spent(price: Price, of: Record | First, guided: bool) -> float:
+        return costing.sampling(price, of.calls, guided, unit, counted, of.guided_calls)
+
     def price(p: Point) -> float:
         record = cells[p.model, p.sampler, p.steps]
         guided, first = _guided(record, p.guidance), record.first
         taught = training.share(record) if training else 0.0
         if first is None:
-            return taught + costing.sampling(prices[p.model], record.calls, guided, unit, counted)
+            return taught + spent(prices[p.model], record, guided)
         both = first.upper_guidance != 1
-        return costing.sampling(own(first.model, first), first.calls, guided, unit, counted) + (
-            costing.sampling(prices[p.model], record.calls, both, unit, counted))
+        return spent(own(first.model, first), first, guided) + (
+            spent(prices[p.model], record, both))
 
     return price
 
@@ -129,6 +132,13 @@ def _check_networks(records: Iterable[Record], prices: Mapping[str, Price]) -> N
                 f"{r.identity.model} takes {r.gflops:.4g} GFLOPs a call in the records and "
                 f"{price.gflops:.4g} in the measured seconds: they are of different networks"
             )
+
+
+def _evaluations(record: Record, guided: bool) -> float:
+    """Calls, and of guided pairs the mean of both: of one kind of program seconds rise with it."""
+    if not guided or record.guided_calls is None:
+        return record.calls
+    return (record.calls + record.guided_calls) / 2
 
 
 def _guided(record: Record, guidance: float) -> bool:
@@ -239,6 +249,15 @@ class Training:
 # --- measured seconds ---------------------------------------------------------------------------
 
 
+def incomparable(records: Iterable[Record]) -> str:
+    """Why seconds of the records do not compare, as a sentence: several devices; empty where they
+    do."""
+    devices = sorted({r.device for r in records})
+    if len(devices) < 2:
+        return ""
+    return f"The records' seconds were measured on {labels.listing(devices)} and do not compare"
+
+
 def doubts(records: Sequence[Record]) -> list[str]:
     """What speaks against the seconds of one device's records: a network whose own are not of one
     measurement, and one that is slower than a larger one of its family."""
@@ -248,7 +267,7 @@ def doubts(records: Sequence[Record]) -> list[str]:
     for r in records:
         i, guided = r.identity, _guided(r, r.identity.guidance)
         kind = (r.task, r.setting, r.student_steps, i.first, guided)
-        lines[i.model, *kind].append((r.calls, r.seconds_per_image))
+        lines[i.model, *kind].append((_evaluations(r, guided), r.seconds_per_image))
         if family[i.model]:
             cells[*kind, i.sampler, i.steps, family[i.model]].append(r)
     apart: dict[str, float] = {}

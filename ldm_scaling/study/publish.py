@@ -23,12 +23,10 @@ from ldm_scaling.study import (
     scores,
     students,
 )
-from ldm_scaling.study.baselines import Baselines
 from ldm_scaling.study.extractors import EXTRACTORS
 from ldm_scaling.study.figures import beside, catalogue
 from ldm_scaling.study.figures.source import Source
 from ldm_scaling.study.materials import LAYER, PROBE_PICTURES, SANITY, Materials
-from ldm_scaling.study.paired_scorer import LPIPS, PSNR
 from ldm_scaling.study.records import TEXT_TO_IMAGE, Record
 from ldm_scaling.study.scorer import AGREEMENT, FRECHET
 from ldm_scaling.study.sweep import STRIP
@@ -188,16 +186,6 @@ def _summary(materials: Materials) -> str | None:
     )
 
 
-def _restored(held: Baselines | None, records: Sequence[Record]) -> list[str]:
-    """What the page says of restored pictures and their baselines."""
-    if held is None:
-        return []
-    return [
-        sentence for metric in (FRECHET, LPIPS, PSNR)
-        for sentence in baselines.sentences(held, records, metric)
-    ]
-
-
 def write(materials: Materials, found: list[Record], others: Sequence[Record] = ()) -> str:
     """Writes `figures/` and `report.html`; returns the page's path.
 
@@ -219,14 +207,14 @@ def write(materials: Materials, found: list[Record], others: Sequence[Record] = 
         loss_curves=beside.losses(materials.workdir, materials.study.members),
         captions=captions, baselines=held,
     )
-    images = beside.strips(strips, source) if here else {}
+    images = beside.strips([strips], source) if here else {}
     written = catalogue.write(figures, dataclasses.replace(source, images=images))
     for line in written.skipped:
         log.info("skipped: %s", line)
     path = report.write(
         materials.workdir.path, found, figures, _context(materials, captions, found),
-        strips if here else None, others,
-        [*_restored(held, [*found, *others]),
+        [strips] if here else [], others,
+        [*baselines.findings(held, [*found, *others]),
          *(sentence for of in (students, cascades) for sentence in of.sentences(
              [*found, *others], metric, sweep.select_block, report_blocks))],
     )

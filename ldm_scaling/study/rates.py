@@ -20,7 +20,7 @@ from etils import epath
 from ldm_scaling import files
 from ldm_scaling.config import Study, Train
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import zoo
+from ldm_scaling.models import backbone, zoo
 from ldm_scaling.parallel import hosts, placing
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.study import runs, stages
@@ -90,8 +90,8 @@ def of(study: Study, rates: Sequence[float], seeds: int) -> list[Run]:
     it is in both, and trained once, see `results`.
 
     Raises:
-      UserError: for a study without width transfer, members of one width, or rates that are not
-        several.
+      UserError: for a study without width transfer or with a start, members of one width, or rates
+        that are not several.
     """
     train = study.train
     if study.weights or study.finetune.pretrained or train.width_transfer == "none":
@@ -99,6 +99,11 @@ def of(study: Study, rates: Sequence[float], seeds: int) -> list[Run]:
             "rates compares width transfer with the standard parametrisation: give a config of "
             "members that are trained, with train.width_transfer=mup and train.base_member, such "
             "as configs/demo_width.py"
+        )
+    if study.start.workdir:
+        raise UserError(
+            f"rates trains members from weights that are drawn: leave out start.workdir="
+            f"{study.start.workdir!r}"
         )
     widths = {zoo.get(member).spec.base_channels for member in study.members}
     if len(widths) < 2:
@@ -118,7 +123,7 @@ def of(study: Study, rates: Sequence[float], seeds: int) -> list[Run]:
 
 def _changes_nothing(study: Study, member: str) -> bool:
     transfer = text_to_image.transfer(zoo.get(member).spec, study.train)
-    return transfer is None or transfer.rates is None
+    return transfer is None or transfer.rates == backbone.rates(zoo.get(member).spec)
 
 
 def path_of(materials: Materials, run: Run) -> epath.Path:
@@ -212,6 +217,7 @@ class _Stepper:
             return step_lib.train_step(
                 state, batch, key, frozen, loss=self.task.loss, config=plain,
                 optimizer=optax.GradientTransformation(own.init, update),
+                project=self.task.project,
             )
 
         self.begin = jax.jit(
@@ -227,9 +233,9 @@ class _Stepper:
     def _factors(self, run: Run) -> tuple[Any, Any]:
         """By parameter, what multiplies its first values and Adam's steps."""
         found = text_to_image.transfer(self.spec, run.study(self.materials.study).train)
+        both = (found.draws, found.rates) if found else (None, backbone.rates(self.spec))
         return tuple(
-            self._ones if tree is None else jax.tree.map(np.float32, tree)
-            for tree in ((found.draws, found.rates) if found else (None, None))
+            self._ones if tree is None else jax.tree.map(np.float32, tree) for tree in both
         )
 
     def trained(self, run: Run, tell: Callable[[int], Any]) -> Trained:

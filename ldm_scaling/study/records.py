@@ -43,7 +43,7 @@ class First:
       sampler, steps, spacing: see `Identity`; its guidance rate is the identity's.
       upper_guidance: rate of the second stage.
       level: of the noise on what the second stage sees.
-      gflops, norm_cost, calls: see `Record`.
+      gflops, norm_cost, calls, guided_calls: see `Record`.
     """
 
     model: str
@@ -55,6 +55,7 @@ class First:
     gflops: float
     norm_cost: float
     calls: int
+    guided_calls: int | None = None
 
     @property
     def spelling(self) -> str:
@@ -83,7 +84,7 @@ class Identity:
       seed_block: which block of prompts and noise.
       num_images: images in the block.
       reference_hash: hash of the reference statistics, the feature network included.
-      version: version of the code that decides numbers.
+      version: version of the code that decides numbers, see `versions.of`.
       first: of a cascade how its first stage draws, see `First.spelling`: all before is of the
         second then, but guidance, which is the first's; empty of one network.
     """
@@ -143,6 +144,8 @@ class Record:
       setting: how it was distilled: the method, and a hash of all that decides it; empty of other
         networks.
       first: the first stage of a cascade; None of one network.
+      guided_calls: how many of the calls guidance makes pairs, where it is asked for: those within
+        a guidance interval. None is all of them, as records paid for before this was told.
     """
 
     identity: Identity
@@ -162,6 +165,7 @@ class Record:
     student_steps: int = 0
     setting: str = ""
     first: First | None = None
+    guided_calls: int | None = None
 
     def __post_init__(self) -> None:
         if self.identity.first != (self.first.spelling if self.first else ""):
@@ -188,7 +192,9 @@ class Record:
         return row | {"seconds_per_image": self.seconds_per_image, "device": self.device,
                       "round": self.round, "task": self.task, "told": self.told,
                       "student_steps": self.student_steps, "setting": self.setting,
-                      "first_cost": self.first.cost if self.first else 0.0}
+                      "first_cost": self.first.cost if self.first else 0.0,
+                      "guided_calls": self.calls if self.guided_calls is None else
+                      self.guided_calls}
 
 
 def path_of(directory: epath.PathLike, key: str) -> epath.Path:
@@ -226,6 +232,9 @@ def _check(record: Record) -> None:
         value = getattr(record.first, name, 1)
         if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
             raise ValueError(f"{name} of the first stage is {value!r}, not above 0")
+    for part in (record, record.first):
+        if part and part.guided_calls is not None and not 0 <= part.guided_calls <= part.calls:
+            raise ValueError(f"{part.guided_calls} of {part.calls} calls are guided")
     for name, values in (*record.intervals.items(), *record.replicates.items()):
         if not all(map(math.isfinite, values)):
             raise ValueError(f"an interval or a replicate of {name} is not finite")

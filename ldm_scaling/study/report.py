@@ -28,7 +28,7 @@ from ldm_scaling.study import (
 from ldm_scaling.study import reported as reported_lib
 from ldm_scaling.study.curves import Curves
 from ldm_scaling.study.figures import catalogue, rows
-from ldm_scaling.study.records import TEXT_TO_IMAGE, Record
+from ldm_scaling.study.records import RESTORING, TEXT_TO_IMAGE, Record
 from ldm_scaling.study.statistics import blocks as blocks_lib
 from ldm_scaling.study.statistics import claims, words
 
@@ -39,8 +39,10 @@ MOST_BYTES = 16 * 2**20
 """What the page may weigh before it shows fewer pictures of each point; other parts stay whole."""
 _NOTE_BYTES = 256  # Room for the sentence that says so.
 
-# File name's start -> (section of the page, title, what it shows).
-_PICTURES = {e.name: (e.section, e.heading, e.alt) for e in catalogue.FIGURES}
+
+def _known() -> dict[str, tuple[str, str, str]]:
+    """File name's start -> (section of the page, title, what it shows)."""
+    return {e.name: (e.section, e.heading, e.alt) for e in catalogue.FIGURES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +110,7 @@ def _pictures(directory: epath.Path, records: Sequence[Record]) -> dict[str, lis
     """Every picture of the folder, by section: SVG, but PNG for those that hold images."""
     arms = curves_lib.samplers(curves_lib.distinct(records))
     samplers = {labels.file_name(name): name for name in arms}
-    out: dict[str, list[_Picture]] = {section: [] for section, _, _ in _PICTURES.values()}
+    out: dict[str, list[_Picture]] = {section: [] for section, _, _ in _known().values()}
     out["other"] = []
     left = {}
     if directory.exists():
@@ -125,7 +127,7 @@ def _pictures(directory: epath.Path, records: Sequence[Record]) -> dict[str, lis
 
 
 def _start(name: str) -> str | None:
-    return next((s for s in _PICTURES if name == s or name.startswith(f"{s}_")), None)
+    return next((s for s in _known() if name == s or name.startswith(f"{s}_")), None)
 
 
 def _section(name: str, samplers: Mapping[str, str]) -> tuple[str, str, str]:
@@ -134,16 +136,20 @@ def _section(name: str, samplers: Mapping[str, str]) -> tuple[str, str, str]:
     if start is None:
         title = name.replace("_", " ")
         return "other", title, title
-    section, title, alt = _PICTURES[start]
-    sampler = name.removeprefix(start).removeprefix("_")
-    if sampler:
-        title += f": {labels.sampler(samplers.get(sampler, sampler))}"
+    section, title, alt = _known()[start]
+    part = name.removeprefix(start).removeprefix("_")
+    if part in RESTORING:
+        paper, own = labels.task(RESTORING[0]), labels.task(part)
+        title, alt = title.replace(paper, own), alt.replace(paper.lower(), own.lower())
+    elif part:
+        title += f": {labels.sampler(samplers.get(part, part))}"
     return section, title, f"{title}. {alt}"
 
 
 def _reading_order(name: str) -> tuple[int, bool, str]:
     start = _start(name)
-    place = list(_PICTURES).index(start) if start else len(_PICTURES)
+    known = list(_known())
+    place = known.index(start) if start else len(known)
     return place, not name.endswith("_ddim"), name
 
 
@@ -215,11 +221,12 @@ def _limits(
 
 def _images(
     records: Sequence[Record], arms: Sequence[Record], curves: Curves, block: int,
-    strips: epath.PathLike | None, others: Sequence[Record], advice: Sequence[Mapping[str, Any]],
+    strips: Sequence[epath.PathLike], others: Sequence[Record],
+    advice: Sequence[Mapping[str, Any]],
 ) -> dict[str, list[str]]:
     """The kept pictures of every point of the curves and of the advice, as data URIs, by the lines
     "network", "sampler" and "steps"."""
-    if strips is None:
+    if not strips:
         return {}
     own = {r.task for r in records}
     points = {(p.task, p.model, p.sampler, p.steps, p.guidance): p.model
@@ -256,7 +263,7 @@ def write(
     records: Sequence[Record],
     figures_dir: epath.PathLike,
     context: Mapping[str, Any],
-    strips: epath.PathLike | None = None,
+    strips: Sequence[epath.PathLike] = (),
     others: Sequence[Record] = (),
     further: Sequence[str] = (),
 ) -> epath.Path:
@@ -268,7 +275,7 @@ def write(
       figures_dir: what `figures.catalogue.write` drew; other PNG or SVG files there are shown
         too.
       context: the keys of `Context`.
-      strips: folder of the strips of pictures that the sweep kept, `KEY.png`; the page shows them
+      strips: folders of the strips of pictures that sweeps kept, `KEY.png`; the page shows them
         as thumbnails, fewer of each where it would weigh more than `MOST_BYTES`.
       others: records of the same members' other tasks, which claims are judged by too, and advice
         chooses from where they draw from text.

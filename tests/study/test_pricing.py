@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 
 from ldm_scaling.errors import UserError
-from ldm_scaling.study import advice, advise_cli
+from ldm_scaling.study import advice, advise_cli, pricing
 from ldm_scaling.study import options as options_lib
 from ldm_scaling.study.budgets import Budget
 from ldm_scaling.study.pricing import Training
@@ -66,6 +66,24 @@ def test_seconds_of_several_measurements_are_doubted(study):
     told = notes(lambda r: slow(r, 5.0, "c8", 0))
     assert "Seconds of" not in told and "c8 is up to" in told and "slower than c16" in told
     assert "slower" not in " ".join(within(study, 100.0, "cost").notes)
+
+
+def test_of_a_guidance_interval_the_rows_within_are_paid_twice(study):
+    """In FLOPs; the paper's cost is of calls. Records that do not tell have paid for all."""
+    record = next(r for r in study if r.calls == 10 and r.identity.guidance != 1)
+    i, calls = record.identity, {}
+    for pairs in (None, 10, 4, 0):
+        some = [dataclasses.replace(record, guided_calls=pairs)]
+        for unit in ("gflops", "cost"):
+            price = pricing.of_points(some, unit, None, pricing.COUNTED[unit])
+            one = record.gflops if unit == "gflops" else record.norm_cost
+            calls[pairs, unit] = price(i) / one
+    assert [calls[n, "gflops"] for n in (None, 10, 4, 0)] == pytest.approx([20, 20, 14, 10])
+    assert {round(calls[n, "cost"], 9) for n in (None, 10, 4, 0)} == {10}
+    # Rows that evaluate once take half the seconds: no sign of another measurement.
+    half = dataclasses.replace(
+        record, guided_calls=0, seconds_per_image=record.seconds_per_image / 2)
+    assert not pricing.doubts([record, half])
 
 
 def test_training_is_spread_over_the_pictures(exact):

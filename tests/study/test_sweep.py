@@ -131,8 +131,8 @@ class _Clock:
         return float(len(self.times)), 0.5
 
 
-def _timed(workdir, steps, times, task="text_to_image", kind="chip"):
-    """Seconds per image of DDIM's configurations, guided and not, of a run of its own."""
+def _timed(workdir, steps, times, task="text_to_image", kind="chip", sampler="ddim"):
+    """Seconds per image of a sampler's configurations, unguided and guided, of a run of its own."""
     drawer = _Clock(times)
     drawer.mesh = types.SimpleNamespace(
         devices=np.array([types.SimpleNamespace(device_kind=kind)]))
@@ -140,7 +140,8 @@ def _timed(workdir, steps, times, task="text_to_image", kind="chip"):
         spec=zoo.get("c8").spec, drawer=drawer, params=None, directory=workdir / "records",
         seconds={})
     block = types.SimpleNamespace(context_NLD=None, condition_NHWC=None)
-    table = functools.partial(solvers.make, "ddim", schedule_lib.get("sd"), prediction="v")
+    table = functools.partial(
+        solvers.make, sampler, schedule_lib.get("sd"), prediction="v", spacing="trailing")
     some = [Configuration(table(steps=n), w, np.arange(4)) for n in steps for w in (1.0, 2.0)]
     subject = dataclasses.replace(subject_lib.of_member(STUDY, "c8"), task=task)
     return sweep._seconds(subject, bench, some, block, None)
@@ -169,6 +170,15 @@ def test_a_sweep_that_is_widened_keeps_its_networks_times(tmp_path, caplog):
         assert sum("measured anew" in r.getMessage() for r in caplog.records) == 2
         caplog.clear()
     assert _timed(tmp_path, (2,), times) and len(times) == before + 2
+
+
+def test_rows_of_an_interval_cost_what_they_evaluate(tmp_path):
+    """4 of 6 calls are pairs: rows of both kinds are timed, each as if all were so."""
+    spec, times = "ddim:guidance_high=4.0,guidance_low=0.3", []
+    limited, plain = _timed(tmp_path, (6,), times, sampler=spec)[::-1]
+    assert (plain, limited) == (6 * 1.0 + 0.5, 4 * 2.0 + 2 * 1.0 + 0.5) and len(times) == 2
+    # They are the times of the programs that all other tables have.
+    assert _timed(tmp_path, (6,), times) == [6.5, 12.5] and len(times) == 2
 
 
 def test_of_processes_that_time_at_once_the_first_counts(tmp_path):

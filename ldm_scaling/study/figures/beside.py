@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from etils import epath
@@ -52,9 +52,15 @@ def strip(path: epath.PathLike) -> np.ndarray | None:
         return None
 
 
-def strips(folder: epath.Path, source: Source) -> Images:
+def first_strip(folders: Sequence[epath.PathLike], key: str) -> np.ndarray | None:
+    """A record's strip, of the first folder that has it, see `strip`."""
+    found = (strip(epath.Path(folder) / f"{key}.png") for folder in folders)
+    return next((images_NHWC for images_NHWC in found if images_NHWC is not None), None)
+
+
+def strips(folders: Sequence[epath.PathLike], source: Source) -> Images:
     """The first pictures of every point of the source's curves, on the block that stands for those
-    that are reported."""
+    that are reported; each in one of the folders."""
     rates = {(p.model, p.sampler, p.steps): p.guidance for c in source.curves.values() for p in c}
     own = curves.longest([r for r in source.records if r.task == TEXT_TO_IMAGE], source.settings)
     out: dict[tuple[str, str, int], np.ndarray] = {}
@@ -63,7 +69,7 @@ def strips(folder: epath.Path, source: Source) -> Images:
         i = arm.identity
         cell = (i.model, i.sampler, i.steps)
         if i.seed_block == source.report_block and rates.get(cell) == i.guidance:
-            images_NHWC = strip(folder / f"{record.identity.key}.png")
+            images_NHWC = first_strip(folders, record.identity.key)
             if images_NHWC is not None:
                 out[cell] = images_NHWC
     return out

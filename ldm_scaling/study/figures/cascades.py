@@ -41,7 +41,7 @@ def split(source: Source) -> dict[str, Drawn]:
     left, right = fig.subplots(1, 2)
     out = _cells(left, source, curves, records)
     out += _best(right, found, source)
-    fig.suptitle("Cascades: how much of the cost the first stage takes", x=0.01, ha="left")
+    plot_style.title(fig, "Cascades: how much of the cost the first stage takes")
     return {"": Drawn(fig, out)}
 
 

@@ -66,7 +66,8 @@ class Entry:
 
 
 _CURVE = "records on both seed blocks"
-FIGURES = (
+_RESTORED = "records of super_resolution or another image-conditioned task"
+FIGURES: list[Entry] = [
     Entry("tab1_family", "Tab. 1", "The family", family.table,
           f"{_CURVE} at one step count that all sizes share", "family",
           "Parameters, GFLOPs, cost and quality of every size; of the paper's sizes its own "
@@ -79,7 +80,7 @@ FIGURES = (
           "Left: sampling cost against steps for every size. Right: quality at the best guidance "
           "against sampling cost for every size, with 95% intervals."),
     Entry("fig9_seconds", "Fig. 9, measured time", "Seconds and quality", text_to_image.seconds,
-          _CURVE, "quality",
+          f"{_CURVE}, timed on one kind of device", "quality",
           "The same as figure 9 with measured seconds per image in place of cost."),
     Entry("fig11_samplers", "Fig. 11", "Other samplers", text_to_image.samplers,
           f"{_CURVE} of two samplers", "quality",
@@ -132,17 +133,15 @@ FIGURES = (
           "Loss and quality against training compute, and what a law of the smaller sizes "
           "foretells of the largest, with its 95% interval."),
     Entry("fig4_super", "Fig. 4", "Super-resolution and fine-tuning compute", compute.fine_tuning,
-          "records of task super_resolution with a distance, of three sizes or fine-tuning "
-          "lengths", "downstream",
+          f"{_RESTORED} with a distance, of three sizes or fine-tuning lengths", "downstream",
           "Distances of super-resolution against fine-tuning compute, a line for each size."),
     Entry("fig17_super", "Fig. 17", "Super-resolution's inception score",
           compute.fine_tuning_score,
-          "records of task super_resolution with a score of labels, of three sizes or fine-tuning "
-          "lengths", "downstream",
+          f"{_RESTORED} with a score of labels, of three sizes or fine-tuning lengths",
+          "downstream",
           "Inception score of super-resolution against fine-tuning compute."),
     Entry("fig12_super", "Fig. 12", "Super-resolution and sampling cost",
-          downstream.super_resolution, "records of task super_resolution with a distance",
-          "downstream",
+          downstream.super_resolution, f"{_RESTORED} with a distance", "downstream",
           "Distance of super-resolution against sampling cost, few and many steps apart."),
     Entry("fig6_dreambooth", "Fig. 6", "DreamBooth by size", downstream.dreambooth,
           "records of task dreambooth with fidelity to subject or prompt", "downstream",
@@ -162,7 +161,7 @@ FIGURES = (
           "records of task cascade", "downstream",
           "Left: quality of every cascade against sampling cost, coloured by the first stage's "
           "share. Right: the share that is best within a budget."),
-)
+]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 
 from ldm_scaling.study import curves as curves_lib
-from ldm_scaling.study import labels, plot_style, plots
+from ldm_scaling.study import labels, plot_style, plots, students
 from ldm_scaling.study.curves import Point
 from ldm_scaling.study.figures import rows
 from ldm_scaling.study.figures.downstream import by_size
@@ -19,9 +19,16 @@ _OTHERS = (4, 10, 20, 50)
 _ACCENT = "#d1184b"
 
 
-def _undistilled(source: Source) -> dict[str, list[Point]]:
-    """Curves by size of the first sampler."""
-    return {m: c for (m, s), c in source.curves.items() if s == source.samplers[0]}
+def _undistilled(source: Source, records: Sequence[Record]) -> dict[str, list[Point]]:
+    """Curves by size of the sampler that these students are held against."""
+    own = {r.identity.model for r in records}
+    name = students.teacher((s for m, s in source.curves if m in own), records, source.spacing)
+    return {m: c for (m, s), c in source.curves.items() if s == name}
+
+
+def _of(plain: dict[str, list[Point]]) -> str:
+    """What the undistilled are drawn by, for titles; nothing without any."""
+    return next((f" ({labels.sampler(c[0].sampler)})" for c in plain.values()), "")
 
 
 def speed_up(distilled: Point, others: Sequence[Point], sign: int) -> float | None:
@@ -37,7 +44,7 @@ def consistency(source: Source) -> dict[str, Drawn]:
     records = source.distinct([r for r in source.of_task("consistency")
                                if source.metric in r.metrics])
     curves = source.curves_of(records, source.metric) if records else {}
-    plain = _undistilled(source)
+    plain = _undistilled(source, records)
     sizes = [m for m in source.sizes if m in plain and any(m == k for k, _ in curves)]
     if not sizes:
         return {}
@@ -46,9 +53,11 @@ def consistency(source: Source) -> dict[str, Drawn]:
     shown, ends = _by_size(left, source, curves, plain, sizes)
     more, names = _by_cost(right, source, curves, plain, sizes)
     method = labels.sampler(records[0].setting.partition("_")[0])
-    fig.suptitle(f"Distilled{f' ({method})' if method else ''} in few steps, undistilled in more\n"
-                 "Above: how many times more the cheapest as good undistilled setting costs "
-                 "(–: none is)", x=0.01, ha="left", fontsize=10)
+    plot_style.title(
+        fig, f"Distilled{f' ({method})' if method else ''} in few steps, "
+        f"undistilled{_of(plain)} in more\n"
+        "Above: how many times more the cheapest as good undistilled setting costs (–: none is)",
+        fontsize=10)
     plot_style.name_ends(left, ends)
     plot_style.name_ends(right, names)
     return {"": Drawn(fig, [*shown, *more])}
@@ -67,11 +76,12 @@ def _by_size(
     shown = [n for n in _OTHERS if n in steps] or sorted(steps)[-4:]
     sign = labels.measure(source.metric).sign
     out, ends = [], []
-    lines = [(f"{labels.sampler(plain[sizes[0]][0].sampler)}, {n} steps",
+    lines = [(f"{labels.sampler(plain[sizes[0]][0].sampler)}, {labels.steps(n)}",
               [p for m in sizes for p in plain[m] if p.steps == n], colour, marker)
              for n, colour, marker in zip(shown, plot_style.ramp(len(shown), 0.15, 0.8), "vsD^",
                                           strict=False)]
-    lines.append((f"distilled, {best[sizes[-1]].steps} steps", list(best.values()), _ACCENT, "o"))
+    own = f"distilled, {labels.steps(best[sizes[-1]].steps)}"
+    lines.append((own, list(best.values()), _ACCENT, "o"))
     for text, points, colour, marker in lines:
         x = [sizes.index(p.model) for p in points]
         band = plots.curve(ax, x, points, color=colour, marker=marker)
@@ -143,7 +153,7 @@ def _stages(source: Source, task: str, records: Sequence[Record]) -> Drawn | Non
                             source.metric)
         for n in stages
     }
-    sizes, plain = curves_lib.models(records), _undistilled(source)
+    sizes, plain = curves_lib.models(records), _undistilled(source, records)
     if not any(curves.values()):
         return None
     columns = min(len(sizes), _COLUMNS)
@@ -186,8 +196,9 @@ def _stages(source: Source, task: str, records: Sequence[Record]) -> Drawn | Non
     for ax in axes[:, 0]:
         plot_style.best_arrow(ax, source.metric)
     fig.supxlabel("sampling steps", fontsize=10)
-    fig.suptitle(f"{labels.task(task)}: sN are students of N steps, each of the one before",
-                 x=0.01, ha="left")
+    plot_style.title(
+        fig, f"{labels.task(task)}: sN are students of N steps, each of the one before\n"
+        f"dashed: undistilled{_of(plain)}", fontsize=10)
     for ax, named in ends:
         plot_style.name_ends(ax, named)
     return Drawn(fig, out)

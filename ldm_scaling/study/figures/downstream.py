@@ -17,23 +17,28 @@ FEW_STEPS = 20
 
 
 def super_resolution(source: Source) -> dict[str, Drawn]:
-    """Fig. 12: distance against sampling cost, few steps and many steps apart."""
-    task, records = source.restoring
-    records = source.distinct(records)
+    """Fig. 12: distance against sampling cost, few steps and many steps apart, a picture for each
+    image-conditioned task."""
+    found = {part: _restored(source, source.distinct(own))
+             for part, own in source.restoring.items()}
+    return {part: drawn for part, drawn in found.items() if drawn is not None}
+
+
+def _restored(source: Source, records: Sequence[Record]) -> Drawn | None:
     measures = [m for m in source.measures(records) if labels.measure(m).better == "lower"]
     if not measures:
-        return {}
+        return None
     metric = measures[0]
     curves = source.curves_of([r for r in records if metric in r.metrics], metric)
     names = [s for s in curves_lib.samplers(records) if any(s == k for _, k in curves)]
     if not names:
-        return {}
+        return None
     entries = plots.sized(records)
     marks = plot_style.marks(list(entries))
     mine = {m: curves[m, names[0]] for m in entries if (m, names[0]) in curves}
     steps = [p.steps for curve in mine.values() for p in curve]
     parts = [
-        (f"{min(few)} to {max(few)} steps" if few[1:] else f"{few[0]} steps", few)
+        (f"{min(few)} to {max(few)} steps" if few[1:] else labels.steps(few[0]), few)
         for few in (sorted(n for n in set(steps) if n <= FEW_STEPS),
                     sorted(n for n in set(steps) if n > FEW_STEPS)) if few
     ]
@@ -52,16 +57,16 @@ def super_resolution(source: Source) -> dict[str, Drawn]:
             out += [{"panel": title} | row for row in rows.of_curve(points, metric, band)]
             all_points += points
         plots.scale_y(ax, all_points)
-        baselines.draw(ax, source.baselines, metric)
+        baselines.draw(ax, baselines.fitting(source.baselines, records), metric)
         plot_style.log_x(ax)
         ax.set_title(title)
         ax.set_xlabel(labels.AXES["cost"] + " (log scale)")
         plot_style.best_arrow(ax, metric)
         named.append((ax, starts, ends, True))
-    fig.suptitle(f"{labels.task(task)}, {labels.sampler(names[0])}", x=0.01, ha="left")
+    plot_style.title(fig, f"{labels.task(records[0].task)}, {labels.sampler(names[0])}")
     for names in named:
         plot_style.name_curves(*names)
-    return {"": Drawn(fig, out)}
+    return Drawn(fig, out)
 
 
 def dreambooth(source: Source) -> dict[str, Drawn]:
@@ -89,7 +94,7 @@ def dreambooth(source: Source) -> dict[str, Drawn]:
         by_size(ax, sizes)
         plot_style.best_arrow(ax, metric)
     p = points[-1]
-    fig.suptitle(f"DreamBooth, {labels.sampler(p.sampler)}, {p.steps} steps", x=0.01, ha="left")
+    plot_style.title(fig, f"DreamBooth, {labels.sampler(p.sampler)}, {labels.steps(p.steps)}")
     return {"": Drawn(fig, out)}
 
 

@@ -41,8 +41,7 @@ def profiles(source: Source) -> dict[str, Drawn]:
         named.append((left, _draw_profiles(left, one, found)))
         _draw_frontier(right, found, frontier)
         rows += _profile_rows(one, found, frontier)
-    fig.suptitle("Sizes at equal training compute (interpolated along each size's run)", x=0.01,
-                 ha="left")
+    plot_style.title(fig, "Sizes at equal training compute (interpolated along each size's run)")
     for ax, ends in named:
         plot_style.name_ends(ax, ends)
     return {"": Drawn(fig, rows)}

@@ -43,7 +43,8 @@ def table(source: Source) -> dict[str, Drawn]:
     }
     shown = source.measures(list(place.values()))[:2]
     rows = [_row(place[m], shown) for m in mine]
-    title = f"The family: {labels.sampler(sampler)}, {steps} steps, each at its best guidance"
+    how = f"{labels.sampler(sampler)}, {labels.steps(steps)}"
+    title = f"The family: {how}, each at its best guidance"
     return {"": Drawn(_draw(rows, shown, title), rows)}
 
 

@@ -32,7 +32,7 @@ def largest(source: Source) -> dict[str, Drawn]:
         ax.set_axis_off()
     for ax, (one, by, held) in zip(axes, shown, strict=True):
         rows += _draw_held_out(ax, one, by, held, marks)
-    fig.suptitle("The largest size, foretold from the smaller ones", x=0.01, ha="left")
+    plot_style.title(fig, "The largest size, foretold from the smaller ones")
     for ax, (one, _, _) in zip(axes, shown, strict=True):
         named = scaling.curve_ends(one.runs, "compute", marks)
         plot_style.name_curves(ax, *named, lower_is_better=True)

@@ -138,7 +138,7 @@ def draw(shown: Sequence[Line]) -> Drawn:
                         color=marks[line.member]["color"], zorder=6)
         ax.legend(title="Network, its best rate (star) and 95% interval", alignment="left",
                   loc="upper left", bbox_to_anchor=(0.0, -0.16))
-    fig.suptitle("Which learning rate is best at which width", x=0.01, ha="left")
+    plot_style.title(fig, "Which learning rate is best at which width")
     return Drawn(fig, [row for line in shown for row in _rows(line)])
 
 

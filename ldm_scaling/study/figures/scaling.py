@@ -231,7 +231,7 @@ def _laws(
             key.set_in_layout(False)
         else:
             entitle(ax, one, *filter(None, (law.about, law.words)))
-    fig.suptitle(title, x=0.01, ha="left")
+    plot_style.title(fig, title)
     for ax, shown in zip(axes, panels.values(), strict=True):
         several = _colours(shown)
         ends: tuple[list[plot_style.End], list[plot_style.End]] = ([], [])

@@ -45,8 +45,9 @@ class Source:
       loss_curves: of every size.
       images: of cells, for the grids at equal cost.
       captions: of the images.
-      baselines: that restored pictures are held against; None where there are none.
+      baselines: that restored pictures are held against, of any tasks.
       settings: to be preferred where there are several, see `curves.one_setting`.
+      spacing: that students' teachers are to be drawn with, see `students.teacher`.
     """
 
     records: Sequence[Record]
@@ -56,8 +57,9 @@ class Source:
     loss_curves: Losses = dataclasses.field(default_factory=dict)
     images: image_grids.Images = dataclasses.field(default_factory=dict)
     captions: Sequence[str] = ()
-    baselines: Baselines | None = None
+    baselines: Sequence[Baselines] = ()
     settings: Sequence[str] = ()
+    spacing: str = ""
 
     def __post_init__(self) -> None:
         labels.measure(self.metric)
@@ -77,13 +79,11 @@ class Source:
         return [r for r in self._pooled if r.task == task]
 
     @functools.cached_property
-    def restoring(self) -> tuple[str, list[Record]]:
-        """The image-conditioned task that there are records of, super-resolution before others,
-        and these."""
-        for task in RESTORING:
-            if found := self.of_task(task):
-                return task, found
-        return RESTORING[0], []
+    def restoring(self) -> dict[str, list[Record]]:
+        """The records of every image-conditioned task that there are some of, by the part of a
+        figure that is the task's: nothing of super-resolution, the paper's, else its name."""
+        found = {task: self.of_task(task) for task in RESTORING}
+        return {"" if task == RESTORING[0] else task: own for task, own in found.items() if own}
 
     @functools.cached_property
     def main(self) -> list[Record]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ldm_scaling.study import curves as curves_lib
-from ldm_scaling.study import image_grids, labels, plots, winners
+from ldm_scaling.study import image_grids, labels, plots, pricing, winners
 from ldm_scaling.study.figures import rows
 from ldm_scaling.study.figures.source import Drawn, Source
 
@@ -30,7 +30,9 @@ def cost(source: Source) -> dict[str, Drawn]:
 
 
 def seconds(source: Source) -> dict[str, Drawn]:
-    """Fig. 9 in measured seconds."""
+    """Fig. 9 in measured seconds, where they compare."""
+    if pricing.incomparable(source.main):
+        return {}
     return _by(source, "seconds")
 
 

@@ -19,6 +19,7 @@ const colour = (model) => `var(--size-${size(model)})`;
 const mark = (model) => MARKS[size(model) % MARKS.length];
 const dash = (sampler) => DASHES[study.samplers.findIndex((s) => s.name === sampler) % DASHES.length];
 const label = (sampler) => (study.samplers.find((s) => s.name === sampler) || { label: "any sampler" }).label;
+const inSteps = (n) => `${n} step${n === 1 ? "" : "s"}`;
 const measure = (name) => study.measures.find((m) => m.name === name);
 
 function number(v) {
@@ -47,7 +48,7 @@ function scale(low, high, from, to, log) {
 
 function ticks(low, high, log, room) {
   const out = [];
-  if (log) {
+  if (log && high >= 3 * low) {  // Below, even steps look even enough, and some are always there.
     const subs = high / low > 3000 ? [1] : high / low < 8 ? [1, 1.5, 2, 3, 4, 5, 6, 8] : [1, 2, 5];
     for (let e = Math.floor(Math.log10(low)); e <= Math.log10(high); e++) {
       for (const s of subs) {

@@ -15,13 +15,14 @@ function drawQuality(svg, width) {
   const log = Math.min(...values) > 0 && Math.max(...values) > 3 * Math.min(...values);
   const [xl, xh] = extent(points.map((p) => p[axis]), true, 0.04);
   const [yl, yh] = extent(values, log);
-  const box = { left: 54, right: width - (width < 560 ? 34 : 44), top: 34, bottom: 400 };
+  const only = [...new Set(points.map((p) => p.sampler))];
+  const names = [], room = only.length > 1 ? 0 : Math.max(...points.map((p) => p.model.length)) * 8 + 6;
+  const box = { left: 54, right: width - Math.max(width < 560 ? 34 : 44, room), top: 34, bottom: 400 };
   const [sx, sy] = axes(svg, box,
     { low: xl, high: xh, log: true, title: width > 560 ? `${study.axes[axis]} (log scale)` : study.axes[axis].split(" = ")[0],
       ticks: axis === "steps" ? [...new Set(points.map((p) => p.steps))].sort((a, b) => a - b) : null },
     { low: yl, high: yh, log, title: `${width > 560 ? m.label : m.short}, ${m.better} is better` });
 
-  const only = [...new Set(points.map((p) => p.sampler))];
   // With some of the samplers, neither one sampler's winners nor those of all are what is shown.
   const whose = only.length === 1 ? only[0] : only.length === study.samplers.length ? "" : null;
   const won = study.winners.find((w) => w.axis === axis && w.sampler === whose);
@@ -39,7 +40,7 @@ function drawQuality(svg, width) {
     add(svg, "circle", { cx: sx(c[axis]), cy: sy(c.values[name]), r: 2.6,
       style: `fill:${colour(c.model)}`, opacity: 0.45 });
   }
-  const hits = [], names = [];
+  const hits = [];
   for (const curve of groups(points, (p) => `${p.model}\n${p.sampler}`).values()) {
     curve.sort((a, b) => a[axis] - b[axis]);
     const { model, sampler } = curve[0], style = `stroke:${colour(model)}`;
@@ -62,23 +63,33 @@ function drawQuality(svg, width) {
       const x = sx(p[axis]), y = sy(p.value);
       add(svg, "path", { d: mark(model), transform: `translate(${x} ${y})`,
         style: `fill:${colour(model)}`, stroke: "var(--card)", "stroke-width": 1 });
-      hits.push({ x, y, point: p, lines: [`${model}, ${label(sampler)}, ${p.steps} steps`,
+      hits.push({ x, y, point: p, lines: [`${model}, ${label(sampler)}, ${inSteps(p.steps)}`,
         `${m.short} ${number(p.value)}${range(p.low, p.high)}`, `guidance ${p.guidance}`,
         `cost ${number(p.cost)}, ${number(p.seconds)} s per image`] });
     }
-    names.push([model, sx(curve[curve.length - 1][axis]) + 9, sy(curve[curve.length - 1].value) + 4]);
+    const end = curve[curve.length - 1];
+    names.push({ model, x: sx(end[axis]) + 9, y: sy(end.value) + 4 });
   }
-  if (only.length === 1) {
-    for (const [model, x, y] of names) add(svg, "text", { class: "name", x, y }, model);
+  // Of one sampler names stand at the curves' ends, where they cover nothing; else in a key.
+  const placed = [];
+  for (const { model, x, y } of only.length > 1 ? [] : names) {
+    const text = add(svg, "text", { class: "name", x, y }, model), right = x + text.getComputedTextLength();
+    const covers = placed.some((o) => o.x < right && x < o.right && Math.abs(o.y - y) < 15)
+      || hits.some((h) => h.x > x - 4 && h.x < right + 4 && h.y > y - 15 && h.y < y + 7);
+    if (covers) text.remove(); else placed.push({ x, y, right });
   }
-  $("quality-dashes").replaceChildren();
-  for (const sampler of only.length > 1 ? only : []) {
+  $("quality-key").replaceChildren();
+  const key = (style, name, model = null) => {
     const item = document.createElement("span");
-    const line = add(item, "svg", { viewBox: "0 0 42 10", "aria-hidden": "true" });
-    add(line, "path", { d: "M0 5H42", stroke: "currentColor", "stroke-width": 2.2,
-      "stroke-dasharray": dash(sampler) });
-    item.append(label(sampler));
-    $("quality-dashes").append(item);
+    const line = add(item, "svg", { viewBox: "0 -6 42 12", "aria-hidden": "true" });
+    add(line, "path", { d: "M0 0H42", stroke: "currentColor", "stroke-width": 2.2, ...style });
+    if (model) add(line, "path", { d: mark(model), transform: "translate(21 0)", style: `fill:${colour(model)}` });
+    item.append(name);
+    $("quality-key").append(item);
+  };
+  for (const s of only.length > 1 ? only : []) key({ "stroke-dasharray": dash(s) }, label(s));
+  for (const model of placed.length < names.length ? new Set(names.map((n) => n.model)) : []) {
+    key({ style: `stroke:${colour(model)}` }, model, model);
   }
   return { height: 452, hits };
 }
@@ -116,7 +127,7 @@ function drawWinners(svg, width) {
     for (const c of [...b.contenders].sort((p, q) => (q.probability ?? 0) - (p.probability ?? 0))) {
       const likely = c.probability === null ? "" : `, ${sure(c.probability)}`;
       lines.push(`${c.model}: ${m.short} ${number(c.value)}${range(c.low, c.high)}${likely}`
-        + ` (${sampler ? "" : `${label(c.sampler)}, `}${c.steps} steps)`);
+        + ` (${sampler ? "" : `${label(c.sampler)}, `}${inSteps(c.steps)})`);
     }
     if (!b.complete) lines.push("not every size can afford an image");
     hits.push({ x: x + wide / 2, y: (box.top + box.bottom) / 2, lines,
@@ -190,7 +201,7 @@ function drawHeat(svg, width) {
           add(svg, "rect", { ...frame, fill: "none", stroke: "var(--frame)", "stroke-width": 2.2 });
         }
         hits.push({ x: x + side / 2, y: y + tall / 2, box: frame, lines: [
-          `${model}, ${title}, ${c.steps} steps`, `guidance ${c.guidance}${c.best[name] ? " (best)" : ""}`,
+          `${model}, ${title}, ${inSteps(c.steps)}`, `guidance ${c.guidance}${c.best[name] ? " (best)" : ""}`,
           ...study.measures.filter((q) => c.values[q.name] !== undefined)
             .map((q) => `${q.short} ${number(c.values[q.name])}`)] });
       }
@@ -226,7 +237,7 @@ function drawTrade(svg, width) {
       if (k === 0 || k === line.length - 1) {
         add(svg, "text", { x: x + 7, y: y - 7, style: "font-size:11px" }, String(c.guidance));
       }
-      hits.push({ x, y, lines: [`${model}, ${label(sampler)}, ${c.steps} steps`,
+      hits.push({ x, y, lines: [`${model}, ${label(sampler)}, ${inSteps(c.steps)}`,
         `guidance ${c.guidance}`, `${a.short} ${number(c.values[a.name])}`,
         `${b.short} ${number(c.values[b.name])}`] });
     });

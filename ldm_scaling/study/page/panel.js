@@ -5,7 +5,7 @@ const kept = JSON.parse($("study-images").textContent);
 const named = (p) => p.name || p.model;
 const foreign = (p) => named(p) !== p.model || study.models.every((m) => m.name !== p.model);
 const settings = (p) =>
-  `${named(p)}, ${p.label || label(p.sampler)}, ${p.steps} step${p.steps > 1 ? "s" : ""}, guidance ${p.guidance}`;
+  `${named(p)}, ${p.label || label(p.sampler)}, ${inSteps(p.steps)}, guidance ${p.guidance}`;
 
 function element(parent, tag, text = null, attributes = {}) {
   const node = document.createElement(tag);

@@ -26,8 +26,13 @@ CLAIMS = (
     "It holds after distillation.",
 )
 
-# How the names of the samplers that claim 4 is about start; those of distilled networks.
-_FAMILIES = {"ddim": "DDIM", "ddpm": "DDPM", "dpmpp": "DPM-Solver++"}
+# The samplers that claim 4 is about, and those of distilled networks.
+_FAMILIES = {
+    "DDIM": ("ddim",),
+    "DDPM": ("ddpm", "ddpm_large"),
+    "DPM-Solver++": ("dpmpp_1s", "dpmpp_2s", "dpmpp_2m", "dpmpp_3m", "dpmpp_sde", "dpmpp_2m_sde",
+                     "dpmpp_3m_sde"),
+}
 _DISTILLED = ("lcm", "codi")
 _FEW_STEPS = 20
 
@@ -92,10 +97,15 @@ class Evidence:
         CoDi's."""
         main = [r for r in records if r.task == TEXT_TO_IMAGE]
         distilled = [r for r in records if r.task in DISTILLED]
-        distilled += [r for r in main if r.identity.sampler.startswith(_DISTILLED)]
-        rest = [r for r in main if not r.identity.sampler.startswith(_DISTILLED)]
+        distilled += [r for r in main if _solver(r.identity.sampler) in _DISTILLED]
+        rest = [r for r in main if _solver(r.identity.sampler) not in _DISTILLED]
         found = {"super_resolution": [r for r in records if r.task == RESTORING[0]]}
         return cls(rest, distilled=distilled, **(found | more))
+
+
+def _solver(sampler: str) -> str:
+    """Its name without options, a spacing or a first stage."""
+    return sampler.partition(", ")[0].partition(":")[0]
 
 
 def verdicts(
@@ -131,8 +141,9 @@ def _blank(number: int, test: str, headline: str) -> Verdict:
 def _compute(records: Sequence[Record], metric: str, blocks: tuple[int, int]) -> Verdict:
     test = (
         "The slope of the measure over the log of training compute (GFLOPs of a network call x "
-        "training steps), at the most steps that all were sampled with; its error holds the "
-        "scatter about the line, by as many runs as there are sizes, and the choice of prompts."
+        "training steps), at the paper's 50 sampling steps, or else the most that all have; its "
+        "error holds the scatter about the line, by as many runs as there are sizes, and the "
+        "choice of prompts."
     )
     found = trends.training(records, metric, *blocks)
     if found is None:
@@ -148,7 +159,7 @@ def _compute(records: Sequence[Record], metric: str, blocks: tuple[int, int]) ->
         f"Ten times the training compute changes {measure.short} by {100 * found.change:+.2g}%: "
         f"{words.sure(found.probability)} that quality rises with compute.",
         f"{found.points} networks that differ in {varied}, with {labels.sampler(found.sampler)} "
-        f"and {found.steps} steps; compute spans a factor of {labels.number(found.span)}."
+        f"and {labels.steps(found.steps)}; compute spans a factor of {labels.number(found.span)}."
         + ("" if found.lengths > 1 else " All were trained equally long, so that compute and size "
            "cannot be told apart."),
         effect, (100 * found.low, 100 * found.high), found.probability,
@@ -200,8 +211,8 @@ def _crossing(curves: Curves, metric: str, sizes: Sequence[str]) -> tuple[Verdic
             **_lead(metric, cross),
         )
     lacking = [labels.sampler(s) for s in names if s not in found]
-    lacking += [family for start, family in _FAMILIES.items()
-                if not any(s.startswith(start) for s in names)]
+    lacking += [family for family, members in _FAMILIES.items()
+                if not any(_solver(s) in members for s in names)]
     if lacking:
         unmet = f"Not measured fully yet: {labels.listing(lacking)}."
         return first, _blank(4, tests[1], unmet)

@@ -162,8 +162,8 @@ def sentence(one: Duel, metric: str) -> str:
         advantage, low, high = -advantage, -high, -low
     unit = "cost" if one.axis == "cost" else "seconds per image"
     return (
-        f"At a budget of {labels.number(one.budget)} ({unit}) {first.model} ({first.steps} steps) "
-        f"beats {second.model} ({second.steps} steps) with probability "
-        f"{labels.probability(probability)}: by {labels.number(advantage)} "
+        f"At a budget of {labels.number(one.budget)} ({unit}) {first.model} "
+        f"({labels.steps(first.steps)}) beats {second.model} ({labels.steps(second.steps)}) "
+        f"with probability {labels.probability(probability)}: by {labels.number(advantage)} "
         f"{labels.interval(low, high)} in {labels.measure(metric).short}."
     )

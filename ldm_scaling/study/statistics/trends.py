@@ -16,6 +16,9 @@ from ldm_scaling.study import labels
 from ldm_scaling.study.curves import Point
 from ldm_scaling.study.records import Record
 
+STEPS = 50
+"""At which the paper compares networks along their training."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Trend:
@@ -71,8 +74,9 @@ def networks(
     records: Sequence[Record], metric: str, select_block: int = 0, report_block: int = 1,
     choose_by: str | None = None,
 ) -> list[Network]:
-    """Every trained network at the first sampler (DDIM) and the most steps that the most of them
-    were sampled with, each at its best guidance (by `metric`, or the measure that is named)."""
+    """Every trained network at the first sampler (DDIM) and the steps that the most of them were
+    sampled with, each at its best guidance (by `metric`, or the measure that is named). Of several
+    such step counts it is `STEPS`, the paper's, or else the largest."""
     groups: dict[tuple[str, int], list[Record]] = defaultdict(list)
     for r in records:
         groups[r.identity.model, r.identity.train_step].append(r)
@@ -126,7 +130,7 @@ def training(
 
 
 def _common(records, curves) -> tuple[str | None, int]:
-    """The sampler and the most steps that the most networks were sampled with."""
+    """The sampler, and the steps that the most networks were sampled with, see `networks`."""
     count: dict[tuple[str, int], int] = defaultdict(int)
     for found in curves:
         for (_, sampler), points in found.items():
@@ -137,7 +141,7 @@ def _common(records, curves) -> tuple[str | None, int]:
     order = curves_lib.samplers(records)
     first = [s for s in order if any(s == name for name, _ in count)]
     sampler = (first or sorted({s for s, _ in count}))[0]
-    steps = max((n, s) for (name, s), n in count.items() if name == sampler)[1]
+    steps = max((n, s == STEPS, s) for (name, s), n in count.items() if name == sampler)[2]
     return sampler, steps
 
 
@@ -209,8 +213,8 @@ class FineTuned:
 def fine_tuned(
     pretrained: Sequence[Record], records: Sequence[Record], metric: str, blocks: tuple[int, int]
 ) -> list[FineTuned]:
-    """What each member reached before and after fine-tuning of several lengths, as losses: at the
-    first sampler and the most steps that the most of them were sampled with.
+    """What each member reached before and after fine-tuning of several lengths, as losses, each at
+    the sampler and steps that `networks` compares.
 
     Args:
       pretrained: text-to-image records of one training length.

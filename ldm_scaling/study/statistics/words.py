@@ -36,4 +36,4 @@ def reached(metric: str, contender: winners.Contender) -> str:
 def how(contender: winners.Contender) -> str:
     """`10 steps at guidance 3`."""
     point = contender.point
-    return f"{point.steps} steps at guidance {point.guidance:g}"
+    return f"{labels.steps(point.steps)} at guidance {point.guidance:g}"

@@ -16,8 +16,9 @@ from ldm_scaling import pictures
 from ldm_scaling.cli import program
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import zoo
-from ldm_scaling.study import plot_style, records, report
-from ldm_scaling.study.figures import beside, catalogue, guidance
+from ldm_scaling.study import baselines, places, plot_style, records, report
+from ldm_scaling.study.baselines import Baselines
+from ldm_scaling.study.figures import beside, catalogue, compute, downstream, guidance
 from ldm_scaling.study.figures.source import Source
 from tests.study import paper_records as paper
 
@@ -247,10 +248,11 @@ def test_pictures_are_those_of_the_chosen_rate_whatever_its_arm_is_called(tmp_pa
     for r in (*main, *other, *trailing):
         shade = int(10 * r.identity.guidance) + 100 * (r.identity.spacing == "trailing")
         pictures.save_png(tmp_path / f"{r.identity.key}.png", np.full((4, 8, 3), shade, np.uint8))
-    found = beside.strips(tmp_path, Source([*main, *other], paper.FID))
+    found = beside.strips([tmp_path], Source([*main, *other], paper.FID))
     assert {cell: int(images[0, 0, 0, 0]) for cell, images in found.items()} == {
         cell: int(10 * rate) for cell, rate in choice.items()}
-    found = beside.strips(tmp_path, Source([*main, *trailing], paper.FID))
+    nowhere = tmp_path / "nowhere"
+    found = beside.strips([nowhere, tmp_path], Source([*main, *trailing], paper.FID))
     assert {s for _, s, _ in found} == {"dpmpp_2m", "ddim, leading", "ddim, trailing"}
     for (model, sampler, steps), images in found.items():
         rate = choice[model, sampler.partition(",")[0], steps]
@@ -344,7 +346,8 @@ def test_figures_by_name(capsys, tmp_path, main):
         (["fig99", where], "no figure is called 'fig99'"),
         (["fig9_cots", where], "did you mean fig9_cost?"),
         ([], "needs --workdir=DIR or --records=DIR"),
-        ([f"--records={tmp_path}"], "no records are in"),
+        ([f"--records={tmp_path / 'figures'}"], "no records there"),
+        ([f"--workdir={tmp_path / 'nowhere'}"], "--workdir="),
         ([where, "--metric=lpips_alex"], "hold fid_tf2015, clip_score_l14"),
         ([where, "--metric=nothing"], "no measure is called 'nothing'"),
         ([where, "--colour=red"], "unrecognized arguments: --colour=red"),
@@ -354,6 +357,74 @@ def test_figures_by_name(capsys, tmp_path, main):
     assert program.main(["figure", "--list"]) == 0
     listed = capsys.readouterr().out
     assert all(e.name in listed for e in catalogue.FIGURES)
+
+
+def test_every_image_conditioned_task_has_a_picture_and_baselines_of_its_own(tmp_path):
+    """And of a task that of the pictures and networks that scored the records."""
+    restored = paper.super_resolution(SIZES, replicates=0)
+    others = [
+        dataclasses.replace(r, task="deblurring", identity=dataclasses.replace(
+            r.identity, model_hash="deblurring", reference_hash="sharp"))
+        for r in restored
+    ]
+    held = [
+        Baselines(task, reference, 1, 30_000, {baselines.GIVEN: {paper.FID: value}},
+                  {baselines.GIVEN: {paper.FID: (value - 1, value + 1)}})
+        for task, reference, value in (
+            ("deblurring", "sharp", 11.0), ("super_resolution", "older", 12.0),
+            ("super_resolution", "coco", 13.0))
+    ]
+    for b in held:
+        baselines.write(baselines.path_of(
+            tmp_path, b.task, b.reference_hash, b.seed_block, b.num_images), b)
+    there = baselines.of_records(tmp_path, [*restored, *others])
+    assert sorted(b.metrics[baselines.GIVEN][paper.FID] for b in there) == [11.0, 13.0]
+    source = Source([*restored, *others], paper.FID, baselines=there)
+    assert compute.fine_tuning_score(source).keys() == {"", "deblurring"}
+    parts = {"": "as given: 13.0", "deblurring": "as given: 11.0"}
+    for part, drawn in downstream.super_resolution(source).items():
+        for ax in drawn.figure.axes:
+            said = [t.get_text() for t in ax.texts if t.get_text().startswith("as given")]
+            assert len(said) == 1 and said[0].startswith(parts[part])
+    titles = [report._section(f"fig12_super{part}", {})[1] for part in ("", "_deblurring")]
+    assert titles == ["Super-resolution and sampling cost (Fig. 12)",
+                      "Deblurring and sampling cost (Fig. 12)"]
+
+
+def test_one_step_is_said_as_one():
+    source = Source(
+        paper.grid(("ddim",), SIZES, (1,), (2.0, 3.0), replicates=0), paper.FID)
+    assert compute.training(source)[""].figure.get_suptitle().endswith("DDIM, 1 step")
+
+
+def test_several_workdirs_are_drawn_as_one_study(tmp_path, main, monkeypatch, capsys):
+    """Records, losses and pictures of one workdir a size, and a page with verdicts on all."""
+    monkeypatch.setattr(plot_style, "DPI", 20)
+    for size in SIZES:
+        own, k = tmp_path / size, paper.SIZES.index(size)
+        for r in main:
+            if r.identity.model == size:
+                records.write(own / "records", r)
+                if r.identity.seed_block == 1:
+                    strip = np.full((4, 8, 3), 10 * k, np.uint8)
+                    pictures.save_png(own / "strips" / f"{r.identity.key}.png", strip)
+        (own / "models" / size).mkdir(parents=True)
+        (own / "models" / size / "curves.csv").write_text(
+            "step,name,value\n10,train/loss,0.5\n10,validation/loss,0.6\n")
+    several = [f"--workdir={tmp_path / size}" for size in SIZES]
+    assert program.main(["figure", "training", *several]) == 2
+    assert "say where the files go by --to=DIR" in capsys.readouterr().err
+    to = tmp_path / "all"
+    assert program.main(["figure", "training", *several, f"--to={to}", "--page"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == str(to / "report.html")
+    assert {row["model"] for row in _rows(to, "training")} == set(SIZES)
+    page = (to / "report.html").read_text("utf-8")
+    assert "At a small sampling budget smaller models win" in page
+    assert all(f'"{size}\\nddim\\n4"' in page for size in SIZES)  # Pictures of a point.
+    there = places.read([",".join(str(tmp_path / size) for size in SIZES)])
+    assert {r.identity.key for r in there.records} == {r.identity.key for r in main}
+    assert there.homes == [tmp_path / size for size in SIZES]
 
 
 def test_the_same_records_in_any_order_give_the_same_bytes(tmp_path, main, monkeypatch):

@@ -88,6 +88,18 @@ def test_claim_4_needs_every_sampler_to_agree(study):
     assert found[4].outcome == "undecided" and "DPM-Solver++" in found[4].headline
 
 
+def test_claim_4_is_about_solvers_by_their_whole_names(study):
+    """One of one's own stands for none, whatever it is called; options and spacings change nothing.
+    """
+    rest = [r for r in study if r.identity.sampler != "ddim"]
+    found = _judged(Evidence.of([*rest, *_renamed(study, "ddim_early")]))
+    assert found[4].outcome == "undecided" and "DDIM" in found[4].headline
+    found = _judged(Evidence.of([*rest, *_renamed(study, "ddim:eta=0.5")]))
+    assert found[4].outcome != "undecided"
+    assert not Evidence.of(_renamed(study, "lcm_own")).distilled
+    assert Evidence.of(_renamed(study, "lcm:final=zero")).distilled
+
+
 def test_equal_sizes_support_nothing_more_often_than_stated():
     """Null: claims 1, 3 and 5 hold for no truth; each errs in at most one study of twenty."""
     wrong = {1: 0, 3: 0, 5: 0}

@@ -1,0 +1,121 @@
+"""Where records lie: the places that `--records` and `--workdir` name, one or several, and what the
+workdirs among them say of theirs."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+
+from etils import epath
+
+from ldm_scaling.errors import UserError
+from ldm_scaling.study import records as records_lib
+from ldm_scaling.study import reported
+from ldm_scaling.study.records import Record
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Places:
+    """Some places, read.
+
+    Attributes:
+      folders: that hold the records, each once.
+      settings: of the workdirs' last configs, see `curves.one_setting`.
+      records: all of them, each once.
+    """
+
+    folders: tuple[epath.Path, ...]
+    settings: tuple[str, ...]
+    records: list[Record]
+
+    @property
+    def homes(self) -> list[epath.Path]:
+        """The workdirs, or the folders that are none; each once."""
+        return _homes(self.folders)
+
+    def blocks(
+        self, select: int | None = None, report: Sequence[int] | None = None
+    ) -> tuple[int, list[int]]:
+        """The seed blocks that choose and are reported: those given, else the workdirs' own.
+
+        Raises:
+          UserError: where these name different ones.
+        """
+        own = {home: reported.of_workdir(home, select, report) for home in self.homes}
+        first, *others = own
+        for other in others:
+            if own[other] != own[first]:
+                one, two = (f"{home} on {own[home][0]} and {own[home][1]}"
+                            for home in (first, other))
+                raise UserError(
+                    f"the places choose and report on other seed blocks, {one}, {two}: give "
+                    "--select-block=N and --report-blocks=N,M"
+                )
+        return own[first]
+
+    @property
+    def metric(self) -> str | None:
+        """The measure that all workdirs' configs choose by, where records hold it."""
+        own = {reported.metric_of(home) for home in self.homes}
+        metric = own.pop() if len(own) == 1 else None
+        return metric if any(metric in r.metrics for r in self.records) else None
+
+    @property
+    def spacing(self) -> str:
+        """See `reported.spacing_of`; empty where workdirs name different ones."""
+        own = {spacing for home in self.homes if (spacing := reported.spacing_of(home))}
+        return own.pop() if len(own) == 1 else ""
+
+
+def pieces(texts: Iterable[str], comma: str = ",") -> list[str]:
+    """What flags list, given once or several times."""
+    return [piece.strip() for text in texts for piece in re.split(comma, text) if piece.strip()]
+
+
+def _homes(folders: Iterable[epath.Path]) -> list[epath.Path]:
+    return list(dict.fromkeys(map(reported.home_of, folders)))
+
+
+def read(places: Iterable[str], flag: str = "--records") -> Places:
+    """The records of folders, of workdirs and of files.
+
+    Args:
+      places: with commas, or given several times.
+      flag: that names them.
+
+    Raises:
+      UserError: where there is no such place, or no record in all of them.
+    """
+    several = pieces(places)
+    paths = {piece: _place(piece, flag) for piece in several}
+    folders = tuple(dict.fromkeys(
+        path if path.is_dir() else path.parent for path in paths.values()))
+    # Configs come first: their plugins may name what records hold.
+    settings = tuple(s for home in _homes(folders) for s in reported.settings_of(home))
+    found: dict[str, Record] = {}
+    for path in paths.values():
+        if not path.is_dir():
+            some = [records_lib.read(path)]
+        else:  # A workdir before its sweep holds other JSON.
+            there = any(records_lib.NAME.fullmatch(p.name) for p in path.glob("*.json"))
+            some = records_lib.read_all(path) if there else []
+        found |= {r.identity.key: r for r in some}
+    if not found:
+        raise UserError(
+            f"{flag}={','.join(several)}: no records there; ldm-scaling sweep  writes them, into "
+            "records/ of its workdir"
+        )
+    return Places(folders, settings, list(found.values()))
+
+
+def _place(piece: str, flag: str) -> epath.Path:
+    """The folder of records, or the record, that a piece names."""
+    path = epath.Path(piece).expanduser()
+    if not path.exists():
+        raise UserError(f"{flag}={piece}: there is no such folder or file")
+    if path.is_dir():
+        return path / "records" if (path / "records").is_dir() else path
+    if not records_lib.NAME.fullmatch(path.name):
+        raise UserError(f"{flag}={piece} is no record: their names are 16 hex digits and .json")
+    return path
