@@ -125,19 +125,19 @@ def test_the_command(small, tmp_path, capsys):
         return capsys.readouterr().out
 
     # A rate that no float holds the steps of ends as a result, not as an error.
-    told = run("--rates=2e-3,4e-3,8e-3,1e30")
+    told = run("--rates=1e-3,2e-3,4e-3,8e-3,16e-3,1e30")
     kept = {p: p.read_bytes() for p in (workdir / "rates").glob("*.json")}
-    assert len(kept) == 3 * 4  # The base's width is trained once for both.
+    assert len(kept) == 3 * 6  # The base's width is trained once for both.
     bodies = [json.loads(text) for text in kept.values()]
     assert sum(body["loss"] is None for body in bodies) == 3
     assert {body["loss"] is None for body in bodies if body["run"]["rate"] == 1e30} == {True}
     assert "Standard parametrisation" in told and "Width transfer (muP)" in told
     assert told.splitlines()[-1] == str(workdir / "rates" / "best_rate.png")
     with open(workdir / "rates" / "best_rate.csv") as file:
-        assert len(list(csv.DictReader(file))) == 2 * 2 * 4
+        assert len(list(csv.DictReader(file))) == 2 * 2 * 6
     first = min(kept)
     first.unlink()
-    assert run("--rates=2e-3,4e-3,8e-3,1e30") == told
+    assert run("--rates=1e-3,2e-3,4e-3,8e-3,16e-3,1e30") == told
     assert {p: p.read_bytes() for p in (workdir / "rates").glob("*.json")} == kept
 
     # It is what `ldm-scaling train` does at that rate, and its checkpoint gives the same network.
