@@ -10,8 +10,8 @@ from typing import Generic, TypeVar
 
 Reader = TypeVar("Reader")
 
-_SHARE = 6  # Training reads latents, mirrored ones and text states; so many sequences fit.
-_LEAST, _MOST = 64, 2048  # Opening reads an index of about 1 MB; readers keep theirs.
+_SHARE = 12  # Training reads latents, mirrored ones and text states of each source; so many fit.
+_LEAST, _MOST = 64, 512  # Opening reads an index of about 1 MB; readers keep theirs.
 
 
 @functools.cache

@@ -4,6 +4,7 @@ workdirs among them say of theirs."""
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from collections.abc import Iterable, Sequence
 
@@ -12,7 +13,9 @@ from etils import epath
 from ldm_scaling.errors import UserError
 from ldm_scaling.study import records as records_lib
 from ldm_scaling.study import reported
-from ldm_scaling.study.records import Record
+from ldm_scaling.study.records import FROM_TEXT, Record
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,18 +97,28 @@ def read(places: Iterable[str], flag: str = "--records") -> Places:
     # Configs come first: their plugins may name what records hold.
     settings = tuple(s for home in _homes(folders) for s in reported.settings_of(home))
     found: dict[str, Record] = {}
-    for path in paths.values():
+    references: dict[str, set[str]] = {}
+    for piece, path in paths.items():
         if not path.is_dir():
             some = [records_lib.read(path)]
         else:  # A workdir before its sweep holds other JSON.
             there = any(records_lib.NAME.fullmatch(p.name) for p in path.glob("*.json"))
             some = records_lib.read_all(path) if there else []
         found |= {r.identity.key: r for r in some}
+        if not some:
+            log.warning("%s: no records there", piece)
+        references[piece] = {r.identity.reference_hash for r in some if r.task in FROM_TEXT}
     if not found:
         raise UserError(
             f"{flag}={','.join(several)}: no records there; ldm-scaling sweep  writes them, into "
             "records/ of its workdir"
         )
+    told = [(piece, hashes) for piece, hashes in references.items() if hashes]
+    apart = [piece for piece, hashes in told if not hashes & told[0][1]]
+    if apart:
+        log.warning(
+            "%s: scored against another reference than %s: distances compare where it was made "
+            "of the same pictures by the same network", ", ".join(apart), told[0][0])
     return Places(folders, settings, list(found.values()))
 
 

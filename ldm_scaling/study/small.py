@@ -52,6 +52,10 @@ class _Pictures:
     def __getattr__(self, name: str):
         return getattr(self._dataset, name)
 
+    def hash_of(self, split: str) -> str:
+        """See `Dataset.hash_of`."""
+        return files.sha256_of([self._dataset.hash_of(split), "reduced", self._factor])
+
     def images(self, split: str, fields: Sequence[str], *more: object) -> Source:
         """See `Dataset.images`."""
         found = self._dataset.images(split, fields, *more)

@@ -17,11 +17,11 @@ def test_passes_in_order_find_what_stayed_open():
 
 
 @pytest.mark.parametrize(("soft", "hard", "asked", "found"), [
-    (1024, 1 << 20, [(2048 * 6, 1 << 20)], 2048),
-    (1024, 4096, [(4096, 4096)], 4096 // 6),
-    (1 << 20, 1 << 20, [], 2048),
+    (1024, 1 << 20, [(512 * 12, 1 << 20)], 512),
+    (1024, 4096, [(4096, 4096)], 4096 // 12),
+    (1 << 20, 1 << 20, [], 512),
     (256, 256, [(256, 256)], 64),
-    (resource.RLIM_INFINITY, resource.RLIM_INFINITY, [], 2048),
+    (resource.RLIM_INFINITY, resource.RLIM_INFINITY, [], 512),
 ])
 def test_the_soft_limit_is_raised(monkeypatch, soft, hard, asked, found):
     told = []
@@ -37,4 +37,4 @@ def test_a_limit_that_cannot_be_raised_holds(monkeypatch):
 
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1200, 1 << 20))
     monkeypatch.setattr(resource, "setrlimit", refuse)
-    assert open_files.most.__wrapped__() == 200
+    assert open_files.most.__wrapped__() == 100

@@ -94,7 +94,8 @@ def test_text_states_are_told_apart_by_both_encoders(tmp_path, prepared, monkeyp
         caches.caching, "cache_text", lambda folder, *unused, **options: folders.append(folder)
     )
     for text, embedder in (("a", "x"), ("a", "y"), ("b", "x"), ("a", "x")):
-        _caches(prepared, tmp_path, text=text, embedder=embedder).states(0, "train")
+        _caches(prepared, tmp_path, text=text, embedder=embedder).states(0, "validation")
     # What latents are kept in is not their business.
-    _caches(prepared, tmp_path, text="a", embedder="x", latent_dtype="float16").states(0, "train")
+    _caches(prepared, tmp_path, text="a", embedder="x", latent_dtype="float16").states(
+        0, "validation")
     assert len(set(folders)) == 3 and folders[0] == folders[3] == folders[4]

@@ -19,7 +19,7 @@ from ldm_scaling.data import shards
 from ldm_scaling.data.loading import loader, sides
 from ldm_scaling.data.record import Record
 from ldm_scaling.errors import UserError
-from ldm_scaling.study import datasets, prepare_cli, preparing, resolve, stages
+from ldm_scaling.study import datasets, prepare_cli, preparing, resolve, small, stages
 from ldm_scaling.study.materials import Materials
 from ldm_scaling.study.workdir import Workdir
 from tests import published as mini
@@ -115,6 +115,8 @@ def test_a_splits_hash_is_not_the_others(tmp_path):
     assert less.hash_of("validation") != whole.hash_of("validation")
     assert of(train=4).hash_of("train") != whole.hash_of("train")
     assert whole.hash_of("train") == whole.hash  # As it always was.
+    reduced = small._Pictures(less, 2)
+    assert reduced.hash_of("train") not in (less.hash_of("train"), reduced.hash)
 
 
 def test_what_comes_too_late_for_shards_is_told(tmp_path, caplog):

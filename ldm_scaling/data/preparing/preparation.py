@@ -124,7 +124,8 @@ class Preparation:
             anew = "" if self.by_part else f", remove {os.fspath(self.path)}"
             raise UserError(
                 f"{broken[0]}{more}; mend it{anew} and run again, or leave such parts out by "
-                "data.prepare.skip_broken=True: what was examined is not examined again"
+                "data.prepare.skip_broken=True (with --to what was examined is not examined again; "
+                "a workdir prepares anew)"
             )
 
     def save_verdict(self, i: int, verdict: Verdict) -> None:

@@ -264,6 +264,9 @@ def _tidy(job: Preparation, prepared: shards.Shards) -> None:
     ours = {shard["file"] for split in splits for shard in split["shards"]}
     written = job.path.glob(f"{prepared.name}-*.array_record-*")
     stale = [file for file in written if file.name not in ours]  # its parts were others then
-    for left in (*job.path.glob(".tmp-*"), *stale, job.path / _LOCK):
-        left.unlink(missing_ok=True)
-    job.work.rmtree(missing_ok=True)
+    left = [*job.path.glob(".tmp-*"), *stale, job.path / _LOCK]
+    for path in left:
+        if path.exists():  # A finished folder may be mounted to be read alone.
+            path.unlink(missing_ok=True)
+    if job.work.exists():
+        job.work.rmtree(missing_ok=True)
