@@ -1,17 +1,18 @@
 """What the ladder runs beside `ldm-scaling`'s commands, and before them.
 
-    python benchmarks/gpu/ahead.py programs [MEMBER ...] --config=FILE     for the compilation cache
+    python benchmarks/gpu/ahead.py programs [--train | --samplers] [MEMBER ...] --config=FILE
     python benchmarks/gpu/ahead.py data --config=FILE --workdir=W          the pictures
     python benchmarks/gpu/ahead.py latents --config=FILE --workdir=W       the autoencoder's, and it
     python benchmarks/gpu/ahead.py reference --config=FILE --workdir=W     text states, statistics
     python benchmarks/gpu/ahead.py seconds MEMBER ... --config=FILE --to=F.json
 
-`programs` runs each program of a member's training and sweep once, on zeros and first weights, so
-that they are in `JAX_COMPILATION_CACHE_DIR` when data, autoencoder and latents are; without a
-member those of the autoencoder and the frozen networks. `latents` and `reference` need the data
-alone, and run side by side. `seconds` measures a row of sampling and the decoding of a picture with
-nothing else on the card: while several members are at work their records' seconds are of a card
-that is shared.
+`programs` runs each program of a member's training and sweep (or of one of them) once, on zeros and
+first weights, so that they are in `JAX_COMPILATION_CACHE_DIR` when data, autoencoder and latents
+are; without a member those of the autoencoder and the frozen networks. `latents` and `reference`
+need the data alone, and run side by side; `latents` also writes the checkpoint of the autoencoder
+that is packed, in which what only its training needs is zero. `seconds` measures a row of sampling
+and the decoding of a picture with nothing else on the card: while several members are at work their
+records' seconds are of a card that is shared.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from ladder import alone, study_of
+from packing import LIGHT, alone
+from reckoning import study_of
 
 from ldm_scaling import files
 from ldm_scaling.config import Study, Train
 from ldm_scaling.errors import SAVED, Interrupted, UserError
+from ldm_scaling.models import autoencoder
 from ldm_scaling.parallel import compiled, hosts
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling.packing import Configuration
@@ -42,7 +45,7 @@ from ldm_scaling.study.workdir import Workdir
 from ldm_scaling.tasks import autoencoder as autoencoder_task
 from ldm_scaling.tasks import text_to_image
 from ldm_scaling.tasks.drawing import Drawer, Frozen, sampling_key
-from ldm_scaling.training import step
+from ldm_scaling.training import checkpoint, step
 from ldm_scaling.training.state import TrainState
 from ldm_scaling.training.task import Task
 
@@ -82,7 +85,9 @@ class Rehearsal:
         """One step, as `training.loop` takes it, and a validation."""
         abstract = step.abstract_state(task.init, run, self.mesh)
         frozen = () if task.frozen is None else (task.frozen,)
-        train = step.make(task.loss, run, self.mesh, abstract, task.frozen, task.rates)
+        train = step.make(
+            task.loss, run, self.mesh, abstract, task.frozen, task.rates, task.project
+        )
         key = jax.jit(
             jax.random.fold_in, out_shardings=mesh_lib.replicated(self.mesh)
         )(jax.random.key(0), 1)
@@ -138,17 +143,19 @@ class Rehearsal:
             self.frozen, self.drawer(member), validation,
         )
 
-    def member(self, name: str) -> None:
+    def training(self, name: str) -> None:
         """A member's."""
         task, run = self.task(name), self.study.train
-        state = self.state(task, run)
         shapes = text_to_image.batch_shapes(
             run.batch_size, self.frozen.latent_shape, self.frozen.null_ctx_LD.shape,
             self.study.data.latent_dtype, self.mesh,
         )
         zeros = {name: np.zeros(shape.shape, shape.dtype) for name, shape in shapes.items()}
-        params = self.train(task, run, state, zeros).ema
-        del state
+        self.train(task, run, self.state(task, run), zeros)
+
+    def sampling(self, name: str) -> None:
+        """A member's."""
+        params = self.state(self.task(name), self.study.train).ema
         drawer, key = self.drawer(name), sampling_key(self.study.seed)
         for guidance in (2.0, 1.0):
             one = self._configuration(drawer, min(self.study.sweep.steps), guidance)
@@ -198,12 +205,31 @@ def prepare(what: str, study: Study, workdir: Path) -> None:
         _ = materials.datasets
     elif what == "latents":
         stages.train_autoencoder(materials)
+        lighten(materials)
         for split in SPLITS:
             materials.caches.latents(0, split)
         _ = materials.latent_scale
     else:
         stages.prepare(materials)
         _ = materials.scorer
+
+
+def lighten(materials: Materials) -> None:
+    """The trained autoencoder's checkpoint a second time, with its average as its parameters and no
+    moments: a quarter of the bytes when it is packed, and read like any other."""
+    run, workdir = materials.study.autoencoder.train, materials.workdir
+    folder = workdir / "autoencoder" / "checkpoints"
+    to = workdir / LIGHT / "autoencoder" / "checkpoints"
+    if checkpoint.latest(to) == run.steps:
+        return
+    spec = autoencoder_task.spec_of(materials.study.autoencoder)
+    abstract = step.abstract_state(autoencoder.initializer(spec), run, materials.mesh)
+    state, iterator = checkpoint.read(checkpoint.Place(folder, run.steps), abstract)
+    zeros = jax.tree.map(
+        lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), state.opt_state)
+    state = state._replace(params=state.ema, opt_state=zeros)
+    with checkpoint.Checkpoints(to, keep=1) as kept:
+        kept.save(run.steps, state, iterator, checkpoint.config_of(folder, run.steps))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -214,7 +240,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, metavar="FILE[:argument]")
     parser.add_argument("--workdir", type=Path)
     parser.add_argument("--to", type=Path)
-    args = parser.parse_args(argv)
+    for part in ("train", "samplers"):
+        parser.add_argument(f"--{part}", action="store_true", help="programs: these alone")
+    args = parser.parse_intermixed_args(argv)
     if (args.workdir is None) == (args.what in ("data", "latents", "reference")):
         parser.error(f"{args.what} {'needs' if args.workdir is None else 'takes no'} --workdir")
     if args.what == "seconds" and not (args.to and args.members):
@@ -232,7 +260,10 @@ def main(argv: list[str] | None = None) -> int:
                 rehearsal.shared()
             for member in args.members:
                 if args.what == "programs":
-                    rehearsal.member(member)
+                    if not args.samplers:
+                        rehearsal.training(member)
+                    if not args.train:
+                        rehearsal.sampling(member)
                     continue
                 params = rehearsal.state(rehearsal.task(member), study.train).ema
                 (guided, decode), (plain, _) = (

@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
 # The ladder on a machine that has jax and no index, lent by the command: the study goes on between
-# the commands. From the repository's root, with a folder HANDED of the wheels of
-# benchmarks/README.md, packages.tar.xz and, to go on from an earlier stretch, what that packed
-# (ladder.tar.xz.*):
+# the commands. From the repository's root, with a folder HANDED of packages.tar.xz, as ladder.py
+# hand writes it, and, to go on from an earlier stretch, what that packed (ladder.tar.xz.*):
 #
 #     benchmarks/gpu/ladder.sh start HANDED MINUTES SECONDS OUT   begins; returns after SECONDS at most
 #     /tmp/ladder/ladder.sh wait SECONDS OUT                      and again until it has ended
 #
-# OUT gets what ladder.py packed, as soon as it is packed, and the logs. The exit status is that of
-# ladder.py, 75 while it is at work, 64 where nothing could be begun. Of `start`, SECONDS count from
-# the beginning of the command.
+# OUT gets what ladder.py packed, as soon as it is packed, and the logs every LADDER_LOGS (20)
+# seconds: a command that is cut short has left both. The exit status is that of ladder.py, 75 while
+# it is at work, 64 where nothing could be begun. Of `start`, SECONDS count from the beginning of the
+# command. LADDER_AT is where it works, /tmp/ladder.
 set -uo pipefail
-work=/tmp/ladder
+work=${LADDER_AT:-/tmp/ladder}
+every=${LADDER_LOGS:-20}
 
 refuse() {
   echo "ladder.sh: $1" >&2
@@ -29,12 +30,36 @@ at_work() {
   [ -f "$work/pid" ] && kill -0 "$(cat "$work/pid")" 2> /dev/null && [ ! -f "$work/ended" ]
 }
 
+# What is packed, by rename, without parts of an archive that has fewer by now.
+fetch() {
+  local part
+  for part in "$work"/packed/*; do
+    [ -f "$part" ] || continue
+    [ "$part" -nt "$out/packed/${part##*/}" ] || continue
+    cp -p "$part" "$out/new" && mv "$out/new" "$out/packed/${part##*/}"
+  done
+  for part in "$out"/packed/*; do
+    [ -f "$work/packed/${part##*/}" ] || rm -f "$part"
+  done
+}
+
+# All logs, tracebacks (log.txt of each workdir) included, and the end of each.
+logs() {
+  local log
+  for log in "$work"/run/logs/*.txt; do
+    [ -f "$log" ] || continue
+    echo "== ${log##*/}"
+    tail -c 20000 "$log" | tr '\r' '\n' | grep -v cuda_timer | tail -4 | cut -c1-200
+  done > "$work/ends.txt"
+  (cd "$work" && find run -name log.txt -o -path 'run/logs/*.txt') > "$work/named.txt" 2> /dev/null
+  tar cJf "$work/logs.tar.xz" -C "$work" ends.txt ladder.log use.csv -T "$work/named.txt" 2> /dev/null
+  cp "$work/logs.tar.xz" "$out/new" && mv "$out/new" "$out/logs.tar.xz"
+}
+
 if [ "$1" = start ]; then
   at_work && refuse "it is at work: use wait"
   rm -f "$work/ended"
   mkdir -p "$work/src" "$work/packed"
-  python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
-    --target "$work/site" "$handed"/*.whl || refuse "the wheels in $handed cannot be installed"
   tar xJf "$handed/packages.tar.xz" -C "$work" || refuse "$handed/packages.tar.xz cannot be read"
   # What lies where it packs, it takes first.
   cp -n "$handed"/ladder.tar.xz.* "$work/packed/" 2> /dev/null
@@ -53,19 +78,18 @@ fi
 [ -f "$work/pid" ] || refuse "nothing was begun: use start"
 
 mkdir -p "$out/packed"
+next=$(date +%s)
 while [ "$(date +%s)" -lt "$until" ] && at_work; do
   sleep 1
-  cp -u "$work"/packed/* "$out/packed/" 2> /dev/null
+  fetch
+  if [ "$(date +%s)" -ge "$next" ]; then
+    logs
+    next=$(($(date +%s) + every))
+  fi
 done
-cp "$work"/packed/* "$out/packed/" 2> /dev/null
+fetch
+logs
 cat "$work/ladder.log"
-for log in "$work"/run/logs/*.txt; do
-  [ -f "$log" ] || continue
-  echo "== ${log##*/}"
-  tr '\r' '\n' < "$log" | grep -v cuda_timer | tail -4 | cut -c1-200
-done > "$work/ends.txt"
 tail -n 40 "$work/ends.txt"
-mkdir -p "$work/run/logs"
-tar cJf "$out/logs.tar.xz" -C "$work" ends.txt ladder.log use.csv run/logs
 at_work && exit 75
 exit "$(cat "$work/ended" 2> /dev/null || echo 1)"

