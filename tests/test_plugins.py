@@ -83,6 +83,16 @@ def test_what_is_imported_once_is_not_imported_again(tmp_path, fresh):
         del sys.plug_count
 
 
+def test_workdirs_may_each_have_their_own_of_the_same(tmp_path, fresh):
+    one, two, other = (tmp_path / name / "plug_same.py" for name in "abc")
+    for path, text in ((one, "x = 1\n"), (two, "x = 1\n"), (other, "x = 2\n")):
+        path.parent.mkdir()
+        path.write_text(text)
+    assert config.parse({"plugins": [str(one), str(two)]}).plugins == (str(one), str(two))
+    with pytest.raises(UserError, match="another module is called plug_same, .*give --config with"):
+        config.parse({"plugins": [str(other)]})
+
+
 def test_a_plugin_comes_before_names_are_checked(tmp_path, fresh):
     """Modules beside a file, and dotted ones."""
     (tmp_path / "plug_beside.py").write_text("NAME = 'mine_own'\n")
@@ -103,6 +113,8 @@ def test_a_plugin_comes_before_names_are_checked(tmp_path, fresh):
     ("sys.py", "", "another module is called sys, one of Python: rename the file"),
     ("plug.dots.py", "", "leave out the dots before .py"),
     ("plug_no_module", None, "there is no module 'plug_no_module': install its package"),
+    (".x", None, "'.x' is neither a dotted name of a module nor a file"),
+    ("", None, "'' is neither a dotted name of a module nor a file"),
 ])  # fmt: skip
 def test_a_plugin_that_cannot_be_had(tmp_path, fresh, name, text, said):
     path = tmp_path / name

@@ -176,8 +176,6 @@ def _text_encoder(study: Study, folder: Path) -> None:
 
 def _texts(study: Study, catalogue: object) -> Iterator[str]:
     """All captions of the study: the data set is composed for them."""
-    import tempfile
-
     from ldm_scaling.study import preparing
 
     with tempfile.TemporaryDirectory() as folder:

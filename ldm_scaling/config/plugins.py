@@ -3,6 +3,7 @@ what it registers goes by name as the package's own does; see docs/extending.md.
 
 from __future__ import annotations
 
+import filecmp
 import importlib
 import os
 import sys
@@ -16,8 +17,9 @@ from ldm_scaling.errors import UserError
 def load(plugins: Iterable[str]) -> tuple[str, ...]:
     """Imports plugins, each once in a process.
 
-    A file is imported under its own name, and its folder is searched for modules last: processes
-    that are started for pieces of the work find what is defined in it.
+    A file is imported under its own name, of several files alike the first, and its folder is
+    searched for modules last: processes that are started for pieces of the work find what is
+    defined in it.
 
     Args:
       plugins: dotted names of modules, and `.py` files.
@@ -26,6 +28,13 @@ def load(plugins: Iterable[str]) -> tuple[str, ...]:
     Raises:
       UserError: for one that is missing or cannot be imported.
     """
+    plugins = tuple(plugins)
+    for name in plugins:
+        if not name.endswith(".py") and not all(p.isidentifier() for p in name.split(".")):
+            raise UserError(
+                f"config: plugins: {name!r} is neither a dotted name of a module nor a file, which "
+                "ends in .py"
+            )
     return tuple(_load_file(name) if name.endswith(".py") else _load_module(name)
                  for name in plugins)
 
@@ -43,10 +52,13 @@ def _load_file(name: str) -> str:
     if os.fspath(path.parent) not in sys.path:
         sys.path.append(os.fspath(path.parent))
     found = getattr(_import(path.stem, os.fspath(path)), "__file__", None)
-    if found is None or not os.path.samefile(found, path):
+    if found is None or not (
+        os.path.samefile(found, path) or filecmp.cmp(found, path, shallow=False)
+    ):
         raise UserError(
             f"config: plugins: {path}: another module is called {path.stem}, "
-            f"{found or 'one of Python'}: rename the file"
+            f"{found or 'one of Python'}: rename the file, and give --config with the new name "
+            "once to a workdir that knows the old one"
         )
     return os.fspath(path)
 

@@ -16,15 +16,15 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from etils import epath
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ldm_scaling import files
 from ldm_scaling.errors import UserError
 
+# The same wherever it runs: what an older Pillow cannot decode is a broken picture there.
 SUFFIXES = (
-    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff",
-    ".gif", *((".avif",) if features.check("avif") else ()),
-    *((".jp2",) if features.check_codec("jpg_2000") else ()),
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".jp2", ".bmp", ".ppm", ".pgm",
+    ".tif", ".tiff", ".gif",
 )  # fmt: skip
 SQUARE = "centre square of the short side, then Pillow's Lanczos"
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+import resource
 import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -18,10 +19,6 @@ _LEAST, _MOST = 64, 512  # Opening reads an index of about 1 MB; readers keep th
 def most() -> int:
     """Files that one sequence of shards may keep open. Raises this process's soft limit, often
     1,024, to the hard one."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return _LEAST
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MOST * _SHARE
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -46,12 +43,10 @@ class Readers(Generic[Reader]):
 
     Args:
       open: a number's reader.
-      at_most: how many are open; None is `most()`.
     """
 
-    def __init__(self, open: Callable[[int], Reader], at_most: int | None = None):
-        self._open, self._at_most = open, at_most
-        self._lock, self._random = threading.Lock(), random.Random(0)
+    def __init__(self, open: Callable[[int], Reader]):
+        self._open, self._lock, self._random = open, threading.Lock(), random.Random(0)
         self._found: dict[int, Reader] = {}
 
     def __len__(self) -> int:
@@ -62,7 +57,7 @@ class Readers(Generic[Reader]):
             reader = self._found.get(number)
             if reader is None:
                 reader = self._open(number)
-                if len(self._found) >= (self._at_most or most()):
+                if len(self._found) >= most():
                     del self._found[self._random.choice(list(self._found))]
                 self._found[number] = reader
             return reader

@@ -146,7 +146,10 @@ def register(*members: Member, family: str, label: str = "") -> None:
     known = MEMBERS | {member.name: member for member in members}
     names = [member.name for member in members]
     if taken := sorted(({*names} & {*MEMBERS}) | {n for n in names if names.count(n) > 1}):
-        raise UserError(f"networks are called {', '.join(taken)} already: give other names")
+        raise UserError(
+            f"networks are called {', '.join(taken)} already: give other names; where the module "
+            "that registers them failed half-way before, mend it and start Python anew"
+        )
     called = LABELS.get(family, label)
     if not called or label not in ("", called):
         raise UserError(

@@ -9,6 +9,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from ldm_scaling import machine
+
 
 def compute_dtype(name: str, platform: str | None = None) -> jnp.dtype:
     """The compute type of `float32`, `bfloat16` or `auto`: bfloat16 where matrix units gain.
@@ -51,9 +53,8 @@ def use_cpu_cores() -> None:
     asked = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if asked or jax.config.jax_num_cpu_devices != -1:
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     count = 1
-    while 2 * count <= min(cores or 1, 8):
+    while 2 * count <= min(machine.cores(), 8):
         count *= 2
     jax.config.update("jax_num_cpu_devices", count)
 

@@ -46,12 +46,15 @@ def add(*rules: tuple[str, Sequence[str | None]]) -> None:
     Raises:
       UserError: for what is no such pair, or another axis.
     """
-    for pattern, axes in rules:
+    for rule in rules:
+        if not isinstance(rule, tuple | list) or len(rule) != 2:
+            raise UserError(f"sharding rule {rule!r} is no pair of a pattern and axes")
+        pattern, axes = rule
         try:
             re.compile(pattern)
         except re.error as e:
             raise UserError(f"sharding rule {pattern!r} is no regular expression: {e}") from e
-        if {*axes} - {None, "fsdp", "tensor"}:
+        if not isinstance(axes, tuple | list) or {*axes} - {None, "fsdp", "tensor"}:
             raise UserError(
                 f"sharding rule {pattern!r} has axes {axes!r}: give a tuple of None, 'fsdp' and "
                 "'tensor'"

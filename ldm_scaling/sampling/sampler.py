@@ -106,7 +106,7 @@ def _check_batch(
 
 
 def _row_of(
-    denoise: Denoise, weaker: Denoise | None, params: Any, table: Padded | SamplerTable,
+    denoise: Denoise, weaker: Denoise | None, params: Any, table: Padded,
     guidance_B: Array | None, cond: Any, uncond: Any, key: Array | None, index_B: Array,
 ) -> Callable[[Array, Array, State], State]:
     """`step(r, row_C, state)`: one row of a table of a whole batch, in the precision of its x."""
@@ -122,7 +122,7 @@ def _row_of(
             w_B = 1 + row["g"] * (guidance_B.astype(x.dtype) - 1)
             F_BHWC = guidance.guided(
                 denoise, params, x, t_B, both, w_B, table.correction,
-                row["g"] != 0 if table.partly else None, weaker,
+                row["g"] != 0 if table.sparing else None, weaker,
             )
         F_BHWC = F_BHWC.astype(x.dtype)
         if key is None:
@@ -199,10 +199,11 @@ def trajectory(
     weaker: Denoise | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """The rows of one table as a `lax.scan`: what `make_sampler` draws, from an x of one's own, to
-    be differentiated, looked at row by row, or run in another precision.
+    be differentiated, looked at row by row, or run in float64.
 
-    Everything is in the precision of `x_BHWC`; the noise that rows add is `make_sampler`'s, drawn
-    in float32. The table is part of the program: put this into a function of one's own and jit it.
+    Everything is in the precision of `x_BHWC`, timesteps too; the noise that rows add is
+    `make_sampler`'s, drawn in float32. The table is part of the program: put this into a function
+    of one's own and jit it.
 
     Args:
         denoise, params, cond, guidance_B, uncond, weaker: see `make_sampler`.
@@ -217,16 +218,20 @@ def trajectory(
         the samples x_BHWC, and what is kept by name, (R, B, H, W, C).
 
     Raises:
-        UserError: as `make_sampler`, for another name to keep, or for a table that adds noise
-            without a key.
+        UserError: as `make_sampler`, for another name to keep, for a table that adds noise
+            without a key, or for an x in less than float32.
     """
     if unknown := set(keep) - set(KEPT):
         raise UserError(f"keep={sorted(unknown)[0]!r}: choose of {', '.join(KEPT)}")
+    if jnp.promote_types(x_BHWC.dtype, jnp.float32) != x_BHWC.dtype:
+        raise UserError(f"x_BHWC is {x_BHWC.dtype}, which rounds timesteps: give float32 or better")
     if key is None and table.c.any():
         raise UserError(f"table {table.name!r} adds noise: give a key")
     index_B = jnp.arange(len(x_BHWC)) if index_B is None else index_B
     _check_batch(index_B, guidance_B, cond, uncond)
-    step = _row_of(denoise, weaker, params, table, guidance_B, cond, uncond, key, index_B)
+    step = _row_of(
+        denoise, weaker, params, table.padded(table.calls), guidance_B, cond, uncond, key, index_B
+    )
 
     def body(state: State, row: tuple[Array, Array]) -> tuple[State, dict[str, Array]]:
         state = step(*row, state)

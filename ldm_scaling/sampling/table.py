@@ -23,7 +23,7 @@ _TOLERANCE = 1e-9
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=("rows", "n"),
-    meta_fields=("correction", "partly"),
+    meta_fields=("correction", "sparing"),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Padded:
@@ -33,14 +33,14 @@ class Padded:
         rows: (max_rows, len(COLUMNS)) float32, zeros behind the table's own.
         n: int32, how many those are.
         correction: the table's, which is compiled in: another one is another program.
-        partly: whether some rows are guided and others not; compiled in too, as the latter then
-            evaluate the network once.
+        sparing: whether some rows take no guidance; compiled in too, as they then evaluate the
+            network once.
     """
 
     rows: Any
     n: Any
     correction: Correction = NONE
-    partly: bool = False
+    sparing: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -228,4 +228,5 @@ class SamplerTable:
                 "raise max_rows or take fewer steps"
             )
         rows = np.pad(self.rows(), ((0, max_rows - self.calls), (0, 0)))
-        return Padded(rows, np.array(self.calls, np.int32), self.correction, self.partly)
+        sparing = self.guided_calls < self.calls
+        return Padded(rows, np.array(self.calls, np.int32), self.correction, sparing)

@@ -16,8 +16,6 @@ from ldm_scaling.study.curves import Curves, Point
 from ldm_scaling.study.statistics import words
 from ldm_scaling.study.winners import Winner
 
-NAMES = zoo.LABELS
-
 log = logging.getLogger(__name__)
 
 
@@ -43,7 +41,7 @@ def compared(curves: Curves, metric: str) -> tuple[list[Family], list[Winner]]:
         if family := zoo.family_of(model):
             pools.setdefault(family, []).extend(points)
     names = [family for family in zoo.FAMILIES if family in pools]
-    return of_pools({NAMES[name]: pools[name] for name in names}, metric)
+    return of_pools({zoo.LABELS[name]: pools[name] for name in names}, metric)
 
 
 def left_out(curves: Curves) -> list[str]:
@@ -83,7 +81,7 @@ def sentences(curves: Curves, metric: str) -> list[str]:
     sizes: dict[str, set[str]] = {}
     cells: dict[str, int] = {}
     for (model, _), points in curves.items():
-        if family := NAMES.get(zoo.family_of(model)):
+        if family := zoo.LABELS.get(zoo.family_of(model)):
             sizes.setdefault(family, set()).add(model)
             cells[family] = cells.get(family, 0) + len(points)
 
@@ -126,4 +124,4 @@ def parted(models: Sequence[str]) -> dict[str, list[str]]:
     of: dict[str, list[str]] = {family: [] for family in (*zoo.FAMILIES, "")}
     for model in models:
         of[zoo.family_of(model)].append(model)
-    return {NAMES.get(family, "other networks"): own for family, own in of.items() if own}
+    return {zoo.LABELS.get(family, "other networks"): own for family, own in of.items() if own}

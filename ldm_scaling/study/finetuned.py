@@ -294,11 +294,17 @@ class FineTuned:
         )
 
     def trained(self, member: str) -> bool:
-        """Whether a member has all its checkpoints; all processes hear the same."""
-        folder = self.folder(member) / "checkpoints"
-        return processes.from_lead(
-            "fine-tuned", lambda: set(self.config.steps) <= set(checkpoint.steps_of(folder))
-        )
+        """Whether a member has all its checkpoints; all processes hear the same. Raises `UserError`
+        where they are of another network."""
+        folder, network = self.folder(member) / "checkpoints", runs.network(self.spec(member))
+
+        def found() -> bool:
+            have = checkpoint.steps_of(folder)
+            for step in have[-1:]:
+                checkpoint.check_network(folder, step, network)
+            return set(self.config.steps) <= set(have)
+
+        return processes.from_lead("fine-tuned", found)
 
     def passed(self, member: str) -> list[int]:
         """Steps to be measured that a member's run has left behind without a checkpoint; all

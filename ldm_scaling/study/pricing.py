@@ -95,7 +95,13 @@ def of_points(
       one: GFLOPs of what costs 1; the records' own if None.
       training: whose share is added, if any's.
     """
-    cells = {(r.identity.model, r.identity.sampler, r.identity.steps): r for r in records}
+    # Records of earlier versions do not say how many pairs their table has: as others' of it.
+    pairs = {_table(r): r.guided_calls for r in records if r.guided_calls is not None}
+    cells = {
+        (r.identity.model, r.identity.sampler, r.identity.steps):
+        r if r.guided_calls is not None else
+        dataclasses.replace(r, guided_calls=pairs.get(_table(r))) for r in records
+    }
 
     def own(name: str, of: Record | First) -> Price:
         return Price(name, of.gflops, of.gflops / one if one else of.norm_cost)
@@ -121,6 +127,12 @@ def of_points(
             spent(prices[p.model], record, both))
 
     return price
+
+
+def _table(record: Record) -> tuple[str, int, str, str]:
+    """What decides the rows of its table, within one study."""
+    i = record.identity
+    return i.sampler, i.steps, i.spacing, record.setting
 
 
 def _check_networks(records: Iterable[Record], prices: Mapping[str, Price]) -> None:

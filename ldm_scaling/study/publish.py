@@ -16,7 +16,6 @@ from ldm_scaling.sampling import solvers
 from ldm_scaling.study import (
     baselines,
     cascades,
-    families,
     labels,
     report,
     reported,
@@ -179,7 +178,7 @@ def _summary(materials: Materials) -> str | None:
     names = sorted({zoo.family_of(m) for m in materials.study.members} - {""})
     if materials.networks.summary or names in ([], ["unet"]):
         return materials.networks.summary
-    several = labels.listing([families.NAMES[name] for name in names])
+    several = labels.listing([zoo.LABELS[name] for name in names])
     return (
         f"Latent diffusion models of {'the families ' if names[1:] else ''}{several} in several "
         "sizes, trained alike and compared at equal sampling cost."

@@ -16,7 +16,7 @@ from ldm_scaling.data.composed import openmoji
 from ldm_scaling.data.conditions import pixels
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import cost, efficientnet, lpips, text_encoder
+from ldm_scaling.models import backbone, cost, efficientnet, lpips, text_encoder
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.parallel import processes
 from ldm_scaling.sampling import solvers
@@ -49,7 +49,7 @@ from ldm_scaling.study.workdir import Workdir
 from ldm_scaling.tasks import autoencoder as autoencoder_task
 from ldm_scaling.tasks import text_to_image
 from ldm_scaling.tasks.drawing import Drawer
-from ldm_scaling.training import loop
+from ldm_scaling.training import loop, step
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,11 @@ def check(study: Study, workdir: Workdir, measured: bool = True) -> Materials:
         materials.spec(member)
     pretrains = not (study.weights or study.finetune.pretrained)
     for member in study.members if pretrains else ():
-        text_to_image.transfer(materials.spec(member), study.train)  # Raises where there is none.
+        spec = materials.spec(member)
+        text_to_image.transfer(spec, study.train)  # Raises where there is none.
+        if study.train.rate_factors or not backbone.gathers(spec):
+            # Raises for a factor of no parameter, and for a parameter without a sharding rule.
+            step.abstract_state(backbone.initializer(spec), study.train, materials.mesh)
     trains = {"train": study.train} if pretrains else {}
     if pretrains and not study.autoencoder.weights:
         trains["autoencoder.train"] = study.autoencoder.train

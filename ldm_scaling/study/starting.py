@@ -14,9 +14,9 @@ import numpy as np
 from ldm_scaling import files
 from ldm_scaling.config import Study
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import backbone
+from ldm_scaling.models import backbone, zoo
 from ldm_scaling.parallel import processes
-from ldm_scaling.study import runs
+from ldm_scaling.study import networks, runs
 from ldm_scaling.study.workdir import Workdir
 from ldm_scaling.training import checkpoint, optimizer, step
 from ldm_scaling.training.checkpoint import Place
@@ -56,8 +56,9 @@ def resolved(study: Study) -> Study:
                 f"config: start.step={number}: {folder} holds {have or 'no step'}: choose of them, "
                 "or train there first, with the step among train.keep_steps"
             )
+        checkpoint.check_network(folder, number, runs.network(zoo.get(member).spec))
     _check_alike(study, theirs, start.workdir)
-    have = files.sha256_of([theirs.training_hash(""), number, start.take])
+    have = files.sha256_of([networks.shared_hash(theirs, study.members), number, start.take])
     if start.take == "run":
         have = theirs.start.hash
         _check_beginning(study, theirs, number)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import os
 import platform
 import re
 import statistics
@@ -18,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_scaling import __version__, files
+from ldm_scaling import __version__, files, machine
 from ldm_scaling.models import autoencoder, backbone, clip, clip_text, text_encoder
 from ldm_scaling.parallel import hosts
 from ldm_scaling.parallel import mesh as mesh_lib
@@ -171,9 +170,8 @@ def device_kind(device: jax.Device) -> str:
     except OSError:
         lines = ""
     model = re.search(r"^model name\s*:\s*(.+)$", lines, re.M)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     name = model[1].strip() if model else platform.processor() or platform.machine()
-    return f"cpu {name}, {cores} cores"
+    return f"cpu {name}, {machine.cores()} cores"
 
 
 def free_bytes(device: jax.Device) -> float:

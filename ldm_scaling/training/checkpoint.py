@@ -314,6 +314,12 @@ def check_network(directory: epath.PathLike, step: int, network: Mapping[str, An
         f"{k} was {have[k]!r} and is {want[k]!r}" for k in want
         if k in have and have[k] != want[k]
     ]
+    if RECIPE in want and have[RECIPE] != want[RECIPE]:
+        raise UserError(
+            f"the checkpoint {folder} was trained by another version, without or with other than "
+            f"{', '.join(want[RECIPE])}: train it again in another --workdir, or use what it made "
+            "with the version that made it"
+        )
     if wrong:
         raise UserError(
             f"the checkpoint {folder} is of another network, though its parameters may have the "

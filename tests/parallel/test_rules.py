@@ -50,6 +50,11 @@ def test_rules_of_ones_own_come_first(monkeypatch):
     assert rules.specs(tree)["a"]["kernel"] == P()
     with pytest.raises(UserError, match="axes 'fsdp': give a tuple"):
         rules.add((r"/b$", "fsdp"))
+    for wrong in (r"/b$", ("x", "fsdp", None)):
+        with pytest.raises(UserError, match="is no pair of a pattern and axes"):
+            rules.add(wrong)
+    with pytest.raises(UserError, match="axes None: give a tuple"):
+        rules.add(("x", None))
     with pytest.raises(UserError, match="'\\(' is no regular expression"):
         rules.add(("(", ()))
 

@@ -141,3 +141,5 @@ def test_errors():
     ):
         with pytest.raises(UserError, match=message):
             sampler.trajectory(network, PARAMS, given, start(table), COND, keep=keep, **more)
+    with pytest.raises(UserError, match="x_BHWC is bfloat16, which rounds timesteps"):
+        sampler.trajectory(network, PARAMS, table, start(table).astype("bfloat16"), COND)

@@ -80,6 +80,12 @@ def test_of_a_guidance_interval_the_rows_within_are_paid_twice(study):
             calls[pairs, unit] = price(i) / one
     assert [calls[n, "gflops"] for n in (None, 10, 4, 0)] == pytest.approx([20, 20, 14, 10])
     assert {round(calls[n, "cost"], 9) for n in (None, 10, 4, 0)} == {10}
+    # One table has one number of them: a record that does not tell is paid as one that does.
+    told = dataclasses.replace(record, guided_calls=4)
+    earlier = dataclasses.replace(record, guided_calls=None)
+    for some in ([told, earlier], [earlier, told]):
+        price = pricing.of_points(some, "gflops", None, pricing.COUNTED["gflops"])
+        assert price(i) / record.gflops == pytest.approx(14)
     # Rows that evaluate once take half the seconds: no sign of another measurement.
     half = dataclasses.replace(
         record, guided_calls=0, seconds_per_image=record.seconds_per_image / 2)

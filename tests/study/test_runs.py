@@ -9,7 +9,8 @@ from ldm_scaling import config
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import zoo
 from ldm_scaling.parallel import mesh as mesh_lib
-from ldm_scaling.study import runs
+from ldm_scaling.study import runs, stages
+from ldm_scaling.study.workdir import Workdir
 from ldm_scaling.training import checkpoint, loop, step
 from tests.training import toy
 
@@ -50,3 +51,12 @@ def test_weights_of_another_network_are_refused(tmp_path):
 def test_what_says_nothing_of_it_passes(tmp_path, about):
     run = _fit(tmp_path, about)
     assert runs.done(tmp_path, run, SPEC)
+
+
+def test_a_factor_of_no_parameter_is_told_before_anything_is_computed(tmp_path):
+    study = config.parse({
+        "members": ("c8",), "reference": "c8", "data": {"side": 64},
+        "train": {"rate_factors": ("no_such_layer=0",)}})
+    with pytest.raises(UserError, match="rate_factors=no_such_layer=0: no parameter is left"):
+        stages.check(study, Workdir(tmp_path), measured=False)
+    assert not list(tmp_path.iterdir())

@@ -11,6 +11,7 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.study import early, networks, rates, resolve
 from ldm_scaling.study.materials import Materials
 from ldm_scaling.study.workdir import Workdir
+from ldm_scaling.training import checkpoint
 
 MEMBERS = ("c8", "c16")
 THEIRS = Study(
@@ -103,6 +104,15 @@ def test_what_does_not_fit_is_told(study, start, told, tmp_path):
     trained(tmp_path / "theirs", THEIRS)
     with pytest.raises(UserError, match=told):
         resolved(tmp_path, study, **start)
+
+
+def test_members_of_another_network_are_no_start(tmp_path, monkeypatch):
+    trained(tmp_path / "theirs", THEIRS)
+    seen = []
+    monkeypatch.setattr(checkpoint, "check_network", lambda *given: seen.append(given))
+    resolved(tmp_path, THEIRS, step=40)
+    assert [(folder.parent.name, step, about["base_channels"]) for folder, step, about in seen] == [
+        ("c8", 40, 8), ("c16", 40, 16)]
 
 
 def test_studies_without_members_of_their_own(tmp_path):

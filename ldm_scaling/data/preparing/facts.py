@@ -11,6 +11,7 @@ decoded pixels), `perceptual` (64-bit pHash).
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -129,13 +130,28 @@ def save(facts: Facts, path: epath.PathLike) -> None:
 
 def load(path: epath.PathLike) -> Facts:
     """What `save` wrote. Raises `UserError` when the file is damaged."""
+    with _saved(path) as pq:
+        table = pq.read_table(os.fspath(path), partitioning=None)
+        return Facts(table.replace_schema_metadata(None), _broken(table.schema))
+
+
+def why_broken(path: epath.PathLike) -> str:
+    """`Facts.broken` of saved facts, of which no more is read. Raises as `load`."""
+    with _saved(path) as pq:
+        return _broken(pq.read_schema(os.fspath(path)))
+
+
+def _broken(schema: Any) -> str:
+    return schema.metadata[b"broken"].decode()
+
+
+@contextlib.contextmanager
+def _saved(path: epath.PathLike) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(os.fspath(path), partitioning=None)
-        broken = table.schema.metadata[b"broken"].decode()
-        return Facts(table.replace_schema_metadata(None), broken)
+        yield pq
     except (OSError, pa.ArrowException, KeyError, TypeError) as e:
         raise UserError(f"{os.fspath(path)} is damaged: remove it, and run again") from e
 

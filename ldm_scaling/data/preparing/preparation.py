@@ -36,7 +36,7 @@ from ldm_scaling.data.record import Record
 from ldm_scaling.data.shards import Shard
 from ldm_scaling.errors import UserError
 
-_FORMAT = "ldm_scaling preparation 1"
+_FORMAT = "ldm_scaling preparation 2"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,7 +102,7 @@ class Preparation:
         Those of a part that could not be read are not taken for there, unless it is left out.
         """
         there = self.facts_file(i).exists()
-        if there and (self.options.skip_broken or not self.facts(i).broken):
+        if there and (self.options.skip_broken or not self.broken(i)):
             return 0
         options = self.options
         found = facts_lib.scan(
@@ -116,9 +116,13 @@ class Preparation:
         """Part i's facts."""
         return facts_lib.load(self.facts_file(i))
 
+    def broken(self, i: int) -> str:
+        """Why part i could not be read to its end; empty where it could."""
+        return facts_lib.why_broken(self.facts_file(i))
+
     def check_broken(self, numbers: Iterable[int]) -> None:
         """Raises `UserError` naming parts that cannot be read, unless they are to be left out."""
-        broken = [why for i in numbers if (why := self.facts(i).broken)]
+        broken = [why for i in numbers if (why := self.broken(i))]
         if broken and not self.options.skip_broken:
             more = f" (and {len(broken) - 1} more parts like it)" if len(broken) > 1 else ""
             anew = "" if self.by_part else f", remove {os.fspath(self.path)}"
@@ -197,7 +201,7 @@ class Preparation:
         written = [self.written(i) for i in range(len(self.parts))]
         splits = {split: [w[split] for w in written if split in w] for split in shards.SPLITS}
         plain = {key: self.identity[key] for key in ("source", "fingerprint", "options", "parts")}
-        plain["broken"] = [p.name for i, p in enumerate(self.parts) if self.facts(i).broken]
+        plain["broken"] = [part.name for i, part in enumerate(self.parts) if self.broken(i)]
         return shards.finish(self.path, self.options.name, splits, plain)
 
     def _basis(self, i: int) -> str:
@@ -289,8 +293,6 @@ def begin(
             raise UserError(f"{os.fspath(begun)} is damaged: remove {os.fspath(path)}") from e
         of_files = () if job.by_part else ("fingerprint", "parts")
         _compare(job, found, ("format", "source", *of_files))
-        if found["fingerprint"] == job.fingerprint:
-            _rename_facts(job)
         return job, False
     if path.exists():
         others = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
@@ -335,14 +337,6 @@ def _compare(job: Preparation, found: Mapping[str, Any], held: Sequence[str]) ->
                 f"{where} was begun with {option} {json.dumps(before.get(option))}, not "
                 f"{json.dumps(wanted[option])}: {_REMEDY}"
             )
-
-
-def _rename_facts(job: Preparation) -> None:
-    """Facts of parts with fingerprints, found before these were in their files' names."""
-    for i, part in enumerate(job.parts):
-        old = job.work / f"facts-{i:05d}.parquet"
-        if part.fingerprint and old.exists():
-            old.replace(job.facts_file(i))
 
 
 def _records(item: tuple[Pair, list[dict[str, Any]]], options: Options) -> list[Record] | None:

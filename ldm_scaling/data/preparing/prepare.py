@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from etils import epath
 
-from ldm_scaling import files
+from ldm_scaling import files, machine
 from ldm_scaling.data import shards
 from ldm_scaling.data.collection import Collection
 from ldm_scaling.data.preparing import report as prepare_report
@@ -132,15 +132,9 @@ def _write(job: Preparation, i: int, threads: int, named: dict[str, str]) -> int
 
 def _how_many(job: Preparation) -> tuple[int, int]:
     """Processes, and threads in each."""
-    workers = job.options.workers or _cores()
+    workers = job.options.workers or machine.cores()
     processes = min(workers, len(job.parts))
     return processes, math.ceil(workers / processes)
-
-
-def _cores() -> int:
-    """Those that this process may use, which on a shared machine may be few."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return cores or 1
 
 
 @contextlib.contextmanager

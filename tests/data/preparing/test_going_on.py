@@ -106,14 +106,13 @@ def test_tars_may_be_taken_out_and_added_while_it_is_under_way(root, tmp_path, e
     assert go(root, tmp_path / "to").count("train") == 12 and examined == ["00003.tar"]
 
 
-def test_what_was_found_by_numbers_alone_is_found_again(root, tmp_path, examined):
-    """Begun before facts were named by their files."""
-    stopped(root, tmp_path / "to")
-    job, _ = preparation.begin(sources.collection(f"webdataset:{root}"), tmp_path / "to", PLAIN)
-    for i in range(3):
-        job.facts_file(i).rename(job.work / f"facts-{i:05d}.parquet")
-    examined.clear()
-    assert go(root, tmp_path / "to", SKIPPING).count("train") == 8 and examined == []
+def test_what_another_version_has_begun_is_not_gone_on_with(root, tmp_path, monkeypatch):
+    """It may have read other pairs of the same files."""
+    with monkeypatch.context() as before:
+        before.setattr(preparation, "_FORMAT", "ldm_scaling preparation 1")
+        stopped(root, tmp_path / "to")
+    with pytest.raises(errors.UserError, match="begun by another version .*1.: remove it"):
+        go(root, tmp_path / "to")
 
 
 def test_a_shard_is_written_anew_where_what_is_kept_is_other(root, tmp_path):
