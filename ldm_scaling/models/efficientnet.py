@@ -7,6 +7,7 @@ the registry, converted there from TensorFlow's; hence TensorFlow's SAME padding
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -250,6 +251,13 @@ class FeatureNetwork:
         return head_BD @ np.asarray(last["kernel"]) + np.asarray(last["bias"])
 
 
+@functools.cache
+def param_shapes() -> dict:
+    """Shapes of the parameters, whatever a picture's side."""
+    picture = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    return jax.eval_shape(EfficientNetLite0().init, jax.random.key(0), picture)["params"]
+
+
 def load(
     side: int, batch: int | None = None, devices: Sequence[jax.Device] | None = None
 ) -> FeatureNetwork:
@@ -272,10 +280,8 @@ def load(
     spread_ = spread.over(devices, batch, cpu=few, accelerator=128)
     weights = pretrained.package_file(PACKAGE, FILE, "the feature network")
     network = EfficientNetLite0()
-    picture = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
-    expected = jax.eval_shape(network.init, jax.random.key(0), picture)["params"]
     tensors = pretrained.read_legacy_pth(weights)
-    params = pretrained.fill(expected, tensors, RULES, source=weights, ignore=IGNORE)
+    params = pretrained.fill(param_shapes(), tensors, RULES, source=weights, ignore=IGNORE)
 
     def apply(params, images_BHWC):
         outputs = network.apply({"params": params}, preprocess(images_BHWC, side))

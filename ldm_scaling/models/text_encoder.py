@@ -7,6 +7,7 @@ measures how close captions are. Weights and tokenizer come from a package of th
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -177,6 +178,7 @@ class TextEncoder:
         return self.encode(texts)[2]
 
 
+@functools.cache
 def param_shapes(spec: BertSpec) -> dict:
     """Shapes of the parameters."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)

@@ -277,10 +277,17 @@ FORMATS = {
 
 
 def save(drawn: Figure, directory: epath.PathLike, name: str) -> None:
-    """Writes the picture in each of `FORMATS`, by rename and without date or version stamps."""
+    """Writes the picture in each of `FORMATS`, by rename and without date or version stamps. Where
+    all are there and the first has the very bytes that it would get, the others are left as they
+    are: they take most of the time."""
+    paths = {kind: epath.Path(directory) / f"{name}.{kind}" for kind in FORMATS}
+    there = all(path.exists() for path in paths.values())
     for kind, metadata in FORMATS.items():
         buffer = io.BytesIO()
         with style():
             drawn.savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
+        if there and paths[kind].read_bytes() == buffer.getvalue():
+            return
+        there = False
         drawn.set_layout_engine("none")  # What the first made of it holds for all.
-        files.atomic_write_bytes(epath.Path(directory) / f"{name}.{kind}", buffer.getvalue())
+        files.atomic_write_bytes(paths[kind], buffer.getvalue())

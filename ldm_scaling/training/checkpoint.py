@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import threading
@@ -339,10 +340,11 @@ def _reader(handler: Any) -> ocp.Checkpointer:
 def _check_tree(folder: epath.Path, abstract: TrainState) -> None:
     """Raises `UserError` where a checkpoint does not hold a tree like this."""
     try:
-        found = ocp.StandardCheckpointer().metadata(folder / "state").item_metadata.tree
+        written = (folder / "state" / "_METADATA").stat().mtime
+        have = _shapes_held(os.fspath(folder), written)
     except (*_READ_ERRORS, AttributeError) as e:
         raise _damaged(folder, e) from e
-    have, want = _shapes(found), _shapes(abstract)
+    want = _shapes(abstract)
     wrong = [f"+{k} {have[k]}" for k in sorted(have.keys() - want.keys())]
     wrong += [f"-{k} {want[k]}" for k in sorted(want.keys() - have.keys())]
     wrong += [
@@ -355,6 +357,15 @@ def _check_tree(folder: epath.Path, abstract: TrainState) -> None:
             f"the checkpoint {folder} is not of this network (+ surplus, - missing): {shown}; "
             "use the config it was trained with or another --workdir"
         )
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes_held(folder: str, written: float) -> dict[str, tuple]:
+    """`_shapes` of what a checkpoint holds, which takes as long as reading a small network. Of one
+    `written` at this time it is kept: a study reads its members' checkpoints many times."""
+    del written
+    return _shapes(
+        ocp.StandardCheckpointer().metadata(epath.Path(folder) / "state").item_metadata.tree)
 
 
 def _damaged(folder: epath.Path, error: Exception) -> UserError:

@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from ldm_scaling.study import curves, image_grids, labels, plot_style, plots
@@ -53,6 +54,27 @@ def test_the_same_records_give_the_same_bytes(tmp_path, study):
     for kind in plot_style.FORMATS:
         a, b = (tmp_path / f / f"same.{kind}" for f in ("a", "b"))
         assert a.read_bytes() == b.read_bytes()
+
+
+def test_a_picture_that_is_there_is_not_written_again(tmp_path):
+    """One of which a format is gone, or that looks otherwise, is written whole."""
+    paths = [tmp_path / f"one.{kind}" for kind in plot_style.FORMATS]
+
+    def save(title):
+        with plot_style.style():
+            drawn = Figure(layout="constrained")
+            drawn.subplots().set_title(title)
+        plot_style.save(drawn, tmp_path, "one")
+        return [path.stat().st_mtime_ns for path in paths]
+
+    first = save("a")
+    assert save("a") == first
+    paths[2].unlink()
+    second = save("a")
+    assert all(a != b for a, b in zip(first, second))
+    bytes_ = [path.read_bytes() for path in paths]
+    save("b")
+    assert all(path.read_bytes() != was for path, was in zip(paths, bytes_))
 
 
 def _labels(fig):

@@ -156,6 +156,7 @@ def test_one_ddim_step_is_one_dpm_solver_step(unbroken):
 
 
 def test_killed_study_ends_with_the_records_of_an_unbroken_one(unbroken, tmp_path):
+    """Killed in its sweep; with LDM_SCALING_LONG=1 from its start, and at every stage."""
     workdir = tmp_path / "killed"
 
     def count(pattern):
@@ -164,6 +165,10 @@ def test_killed_study_ends_with_the_records_of_an_unbroken_one(unbroken, tmp_pat
     if os.environ.get("LDM_SCALING_LONG"):
         _kill_when(workdir, lambda: count("autoencoder/checkpoints/4") == 1)
         _kill_when(workdir, lambda: count("models/c8/checkpoints/4") == 1)
+    else:
+        for made in ("data", "text", "latents", "autoencoder", "models"):
+            shutil.copytree(unbroken[0] / made, workdir / made)
+        shutil.copy(unbroken[0] / "study.json", workdir)
     _kill_when(workdir, lambda: count("records/*.json") >= 5)
     measured = {p: p.stat().st_mtime_ns for p in workdir.glob("records/*.json")}
     if os.environ.get("LDM_SCALING_LONG"):
