@@ -278,16 +278,18 @@ FORMATS = {
 
 def save(drawn: Figure, directory: epath.PathLike, name: str) -> None:
     """Writes the picture in each of `FORMATS`, by rename and without date or version stamps. Where
-    all are there and the first has the very bytes that it would get, the others are left as they
-    are: they take most of the time."""
+    all are there and the first has the very bytes that it would get, they are left as they are: the
+    others take most of the time. So the first is written last."""
     paths = {kind: epath.Path(directory) / f"{name}.{kind}" for kind in FORMATS}
     there = all(path.exists() for path in paths.values())
+    made = {}
     for kind, metadata in FORMATS.items():
         buffer = io.BytesIO()
         with style():
             drawn.savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
-        if there and paths[kind].read_bytes() == buffer.getvalue():
+        made[kind] = buffer.getvalue()
+        if there and len(made) == 1 and paths[kind].read_bytes() == made[kind]:
             return
-        there = False
         drawn.set_layout_engine("none")  # What the first made of it holds for all.
-        files.atomic_write_bytes(paths[kind], buffer.getvalue())
+    for kind in reversed(made):
+        files.atomic_write_bytes(paths[kind], made[kind])

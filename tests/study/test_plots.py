@@ -11,6 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ldm_scaling import files
 from ldm_scaling.study import curves, image_grids, labels, plot_style, plots
 from ldm_scaling.study.figures import catalogue
 from ldm_scaling.study.figures.source import Source
@@ -56,8 +57,9 @@ def test_the_same_records_give_the_same_bytes(tmp_path, study):
         assert a.read_bytes() == b.read_bytes()
 
 
-def test_a_picture_that_is_there_is_not_written_again(tmp_path):
-    """One of which a format is gone, or that looks otherwise, is written whole."""
+def test_a_picture_that_is_there_is_not_written_again(tmp_path, monkeypatch):
+    """One of which a format is gone, that looks otherwise, or whose writing was cut off midway, is
+    written whole."""
     paths = [tmp_path / f"one.{kind}" for kind in plot_style.FORMATS]
 
     def save(title):
@@ -73,6 +75,16 @@ def test_a_picture_that_is_there_is_not_written_again(tmp_path):
     second = save("a")
     assert all(a != b for a, b in zip(first, second))
     bytes_ = [path.read_bytes() for path in paths]
+    whole, written = files.atomic_write_bytes, []
+
+    def cut_off(path, data):
+        if written:
+            raise OSError("no space left")
+        written.append(whole(path, data))
+
+    with monkeypatch.context() as during, pytest.raises(OSError):
+        during.setattr(files, "atomic_write_bytes", cut_off)
+        save("b")
     save("b")
     assert all(path.read_bytes() != was for path, was in zip(paths, bytes_))
 
