@@ -52,9 +52,7 @@ def _load_file(name: str) -> str:
     if os.fspath(path.parent) not in sys.path:
         sys.path.append(os.fspath(path.parent))
     found = getattr(_import(path.stem, os.fspath(path)), "__file__", None)
-    if found is None or not (
-        os.path.samefile(found, path) or filecmp.cmp(found, path, shallow=False)
-    ):
+    if found is None or not _alike(found, path):
         raise UserError(
             f"config: plugins: {path}: another module is called {path.stem}, "
             f"{found or 'one of Python'}: rename the file, and give --config with the new name "
@@ -85,3 +83,10 @@ def _import(module: str, name: str):
         raise UserError(
             f"config: plugins: {name} cannot be imported: {type(e).__name__}: {why}{where}: mend it"
         ) from e
+
+
+def _alike(found: str, path: Path) -> bool:
+    try:
+        return os.path.samefile(found, path) or filecmp.cmp(found, path, shallow=False)
+    except OSError:
+        return False

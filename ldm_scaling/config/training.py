@@ -169,9 +169,9 @@ class Train:
                      f"{steps}")
         if decay == "wsd":
             cool = self.cooldown_steps
-            require(1 < cool <= steps - warm, "train.learning_rate_decay", self.learning_rate_decay,
-                     f"the last {cool} of steps={steps} are to cool down: at least two, the first "
-                     f"of which has the whole rate, and none of warmup_steps={warm}")
+            require(0 < cool <= steps - warm, "train.learning_rate_decay", self.learning_rate_decay,
+                     f"the last {cool} of steps={steps} are to cool down: at least one, and none "
+                     f"of warmup_steps={warm}")
 
     @property
     def decay(self) -> tuple[str, dict[str, float]]:

@@ -54,7 +54,9 @@ def add(*rules: tuple[str, Sequence[str | None]]) -> None:
             re.compile(pattern)
         except re.error as e:
             raise UserError(f"sharding rule {pattern!r} is no regular expression: {e}") from e
-        if not isinstance(axes, tuple | list) or {*axes} - {None, "fsdp", "tensor"}:
+        if not isinstance(axes, tuple | list | PartitionSpec) or any(
+            axis not in (None, "fsdp", "tensor") for axis in axes
+        ):
             raise UserError(
                 f"sharding rule {pattern!r} has axes {axes!r}: give a tuple of None, 'fsdp' and "
                 "'tensor'"

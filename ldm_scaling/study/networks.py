@@ -69,14 +69,6 @@ def model_hash(study: Study, member: str) -> str:
     return files.sha256_of([study.training_hash(member), spec, *recipe])
 
 
-def shared_hash(study: Study, members: Sequence[str]) -> str:
-    """Hash of all that the training of a study's members shares, more of which may be taken later;
-    and of what theirs has beside other networks', see `backbone.recipe`."""
-    recipes = sorted({r for m in members for r in backbone.recipe(zoo.get(m).spec)})
-    shared = study.training_hash("")
-    return files.sha256_of([shared, recipes]) if recipes else shared
-
-
 def trained(materials: Materials) -> Networks:
     """The networks that a study trains, read from its workdir."""
     study, workdir = materials.study, materials.workdir

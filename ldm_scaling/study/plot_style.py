@@ -278,18 +278,23 @@ FORMATS = {
 
 def save(drawn: Figure, directory: epath.PathLike, name: str) -> None:
     """Writes the picture in each of `FORMATS`, by rename and without date or version stamps. Where
-    all are there and the first has the very bytes that it would get, they are left as they are: the
-    others take most of the time. So the first is written last."""
+    PNG and SVG have the very bytes that they would get, the PDF is left as it is: its fonts take
+    most of the time. Where they have not, it is gone until they have."""
     paths = {kind: epath.Path(directory) / f"{name}.{kind}" for kind in FORMATS}
-    there = all(path.exists() for path in paths.values())
-    made = {}
-    for kind, metadata in FORMATS.items():
+
+    def made(kind: str) -> bytes:
         buffer = io.BytesIO()
         with style():
-            drawn.savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
-        made[kind] = buffer.getvalue()
-        if there and len(made) == 1 and paths[kind].read_bytes() == made[kind]:
-            return
+            drawn.savefig(buffer, format=kind, dpi=DPI, metadata=FORMATS[kind])
         drawn.set_layout_engine("none")  # What the first made of it holds for all.
-    for kind in reversed(made):
-        files.atomic_write_bytes(paths[kind], made[kind])
+        return buffer.getvalue()
+
+    quick = {kind: made(kind) for kind in ("png", "svg")}
+    if all(p.exists() for p in paths.values()) and all(
+        paths[kind].read_bytes() == data for kind, data in quick.items()
+    ):
+        return
+    paths["pdf"].unlink(missing_ok=True)
+    for kind, data in quick.items():
+        files.atomic_write_bytes(paths[kind], data)
+    files.atomic_write_bytes(paths["pdf"], made("pdf"))

@@ -96,7 +96,11 @@ def of_points(
       training: whose share is added, if any's.
     """
     # Records of earlier versions do not say how many pairs their table has: as others' of it.
-    pairs = {_table(r): r.guided_calls for r in records if r.guided_calls is not None}
+    told: dict[tuple, set[int]] = {}
+    for r in records:
+        if r.guided_calls is not None:
+            told.setdefault(_table(r), set()).add(r.guided_calls)
+    pairs = {table: n for table, (n, *others) in told.items() if not others}
     cells = {
         (r.identity.model, r.identity.sampler, r.identity.steps):
         r if r.guided_calls is not None else

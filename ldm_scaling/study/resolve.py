@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ldm_scaling.config import Study
 from ldm_scaling.errors import UserError
-from ldm_scaling.study import networks, preparing, published, starting, weight_files
+from ldm_scaling.study import preparing, published, starting, weight_files
 from ldm_scaling.study.workdir import Workdir
 
 
@@ -57,7 +57,7 @@ def _with_pretrained(study: Study) -> Study:
                 f"config: diffusion.{key}={ours!r}, but the members in {given} were trained with "
                 f"{its!r}: give theirs"
             )
-    have = networks.shared_hash(theirs, study.members)
+    have = theirs.training_hash("")  # Of all that its members share: more may be fine-tuned later.
     wanted = study.finetune.pretrained_hash
     if wanted not in ("", have):
         raise UserError(

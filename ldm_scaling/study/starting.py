@@ -16,7 +16,7 @@ from ldm_scaling.config import Study
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import backbone, zoo
 from ldm_scaling.parallel import processes
-from ldm_scaling.study import networks, runs
+from ldm_scaling.study import runs
 from ldm_scaling.study.workdir import Workdir
 from ldm_scaling.training import checkpoint, optimizer, step
 from ldm_scaling.training.checkpoint import Place
@@ -58,7 +58,7 @@ def resolved(study: Study) -> Study:
             )
         checkpoint.check_network(folder, number, runs.network(zoo.get(member).spec))
     _check_alike(study, theirs, start.workdir)
-    have = files.sha256_of([networks.shared_hash(theirs, study.members), number, start.take])
+    have = files.sha256_of([theirs.training_hash(""), number, start.take])
     if start.take == "run":
         have = theirs.start.hash
         _check_beginning(study, theirs, number)

@@ -315,7 +315,7 @@ def check_network(directory: epath.PathLike, step: int, network: Mapping[str, An
         f"{k} was {have[k]!r} and is {want[k]!r}" for k in want
         if k in have and have[k] != want[k]
     ]
-    if RECIPE in want and have[RECIPE] != want[RECIPE]:
+    if len(wrong) == 1 and RECIPE in want and have[RECIPE] != want[RECIPE]:
         raise UserError(
             f"the checkpoint {folder} was trained by another version, without or with other than "
             f"{', '.join(want[RECIPE])}: train it again in another --workdir, or use what it made "
@@ -340,8 +340,8 @@ def _reader(handler: Any) -> ocp.Checkpointer:
 def _check_tree(folder: epath.Path, abstract: TrainState) -> None:
     """Raises `UserError` where a checkpoint does not hold a tree like this."""
     try:
-        written = (folder / "state" / "_METADATA").stat().mtime
-        have = _shapes_held(os.fspath(folder), written)
+        held = os.stat(folder / "state" / "_METADATA")
+        have = _shapes_held(os.fspath(folder), (held.st_mtime_ns, held.st_ino, held.st_size))
     except (*_READ_ERRORS, AttributeError) as e:
         raise _damaged(folder, e) from e
     want = _shapes(abstract)
@@ -360,10 +360,10 @@ def _check_tree(folder: epath.Path, abstract: TrainState) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def _shapes_held(folder: str, written: float) -> dict[str, tuple]:
-    """`_shapes` of what a checkpoint holds, which takes as long as reading a small network. Of one
-    `written` at this time it is kept: a study reads its members' checkpoints many times."""
-    del written
+def _shapes_held(folder: str, file: tuple[int, ...]) -> dict[str, tuple]:
+    """`_shapes` of what a checkpoint holds, which takes as long as reading a small network. While
+    the `file` that lists it is the same, so are they: a study reads checkpoints many times."""
+    del file
     return _shapes(
         ocp.StandardCheckpointer().metadata(epath.Path(folder) / "state").item_metadata.tree)
 

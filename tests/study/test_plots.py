@@ -85,6 +85,7 @@ def test_a_picture_that_is_there_is_not_written_again(tmp_path, monkeypatch):
     with monkeypatch.context() as during, pytest.raises(OSError):
         during.setattr(files, "atomic_write_bytes", cut_off)
         save("b")
+    assert not paths[2].exists()
     save("b")
     assert all(path.read_bytes() != was for path, was in zip(paths, bytes_))
 

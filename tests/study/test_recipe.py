@@ -18,13 +18,6 @@ def test_hashes_of_edm2_alone_are_others_than_before():
         assert (networks.model_hash(study, member) == before) == (member != "edm2_c14")
 
 
-def test_another_studys_members_are_told_by_it_too():
-    """So that those of an earlier version at the same place are others."""
-    study = Study(members=("c8", "edm2_c14"), reference="c8")
-    assert networks.shared_hash(study, ("c8",)) == study.training_hash("")
-    assert networks.shared_hash(study, ("c8", "edm2_c14")) != study.training_hash("")
-
-
 def test_checkpoints_of_an_edm2_that_was_trained_without_are_refused(tmp_path):
     """And go on being good for a network that has no training of its own."""
     own = runs.network(zoo.get("edm2_c14").spec)

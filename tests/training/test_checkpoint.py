@@ -155,3 +155,22 @@ def test_the_average_is_read_alone(tmp_path):
     assert not np.array_equal(last["layer"]["kernel"], average["layer"]["kernel"])
     with pytest.raises(UserError, match="not of this network"):
         checkpoint.average(folder, 6, abstract._replace(ema={"other": abstract.ema}))
+
+
+def test_another_checkpoint_at_the_same_place_is_read_as_itself(tmp_path):
+    def other(key):
+        return {"layer": {"kernel": np.zeros((8, 4)), "bias": np.zeros(4)}}
+
+    mesh, config = toy.one_device(), toy.CONFIG
+    abstract, wide = (step.abstract_state(init, config, mesh) for init in (toy.init, other))
+    for folder, init in (("one", toy.init), ("two", other)):
+        state = jax.tree.map(
+            lambda s: np.zeros(s.shape, s.dtype), step.abstract_state(init, config, mesh))
+        with checkpoint.Checkpoints(tmp_path / folder) as kept:
+            kept.save(2, state, {}, {})
+    assert checkpoint.average(tmp_path / "one", 2, abstract)["layer"]["bias"].shape == (8,)
+    (tmp_path / "one").rename(tmp_path / "gone")
+    (tmp_path / "two").rename(tmp_path / "one")
+    assert checkpoint.average(tmp_path / "one", 2, wide)["layer"]["bias"].shape == (4,)
+    with pytest.raises(UserError, match=r"bias is \(4,\), should be \(8,\)"):
+        checkpoint.average(tmp_path / "one", 2, abstract)
