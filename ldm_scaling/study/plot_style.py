@@ -273,13 +273,14 @@ FORMATS = {
     "svg": {"Date": None, "Creator": None},
     "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
 }
-"""Formats of pictures, and what is left out of their metadata: it changes from run to run."""
+"""Formats of pictures, and what is left out of their metadata: it changes from run to run. The last
+is the slowest."""
 
 
 def save(drawn: Figure, directory: epath.PathLike, name: str) -> None:
     """Writes the picture in each of `FORMATS`, by rename and without date or version stamps. Where
-    PNG and SVG have the very bytes that they would get, the PDF is left as it is: its fonts take
-    most of the time. Where they have not, it is gone until they have."""
+    all but the last have the very bytes that they would get, that is left as it is: a PDF's fonts
+    take most of the time. Where they have not, it is gone until they have."""
     paths = {kind: epath.Path(directory) / f"{name}.{kind}" for kind in FORMATS}
 
     def made(kind: str) -> bytes:
@@ -289,12 +290,12 @@ def save(drawn: Figure, directory: epath.PathLike, name: str) -> None:
         drawn.set_layout_engine("none")  # What the first made of it holds for all.
         return buffer.getvalue()
 
-    quick = {kind: made(kind) for kind in ("png", "svg")}
-    if all(p.exists() for p in paths.values()) and all(
-        paths[kind].read_bytes() == data for kind, data in quick.items()
+    *quick, slow = FORMATS
+    bytes_ = {kind: made(kind) for kind in quick}
+    if quick and all(path.exists() for path in paths.values()) and all(
+        paths[kind].read_bytes() == data for kind, data in bytes_.items()
     ):
         return
-    paths["pdf"].unlink(missing_ok=True)
-    for kind, data in quick.items():
-        files.atomic_write_bytes(paths[kind], data)
-    files.atomic_write_bytes(paths["pdf"], made("pdf"))
+    paths[slow].unlink(missing_ok=True)
+    for kind in FORMATS:
+        files.atomic_write_bytes(paths[kind], bytes_[kind] if kind in bytes_ else made(kind))
