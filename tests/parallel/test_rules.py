@@ -46,8 +46,8 @@ def test_rules_of_ones_own_come_first(monkeypatch):
         "a": {"kernel": P("fsdp")}, "mine": [{"w": P(None, "fsdp")}, P()]}
     sharding = rules.shardings(tree, mesh_lib.make(1, 4, 2))["mine"][0]["w"]
     assert sharding.shard_shape((4, 8)) == (4, 2)
-    rules.add((r"/a/kernel$", ()))
-    assert rules.specs(tree)["a"]["kernel"] == P()
+    rules.add((r"/a/kernel$", P("tensor")))
+    assert rules.specs(tree)["a"]["kernel"] == P("tensor")
     with pytest.raises(UserError, match="axes 'fsdp': give a tuple"):
         rules.add((r"/b$", "fsdp"))
     for wrong in (r"/b$", ("x", "fsdp", None)):

@@ -4,14 +4,15 @@ That a run which goes on from another's checkpoint is one run: `test_study`, `te
 import dataclasses
 import shutil
 
+import orbax.checkpoint as ocp
 import pytest
 
 from ldm_scaling.config import Start, Study, Train
 from ldm_scaling.errors import UserError
-from ldm_scaling.study import early, networks, rates, resolve
+from ldm_scaling.models import zoo
+from ldm_scaling.study import early, networks, rates, resolve, runs
 from ldm_scaling.study.materials import Materials
 from ldm_scaling.study.workdir import Workdir
-from ldm_scaling.training import checkpoint
 
 MEMBERS = ("c8", "c16")
 THEIRS = Study(
@@ -106,13 +107,16 @@ def test_what_does_not_fit_is_told(study, start, told, tmp_path):
         resolved(tmp_path, study, **start)
 
 
-def test_members_of_another_network_are_no_start(tmp_path, monkeypatch):
+def test_members_of_another_network_are_no_start(tmp_path):
     trained(tmp_path / "theirs", THEIRS)
-    seen = []
-    monkeypatch.setattr(checkpoint, "check_network", lambda *given: seen.append(given))
-    resolved(tmp_path, THEIRS, step=40)
-    assert [(folder.parent.name, step, about["base_channels"]) for folder, step, about in seen] == [
-        ("c8", 40, 8), ("c16", 40, 16)]
+    network = runs.network(zoo.get("c16").spec)
+    for step, groups in ((40, network["groups"]), (100, 1)):
+        folder = tmp_path / "theirs" / "models" / "c16" / "checkpoints" / str(step)
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
+            writer.save(folder / "config", {"network": network | {"groups": groups}})
+    assert resolved(tmp_path, THEIRS, step=40).start.hash
+    with pytest.raises(UserError, match="c16/checkpoints/100 is of another network.* groups was 1"):
+        resolved(tmp_path, THEIRS, step=100)
 
 
 def test_studies_without_members_of_their_own(tmp_path):
