@@ -263,7 +263,7 @@ def test_heads_that_do_not_fit():
         width.mup(mmdit(4, 16), mmdit(4, 8))
     levels = functools.partial(
         UNetSpec, context_dim=8, channel_mults=(1, 2), attention_levels=(True, True), groups=4,
-        sample_size=4,
+        blocks_per_level=1, sample_size=4,
     )
     with pytest.raises(UserError, match="must grow alike"):
         width.mup(levels(16, heads=(2, 2)), levels(8, heads=(2, 4)))

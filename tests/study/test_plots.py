@@ -46,7 +46,9 @@ def test_every_picture_is_written_in_three_formats_with_its_numbers(tmp_path, st
         assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_the_same_records_give_the_same_bytes(tmp_path, study):
+def test_the_same_records_give_the_same_bytes(tmp_path, study, monkeypatch):
+    """Fonts of PDFs are embedded as publishers ask for them, which is not type 3."""
+    monkeypatch.setitem(plot_style.STYLE, "pdf.fonttype", 42)
     for folder in ("a", "b"):
         with plot_style.style():
             found = curves.quality_curves(study, FD)
@@ -55,6 +57,8 @@ def test_the_same_records_give_the_same_bytes(tmp_path, study):
     for kind in plot_style.FORMATS:
         a, b = (tmp_path / f / f"same.{kind}" for f in ("a", "b"))
         assert a.read_bytes() == b.read_bytes()
+        if kind == "pdf":
+            assert b"/CIDFontType2" in a.read_bytes() and b"/Type3" not in a.read_bytes()
 
 
 def test_a_picture_that_is_there_is_not_written_again(tmp_path, monkeypatch):
