@@ -12,6 +12,7 @@ from unittest import mock
 import jax
 
 from ldm_scaling import cli
+from ldm_scaling.models import spread
 from ldm_scaling.parallel import mesh as mesh_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -19,15 +20,19 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 @contextlib.contextmanager
 def one_device() -> Iterator[None]:
-    """Within it a mesh of which nothing is said is of one device, and others are what they are."""
-    make = mesh_lib.make
+    """Within it a mesh of which nothing is said is of one device, as frozen networks' batches are,
+    and others are what they are."""
+    make, over = mesh_lib.make, spread.over
 
     def of_one(data=-1, fsdp=1, tensor=1, slices=0, devices=None):
         if devices is None and (data, fsdp, tensor, slices) == (-1, 1, 1, 0):
             devices = jax.devices()[:1]
         return make(data, fsdp, tensor, slices, devices)
 
-    with mock.patch.object(mesh_lib, "make", of_one):
+    def over_one(devices, batch, **rows):
+        return over(jax.devices()[:1] if devices is None else devices, batch, **rows)
+
+    with mock.patch.object(mesh_lib, "make", of_one), mock.patch.object(spread, "over", over_one):
         yield
 
 

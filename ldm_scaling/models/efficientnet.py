@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -258,6 +258,19 @@ def param_shapes() -> dict:
     return jax.eval_shape(EfficientNetLite0().init, jax.random.key(0), picture)["params"]
 
 
+@functools.cache
+def _apply_fn(side: int, spread_: spread.Spread) -> Callable:
+    """Jitted `apply(params, images_BHWC) -> {layer: features}`; one for all that are loaded, so
+    that it is compiled once."""
+    network = EfficientNetLite0()
+
+    def apply(params, images_BHWC):
+        outputs = network.apply({"params": params}, preprocess(images_BHWC, side))
+        return {layer: outputs[layer] for layer in LAYERS}
+
+    return spread_.jit(apply)
+
+
 def load(
     side: int, batch: int | None = None, devices: Sequence[jax.Device] | None = None
 ) -> FeatureNetwork:
@@ -279,18 +292,13 @@ def load(
     few = max(2, min(16, 2 * 224**2 // side**2))
     spread_ = spread.over(devices, batch, cpu=few, accelerator=128)
     weights = pretrained.package_file(PACKAGE, FILE, "the feature network")
-    network = EfficientNetLite0()
     tensors = pretrained.read_legacy_pth(weights)
     params = pretrained.fill(param_shapes(), tensors, RULES, source=weights, ignore=IGNORE)
-
-    def apply(params, images_BHWC):
-        outputs = network.apply({"params": params}, preprocess(images_BHWC, side))
-        return {layer: outputs[layer] for layer in LAYERS}
 
     return FeatureNetwork(
         side=side,
         spread=spread_,
         weights_hash=sha256_of(weights.read_bytes()),
         params=spread_.everywhere(params),
-        _apply=spread_.jit(apply),
+        _apply=_apply_fn(side, spread_),
     )

@@ -185,8 +185,10 @@ def param_shapes(spec: BertSpec) -> dict:
     return jax.eval_shape(Bert(spec).init, jax.random.key(0), tokens, tokens)["params"]
 
 
+@functools.cache
 def encode_fn(spec: BertSpec) -> Callable:
-    """Jitted `encode(params, ids_BL, mask_BL) -> (ctx_BLD, e_BD)`, see `TextEncoder`."""
+    """Jitted `encode(params, ids_BL, mask_BL) -> (ctx_BLD, e_BD)`, see `TextEncoder`; one for all
+    that are loaded, so that it is compiled once."""
     bert = Bert(spec)
 
     @jax.jit
