@@ -164,7 +164,10 @@ class Workdir:
             ".", "data", "reference", "records", "rates", "features", "strips", "figures",
         ):
             for leftover in (self.path / folder).glob(".tmp-*"):
-                leftover.unlink(missing_ok=True)
+                if leftover.is_dir():  # of `files.atomic_folder`
+                    leftover.rmtree(missing_ok=True)
+                else:
+                    leftover.unlink(missing_ok=True)
         return file
 
     def log_file(self, process: int = 0) -> epath.Path:

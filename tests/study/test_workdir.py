@@ -48,3 +48,12 @@ def test_config_that_cannot_be_read_again(tmp_path):
         marker.write_text(broken)
         with pytest.raises(UserError, match="study.json is damaged"):
             Workdir(tmp_path).last_config()
+
+
+def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
+    (tmp_path / ".tmp-autoencoder/checkpoints").mkdir(parents=True)  # of `files.atomic_folder`
+    (tmp_path / ".tmp-autoencoder/checkpoints/half").touch()
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records/.tmp-12345678-key.json").touch()
+    with Workdir(tmp_path).lock():
+        assert list(tmp_path.rglob(".tmp-*")) == []
