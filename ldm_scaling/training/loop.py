@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -184,6 +184,12 @@ class _Record:
             self.events.close()
 
 
+def _form(batch: Any) -> Hashable:
+    """What of a batch a program is compiled for."""
+    leaves, structure = jax.tree.flatten(batch)
+    return structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+
+
 def _check_metric(task: Task, config: Train, validation: dict[str, float]) -> None:
     if config.keep_best and config.keep_metric not in validation:
         raise UserError(
@@ -205,6 +211,7 @@ def _run(
     )(root, 1)
     start, last, clock = record.start, config.steps, record.meter
     validation: dict[int, dict[str, float]] = {}  # of the last step that had one
+    forms: set[Hashable] = set()  # of batches that the step is compiled for: one of each bucket
 
     def refuse(number: int, values: dict[str, float], before: dict[str, Any]) -> None:
         path = record.directory / f"nonfinite_{number}.json"
@@ -244,8 +251,11 @@ def _run(
             clock.lap(meter.DATA)
             if number == start + 1 and clock.peak:
                 clock.flops = meter.flops_of(task, config, train, state, batch, key, *frozen)
+            if compiles := (form := _form(batch)) not in forms:
+                forms.add(form)
+                dog.compiles(number)
             # Tracing and compiling may move constants, such as a kernel's masks.
-            with jax.transfer_guard("disallow" if number > start + 1 else "allow"):
+            with jax.transfer_guard("allow" if compiles else "disallow"):
                 state, values = train(state, batch, key, *frozen)
             read()  # The metrics of the step before: the device never waits for the host.
             scalars.push(number, values, before)

@@ -45,7 +45,8 @@ class Watchdog:
     ):
         self._name, self._seconds, self._step, self._end = name, seconds, step, end
         self._changed = threading.Condition()
-        self._allowed = PATIENT * seconds  # The first step compiles.
+        self._compiles = step + 1  # The first step does.
+        self._allowed = PATIENT * seconds
         self._since = time.monotonic()
         self._closed = seconds == 0
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
@@ -65,7 +66,12 @@ class Watchdog:
     def finished(self, step: int) -> None:
         """Tells that a step is done on the devices."""
         self._step = step
-        self._start(self._seconds)
+        self._start(self._seconds * (PATIENT if step < self._compiles else 1))
+
+    def compiles(self, step: int) -> None:
+        """Four times as long until this step, which is the next, is finished."""
+        self._compiles = step
+        self._start(PATIENT * self._seconds)
 
     @contextlib.contextmanager
     def patient(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 import dataclasses
 import signal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -166,6 +167,25 @@ def test_damaged_checkpoint_is_refused(tmp_path, victim):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match=r"checkpoints/6 is damaged.*delete"):
         loop.fit(_task(), dataclasses.replace(CONFIG, steps=8), Loader, tmp_path, mesh, seed=0)
+
+
+def test_the_first_batch_of_another_bucket_may_compile(tmp_path, monkeypatch):
+    """Tracing moves constants, as splash attention does with its masks, which no other step may."""
+    def loss(params, batch, key):
+        with jax.ensure_compile_time_eval():
+            mask = jnp.asarray(np.ones(len(batch["x"]), np.float32))
+        traced.append(mask.shape)
+        return _loss(params, {"x": batch["x"] * mask[:, None]}, key)
+
+    class Buckets(Loader):
+        def __next__(self):
+            self.size = 8 if self.count in (3, 5) else 16
+            return super().__next__()
+
+    traced, compiled = [], []
+    monkeypatch.setattr(loop.Watchdog, "compiles", lambda self, step: compiled.append(step))
+    loop.fit(_task(loss), CONFIG, Buckets, tmp_path, one_device(), seed=0)
+    assert traced == [(16,), (8,)] and compiled == [1, 4]
 
 
 def test_batch_that_does_not_split_is_refused(tmp_path):

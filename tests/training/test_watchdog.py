@@ -87,6 +87,19 @@ def test_validation_may_take_longer(capsys):
     assert _watch(1.0, validates) == []
 
 
+def test_a_later_step_that_compiles_may_take_longer(capsys):
+    def compiles(dog, fired):
+        dog.finished(8)
+        dog.compiles(10)  # While the step before is still under way.
+        dog.finished(9)
+        time.sleep(1.0)
+        dog.finished(10)
+        fired.wait(30)
+
+    assert _watch(0.5, compiles) == [76]
+    assert "for 0.5 s after step 10" in capsys.readouterr().err
+
+
 def test_zero_watches_nothing():
     assert _watch(0.0, lambda dog, fired: time.sleep(0.1)) == []
 
