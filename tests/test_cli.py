@@ -5,11 +5,12 @@ import json
 import os
 import pathlib
 import signal
+import threading
 
 import pytest
 
 from ldm_scaling import cli
-from ldm_scaling.cli import commands
+from ldm_scaling.cli import commands, program
 from ldm_scaling.models import zoo
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -253,6 +254,19 @@ def test_unexpected_error_is_one_line_and_its_traceback_is_logged(capsys, tmp_pa
     assert status == 1 and err.count("\n") == 1
     assert "the disk caught fire" in err and f"{tmp_path}/run/log.txt" in err
     assert "Traceback" in (tmp_path / "run" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("status", [0, 2, 75])
+def test_no_thread_holds_a_process_that_ends_with_an_error(monkeypatch, status):
+    ended, fired = [], threading.Event()
+    monkeypatch.setattr(program, "main", lambda: status)
+    monkeypatch.setattr(program, "_ENDING_S", 0.05)
+    monkeypatch.setattr(program.os, "_exit", lambda code: (ended.append(code), fired.set()))
+    with pytest.raises(SystemExit) as caught:
+        program.entry()
+    assert (caught.value.code or 0) == status
+    assert fired.wait(0.2 if status == 0 else 10) == (status != 0)
+    assert ended == [status] * (status != 0)
 
 
 def test_zoo_json(capsys, monkeypatch):

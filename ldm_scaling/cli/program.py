@@ -7,6 +7,7 @@ import functools
 import importlib
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -22,6 +23,9 @@ from ldm_scaling.cli.usage import usage
 from ldm_scaling.errors import AGAIN, SAVED, STALLED, ApartError, Interrupted, UserError
 
 log = logging.getLogger("ldm_scaling")
+
+# Python waits for threads at its end, and one that writes to a store which hangs never ends.
+_ENDING_S = 30.0
 
 
 class InternalError(Exception):
@@ -227,5 +231,12 @@ def _status(command: str, arguments: list[str]) -> tuple[int, str]:
 
 
 def entry() -> None:
-    """The console script."""
-    sys.exit(main())
+    """The console script. After an error its end takes `_ENDING_S` at most."""
+    status = main()
+    if status:
+        ending = threading.Timer(_ENDING_S, os._exit, (status,))
+        ending.daemon = True
+        ending.start()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+    sys.exit(status)

@@ -78,8 +78,13 @@ class Saver:
                 raise self._stop(step)
 
     def settle(self) -> int:
-        """Waits for the save under way, within reason; returns the newest step that is on disk."""
+        """Waits for the save under way, within reason, and from then on for none.
+
+        Returns the newest step that is on disk.
+        """
         self._look(_UNDER_WAY)
+        if self._under_way is not None:
+            self._checkpoints.abandon()
         return self.safe
 
     def finish(self, step: int) -> None:

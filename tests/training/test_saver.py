@@ -1,12 +1,15 @@
 """The store fails: training goes on, tries again, and stops before much is lost."""
 
 import dataclasses
+import itertools
 import logging
 import os
 import pathlib
 import re
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -143,6 +146,28 @@ def test_the_last_step_is_tried_for_ten_minutes(monkeypatch):
         broken.saver.finish(9)
     np.testing.assert_allclose(np.diff(broken.attempts), [5, 10, 20, 40, 80, 160, 300])
     assert 600 <= broken.now < 900
+
+
+def test_a_store_that_hangs_does_not_hide_why_a_run_stops(tmp_path, monkeypatch):
+    """The save of step 2 does not end, and the run leaves its bounds at step 3."""
+    from orbax.checkpoint import AsyncCheckpointer
+
+    answers, real = threading.Event(), AsyncCheckpointer._save_step_metadata
+
+    def hang(self, *args, **kwargs):
+        answers.wait(60)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(AsyncCheckpointer, "_save_step_metadata", hang)
+    monkeypatch.setattr(saver, "_UNDER_WAY", 0.1)
+    task = toy.task(diverges=lambda averages: "it grew" if next(steps) == 3 else "")
+    steps, began = itertools.count(1), time.monotonic()
+    try:
+        with pytest.raises(loop.DivergedError, match="step 3: it grew; the checkpoint of step 0"):
+            loop.fit(task, toy.CONFIG, toy.Loader, tmp_path, toy.one_device(), seed=3)
+        assert time.monotonic() - began < 30
+    finally:
+        answers.set()
 
 
 HERE = str(pathlib.Path(__file__).parent)
