@@ -67,9 +67,10 @@ class Train:
       keep_best: best checkpoints kept, by `keep_metric`; 0 is none.
       keep_metric: a validation scalar, lower is better.
       keep_steps: checkpoints of these steps, none beyond `steps`, are written and kept for ever,
-        whatever `checkpoint_every` is.
+        whatever `checkpoint_every` is; training waits for each.
       checkpoint_patience: steps that may be at stake while checkpoints cannot be written, then the
-        run stops; 0 is twice `checkpoint_every`.
+        run stops; 0 is twice `checkpoint_every`. At a step of `keep_steps`, which could not be made
+        later, it stops after ten minutes, as at its last.
       stall_seconds: without a finished step, after which the process ends itself so that a launcher
         starts it again; 0 is never. What compiles has 4 times as long.
       profile_steps: first and last step of a window that `jax.profiler` records; empty is none.

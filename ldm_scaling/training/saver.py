@@ -88,7 +88,8 @@ class Saver:
         return self.safe
 
     def finish(self, step: int) -> None:
-        """Saves the step and returns when it is on disk; tries for ten minutes.
+        """Saves a step that cannot be made later, and returns when it is on disk; tries for ten
+        minutes.
 
         Raises:
           StoreError: it could not be written.
