@@ -153,3 +153,17 @@ def test_a_sit_is_a_dit_by_flow_matching_alone(tmp_path):
     other = dataclasses.replace(study, diffusion=config_lib.Diffusion("sd", "v"))
     with pytest.raises(UserError, match="SiT is a DiT on the linear.*or name dit_w40"):
         stages.check(other, workdir.Workdir(tmp_path), measured=False)
+
+
+@pytest.mark.parametrize("tree, told", [
+    ({"train": {"clip_norm": -1.0}}, ["config: train.clip_norm=-1.0"]),
+    ({"autoencoder": {"train": {"clip_norm": -1.0}}}, ["config: autoencoder.train.clip_norm=-1.0"]),
+    ({"cascade": {"base_train": {"beta1": 2.0}}}, ["config: cascade.base_train.beta1=2.0"]),
+    ({"halving": {"sample": {"steps": 0}}}, ["config: halving.sample.steps=0"]),
+    ({"finetune": {"sweep": {"strategy": "racing", "num_images": 40}}},
+     ["config: finetune.sweep.num_images=40", "lower finetune.sweep.saving"]),
+])  # fmt: skip
+def test_errors_name_the_key_that_was_given(tree, told):
+    with pytest.raises(UserError) as caught:
+        config_lib.parse(tree)
+    assert all(text in str(caught.value) for text in told)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+from collections.abc import Iterator
 from typing import Any
 
 from ldm_scaling.errors import UserError
@@ -18,3 +21,15 @@ def positive(obj: Any, *names: str) -> None:
     for name in names:
         value = getattr(obj, name)
         require(value > 0, f"{type(obj).__name__.lower()}.{name}", value, "must be above 0")
+
+
+@contextlib.contextmanager
+def placed(own: str, where: str) -> Iterator[None]:
+    """Inside, errors name keys of a part by its place in the config, as `autoencoder.train.`, where
+    they call it by its `own` name, as `train.`: several parts are of one class."""
+    try:
+        yield
+    except UserError as e:
+        if where != own:
+            e.args = (re.sub(rf"(?<![\w.]){re.escape(own)}(?=\w)", where, str(e)),)
+        raise

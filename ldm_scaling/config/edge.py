@@ -10,6 +10,7 @@ from typing import Any
 import ml_collections
 
 from ldm_scaling.config import plugins
+from ldm_scaling.config.check import placed
 from ldm_scaling.config.study import Study
 from ldm_scaling.errors import UserError
 
@@ -71,7 +72,8 @@ def _build(cls: type, tree: Any, where: str) -> Any:
             values[key] = _build(kind, tree[key], f"{where}{key}.")
         else:
             values[key] = _coerce(f"{where}{key}", kind, tree[key])
-    return cls(**values)
+    with placed(f"{cls.__name__.lower()}.", where):
+        return cls(**values)
 
 
 def parse(config: ml_collections.ConfigDict | dict[str, Any]) -> Study:
