@@ -65,7 +65,7 @@ class Train:
       keep: newest checkpoints kept.
       keep_every: checkpoints of these steps are kept for ever; 0 is none.
       keep_best: best checkpoints kept, by `keep_metric`; 0 is none.
-      keep_metric: a validation scalar, lower is better.
+      keep_metric: a validation scalar, lower is better: `loss`, and of an autoencoder `l1`.
       keep_steps: checkpoints of these steps, none beyond `steps`, are written and kept for ever,
         whatever `checkpoint_every` is; training waits for each.
       checkpoint_patience: steps that may be at stake while checkpoints cannot be written, then the
@@ -233,7 +233,7 @@ class Autoencoder:
     mid_attention: bool = True
     kl_weight: float = 1e-6
     structure_weight: float = 1.0
-    train: Train = dataclasses.field(default_factory=Train)
+    train: Train = dataclasses.field(default_factory=lambda: Train(keep_metric="l1"))
 
     def __post_init__(self):
         require(self.kl_weight >= 0, "autoencoder.kl_weight", self.kl_weight, "not below 0")

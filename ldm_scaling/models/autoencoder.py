@@ -159,6 +159,12 @@ def init(spec: AutoencoderSpec, key: jax.Array) -> dict:
 
 
 @functools.cache
+def param_shapes(spec: AutoencoderSpec) -> dict:
+    """Shapes and types of the parameters."""
+    return jax.eval_shape(initializer(spec), jax.random.key(0))
+
+
+@functools.cache
 def initializer(spec: AutoencoderSpec) -> Callable[[jax.Array], dict]:
     """`init` as a function of the key: one object for each spec, to be traced but once."""
     return functools.partial(init, spec)

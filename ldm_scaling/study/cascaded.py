@@ -94,6 +94,11 @@ class Cascaded:
         for base in self.config.base:
             self.base_spec(base)
             fitting.noise(base, f"cascade.base={base!r}", self.materials.study.diffusion)
+        for key, run, specs in (
+            ("base_train", self.config.base_train, map(self.base_spec, self.config.base)),
+            ("train", self.config.train, map(self.upper_spec, self.materials.study.upper)),
+        ):
+            runs.check_factors(f"cascade.{key}", run, map(backbone.param_shapes, specs))
 
     # Networks.
 

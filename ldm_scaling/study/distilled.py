@@ -96,6 +96,10 @@ class Distilled:
                 stage, self.config, self.materials.study.diffusion, _uncalled, _uncalled,
                 self._teacher_predicts(stage), _uncalled, {"context": nothing},
             )
+            runs.check_factors(f"{self.name}.{stage.run}", stage.train, (
+                backbone.param_shapes(self.spec(member, stage))
+                for member in self.materials.study.members
+            ))
 
     def check_drawn(self, stage: Stage, samplers: Sequence[str], rates: Sequence[float]) -> None:
         """Raises `UserError` for guidance rates that a student is not told, and for options of

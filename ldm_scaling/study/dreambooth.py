@@ -115,7 +115,7 @@ class Taught:
                     f"config: {key}={value!r} and dreambooth.subjects={c.subjects!r}: leave out "
                     "one of the two"
                 )
-        mesh_lib.check_batch(m.mesh, run.batch_size, "config: dreambooth.train.batch_size")
+        runs.check("dreambooth.train", run, m.mesh, ())
         sample, schedule = c.sample, schedule_lib.get(study.diffusion.schedule)
         solvers.make(
             sample.sampler, schedule, sample.steps, study.diffusion.prediction, sample.spacing
@@ -128,11 +128,12 @@ class Taught:
             if self.text is not None:
                 shapes["text"] = self.text.params
             if c.lora_rank:
-                jax.eval_shape(
+                shapes = jax.eval_shape(
                     lambda shapes=shapes: task_lib.begin(
                         shapes, c.lora_rank, jax.random.key(0), c.lora_targets
                     )
                 )
+            runs.check_factors("dreambooth.train", run, [shapes])
         _ = self.subjects
         doubts = [d for d in (self._word().doubt,) if d]
         for doubt in doubts:

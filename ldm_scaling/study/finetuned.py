@@ -135,6 +135,8 @@ class FineTuned:
                 f"config: data.max_aspect={study.data.max_aspect:g}: fine-tuning takes square "
                 "pictures, 1"
             )
+        shapes = (backbone.param_shapes(self.spec(member)) for member in study.members)
+        runs.check_factors("finetune.train", self.config.train, shapes)
 
     def spec(self, member: str) -> backbone.Spec:
         """A member's network, grown by the condition."""

@@ -1,23 +1,60 @@
-"""What all training runs of a study share: their data loaders, whether they are done, and what
-they leave."""
+"""What all training runs of a study share: what they are checked for, their data loaders, whether
+they are done, and what they leave."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 from etils import epath
 
 from ldm_scaling.config import Study, Train
+from ldm_scaling.config.check import placed
 from ldm_scaling.data.loading import loader
 from ldm_scaling.data.loading.mixture import Mixture
 from ldm_scaling.data.loading.source import Source
+from ldm_scaling.errors import UserError
 from ldm_scaling.models import backbone
+from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.parallel import processes
-from ldm_scaling.training import checkpoint, step
+from ldm_scaling.training import checkpoint, optimizer, step
+from ldm_scaling.training.task import check_metric
+
+
+def check(name: str, run: Train, mesh: jax.sharding.Mesh, ranks: Sequence[str]) -> None:
+    """Raises `UserError` for settings of a run with which it could not begin, or not go on.
+
+    Args:
+      name: its key in the config.
+      run: the settings.
+      mesh: that it is on.
+      ranks: see `Task`.
+    """
+    mesh_lib.check_batch(mesh, run.batch_size, f"config: {name}.batch_size")
+    part = run.batch_size // run.micro_batches
+    mesh_lib.check_batch(mesh, part, f"config: {name}.batch_size / micro_batches")
+    if run.batch_size % jax.process_count():
+        raise UserError(
+            f"config: {name}.batch_size={run.batch_size} cannot be shared equally by "
+            f"{jax.process_count()} processes: use a multiple of them"
+        )
+    check_metric(f"config: {name}", run, ranks)
+
+
+def check_factors(name: str, run: Train, networks: Iterable[Any]) -> None:
+    """Raises `UserError` for one of a run's `rate_factors` that is of no parameter.
+
+    Args:
+      name: the run's key in the config.
+      run: its settings.
+      networks: shapes of the parameters, of each network that it trains.
+    """
+    for shapes in networks if run.rate_factors else ():
+        with placed("train.", f"{name}."):
+            jax.eval_shape(optimizer.make(run).init, shapes)
 
 
 def loader_of(study: Study, source: Source | Mixture, train: Train) -> Callable:

@@ -16,7 +16,7 @@ from ldm_scaling.data.composed import openmoji
 from ldm_scaling.data.conditions import pixels
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import backbone, cost, efficientnet, lpips, text_encoder
+from ldm_scaling.models import autoencoder, backbone, cost, efficientnet, lpips, text_encoder
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.parallel import processes
 from ldm_scaling.sampling import solvers
@@ -47,7 +47,7 @@ from ldm_scaling.study.records import TEXT_TO_IMAGE, Record
 from ldm_scaling.study.subject import Subject
 from ldm_scaling.study.workdir import Workdir
 from ldm_scaling.tasks import autoencoder as autoencoder_task
-from ldm_scaling.tasks import text_to_image
+from ldm_scaling.tasks import held_out, text_to_image
 from ldm_scaling.tasks.drawing import Drawer
 from ldm_scaling.training import loop, step
 
@@ -73,23 +73,20 @@ def check(study: Study, workdir: Workdir, measured: bool = True) -> Materials:
     for member in study.members if pretrains else ():
         spec = materials.spec(member)
         text_to_image.transfer(spec, study.train)  # Raises where there is none.
-        if study.train.rate_factors or not backbone.gathers(spec):
-            # Raises for a factor of no parameter, and for a parameter without a sharding rule.
+        runs.check_factors("train", study.train, map(backbone.param_shapes, [spec]))
+        if not backbone.gathers(spec):  # Raises for a parameter without a sharding rule.
             step.abstract_state(backbone.initializer(spec), study.train, materials.mesh)
     trains = {"train": study.train} if pretrains else {}
     if pretrains and not study.autoencoder.weights:
-        trains["autoencoder.train"] = study.autoencoder.train
+        run, first = study.autoencoder.train, autoencoder_task.spec_of(study.autoencoder)
+        runs.check("autoencoder.train", run, materials.mesh, autoencoder_task.RANKS)
+        runs.check_factors("autoencoder.train", run, map(autoencoder.param_shapes, [first]))
     several = further_lib.of(materials)
     for further in several:
         further.check()
         trains |= further.runs
     for name, run in trains.items():
-        mesh_lib.check_batch(materials.mesh, run.batch_size, f"config: {name}.batch_size")
-        if run.batch_size % jax.process_count():
-            raise UserError(
-                f"config: {name}.batch_size={run.batch_size} cannot be shared equally by "
-                f"{jax.process_count()} processes: use a multiple of them"
-            )
+        runs.check(name, run, materials.mesh, held_out.RANKS)
     schedule = schedule_lib.get(study.diffusion.schedule)
     for member in study.members if pretrains else ():
         fitting.noise(member, f"members={member!r}", study.diffusion)

@@ -15,6 +15,9 @@ from ldm_scaling.models import autoencoder
 from ldm_scaling.parallel import hosts, placing
 from ldm_scaling.training.task import Task
 
+RANKS = ("l1",)
+"""See `Task`; of `psnr` the higher is the better."""
+
 
 def spec_of(config: Autoencoder) -> autoencoder.AutoencoderSpec:
     """The network that a config describes."""
@@ -104,4 +107,6 @@ def make(config: Autoencoder, validation_images: np.ndarray) -> Task:
         pairs = np.concatenate([validation_images[:n], out], axis=1)
         return {"reconstruction": pictures.tile(pairs, columns=8)}
 
-    return Task("autoencoder", autoencoder.initializer(spec), make_batch, loss, validate, show)
+    return Task(
+        "autoencoder", autoencoder.initializer(spec), make_batch, loss, validate, show, ranks=RANKS
+    )

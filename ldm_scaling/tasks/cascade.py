@@ -128,4 +128,5 @@ def make(
     return Task(
         name, backbone.initializer(spec), make_batch, loss, validate, show,
         flops_per_example, start, rates=backbone.rates(spec), project=backbone.project(spec),
+        ranks=held_out.RANKS,
     )

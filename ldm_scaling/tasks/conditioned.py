@@ -143,5 +143,5 @@ def make(
     return Task(
         name, backbone.initializer(spec), make_batch, loss, validate, show,
         flops_per_example, start, encoder_params, rates=backbone.rates(spec),
-        project=backbone.project(spec),
+        project=backbone.project(spec), ranks=held_out.RANKS,
     )

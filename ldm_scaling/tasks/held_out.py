@@ -20,6 +20,8 @@ from ldm_scaling.sampling.guidance import Denoise
 from ldm_scaling.tasks.drawing import Frozen, pad_context
 
 FIELDS = ("mean", "context", "seen", "index")
+RANKS = ("loss",)
+"""Of tasks that validate so, see `Task`."""
 
 
 def validate_fn(

@@ -171,7 +171,7 @@ def make(
         name, drawn if transferred else init, make_batch, loss, validate,
         show_fn(drawer, sample, validation), flops_per_example,
         rates=transferred.rates if transferred else backbone.rates(spec),
-        project=backbone.project(spec),
+        project=backbone.project(spec), ranks=held_out.RANKS,
         frozen=placing.replicate(
             drawer.mesh, {"latent_scale": np.float32(frozen.latent_scale)}
         ),

@@ -26,7 +26,7 @@ from ldm_scaling.training.profile import Profile
 from ldm_scaling.training.saver import Saver
 from ldm_scaling.training.scalars import STEPS, Scalars
 from ldm_scaling.training.state import TrainState
-from ldm_scaling.training.task import Task
+from ldm_scaling.training.task import Task, check_metric
 from ldm_scaling.training.watchdog import Watchdog
 
 __all__ = ["DivergedError", "Interrupted", "NonFiniteLossError", "fit"]
@@ -80,11 +80,14 @@ def fit(
         checkpoint stays.
       StoreError: checkpoints could not be written for `checkpoint_patience` steps.
       Interrupted: after SIGTERM or a preemption notice, when the step in hand is done and saved.
-      UserError: for a batch that does not split over the mesh, or a checkpoint that does not fit.
+      UserError: for a batch that does not split over the mesh, a metric to keep the best by that
+        validation does not give, or a checkpoint that does not fit.
     Where no step finishes for `stall_seconds`, or another process is gone, the process ends with
     status 76, see `watchdog`.
     """
     mesh_lib.check_batch(mesh, config.batch_size, f"{task.name}: batch_size")
+    if task.ranks:
+        check_metric(f"{task.name}: train", config, task.ranks)
     directory = epath.Path(directory)
     root = jax.random.key(seed)
     abstract = step.abstract_state(task.init, config, mesh)
@@ -190,14 +193,6 @@ def _form(batch: Any) -> Hashable:
     return structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
 
 
-def _check_metric(task: Task, config: Train, validation: dict[str, float]) -> None:
-    if config.keep_best and config.keep_metric not in validation:
-        raise UserError(
-            f"{task.name}: train.keep_metric={config.keep_metric!r} is not among the validation "
-            f"scalars {sorted(validation)}: name one of them, or set keep_best=0"
-        )
-
-
 def _run(
     task, config, feed, record, root, abstract, state, checkpoints, about, dog, interruption
 ) -> TrainState:
@@ -291,7 +286,7 @@ def _run(
             with dog.patient():
                 if validates:
                     scores = task.validate(state.ema, number)
-                    _check_metric(task, config, scores)
+                    check_metric(f"{task.name}: train", config, scores)
                     record.scalars(number, "validation", scores)
                     validation = {number: scores}
                 if shows:

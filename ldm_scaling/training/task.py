@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+
+from ldm_scaling.config import Train
+from ldm_scaling.errors import UserError
 
 
 class Beside(NamedTuple):
@@ -54,6 +57,8 @@ class Task:
       rates: by parameter, what the optimiser's steps are multiplied by; None where by 1 alone.
       project: `project(params) -> params`, traced: what parameters are brought back to after every
         step, before they are averaged, such as weights of unit norm; None leaves them.
+      ranks: those of `validate`'s scalars that checkpoints may be ranked by, the lower the better;
+        empty where they are known once it has run.
     """
 
     name: str
@@ -68,3 +73,19 @@ class Task:
     diverges: Callable[[dict[str, float]], str] = _sound
     rates: Any = None
     project: Callable[[Any], Any] | None = None
+    ranks: tuple[str, ...] = ()
+
+
+def check_metric(run: str, config: Train, known: Iterable[str]) -> None:
+    """Raises `UserError` where the best checkpoints of a run cannot be told.
+
+    Args:
+      run: its key, in the message.
+      config: the run.
+      known: the validation scalars that there are.
+    """
+    if config.keep_best and config.keep_metric not in known:
+        raise UserError(
+            f"{run}.keep_metric={config.keep_metric!r} is not among the validation scalars "
+            f"{sorted(known)}: name one of them, or set keep_best=0"
+        )

@@ -11,6 +11,7 @@ from ldm_scaling.models import zoo
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.study import runs, stages
 from ldm_scaling.study.workdir import Workdir
+from ldm_scaling.tasks import autoencoder
 from ldm_scaling.training import checkpoint, loop, step
 from tests.training import toy
 
@@ -53,10 +54,35 @@ def test_what_says_nothing_of_it_passes(tmp_path, about):
     assert runs.done(tmp_path, run, SPEC)
 
 
-def test_a_factor_of_no_parameter_is_told_before_anything_is_computed(tmp_path):
+_NO_FACTOR = {"rate_factors": ("no_such_layer=0",)}
+_NO_METRIC = {"keep_best": 1, "keep_metric": "nosuch"}
+
+
+@pytest.mark.parametrize("tree, told", [
+    ({"train": _NO_FACTOR}, "train.rate_factors=no_such_layer=0: no parameter is left"),
+    ({"autoencoder": {"train": _NO_FACTOR}}, "autoencoder.train.rate_factors=no_such_layer=0: no"),
+    ({"finetune": {"task": "inpainting", "train": _NO_FACTOR}}, "finetune.train.rate_factors=no_s"),
+    ({"halving": {"method": "guided", "imitation": _NO_FACTOR}}, "halving.imitation.rate_factors="),
+    ({"members": ("c8_s16",), "reference": "c8_s16", "data": {"side": 128},
+      "cascade": {"base": ("c8",), "base_train": _NO_FACTOR}}, "cascade.base_train.rate_factors="),
+    ({"train": _NO_METRIC}, r"train.keep_metric='nosuch' .*\['loss'\]"),
+    ({"autoencoder": {"train": {"keep_best": 1, "keep_metric": "psnr"}}},
+     r"autoencoder.train.keep_metric='psnr' .*\['l1'\]"),
+    ({"mesh": {"data": 8}, "train": {"batch_size": 16, "micro_batches": 4}},
+     "train.batch_size / micro_batches=4 does not split over 8 devices"),
+])  # fmt: skip
+def test_what_no_run_could_do_is_told_before_anything_is_computed(tmp_path, tree, told):
     study = config.parse({
         "members": ("c8",), "reference": "c8", "data": {"side": 64},
-        "train": {"rate_factors": ("no_such_layer=0",)}})
-    with pytest.raises(UserError, match="rate_factors=no_such_layer=0: no parameter is left"):
+        "autoencoder": {"base_channels": 32, "blocks_per_level": 1} | tree.pop("autoencoder", {}),
+    } | tree)
+    with pytest.raises(UserError, match=f"config: {told}"):
         stages.check(study, Workdir(tmp_path), measured=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_best_autoencoders_are_told_by_a_scalar_that_there_is():
+    given = config.default()
+    given.autoencoder.train.keep_best = 1
+    study = config.parse(given)
+    runs.check("autoencoder.train", study.autoencoder.train, toy.one_device(), autoencoder.RANKS)

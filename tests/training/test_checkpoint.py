@@ -59,6 +59,11 @@ def test_a_metric_that_validation_does_not_give_is_refused(tmp_path):
     task = toy.task(validate=lambda params, step: {"psnr": 1.0})
     with pytest.raises(UserError, match=r"keep_metric='loss'.*\['psnr'\]"):
         loop.fit(task, config, toy.Loader, tmp_path, toy.one_device(), seed=0)
+    # Before the first step, where a task says what it gives.
+    task = dataclasses.replace(task, ranks=("psnr",))
+    with pytest.raises(UserError, match=r"keep_metric='loss'.*\['psnr'\]"):
+        loop.fit(task, config, toy.Loader, tmp_path / "none", toy.one_device(), seed=0)
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("values, what", [

@@ -179,5 +179,5 @@ def make(
         name, backbone.initializer(spec), text_to_image.make_batch, loss, validate,
         text_to_image.show_fn(drawer, sample, validation),
         lambda: flops_per_example(stage, distill, spec, teacher_spec), start, beside,
-        common.diverges, backbone.rates(spec), backbone.project(spec),
+        common.diverges, backbone.rates(spec), backbone.project(spec), ("loss",),
     )
