@@ -160,6 +160,7 @@ def test_a_sit_is_a_dit_by_flow_matching_alone(tmp_path):
     ({"autoencoder": {"train": {"clip_norm": -1.0}}}, ["config: autoencoder.train.clip_norm=-1.0"]),
     ({"cascade": {"base_train": {"beta1": 2.0}}}, ["config: cascade.base_train.beta1=2.0"]),
     ({"halving": {"sample": {"steps": 0}}}, ["config: halving.sample.steps=0"]),
+    ({"sample": {"guidance": float("nan")}}, ["config: sample.guidance=nan", "must be finite"]),
     ({"finetune": {"sweep": {"strategy": "racing", "num_images": 40}}},
      ["config: finetune.sweep.num_images=40", "lower finetune.sweep.saving"]),
 ])  # fmt: skip

@@ -50,6 +50,7 @@ class Sample:
 
     def __post_init__(self):
         positive(self, "steps", "num_images")
+        require(math.isfinite(self.guidance), "sample.guidance", self.guidance, "must be finite")
 
     @property
     def table(self) -> tuple[str, int, str]:

@@ -206,6 +206,7 @@ def _run(
     )(root, 1)
     start, last, clock = record.start, config.steps, record.meter
     validation: dict[int, dict[str, float]] = {}  # of the last step that had one
+    unshown: set[str] = set()  # why pictures were not
     forms: set[Hashable] = set()  # of batches that the step is compiled for: one of each bucket
 
     def refuse(number: int, values: dict[str, float], before: dict[str, Any]) -> None:
@@ -290,7 +291,13 @@ def _run(
                     record.scalars(number, "validation", scores)
                     validation = {number: scores}
                 if shows:
-                    record.images(number, task.show(state.ema, number))
+                    try:
+                        record.images(number, task.show(state.ema, number))
+                    except UserError as e:  # Such as pictures that are not finite, early in a run.
+                        if (why := str(e)) not in unshown:
+                            log.warning("%s: nothing is shown at step %d: %s; training goes on",
+                                        task.name, number, why)
+                        unshown.add(why)
                 clock.lap(meter.OTHER)
                 if stops or number == last or number in config.keep_steps:
                     saver.finish(number)

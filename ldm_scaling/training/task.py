@@ -46,8 +46,8 @@ class Task:
       loss: `loss(params, batch, key) -> (scalar, {name: scalar})`, traced; with `frozen`
         `loss(params, batch, key, beside)`, see `Beside`.
       validate: `validate(params, step) -> {name: float}`.
-      show: `show(params, step) -> {name: uint8 image (H, W, 3)}`. With several processes all call
-        both.
+      show: `show(params, step) -> {name: uint8 image (H, W, 3)}`; where it raises `UserError`, the
+        run goes on without. With several processes all call both.
       flops_per_example: gives those of training, forward and backward, without what is recomputed;
         None has XLA count the lowered step.
       frozen: arrays on the run's mesh that a step reads and leaves alone: an argument of the

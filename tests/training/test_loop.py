@@ -169,6 +169,20 @@ def test_damaged_checkpoint_is_refused(tmp_path, victim):
         loop.fit(_task(), dataclasses.replace(CONFIG, steps=8), Loader, tmp_path, mesh, seed=0)
 
 
+def test_pictures_that_cannot_be_shown_hold_no_run(tmp_path, caplog):
+    def show(params, step):
+        if step < 5:
+            raise UserError("ddim draws pictures that are not finite: lower the guidance")
+        return {"samples": np.zeros((4, 4, 3), np.uint8)}
+
+    config = dataclasses.replace(CONFIG, sample_every=2)
+    loop.fit(_task(show=show), config, Loader, tmp_path, one_device(), seed=0)
+    assert checkpoint.latest(tmp_path / "checkpoints") == 6
+    assert caplog.text.count("not finite") == 1
+    assert "toy: nothing is shown at step 2: ddim draws" in caplog.text
+    assert list((tmp_path / "samples").iterdir())
+
+
 def test_the_first_batch_of_another_bucket_may_compile(tmp_path, monkeypatch):
     """Tracing moves constants, as splash attention does with its masks, which no other step may."""
     def loss(params, batch, key):
