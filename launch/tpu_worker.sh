@@ -96,7 +96,8 @@ count() {
 }
 
 # SIGTERM goes to the main process alone: it saves and ends its own data workers. systemd takes an
-# end by SIGTERM for a clean one; here it is not, unless it was asked for by `stop`.
+# end by SIGTERM for a clean one; here it is not, unless it was asked for by `stop`. 75 is one that
+# saved: it is started again by force, and after `stop` it is no failure.
 unit_file() {
   cat <<UNIT
 [Unit]
@@ -112,6 +113,7 @@ ExecStart=$start
 Restart=on-failure
 RestartForceExitStatus=75 76 SIGTERM SIGINT SIGHUP
 RestartPreventExitStatus=2 130
+SuccessExitStatus=75
 RestartSec=30
 KillMode=mixed
 TimeoutStopSec=300

@@ -58,6 +58,7 @@ def test_the_service_starts_again_after_the_right_ends(host):
     assert unit["Restart"] == "on-failure"
     assert set(unit["RestartPreventExitStatus"].split()) == {"2", "130"}
     assert {"75", "76", "SIGTERM"} <= set(unit["RestartForceExitStatus"].split())
+    assert unit["SuccessExitStatus"] == "75"  # or what saved at  stop  would be "failed"
     assert unit["StartLimitIntervalSec"] == "0"  # it counts for itself, see below
     assert unit["KillMode"] == "mixed" and unit["WantedBy"] == "multi-user.target"
 
