@@ -73,7 +73,8 @@ class Train:
         later, it stops after ten minutes, as at its last.
       stall_seconds: without a finished step, after which the process ends itself so that a launcher
         starts it again; 0 is never. What compiles has 4 times as long.
-      profile_steps: first and last step of a window that `jax.profiler` records; empty is none.
+      profile_steps: first and last step of a window, within `steps`, that `jax.profiler` records;
+        empty is none.
     """
 
     steps: int = 500_000
@@ -132,6 +133,8 @@ class Train:
         window = self.profile_steps
         require(not window or (len(window) == 2 and 0 < window[0] <= window[1]),
                  "train.profile_steps", window, "the first and the last step, or nothing")
+        require(not window or window[1] <= self.steps, "train.profile_steps", window,
+                 f"at most steps={self.steps}")
         for name in ("beta1", "beta2", "ema_decay", "caption_dropout"):
             require(0 <= getattr(self, name) < 1, f"train.{name}", getattr(self, name),
                      "must lie in [0, 1)")

@@ -75,6 +75,7 @@ def test_a_metric_that_validation_does_not_give_is_refused(tmp_path):
     ({"stall_seconds": -1.0}, "train.stall_seconds"),
     ({"profile_steps": (3, 2)}, "train.profile_steps"),
     ({"profile_steps": (3,)}, "train.profile_steps"),
+    ({"profile_steps": (5, 7)}, r"train.profile_steps=\(5, 7\): at most steps=6"),
 ])
 def test_contradictions_of_the_config_are_refused(values, what):
     with pytest.raises(UserError, match=what):
