@@ -33,8 +33,8 @@ def make(
       slices: of a TPU pod; 0 is as many as the devices say they are in. Given, it must be that
         number; devices that belong to no slice (CPU, GPU) are cut into so many equal parts.
     Raises:
-      UserError: when the sizes do not multiply to the number of devices, or slices do not hold
-        whole replicas.
+      UserError: when the sizes do not multiply to the number of devices, slices do not hold whole
+        replicas, or there are not as many as given.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes, given = [data, fsdp, tensor], f"mesh data={data}, fsdp={fsdp}, tensor={tensor}"
@@ -49,8 +49,11 @@ def make(
     # Of GPUs this counts NVLink domains, which replicas may well span.
     tpu = devices[0].platform == "tpu"
     found = len({getattr(d, "slice_index", 0) for d in devices}) if tpu else 1
-    if found > 1 and slices not in (0, found):
-        raise UserError(f"mesh slices={slices}, but the devices are in {found} slices")
+    if tpu and slices not in (0, found):
+        where = f"{found} slices" if found > 1 else "one slice"
+        raise UserError(
+            f"mesh slices={slices}, but the devices are in {where}: leave it out, or give {found}"
+        )
     slices = slices or found
     if sizes[0] % slices:
         raise UserError(

@@ -1,5 +1,7 @@
 """Sharding rules cover every parameter of every network, or say which they miss."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -109,3 +111,10 @@ def test_mesh_sizes():
         mesh_lib.make(3, 1)
     with pytest.raises(UserError, match="makes 2 replicas, which 4 slices do not share evenly"):
         mesh_lib.make(2, 4, slices=4)
+
+
+@pytest.mark.parametrize("each, told", [(8, "one slice"), (4, "2 slices")])
+def test_slices_that_a_pod_does_not_have(each, told):
+    devices = [types.SimpleNamespace(platform="tpu", slice_index=i // each) for i in range(8)]
+    with pytest.raises(UserError, match=f"mesh slices=4, but the devices are in {told}"):
+        mesh_lib.make(slices=4, devices=devices)
