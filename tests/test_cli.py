@@ -131,6 +131,7 @@ def test_workdir_of_another_config(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, parts", [
+    (["train", "--workdir=x", "--distributed="], ["--distributed= says nothing", "HOST:PORT,K,N"]),
     (["train", "--workdir=x", "--distributed=host"], ["--distributed=host", "HOST:PORT,K,N"]),
     (["train", "--workdir=x", "--distributed=host:1,3,2"], ["process 3 of 2", "from 0 to 1"]),
     (["prepare", TINY, "--to=x", "--distributed"], ["--to is the work of one process"]),

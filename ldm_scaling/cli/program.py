@@ -80,6 +80,11 @@ def _run(command: str, arguments: list[str]) -> None:
 
 def _in_workdir(command: str, arguments: list[str], rest: list[str], values: Any) -> None:
     """A command on a study; `arguments` are told in its log."""
+    if values.distributed == "":  # Such as of a variable that is not set.
+        raise UserError(
+            "--distributed= says nothing: write --distributed=HOST:PORT,K,N, --distributed alone, "
+            "or leave it out"
+        )
     sample_values = flags.sample_values(values)
 
     import jax
