@@ -156,6 +156,8 @@ def test_a_sit_is_a_dit_by_flow_matching_alone(tmp_path):
 
 
 @pytest.mark.parametrize("tree, told", [
+    ({"seed": -1}, ["config: seed=-1: from 0 to 4294967295"]),
+    ({"seed": 2**32}, ["config: seed=4294967296"]),
     ({"train": {"clip_norm": -1.0}}, ["config: train.clip_norm=-1.0"]),
     ({"autoencoder": {"train": {"clip_norm": -1.0}}}, ["config: autoencoder.train.clip_norm=-1.0"]),
     ({"cascade": {"base_train": {"beta1": 2.0}}}, ["config: cascade.base_train.beta1=2.0"]),

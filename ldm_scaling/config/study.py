@@ -33,7 +33,7 @@ class Study:
 
     Attributes:
       name: of the study, in titles.
-      seed: of every training run.
+      seed: of every training run, from 0 to 2**32 - 1.
       members: names of the family's members, see `ldm-scaling zoo`.
       reference: the member whose cost is 1.
       weights: folder of a published Stable Diffusion, see `models.sd_folder`: it is the only
@@ -70,6 +70,8 @@ class Study:
     dreambooth: DreamBooth = dataclasses.field(default_factory=DreamBooth)
 
     def __post_init__(self):
+        # Of others a key takes the last 32 bits, or none.
+        require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 4294967295")
         require(len(self.members) > 0, "members", self.members, "give at least one")
         require(len(set(self.members)) == len(self.members), "members", self.members,
                  "has a name twice")
