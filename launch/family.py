@@ -35,7 +35,7 @@ if __name__ == "__main__":
 
 from launch import common
 from launch.common import ROOT, LaunchError, entry
-from launch.tpu import Slice
+from launch.tpu import GENERATIONS, Slice
 
 PLANS = ROOT / "launch" / "plans"
 CONFIGS = ROOT / "configs"
@@ -92,12 +92,17 @@ class Plan:
 
 
 def plans_of(member: str, folder: pathlib.Path, kind: str = "train") -> list[Plan]:
-    """The member's plans, the fewest chip-hours first. Raises `LaunchError` for a damaged one."""
+    """The member's plans for TPUs that can be asked for, the fewest chip-hours first.
+
+    `ldm-scaling plan` knows others, and GPUs. Raises `LaunchError` for a damaged one.
+    """
     plans = []
     for path in sorted(folder.glob(f"{member}_*.json")):
         try:
             plan = json.loads(path.read_text())
             if plan["member"] != member or plan.get("kind", "train") != kind:
+                continue
+            if str(plan["topology"]).partition(":")[0] not in GENERATIONS:
                 continue
             tpu, slices = Slice.parse(plan["topology"]), int(plan.get("num_slices") or 1)
             days = float(plan["days_bound"]) if plan["fits"] else float("inf")

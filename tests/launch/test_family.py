@@ -111,6 +111,14 @@ def test_plans_of_ldm_scaling_plan_are_found(tmp_path):
     assert (str(chips.tpu), chips.num_slices) == ("v6e:16x16", 2)
 
 
+def test_plans_for_what_is_not_launched_here_are_passed_over(tmp_path):
+    for topology in ("h100:8", "tpu7x:4x4x4"):
+        plan(tmp_path, "39m", topology, days=0.1)
+    assert "table, no plan" in family.chips_for("39m", "", 1, tmp_path).why
+    plan(tmp_path, "39m", "v5e:16x16", days=1.0)
+    assert str(family.chips_for("39m", "", 1, tmp_path).tpu) == "v5e:16x16"
+
+
 def test_plans_that_do_not_help_stop_it(tmp_path):
     plan(tmp_path, "5b", "v5e:16x16", days=1.0, fits=False)
     with pytest.raises(LaunchError, match="fits none"):
