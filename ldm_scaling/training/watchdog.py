@@ -92,7 +92,7 @@ class Watchdog:
             while not self._closed:
                 left = self._since + self._allowed - time.monotonic()
                 if left > 0:
-                    self._changed.wait(left)
+                    self._changed.wait(min(left, threading.TIMEOUT_MAX))
                     continue
                 end_process(
                     f"{self._name}: no step finished for {self._allowed:g} s after step "

@@ -100,6 +100,16 @@ def test_a_later_step_that_compiles_may_take_longer(capsys):
     assert "for 0.5 s after step 10" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("seconds", [1e12, float("inf")])
+def test_very_long_is_watched_too(seconds):
+    def looks(dog, fired):
+        dog.finished(8)
+        time.sleep(0.05)
+        assert dog._thread.is_alive()
+
+    assert _watch(seconds, looks) == []
+
+
 def test_zero_watches_nothing():
     assert _watch(0.0, lambda dog, fired: time.sleep(0.1)) == []
 
