@@ -102,7 +102,8 @@ class Checkpoints:
                 raise self._unwritten(e) from e
 
     def _value(self, metrics: dict[str, float]) -> float:
-        value = float(metrics[self._metric])
+        # Saved by a run that kept its best by another metric, it has none of this one.
+        value = float(metrics.get(self._metric, float("nan")))
         return value if value == value else float("inf")  # A NaN is the worst, not unordered.
 
     def latest(self) -> int | None:

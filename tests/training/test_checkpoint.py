@@ -41,6 +41,18 @@ def test_the_best_are_known_after_a_restart(tmp_path):
     assert _steps(tmp_path) == [1, 4, 6]
 
 
+def test_the_best_by_another_metric_than_before(tmp_path):
+    task = toy.task(validate=lambda params, step: {"loss": step})
+    config = dataclasses.replace(
+        toy.CONFIG, steps=3, checkpoint_every=1, validate_every=1, keep=1, keep_best=1
+    )
+    loop.fit(task, config, toy.Loader, tmp_path, toy.one_device(), seed=0)
+    task = toy.task(validate=lambda params, step: {"score": step})
+    config = dataclasses.replace(config, steps=6, keep_metric="score")
+    loop.fit(task, config, toy.Loader, tmp_path, toy.one_device(), seed=0)
+    assert _steps(tmp_path) == [4, 6]
+
+
 def test_steps_to_be_kept_that_the_run_has_passed_are_told(tmp_path, caplog):
     config = dataclasses.replace(toy.CONFIG, steps=3, keep_steps=(1,))
     loop.fit(toy.task(), config, toy.Loader, tmp_path, toy.one_device(), seed=0)
