@@ -103,7 +103,8 @@ class Sanity:
       pairs: how many.
       score: mean score of the true pairs: the level for generated pictures.
       mismatched: mean score of every picture with every other pair's caption; about 0.
-      top1: share of pictures that prefer their caption, in meaning, to all others'.
+      top1: share of pictures that prefer their caption, in meaning, to all others'; of captions
+        that a picture likes equally each has its part of the places that they take.
       top5: share whose caption is among the five best.
       chance1: what `top1` would be by guessing, 1 over the number of distinct captions.
     """
@@ -250,13 +251,19 @@ def sanity(probe: Probe, features_ND: np.ndarray, embeddings_NE: np.ndarray) -> 
         raise UserError(f"retrieval needs at least 2 distinct captions, there are {k} in {n} pairs")
     table_NK = _unit(probe.predict(features_ND)) @ _unit(probe.centred(names_KE)).T
     own_NK = index_N.reshape(-1, 1) == np.arange(k)
-    better_N = (table_NK > table_NK[own_NK][:, None]).sum(axis=1)
+    own_N1 = table_NK[own_NK][:, None]
+    better_N, equal_N = (table_NK > own_N1).sum(axis=1), (table_NK == own_N1).sum(axis=1)
+
+    def top(places: int) -> float:
+        # Captions equally far, the own one among them, are in any order.
+        return float(np.clip((places - better_N) / equal_N, 0.0, 1.0).mean())
+
     return Sanity(
         pairs=n,
         score=float(true_N.mean()),
         mismatched=float(table_NK[~own_NK].mean()),
-        top1=float((better_N < 1).mean()),
-        top5=float((better_N < 5).mean()),
+        top1=top(1),
+        top5=top(5),
         chance1=1.0 / k,
     )
 

@@ -165,6 +165,17 @@ def test_equal_captions_are_one_answer():
     assert same == pytest.approx(dataclasses.asdict(once))
 
 
+def test_a_probe_that_tells_nothing_ranks_by_guessing():
+    """All captions tie: the own one is among the best by chance."""
+    x, e, _ = _pairs(23, 60)
+    probe = agreement.fit(x, e)
+    blind = dataclasses.replace(probe, weight_DE=np.zeros_like(probe.weight_DE))
+    found = agreement.sanity(blind, x[:20], e[:20])
+    assert (found.score, found.mismatched) == (0, 0)
+    assert (found.top1, found.top5) == pytest.approx((found.chance1, 5 * found.chance1))
+    assert found.chance1 == 1 / 20
+
+
 def test_a_file_gives_back_the_same_scores(tmp_path):
     x, e, _ = _pairs(21, 100)
     probe = agreement.fit(x, e, extractor="net", encoder="text")
