@@ -72,11 +72,12 @@ def means(
     d_N = a_N - b_N
     value = float(d_N.mean())
     if np.ptp(d_N) == 0:
-        # No spread to judge by: certain, whichever way.
-        return Comparison(value, value, value, 1.0 if value == 0 else 0.0, level, method)
-    test = stats.ttest_1samp(d_N, 0.0)
-    low, high = test.confidence_interval(level)
-    p_value = test.pvalue
+        # Student's t has no spread to judge by: certain, whichever way.
+        low, high, p_value = value, value, 1.0 if value == 0 else 0.0
+    else:
+        test = stats.ttest_1samp(d_N, 0.0)
+        low, high = test.confidence_interval(level)
+        p_value = test.pvalue
     if method == "permutation":
         p_value = stats.permutation_test(
             (d_N,), np.mean, permutation_type="samples", rng=np.random.default_rng(seed)

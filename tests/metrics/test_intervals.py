@@ -130,6 +130,10 @@ def test_means_are_scipys_paired_tests():
     assert compare.means(a_N, a_N).p_value == 1
     certain = compare.means(np.arange(5.0) + 2, np.arange(5.0))
     assert (certain.low, certain.high, certain.p_value) == (2, 2, 0)
+    # Two of the 2^5 changes of sign leave all of one sign; where nothing differs, all are alike.
+    signs = compare.means(np.arange(5.0) + 2, np.arange(5.0), method="permutation")
+    assert (signs.low, signs.high, signs.p_value) == (2, 2, 2 / 2**5)
+    assert compare.means(a_N, a_N, method="permutation").p_value == 1
 
 
 def test_a_clear_difference_has_a_p_value_that_survives_corrections():
