@@ -37,8 +37,8 @@ class Metric:
       against: "statistics" (`ReferenceStats`) or "features" (M, D) of real images, "captions":
         text embeddings (N, E) in the images' order, "subjects": features (M, D) of real images
         and the subject of each generated (N,) and real (M,) image, or "nothing".
-      function: `function(generated, against)`: a number, or an object that has it.
-      replicates: `replicates(generated, against, counts_RN)`: raw replicates, or their object.
+      function: `function(generated, against, counts_RN, fields)`: the value, and its raw
+        replicates or, without counts, None; or of either an object that has those `fields`.
       field: name of the number in such an object; "" where there is none.
       source: paper, and the code whose number it is.
       range: the least and the largest value that it can have.
@@ -49,8 +49,7 @@ class Metric:
     better: Literal["lower", "higher"]
     needs: str
     against: Against
-    function: Callable[[np.ndarray, Any], Any]
-    replicates: Callable[[np.ndarray, Any, np.ndarray], Any]
+    function: Callable[[np.ndarray, Any, np.ndarray | None, Sequence[str]], tuple[Any, Any]]
     field: str
     source: str
     range: tuple[float, float]
@@ -92,32 +91,67 @@ FEATURES = {
 PAIRED = ("lpips", "psnr", "psnr_y", "ssim", "ssim_y")
 
 
+def _apart(function: Callable, replicates: Callable) -> Callable:
+    """A value and replicates that share no work."""
+    return lambda x, y, counts_RN, _: (
+        function(x, y), None if counts_RN is None else replicates(x, y, counts_RN)
+    )
+
+
 def _alone(function: Callable) -> Callable:
     return lambda x, _, *rest: function(x, *rest)
 
 
-def _mean_of(values: Callable[[np.ndarray, Any], np.ndarray]) -> tuple[Callable, Callable]:
-    """A metric that is a mean of values per image, and its replicates."""
-    return (
-        lambda x, y: float(np.mean(values(x, y))),
-        lambda x, y, counts_RN: bootstrap.mean_replicates(values(x, y), counts_RN),
+def _mean_of(values: Callable[[np.ndarray, Any], np.ndarray]) -> Callable:
+    """A metric that is a mean of values per image."""
+
+    def both(x, y, counts_RN, _):
+        values_N = values(x, y)
+        drawn_R = None if counts_RN is None else bootstrap.mean_replicates(values_N, counts_RN)
+        return float(np.mean(values_N)), drawn_R
+
+    return both
+
+
+def _with_whole(x: np.ndarray, counts_RN: np.ndarray | None) -> np.ndarray:
+    """Counts (1 + R, N) whose first replicate is of every image: the value itself."""
+    ones_1N = np.ones((1, len(x)), np.int64)
+    if counts_RN is None:
+        return ones_1N
+    return np.vstack([ones_1N, bootstrap.check_counts(counts_RN, len(x))])
+
+
+def _kid(x, y, counts_RN, _):
+    whole = kernel.kid(x, y)
+    drawn = None if counts_RN is None else kernel.kid_replicates(x, y, counts_RN, whole=whole)
+    return whole, drawn
+
+
+def _cmmd(x, y, counts_RN, _):
+    values = kernel.cmmd_replicates(x, y, _with_whole(x, counts_RN))
+    return values[0], values[1:]
+
+
+def _prdc(x, y, counts_RN, fields):
+    """Each score with its authors' k."""
+    k_of = {field: 3 if field in ("precision", "recall") else 5 for field in fields}
+    values = prdc.some_replicates(x, y, _with_whole(x, counts_RN), k_of)
+    whole, drawn = (
+        prdc.Prdc(**{field: getattr(values, field)[part] for field in fields})
+        for part in (0, slice(1, None))
     )
+    return whole, drawn
 
 
-_FRECHET = (frechet.frechet_from_features, bootstrap.frechet_replicates)
-_INFINITY = (infinity.frechet_infinity, infinity.infinity_replicates)
-_KID = (kernel.kid, kernel.kid_replicates)
-_CMMD = (kernel.cmmd, kernel.cmmd_replicates)
-_IS = tuple(
+_FRECHET = _apart(frechet.frechet_from_features, bootstrap.frechet_replicates)
+_INFINITY = _apart(infinity.frechet_infinity, infinity.infinity_replicates)
+_IS = _apart(*(
     _alone(functools.partial(f, shuffle_seed=inception_score.SHUFFLE_SEED))
     for f in (inception_score.inception_score, inception_score.inception_score_replicates)
-)
+))
 _CLIP = _mean_of(similarity.pair_cosines)
 _SUBJECT = _mean_of(lambda x, y: similarity.subject_cosines(x, *y))
 _PAIR = _mean_of(lambda x, _: np.asarray(x).reshape(len(x)))
-_K3, _K5 = (
-    tuple(functools.partial(f, k=k) for f in (prdc.prdc, prdc.prdc_replicates)) for k in (3, 5)
-)
 
 # fmt: off
 _TABLE = (
@@ -127,19 +161,19 @@ _TABLE = (
      "Chong and Forsyth 2020"),
     ("fd_dinov2", "FD-DINOv2", "lower", "dinov2_l14", "statistics", _FRECHET, "",
      "Stein et al. 2023"),
-    ("kid", "KID", "lower", "inception_pool", "features", _KID, "value",
+    ("kid", "KID", "lower", "inception_pool", "features", _kid, "value",
      "Binkowski et al. 2018; torch-fidelity"),
-    ("cmmd", "CMMD", "lower", "clip_l14_336", "features", _CMMD, "",
+    ("cmmd", "CMMD", "lower", "clip_l14_336", "features", _cmmd, "",
      "Jayasumana et al. 2024"),
     ("inception_score", "inception score", "higher", "inception_logits", "nothing", _IS, "value",
      "Salimans et al. 2016; torch-fidelity"),
-    ("precision", "precision", "higher", "inception_pool", "features", _K3, "precision",
+    ("precision", "precision", "higher", "inception_pool", "features", _prdc, "precision",
      "formula of Kynkäänniemi et al. 2019, k = 3; features of ADM's evaluator"),
-    ("recall", "recall", "higher", "inception_pool", "features", _K3, "recall",
+    ("recall", "recall", "higher", "inception_pool", "features", _prdc, "recall",
      "formula of Kynkäänniemi et al. 2019, k = 3; features of ADM's evaluator"),
-    ("density", "density", "higher", "inception_pool", "features", _K5, "density",
+    ("density", "density", "higher", "inception_pool", "features", _prdc, "density",
      "formula of Naeem et al. 2020 and prdc, k = 5"),
-    ("coverage", "coverage", "higher", "inception_pool", "features", _K5, "coverage",
+    ("coverage", "coverage", "higher", "inception_pool", "features", _prdc, "coverage",
      "formula of Naeem et al. 2020 and prdc, k = 5"),
     ("clip_score", "CLIP score", "higher", "clip", "captions", _CLIP, "",
      "Hessel et al. 2021, cosine; torchmetrics is 100 times it"),
@@ -171,8 +205,7 @@ _RANGES = {
     "inception_score": (1.0, math.inf),
 }
 METRICS: dict[str, Metric] = {
-    row[0]: Metric(*row[:5], *row[5], *row[6:], _RANGES.get(row[0], (-math.inf, math.inf)))
-    for row in _TABLE
+    row[0]: Metric(*row, _RANGES.get(row[0], (-math.inf, math.inf))) for row in _TABLE
 }
 
 
@@ -197,7 +230,8 @@ def evaluate(
     """Metrics of a set of generated images, with intervals where counts are given.
 
     Args:
-      names: which, of `METRICS`. Those that share their work do it once.
+      names: which, of `METRICS`. Those that share their work do it once, and so do a value and
+        its replicates.
       generated: `Metric.needs` to features of the generated images.
       against: metric's name to what it is held against; see `Metric.against`.
       counts_RN: from `bootstrap.resample_counts`, for intervals.
@@ -206,24 +240,26 @@ def evaluate(
     Raises:
       UserError: for an unknown name, or features or a reference that are missing.
     """
-    values, drawn, scores = {}, {}, {}
+    groups: dict[Any, list[Metric]] = {}
     for one in map(metric, names):
         if one.needs not in generated:
             raise UserError(f"{one.label} needs {one.needs}: {FEATURES[one.needs]}")
         if one.against != "nothing" and one.name not in against:
             raise UserError(f"{one.label} is held against {one.against}: name it for {one.name!r}")
-        x, y = generated[one.needs], against.get(one.name)
-        key = (one.function, one.needs, id(y))
-        if key not in values:
-            values[key] = one.function(x, y)
-        value = float(_part(values[key], one.field))
-        remark = getattr(values[key], "remark", "")
-        if counts_RN is None:
-            scores[one.name] = Score(value, remark=remark)
-            continue
-        if key not in drawn:
-            drawn[key] = one.replicates(x, y, counts_RN)
-        raw_R = np.asarray(_part(drawn[key], one.field))
-        low, high = np.clip(bootstrap.basic_interval(value, raw_R, level), *one.range)
-        scores[one.name] = Score(value, (float(low), float(high)), raw_R, remark)
-    return scores
+        key = (one.function, one.needs, id(against.get(one.name)))
+        groups.setdefault(key, []).append(one)
+    scores = {}
+    for (function, needs, _), members in groups.items():
+        fields = list(dict.fromkeys(one.field for one in members))
+        whole, drawn = function(
+            generated[needs], against.get(members[0].name), counts_RN, fields
+        )
+        for one in members:
+            value, remark = float(_part(whole, one.field)), getattr(whole, "remark", "")
+            if counts_RN is None:
+                scores[one.name] = Score(value, remark=remark)
+                continue
+            raw_R = np.asarray(_part(drawn, one.field))
+            low, high = np.clip(bootstrap.basic_interval(value, raw_R, level), *one.range)
+            scores[one.name] = Score(value, (float(low), float(high)), raw_R, remark)
+    return {name: scores[name] for name in names}

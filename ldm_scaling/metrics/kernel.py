@@ -169,9 +169,12 @@ def kid(
 
 
 def kid_replicates(
-    generated_ND: np.ndarray, real_MD: np.ndarray, counts_RN: np.ndarray, **options: int
+    generated_ND: np.ndarray, real_MD: np.ndarray, counts_RN: np.ndarray, *,
+    whole: Kid | None = None, **options: int,
 ) -> np.ndarray:
     """Replicates (R,) of `kid` with the same options: generated image i counted `counts[r, i]`.
+
+    `whole` is what `kid` gave with them, where that is known: it is worked out otherwise.
 
     A replicate is the unbiased squared MMD over all pairs, which the mean over subsets estimates,
     plus what is left to the drawing of subsets: a normal number of deviation std / sqrt(subsets).
@@ -183,7 +186,7 @@ def kid_replicates(
     """
     x_ND, y_MD = _both(generated_ND, real_MD)
     a_RN = check_counts(counts_RN, len(x_ND), least=2).astype(np.float64)
-    whole = kid(x_ND, y_MD, **options)
+    whole = whole or kid(x_ND, y_MD, **options)
     values_R = _unbiased(x_ND, a_RN, y_MD, np.ones((1, len(y_MD))))
     rng = np.random.default_rng(int(files.sha256_of(x_ND.tobytes()), 16))
     return values_R + rng.normal(0.0, whole.std / np.sqrt(whole.subsets), len(values_R))

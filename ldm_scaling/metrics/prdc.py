@@ -8,7 +8,7 @@ float64, one block of at most `_ENTRIES` distances, and some 64 neighbours of ea
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -24,7 +24,8 @@ _SAME = 1e-12
 
 @dataclasses.dataclass(frozen=True)
 class Prdc:
-    """The four scores; arrays (R,) of replicates where they come from `prdc_replicates`.
+    """The four scores; arrays (R,) of replicates where they come from `prdc_replicates`, None
+    where they are not among those asked of `some_replicates`.
 
     Attributes:
       precision: share of generated images in a real image's ball (its edge included).
@@ -33,10 +34,10 @@ class Prdc:
       coverage: share of real images with a generated image inside their ball.
     """
 
-    precision: float | np.ndarray
-    recall: float | np.ndarray
-    density: float | np.ndarray
-    coverage: float | np.ndarray
+    precision: float | np.ndarray | None = None
+    recall: float | np.ndarray | None = None
+    density: float | np.ndarray | None = None
+    coverage: float | np.ndarray | None = None
 
 
 def _blocks(x_ND: np.ndarray, y_MD: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
@@ -92,6 +93,62 @@ def _radii(
     return radii_RN
 
 
+def some_replicates(
+    generated_ND: np.ndarray, real_MD: np.ndarray, counts_RN: np.ndarray, k_of: Mapping[str, int]
+) -> Prdc:
+    """`prdc_replicates` of some of the scores, each with a k of its own: of one round of distances.
+
+    Args:
+      generated_ND, real_MD, counts_RN: as there.
+      k_of: names of scores, and which neighbour their balls reach to.
+
+    Raises:
+      UserError: as `prdc_replicates`, for the largest k.
+    """
+    x_ND = arrays.rows(generated_ND, "features of the generated images")
+    y_MD = arrays.rows(real_MD, "features of the real images")
+    check_widths(x_ND.shape[1], y_MD.shape[1])
+    n, m, k = len(x_ND), len(y_MD), max(k_of.values())
+    if not 1 <= min(k_of.values()) <= k < min(n, m):
+        raise UserError(
+            f"{k} nearest neighbours need at least {k + 1} images on either side (k >= 1), there "
+            f"are {n} generated and {m} real ones: use more images or a smaller k"
+        )
+    counts_RN = check_counts(counts_RN, n, least=k + 1)
+    # Distances of points near the origin lose fewer digits.
+    shift_D = y_MD.mean(axis=0)
+    x_ND, y_MD = x_ND - shift_D, y_MD - shift_D
+    real_ML = _neighbours(y_MD, k)[1]
+    real_M_of = {name: real_ML[:, own - 1] for name, own in k_of.items()}
+    if "recall" in k_of:
+        whole = bool((counts_RN == 1).all())
+        near = _neighbours(x_ND, k if whole else min(n - 1, 50 + 4 * k))
+        radii_RN = _radii(*near, counts_RN, k_of["recall"])
+
+    precise_N, dense_N = np.zeros((2, n))
+    recalled_RM = np.zeros((len(counts_RN), m), bool)
+    covered_RM = np.zeros((len(counts_RN), m), bool)
+    for part, squared_BM in _blocks(x_ND, y_MD):
+        if "precision" in k_of:
+            precise_N[part] = (squared_BM <= real_M_of["precision"]).any(axis=1)
+        if "density" in k_of:
+            dense_N[part] = (squared_BM < real_M_of["density"]).sum(axis=1)
+        if "coverage" in k_of:
+            inside_BM = (squared_BM < real_M_of["coverage"]).astype(np.float32)
+            covered_RM |= counts_RN[:, part].astype(np.float32) @ inside_BM > 0
+        if "recall" in k_of:
+            for r, radii_B in enumerate(radii_RN[:, part]):
+                recalled_RM[r] |= (squared_BM <= radii_B[:, None]).any(axis=0)
+    total_R = counts_RN.sum(axis=1)
+    scores = {
+        "precision": counts_RN @ precise_N / total_R,
+        "recall": recalled_RM.mean(axis=1),
+        "density": counts_RN @ dense_N / (k_of.get("density", k) * total_R),
+        "coverage": covered_RM.mean(axis=1),
+    }
+    return Prdc(**{name: scores[name] for name in k_of})
+
+
 def prdc_replicates(
     generated_ND: np.ndarray, real_MD: np.ndarray, counts_RN: np.ndarray, *, k: int = 5
 ) -> Prdc:
@@ -103,40 +160,8 @@ def prdc_replicates(
     Raises:
       UserError: as `prdc`, and when a replicate counts too few images for k neighbours.
     """
-    x_ND = arrays.rows(generated_ND, "features of the generated images")
-    y_MD = arrays.rows(real_MD, "features of the real images")
-    check_widths(x_ND.shape[1], y_MD.shape[1])
-    n, m = len(x_ND), len(y_MD)
-    if not 1 <= k < min(n, m):
-        raise UserError(
-            f"{k} nearest neighbours need at least {k + 1} images on either side (k >= 1), there "
-            f"are {n} generated and {m} real ones: use more images or a smaller k"
-        )
-    counts_RN = check_counts(counts_RN, n, least=k + 1)
-    # Distances of points near the origin lose fewer digits.
-    shift_D = y_MD.mean(axis=0)
-    x_ND, y_MD = x_ND - shift_D, y_MD - shift_D
-    real_M = _neighbours(y_MD, k)[1][:, -1]
-    whole = bool((counts_RN == 1).all())
-    radii_RN = _radii(*_neighbours(x_ND, k if whole else min(n - 1, 50 + 4 * k)), counts_RN, k)
-
-    precise_N, dense_N = np.empty(n), np.empty(n)
-    recalled_RM = np.zeros((len(counts_RN), m), bool)
-    covered_RM = np.zeros((len(counts_RN), m), bool)
-    for part, squared_BM in _blocks(x_ND, y_MD):
-        inside_BM = squared_BM < real_M
-        precise_N[part] = (squared_BM <= real_M).any(axis=1)
-        dense_N[part] = inside_BM.sum(axis=1)
-        covered_RM |= counts_RN[:, part].astype(np.float32) @ inside_BM.astype(np.float32) > 0
-        for r, radii_B in enumerate(radii_RN[:, part]):
-            recalled_RM[r] |= (squared_BM <= radii_B[:, None]).any(axis=0)
-    total_R = counts_RN.sum(axis=1)
-    return Prdc(
-        precision=counts_RN @ precise_N / total_R,
-        recall=recalled_RM.mean(axis=1),
-        density=counts_RN @ dense_N / (k * total_R),
-        coverage=covered_RM.mean(axis=1),
-    )
+    k_of = dict.fromkeys((field.name for field in dataclasses.fields(Prdc)), k)
+    return some_replicates(generated_ND, real_MD, counts_RN, k_of)
 
 
 def prdc(generated_ND: np.ndarray, real_MD: np.ndarray, *, k: int = 5) -> Prdc:
