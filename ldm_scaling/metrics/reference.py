@@ -89,6 +89,12 @@ def _read(path: epath.PathLike) -> dict[str, np.ndarray]:
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror or e}") from e
     except (ValueError, EOFError, zipfile.BadZipFile) as e:
+        if epath.Path(path).suffix == ".pkl":
+            raise UserError(
+                f"{path} is a pickle, as EDM2 writes statistics, and is not read: it may run code. "
+                "Convert one that you trust: held = pickle.load(open(PKL, 'rb'))['fid']; "
+                "numpy.savez(NPZ, mu=held['mu'], sigma=held['sigma'])"
+            ) from e
         raise UserError(f"{path} is no file of numpy arrays, or is damaged: {e}") from e
 
 
@@ -104,7 +110,7 @@ def _entry(path: epath.PathLike, wanted: str, held: dict[str, np.ndarray]) -> np
 def load_published(
     path: epath.PathLike, *, extractor: str, count: int | None = None
 ) -> ReferenceStats:
-    """Reads an .npz with `mu` and `sigma`, as pytorch-fid, clean-fid, ADM and EDM2 write it.
+    """Reads an .npz with `mu` and `sigma`, as pytorch-fid, clean-fid, ADM and EDM write it.
 
     Such a file does not say which network, which resize and how many images it is of: the caller
     does, and answers for it.

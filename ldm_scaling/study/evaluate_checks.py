@@ -75,7 +75,7 @@ def counts_and_kinds(rows: Sequence[Row], task: Task) -> None:
         raise UserError(
             f"the statistics in {task.real} {what}, and {', '.join(sorted(named))} are asked for: "
             "name the one score that they are for, e.g. --metrics=fid_pytorch for pytorch-fid's "
-            "files, fid_clean for clean-fid's, fid_tf2015 for those of ADM and EDM2"
+            "files, fid_clean for clean-fid's, fid_tf2015 for those of ADM and EDM"
         )
 
 

@@ -226,7 +226,7 @@ def _folders(given, about) -> Task:
         raise UserError(f"{given.a} holds statistics: give the folder of images first, then it")
     images = ImageSet(_listing(given.a, given.skip_corrupt, about), given.side)
     real: ImageSet | Path | None = None
-    if given.b and Path(given.b).suffix in (".npz", ".npy"):
+    if given.b and Path(given.b).suffix in (".npz", ".npy", ".pkl"):
         real = Path(given.b).expanduser()
     elif given.b:
         real = ImageSet(_listing(given.b, given.skip_corrupt, about), given.side)

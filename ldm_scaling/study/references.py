@@ -57,7 +57,7 @@ def load(
     """The statistics in a file, or beside it as `file_of` says.
 
     Args:
-      path: ours, or one of pytorch-fid, clean-fid, ADM or EDM2, which does not say what it is of.
+      path: ours, or one of pytorch-fid, clean-fid, ADM or EDM, which does not say what it is of.
       extractor: the network's name.
       hash: of the network.
       generated: the images to be scored: both sides are brought to one size, or neither.

@@ -1,6 +1,7 @@
 """Reference files say what they are of; the field's own files are read."""
 
 import dataclasses
+import pickle
 
 import numpy as np
 import pytest
@@ -108,5 +109,8 @@ def test_files_that_are_no_arrays(tmp_path):
     for name in "ab":
         with pytest.raises(UserError, match="no file of numpy arrays"):
             reference.load_published(tmp_path / f"{name}.npz", extractor="x")
+    (tmp_path / "edm2.pkl").write_bytes(pickle.dumps({"fid": {"mu": [0.0], "sigma": [[1.0]]}}))
+    with pytest.raises(UserError, match=r"edm2.pkl is a pickle, .*\['fid'\]; numpy.savez"):
+        reference.load_published(tmp_path / "edm2.pkl", extractor="x")
     with pytest.raises(UserError, match="cannot read"):
         reference.load_published(tmp_path / "none.npz", extractor="x")
