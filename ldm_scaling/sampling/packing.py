@@ -32,6 +32,10 @@ class Configuration:
         index_N: (N,) int, the samples' numbers: each decides its noise, see `sampler.normal`.
         prompt_N: (N,) int, the samples' prompts, as the caller numbers them; `index_N` if not
             given.
+
+    Raises:
+        UserError: for lists that are not of one length or not of whole numbers of 32 bits, or a
+            rate that is not finite.
     """
 
     table: SamplerTable
@@ -42,13 +46,20 @@ class Configuration:
     def __post_init__(self):
         for field in ("index_N", "prompt_N"):
             value = getattr(self, field)
-            array = np.asarray(self.index_N if value is None else value, np.int32)
+            array = np.asarray(self.index_N if value is None else value)
+            most = np.iinfo(np.int32)
+            whole = array.dtype.kind in "iu" or not array.size
+            if not whole or ((array < most.min) | (array > most.max)).any():
+                raise UserError(
+                    f"configuration {self.table.name!r}: {field} holds {array.dtype} numbers from "
+                    f"{array.min()} to {array.max()}: give whole numbers of at most {most.max}"
+                )
             if array.ndim != 1 or array.shape != np.shape(self.index_N):
                 raise UserError(
                     f"configuration {self.table.name!r}: index_N {np.shape(self.index_N)} and "
                     f"prompt_N {array.shape} must be two lists of one length"
                 )
-            object.__setattr__(self, field, array)
+            object.__setattr__(self, field, array.astype(np.int32))
         if not np.isfinite(self.guidance):
             raise UserError(f"configuration {self.table.name!r}: guidance={self.guidance}")
 
