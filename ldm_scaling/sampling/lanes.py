@@ -111,7 +111,7 @@ class Lanes:
     any lane takes guidance: lanes that run one table side by side save what it says.
 
     Raises:
-        UserError: if `size` does not split over the mesh.
+        UserError: if `size` does not split over the mesh, or for max_rows below 1.
     """
 
     def __init__(
@@ -120,6 +120,8 @@ class Lanes:
         narrowed: Callable[[Any], Any] = lambda params: params,
     ):
         mesh_lib.check_batch(mesh, size, "lanes")
+        if max_rows < 1:
+            raise UserError(f"max_rows={max_rows}: give 1 or more")
         self.denoise, self.latent_shape, self.size, self.mesh = denoise, latent_shape, size, mesh
         self.admit, self.max_rows, self.told, self.narrowed = admit, max_rows, told, narrowed
         self._programs: dict[tuple[Correction, bool], Callable] = {}
@@ -265,7 +267,7 @@ class Lanes:
             in_flight: chunks given to the device ahead.
 
         Raises:
-            UserError: if a configuration is guided and `uncond` is None.
+            UserError: if a configuration is guided and `uncond` is None, or all are empty.
         """
         for guided, some in packing.split(configurations, self.told):
             if guided and uncond is None:
@@ -281,7 +283,7 @@ class Lanes:
         uncond: Any, key: Array, in_flight: int,
     ) -> Iterator[Finished]:
         program = self._program(plan.correction, guided)
-        example = cond_of(next(c for c in plan.configurations if len(c.prompt_N)).prompt_N[:1])
+        example = cond_of(plan.configurations[0].prompt_N[:1])
         max_jobs = _most_jobs(self.size, example)
         lane = self._empty(example, guided)
         uncond = placing.replicate(self.mesh, uncond)

@@ -20,6 +20,7 @@ from ldm_scaling.sampling.guidance import Correction
 from ldm_scaling.sampling.table import COLUMNS, SamplerTable
 
 _G = COLUMNS.index("g")
+_EMPTY = "nothing to draw: every configuration is empty"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -141,7 +142,7 @@ class Plan:
         self.rows = max(end for end, _ in free)
         self.useful_rows = sum(c.table.calls * len(c.index_N) for c in self.configurations)
         if not self.rows:
-            raise UserError("nothing to draw: every configuration is empty")
+            raise UserError(_EMPTY)
 
     @property
     def useful(self) -> float:
@@ -243,8 +244,15 @@ def split(
     Guidance costs a second evaluation and a `Correction` is compiled in, so these part, and so do
     tables some of whose rows take no guidance: rows in which no lane does are evaluated once. A
     network that is told its rate, as after guided distillation, is never evaluated twice.
+    Configurations without samples are left out.
+
+    Raises:
+        UserError: if all are without.
     """
     groups: dict[tuple[bool, Correction, bool], list[int]] = {}
     for i, c in enumerate(configurations):
-        groups.setdefault(_program(c, told), []).append(i)
+        if len(c.index_N):
+            groups.setdefault(_program(c, told), []).append(i)
+    if configurations and not groups:
+        raise UserError(_EMPTY)
     return [(guided, members) for (guided, *_), members in groups.items()]

@@ -184,6 +184,8 @@ def test_a_lane_forgets_what_ran_in_it_before():
 def test_errors():
     with pytest.raises(UserError, match="lanes=3 does not split over 2 devices"):
         make_lanes(3, 2)
+    with pytest.raises(UserError, match="max_rows=0"):
+        make_lanes(2, max_rows=0)
     guided = [Configuration(solvers.make("ddim", SD, 2), 2.0, np.arange(2))]
     with pytest.raises(UserError, match="give uncond"):
         next(make_lanes(2).run(MIX, guided, cond_of, None, KEY))

@@ -110,6 +110,8 @@ def test_guided_and_unguided_part():
         (False, [0, 3, 5, 6, 8]), (True, [1, 2]), (True, [4]), (True, [7])
     ]
     assert packing.split(some[-2:], told=True) == [(False, [0, 1])]
+    empty = Configuration(TABLES[0], 1.0, [])
+    assert packing.split([empty, some[1], empty]) == [(True, [1])] and packing.split([]) == []
 
 
 def test_errors():
@@ -125,3 +127,5 @@ def test_errors():
         Plan([Configuration(TABLES[0], 1.0, np.arange(3))], 0)
     with pytest.raises(UserError, match="nothing to draw"):
         Plan([Configuration(TABLES[0], 1.0, [])], 2)
+    with pytest.raises(UserError, match="nothing to draw"):
+        packing.split([Configuration(TABLES[0], w, []) for w in (1.0, 2.0)])
