@@ -79,11 +79,17 @@ def with_unconditional(cond: Any, uncond: Any) -> Any:
     `uncond` lacks of a dict `cond` is no prompt's: both evaluations see it.
 
     Raises:
-        UserError: if a leaf of `uncond` does not broadcast to `cond`'s.
+        UserError: if `uncond` has what `cond` lacks, or a leaf that does not broadcast to `cond`'s.
     """
 
+    given = uncond
     if isinstance(cond, dict) and isinstance(uncond, dict):
         uncond = cond | uncond
+    if jax.tree.structure(cond) != jax.tree.structure(uncond):
+        raise UserError(
+            f"guidance: cond holds {jax.tree.structure(cond)}, but uncond "
+            f"{jax.tree.structure(given)}: give the empty prompt's of the same names"
+        )
 
     def pair(path, leaf, empty):
         if leaf.shape[1:] != empty.shape[1:] or empty.shape[0] not in (1, leaf.shape[0]):

@@ -267,10 +267,11 @@ class Lanes:
             in_flight: chunks given to the device ahead.
 
         Raises:
-            UserError: if a configuration is guided and `uncond` is None, or all are empty.
+            UserError: if a configuration is guided and `uncond` is None or holds nothing, or all
+                configurations are empty.
         """
         for guided, some in packing.split(configurations, self.told):
-            if guided and uncond is None:
+            if guided and not jax.tree.leaves(uncond):
                 raise UserError("guided configurations need the empty prompt: give uncond")
             group = np.array(some)
             plan = Plan([configurations[i] for i in some], self.size, self.told)

@@ -89,10 +89,15 @@ def row_noise(
 
 
 def _check_batch(
-    index_B: Array, guidance_B: Array | None, cond: Any, uncond: Any
+    index_B: Array, guidance_B: Array | None, cond: Any, uncond: Any, weaker: Denoise | None
 ) -> None:
     if (guidance_B is None) != (uncond is None):
         raise UserError("guidance needs both guidance_B and uncond: give both or neither")
+    if uncond is not None and weaker is None and not jax.tree.leaves(uncond):
+        raise UserError(
+            "uncond is empty, so guidance would be away from the prompt itself and do nothing: "
+            "give the empty prompt's conditioning, or a weaker network"
+        )
     shapes = {f"cond{jax.tree_util.keystr(path)}": leaf.shape
               for path, leaf in jax.tree_util.tree_leaves_with_path(cond)}
     if guidance_B is not None:
@@ -168,8 +173,8 @@ def make_sampler(
         cost: a second program. So it is in the rows of a table that take no guidance.
 
     Raises:
-        UserError: (from `sample`) if only one of guidance_B and uncond is given, or if the
-            shapes of index_B, guidance_B, cond and uncond do not fit.
+        UserError: (from `sample`) if only one of guidance_B and uncond is given, if uncond is
+            empty without a weaker network, or if index_B, guidance_B, cond and uncond do not fit.
     """
 
     @jax.jit
@@ -177,7 +182,7 @@ def make_sampler(
         params: Any, table: Padded, guidance_B: Array | None, cond: Any, uncond: Any, key: Array,
         index_B: Array,
     ) -> Array:
-        _check_batch(index_B, guidance_B, cond, uncond)
+        _check_batch(index_B, guidance_B, cond, uncond, weaker)
         step = _row_of(
             denoise, weaker, narrowed(params), table, guidance_B, cond, uncond, key, index_B
         )
@@ -228,7 +233,7 @@ def trajectory(
     if key is None and table.c.any():
         raise UserError(f"table {table.name!r} adds noise: give a key")
     index_B = jnp.arange(len(x_BHWC)) if index_B is None else index_B
-    _check_batch(index_B, guidance_B, cond, uncond)
+    _check_batch(index_B, guidance_B, cond, uncond, weaker)
     step = _row_of(
         denoise, weaker, params, table.padded(table.calls), guidance_B, cond, uncond, key, index_B
     )

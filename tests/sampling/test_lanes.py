@@ -187,5 +187,6 @@ def test_errors():
     with pytest.raises(UserError, match="max_rows=0"):
         make_lanes(2, max_rows=0)
     guided = [Configuration(solvers.make("ddim", SD, 2), 2.0, np.arange(2))]
-    with pytest.raises(UserError, match="give uncond"):
-        next(make_lanes(2).run(MIX, guided, cond_of, None, KEY))
+    for uncond in (None, {}):
+        with pytest.raises(UserError, match="give uncond"):
+            next(make_lanes(2).run(MIX, guided, cond_of, uncond, KEY))

@@ -371,6 +371,9 @@ def test_user_errors():
         ((jnp.ones(3), cond, EMPTY, KEY, index), r"guidance_B \(3,\)"),
         ((w_B, {"context": CONTEXT[:3]}, EMPTY, KEY, index), r"cond\['context'\] \(3, 7, 5\)"),
         ((w_B, cond, {"context": jnp.zeros((1, 6, 5))}, KEY, index), r"give \(1, 7, 5\)"),
+        ((w_B, cond, {}, KEY, index), "uncond is empty, .* or a weaker network"),
+        ((w_B, cond, {"contxt": EMPTY["context"]}, KEY, index),
+         "cond holds .*'context'.*, but uncond .*'contxt'"),
     ):
         with pytest.raises(UserError, match=message):
             SAMPLE(PARAMS, arrays, *args)
