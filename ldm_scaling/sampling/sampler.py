@@ -224,15 +224,26 @@ def trajectory(
 
     Raises:
         UserError: as `make_sampler`, for another name to keep, for a table that adds noise
-            without a key, or for an x in less than float32.
+            without a key, for an x in less than float32, or in float64 where JAX has none, or for
+            index_B of another length than x.
     """
     if unknown := set(keep) - set(KEPT):
         raise UserError(f"keep={sorted(unknown)[0]!r}: choose of {', '.join(KEPT)}")
     if jnp.promote_types(x_BHWC.dtype, jnp.float32) != x_BHWC.dtype:
         raise UserError(f"x_BHWC is {x_BHWC.dtype}, which rounds timesteps: give float32 or better")
+    if (runs := jax.dtypes.canonicalize_dtype(x_BHWC.dtype)) != x_BHWC.dtype:
+        raise UserError(
+            f"x_BHWC is {x_BHWC.dtype}, which JAX would make {runs}: enable jax_enable_x64, or "
+            f"give {runs}"
+        )
     if key is None and table.c.any():
         raise UserError(f"table {table.name!r} adds noise: give a key")
     index_B = jnp.arange(len(x_BHWC)) if index_B is None else index_B
+    if index_B.shape != x_BHWC.shape[:1]:
+        raise UserError(
+            f"index_B has shape {index_B.shape}, but x_BHWC {x_BHWC.shape}: give each sample a "
+            "number"
+        )
     _check_batch(index_B, guidance_B, cond, uncond, weaker)
     step = _row_of(
         denoise, weaker, params, table.padded(table.calls), guidance_B, cond, uncond, key, index_B

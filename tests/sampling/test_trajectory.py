@@ -137,9 +137,13 @@ def test_errors():
         (table, ("v",), {}, "keep='v': choose of x, x0"),
         (solvers.make("ddpm", SD, 2, "v"), (), {}, "adds noise: give a key"),
         (table, (), {"guidance_B": np.ones(3)}, "both guidance_B and uncond"),
-        (table, (), {"index_B": np.arange(2)}, "first axes must be the batch"),
+        (table, (), {"index_B": np.arange(2)}, r"index_B has shape \(2,\), but x_BHWC \(3, 3"),
     ):
         with pytest.raises(UserError, match=message):
             sampler.trajectory(network, PARAMS, given, start(table), COND, keep=keep, **more)
     with pytest.raises(UserError, match="x_BHWC is bfloat16, which rounds timesteps"):
         sampler.trajectory(network, PARAMS, table, start(table).astype("bfloat16"), COND)
+    with pytest.raises(UserError, match="x_BHWC is float64, .* enable jax_enable_x64"):
+        sampler.trajectory(network, PARAMS, table, np.asarray(start(table), np.float64), COND)
+    with pytest.raises(UserError, match="index_B has shape"):  # not of conditioning alone
+        sampler.trajectory(lambda p, x, t, c: x, None, table, start(table), {}, index_B=INDEX[:1])
