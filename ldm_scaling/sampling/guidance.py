@@ -61,12 +61,20 @@ class Correction:
         return jnp.clip(m0, -s, s) / s
 
     def output(self, guided: Array, conditional: Array) -> Array:
-        """The guided output after rescaling."""
+        """The guided output after rescaling; one without any spread stays."""
         if not self.rescale:
             return guided
-        axes = tuple(range(1, guided.ndim))
-        std = jnp.std(conditional, axes, keepdims=True) / jnp.std(guided, axes, keepdims=True)
-        return guided * (self.rescale * std + (1 - self.rescale))
+        std, std_guided = _spread(conditional), _spread(guided)
+        still = std_guided == 0
+        ratio = jnp.where(still, 1.0, std / jnp.where(still, 1.0, std_guided))
+        return guided * (self.rescale * ratio + (1 - self.rescale))
+
+
+def _spread(F: Array) -> Array:
+    """Standard deviation of each sample, whose gradient is 0 where it is 0."""
+    variance = jnp.var(F, tuple(range(1, F.ndim)), keepdims=True)
+    some = variance > 0
+    return jnp.where(some, jnp.sqrt(jnp.where(some, variance, 1.0)), 0.0)
 
 
 NONE = Correction()

@@ -324,6 +324,20 @@ def test_rescaled_guidance_has_the_conditional_outputs_spread():
     assert guidance_lib.NONE.output(guided, conditional) is guided
 
 
+def test_an_output_without_spread_is_not_rescaled():
+    """As a network's is whose last layer is still zero: neither it nor its slope is NaN."""
+    zero, some = np.zeros((4, 4, 3), "f4"), np.random.default_rng(1).normal(size=(4, 4, 3))
+    guided, conditional = np.stack([zero, zero, some]), np.stack([zero, some, zero])
+
+    def total(*F):
+        out = Correction(rescale=0.5).output(*F)
+        return out.sum(), out
+
+    slopes, out = jax.grad(total, (0, 1), has_aux=True)(guided, conditional)
+    np.testing.assert_allclose(out, np.stack([zero, zero, some / 2]), rtol=1e-6)
+    assert np.isfinite(slopes).all()
+
+
 def test_thresholding_clips_each_sample_at_its_own_quantile():
     x0 = np.random.default_rng(0).normal(size=(3, 8, 8, 4)) * [[[[0.1]]], [[[2.0]]], [[[9.0]]]]
     got = np.asarray(Correction(threshold=0.9, threshold_max=5.0).x0(x0))
