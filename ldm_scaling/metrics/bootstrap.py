@@ -157,15 +157,26 @@ def centre(value: float, replicates_R: np.ndarray) -> np.ndarray:
     the score's interval, and the difference of two configurations' stored replicates is the
     stored replicate of their paired difference.
     """
-    replicates_R = np.asarray(replicates_R, np.float64)
+    replicates_R = _finite(replicates_R)
     return value - (replicates_R - replicates_R.mean())
 
 
+def _finite(replicates_R: np.ndarray) -> np.ndarray:
+    replicates_R = arrays.rows(np.asarray(replicates_R)[:, None], "bootstrap replicates")[:, 0]
+    if not len(replicates_R):
+        raise UserError("there are no bootstrap replicates: an interval needs some")
+    return replicates_R
+
+
 def percentile_interval(centred_R: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """(low, high) from stored, centred replicates or from differences of them."""
+    """(low, high) from stored, centred replicates or from differences of them.
+
+    Raises:
+      UserError: without replicates, or where one is not finite.
+    """
     if not 0.0 < level < 1.0:
         raise UserError(f"an interval's level is between 0 and 1, got {level}")
-    low, high = np.quantile(centred_R, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(_finite(centred_R), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 

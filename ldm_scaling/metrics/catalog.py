@@ -107,6 +107,8 @@ def _mean_of(values: Callable[[np.ndarray, Any], np.ndarray]) -> Callable:
 
     def both(x, y, counts_RN, _):
         values_N = values(x, y)
+        if not len(values_N):
+            raise UserError("there are no images, and a mean over them needs 1: give some")
         drawn_R = None if counts_RN is None else bootstrap.mean_replicates(values_N, counts_RN)
         return float(np.mean(values_N)), drawn_R
 

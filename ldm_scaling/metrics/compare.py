@@ -105,8 +105,10 @@ def distributions(
       level: of the interval.
 
     Raises:
-      UserError: when the numbers of replicates differ or one is not finite.
+      UserError: when the numbers of replicates differ, or one of them or a value is not finite.
     """
+    if not np.isfinite([a, b]).all():
+        raise UserError(f"scores {a} and {b}: only finite ones can be compared")
     a_R, b_R = (
         arrays.rows(np.asarray(v)[:, None], "bootstrap replicates")[:, 0]
         for v in (replicates_a_R, replicates_b_R)
@@ -125,7 +127,15 @@ def p_of(difference: float, replicates_R: np.ndarray) -> float:
     """Two-sided p-value of a difference against 0: it over its replicates' standard deviation, as
     Student's t. A share of 100 replicates beyond 0 is never small enough to survive a correction
     for several comparisons.
+
+    Raises:
+      UserError: with fewer than 2 replicates, or one that is not finite.
     """
+    replicates_R = arrays.rows(np.asarray(replicates_R)[:, None], "bootstrap replicates")[:, 0]
+    if len(replicates_R) < 2:
+        raise UserError(
+            f"a p-value needs the spread of at least 2 replicates, there are {len(replicates_R)}"
+        )
     error = float(np.std(replicates_R, ddof=1))
     if error == 0:
         return 1.0 if difference == 0 else 0.0

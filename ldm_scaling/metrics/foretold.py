@@ -58,7 +58,7 @@ def foretold(
       reference: the side that stays.
 
     Raises:
-      UserError: when N < n, or n is too small to be halved.
+      UserError: when N < n, n is too small to be halved, or the reference's features do not vary.
     """
     if n < 4 or images < n:
         raise UserError(f"a distance of {n} images foretells that of as many or more, from 4 on; "
@@ -66,5 +66,10 @@ def foretold(
     if images == n:
         return value
     b = excess(reference, n)
-    share = (b - excess(reference, images)) / (excess(reference, n // 2) - b)
-    return value - share * (halves - value)
+    fall = excess(reference, n // 2) - b
+    if fall <= 0:
+        raise UserError(
+            f"drawn from the reference, {n} images are no nearer to it than {n // 2}: its features "
+            "do not vary, check the images that it is of"
+        )
+    return value - (b - excess(reference, images)) / fall * (halves - value)

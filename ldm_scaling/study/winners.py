@@ -84,9 +84,9 @@ def _shares(losses_MR: np.ndarray) -> np.ndarray:
 
 
 def paired(points: Sequence[Point], sign: int) -> np.ndarray | None:
-    """Losses (M, R) of points whose replicates resample the same prompts; None without any."""
+    """Losses (M, R) of points whose replicates resample the same prompts; None without 2."""
     sizes = {(p.replicates_R.size, p.num_images) for p in points}
-    if any(n == 0 for n, _ in sizes):
+    if any(n < 2 for n, _ in sizes):
         return None
     if len(sizes) > 1:
         raise UserError(

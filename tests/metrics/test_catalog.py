@@ -139,6 +139,10 @@ def test_mistakes_say_what_is_wrong():
         catalog.evaluate(["fid"], {}, {})
     with pytest.raises(UserError, match="KID is held against features: name it for 'kid'"):
         catalog.evaluate(["kid"], {"inception_pool": X}, {})
+    for name in ("lpips", "clip_score"):
+        with pytest.raises(UserError, match="there are no images"):
+            needs = catalog.METRICS[name].needs
+            catalog.evaluate([name], {needs: np.zeros((0, 1))}, {name: np.zeros((0, 1))})
 
 
 def test_every_row_is_whole():

@@ -64,3 +64,6 @@ def test_mistakes_are_named():
         foretold.foretold(1.0, 2.0, 60, 50, REAL)
     with pytest.raises(UserError, match="at least 2 images"):
         foretold.excess(REAL, 1)
+    still = ReferenceStats(Moments.of(np.ones((10, 4))), "still")
+    with pytest.raises(UserError, match="its features do not vary"):
+        foretold.foretold(1.0, 2.0, 8, 100, still)

@@ -169,6 +169,16 @@ def test_mistakes_say_what_is_wrong():
         compare.means(np.zeros(3), np.zeros(3), method="anova")
     with pytest.raises(UserError, match="3 and 4 replicates"):
         compare.distributions(0.0, 0.0, np.zeros(3), np.zeros(4))
+    with pytest.raises(UserError, match="scores nan and 1.0"):
+        compare.distributions(np.nan, 1.0, np.arange(5.0), np.arange(5.0))
+    with pytest.raises(UserError, match="at least 2 replicates, there are 1"):
+        compare.p_of(1.0, np.ones(1))
+    for function in (compare.p_of, bootstrap.basic_interval):
+        with pytest.raises(UserError, match="replicates are not finite in 1 of 2"):
+            function(1.0, np.array([1.0, np.nan]))
+    for interval in (bootstrap.percentile_interval, lambda R: bootstrap.basic_interval(1.0, R)):
+        with pytest.raises(UserError, match="there are no bootstrap replicates"):
+            interval(np.zeros(0))
     with pytest.raises(UserError, match="at least 2 of them, there is 1"):
         bootstrap.block_interval(np.zeros(1))
     with pytest.raises(UserError, match="between 0 and 1"):

@@ -92,8 +92,9 @@ def test_mistakes_are_named(found):
         duels.duel(found, FD, "c8", "c48", 1.0)
     with pytest.raises(UserError, match="c99 cannot meet.*no reported record"):
         duels.duel(found, FD, "c8", "c99", 9.0)
-    bare = {k: [dataclasses.replace(p, replicates_R=np.zeros(0)) for p in v]
-            for k, v in found.items()}
-    with pytest.raises(UserError, match="no paired replicates.*sweep.replicates"):
-        duels.duel(bare, FD, "c8", "c48", 9.0)
+    for few in (1, 0):  # One has no spread.
+        bare = {k: [dataclasses.replace(p, replicates_R=np.zeros(few)) for p in v]
+                for k, v in found.items()}
+        with pytest.raises(UserError, match="no paired replicates.*sweep.replicates"):
+            duels.duel(bare, FD, "c8", "c48", 9.0)
     assert duels.difference_band(bare, FD, "c8", "c48") is None
