@@ -253,9 +253,32 @@ _SIGMAS: dict[str, Callable[..., np.ndarray]] = {
     "karras": _karras, "exponential": _exponential, "ays": _ays,
 }
 _LISTS = {"timesteps": from_timesteps, "sigmas": from_sigmas}
-# The option of a spacing, a number above 0, and what it may be.
-_OPTIONS = {"karras": ("rho", 7), "trailing": ("shift", 3)}
+# The option of a spacing, a number above 0, what it may be, and what it is unless it is told.
+_OPTIONS = {"karras": ("rho", 7, 7.0), "trailing": ("shift", 3, None)}
 SPACINGS = (*_TIMESTEPS, *_SIGMAS)
+
+
+def canonical(spacing: str) -> str:
+    """The one spelling of all texts that say the same: "karras" of "karras:rho=7.0".
+
+    Raises:
+        UserError: for an unknown spacing or option, or a list that is not of numbers.
+    """
+    kind, colon, text = spacing.partition(":")
+    if kind not in (*SPACINGS, *_LISTS) or (colon and kind not in (*_OPTIONS, *_LISTS)):
+        raise UserError(
+            f"unknown spacing {spacing!r}: choose one of {', '.join(SPACINGS)}, or a list such as "
+            "timesteps:999,759,499,259 or sigmas:14.6,3.9,1.4"
+        )
+    if kind in _LISTS:
+        return f"{kind}:{','.join(map(_text, _numbers(spacing, text)))}"
+    told = _option(spacing).items() if colon else ()
+    return kind + "".join(f":{o}={_text(v)}" for o, v in told if v != _OPTIONS[kind][2])
+
+
+def _text(number: float) -> str:
+    """Its shortest spelling that gives the same float64 back."""
+    return repr(number).removesuffix(".0")
 
 
 def build(
@@ -288,7 +311,7 @@ def build(
     (Stable Diffusion 3), eq. 23, for the shift.
 
     Args:
-        spacing: one of `SPACINGS`, or a list as above.
+        spacing: one of `SPACINGS`, or a list as above; the grid is named by `canonical` of it.
         schedule: the noise schedule.
         steps: N.
         convention: one of `CONVENTIONS`.
@@ -299,12 +322,8 @@ def build(
         UserError: for an unknown name, an offset that does not belong, or a number of steps that
             the spacing cannot make; it says which it can.
     """
+    spacing = canonical(spacing)
     kind, colon, text = spacing.partition(":")
-    if kind not in (*SPACINGS, *_LISTS) or (colon and kind not in (*_OPTIONS, *_LISTS)):
-        raise UserError(
-            f"unknown spacing {spacing!r}: choose one of {', '.join(SPACINGS)}, or a list such as "
-            "timesteps:999,759,499,259 or sigmas:14.6,3.9,1.4"
-        )
     if convention not in CONVENTIONS:
         raise UserError(
             f"unknown grid convention {convention!r}: choose one of {', '.join(CONVENTIONS)}"
@@ -343,7 +362,7 @@ def build(
 
 def _option(spacing: str) -> dict[str, float]:
     kind, _, text = spacing.partition(":")
-    option, example = _OPTIONS[kind]
+    option, example, _ = _OPTIONS[kind]
     key, _, value = text.partition("=")
     numbers = _numbers(spacing, value) if key == option else []
     if len(numbers) != 1 or not 0 < numbers[0] < np.inf:

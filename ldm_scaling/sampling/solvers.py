@@ -202,12 +202,12 @@ def is_own(spec: str) -> bool:
 
 
 def spacing_of(spec: str, spacing: str | None = None) -> str:
-    """The spacing that is asked for, or else the solver's own.
+    """The spacing that is asked for, or else the solver's own, see `grid.canonical`.
 
     Raises:
-        UserError: as `parse`.
+        UserError: as `parse` and `grid.canonical`.
     """
-    return spacing or SOLVERS[parse(spec)[0]].spacing
+    return grids.canonical(spacing or SOLVERS[parse(spec)[0]].spacing)
 
 
 def make(

@@ -5,7 +5,7 @@ import pytest
 
 from ldm_scaling.diffusion import schedule
 from ldm_scaling.errors import UserError
-from ldm_scaling.sampling import grid
+from ldm_scaling.sampling import grid, solvers
 
 SD = schedule.get("sd")
 STEP_COUNTS = (1, 2, 3, 4, 6, 7, 10, 13, 20, 50, 250)
@@ -229,6 +229,23 @@ def test_a_shift_moves_trailing_nodes():
     assert zero.alpha[0] == 0 and np.isfinite(zero.sigma).all()
     with pytest.raises(UserError, match="it can place 1 to 100;"):
         grid.build("trailing:shift=0.1", SD, 500)
+
+
+def test_spacings_that_say_the_same_have_one_name():
+    """And so one key of records; to two that differ in the last digit belong two."""
+    for spacing, other in (
+        ("karras", "karras:rho=7"), ("karras:rho=5", "karras:rho=5.0"),
+        ("trailing:shift=3", "trailing:shift=3.0"), ("trailing:shift=1", "trailing:shift= 1"),
+        ("timesteps:999,612.25,3.5", "timesteps:999.0, 612.25, 3.50"),
+        ("sigmas:14.6,6.5,3.9", "sigmas:14.60,6.5,3.9"),
+    ):
+        whole, again = grid.build(spacing, SD, 3), grid.build(other, SD, 3)
+        np.testing.assert_array_equal(again.timesteps, whole.timesteps)
+        assert again.name == whole.name == f"{spacing}-abar_0"
+        assert solvers.spacing_of("ddim", other) == solvers.spacing_of("ddim", spacing) == spacing
+    for spacing in (*grid.SPACINGS, "timesteps:999,759,499,259", "trailing:shift=0.1"):
+        assert grid.canonical(spacing) == spacing
+    assert grid.canonical("sigmas:0.1,0.01") != grid.canonical("sigmas:0.1,0.010000000000000002")
 
 
 def test_other_user_errors():
