@@ -63,7 +63,8 @@ class SamplerTable:
         signal  a alpha + b0 + b1 + b2 = alpha'        kx alpha + ky alpha1 + sum of k = alpha
         noise   (a sigma)^2 + c^2 = sigma'^2           kx sigma + ky sigma1 = sigma
 
-    All four are checked here, for every row that does not claim an exception. A node without noise
+    All four are checked here, to rounding of the row's nodes, for every row that does not claim an
+    exception. A node without noise
     (sigma' = 0) is reached by x' = m0, in LCM and CoDi by their consistency function, c_skip x +
     c_out m0.
 
@@ -146,7 +147,9 @@ class SamplerTable:
         self._check("noise", noise, self.sigma[1:], self.keeps_noise)
 
     def _check(self, what: str, got_R: np.ndarray, wanted_R: np.ndarray, claimed_R: np.ndarray):
-        broken = np.flatnonzero(claimed_R & (np.abs(got_R - wanted_R) > _TOLERANCE))
+        scale = np.hypot(self.alpha, self.sigma)  # A factor that all nodes share changes nothing.
+        tolerance_R = _TOLERANCE * np.maximum(scale[:-1], scale[1:])
+        broken = np.flatnonzero(claimed_R & (np.abs(got_R - wanted_R) > tolerance_R))
         if broken.size:
             r = broken[0]
             raise UserError(

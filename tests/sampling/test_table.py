@@ -33,6 +33,16 @@ def test_wrong_rows_are_found():
         dataclasses.replace(TABLE, p=TABLE.p[1:])
 
 
+@pytest.mark.parametrize("factor", [1e-12, 1.0, 1e8])
+def test_a_factor_of_the_nodes_makes_no_row_wrong_and_hides_none(factor):
+    scaled = schedule.Schedule("scaled", factor * SD.alpha, factor * SD.sigma)
+    for name in ("ddpm", "heun", "dpmpp_2m", "dpmpp_3m_sde", "unipc"):
+        assert solvers.make(name, scaled, 20, "v", "trailing").calls >= 20
+    table = solvers.make("ddim", scaled, 20, "v", "trailing")
+    with pytest.raises(UserError, match="row 0 of 20 leaves signal"):
+        dataclasses.replace(table, a=table.a * (1 + 1e-6))
+
+
 def test_exceptions_must_be_claimed():
     assert changed("c", 2, 0.5, keeps_noise=np.arange(7) != 2).c[2] == 0.5
     with pytest.raises(UserError, match="row 2"):
