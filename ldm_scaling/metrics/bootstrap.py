@@ -100,6 +100,7 @@ def mean_replicates(values_N: np.ndarray, counts_RN: np.ndarray) -> np.ndarray:
     return counts_RN @ values_N / counts_RN.sum(axis=1)
 
 
+# The products too: those of 600 x 700 round differently in two threads, and replicates are kept.
 @arrays.one_blas_thread()
 def frechet_replicates(
     features_ND: np.ndarray, reference: ReferenceStats, counts_RN: np.ndarray
