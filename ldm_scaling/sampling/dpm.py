@@ -41,8 +41,8 @@ def dpm_solver_pp(
         third_order: "public", as all published code has it, or "exact", which is of order 3: the
             former halves the term of the second derivative.
         midpoints: singlestep: place a node in the middle (in log-SNR) of each step, so that each
-            is a pair of its own and costs two calls, but a last one without noise. Otherwise the
-            grid's own nodes are paired, and N steps cost N calls.
+            is a pair of its own and costs two calls, but for one to no noise, of no length or from
+            pure noise. Otherwise the grid's own nodes are paired, and N steps cost N calls.
 
     The first step is of first order, the second of second at most, and a last one that ends
     without noise of first.

@@ -24,8 +24,9 @@ def heun(grid: Grid, prediction: str, *, over: str = "noise") -> SamplerTable:
             method for the flow, and with constant alpha both are the same.
 
     A step is Euler's, then a second row at its end that puts the mean of both slopes in place of
-    the first. A step to no noise is Euler's alone, and over "noise" one from pure noise, where
-    sigma / alpha is infinite. N steps that end without noise cost 2N - 1 calls, others 2N.
+    the first. A step to no noise is Euler's alone, so is one of no length (the last of karras
+    spacing with final="abar_0"), and over "noise" one from pure noise, where sigma / alpha is
+    infinite. N steps cost 2N calls less one for each of these: 2N - 1 where they end without noise.
 
     Source: Karras et al. 2022, algorithm 1; diffusers, scheduling_heun_discrete.py; k-diffusion,
     sampling.py, sample_heun; diffusers, scheduling_flow_match_heun_discrete.py for "line".

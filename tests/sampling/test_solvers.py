@@ -301,6 +301,12 @@ def test_calls():
         assert solvers.make(spec, SD, 8, final=final).calls == wanted
     # From pure noise there is no middle and no second slope.
     assert solvers.make("heun", ZERO_SNR, 8, "v", "trailing").calls == 14
+    for spec, from_noise in (("heun", 15), ("heun:over=line", 16), ("dpmpp_2s:midpoints=true", 15)):
+        for given, spacing, wanted in (
+            (SD, "trailing", 16), (SD, "karras", 15),  # whose last step has no length
+            (ZERO_SNR, "trailing", from_noise),
+        ):
+            assert solvers.make(spec, given, 8, "v", spacing, final="abar_0").calls == wanted
 
 
 def test_order_control():
