@@ -119,11 +119,16 @@ class Schedule:
 
     def timestep_at(self, noise: np.ndarray) -> np.ndarray:
         """The timesteps at these noise levels sigma / alpha, linear in log between known ones; on a
-        straight schedule linear in sigma."""
+        straight schedule linear in sigma; next to pure noise linear in alpha / sigma, as `at`."""
         known_T = np.arange(self.num_timesteps)
         if self.straight:
             return np.interp(1 - 1 / (1 + np.asarray(noise)), self.sigma, known_T)
-        return np.interp(log_noise(noise), log_noise(self.noise), known_T)
+        t = np.interp(log_noise(noise), log_noise(self.noise), known_T)
+        if self.zero_terminal_snr and self.num_timesteps > 1:
+            before = self.noise[-2]
+            beyond = np.maximum(noise, before)
+            t = np.where(beyond > before, known_T[-1] - before / beyond, t)
+        return t
 
 
 def noise_level(alpha: np.ndarray, sigma: np.ndarray) -> np.ndarray:

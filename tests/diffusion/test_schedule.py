@@ -85,6 +85,9 @@ def test_between_timesteps():
     last = zero.alpha[-2] / zero.sigma[-2]
     np.testing.assert_allclose((alpha / sigma)[1:], last * (999 - t[1:]), rtol=1e-9)
     np.testing.assert_allclose(sigma[0] / alpha[0], zero.noise[-3:-1].mean(), rtol=1e-12)
+    noise = schedule.noise_level(alpha[1:], sigma[1:])  # And back.
+    with np.errstate(all="raise"):
+        np.testing.assert_allclose(zero.timestep_at(noise), t[1:], rtol=1e-12)
 
 
 def test_is_frozen():

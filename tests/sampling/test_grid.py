@@ -181,6 +181,14 @@ def test_midpoints_halve_every_step_in_log_snr():
     np.testing.assert_allclose(own.timesteps, [2, 1.5, 1])
 
 
+def test_midpoints_next_to_pure_noise():
+    whole = grid.from_timesteps(schedule.get("sd_zero_snr"), [999, 998.9, 998.2, 500], "zero")
+    t = whole.with_midpoints().timesteps
+    assert t.size == 4 + 2 and 998.2 < t[2] < 998.9 and 500 < t[4] < 998
+    # alpha / sigma is linear here, and the middle in log of both.
+    assert 999 - t[2] == pytest.approx(np.sqrt(0.1 * 0.8), rel=1e-9)
+
+
 def test_offset_belongs_to_leading():
     assert grid.build("leading", SD, 4, offset=0).timesteps.tolist() == [750, 500, 250, 0]
     assert grid.build("leading", SD, 4, offset=0).name != grid.build("leading", SD, 4).name
