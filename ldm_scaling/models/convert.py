@@ -84,7 +84,12 @@ _UNET_READ = {
     "in_channels", "layers_per_block", "norm_num_groups", "num_attention_heads", "out_channels",
     "sample_size", "time_cond_proj_dim", "up_block_types",
 }  # fmt: skip
-_UNET_FREE = {"dropout", "upcast_attention", "use_linear_projection"}
+_UNET_FREE = {
+    "dropout", "upcast_attention", "use_linear_projection",
+    # How an average over training was taken, which EMAModel writes beside the network's own.
+    "decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step",
+    "use_ema_warmup",
+}  # fmt: skip
 
 _AUTOENCODER_FIXED = {
     "act_fn": "silu", "in_channels": 3, "out_channels": 3, "use_quant_conv": True,

@@ -223,6 +223,21 @@ def test_tensors_that_do_not_fit_are_refused(saved):
             convert.unet_params(spec, wrong, "here")
 
 
+def test_an_average_over_training_is_read(saved, tmp_path):
+    """As diffusers' training examples save one beside the network, in `unet_ema`."""
+    from diffusers.training_utils import EMAModel
+
+    average = EMAModel.from_pretrained(saved, diffusers.UNet2DConditionModel)
+    average.step([p + 1.0 for p in average.shadow_params])
+    average.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["optimization_step"] == 1
+    spec, params = convert.load_unet(tmp_path)
+    before_spec, before = convert.load_unet(saved)
+    assert spec == before_spec
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), params, before)
+    assert min(jax.tree.leaves(moved)) > 0.01
+
+
 def test_a_folder_without_a_checkpoint(tmp_path):
     with pytest.raises(UserError, match=r"config\.json"):
         convert.load_unet(tmp_path)
