@@ -57,7 +57,7 @@ def read(
     """
     path = Path(path)
     if path.is_dir():
-        found = [f for f in _FILES for end in ("", ".index.json") if (path / (f + end)).is_file()]
+        found = pretrained.present(path, _FILES)
         if found and found[0].startswith("open_clip"):
             path = path / found[0]
     else:

@@ -26,14 +26,17 @@ from ldm_scaling.models.torch_files import FlatTensors, read_legacy_pth, read_pt
 
 __all__ = [
     "DIFFUSERS", "TRANSFORMERS", "FlatTensors", "Rule", "conv", "fill", "hash_of", "linear",
-    "package_file", "read_legacy_pth", "read_safetensors", "read_safetensors_folder", "read_torch",
-    "read_weights", "same", "weights_files",
+    "package_file", "present", "read_legacy_pth", "read_safetensors", "read_safetensors_folder",
+    "read_torch", "read_weights", "same", "weights_files",
 ]  # fmt: skip
 
 # Files of weights as transformers and diffusers name them, in the order they are looked for.
-TRANSFORMERS = ("model.safetensors", "model.fp16.safetensors", "pytorch_model.bin")
+TRANSFORMERS = (
+    "model.safetensors", "model.fp16.safetensors", "pytorch_model.bin", "pytorch_model.fp16.bin",
+)  # fmt: skip
 DIFFUSERS = tuple(
-    f"diffusion_pytorch_model.{end}" for end in ("safetensors", "fp16.safetensors", "bin")
+    f"diffusion_pytorch_model.{end}"
+    for end in ("safetensors", "fp16.safetensors", "bin", "fp16.bin")
 )
 
 
@@ -115,11 +118,23 @@ def read_weights(
     return _read_parts(path, _first(path, names), ignore)
 
 
+def _index(folder: Path, name: str) -> Path | None:
+    """The index of the parts of the file `name`, where the folder has one."""
+    # Of NAME.fp16.ENDING in parts both libraries call the index NAME.ENDING.index.fp16.json.
+    whole = name.replace(".fp16.", ".")
+    names = (f"{name}.index.json", *[f"{whole}.index.fp16.json"] * (whole != name))
+    return next((folder / index for index in names if (folder / index).is_file()), None)
+
+
+def present(folder: Path, names: Sequence[str]) -> list[str]:
+    """Those of `names` that a folder has, whole or in parts."""
+    return [name for name in names if (folder / name).is_file() or _index(folder, name)]
+
+
 def _first(folder: Path, names: Sequence[str]) -> str:
-    for name in names:
-        if (folder / name).is_file() or (folder / f"{name}.index.json").is_file():
-            return name
-    raise UserError(f"no weights in {folder}: it needs {names[0]} or {names[-1]}")
+    if found := present(folder, names):
+        return found[0]
+    raise UserError(f"no weights in {folder}: it needs one of {', '.join(names)}")
 
 
 def weights_files(
@@ -133,16 +148,16 @@ def weights_files(
     if path.is_file():
         return [path]
     name = _first(path, names)
-    if (path / name).is_file():
+    index = _index(path, name)
+    if (path / name).is_file() or index is None:
         return [path / name]
-    index = path / f"{name}.index.json"
     return [index, *(path / part for part in sorted(set(_part_of(index).values())))]
 
 
 def _read_parts(folder: Path, name: str, ignore: Sequence[str]) -> FlatTensors:
     """The file `name`, or its parts; a part of which every tensor is ignored is not opened."""
-    index = folder / f"{name}.index.json"
-    if (folder / name).is_file() or not index.is_file():
+    index = _index(folder, name)
+    if (folder / name).is_file() or index is None:
         return read_torch(folder / name, ignore)
     wanted = {k: part for k, part in _part_of(index).items() if not _matches(k, ignore)}
     tensors: FlatTensors = {}

@@ -114,7 +114,7 @@ def files(folder: str | os.PathLike[str]) -> list[Path]:
         try:
             found += [place / "config.json", *pretrained.weights_files(place, names)]
         except UserError:
-            if place.is_dir() and any(place.glob("*.index.json")):
+            if place.is_dir() and any(place.glob("*.index*.json")):
                 raise  # Not missing but broken.
             missing.append(f"{part}/{names[0]}")
     words = [folder / "tokenizer" / name for name in _VOCABULARY]

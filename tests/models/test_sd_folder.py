@@ -21,7 +21,7 @@ from ldm_scaling.models import convert, converted, pretrained, sd_folder
 from tests import published as mini
 
 WHY = "makes the model with its own libraries: pip install -e '.[parity]'"
-pytest.importorskip("diffusers", reason=WHY)
+diffusers = pytest.importorskip("diffusers", reason=WHY)
 transformers = pytest.importorskip("transformers", reason=WHY)
 torch = pytest.importorskip("torch", reason=WHY)
 
@@ -114,6 +114,33 @@ def test_weights_of_any_of_their_files(whole, sd):
     assert {"unet/part-0.safetensors", "unet/part-1.safetensors", "text_encoder/pytorch_model.bin",
             "vae/diffusion_pytorch_model.fp16.safetensors", "unet/config.json",
             "tokenizer/tokenizer.json", "scheduler/scheduler_config.json"} <= hashed
+
+
+@pytest.mark.parametrize("size", ["1KB", "5GB"])
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_halves_are_found_as_their_libraries_save_them(tmp_path, part, size):
+    """Of an index in parts the variant stands elsewhere than of a whole file."""
+    if part == "vae":
+        names = pretrained.DIFFUSERS
+        model = diffusers.AutoencoderTiny(
+            encoder_block_out_channels=(8,), decoder_block_out_channels=(8,),
+            num_encoder_blocks=(1,), num_decoder_blocks=(1,),
+        )
+    else:
+        names = pretrained.TRANSFORMERS
+        model = transformers.CLIPTextModel(transformers.CLIPTextConfig(
+            vocab_size=9, max_position_embeddings=3, hidden_size=8, intermediate_size=16,
+            num_hidden_layers=1, num_attention_heads=2, bos_token_id=7, eos_token_id=8,
+        ))
+    tensors = {name: t.numpy() for name, t in model.half().state_dict().items()}
+    # transformers no longer saves torch's own files.
+    for safe in (True, False)[: 2 if part == "vae" else 1]:
+        folder = tmp_path / str(safe)
+        model.save_pretrained(folder, variant="fp16", max_shard_size=size, safe_serialization=safe)
+        saved = {file for file in folder.iterdir() if "fp16" in file.name}
+        assert (len(saved) > 2) == (size == "1KB")
+        same(pretrained.read_weights(folder, names=names), tensors)
+        assert {*pretrained.weights_files(folder, names)} == saved
 
 
 # --- convert -------------------------------------------------------------------------------------

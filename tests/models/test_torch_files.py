@@ -219,7 +219,7 @@ def test_one_file_and_other_stems(folder):
     safetensors.numpy.save_file({"x": tensors["a"]}, place / "model.safetensors")
     assert set(pretrained.read_weights(place)) == {"x"}  # the whole one goes before parts
     assert set(pretrained.read_weights(place / "other.safetensors")) == {"a"}
-    with pytest.raises(UserError, match="no weights in .*model.safetensors or pytorch_model.bin"):
+    with pytest.raises(UserError, match="no weights in .*: it needs one of model.saf.*fp16.bin"):
         pretrained.read_weights(folder[0])
     with pytest.raises(UserError, match="cannot read the weights .*none.safetensors"):
         pretrained.read_safetensors_folder(place, "none")
