@@ -22,7 +22,7 @@ import numpy as np
 import safetensors
 
 from ldm_scaling.errors import MissingPackageError, UserError
-from ldm_scaling.models.torch_files import FlatTensors, read_legacy_pth, read_pth
+from ldm_scaling.models.torch_files import FlatTensors, narrow, read_legacy_pth, read_pth
 
 __all__ = [
     "DIFFUSERS", "TRANSFORMERS", "FlatTensors", "Rule", "conv", "fill", "hash_of", "linear",
@@ -65,11 +65,16 @@ def read_safetensors(path: str | os.PathLike[str], ignore: Sequence[str] = ()) -
     """Every tensor of a safetensors file, by its name, in its own shape and dtype; those whose
     whole name matches a pattern of `ignore` are not read.
 
-    Raises `UserError` when the file cannot be read or is not whole.
+    Raises `UserError` when the file cannot be read or is not whole, or a tensor is of a type that
+    numpy has no name for, such as float8.
     """
     try:
         with safetensors.safe_open(os.fspath(path), framework="numpy") as f:
-            return {name: f.get_tensor(name) for name in f.keys() if not _matches(name, ignore)}
+            names = [name for name in f.keys() if not _matches(name, ignore)]
+            for name in names:
+                if re.match("F[468]_|F4$", kept := f.get_slice(name).get_dtype()):
+                    raise narrow(path, name, kept)
+            return {name: f.get_tensor(name) for name in names}
     except OSError as e:
         raise UserError(f"cannot read the weights {path}: {e.strerror or e}") from e
     except safetensors.SafetensorError as e:

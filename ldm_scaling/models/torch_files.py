@@ -53,6 +53,15 @@ class _Empty:
         pass
 
 
+def narrow(path: str | os.PathLike[str], name: str, dtype: str) -> UserError:
+    """What to say of a tensor of 8 bits or fewer: without its scales, which every program that
+    makes such files keeps in another place, its numbers mean nothing."""
+    return UserError(
+        f"{path} keeps {name} as {dtype}, and numbers so narrow are scaled in a way of the program "
+        "that made them: fetch the float16, bfloat16 or float32 file of the same weights"
+    )
+
+
 def _remedy(path: Path, load: str) -> str:
     file = path.with_suffix(".safetensors").name
     return (
@@ -101,7 +110,9 @@ def read_pth(path: str | os.PathLike[str]) -> FlatTensors:
     try:
         with torch.serialization.safe_globals([(_Empty, name) for name in _BOOKKEEPING]):
             table = torch.load(path, map_location="cpu", weights_only=True)
-        return _tensors(torch, table)
+        return _tensors(torch, table, path)
+    except UserError:
+        raise
     except _Refused as e:
         raise UserError(
             f"refused to read {path}: {e}; save its tensors alone as a .safetensors file"
@@ -114,7 +125,7 @@ def read_pth(path: str | os.PathLike[str]) -> FlatTensors:
         ) from e
 
 
-def _tensors(torch: Any, table: Any) -> FlatTensors:
+def _tensors(torch: Any, table: Any, path: Path) -> FlatTensors:
     while isinstance(table, Mapping):
         key = next((k for k in _WRAPPERS if isinstance(table.get(k), Mapping)), None)
         if key is None:
@@ -125,6 +136,8 @@ def _tensors(torch: Any, table: Any) -> FlatTensors:
     for name, value in table.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise _Refused(f"beside tensors it holds {name!r}, a {type(value).__name__}")
+        if str(value.dtype).startswith(("torch.float8", "torch.float4")):
+            raise narrow(path, name, str(value.dtype))
     return {name: _array(torch, t.detach().contiguous()) for name, t in table.items()}
 
 

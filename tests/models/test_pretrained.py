@@ -3,6 +3,7 @@
 import builtins
 import importlib.util
 import io
+import json
 import os
 import pickle
 import struct
@@ -192,6 +193,19 @@ def test_safetensors_round_trip(tmp_path):
     assert set(read) == set(tensors)
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(read[name], tensor, strict=True)
+
+
+@pytest.mark.parametrize("kept", ["F8_E4M3", "F8_E5M2", "F4"])
+def test_numbers_without_their_scales_are_refused(tmp_path, kept):
+    header = {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+              "b": {"dtype": kept, "shape": [8], "data_offsets": [4, 8 if kept == "F4" else 12]}}
+    head = json.dumps(header).encode()
+    path = tmp_path / "w.safetensors"
+    data = struct.pack("<Q", len(head)) + head + bytes(header["b"]["data_offsets"][1])
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=f"w.safetensors keeps b as {kept}.* fetch the float16"):
+        pretrained.read_safetensors(path)
+    assert set(pretrained.read_safetensors(path, ignore=["b"])) == {"a"}
 
 
 @pytest.mark.parametrize("keep", [0, 4, 8, 40, -1])

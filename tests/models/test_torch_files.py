@@ -122,6 +122,9 @@ def test_what_is_no_table_of_tensors_is_refused(tmp_path):
         torch.save(content, path)
         with pytest.raises(UserError, match=f"w.pt: .*{says}.*as a .safetensors file"):
             pretrained.read_torch(path)
+    torch.save({"w": torch.ones(2).to(torch.float8_e5m2)}, path)
+    with pytest.raises(UserError, match="w.pt keeps w as torch.float8_e5m2.* fetch the float16"):
+        pretrained.read_torch(path)
     torch.save(state(), path)
     whole, zip_start = path.read_bytes(), b"PK\x03\x04 and the rest"
     for broken in (whole[: len(whole) // 2], zip_start, b"", b"nothing", whole[9:]):
