@@ -8,6 +8,8 @@ this: any network, any layer.
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -191,10 +193,43 @@ def save(
     files.atomic_write_bytes(path, data)
 
 
+def _header(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """peft's configs of a file that diffusers wrote, such as {"unet.lora_alpha": 8}; empty where
+    there is none."""
+    with safetensors.safe_open(os.fspath(path), framework="numpy") as f:
+        text = (f.metadata() or {}).get("lora_adapter_metadata", "{}")
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as e:
+        raise UserError(
+            f"{path} has a header of adapters that cannot be read ({e}): fetch it again"
+        ) from e
+
+
+def _factor(header: dict[str, Any], called: str, rank: int, path: str | os.PathLike[str]) -> float:
+    """What a layer's A B is multiplied by: alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv
+    2312.03732); 1 where the header does not tell alpha."""
+    network, _, layer = called.partition(".")
+    if header.get(f"{network}.use_dora"):
+        raise UserError(
+            f"{path} holds DoRA adapters of {network}, which scale each kernel's columns too: give "
+            "a LoRA file"
+        )
+    alpha, patterns = (header.get(f"{network}.{k}") for k in ("lora_alpha", "alpha_pattern"))
+    for pattern, own in (patterns or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", layer):  # peft's way, the first that fits
+            alpha = own
+            break
+    if alpha is None:
+        return 1.0
+    return alpha / (math.sqrt(rank) if header.get(f"{network}.use_rslora") else rank)
+
+
 def load(
     path: str | os.PathLike[str], params: dict[str, Any], levels: int | None
 ) -> dict[str, Any]:
-    """Reads what `save` wrote, or another file of these names; merge it with alpha None.
+    """Reads what `save` wrote, or another file of these names; merge it with alpha None. A factor
+    that peft's config in the file's header tells, as diffusers writes it, goes into B.
 
     Args:
       path: the file.
@@ -202,13 +237,16 @@ def load(
       levels: as of `tensors`.
     Raises:
       UserError: for a file that cannot be read, a layer that the networks do not have, half a pair,
-        or sizes that do not fit.
+        sizes that do not fit, or adapters of another kind (DoRA).
     """
     found, out = pretrained.read_safetensors(path), {}
+    header = _header(path)
     for network, tree in params.items():
         flat, own = traverse_util.flatten_dict(tree, sep="/"), {}
         for name in layers(tree, (".",)):
             called = _unet_name(name, levels) if network == "unet" else _text_name(name)
+            if f"{called}.{_ENDS['down']}.weight" not in found:
+                called = called.replace(".text_model.", ".")  # as since transformers 5
             pair = {end: found.pop(f"{called}.{theirs}.weight", None)
                     for end, theirs in _ENDS.items()}
             have = {end: v for end, v in pair.items() if v is not None}
@@ -227,6 +265,8 @@ def load(
                     f"{path}: {called} has {shapes}, which does not fit a kernel of {kernel}: it "
                     "is of another network"
                 )
+            factor = _factor(header, called, value["down"].shape[-1], path)
+            value["up"] = (value["up"] * factor).astype(value["up"].dtype)
             own |= {f"{name}/{end}/kernel": jnp.asarray(v) for end, v in value.items()}
         if own:
             out[network] = traverse_util.unflatten_dict(own, sep="/")

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import traverse_util
 
 from ldm_scaling.errors import UserError
@@ -216,6 +217,58 @@ def test_a_file_comes_back(tmp_path):
         lora.load(tmp_path / "a.safetensors", {"unet": unet.param_shapes(other)}, 2)
     with pytest.raises(UserError, match="tensors of no layer here"):
         lora.load(tmp_path / "a.safetensors", {"unet": {"x": params["conv_in"]}}, 2)
+
+
+@pytest.mark.parametrize("config, factors", [
+    (None, (1, 1)), ({}, (1, 1)), ({"lora_alpha": 8}, (4, 4)), ({"lora_alpha": 2}, (1, 1)),
+    ({"lora_alpha": 8, "use_rslora": True, "use_dora": False}, (8 / 2**0.5, 8 / 2**0.5)),
+    ({"lora_alpha": 8, "alpha_pattern": {r"attn1.to_q": 3}}, (1.5, 4)),
+])
+def test_the_factor_that_diffusers_keeps_in_the_header(tmp_path, config, factors):
+    loaders = pytest.importorskip("diffusers", reason=WHY).loaders
+    shapes = unet.param_shapes(SPEC)
+    adapters = {"unet": moved(lora.init(shapes, 2, KEY))}
+    layers = lora.tensors(adapters, 2)
+    import torch
+
+    config = config and {"r": 2, "target_modules": ["to_q"]} | config
+    loaders.StableDiffusionLoraLoaderMixin.save_lora_weights(
+        tmp_path, {k.removeprefix("unet."): torch.tensor(t) for k, t in layers.items()},
+        unet_lora_adapter_metadata=config,
+    )
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    found = lora.load(file, {"unet": shapes}, 2)["unet"]["mid_attn"]["block"]
+    before = adapters["unet"]["mid_attn"]["block"]
+    for layer, factor in zip((("attn1", "to_q"), ("attn2", "to_k")), factors):
+        (a, b), (was_a, was_b) = (
+            [tree[layer[0]][layer[1]][end]["kernel"] for end in ("down", "up")]
+            for tree in (found, before)
+        )
+        np.testing.assert_array_equal(a, was_a)
+        np.testing.assert_allclose(b, factor * was_b, rtol=1e-6)
+
+
+def test_adapters_of_another_kind_are_refused(tmp_path):
+    shapes, file = unet.param_shapes(SPEC), tmp_path / "a.safetensors"
+    layers = lora.tensors({"unet": moved(lora.init(shapes, 2, KEY))}, 2)
+    for header, says in (('{"unet.use_dora": true}', "holds DoRA adapters of unet"),
+                         ("{", "header of adapters that cannot be read")):
+        safetensors.numpy.save_file(layers, file, {"lora_adapter_metadata": header})
+        with pytest.raises(UserError, match=says):
+            lora.load(file, {"unet": shapes}, 2)
+
+
+def test_text_towers_by_both_of_their_names(tmp_path):
+    """transformers 5 no longer puts `text_model.` in front."""
+    spec = clip.TextSpec(8, 2, 2, 16, "gelu", None, vocabulary=20, positions=6)
+    shapes = clip_text.abstract_params(spec)
+    adapters = {"text": moved(lora.init(shapes, 2, KEY, lora.TEXT_TARGETS))}
+    layers = lora.tensors(adapters, None)
+    for prefix in ("text_model.", ""):
+        named = {k.replace("text_model.", prefix): t for k, t in layers.items()}
+        safetensors.numpy.save_file(named, tmp_path / "a.safetensors")
+        found = lora.load(tmp_path / "a.safetensors", {"text": shapes}, None)
+        jax.tree.map(np.testing.assert_array_equal, found, adapters)
 
 
 @pytest.mark.parametrize(
