@@ -49,6 +49,11 @@ FLAGS = {
         "the published folder or file: .safetensors, or .ckpt, .pth, .bin, which torch reads",
     ),
     "ema": (("convert",), "--ema", "sd_unet of an original file: its average over training"),
+    "side": (
+        ("convert",), "--side=96",
+        "sd_unet of an original file: of its latents, which no tensor tells; 64 if not given, 96 "
+        "of a version 2 for pictures of 768",
+    ),
     "model": (
         ("convert",), "--model=NAME", "clip_*, dino: which one, where the weights do not tell"
     ),
@@ -96,6 +101,7 @@ def _define_flags():
     for name in ("ema", "dry_run"):
         flags.DEFINE_boolean(name, False, name, flag_values=values)
     flags.DEFINE_integer("workers", None, "processes", flag_values=values)
+    flags.DEFINE_integer("side", None, "of latents", lower_bound=1, flag_values=values)
     flags.DEFINE_enum("format", "text", ["text", "json"], "of tables", flag_values=values)
     return values
 

@@ -62,7 +62,8 @@ def _run(command: str, arguments: list[str]) -> None:
         if missing:
             raise UserError(f"ldm-scaling convert needs --{missing[0]}; see  ldm-scaling --help")
         place = values["from"].value, values["to"].value
-        print(converted.write(values.kind, *place, ema=values.ema, model=values.model))
+        options = {name: values[name].value for name in ("ema", "side", "model")}
+        print(converted.write(values.kind, *place, **options))
         return
     if command == "prepare" and values.to and values.dry_run:
         raise UserError("--dry-run makes nothing, and --to says where to: leave out one of them")

@@ -59,12 +59,15 @@ class Kind(NamedTuple):
     options: tuple[str, ...] = ()
 
 
-def _sd_unet(path: Path, ema: bool = False):
+def _sd_unet(path: Path, ema: bool = False, side: int | None = None):
     if not path.is_dir():
-        return *convert_compvis.load_unet(path, ema=ema), {}
+        return *convert_compvis.load_unet(path, ema=ema, sample_size=side or 64), {}
     if ema:
         raise UserError(f"{path} is a folder of diffusers, which holds one set of weights: leave "
                         "out --ema")
+    if side:
+        raise UserError(f"{path} is a folder of diffusers, whose config.json tells the side of "
+                        "latents: leave out --side")
     return *convert.load_unet(path), {}
 
 
@@ -117,7 +120,7 @@ def _dino(path: Path, model: str | None = None):
 KINDS = {
     "sd_unet": Kind(
         "U-Net of Stable Diffusion 1 or 2: a folder `unet` of diffusers, or an original checkpoint",
-        unet.UNetSpec, _sd_unet, ("ema",),
+        unet.UNetSpec, _sd_unet, ("ema", "side"),
     ),
     "sd_autoencoder": Kind(
         "its autoencoder: a folder `vae`, or an original checkpoint",
@@ -181,8 +184,10 @@ def write(
       kind: one of `KINDS`.
       source: the published file or folder.
       target: a folder that is not there yet; it appears whole or not at all.
-      **options: those of the kind; `ema` takes a U-Net's average over training, `model` names the
-        network where the weights do not tell its sizes.
+      **options: those of the kind; of a U-Net in an original checkpoint `ema` takes the average
+        over training, and `side` is that of the latents, which no tensor tells: 64 if not given,
+        96 of a version 2 for pictures of 768; `model` names the network where the weights do not
+        tell its sizes.
     Raises:
       UserError: for an unknown kind or option, files that are missing, broken or of something else
         (with a diff where tensors do not fit), or a target that is there or cannot be written.

@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import autoencoder, clip_text, convert, convert_compvis, unet
+from ldm_scaling.models import autoencoder, clip_text, convert, convert_compvis, converted, unet
 
 WHY = "compares with diffusers and transformers: pip install -e '.[parity]'"
 diffusers = pytest.importorskip("diffusers", reason=WHY)
@@ -171,7 +171,9 @@ def test_unet_equals_diffusers(tmp_path, version, ema):
     state = {k: torch.as_tensor(t) for k, t in tensors.items()}
     peer = single_file.convert_ldm_unet_checkpoint(dict(state), config, extract_ema=ema)
     peer = through_the_peer(peer, unet_of(version))
-    spec, params = convert_compvis.load_unet(path, ema=ema, sample_size=8)
+    kind = converted.KINDS["sd_unet"]
+    assert kind.load(path)[0].sample_size == 64 and {"ema", "side"} == {*kind.options}
+    spec, params, _ = kind.load(path, ema=ema, side=8)
     assert spec == convert.unet_spec(config)
     assert spec.heads == (8 if version == 1 else (1, 2))
 

@@ -319,6 +319,10 @@ def test_the_command_line(whole, tmp_path, capsys):
     assert converted.load(target).kind == "sd_unet"
     assert cli.main(["convert", "--kind=sd", *flags]) == 2
     assert "there are sd_unet, sd_auto" in capsys.readouterr().err
+    assert cli.main(["convert", "--kind=sd_unet", flags[0], f"--to={target}2", "--side=96"]) == 2
+    assert "config.json tells the side of latents: leave out --side" in capsys.readouterr().err
+    assert cli.main(["convert", "--kind=sd_unet", *flags, "--side=0"]) == 2
+    assert "side" in capsys.readouterr().err
     assert cli.main(["convert", "--kind=sd_unet", flags[0]]) == 2
     assert "convert needs --to; see" in capsys.readouterr().err
     assert cli.FLAGS["kind"][2].split(", ") == list(converted.KINDS)
