@@ -38,8 +38,11 @@ _WRAPPERS = ("state_dict", "teacher", "model", "params_ema", "params")
 _BOOKKEEPING = (
     "argparse.Namespace",
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "pytorch_lightning.callbacks.ModelCheckpoint",
     "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype",
-    "_codecs.encode",
+    "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct", "numpy.ndarray",
+    "_codecs.encode", "pathlib.PosixPath", "pathlib._local.PosixPath",
+    "builtins.dict", "builtins.list", "builtins.int", "builtins.float",  # a defaultdict's
 )  # fmt: skip
 
 
@@ -51,6 +54,11 @@ class _Empty:
 
     def __setstate__(self, state):
         pass
+
+
+def _table(*args: Any) -> OrderedDict:
+    """Stands in for a table of another class: torch lays its entries into what this gives."""
+    return OrderedDict()
 
 
 def narrow(path: str | os.PathLike[str], name: str, dtype: str) -> UserError:
@@ -108,7 +116,9 @@ def read_pth(path: str | os.PathLike[str]) -> FlatTensors:
             f"{_remedy(path, load)}"
         ) from e
     try:
-        with torch.serialization.safe_globals([(_Empty, name) for name in _BOOKKEEPING]):
+        stand_ins = [(_Empty, name) for name in _BOOKKEEPING]
+        stand_ins.append((_table, "collections.defaultdict"))
+        with torch.serialization.safe_globals(stand_ins):
             table = torch.load(path, map_location="cpu", weights_only=True)
         return _tensors(torch, table, path)
     except UserError:
@@ -119,9 +129,12 @@ def read_pth(path: str | os.PathLike[str]) -> FlatTensors:
         ) from e
     except Exception as e:  # a pickle of arbitrary bytes can raise any exception whatever
         why = str(e.__context__ or e).split(" Please ")[0]  # torch wraps it in advice
+        what = "fetch it again"
+        if "Unsupported " in why:  # it is whole, but holds objects
+            what = "save its state_dict alone with the program that made it"
         raise UserError(
             f"torch refused to read {path} as a table of tensors ({type(e).__name__}: "
-            f"{why[:200]}): fetch it again, or give a .safetensors file of the same weights"
+            f"{why[:200]}): {what}, or give a .safetensors file of the same weights"
         ) from e
 
 
