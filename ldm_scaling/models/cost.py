@@ -43,7 +43,9 @@ def gflops(spec: backbone.Spec) -> float:
     Batch 1, float32, at `spec.sample_size` and `spec.context_length`; a multiply-add is 2 FLOPs,
     taps on a convolution's padding are left out, additions and products of single elements are
     counted and exponentials are not; guidance does not double it. The paper's Table 1 counts so.
-    Attention is counted in its textbook form, so that a faster one does not change the cost.
+    Attention is counted in its textbook form, so that a faster one does not change the cost. What
+    is done to weights in every call is counted too, though a batch shares it: EDM2's unit norms are
+    0.4% of edm2_xs and 6.8% of edm2_c14 to edm2_c44.
     """
     return of(spec).gflops
 
