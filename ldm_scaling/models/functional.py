@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ldm_scaling.errors import UserError
 from ldm_scaling.models import attention as attention_lib
 
 
@@ -45,15 +46,24 @@ def of(network: type[nn.Module]) -> tuple[Callable, Callable, Callable]:
         """The network as `denoise(params, x_BHWC, t_B, cond) -> F_BHWC`: cond["context"] (B, L, D)
         and, for a network that sees one, cond["condition"] (B, H, W, C'), which is laid behind x's
         channels; for one that is told its guidance rate, cond["guidance"] (B,). The arguments are
-        `UNet`'s."""
+        `UNet`'s. It raises `UserError` for channels, text or sides that the network does not take,
+        and for a guidance rate that is missing."""
         module = network(spec, dtype, remat, attention, gather)
 
         def denoise(params, x_BHWC, t_B, cond):
             if "condition" in cond:
                 beside_BHWC = cond["condition"].astype(x_BHWC.dtype)
                 x_BHWC = jnp.concatenate([x_BHWC, beside_BHWC], axis=-1)
-            told = [cond["guidance"]] if spec.guidance_dim else []
-            return module.apply({"params": params}, x_BHWC, t_B, cond["context"], *told)
+            ctx_BLD = cond["context"]
+            for what, given, field in (
+                ("latents, and a condition behind them,", x_BHWC.shape[-1], "in_channels"),
+                ("text tokens", ctx_BLD.shape[-1], "context_dim"),
+            ):
+                if given != (wanted := getattr(spec, field)):
+                    raise UserError(f"{what} of width {given}: the network's {field} is {wanted}, "
+                                    "so give as many")
+            told = [cond.get("guidance")] if spec.guidance_dim else []
+            return module.apply({"params": params}, x_BHWC, t_B, ctx_BLD, *told)
 
         return denoise
 

@@ -140,6 +140,12 @@ class UNet(nn.Module):
             raise UserError(f"U-Net with guidance_dim={spec.guidance_dim} {needs} guidance rate")
         if self.remat not in ("none", "block"):
             raise UserError(f"remat={self.remat!r} is not one of none, block")
+        height, length = x_BHWC.shape[1:3]
+        if height % spec.downsampling or length % spec.downsampling:
+            raise UserError(
+                f"U-Net latents of {height} x {length}: give sides that are multiples of "
+                f"{spec.downsampling}"
+            )
         # Under jit a block is traced once for all places of its shape: a U-Net in half the time.
         # Not where weights come in shards: each place has its own `gather`.
         wrap = (lambda m: nn.jit(nn.remat(m))) if self.remat == "block" else nn.jit

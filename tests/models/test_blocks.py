@@ -170,6 +170,21 @@ def test_bfloat16_returns_float32_nearby(tiny_params):
     assert 0 < np.std(difference) < 0.05 * np.std(exact)
 
 
+@pytest.mark.parametrize("change, says", [
+    ({"x": (2, 7, 8, 4)}, "latents of 7 x 8: give sides that are multiples of 2"),
+    ({"x": (2, 8, 8, 5)}, "latents.* of width 5: the network's in_channels is 4"),
+    ({"condition": (2, 8, 8, 2)}, "latents.* of width 6: the network's in_channels is 4"),
+    ({"context": (2, 3, 5)}, "text tokens of width 5: the network's context_dim is 6"),
+    ({"guidance_dim": 4}, "guidance_dim=4 needs each sample's guidance rate"),
+])
+def test_inputs_that_do_not_fit(change, says):
+    spec = dataclasses.replace(TINY, guidance_dim=change.pop("guidance_dim", 0))
+    cond = {name: jnp.zeros(shape) for name, shape in {"context": (2, 3, 6), **change}.items()}
+    x_BHWC = cond.pop("x", jnp.zeros((2, 8, 8, 4)))
+    with pytest.raises(UserError, match=says):
+        jax.eval_shape(unet.denoise_fn(spec), unet.param_shapes(spec), x_BHWC, jnp.zeros(2), cond)
+
+
 @pytest.mark.parametrize(
     "change, says",
     [
