@@ -143,9 +143,14 @@ def on_disk(what: str, path: epath.PathLike) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """JSON's view of dataclasses and numpy values; floats keep every digit."""
+    """JSON's view of dataclasses and numpy values; floats keep every digit. A field of which the
+    metadata say `later` is left out at its default, so that hashes from before it hold."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {"__class__": type(value).__name__, **dataclasses.asdict(value)}
+        told = {"__class__": type(value).__name__, **dataclasses.asdict(value)}
+        for field in dataclasses.fields(value):
+            if field.metadata.get("later") and told[field.name] == field.default:
+                del told[field.name]
+        return told
     if isinstance(value, np.ndarray):
         digest = sha256_of(value.tobytes())
         return {"shape": value.shape, "dtype": str(value.dtype), "sha256": digest}

@@ -62,7 +62,8 @@ class Kind:
       project: `project(params) -> params`, after every optimiser step; None leaves them.
       rates: `rates(spec)` are, by parameter, what the optimiser's steps are multiplied by; None
         where by 1 alone.
-      recipe: what of this is in its training, in words: hashed with how a network was trained.
+      recipe: `recipe(spec)` is what of this, and of how it begins, is in its training and was not
+        in that of earlier versions, in words: hashed with how a network was trained.
     """
 
     init: Callable
@@ -73,7 +74,7 @@ class Kind:
     grow_guidance: Callable | None = None
     project: Callable[[Any], Any] | None = None
     rates: Callable[[Any], Any] | None = None
-    recipe: tuple[str, ...] = ()
+    recipe: Callable[[Any], tuple[str, ...]] = lambda spec: ()
 
 
 def _own(module: Any, **kw: Any) -> Kind:
@@ -84,9 +85,11 @@ def _own(module: Any, **kw: Any) -> Kind:
 
 
 _KINDS: dict[type, Kind] = {
-    unet.UNetSpec: _own(unet), dit.DiTSpec: _own(dit), uvit.UViTSpec: _own(uvit),
-    mmdit.MMDiTSpec: _own(mmdit),
-    edm2.EDM2Spec: _own(edm2, project=edm2.project, rates=edm2.rates, recipe=edm2.RECIPE),
+    unet.UNetSpec: _own(unet, recipe=unet.recipe), dit.DiTSpec: _own(dit),
+    uvit.UViTSpec: _own(uvit), mmdit.MMDiTSpec: _own(mmdit),
+    edm2.EDM2Spec: _own(
+        edm2, project=edm2.project, rates=edm2.rates, recipe=lambda spec: edm2.RECIPE
+    ),
 }
 
 
@@ -175,7 +178,7 @@ def rates(spec: Spec) -> Any:
 
 def recipe(spec: Spec) -> tuple[str, ...]:
     """What its training has beside other networks', see `Kind`."""
-    return _kind(spec).recipe
+    return _kind(spec).recipe(spec)
 
 
 def most_tokens(spec: Spec) -> int | None:

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.linear import default_kernel_init
 
 from ldm_scaling.models import attention as attention_lib
 
@@ -218,6 +219,7 @@ class ResBlock(nn.Module):
       groups: groups of the normalisation.
       eps: its epsilon (1e-5 in the U-Net, 1e-6 in the autoencoder).
       gather: see `dense`; in all blocks, that of the block's own place.
+      out_init: what draws the kernel of the last layer.
     """
 
     features: int
@@ -225,6 +227,7 @@ class ResBlock(nn.Module):
     eps: float = 1e-5
     dtype: Dtype = jnp.float32
     gather: Callable | None = None
+    out_init: Callable = default_kernel_init
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array, emb_BD: jax.Array | None = None) -> jax.Array:
@@ -235,7 +238,7 @@ class ResBlock(nn.Module):
             shift = dense(width, dtype, "time_emb_proj", gather)(silu(emb_BD))
             h = h + shift[:, None, None, :]
         h = norm(self.groups, self.eps, dtype, "norm2", activated=True)(h)
-        h = conv(width, 3, dtype, "conv2", gather=gather)(h)
+        h = conv(width, 3, dtype, "conv2", gather=gather, kernel_init=self.out_init)(h)
         if x_BHWC.shape[-1] != width:
             x_BHWC = conv(width, 1, dtype, "conv_shortcut", gather=gather)(x_BHWC)
         return x_BHWC + h
@@ -304,13 +307,18 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block over the pixels of a feature map, conditioned on the context's tokens."""
+    """A transformer block over the pixels of a feature map, conditioned on the context's tokens.
+
+    Args:
+      out_init: what draws the kernel of the last layer.
+    """
 
     heads: int
     groups: int
     dtype: Dtype = jnp.float32
     attention: Callable = attention_lib.plain
     gather: Callable | None = None
+    out_init: Callable = default_kernel_init
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array, ctx_BMD: jax.Array) -> jax.Array:
@@ -320,5 +328,5 @@ class SpatialTransformer(nn.Module):
         gather = self.gather and self.gather.at("block")
         block = TransformerBlock(self.heads, self.dtype, self.attention, gather, name="block")
         y = block(y, ctx_BMD)
-        y = dense(c, self.dtype, "proj_out", self.gather)(y)
+        y = dense(c, self.dtype, "proj_out", self.gather, kernel_init=self.out_init)(y)
         return x_BHWC + y.reshape(b, h, w, c)

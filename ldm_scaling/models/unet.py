@@ -9,10 +9,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.linear import default_kernel_init
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import attention as attention_lib
-from ldm_scaling.models import blocks, functional
+from ldm_scaling.models import blocks, functional, tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,9 @@ class UNetSpec:
       context_length: tokens that FLOPs are counted at.
       guidance_dim: width of the embedding of a guidance rate that the network is told, as after
         guided distillation (256 in published ones); 0 for one that is told none.
+      zero_init: whether the last layer of every block and of the network begins at zero, as in
+        Stable Diffusion's code (CompVis' `zero_module`), so that at first blocks add nothing and
+        the network gives 0; else they are drawn as the others.
     Raises:
       UserError: when heads, groups or levels do not fit the widths.
     """
@@ -49,6 +53,8 @@ class UNetSpec:
     sample_size: int = 64
     context_length: int = 77
     guidance_dim: int = 0
+    # Not in `repr`, by which costs are found: it changes none.
+    zero_init: bool = dataclasses.field(default=False, repr=False, metadata={"later": True})
 
     def __post_init__(self):
         for name in ("channel_mults", "attention_levels", "heads"):
@@ -151,17 +157,21 @@ class UNet(nn.Module):
         wrap = (lambda m: nn.jit(nn.remat(m))) if self.remat == "block" else nn.jit
         res_block, transformer = wrap(blocks.ResBlock), wrap(blocks.SpatialTransformer)
 
+        last_init = tokens.ZEROS if spec.zero_init else default_kernel_init
+
         def gather(name):
             return self.gather and self.gather.at(name)
 
         def res(features, name):
             return res_block(
-                features, spec.groups, dtype=dtype, gather=gather(name), name=name
+                features, spec.groups, dtype=dtype, gather=gather(name), out_init=last_init,
+                name=name,
             )
 
         def attend(level, name):
             return transformer(
-                spec.heads_at(level), spec.groups, dtype, self.attention, gather(name), name=name
+                spec.heads_at(level), spec.groups, dtype, self.attention, gather(name), last_init,
+                name=name,
             )
 
         def conv(features, size, name, **kw):
@@ -209,7 +219,13 @@ class UNet(nn.Module):
                 h = conv(c * spec.channel_mults[i], 3, f"up_{i}_upsample")(h)
 
         h = blocks.norm(spec.groups, 1e-5, dtype, "norm_out", activated=True)(h)
-        return conv(spec.out_channels, 3, "conv_out")(h).astype(jnp.float32)
+        h = conv(spec.out_channels, 3, "conv_out", kernel_init=last_init)(h)
+        return h.astype(jnp.float32)
+
+
+def recipe(spec: UNetSpec) -> tuple[str, ...]:
+    """What a network's training has that those of earlier versions lacked, see `backbone.Kind`."""
+    return ("zeros that the last layers of blocks begin at",) if spec.zero_init else ()
 
 
 def grow_input(params: Any, channels: int) -> Any:

@@ -1,12 +1,14 @@
 """Facts about the blocks and the U-Net that no peer is needed for."""
 
 import dataclasses
+import re
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import autoencoder, blocks, unet
@@ -137,6 +139,26 @@ def test_remat_changes_neither_output_nor_gradient():
     )
     with pytest.raises(UserError, match="remat='all'"):
         jax.eval_shape(unet.UNet(spec, remat="all").apply, {"params": params}, *inputs)
+
+
+def test_a_network_that_begins_with_zeros():
+    """Those of the published code's `zero_module` alone; all others are drawn as without."""
+    plain = dataclasses.replace(TINY, channel_mults=(1,), attention_levels=(True,))
+    spec, key = dataclasses.replace(plain, zero_init=True), jax.random.key(0, impl="rbg")
+    params, others = run(lambda key: [unet.init(s, key) for s in (spec, plain)], key)
+    drawn, others = (flatten_dict(tree, sep="/") for tree in (params, others))
+    assert list(drawn) == list(others)
+    for name, leaf in drawn.items():
+        last = re.search(r"/(conv2|proj_out)/kernel$|^conv_out/kernel$", name)
+        assert not np.any(leaf) if last else np.array_equal(leaf, others[name]), name
+        assert np.any(others[name]) == name.endswith(("kernel", "scale")), name
+
+    def loss(conv_out):
+        out = unet.UNet(spec).apply({"params": params | {"conv_out": conv_out}}, *tiny_inputs())
+        return jnp.sum((out - 1.0) ** 2), out
+
+    (_, out), grads = run(jax.value_and_grad(loss, has_aux=True), params["conv_out"])
+    assert not np.any(out) and np.abs(grads["kernel"]).max() > 0.1
 
 
 def test_every_input_matters_and_examples_stay_apart(tiny_params):

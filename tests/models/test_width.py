@@ -148,6 +148,17 @@ def test_weights_are_drawn_as_the_table_says():
         assert not np.any(own[name])  # zeros stay
 
 
+def test_what_a_unet_draws_as_zeros_stays_so_and_moves_as_else():
+    own, base = (dataclasses.replace(unet(c), zero_init=True) for c in (32, 8))
+    transfer, plain = width.mup(own, base), width.mup(unet(32), unet(8))
+    assert leaves(transfer.rates) == leaves(plain.rates)
+    key = jax.random.key(0, impl="rbg")
+    drawn = leaves(jax.jit(lambda key: transfer.drawn(backbone.init(own, key)))(key))
+    assert not any(np.any(drawn[name]) for name in
+                   ("conv_out/kernel", "mid_attn/proj_out/kernel", "mid_res_0/conv2/kernel"))
+    assert np.isfinite(drawn["conv_in/kernel"]).all() and np.any(drawn["mid_res_0/conv1/kernel"])
+
+
 def test_logits_are_divided_by_the_width():
     # q k / root(W) at the base's width; q's factor makes it q k root(W0) / W at another.
     for c in (16, 64):

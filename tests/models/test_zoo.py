@@ -61,6 +61,12 @@ def test_members_of_the_paper(rows, name):
     assert (row["published_fid"], row["published_clip"]) == (float(fid), float(clip))
 
 
+def test_which_networks_begin_with_zeros():
+    """The paper's; the small ones have results without, and a published network is not drawn."""
+    begins = {name for name, m in zoo.MEMBERS.items() if getattr(m.spec, "zero_init", False)}
+    assert begins == {*PRINTED, *(f"{name}_s32" for name in PRINTED)}
+
+
 def test_stable_diffusion(rows):
     row = rows["sd15"]
     assert row["context_dim"] == 768 and row["base_channels"] == 320
