@@ -108,7 +108,8 @@ def _in_workdir(command: str, arguments: list[str], rest: list[str], values: Any
         prepare_cli.to_folder(study, values.to, values.runner, rest, values.workers)
         return
     with processes.lead_first("check"):
-        materials = stages.check(study, workdir, measured=not values.dry_run)
+        trains = command in ("prepare", "train", "study")
+        materials = stages.check(study, workdir, not values.dry_run, trains)
     if values.dry_run:
         print(prepare_cli.dry_run(materials, values.format))
         return

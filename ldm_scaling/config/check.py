@@ -30,6 +30,6 @@ def placed(own: str, where: str) -> Iterator[None]:
     try:
         yield
     except UserError as e:
-        if where != own:
-            e.args = (re.sub(rf"(?<![\w.]){re.escape(own)}(?=\w)", where, str(e)),)
+        if where not in (own, ""):  # Not within values, which are quoted, nor paths.
+            e.args = (re.sub(rf"(?<![\w.'\"/]){re.escape(own)}(?=\w)", where, str(e)),)
         raise

@@ -57,7 +57,8 @@ def _coerce(name: str, kind: Any, value: Any) -> Any:
     return value
 
 
-def _build(cls: type, tree: Any, where: str) -> Any:
+def _build(cls: type, tree: Any, where: str, base: Any = None) -> Any:
+    """What a tree says of a part, and of the rest what `base` does, or the class's defaults."""
     kinds = typing.get_type_hints(cls)
     for key in tree:
         if key not in kinds:
@@ -69,11 +70,12 @@ def _build(cls: type, tree: Any, where: str) -> Any:
         if key not in tree:
             continue
         if dataclasses.is_dataclass(kind):
-            values[key] = _build(kind, tree[key], f"{where}{key}.")
+            (default,) = (f.default_factory for f in dataclasses.fields(cls) if f.name == key)
+            values[key] = _build(kind, tree[key], f"{where}{key}.", default())
         else:
             values[key] = _coerce(f"{where}{key}", kind, tree[key])
     with placed(f"{cls.__name__.lower()}.", where):
-        return cls(**values)
+        return cls(**values) if base is None else dataclasses.replace(base, **values)
 
 
 def parse(config: ml_collections.ConfigDict | dict[str, Any]) -> Study:

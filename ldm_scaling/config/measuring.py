@@ -115,9 +115,7 @@ class Sweep:
                  "must be finite")
         require(all(n >= 1 for n in self.max_steps.values()), "sweep.max_steps", self.max_steps,
                  "must be at least 1")
-        positive(self, "num_images", "batch_size", "feature_side")
-        require(self.replicates >= 2, "sweep.replicates", self.replicates,
-                "at least 2, or there is no spread")
+        positive(self, "num_images", "batch_size", "feature_side", "replicates")
         require(self.feature_side >= 32, "sweep.feature_side", self.feature_side, "at least 32")
         require(self.num_images >= 4, "sweep.num_images", self.num_images,
                  "at least 4, or there is no interval")

@@ -70,8 +70,6 @@ class Study:
     dreambooth: DreamBooth = dataclasses.field(default_factory=DreamBooth)
 
     def __post_init__(self):
-        # Of others a key takes the last 32 bits, or none.
-        require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 4294967295")
         require(len(self.members) > 0, "members", self.members, "give at least one")
         require(len(set(self.members)) == len(self.members), "members", self.members,
                  "has a name twice")
@@ -209,6 +207,13 @@ class Study:
                     f"{blocks} blocks of as many prompts need at least {need} pictures for "
                     f"validation, there are {validation}: lower it, or hold back more for "
                     "validation")
+
+    def require_new(self) -> None:
+        """Raises `UserError` for what no study begins with; workdirs from before may have it."""
+        # Of another seed a key takes the last 32 bits, or none.
+        require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 4294967295")
+        require(self.sweep.replicates >= 2, "sweep.replicates", self.sweep.replicates,
+                "at least 2, or there is no spread")
 
     def identity(self) -> dict[str, Any]:
         """What a workdir is bound to: all that decides a trained network or a record's numbers.

@@ -49,11 +49,15 @@ class Configuration:
             value = getattr(self, field)
             array = np.asarray(self.index_N if value is None else value)
             most = np.iinfo(np.int32)
-            whole = array.dtype.kind in "iu" or not array.size
-            if not whole or ((array < most.min) | (array > most.max)).any():
+            if array.size and array.dtype.kind not in "iu":
                 raise UserError(
-                    f"configuration {self.table.name!r}: {field} holds {array.dtype} numbers from "
-                    f"{array.min()} to {array.max()}: give whole numbers of at most {most.max}"
+                    f"configuration {self.table.name!r}: {field} holds {array.dtype}: give whole "
+                    "numbers"
+                )
+            if array.size and (array.min() < most.min or array.max() > most.max):
+                raise UserError(
+                    f"configuration {self.table.name!r}: {field} holds numbers from {array.min()} "
+                    f"to {array.max()}: give them within 32 bits, at most {most.max}"
                 )
             if array.ndim != 1 or array.shape != np.shape(self.index_N):
                 raise UserError(

@@ -309,7 +309,7 @@ def _draw(given, common, read: protocols.Given, about: dict[str, Any]) -> Path:
     workdir = Workdir(common.workdir)
     study = config.parse(common.config) if common.config else workdir.last_config()
     # Pictures of the protocol's captions: of the study's own data nothing is needed.
-    materials = stages.check(study, workdir, measured=False)
+    materials = stages.check(study, workdir, measured=False, trains=False)
     p = read.protocol
     network = protocol_images.network_of(
         materials, given.member, given.stage, Sample(p.sampler, p.steps, "", p.guidance))

@@ -54,7 +54,9 @@ from ldm_scaling.training import loop, step
 log = logging.getLogger(__name__)
 
 
-def check(study: Study, workdir: Workdir, measured: bool = True) -> Materials:
+def check(
+    study: Study, workdir: Workdir, measured: bool = True, trains: bool = True
+) -> Materials:
     """Finds a config's contradictions before anything is computed or written. The study of what is
     returned is the config with what its inputs decide, see `resolve.resolved`.
 
@@ -62,6 +64,7 @@ def check(study: Study, workdir: Workdir, measured: bool = True) -> Materials:
       study: the config.
       workdir: where it will work.
       measured: whether the study's own data and the networks that score it are used.
+      trains: whether its runs may begin or go on: what they have to split must do so here.
     Raises:
       UserError: naming what does not fit, or a package that is missing.
     """
@@ -76,16 +79,17 @@ def check(study: Study, workdir: Workdir, measured: bool = True) -> Materials:
         runs.check_factors("train", study.train, map(backbone.param_shapes, [spec]))
         if not backbone.gathers(spec):  # Raises for a parameter without a sharding rule.
             step.abstract_state(backbone.initializer(spec), study.train, materials.mesh)
-    trains = {"train": study.train} if pretrains else {}
+    of_members = {"train": study.train} if pretrains else {}
     if pretrains and not study.autoencoder.weights:
         run, first = study.autoencoder.train, autoencoder_task.spec_of(study.autoencoder)
-        runs.check("autoencoder.train", run, materials.mesh, autoencoder_task.RANKS)
+        if trains:
+            runs.check("autoencoder.train", run, materials.mesh, autoencoder_task.RANKS)
         runs.check_factors("autoencoder.train", run, map(autoencoder.param_shapes, [first]))
     several = further_lib.of(materials)
     for further in several:
         further.check()
-        trains |= further.runs
-    for name, run in trains.items():
+        of_members |= further.runs
+    for name, run in of_members.items() if trains else ():
         runs.check(name, run, materials.mesh, held_out.RANKS)
     schedule = schedule_lib.get(study.diffusion.schedule)
     for member in study.members if pretrains else ():

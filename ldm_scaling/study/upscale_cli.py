@@ -107,7 +107,7 @@ def opened(common: Any) -> tuple[Any, Any, Any]:
 
     workdir = Workdir(common.workdir)
     study = config.parse(common.config) if common.config else workdir.last_config()
-    materials = stages.check(study, workdir, measured=False)
+    materials = stages.check(study, workdir, measured=False, trains=False)
     return FineTuned(materials), workdir, materials.study
 
 

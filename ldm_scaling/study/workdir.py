@@ -100,6 +100,7 @@ class Workdir:
         except OSError as e:
             raise self._unusable(e) from e
         if body is None:
+            study.require_new()
             for name in ("autoencoder", "models", "latents", "records"):
                 if (self.path / name).exists():
                     raise UserError(

@@ -78,11 +78,12 @@ class Saver:
                 raise self._stop(step)
 
     def settle(self) -> int:
-        """Waits for the save under way, within reason, and from then on for none.
+        """Waits for the save under way, ten minutes where the store was well, and from then on for
+        none.
 
         Returns the newest step that is on disk.
         """
-        self._look(_UNDER_WAY)
+        self._look(_UNDER_WAY if self._failures or self._why else _AT_THE_END)
         if self._under_way is not None:
             self._checkpoints.abandon()
         return self.safe

@@ -86,6 +86,6 @@ def check_metric(run: str, config: Train, known: Iterable[str]) -> None:
     """
     if config.keep_best and config.keep_metric not in known:
         raise UserError(
-            f"{run}.keep_metric={config.keep_metric!r} is not among the validation scalars "
-            f"{sorted(known)}: name one of them, or set keep_best=0"
+            f"{run}.keep_metric={config.keep_metric!r} is no validation scalar that is "
+            f"better when lower: name one of {sorted(known)}, or set keep_best=0"
         )

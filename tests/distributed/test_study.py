@@ -63,9 +63,9 @@ def test_two_processes_give_the_records_of_one(tmp_path):
         status, said = commands.run(*STUDY, f"--workdir={one}")
     assert status == 0, said[-3000:]
 
-    # The autoencoder, pictures and text states are taken over; the rest is made anew, by two.
+    # The autoencoder and the pictures are taken over; the rest is made anew, by two.
     shutil.copytree(one, two, ignore=shutil.ignore_patterns(
-        "models", "latents", "records", "strips", "samples", "figures", "reference",
+        "models", "latents", "text", "records", "strips", "samples", "figures", "reference",
         "report.html", "log.txt",
     ))
     (lead, other) = _run(two)

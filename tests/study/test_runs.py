@@ -81,7 +81,20 @@ def test_what_no_run_could_do_is_told_before_anything_is_computed(tmp_path, tree
     assert not list(tmp_path.iterdir())
 
 
+def test_what_was_trained_can_be_used_where_its_batches_do_not_split(tmp_path):
+    study = config.parse({
+        "members": ("c8",), "reference": "c8", "data": {"side": 64}, "mesh": {"data": 8},
+        "autoencoder": {"base_channels": 32, "blocks_per_level": 1},
+        "train": {"batch_size": 12, "micro_batches": 2},
+    })
+    stages.check(study, Workdir(tmp_path), measured=False, trains=False)
+    with pytest.raises(UserError, match="train.batch_size=12 does not split over 8 devices"):
+        stages.check(study, Workdir(tmp_path), measured=False)
+
+
 def test_the_best_autoencoders_are_told_by_a_scalar_that_there_is():
+    plain = config.parse({"autoencoder": {"train": {"keep_best": 1}}})
+    assert plain.autoencoder.train.keep_metric == "l1"
     given = config.default()
     given.autoencoder.train.keep_best = 1
     study = config.parse(given)

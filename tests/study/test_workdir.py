@@ -2,6 +2,7 @@
 
 import json
 import runpy
+from unittest import mock
 
 import pytest
 
@@ -57,3 +58,14 @@ def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
     (tmp_path / "records/.tmp-12345678-key.json").touch()
     with Workdir(tmp_path).lock():
         assert list(tmp_path.rglob(".tmp-*")) == []
+
+
+@pytest.mark.parametrize("change", [{"seed": -1}, {"seed": 2**32}, {"sweep": {"replicates": 1}}])
+def test_what_no_study_begins_with_is_no_bar_to_one_from_before(tmp_path, change):
+    study = config.parse(change)
+    with pytest.raises(UserError, match="config: (seed=.*: from 0|sweep.replicates=1: at least 2)"):
+        Workdir(tmp_path / "new").bind(study)
+    with mock.patch.object(config.Study, "require_new"):
+        Workdir(tmp_path / "old").bind(study)
+    assert Workdir(tmp_path / "old").last_config() == study
+    Workdir(tmp_path / "old").bind(study)

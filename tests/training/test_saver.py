@@ -159,7 +159,8 @@ def test_a_store_that_hangs_does_not_hide_why_a_run_stops(tmp_path, monkeypatch)
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(AsyncCheckpointer, "_save_step_metadata", hang)
-    monkeypatch.setattr(saver, "_UNDER_WAY", 0.1)
+    for name in ("_UNDER_WAY", "_AT_THE_END"):
+        monkeypatch.setattr(saver, name, 0.1)
     task = toy.task(diverges=lambda averages: "it grew" if next(steps) == 3 else "")
     steps, began = itertools.count(1), time.monotonic()
     try:
