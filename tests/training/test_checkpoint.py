@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -192,3 +193,16 @@ def test_another_checkpoint_at_the_same_place_is_read_as_itself(tmp_path):
     assert checkpoint.average(tmp_path / "one", 2, wide)["layer"]["bias"].shape == (4,)
     with pytest.raises(UserError, match=r"bias is \(4,\), should be \(8,\)"):
         checkpoint.average(tmp_path / "one", 2, abstract)
+
+
+def test_arrays_are_not_opened_for_their_shapes_where_a_file_lists_them(tmp_path, monkeypatch):
+    mesh = toy.one_device()
+    abstract = step.abstract_state(toy.init, toy.CONFIG, mesh)
+    with checkpoint.Checkpoints(tmp_path) as kept:
+        kept.save(2, jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), abstract), {}, {})
+    with monkeypatch.context() as patched:
+        patched.delattr(checkpoint.ocp, "StandardCheckpointer")
+        assert checkpoint.average(tmp_path, 2, abstract)["layer"]["bias"].sum() == 8
+    (tmp_path / "2" / "state" / "_METADATA").unlink()
+    with pytest.raises(UserError, match="2 is damaged .*delete"):
+        checkpoint.average(tmp_path, 2, abstract)
