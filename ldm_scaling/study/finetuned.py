@@ -345,7 +345,9 @@ class FineTuned:
 
     def _own_scorer(self) -> PairedScorer:
         config, m = self.config.sweep, self.materials
-        network, perceptual = efficientnet.load(config.feature_side), lpips.load(PERCEPTUAL)
+        same = config.feature_side == m.study.sweep.feature_side
+        network = m.feature_network if same else efficientnet.load(config.feature_side)
+        perceptual = lpips.load(PERCEPTUAL)
         extractor = network.layer_hash(LAYER)
 
         def trunk_and_logits(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ from ldm_scaling.data.composed import openmoji
 from ldm_scaling.data.conditions import pixels
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import autoencoder, backbone, cost, efficientnet, lpips, text_encoder
+from ldm_scaling.models import autoencoder, backbone, cost, lpips
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.parallel import processes
 from ldm_scaling.sampling import solvers
@@ -126,8 +126,7 @@ def check(
             openmoji.load()
         elif study.data.hash:  # Shards: their counts are known.
             _ = materials.datasets
-        text_encoder.load(study.data.text_length)
-        efficientnet.load(study.sweep.feature_side)
+        _ = materials.own.text_encoder, materials.own.feature_network
         if study.finetune.task:
             lpips.load(PERCEPTUAL)
             pixels.opencv()
