@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import scipy
 import threadpoolctl
 from etils import epath
 
@@ -20,7 +21,10 @@ from ldm_scaling.errors import UserError
 _DIGEST = hashlib.sha256().digest_size
 
 
-_blas = functools.cache(threadpoolctl.ThreadpoolController)
+@functools.cache
+def _blas() -> threadpoolctl.ThreadpoolController:
+    _ = scipy.linalg  # Loads its BLAS, another than numpy's: only those that are there are held.
+    return threadpoolctl.ThreadpoolController()
 
 
 @contextlib.contextmanager

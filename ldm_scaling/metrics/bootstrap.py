@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.metrics import arrays
@@ -205,5 +205,5 @@ def block_interval(values_K: np.ndarray, level: float = 0.95) -> tuple[float, fl
             f"an interval from seed blocks needs at least 2 of them, there is {len(values_K)}: "
             "evaluate more blocks"
         )
-    half = stats.sem(values_K) * stats.t.ppf((1 + level) / 2, len(values_K) - 1)
+    half = scipy.stats.sem(values_K) * scipy.stats.t.ppf((1 + level) / 2, len(values_K) - 1)
     return float(values_K.mean() - half), float(values_K.mean() + half)

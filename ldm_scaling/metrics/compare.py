@@ -10,7 +10,7 @@ import dataclasses
 from typing import Literal
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.metrics import arrays, bootstrap
@@ -75,11 +75,11 @@ def means(
         # Student's t has no spread to judge by: certain, whichever way.
         low, high, p_value = value, value, 1.0 if value == 0 else 0.0
     else:
-        test = stats.ttest_1samp(d_N, 0.0)
+        test = scipy.stats.ttest_1samp(d_N, 0.0)
         low, high = test.confidence_interval(level)
         p_value = test.pvalue
     if method == "permutation":
-        p_value = stats.permutation_test(
+        p_value = scipy.stats.permutation_test(
             (d_N,), np.mean, permutation_type="samples", rng=np.random.default_rng(seed)
         ).pvalue
     return Comparison(value, float(low), float(high), float(p_value), level, method)
@@ -139,4 +139,4 @@ def p_of(difference: float, replicates_R: np.ndarray) -> float:
     error = float(np.std(replicates_R, ddof=1))
     if error == 0:
         return 1.0 if difference == 0 else 0.0
-    return float(2 * stats.t.sf(abs(difference) / error, len(replicates_R) - 1))
+    return float(2 * scipy.stats.t.sf(abs(difference) / error, len(replicates_R) - 1))

@@ -8,7 +8,7 @@ StableSR's among them (its authors, github.com/IceClear/StableSR/issues/45).
 from __future__ import annotations
 
 import numpy as np
-from scipy import ndimage
+import scipy
 
 from ldm_scaling.errors import UserError
 
@@ -87,7 +87,7 @@ def _local_mean(x_HWC: np.ndarray) -> np.ndarray:
     """Means under the window, where it fits in."""
     weights, reach = _window(), WINDOW // 2
     for axis in (0, 1):
-        x_HWC = ndimage.correlate1d(x_HWC, weights, axis=axis)
+        x_HWC = scipy.ndimage.correlate1d(x_HWC, weights, axis=axis)
     return x_HWC[reach:-reach, reach:-reach]
 
 

@@ -19,8 +19,7 @@ import dataclasses
 import functools
 
 import numpy as np
-import scipy.linalg
-from scipy.linalg import lapack
+import scipy
 
 from ldm_scaling import files
 from ldm_scaling.errors import UserError
@@ -71,7 +70,9 @@ def factorise(covariance_DD: np.ndarray) -> Factor:
     d = len(covariance_DD)
     diagonal_D = np.diagonal(covariance_DD)
     tolerance = d * _EPS * max(diagonal_D.max(), 0.0)
-    lower_DD, pivots_D, rank, _ = lapack.dpstrf(covariance_DD.T, tol=tolerance, lower=1)
+    lower_DD, pivots_D, rank, _ = scipy.linalg.lapack.dpstrf(
+        covariance_DD.T, tol=tolerance, lower=1
+    )
     order_D = pivots_D - 1
     root_DR = np.triu(lower_DD.T[:rank]).T
     left_D = diagonal_D[order_D] - np.einsum("dr,dr->d", root_DR, root_DR)
@@ -99,7 +100,7 @@ def _overlap(a: Factor, covariance_DD: np.ndarray) -> float | None:
     c_DD = covariance_DD.take(a.order_D, axis=0).take(a.order_D, axis=1)
     if a.triangular and a.rank == len(c_DD):
         # Half the work of two products: c is symmetric, so its transpose is it in Fortran's order.
-        m_RR, _ = lapack.dsygst(c_DD.T, a.root_DR, itype=2, lower=1, overwrite_a=1)
+        m_RR, _ = scipy.linalg.lapack.dsygst(c_DD.T, a.root_DR, itype=2, lower=1, overwrite_a=1)
     else:
         m_RR = a.root_DR.T @ (c_DD @ a.root_DR)
     values_R = scipy.linalg.eigvalsh(

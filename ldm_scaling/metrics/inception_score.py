@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from scipy import special
+import scipy
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.metrics import arrays
@@ -41,7 +41,7 @@ def _prepare(
             f"an inception score over {splits} splits needs at least {max(splits, 1)} images, "
             f"there are {n}: use 1 split, or more images"
         )
-    log_NC = special.log_softmax(logits_NC, axis=1)
+    log_NC = scipy.special.log_softmax(logits_NC, axis=1)
     p_NC = np.exp(log_NC)
     order_N = np.arange(n)
     if shuffle_seed is not None:
@@ -60,7 +60,7 @@ def _scores(
         weight_SN[s] = np.bincount(part, minlength=len(p_NC)) / len(part)
     q_SC = weight_SN @ p_NC
     # Mean KL = mean negative entropy - negative entropy of the mean: one product a split.
-    return np.exp(weight_SN @ negentropy_N - special.xlogy(q_SC, q_SC).sum(axis=1))
+    return np.exp(weight_SN @ negentropy_N - scipy.special.xlogy(q_SC, q_SC).sum(axis=1))
 
 
 def inception_score(

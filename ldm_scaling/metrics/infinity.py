@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.metrics import arrays
@@ -83,7 +83,7 @@ def frechet_infinity(
         frechet_from_features(features_ND[rng.permutation(n)[:size]], reference)
         for size in sizes_P
     ]
-    line = stats.linregress(1.0 / sizes_P, distances_P)
+    line = scipy.stats.linregress(1.0 / sizes_P, distances_P)
     return Extrapolation(
         value=float(line.intercept),
         error=float(line.intercept_stderr),

@@ -13,7 +13,7 @@ import dataclasses
 import math
 
 import numpy as np
-from scipy import special
+import scipy
 
 SIDE = 21  # all weights are padded to it
 SIZES = tuple(range(7, SIDE + 1, 2))
@@ -88,7 +88,7 @@ def sinc(size: int, cutoff: float) -> np.ndarray:
     x_K = np.arange(size) - size // 2
     r_KK = np.hypot(x_K[:, None], x_K)
     r_KK[size // 2, size // 2] = 1.0
-    weights_KK = cutoff * special.j1(cutoff * r_KK) / (2 * np.pi * r_KK)
+    weights_KK = cutoff * scipy.special.j1(cutoff * r_KK) / (2 * np.pi * r_KK)
     weights_KK[size // 2, size // 2] = cutoff**2 / (4 * np.pi)
     return _normalized(weights_KK)
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.metrics import bootstrap
@@ -188,7 +188,7 @@ def flattery(
     mean_B = np.mean([sign * (np.array(o.values) - o.chosen) for o in found], axis=0)
     low = high = None
     if len(mean_B) > 1:
-        half = (stats.t.ppf((1 + level) / 2, len(mean_B) - 1) * mean_B.std(ddof=1)
+        half = (scipy.stats.t.ppf((1 + level) / 2, len(mean_B) - 1) * mean_B.std(ddof=1)
                 * np.sqrt(1 + 1 / len(mean_B)))
         low, high = (float(mean_B.mean() + side) for side in (-half, half))
     return Flattery(float(mean_B.mean()), low, high, len(found))

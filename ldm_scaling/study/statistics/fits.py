@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from scipy import optimize
+import scipy
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.metrics import arrays
@@ -234,7 +234,7 @@ def fit(
     starts = problem.starts()
     starts = starts[np.argsort(problem.rough(starts), kind="stable")[:tries]]
     found = [
-        optimize.minimize(
+        scipy.optimize.minimize(
             problem.value_and_gradient, start, jac=True, method="L-BFGS-B",
             options={"maxiter": 5000, "maxfun": 10000, "ftol": 1e-14, "gtol": 1e-9, "maxcor": 30},
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from ldm_scaling.errors import UserError
 
@@ -38,4 +38,4 @@ def benjamini_hochberg(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
     comparisons that are independent or depend positively on each other.
     """
     p_K = _checked(p_values)
-    return stats.false_discovery_control(p_K, method="bh") if len(p_K) else p_K
+    return scipy.stats.false_discovery_control(p_K, method="bh") if len(p_K) else p_K

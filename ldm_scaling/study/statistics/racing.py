@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from ldm_scaling.config import measuring
 from ldm_scaling.errors import UserError
@@ -182,7 +182,7 @@ class Race:
         gap = b.loss - a.loss
         if error == 0:
             return gap > 0
-        return bool(gap / error > stats.t.isf(level, a.replicates_R.size - 1))
+        return bool(gap / error > scipy.stats.t.isf(level, a.replicates_R.size - 1))
 
 
 def run(race: Race, score: Callable[[Arm, int], Score]) -> Race:

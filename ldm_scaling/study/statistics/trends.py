@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from ldm_scaling.study import curves as curves_lib
 from ldm_scaling.study import labels
@@ -114,14 +114,14 @@ def training(
     sign = labels.measure(metric).sign
     slope, error = _slope(np.log10(compute), points, sign, size_P)
     degrees = len(models) - 2
-    half = stats.t.ppf(0.975, degrees) * error
+    half = scipy.stats.t.ppf(0.975, degrees) * error
     logs = _in_logs(points, sign)
     ends = [sign * (slope - half), sign * (slope + half)]
     change, low, high = (
         float(10**v - 1 if logs else v) for v in (sign * slope, min(ends), max(ends))
     )
     certain = 1.0 if slope < 0 else 0.0 if slope > 0 else 0.5
-    probability = float(stats.t.cdf(-slope / error, degrees)) if error > 0 else certain
+    probability = float(scipy.stats.t.cdf(-slope / error, degrees)) if error > 0 else certain
     return Trend(
         change, low, high, probability, len(found), len(models),
         len({n.train_step for n in found}), points[0].sampler, points[0].steps,
@@ -286,7 +286,7 @@ def _jackknife(value: float, without_M: np.ndarray) -> Any:
     """Student's t about a value of M sizes by what it is without each of them: a `scipy`
     distribution."""
     error = np.sqrt((len(without_M) - 1) / len(without_M) * ((without_M - value) ** 2).sum())
-    return stats.t(len(without_M) - 2, value, max(error, np.finfo(float).tiny))
+    return scipy.stats.t(len(without_M) - 2, value, max(error, np.finfo(float).tiny))
 
 
 def _shares(rows: Sequence[FineTuned], weight_RN: np.ndarray) -> tuple[np.ndarray, ...]:
