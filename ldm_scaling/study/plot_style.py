@@ -192,7 +192,7 @@ def name_curves(
     end_N = ax.transData.transform([(x, y) for x, y, *_ in ends])[:, 1]
     steep = np.median(sign * (y_N - end_N)) > 0.35 * ax.bbox.height
     if not steep or np.diff(np.sort(x_N)).min(initial=np.inf) < 1.15 * size * point:
-        name_ends(ax, ends, size)
+        _name_ends(ax, ends, size)
         return
     names = [
         _named(ax, start, size, xytext=(0, sign * 8), rotation=sign * 55, rotation_mode="anchor",
@@ -211,13 +211,18 @@ def name_ends(ax: Axes, ends: Sequence[End], size: float = 8.0) -> None:
 
     Call it last: the axes make room on the right, and places depend on the final limits.
     """
-    if not ends:
-        return
+    if ends:
+        ax.figure.draw_without_rendering()
+        _name_ends(ax, ends, size)
+
+
+def _name_ends(ax: Axes, ends: Sequence[End], size: float) -> None:
+    """As `name_ends`, of a figure that is laid out: it takes the most of the time."""
     point = ax.figure.dpi / 72
     names = [_named(ax, end, size, xytext=(6, 0), va="center") for end in ends]
-    ax.figure.draw_without_rendering()
     boxes = [name.get_window_extent() for name in names]
     _widen(ax, max(max(box.x1 for box in boxes) + 2 * point - ax.bbox.x1, 0), 0, 0)
+    ax.figure.draw_without_rendering()
     boxes = [name.get_window_extent() for name in names]
     left_N, right_N, bottom_N, top_N = np.array([[b.x0, b.x1, b.y0, b.y1] for b in boxes]).T
     moved_N = apart(left_N, right_N, bottom_N, top_N, (ax.bbox.y0, ax.bbox.y1)) / point
@@ -239,7 +244,6 @@ def _widen(ax: Axes, right: float, bottom: float, top: float) -> None:
     (_, y0), (x1, y1) = back([(x0, y0 - bottom * each), (x1, y1 + top * each)])
     ax.set_xlim(right=x1)
     ax.set_ylim(y0, y1)
-    ax.figure.draw_without_rendering()
 
 
 def apart(
