@@ -23,7 +23,7 @@ from ldm_scaling.sampling import solvers
 from ldm_scaling.sampling.packing import Configuration
 from ldm_scaling.study import fitting, labels, runs, sheet, small, sweep, versions
 from ldm_scaling.study import subject as subject_lib
-from ldm_scaling.study.materials import SHOWN_EXAMPLES, VALIDATION_EXAMPLES, Materials
+from ldm_scaling.study.materials import SHOWN_EXAMPLES, Materials
 from ldm_scaling.study.networks import model_hash
 from ldm_scaling.study.records import First
 from ldm_scaling.study.scorer import Scorer
@@ -202,13 +202,9 @@ class Cascaded:
     def validation(self) -> dict[str, np.ndarray]:
         """A fixed part of the validation split: `index`, `context`, and of large and small pictures
         `mean` and `low_mean`."""
-        index = self.materials.some("validation", VALIDATION_EXAMPLES)
-        return {
-            "mean": self.materials.caches.posteriors("validation").batch(index)["mean"],
-            "low_mean": self.caches.posteriors("validation").batch(index)["mean"],
-            "context": self.caches.first_states("validation").batch(index)["context"],
-            "index": index.astype(np.int32),
-        }
+        large = self.materials.validation
+        low = self.caches.posteriors("validation").batch(large["index"])
+        return large | {"low_mean": low["mean"]}
 
     def base_task(self, base: str) -> Task:
         """What a base network's run trains: text to small images."""
