@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -18,7 +18,6 @@ import numpy as np
 from absl import flags
 
 from ldm_scaling.data.composed.images import FIELDS, ImageSource, image_source
-from ldm_scaling.data.corrupt import CorruptRecords
 from ldm_scaling.data.loading import reader
 from ldm_scaling.data.loading.mixture import Mixture
 from ldm_scaling.data.loading.order import Order
@@ -26,8 +25,8 @@ from ldm_scaling.data.loading.source import Source, buckets_of, hash_of, zip_sou
 from ldm_scaling.errors import UserError
 
 __all__ = [
-    "FIELDS", "ImageSource", "Loader", "Mixture", "Source", "eval_batches", "image_source",
-    "train_loader", "zip_sources",
+    "FIELDS", "ImageSource", "Loader", "Mixture", "Source", "image_source", "train_loader",
+    "zip_sources",
 ]
 
 log = logging.getLogger(__name__)
@@ -246,51 +245,6 @@ def train_loader(
         },
     }
     return Loader(reader.Reader(sources, order, own, seed), facts, max_corrupt, threads, workers)
-
-
-def eval_batches(
-    source: Source,
-    batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
-    threads: int = 2,
-) -> Iterator[dict[str, np.ndarray]]:
-    """Every example once, in order, in batches of one shape; nothing about them is random.
-
-    The last batch is filled up with the last example; "mask" (bool, (B,)) is False there. Hosts
-    share batches as in `train_loader`.
-
-    Raises:
-      UserError: a batch that hosts cannot share equally, an empty source, or, on the way, an
-        example that cannot be read: no figure is of other examples than it says.
-    """
-    count = len(source)
-    _check_batch(batch_size, process_index, process_count)
-    if not count:
-        raise UserError("there are no examples to evaluate on: make the data set's split larger")
-    if buckets_of(source) is not None:
-        raise ValueError("evaluation takes pictures of one size, not buckets")
-    own = _share(batch_size, process_index, process_count)
-
-    def read(k: int) -> dict[str, np.ndarray]:
-        positions = np.arange(k * batch_size, (k + 1) * batch_size)[own]
-        try:
-            arrays = source.batch(np.minimum(positions, count - 1))
-        except CorruptRecords as e:
-            raise UserError(
-                f"cannot evaluate on this split: {e}; remove its folder and prepare it anew"
-            ) from e
-        return {**arrays, "mask": positions < count}
-
-    return _all_of(_read_ahead(grain.MapDataset.range(-(-count // batch_size)).map(read), threads))
-
-
-def _all_of(batches: grain.IterDataset) -> Iterator[dict[str, np.ndarray]]:
-    iterator = iter(batches)
-    try:
-        yield from iterator
-    finally:
-        iterator.close()
 
 
 def _read_ahead(batches: grain.MapDataset, threads: int, workers: int = 0) -> grain.IterDataset:

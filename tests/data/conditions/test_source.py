@@ -67,11 +67,9 @@ def test_batches_threads_hosts_and_processes_do_not_matter():
 
 def test_in_evaluation_it_is_the_same_every_time_and_another_for_another_seed():
     source = ConditionedSource(pictures_of(), table.named("inpainting"))
-    batches = list(loader.eval_batches(source, 4))
-    assert [batch["mask"].sum() for batch in batches] == [4, 2]  # the loader's own, beside ours
-    again = source.batch([3, 1])
+    batch, again = source.batch(range(4)), source.batch([3, 1])
     for name in ("condition", "condition_mask"):
-        np.testing.assert_array_equal(again[name], batches[0][name][[3, 1]])
+        np.testing.assert_array_equal(again[name], batch[name][[3, 1]])
     other = ConditionedSource(pictures_of(), table.named("inpainting"), seed=1).batch([3, 1])
     assert (other["condition_mask"] != again["condition_mask"]).any()
 

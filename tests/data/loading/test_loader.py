@@ -223,21 +223,6 @@ def test_orbax_keeps_the_state(tmp_path):
     assert take(other, 9) == expected
 
 
-@pytest.mark.parametrize("hosts", [1, 2])
-@pytest.mark.parametrize("count", [16, 17, 23])
-def test_evaluation_sees_every_example_once_in_order(count, hosts):
-    parts = [
-        list(loader.eval_batches(Numbers(count), 8, process_index=h, process_count=hosts))
-        for h in range(hosts)
-    ]
-    seen = []
-    for step in zip(*parts, strict=True):
-        for batch in step:
-            assert batch["x"].shape == batch["mask"].shape == (8 // hosts,)
-            seen += batch["x"][batch["mask"]].tolist()
-    assert seen == list(range(count))
-
-
 def test_zipped_sources_stay_in_step(tmp_path):
     for name, factor in (("latent", 2), ("text", 3)):
         items = ({name: np.float32([i * factor])} for i in range(20))
@@ -268,13 +253,6 @@ def test_sources_of_different_lengths_are_refused():
 def test_impossible_batches_are_refused(count, size, hosts, message):
     with pytest.raises(errors.UserError, match=message):
         loader.train_loader(Numbers(count), size, 0, process_count=hosts)
-
-
-def test_nothing_to_evaluate_is_refused_at_once():
-    with pytest.raises(errors.UserError, match="no examples"):
-        loader.eval_batches(Numbers(0), 4)
-    with pytest.raises(errors.UserError, match="2 hosts"):
-        loader.eval_batches(Numbers(4), 3, process_count=2)
 
 
 def test_a_damaged_record_stops_the_loader_with_the_files_name(tmp_path):
@@ -377,11 +355,6 @@ def test_a_source_without_a_sound_example_stops_the_run():
     with loader.train_loader(Rotten(10, set(range(10))), 4, 0, max_corrupt=1) as iterator:
         with pytest.raises(errors.UserError, match="picture_.*cut short"):
             next(iterator)
-
-
-def test_evaluation_leaves_nothing_out():
-    with pytest.raises(errors.UserError, match=r"cannot evaluate.*picture_3.jpg"):
-        list(loader.eval_batches(Rotten(10, {3}), 4))
 
 
 @pytest.mark.parametrize(
