@@ -82,8 +82,8 @@ def write(
     Args:
       path: the file to make, on a local file system.
       arrays: dicts of the same names, types and shapes, example 0 first.
-      meta: plain JSON, given back by `CacheSource.meta`; its "hash" is what `CacheSource` and
-        `is_current` compare.
+      meta: plain JSON, given back by `CacheSource.meta`; its "hash" is what `CacheSource`
+        compares.
       compress: by zstd. Latents lose 2 to 7% of their bytes by it, text states with zeros at the
         padding that share; reading takes two to four times as long.
 
@@ -225,18 +225,6 @@ class CacheFile:
         )
 
 
-def is_current(path: epath.PathLike, hash: str) -> bool:
-    """Whether `path` is a whole cache with this hash; False where there is none, one that is not
-    finished, or another's.
-
-    Raises:
-      UserError: the file is damaged.
-    """
-    path = epath.Path(path)
-    whole = (path / MANIFEST).exists() if path.is_dir() else path.exists()
-    return whole and CacheSource(path).meta.get("hash") == hash
-
-
 class CacheSource:
     """Random access to a cache; a source for `loader`. Threads may share it, and it pickles: a
     worker process opens its own files.
@@ -290,12 +278,6 @@ class CacheSource:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return {name: array[0] for name, array in self.batch([index]).items()}
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:
-        return list(rows([self.batch(indices)])) if len(indices) else []
 
     def batch(
         self, indices: Sequence[int], keys: np.ndarray | None = None

@@ -46,14 +46,11 @@ class LatentStatistics:
 
     Attributes:
       count: images.
-      mean_C, std_C: of each channel.
       mean, std: of all values together.
       least, largest: of the posterior's means.
     """
 
     count: int
-    mean_C: tuple[float, ...]
-    std_C: tuple[float, ...]
     mean: float
     std: float
     least: float
@@ -77,16 +74,11 @@ def latent_statistics(*sources: cache.CacheSource) -> LatentStatistics:
                             "made anew")
     found = functools.reduce(cache_shards.merge, (source.statistics for source in sources), {})
     n, sum_C, square_C = found["values"], np.array(found["sum_C"]), np.array(found["square_C"])
-    mean_C = sum_C / n
-    std_C = np.sqrt(np.maximum(square_C / n - mean_C**2, 0.0))
-    mean = float(mean_C.mean())
+    mean = float((sum_C / n).mean())
     std = float(np.sqrt(max(square_C.mean() / n - mean**2, 0.0)))
     if std == 0:
         raise UserError(f"{sources[0].path}: all latents are the same: check the images")
-    return LatentStatistics(
-        found["count"], tuple(mean_C.tolist()), tuple(std_C.tolist()), mean, std,
-        found["min"], found["max"],
-    )
+    return LatentStatistics(found["count"], mean, std, found["min"], found["max"])
 
 
 def _measured(batch: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -90,10 +90,6 @@ class Captions(Sequence):
         offset = int(self.starts_N[first])
         return flat[start - offset : stop - offset]
 
-    def first(self, index: Sequence[int]) -> list[str]:
-        """The first caption of pictures."""
-        return [captions[0] for captions in self.read(index)]
-
     def name_sides(self) -> np.ndarray:
         """Which of them would be false of the mirrored picture, bool (captions,)."""
         out = np.zeros(len(self), bool)

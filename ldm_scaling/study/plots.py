@@ -33,16 +33,14 @@ def sized(records: Sequence[Record]) -> dict[str, str]:
             for m, count in counts.items()}
 
 
-def _legend(
-    fig: Figure, entries: Mapping[str, str], extra: Sequence[Line2D] = (), areas: bool = False
-) -> None:
+def _legend(fig: Figure, entries: Mapping[str, str], areas: bool = False) -> None:
     marks = plot_style.marks(list(entries))
     if areas:
         marks = {m: {"color": mark["color"], "marker": "s", "ls": "", "ms": 10}
                  for m, mark in marks.items()}
     handles = [Line2D([], [], label=text, **marks[m]) for m, text in entries.items()]
-    fig.legend(handles=[*handles, *extra], loc="outside lower center",
-               ncols=min(len(handles) + len(extra), 7), title="size (parameters)")
+    fig.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 7),
+               title="size (parameters)")
 
 
 _PANELS = 5

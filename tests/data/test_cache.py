@@ -50,7 +50,7 @@ def test_any_arrays_come_back_bit_for_bit(tmp_path_factory, data, compress):
     source = cache.CacheSource(path)
     assert len(source) == len(items)
     for index, item in enumerate(items):
-        found = source[index]
+        found = {name: array[0] for name, array in source.batch([index]).items()}
         assert list(found) == list(item)
         for name, array in item.items():
             assert found[name].dtype == array.dtype and found[name].shape == array.shape
@@ -65,7 +65,6 @@ def test_batches_are_the_records_in_the_order_asked_for(written):
         expected = np.stack([example[name] for example in examples(40)])[order]
         np.testing.assert_array_equal(batch[name], expected)
         assert batch[name].flags.writeable
-    assert [int(e["length"]) for e in source.__getitems__(order)] == batch["length"].tolist()
 
 
 def test_meta_and_schema_can_be_read(written):
@@ -108,7 +107,8 @@ def test_padding_compresses(tmp_path):
     for compress in (False, True):
         cache.write(tmp_path / "x", [{"context": states}] * 200, compress=compress)
         sizes.append((tmp_path / "x").stat().st_size)
-        np.testing.assert_array_equal(cache.CacheSource(tmp_path / "x")[100]["context"], states)
+        found = cache.CacheSource(tmp_path / "x").batch([100])
+        np.testing.assert_array_equal(found["context"][0], states)
     assert sizes[1] < 0.3 * sizes[0]
 
 
@@ -121,13 +121,10 @@ def test_rows_undo_stacking(tmp_path):
     assert cache.write(tmp_path / "x", cache.rows(batches)) == 10
     source = cache.CacheSource(tmp_path / "x")
     for index, item in enumerate(source_items):
-        np.testing.assert_array_equal(source[index]["context"], item["context"])
+        np.testing.assert_array_equal(source.batch([index])["context"][0], item["context"])
 
 
-def test_a_cache_is_current_only_with_its_hash(written, tmp_path):
-    assert cache.is_current(written, "abc")
-    assert not cache.is_current(written, "other")
-    assert not cache.is_current(tmp_path / "absent", "abc")
+def test_a_cache_is_taken_only_with_its_hash(written):
     assert len(cache.CacheSource(written, hash="abc")) == 40
     with pytest.raises(errors.UserError, match="abc, not other.*remove"):
         cache.CacheSource(written, hash="other")
@@ -193,7 +190,7 @@ def test_indices_outside_are_refused(written):
     source = cache.CacheSource(written)
     for index in (-1, 40):
         with pytest.raises(IndexError, match="0..39"):
-            source[index]
+            source.batch([index])
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,6 @@ def test_a_broken_run_ends_as_an_unbroken_one(unbroken, tmp_path, stop_at):
         write(folder, dying)
     with pytest.raises(UserError, match="not finished"):
         cache.CacheSource(folder)
-    assert not cache.is_current(folder, "abc")
     left = folder / ".tmp-0a1b2c3d-shard-00006-of-00007.array_record"
     left.write_bytes(b"of a killed run")
     os.utime(left, (0, 0))
@@ -117,7 +116,7 @@ def test_a_broken_run_ends_as_an_unbroken_one(unbroken, tmp_path, stop_at):
     write(folder, counted)
     assert made == list(range(stop_at // SIZE * SIZE, COUNT, SIZE))
     assert contents(folder) == contents(unbroken)
-    assert cache.is_current(folder, "abc") and not cache.is_current(folder, "other")
+    assert len(cache.CacheSource(folder, "abc")) == COUNT
     made.clear()
     write(folder, counted)
     assert not made

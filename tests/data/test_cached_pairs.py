@@ -147,7 +147,7 @@ def test_buckets_are_one_source(caches):
 
 def test_what_does_not_belong_together_is_refused(caches, tmp_path):
     plain, mirrored, text = caches
-    cache.write(tmp_path / "one", [plain[0]])
+    cache.write(tmp_path / "one", cache.rows([plain.batch([0])]))
     one = cache.CacheSource(tmp_path / "one")
     short = [*STARTS[:-1], CAPTIONS - 1]
     for match, arguments in {

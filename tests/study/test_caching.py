@@ -105,8 +105,6 @@ def test_statistics_are_those_of_sampled_latents(made):
     posterior = autoencoder.Posterior(jnp.asarray(batch["mean"]), jnp.asarray(batch["logvar"]))
     z = np.asarray(jax.vmap(posterior.sample)(keys), np.float64)
     assert found.count == COUNT
-    np.testing.assert_allclose(found.std_C, z.std(axis=(0, 1, 2, 3)), rtol=0.01)
-    np.testing.assert_allclose(found.mean_C, z.mean(axis=(0, 1, 2, 3)), atol=0.01 * found.std)
     np.testing.assert_allclose([found.std, 1 / found.scale], z.std(), rtol=0.01)
     np.testing.assert_allclose(found.mean, z.mean(), atol=0.01 * found.std)
     assert (found.least, found.largest) == (batch["mean"].min(), batch["mean"].max())

@@ -149,7 +149,6 @@ def test_captions_of_a_split_are_those_of_its_records_in_order(tmp_path):
         for stop in range(start, len(flat) + 1):
             assert found[start:stop] == flat[start:stop]
     assert [found[i] for i in range(len(flat))] == flat
-    assert found.first([5, 3, 0]) == ["one", "", records[0].captions[0]]
     assert found.name_sides().tolist() == [sides.names_a_side(text) for text in flat]
 
 

@@ -29,11 +29,11 @@ def prepared(tmp_path_factory):
 def contents(prepared) -> list:
     """All that is in a data set, plainly comparable."""
     return [
-        [(r["image"].tobytes(), str(r["caption"]), str(r["concept"]), int(r["index"]))
-         for r in map(source.__getitem__, range(len(source)))]
-        for source in (
+        [(image.tobytes(), str(caption), str(concept), int(index))
+         for image, caption, concept, index in zip(*map(found.get, loader.FIELDS))]
+        for found in (source.batch(range(len(source))) for source in (
             loader.image_source(prepared, split, loader.FIELDS) for split in compose.SPLITS
-        )
+        ))
     ]  # fmt: skip
 
 
@@ -54,9 +54,10 @@ def test_pictures_are_the_composers(prepared):
 
     source = loader.image_source(prepared, "validation", loader.FIELDS)
     picture = compose.Composer(openmoji.load(), 16).compose("validation", 5)
-    np.testing.assert_array_equal(source[5]["image"], picture.image_HWC)
-    assert source[5]["image"].dtype == np.uint8 and source[5]["image"].shape == (16, 16, 3)
-    assert source[5]["caption"] == picture.caption
+    found = source.batch([5])
+    np.testing.assert_array_equal(found["image"], picture.image_HWC[None])
+    assert found["image"].dtype == np.uint8 and found["image"].shape == (1, 16, 16, 3)
+    assert found["caption"] == picture.caption
 
 
 def test_preparing_elsewhere_gives_the_same_contents_and_hash(prepared, tmp_path):
