@@ -35,3 +35,9 @@ class ApartError(BaseException):
 
 class Interrupted(KeyboardInterrupt):
     """The process was asked to end (SIGTERM): what it was at is saved, the same command goes on."""
+
+
+def first_line(error: BaseException, most: int = 200) -> str:
+    """What an error says, in one line of at most so many letters; its type where it says nothing.
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]

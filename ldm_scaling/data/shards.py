@@ -32,7 +32,7 @@ from ldm_scaling import files
 from ldm_scaling.data.corrupt import CorruptRecords
 from ldm_scaling.data.open_files import Readers
 from ldm_scaling.data.record import Record, features
-from ldm_scaling.errors import UserError
+from ldm_scaling.errors import UserError, first_line
 
 SPLITS = ("train", "validation")
 MANIFEST = "prepared.json"
@@ -154,7 +154,7 @@ class Records:
             for place, row, data in zip(places.tolist(), rows, self._bytes(shard, rows)):
                 try:
                     if isinstance(data, RuntimeError):
-                        raise ValueError(_first_line(data)) from data
+                        raise ValueError(first_line(data)) from data
                     found[place] = Record.from_bytes(data)
                 except ValueError as e:
                     where = f"record {row} of {self._paths[shard]}"
@@ -208,7 +208,7 @@ def open(path: epath.PathLike) -> Shards:
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as e:
-        raise UserError(f"the data set in {shown} is damaged: {_first_line(e)}; {remedy}") from e
+        raise UserError(f"the data set in {shown} is damaged: {first_line(e)}; {remedy}") from e
 
 
 def write(
@@ -346,7 +346,7 @@ def _reader(path: str, count: int) -> ArrayRecordReader:
         reader = ArrayRecordReader(path, _READING)
         found = reader.num_records() if reader.ok() else 0
     except RuntimeError as e:
-        raise UserError(f"the shard {path} is damaged: {_first_line(e)}; {remedy}") from e
+        raise UserError(f"the shard {path} is damaged: {first_line(e)}; {remedy}") from e
     if found != count:
         raise UserError(
             f"the shard {path} is damaged: it has {found} records instead of {count}; {remedy}"
@@ -365,7 +365,7 @@ def _put(writer: ArrayRecordWriter, data: bytes, path: epath.Path) -> None:
     try:
         writer.write(data)
     except RuntimeError as e:  # not around the loop: the records may raise their own
-        raise UserError(f"cannot write {os.fspath(path)}: {_first_line(e)}") from e
+        raise UserError(f"cannot write {os.fspath(path)}: {first_line(e)}") from e
 
 
 def _close(writer: ArrayRecordWriter, path: epath.Path) -> None:
@@ -373,7 +373,7 @@ def _close(writer: ArrayRecordWriter, path: epath.Path) -> None:
         if writer.is_open():
             writer.close()
     except RuntimeError as e:
-        raise UserError(f"cannot write {os.fspath(path)}: {_first_line(e)}") from e
+        raise UserError(f"cannot write {os.fspath(path)}: {first_line(e)}") from e
 
 
 def _check_length(path: epath.Path, length: int) -> None:
@@ -385,7 +385,3 @@ def _check_length(path: epath.Path, length: int) -> None:
 
 def _index_file(split: str) -> str:
     return f"index_{split}.npz"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).split("\n", maxsplit=1)[0][:120]

@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from ldm_scaling import __version__, files
-from ldm_scaling.errors import UserError
+from ldm_scaling.errors import UserError, first_line
 from ldm_scaling.models import (
     autoencoder,
     clip,
@@ -307,15 +307,10 @@ def load(path: str | os.PathLike[str], kind: str | None = None) -> Converted:
             params = checkpointer.restore(os.fspath(path / _PARAMS), expected)
         found = pretrained.hash_of(params)
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} is damaged ({_first_line(e)}): convert the weights again") from e
+        raise UserError(f"{path} is damaged ({first_line(e)}): convert the weights again") from e
     if found != manifest["hash"]:
         raise UserError(
             f"{path} is damaged: its values have the hash {found}, not {manifest['hash']}: convert "
             "the weights again"
         )
     return Converted(manifest["kind"], spec_of(manifest), params, manifest["settings"], manifest)
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__

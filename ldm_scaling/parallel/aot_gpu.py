@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from ldm_scaling.errors import MissingPackageError, UserError
+from ldm_scaling.errors import MissingPackageError, UserError, first_line
 from ldm_scaling.parallel import chips, gpus, hosts
 
 # JAX's plug-ins for CUDA, and the packages that their compilers are in.
@@ -94,10 +94,9 @@ def topology(name: str) -> list[jax.Device]:
             platform="cuda", topology=f"1x{servers}x{each}", target_config=gpus.config(gpu)
         )
     except (RuntimeError, NotImplementedError, ValueError) as e:
-        line = str(e).strip().splitlines()[0][:200]
         raise UserError(
-            f"topology {name!r}: JAX's plug-in for CUDA says {line}; its version must be jax's, "
-            f"{jax.__version__}"
+            f"topology {name!r}: JAX's plug-in for CUDA says {first_line(e)}; its version must be "
+            f"jax's, {jax.__version__}"
         ) from e
     return list(described.devices)
 

@@ -9,7 +9,7 @@ import os
 
 import jax
 
-from ldm_scaling.errors import MissingPackageError, UserError
+from ldm_scaling.errors import MissingPackageError, UserError, first_line
 from ldm_scaling.parallel import aot_gpu
 
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -60,8 +60,9 @@ def topology(name: str, num_slices: int = 1) -> list[jax.Device]:
             name, platform="tpu", num_slices=num_slices, **options
         )
     except Exception as e:  # libtpu's errors have no type of their own.
-        line = str(e).strip().splitlines()[0][:200]
-        raise UserError(f"topology {name!r}, {num_slices} slices: libtpu says {line}") from e
+        raise UserError(
+            f"topology {name!r}, {num_slices} slices: libtpu says {first_line(e)}"
+        ) from e
     return list(found.devices)
 
 

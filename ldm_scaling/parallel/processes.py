@@ -25,7 +25,7 @@ from typing import Any
 
 import jax
 
-from ldm_scaling.errors import AGAIN, SAVED, ApartError, Interrupted, UserError
+from ldm_scaling.errors import AGAIN, SAVED, ApartError, Interrupted, UserError, first_line
 
 # How long processes wait for each other to start: a pod's hosts come up minutes apart.
 START_S = 900
@@ -97,7 +97,7 @@ def initialize(where: str, start_s: float = START_S, heartbeat_s: int = HEARTBEA
         ) from error
     if error is not None:
         kind = UserError if isinstance(error, ValueError) else ApartError
-        raise kind(f"--distributed={where}: {_first_line(error)}") from error
+        raise kind(f"--distributed={where}: {first_line(error, most=300)}") from error
     _joined.set()
     if _state().num_processes > 1:
         listener = threading.Thread(target=_listen, daemon=True, name="listen")
@@ -331,7 +331,3 @@ def _state() -> Any:
 
 def _client() -> Any:
     return _state().client
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

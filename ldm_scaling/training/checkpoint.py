@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from ldm_scaling.errors import UserError
+from ldm_scaling.errors import UserError, first_line
 from ldm_scaling.parallel import hosts, rules
 from ldm_scaling.training import consensus
 from ldm_scaling.training.state import TrainState
@@ -179,7 +179,7 @@ class Checkpoints:
         while isinstance(error, (jax.errors.JaxRuntimeError, TimeoutError)) and error.__context__:
             error = error.__context__
         return UserError(
-            f"cannot write a checkpoint in {self.directory}: {_first_line(error)}; free space or "
+            f"cannot write a checkpoint in {self.directory}: {first_line(error)}; free space or "
             "choose another --workdir, then run the same command again"
         )
 
@@ -290,7 +290,7 @@ def config_of(directory: epath.PathLike, step: int) -> dict[str, Any]:
             return reader.restore(folder / "config")
     except (OSError, ValueError) as e:
         raise UserError(
-            f"the checkpoint {folder} holds no config that can be read: {_first_line(e)}"
+            f"the checkpoint {folder} holds no config that can be read: {first_line(e)}"
         ) from e
 
 
@@ -382,15 +382,10 @@ def _damaged(folder: epath.Path, error: Exception) -> UserError:
     )
     if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
         return UserError(
-            f"the checkpoint {folder} cannot be read ({_first_line(error)}): where the store is at "
+            f"the checkpoint {folder} cannot be read ({first_line(error)}): where the store is at "
             f"fault, run the same command again; where the file is damaged, {remedy}"
         )
-    return UserError(f"the checkpoint {folder} is damaged ({_first_line(error)}): {remedy}")
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__
+    return UserError(f"the checkpoint {folder} is damaged ({first_line(error)}): {remedy}")
 
 
 def _shapes(tree: Any) -> dict[str, tuple]:

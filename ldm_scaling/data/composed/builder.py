@@ -22,7 +22,7 @@ from tensorflow_datasets.core.utils import tqdm_utils
 
 from ldm_scaling import files
 from ldm_scaling.data.composed import compose, openmoji
-from ldm_scaling.errors import UserError
+from ldm_scaling.errors import UserError, first_line
 
 _STALE_SECONDS = 3600
 _PIECE = 256  # pictures that are held in memory, as PNG
@@ -175,7 +175,7 @@ def prepare(data_dir: epath.PathLike, spec: ComposedSpec) -> Prepared:
                     )
                 )
     except (OSError, RuntimeError) as e:  # ArrayRecord's writer raises RuntimeError
-        how = getattr(e, "strerror", None) or str(e).split("\n", maxsplit=1)[0]
+        how = getattr(e, "strerror", None) or first_line(e)
         raise UserError(
             f"cannot prepare the data set below {os.fspath(root)}: {how}; "
             "choose a folder that can be written and has room"
@@ -191,7 +191,7 @@ def _found(spec: ComposedSpec, root: epath.Path) -> OpenmojiComposed:
     except (json_format.Error, ValueError) as e:  # of TFDS's own files
         folder = os.fspath(root / OpenmojiComposed.name / spec.name)
         raise UserError(
-            f"the data set in {folder} is damaged: {str(e).splitlines()[0]}; remove the folder "
+            f"the data set in {folder} is damaged: {first_line(e)}; remove the folder "
             "and run again"
         ) from e
 

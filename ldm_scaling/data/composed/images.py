@@ -11,7 +11,7 @@ from etils import epath
 from PIL import Image
 
 from ldm_scaling.data.composed import builder as builder_lib
-from ldm_scaling.errors import UserError
+from ldm_scaling.errors import UserError, first_line
 
 FIELDS = ("image", "caption", "concept", "index")
 
@@ -33,7 +33,7 @@ class ImageSource:
             )
             found = len(self._records)
         except (RuntimeError, OSError) as e:
-            raise self._damaged(e) from e
+            raise self._damaged(first_line(e)) from e
         self._count = prepared.builder.spec.count(split)
         self.hash = f"{prepared.hash}/{split}"
         if found != self._count:
@@ -66,11 +66,10 @@ class ImageSource:
             records = self._records.__getitems__(indices)
             return {name: _column(name, records) for name in self._fields}
         except (RuntimeError, OSError, ValueError, SyntaxError) as e:  # PIL: broken PNG
-            raise self._damaged(e) from e
+            raise self._damaged(first_line(e)) from e
 
-    def _damaged(self, how: Exception | str) -> UserError:
-        first = str(how).split("\n", maxsplit=1)[0][:120]
-        return UserError(f"{self._where} is damaged: {first}; {self._remedy}")
+    def _damaged(self, how: str) -> UserError:
+        return UserError(f"{self._where} is damaged: {how}; {self._remedy}")
 
 
 def image_source(

@@ -26,7 +26,7 @@ from ldm_scaling.data.sources.columns import IMAGE_COLUMNS
 from ldm_scaling.data.sources.listing import Once
 from ldm_scaling.data.sources.options import NO_CAPTIONS, Options
 from ldm_scaling.data.sources.texts import Unusable
-from ldm_scaling.errors import UserError
+from ldm_scaling.errors import UserError, first_line
 
 _INFO = "dataset_info.json"
 _KEY = "key"
@@ -258,8 +258,7 @@ def _records(part: Part, count: int) -> Iterator[tuple[int, bytes | str]]:
             reader = ArrayRecordReader(part.path)
             found = reader.num_records() if reader.ok() else 0
         except RuntimeError as e:
-            why = str(e).splitlines()[0]
-            raise UserError(f"cannot read {part.path} ({why}): {remedy}") from e
+            raise UserError(f"cannot read {part.path} ({first_line(e)}): {remedy}") from e
         if found != count:
             raise UserError(f"{part.path} is damaged, it holds {found} records: {remedy}")
         return reader
