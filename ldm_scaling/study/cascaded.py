@@ -32,7 +32,7 @@ from ldm_scaling.tasks import cascade as cascade_task
 from ldm_scaling.tasks import text_to_image
 from ldm_scaling.tasks.cascade_drawing import CascadeDrawer
 from ldm_scaling.tasks.drawing import Drawer, Frozen, sampling_key
-from ldm_scaling.training import checkpoint, loop
+from ldm_scaling.training import loop
 from ldm_scaling.training.task import Task
 
 
@@ -156,13 +156,7 @@ class Cascaded:
                             f"second stage {member}")
 
     def _params(self, spec: backbone.Spec, folder: epath.Path, run: Train, what: str) -> Any:
-        have = checkpoint.latest(folder / "checkpoints")
-        if have != run.steps:
-            raise UserError(
-                f"the {what} of the cascade is not trained: {folder / 'checkpoints'} holds step "
-                f"{have or 0} of {run.steps}; run  ldm-scaling train  with the same --config and "
-                "--workdir"
-            )
+        runs.require(folder, run, f"the {what} of the cascade")
         return runs.average(spec, folder, run, self.materials.mesh, run.steps)
 
     @functools.cached_property

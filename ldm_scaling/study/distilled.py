@@ -26,7 +26,7 @@ from ldm_scaling.study.scorer import Scorer
 from ldm_scaling.study.subject import Subject
 from ldm_scaling.tasks.distillation import student
 from ldm_scaling.tasks.drawing import Drawer, sampling_key
-from ldm_scaling.training import checkpoint, loop
+from ldm_scaling.training import loop
 from ldm_scaling.training.task import Task
 
 
@@ -166,14 +166,8 @@ class Distilled:
         """A student's parameters, averaged; without a stage the member's own. Raises `UserError`
         where it is not trained."""
         if stage is not None:
-            folder, run = self.folder(member, stage), stage.train
-            have = checkpoint.latest(folder / "checkpoints")
-            if have != run.steps:
-                raise UserError(
-                    f"member {member} is not distilled ({self.config.method}, {stage.name}): "
-                    f"{folder / 'checkpoints'} holds step {have or 0} of {run.steps}; run  "
-                    "ldm-scaling train  with the same --config and --workdir"
-                )
+            runs.require(self.folder(member, stage), stage.train, f"member {member}",
+                         f"distilled ({self.config.method}, {stage.name})")
         return self._trained(member, stage)
 
     def _trained(self, member: str, stage: Stage | None) -> Any:

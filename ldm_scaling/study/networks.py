@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ldm_scaling import files
-from ldm_scaling.config import Study, Train
-from ldm_scaling.errors import UserError
+from ldm_scaling.config import Study
 from ldm_scaling.models import autoencoder, backbone, zoo
 from ldm_scaling.models.tiny_decoder import TinyDecoderSpec
 from ldm_scaling.parallel import placing, rules
@@ -79,13 +78,13 @@ def trained(materials: Materials) -> Networks:
 
     def require(members: Iterable[str]) -> None:
         if not given:
-            _require(study.autoencoder.train, workdir / "autoencoder", "the autoencoder")
+            runs.require(workdir / "autoencoder", study.autoencoder.train, "the autoencoder")
         for member in members:
-            _require(study.train, workdir.member(member), f"member {member}")
+            runs.require(workdir.member(member), study.train, f"member {member}")
 
     def params(member: str) -> Any:
         folder, run = workdir.member(member), study.train
-        _require(run, folder, f"member {member}")
+        runs.require(folder, run, f"member {member}")
         return runs.average(zoo.get(member).spec, folder, run, materials.mesh, run.steps)
 
     @functools.cache
@@ -95,7 +94,7 @@ def trained(materials: Materials) -> Networks:
                 published.params, rules.shardings(published.params, materials.mesh)
             )
         run, folder = study.autoencoder.train, workdir / "autoencoder"
-        _require(run, folder, "the autoencoder")
+        runs.require(folder, run, "the autoencoder")
         abstract = step.abstract_state(autoencoder.initializer(spec), run, materials.mesh)
         return checkpoint.average(folder / "checkpoints", run.steps, abstract)
 
@@ -130,13 +129,3 @@ def trained(materials: Materials) -> Networks:
             f"through a frozen {'text encoder' if study.data.text_weights else 'MiniLM'}.",
         ),
     )
-
-
-def _require(config: Train, directory, what: str) -> None:
-    folder = directory / "checkpoints"
-    have = checkpoint.latest(folder)
-    if have != config.steps:
-        raise UserError(
-            f"{what} is not trained: {folder} holds step {have or 0} of {config.steps}; run  "
-            "ldm-scaling train  with the same --config and --workdir"
-        )

@@ -102,3 +102,14 @@ def average(
     `UserError` where the run was of another network."""
     abstract = step.abstract_state(backbone.initializer(spec), run, mesh)
     return checkpoint.average(folder / "checkpoints", steps, abstract, network(spec))
+
+
+def require(folder: epath.Path, run: Train, what: str, done: str = "trained") -> None:
+    """Raises `UserError` that says `what` is not `done` where a run has not come to its end."""
+    folder = folder / "checkpoints"
+    have = checkpoint.latest(folder)
+    if have != run.steps:
+        raise UserError(
+            f"{what} is not {done}: {folder} holds step {have or 0} of {run.steps}; run  "
+            "ldm-scaling train  with the same --config and --workdir"
+        )
