@@ -154,7 +154,7 @@ def cache_latents(
         for of in (data_hash, formerly or data_hash)
     )
     size = -(-batch_size // mesh_lib.shards(mesh)) * mesh_lib.shards(mesh)
-    encode, params = jitted(encoder), _placed(encoder, mesh)
+    encode, params = jitted(encoder), functools.cache(lambda: encoder.half(mesh))
 
     def read(places: range) -> np.ndarray:
         x_BHWC = _read(images, [indices[i] for i in places])
@@ -248,17 +248,6 @@ def jitted(encoder: LatentEncoder) -> Callable[[Any, jax.Array], dict[str, jax.A
         return {"mean": posterior.mean, "logvar": posterior.logvar}
 
     return encode
-
-
-def _placed(encoder: LatentEncoder, mesh: jax.sharding.Mesh) -> Callable[[], Any]:
-    """The encoder's half of the parameters, whole on each device, when they are first needed."""
-
-    @functools.cache
-    def params() -> Any:
-        half = {"encoder": encoder.params["encoder"]}
-        return jax.device_put(half, mesh_lib.replicated(mesh))
-
-    return params
 
 
 def _read(images: Any, indices: Sequence[int]) -> np.ndarray:

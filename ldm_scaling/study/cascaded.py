@@ -24,7 +24,7 @@ from ldm_scaling.sampling.packing import Configuration
 from ldm_scaling.study import fitting, labels, runs, sheet, small, sweep, versions
 from ldm_scaling.study import subject as subject_lib
 from ldm_scaling.study.materials import SHOWN_EXAMPLES, Materials
-from ldm_scaling.study.networks import model_hash
+from ldm_scaling.study.networks import grown, model_hash
 from ldm_scaling.study.records import First
 from ldm_scaling.study.scorer import Scorer
 from ldm_scaling.study.subject import Subject
@@ -217,12 +217,8 @@ class Cascaded:
         found["seen"] = self._seen(found, self.config.augment / 2)
         del found["low_mean"]
 
-        def start() -> Any:
-            grown = spec.in_channels - m.spec(member).in_channels
-            return jax.jit(
-                lambda params: backbone.grow_input(m.spec(member), params, grown)
-            )(m.member_params(member))
-
+        channels = spec.in_channels - m.spec(member).in_channels
+        start = functools.partial(grown, m, member, channels)
         return cascade_task.make(
             f"{member}, second stage", spec, self.config, m.study.diffusion, m.frozen, m.mesh,
             start if self.config.start == "member" else None, found, self._show(member),

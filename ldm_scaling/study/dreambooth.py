@@ -314,8 +314,8 @@ class Taught:
 
     def _latents(self, images_NHWC: np.ndarray) -> dict[str, np.ndarray]:
         """Posteriors of pictures, `mean` and `logvar` (N, h, w, C)."""
-        encoder, mesh = self._encoder, self.materials.own.mesh
-        params = placing.replicate(mesh, placing.fetch({"encoder": encoder.params["encoder"]}))
+        mesh = self.materials.own.mesh
+        params = self._encoder.half(mesh)
         out = []
         size = mesh_lib.rounded(min(_ENCODED, len(images_NHWC)), mesh)
         for start in range(0, len(images_NHWC), size):

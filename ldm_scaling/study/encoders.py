@@ -64,6 +64,11 @@ class LatentEncoder:
         with jax.default_matmul_precision(precision):
             return autoencoder.encode(self.spec, params, x_BHWC, self.dtype)
 
+    def half(self, mesh: jax.sharding.Mesh) -> Any:
+        """The encoder's half of `params`, all that `encode` takes, whole on each of some devices.
+        """
+        return placing.replicate(mesh, placing.fetch({"encoder": self.params["encoder"]}))
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(h, w, C) of the latents of pictures. Raises `UserError` for sides that do not divide."""
         f = self.spec.downsampling

@@ -36,7 +36,7 @@ from ldm_scaling.study.materials import (
     Materials,
     batches,
 )
-from ldm_scaling.study.networks import model_hash
+from ldm_scaling.study.networks import grown, model_hash
 from ldm_scaling.study.paired_scorer import PairedScorer
 from ldm_scaling.study.published_scorer import WithPublished
 from ldm_scaling.study.subject import Subject
@@ -205,8 +205,7 @@ class FineTuned:
 
     @functools.cached_property
     def _encoder_params(self) -> Any:
-        params = {"encoder": self.materials.networks.autoencoder().params["encoder"]}
-        return placing.replicate(self.materials.mesh, placing.fetch(params))
+        return self.materials.networks.autoencoder().half(self.materials.mesh)
 
     @functools.cached_property
     def _encode(self) -> Any:
@@ -283,14 +282,10 @@ class FineTuned:
         shown = np.concatenate([examples.given_NHWC, examples.image_NHWC], axis=2)
         channels = self.spec(member).in_channels - m.spec(member).in_channels
 
-        def start() -> Any:
-            return jax.jit(
-                lambda params: backbone.grow_input(m.spec(member), params, channels)
-            )(m.member_params(member))
-
         return conditioned.make(
             f"{member}, {self.config.task}", self.spec(member), self.config, m.study.diffusion,
-            m.networks.autoencoder().encode, self._encoder_params, self.drawer(member), start,
+            m.networks.autoencoder().encode, self._encoder_params, self.drawer(member),
+            functools.partial(grown, m, member, channels),
             {"mean": examples.mean_NHWC, "seen": examples.seen_NHWC, "index": examples.index_N,
              "shown": shown[:SHOWN_EXAMPLES]},
         )

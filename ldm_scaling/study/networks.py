@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
 from ldm_scaling import files
@@ -66,6 +67,14 @@ def model_hash(study: Study, member: str) -> str:
     spec = None if study.weights else zoo.get(member).spec
     recipe = () if spec is None else backbone.recipe(spec)
     return files.sha256_of([study.training_hash(member), spec, *recipe])
+
+
+def grown(materials: Materials, member: str, channels: int) -> Any:
+    """A member's parameters for a network that sees so many channels more, see
+    `backbone.grow_input`."""
+    spec = materials.spec(member)
+    grow = jax.jit(lambda params: backbone.grow_input(spec, params, channels))
+    return grow(materials.member_params(member))
 
 
 def trained(materials: Materials) -> Networks:

@@ -188,9 +188,7 @@ class _Upscaler:
         self._null_LD = null_LD
         network = m.networks.autoencoder()
         encode = network.encode
-        self._encoder = placing.replicate(
-            m.mesh, placing.fetch({"encoder": network.params["encoder"]})
-        )
+        self._encoder = network.half(m.mesh)
 
         @jax.jit
         def latents(params, x_BHWC):
