@@ -19,6 +19,9 @@ _K1, _K2 = 0.01, 0.03
 # Weights of red, green and blue of 0 to 255 in the luma, and its foot.
 _LUMA, _FOOT = np.array([65.481, 128.553, 24.966]) / PEAK, 16.0
 
+MOST_PSNR = 100.0
+"""dB, what two pictures that are the same count as: no mean takes in what is infinite."""
+
 
 def psnr(a_NHWC: np.ndarray, b_NHWC: np.ndarray, luma: bool = False) -> np.ndarray:
     """Peak signal-to-noise ratio (N,) in dB, 10 log10(255^2 / mean squared error).

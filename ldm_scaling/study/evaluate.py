@@ -156,7 +156,7 @@ def require(rows: Sequence[Row], options: Options) -> dict[str, Path]:
 
     Raises `UserError` that names all which are missing.
     """
-    return weights.require(options.weights, _needed(rows), scores_lib.free())
+    return weights.require(options.weights, scores_lib.needed(rows), scores_lib.free())
 
 
 def compared(a: Sequence[Score], b: Sequence[Score], level: float) -> dict[str, Comparison]:
@@ -215,14 +215,6 @@ def hash_of(rows: Sequence[Row], options: Options) -> str:
 
 
 # --- what is needed ---------------------------------------------------------------------------
-
-
-def _needed(rows: Sequence[Row]) -> dict[str, list[str]]:
-    needed: dict[str, list[str]] = {}
-    for row in rows:
-        for name in row.weights:
-            needed.setdefault(name, []).append(row.name)
-    return needed
 
 
 def _groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:

@@ -125,15 +125,13 @@ _MEASURES = {
     "ssim": (fidelity.ssim, False), "ssim_y": (fidelity.ssim, True),
 }  # fmt: skip
 _MEASURED = "8 bits, no border left out"
-# dB, of two pictures that are the same: no mean takes in what is infinite.
-MOST_PSNR = 100.0
 
 
 def _fidelity() -> Network:
     def run(pairs_BPHWC: np.ndarray) -> dict[str, np.ndarray]:
         return {  # An SSIM is at most 1.
             layer: np.minimum(
-                measure(pairs_BPHWC[:, 0], pairs_BPHWC[:, 1], luma), MOST_PSNR
+                measure(pairs_BPHWC[:, 0], pairs_BPHWC[:, 1], luma), fidelity.MOST_PSNR
             )[:, None]
             for layer, (measure, luma) in _MEASURES.items()
         }
@@ -143,7 +141,7 @@ def _fidelity() -> Network:
         over = "the luma of ITU-R BT.601, 16 to 235" if luma else "three colours"
         how = f"window {fidelity.WINDOW}, sigma {fidelity.SIGMA}"
         if measure is fidelity.psnr:
-            how = f"{MOST_PSNR:g} dB for two that are the same"
+            how = f"{fidelity.MOST_PSNR:g} dB for two that are the same"
         return f"{over}, {_MEASURED}, {how}"
 
     return Network(

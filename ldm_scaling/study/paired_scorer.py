@@ -11,11 +11,9 @@ import numpy as np
 from ldm_scaling import files
 from ldm_scaling.metrics import bootstrap, fidelity, inception_score
 from ldm_scaling.metrics.frechet import ReferenceStats, frechet_from_features
-from ldm_scaling.study.scorer import FRECHET, rounded
+from ldm_scaling.study.scorer import FRECHET, with_intervals
 
 LPIPS, PSNR, SSIM, LABELS = "stlpips_alex", "psnr", "ssim", "label_score_effnetlite0"
-# Of pictures that are the same in every pixel.
-MOST_PSNR = 100.0
 _PAIRED = (LPIPS, PSNR, SSIM)
 # As many as the inception score has, for as few pictures as there may be.
 _SPLITS = 1
@@ -56,7 +54,7 @@ class PairedScorer:
         paired_N3 = np.stack(
             [
                 self.perceptual(images_NHWC, real_NHWC),
-                np.minimum(fidelity.psnr(images_NHWC, real_NHWC), MOST_PSNR),
+                np.minimum(fidelity.psnr(images_NHWC, real_NHWC), fidelity.MOST_PSNR),
                 fidelity.ssim(images_NHWC, real_NHWC),
             ],
             axis=1,
@@ -96,6 +94,4 @@ class PairedScorer:
                 logits_NC, counts_RN, splits=_SPLITS
             ),
         }
-        centred = {k: bootstrap.centre(metrics[k], v) for k, v in drawn.items()}
-        intervals = {k: bootstrap.percentile_interval(v) for k, v in centred.items()}
-        return metrics, intervals, {k: rounded(v) for k, v in centred.items()}
+        return with_intervals(metrics, drawn)

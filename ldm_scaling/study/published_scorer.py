@@ -28,10 +28,7 @@ def require(names: Sequence[str]) -> dict[str, Path]:
 
     Raises `UserError` naming every file that is missing, where to get it and where to put it.
     """
-    needed: dict[str, list[str]] = {}
-    for row in scores.rows(names):
-        for weight in row.weights:
-            needed.setdefault(weight, []).append(row.name)
+    needed = scores.needed(scores.rows(names))
     return weights.require(weights.folder(None), needed, _FREE, _BY)
 
 

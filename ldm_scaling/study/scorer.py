@@ -63,9 +63,15 @@ class Scorer:
             metrics[FRECHET] = foretold.foretold(
                 metrics[FRECHET], halves, len(x_ND), images, self.reference
             )
-        centred = {k: bootstrap.centre(metrics[k], v) for k, v in drawn.items()}
-        intervals = {k: bootstrap.percentile_interval(v) for k, v in centred.items()}
-        return metrics, intervals, {k: rounded(v) for k, v in centred.items()}
+        return with_intervals(metrics, drawn)
+
+
+def with_intervals(metrics: dict[str, float], drawn: dict[str, np.ndarray]):
+    """(metrics, intervals, replicates) of metrics and what bootstraps drew of them, which is moved
+    to lie about them."""
+    centred = {k: bootstrap.centre(metrics[k], v) for k, v in drawn.items()}
+    intervals = {k: bootstrap.percentile_interval(v) for k, v in centred.items()}
+    return metrics, intervals, {k: rounded(v) for k, v in centred.items()}
 
 
 def rounded(replicates_R: np.ndarray) -> list[float]:

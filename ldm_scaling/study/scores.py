@@ -143,6 +143,15 @@ def rows(names: Iterable[str]) -> list[Row]:
     return list(out.values())
 
 
+def needed(rows: Iterable[Row]) -> dict[str, list[str]]:
+    """The weights that scores are by, and which each is for, as `weights.require` takes them."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        for name in row.weights:
+            found.setdefault(name, []).append(row.name)
+    return found
+
+
 def free() -> list[str]:
     """Names of the scores that need no download."""
     return [row.name for row in _ROWS if not row.weights]
