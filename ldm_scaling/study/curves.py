@@ -96,6 +96,11 @@ def samplers(records: Iterable[Record]) -> list[str]:
     return sorted(found, key=lambda s: (s.partition(", ")[0] != "ddim", s))
 
 
+def drawn(records: Iterable[Record], curves: Curves) -> list[str]:
+    """The samplers that have a curve, in the order of `samplers`."""
+    return [s for s in samplers(records) if any(s == k for _, k in curves)]
+
+
 def measures(records: Sequence[Record]) -> list[str]:
     """The measures that any of these holds, in the order of `labels.MEASURES`."""
     return [name for name in labels.MEASURES if any(name in r.metrics for r in records)]

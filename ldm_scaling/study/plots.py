@@ -196,7 +196,7 @@ def samplers_by_cost(records: Sequence[Record], curves: Curves, metric: str) -> 
     """Fig. 11: the curves of the other samplers, those of DDIM dashed behind them."""
     entries = sized(records)
     marks = plot_style.marks(list(entries))
-    first, *others = [s for s in curves_lib.samplers(records) if any(s == k for _, k in curves)]
+    first, *others = curves_lib.drawn(records, curves)
     fig = plot_style.figure(0.8 + 4.9 * max(len(others), 1), 4.9)
     axes = fig.subplots(1, len(others), sharey=True, squeeze=False)[0]
     named: dict[Axes, tuple[list[plot_style.End], list[plot_style.End]]] = {
@@ -230,7 +230,7 @@ def winner_chart(records: Sequence[Record], curves: Curves, metric: str) -> Figu
     """Which size is best at each budget: its probability, stacked by size, per sampler."""
     entries = sized(records)
     colours = {m: mark["color"] for m, mark in plot_style.marks(list(entries)).items()}
-    names = [s for s in curves_lib.samplers(records) if any(s == k for _, k in curves)]
+    names = curves_lib.drawn(records, curves)
     shown = [(s, winners.winner_by_budget(curves, metric, list(entries), samplers={s}))
              for s in names]
     fig = plot_style.figure(10.0, 1.1 + 1.75 * len(shown))

@@ -30,7 +30,7 @@ def _restored(source: Source, records: Sequence[Record]) -> Drawn | None:
         return None
     metric = measures[0]
     curves = source.curves_of([r for r in records if metric in r.metrics], metric)
-    names = [s for s in curves_lib.samplers(records) if any(s == k for _, k in curves)]
+    names = curves_lib.drawn(records, curves)
     if not names:
         return None
     entries = plots.sized(records)
@@ -77,7 +77,7 @@ def dreambooth(source: Source) -> dict[str, Drawn]:
     panels = {}
     for metric in measures:
         curves = source.curves_of([r for r in records if metric in r.metrics], metric)
-        names = [s for s in curves_lib.samplers(records) if any(s == k for _, k in curves)]
+        names = curves_lib.drawn(records, curves)
         points = [max(curves[m, names[0]], key=lambda p: p.steps) for m in sizes
                   if names and (m, names[0]) in curves]
         if points:

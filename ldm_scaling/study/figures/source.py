@@ -107,7 +107,7 @@ class Source:
     @functools.cached_property
     def samplers(self) -> list[str]:
         """Those that have a curve, DDIM first."""
-        return [s for s in curves_lib.samplers(self.main) if any(s == k for _, k in self.curves)]
+        return curves_lib.drawn(self.main, self.curves)
 
     @functools.cached_property
     def sizes(self) -> list[str]:
