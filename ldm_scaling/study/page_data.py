@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -115,14 +116,10 @@ def winner_rows(
     curves: Curves, metric: str, sizes: Sequence[str], sampler: str
 ) -> list[dict[str, Any]]:
     """The winner at each budget as a row of texts; budgets with one outcome share a row."""
-    runs: list[list[winners.Winner]] = []
-    for w in winners.winner_by_budget(curves, metric, sizes, samplers={sampler}):
-        if runs and _outcome(runs[-1][-1]) == _outcome(w):
-            runs[-1].append(w)
-        else:
-            runs.append([w])
+    won = winners.winner_by_budget(curves, metric, sizes, samplers={sampler})
     rows = []
-    for run in runs:
+    for _, same in itertools.groupby(won, _outcome):
+        run = list(same)
         w, last = run[0], labels.number(run[-1].budget)
         point, sure, first = w.best.point, w.best.probability, labels.number(w.budget)
         rows.append({

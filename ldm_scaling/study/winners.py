@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -186,13 +187,7 @@ def winner_by_budget(
 
 def stretches(winners: Sequence[Winner]) -> list[list[Winner]]:
     """Neighbouring budgets with the same winning size, put together."""
-    out: list[list[Winner]] = []
-    for winner in winners:
-        if out and out[-1][-1].best.model == winner.best.model:
-            out[-1].append(winner)
-        else:
-            out.append([winner])
-    return out
+    return [list(some) for _, some in itertools.groupby(winners, lambda w: w.best.model)]
 
 
 def crossovers(
