@@ -54,8 +54,12 @@ class DreamBench:
 
     def caption(self, subject: str, prompt: int) -> str:
         """A prompt with the class and without the unique token, as CLIP-T is measured."""
-        text = self.prompts[subject][prompt].format("", self.classes[subject])
-        return " ".join(text.split())
+        return caption(self.prompts[subject][prompt], "", self.classes[subject])
+
+
+def caption(prompt: str, identifier: str, kind: str) -> str:
+    """A prompt with the identifier ("" for none) and the class in it."""
+    return " ".join(prompt.format(identifier, kind).split())
 
 
 class Generated(NamedTuple):

@@ -63,11 +63,6 @@ class Subject:
         ])
 
 
-def caption(prompt: str, identifier: str, kind: str) -> str:
-    """A prompt with the identifier ("" for none) and the class in it."""
-    return " ".join(prompt.format(identifier, kind).split())
-
-
 def read(
     folder: str | os.PathLike[str], kinds: Sequence[str] = (), prompts: Sequence[str] = (),
     only: Sequence[str] = (),

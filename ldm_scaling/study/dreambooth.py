@@ -26,8 +26,9 @@ from ldm_scaling import files, pictures
 from ldm_scaling.config import DreamBooth
 from ldm_scaling.data import subjects as subjects_lib
 from ldm_scaling.data.composed import subject as composed
+from ldm_scaling.data.dreambench import caption
 from ldm_scaling.data.loading import loader
-from ldm_scaling.data.subjects import Lesson, Subject, caption
+from ldm_scaling.data.subjects import Lesson, Subject
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import (

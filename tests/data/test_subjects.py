@@ -30,8 +30,8 @@ def test_a_folder_a_subject(tmp_path):
                                                                ("b_cup", "cup", 4)]
     assert [s.name for s in subjects.read(tmp_path, ("thing",), PROMPTS, only=("b_cup",) * 2)] == [
         "b_cup"]
-    assert subjects.caption(*PROMPTS, "sks", "dog") == "a sks dog on a beach"
-    assert subjects.caption(*PROMPTS, "", "dog") == "a dog on a beach"
+    assert dreambench.caption(*PROMPTS, "sks", "dog") == "a sks dog on a beach"
+    assert dreambench.caption(*PROMPTS, "", "dog") == "a dog on a beach"
 
 
 def test_pictures_are_squares_and_never_mirrored(tmp_path):
@@ -60,7 +60,7 @@ def test_dreambench_says_the_rest(tmp_path):
     bench = dreambench.read(tmp_path)
     for one in subjects.read(tmp_path):
         assert (one.kind, one.prompts) == (bench.classes[one.name], bench.prompts[one.name])
-        assert subjects.caption(one.prompts[0], "", one.kind) == bench.caption(one.name, 0)
+        assert dreambench.caption(one.prompts[0], "", one.kind) == bench.caption(one.name, 0)
     (own,) = subjects.read(tmp_path, ("dog=puppy",), PROMPTS, ("dog",))
     assert (own.kind, own.prompts) == ("puppy", PROMPTS)
 
