@@ -20,10 +20,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
 
-from ldm_scaling import files
+from ldm_scaling.data import array_records
 from ldm_scaling.data.corrupt import CorruptRecords
 from ldm_scaling.data.open_files import Readers
 from ldm_scaling.errors import UserError, first_line
@@ -33,7 +32,6 @@ MANIFEST_FORMAT = "ldm_scaling cache of shards 1"
 _FORMAT = "ldm_scaling cache 1"
 # One record a block: random access reads no more than it needs.
 _WRITING = {False: "group_size:1,uncompressed", True: "group_size:1,zstd:1"}
-_READING = "readahead_buffer_size:0,max_parallelism:0"  # for random access
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,24 +109,20 @@ def write_file(
     """
     fields: tuple[Field, ...] = ()
     count = 0
-    with files.atomic_path(path) as temporary:
-        writer = _opened(temporary, compress)
-        try:
-            for batch in batches:
-                found = tuple(Field(k, str(v.dtype), v.shape[1:]) for k, v in batch.items())
-                fields = fields or _plain(found)
-                if found != fields:
-                    raise ValueError(f"item {count} is {found}; the items before are {fields}")
-                for record in _records(batch):
-                    _put(writer, record, path)
-                    count += 1
-            if not count:
-                raise ValueError(f"nothing to write into {os.fspath(path)}: no items were given")
-            schema = [dataclasses.asdict(field) for field in fields]
-            last = {**note, "format": _FORMAT, "count": count, "schema": schema}
-            _put(writer, json.dumps(last, sort_keys=True).encode(), path)
-        finally:
-            _finish(writer, path)
+    with array_records.writing(path, _WRITING[compress]) as put:
+        for batch in batches:
+            found = tuple(Field(k, str(v.dtype), v.shape[1:]) for k, v in batch.items())
+            fields = fields or _plain(found)
+            if found != fields:
+                raise ValueError(f"item {count} is {found}; the items before are {fields}")
+            for record in _records(batch):
+                put(record)
+                count += 1
+        if not count:
+            raise ValueError(f"nothing to write into {os.fspath(path)}: no items were given")
+        schema = [dataclasses.asdict(field) for field in fields]
+        last = {**note, "format": _FORMAT, "count": count, "schema": schema}
+        put(json.dumps(last, sort_keys=True).encode())
     return count
 
 
@@ -141,27 +135,6 @@ def _records(batch: Mapping[str, np.ndarray]) -> Iterator[bytes]:
     parts = [np.ascontiguousarray(array).reshape(n, -1).view(np.uint8) for array in batch.values()]
     for row in np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]:
         yield row.tobytes()
-
-
-def _opened(path: epath.Path, compress: bool) -> ArrayRecordWriter:
-    writer = ArrayRecordWriter(os.fspath(path), _WRITING[compress])
-    if not writer.ok():
-        raise OSError(f"no file can be made in {os.fspath(path.parent)}")
-    return writer
-
-
-def _put(writer: ArrayRecordWriter, record: bytes, path: epath.PathLike) -> None:
-    try:
-        writer.write(record)
-    except RuntimeError as e:  # not around the loop: the items may raise their own
-        raise UserError(f"cannot write {os.fspath(path)}: {first_line(e)}") from e
-
-
-def _finish(writer: ArrayRecordWriter, path: epath.PathLike) -> None:
-    try:
-        writer.close()
-    except RuntimeError as e:
-        raise UserError(f"cannot write {os.fspath(path)}: {first_line(e)}") from e
 
 
 def _plain(fields: tuple[Field, ...]) -> tuple[Field, ...]:
@@ -194,8 +167,7 @@ class CacheFile:
         if not os.path.isfile(self.path):
             raise UserError(f"the cache {self.path} does not exist: run the stage that makes it")
         try:
-            self._reader = ArrayRecordReader(self.path, _READING)
-            records = self._reader.num_records() if self._reader.ok() else 0
+            self._reader, records = array_records.opened(self.path, array_records.RANDOM)
             note = json.loads(self._reader.read([records - 1])[0]) if records else {}
         except (RuntimeError, ValueError) as e:
             raise self._damaged(first_line(e)) from e

@@ -25,10 +25,11 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 
 from ldm_scaling import files
+from ldm_scaling.data import array_records
 from ldm_scaling.data.corrupt import CorruptRecords
 from ldm_scaling.data.open_files import Readers
 from ldm_scaling.data.record import Record, features
@@ -40,7 +41,6 @@ _FORMAT = "ldm_scaling prepared 1"
 # One record a block, for random access; images are compressed already, and are written six times
 # faster as they are.
 _WRITING = "group_size:1,uncompressed"
-_READING = "readahead_buffer_size:0,max_parallelism:0"  # for random access
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -242,21 +242,14 @@ def write_shard(path: epath.PathLike, records: Iterable[Record]) -> Shard:
     """Writes a shard, whole or not at all. Raises `UserError` when it cannot be written."""
     path, digest = epath.Path(path), hashlib.sha256()
     facts: list[tuple[int, int, int]] = []
-    with files.atomic_path(path) as temporary:
-        writer = ArrayRecordWriter(os.fspath(temporary), _WRITING)
-        if not writer.ok():
-            raise OSError(f"no file can be made in {os.fspath(path.parent)}")
-        try:
-            for record in records:
-                data = record.to_bytes()
-                digest.update(len(data).to_bytes(8, "little") + data)
-                facts.append((record.width, record.height, len(record.captions)))
-                _put(writer, data, path)
-        finally:
-            _close(writer, path)
-        size = temporary.stat().length
+    with array_records.writing(path, _WRITING) as put:
+        for record in records:
+            data = record.to_bytes()
+            digest.update(len(data).to_bytes(8, "little") + data)
+            facts.append((record.width, record.height, len(record.captions)))
+            put(data)
     columns = np.array(facts, np.int32).reshape(-1, 3).T.copy()
-    return Shard(path.name, size, digest.hexdigest(), *columns)
+    return Shard(path.name, path.stat().length, digest.hexdigest(), *columns)
 
 
 def finish(
@@ -343,8 +336,7 @@ def _reader(path: str, count: int) -> ArrayRecordReader:
     if not os.path.isfile(path):
         raise UserError(f"the shard {path} is missing: {remedy}")
     try:
-        reader = ArrayRecordReader(path, _READING)
-        found = reader.num_records() if reader.ok() else 0
+        reader, found = array_records.opened(path, array_records.RANDOM)
     except RuntimeError as e:
         raise UserError(f"the shard {path} is damaged: {first_line(e)}; {remedy}") from e
     if found != count:
@@ -359,21 +351,6 @@ def _read_one(reader: ArrayRecordReader, row: int) -> bytes | RuntimeError:
         return reader.read([row])[0]
     except RuntimeError as e:
         return e
-
-
-def _put(writer: ArrayRecordWriter, data: bytes, path: epath.Path) -> None:
-    try:
-        writer.write(data)
-    except RuntimeError as e:  # not around the loop: the records may raise their own
-        raise UserError(f"cannot write {os.fspath(path)}: {first_line(e)}") from e
-
-
-def _close(writer: ArrayRecordWriter, path: epath.Path) -> None:
-    try:
-        if writer.is_open():
-            writer.close()
-    except RuntimeError as e:
-        raise UserError(f"cannot write {os.fspath(path)}: {first_line(e)}") from e
 
 
 def _check_length(path: epath.Path, length: int) -> None:

@@ -14,13 +14,13 @@ from concurrent import futures
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
-from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 from google.protobuf import json_format
 from PIL import Image
 from tensorflow_datasets.core.utils import tqdm_utils
 
 from ldm_scaling import files
+from ldm_scaling.data import array_records
 from ldm_scaling.data.composed import compose, openmoji
 from ldm_scaling.errors import UserError, first_line
 
@@ -229,8 +229,7 @@ def _records(path: epath.Path) -> int:
     if not path.exists():
         return 0
     try:
-        reader = ArrayRecordReader(os.fspath(path))
-        return reader.num_records() if reader.ok() else 0
+        return array_records.opened(path)[1]
     except RuntimeError:
         return 0
 

@@ -20,6 +20,7 @@ from typing import Any
 from google.protobuf import json_format, message
 
 from ldm_scaling import files
+from ldm_scaling.data import array_records
 from ldm_scaling.data.collection import SCORES, Pair, Part
 from ldm_scaling.data.sources import listing, texts
 from ldm_scaling.data.sources.columns import IMAGE_COLUMNS
@@ -248,15 +249,12 @@ def _records(part: Part, count: int) -> Iterator[tuple[int, bytes | str]]:
 
     Raises `UserError` for a file that is missing, or is not whole.
     """
-    from array_record.python.array_record_module import ArrayRecordReader
-
     def open_file():
         remedy = f"it should hold {count} records: copy or make it again"
         if not os.path.isfile(part.path):
             raise UserError(f"{part.path} is not there: {remedy}")
         try:
-            reader = ArrayRecordReader(part.path)
-            found = reader.num_records() if reader.ok() else 0
+            reader, found = array_records.opened(part.path)
         except RuntimeError as e:
             raise UserError(f"cannot read {part.path} ({first_line(e)}): {remedy}") from e
         if found != count:

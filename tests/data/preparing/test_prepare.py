@@ -465,15 +465,15 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path):
 
 
 def test_a_full_disk_while_a_shard_is_written(tmp_path, monkeypatch):
-    from ldm_scaling.data import shards as shards_lib
+    from ldm_scaling.data import array_records
 
-    class Full(shards_lib.ArrayRecordWriter):
+    class Full(array_records.ArrayRecordWriter):
         def write(self, data: bytes) -> None:
             raise RuntimeError("write() failed: No space left on device\nmore")
 
     collection = put(tmp_path / "from", [plain_pairs(5)])
     with monkeypatch.context() as patch:
-        patch.setattr(shards_lib, "ArrayRecordWriter", Full)
+        patch.setattr(array_records, "ArrayRecordWriter", Full)
         with pytest.raises(errors.UserError, match="cannot write .*No space left") as caught:
             prepare.run(collection, tmp_path / "to", ALL)
     assert "\n" not in str(caught.value)
