@@ -251,6 +251,9 @@ class CacheSource:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return {name: array[0] for name, array in self.batch([index]).items()}
+
     def batch(
         self, indices: Sequence[int], keys: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:

@@ -50,7 +50,7 @@ def test_any_arrays_come_back_bit_for_bit(tmp_path_factory, data, compress):
     source = cache.CacheSource(path)
     assert len(source) == len(items)
     for index, item in enumerate(items):
-        found = {name: array[0] for name, array in source.batch([index]).items()}
+        found = source[index]
         assert list(found) == list(item)
         for name, array in item.items():
             assert found[name].dtype == array.dtype and found[name].shape == array.shape

@@ -49,6 +49,9 @@ class ImageSource:
     def __len__(self) -> int:
         return self._count
 
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return {name: array[0] for name, array in self.batch([index]).items()}
+
     def batch(
         self, indices: Sequence[int], keys: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
