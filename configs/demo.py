@@ -72,4 +72,5 @@ def get_config(arg: str = ""):
         config.sweep.num_images = 16
         config.sweep.batch_size = 16
         config.sweep.replicates = 20
+        config.sweep.feature_side = 32
     return config

@@ -92,6 +92,7 @@ def get_config(arg: str = ""):
             sweep.num_images = 16
             sweep.batch_size = 16
             sweep.replicates = 20
+            sweep.feature_side = 32
         for sample in (config.sample, cascade.sample):
             sample.steps = 2
             sample.num_images = 4

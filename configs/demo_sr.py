@@ -92,6 +92,7 @@ def get_config(arg: str = ""):
             sweep.num_images = 16
             sweep.batch_size = 16
             sweep.replicates = 20
+            sweep.feature_side = 32
         config.sweep.guidance = (1.5, 3.0)
         config.sample.num_images = 4
         config.sample.steps = tune.sample.steps = 2
