@@ -163,7 +163,9 @@ def unpack(source: Path, workdir: Path) -> None:
         data = io.BytesIO(b"".join(p.read_bytes() for p in parts))
         try:
             with tarfile.open(fileobj=data, mode="r:xz") as tar:
-                tar.extractall(workdir, filter="data")
+                # Python 3.11.0 to 3.11.3 have none.
+                tar.extraction_filter = getattr(tarfile, "data_filter", None)
+                tar.extractall(workdir)
         except (tarfile.TarError, lzma.LZMAError, EOFError, OSError) as e:
             raise UserError(f"the parts in {source} are not whole ({e}): copy them again") from e
         note(workdir, dict.fromkeys([*before, *done(workdir)]))

@@ -259,7 +259,6 @@ def test_a_round_waits_for_the_races_behind(unbroken):
     ({"num_images": 90}, "race of 4 rates that saves 4 times would start with 15 pictures"),
     ({"guidance": (2.0,)}, "a race needs two rates"),
     ({"strategy": "halving"}, "is grid or racing"),
-    ({"replicates": 1}, "sweep.replicates=1.*at least 2"),
     ({"saving": 0.5}, "at least 1"),
 ])
 def test_a_config_that_cannot_race_is_refused_at_once(change, said):
