@@ -130,7 +130,7 @@ def read_pth(path: str | os.PathLike[str]) -> FlatTensors:
     except Exception as e:  # a pickle of arbitrary bytes can raise any exception whatever
         why = str(e.__context__ or e).split(" Please ")[0]  # torch wraps it in advice
         what = "fetch it again"
-        if "Unsupported " in why:  # it is whole, but holds objects
+        if "Unsupported global" in why:  # it is whole, but holds objects
             what = "save its state_dict alone with the program that made it"
         raise UserError(
             f"torch refused to read {path} as a table of tensors ({type(e).__name__}: "

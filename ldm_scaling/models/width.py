@@ -64,7 +64,7 @@ _KINDS = {
 # Fields in which a network and its base may differ: sizes, and what is at the input.
 _FREE = (
     "base_channels", "head_width", "heads", "groups", "depth", "in_channels", "sample_size",
-    "context_length", "guidance_dim", "conv_out",
+    "context_length", "guidance_dim", "conv_out", "zero_init",
 )
 _QUERIES = "to_q"
 

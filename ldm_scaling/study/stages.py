@@ -68,6 +68,7 @@ def check(
     Raises:
       UserError: naming what does not fit, or a package that is missing.
     """
+    workdir.check_new(study)
     study = resolve.resolved(study, workdir)
     materials = Materials(study, workdir)
     for member in (*study.members, study.reference):

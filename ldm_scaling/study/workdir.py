@@ -84,6 +84,11 @@ class Workdir:
         except UserError as e:
             raise UserError(f"{self.path / MARKER}: {e}; give --config=FILE anew") from e
 
+    def check_new(self, study: Study) -> None:
+        """Raises `UserError` where a study would begin here that is one which none begins with."""
+        if self._marker() is None:
+            study.require_new()
+
     def bind(self, study: Study) -> None:
         """Ties the workdir to a config, or checks that it is tied to this one; keeps the config.
 
@@ -91,6 +96,7 @@ class Workdir:
           UserError: when the folder cannot be used, or belongs to another config; it names the
             keys that differ. Nothing is written then.
         """
+        self.check_new(study)
         body = self._marker()
         want = json.loads(json.dumps(
             {"name": study.name, "identity": study.identity(), "config": dataclasses.asdict(study)}
@@ -100,7 +106,6 @@ class Workdir:
         except OSError as e:
             raise self._unusable(e) from e
         if body is None:
-            study.require_new()
             for name in ("autoencoder", "models", "latents", "records"):
                 if (self.path / name).exists():
                     raise UserError(

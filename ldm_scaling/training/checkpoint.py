@@ -369,7 +369,7 @@ def _listed(folder: epath.Path) -> dict[str, tuple] | None:
         return {
             "/".join(key["key"] for key in leaf["key_metadata"]):
                 tuple(leaf["value_metadata"]["write_shape"])
-            for leaf in listed if "write_shape" in leaf["value_metadata"]
+            for leaf in listed if leaf["value_metadata"]["value_type"] != "None"
         }
     except (*_READ_ERRORS, AttributeError):
         return None

@@ -213,9 +213,11 @@ def _run(
         path = record.directory / f"nonfinite_{number}.json"
         if hosts.is_lead():
             nonfinite.write(path, number, values, before, feed.examples(before))
+        with dog.patient():
+            kept = saver.settle()
         raise NonFiniteLossError(
             f"{task.name}: {', '.join(nonfinite.names(values))} is not finite at step {number}, "
-            f"whose examples are named in {path}; the checkpoint of step {saver.settle()} is kept "
+            f"whose examples are named in {path}; the checkpoint of step {kept} is kept "
             f"in {checkpoints.directory}. Lower learning_rate or clip_norm, or raise warmup_steps, "
             "in a fresh --workdir"
         )
@@ -280,9 +282,11 @@ def _run(
                 record.scalars(number, "train", averages)
                 record.timings(number)
                 if why := task.diverges(averages):
+                    with dog.patient():
+                        kept = saver.settle()
                     raise DivergedError(
                         f"{task.name} diverges at step {number}: {why}; the checkpoint of step "
-                        f"{saver.settle()} is kept in {checkpoints.directory}"
+                        f"{kept} is kept in {checkpoints.directory}"
                     )
             with dog.patient():
                 if validates:
