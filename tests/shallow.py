@@ -14,6 +14,7 @@ from unittest import mock
 from ldm_scaling.models import zoo
 from ldm_scaling.study import plot_style
 
+FONT_TYPE = plot_style.STYLE["pdf.fonttype"]
 PATH = str(pathlib.Path(__file__).resolve())
 
 

@@ -109,7 +109,7 @@ def _in_workdir(command: str, arguments: list[str], rest: list[str], values: Any
         return
     with processes.lead_first("check"):
         trains = command in ("prepare", "train", "study")
-        materials = stages.check(study, workdir, not values.dry_run, trains)
+        materials = stages.check(study, workdir, measured=not values.dry_run, trains=trains)
     if values.dry_run:
         print(prepare_cli.dry_run(materials, values.format))
         return

@@ -57,9 +57,9 @@ def _coerce(name: str, kind: Any, value: Any) -> Any:
     return value
 
 
-def _build(cls: type, tree: Any, where: str, base: Any = None) -> Any:
-    """What a tree says of a part, and of the rest what `base` does, or the class's defaults."""
-    kinds = typing.get_type_hints(cls)
+def _build(base: Any, tree: Any, where: str) -> Any:
+    """What a tree says of a part, and of the rest what `base` does."""
+    kinds = typing.get_type_hints(type(base))
     for key in tree:
         if key not in kinds:
             near = difflib.get_close_matches(key, kinds, n=1)
@@ -70,12 +70,11 @@ def _build(cls: type, tree: Any, where: str, base: Any = None) -> Any:
         if key not in tree:
             continue
         if dataclasses.is_dataclass(kind):
-            (default,) = (f.default_factory for f in dataclasses.fields(cls) if f.name == key)
-            values[key] = _build(kind, tree[key], f"{where}{key}.", default())
+            values[key] = _build(getattr(base, key), tree[key], f"{where}{key}.")
         else:
             values[key] = _coerce(f"{where}{key}", kind, tree[key])
-    with placed(f"{cls.__name__.lower()}.", where):
-        return cls(**values) if base is None else dataclasses.replace(base, **values)
+    with placed(f"{type(base).__name__.lower()}.", where):
+        return dataclasses.replace(base, **values)
 
 
 def parse(config: ml_collections.ConfigDict | dict[str, Any]) -> Study:
@@ -90,4 +89,4 @@ def parse(config: ml_collections.ConfigDict | dict[str, Any]) -> Study:
     if tree.get("plugins"):
         named = _coerce("plugins", tuple[str, ...], tree["plugins"])
         tree = {**tree, "plugins": plugins.load(named)}
-    return _build(Study, tree, "")
+    return _build(Study(), tree, "")

@@ -146,10 +146,10 @@ class UNet(nn.Module):
             raise UserError(f"U-Net with guidance_dim={spec.guidance_dim} {needs} guidance rate")
         if self.remat not in ("none", "block"):
             raise UserError(f"remat={self.remat!r} is not one of none, block")
-        height, length = x_BHWC.shape[1:3]
-        if height % spec.downsampling or length % spec.downsampling:
+        height, width = x_BHWC.shape[1:3]
+        if height % spec.downsampling or width % spec.downsampling:
             raise UserError(
-                f"U-Net latents of {height} x {length}: give sides that are multiples of "
+                f"U-Net latents of {height} x {width}: give sides that are multiples of "
                 f"{spec.downsampling}"
             )
         # Under jit a block is traced once for all places of its shape: a U-Net in half the time.

@@ -64,9 +64,8 @@ class SamplerTable:
         noise   (a sigma)^2 + c^2 = sigma'^2           kx sigma + ky sigma1 = sigma
 
     All four are checked here, to rounding of the row's nodes, for every row that does not claim an
-    exception. A node without noise
-    (sigma' = 0) is reached by x' = m0, in LCM and CoDi by their consistency function, c_skip x +
-    c_out m0.
+    exception. A node without noise (sigma' = 0) is reached by x' = m0, in LCM and CoDi by their
+    consistency function, c_skip x + c_out m0.
 
     Columns may be given as one number for all rows.
 

@@ -209,15 +209,17 @@ def _run(
     unshown: set[str] = set()  # why pictures were not
     forms: set[Hashable] = set()  # of batches that the step is compiled for: one of each bucket
 
+    def settled() -> int:
+        with dog.patient():
+            return saver.settle()
+
     def refuse(number: int, values: dict[str, float], before: dict[str, Any]) -> None:
         path = record.directory / f"nonfinite_{number}.json"
         if hosts.is_lead():
             nonfinite.write(path, number, values, before, feed.examples(before))
-        with dog.patient():
-            kept = saver.settle()
         raise NonFiniteLossError(
             f"{task.name}: {', '.join(nonfinite.names(values))} is not finite at step {number}, "
-            f"whose examples are named in {path}; the checkpoint of step {kept} is kept "
+            f"whose examples are named in {path}; the checkpoint of step {settled()} is kept "
             f"in {checkpoints.directory}. Lower learning_rate or clip_norm, or raise warmup_steps, "
             "in a fresh --workdir"
         )
@@ -282,11 +284,9 @@ def _run(
                 record.scalars(number, "train", averages)
                 record.timings(number)
                 if why := task.diverges(averages):
-                    with dog.patient():
-                        kept = saver.settle()
                     raise DivergedError(
                         f"{task.name} diverges at step {number}: {why}; the checkpoint of step "
-                        f"{kept} is kept in {checkpoints.directory}"
+                        f"{settled()} is kept in {checkpoints.directory}"
                     )
             with dog.patient():
                 if validates:

@@ -15,6 +15,7 @@ from ldm_scaling import files
 from ldm_scaling.study import curves, image_grids, labels, plot_style, plots
 from ldm_scaling.study.figures import catalogue
 from ldm_scaling.study.figures.source import Source
+from tests import shallow
 from tests.study import fake_records as fake
 
 FD = "fd_effnetlite0"
@@ -48,7 +49,7 @@ def test_every_picture_is_written_in_three_formats_with_its_numbers(tmp_path, st
 
 def test_the_same_records_give_the_same_bytes(tmp_path, study, monkeypatch):
     """Fonts of PDFs are embedded as publishers ask for them, which is not type 3."""
-    monkeypatch.setitem(plot_style.STYLE, "pdf.fonttype", 42)
+    monkeypatch.setitem(plot_style.STYLE, "pdf.fonttype", shallow.FONT_TYPE)
     for folder in ("a", "b"):
         with plot_style.style():
             found = curves.quality_curves(study, FD)
