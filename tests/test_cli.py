@@ -257,6 +257,13 @@ def test_unexpected_error_is_one_line_and_its_traceback_is_logged(capsys, tmp_pa
     assert "Traceback" in (tmp_path / "run" / "log.txt").read_text()
 
 
+def test_a_file_given_as_a_folder_is_named(capsys, tmp_path):
+    (tmp_path / "notes.txt").touch()
+    picture = ROOT / "docs" / "width_transfer.png"
+    result = run(capsys, "upscale", str(picture), f"--to={tmp_path}/notes.txt", "--by=bicubic")
+    assert_error(result, str(tmp_path / "notes.txt"), "name another place")
+
+
 @pytest.mark.parametrize("status", [0, 2, 75])
 def test_no_thread_holds_a_process_that_ends_with_an_error(monkeypatch, status):
     ended, fired = [], threading.Event()

@@ -15,6 +15,7 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.sampling import solvers
 from ldm_scaling.study import figure_cli, records, report
 from ldm_scaling.study.figures import catalogue
+from ldm_scaling.study.materials import Materials
 from ldm_scaling.study.workdir import MARKER, Workdir
 from tests.study import fake_records
 
@@ -154,6 +155,8 @@ def test_the_pages_config_names_a_file_beside_it(tmp_path, fresh):
         study = config.parse(given.config)
         assert study.plugins == (str(tmp_path / "mine.py"),)
         assert study.sweep.samplers[1] in solvers.SOLVERS
+        materials = Materials(study, Workdir(tmp_path / "run"))
+        assert [materials.spec(member).sample_size for member in study.members] == [8, 8]
     finally:
         sys.modules.pop("mine", None)
 

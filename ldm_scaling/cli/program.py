@@ -26,6 +26,8 @@ log = logging.getLogger("ldm_scaling")
 
 # Python waits for threads at its end, and one that writes to a store which hangs never ends.
 _ENDING_S = 30.0
+# What the system says of a path that is another kind of thing, or another user's.
+_PLACES = (NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
 
 
 class InternalError(Exception):
@@ -226,6 +228,9 @@ def _status(command: str, arguments: list[str]) -> tuple[int, str]:
         return 2, "error: " + "; ".join(line.strip() for line in str(e).splitlines())
     except InternalError as e:
         return 1, f"error: {e}"
+    except _PLACES as e:
+        where = e.filename or "a file"
+        return 2, f"error: cannot use {where}: {e.strerror or e}; name another place"
     except Exception as e:  # Before there is a workdir to log to.
         return 1, f"error: {first_line(e)} (unexpected)"
     except ApartError as e:

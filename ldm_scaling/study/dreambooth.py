@@ -116,6 +116,7 @@ class Taught:
                     f"config: {key}={value!r} and dreambooth.subjects={c.subjects!r}: leave out "
                     "one of the two"
                 )
+        _ = self.subjects
         runs.check("dreambooth.train", run, m.mesh, ())
         sample, schedule = c.sample, schedule_lib.get(study.diffusion.schedule)
         solvers.make(
@@ -135,7 +136,6 @@ class Taught:
                     )
                 )
             runs.check_factors("dreambooth.train", run, [shapes])
-        _ = self.subjects
         doubts = [d for d in (self._word().doubt,) if d]
         for doubt in doubts:
             log.warning("%s", doubt)

@@ -123,7 +123,7 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     if given.make_reference:
         _make_reference(given, options)
         return
-    _check_writable(given, options)
+    _check_writable(options, "output", given.output)
     if given.versus and given.protocol:
         raise UserError("--versus compares two folders; give  evaluate A B --versus=A2")
     about: dict[str, Any] = {}
@@ -148,21 +148,21 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
         files.atomic_write_text(Path(given.output).expanduser(), text + "\n")
 
 
-def _check_writable(given, options: Options) -> None:
-    """Before hours are spent."""
-    output = Path(given.output).expanduser() if given.output else None
+def _check_writable(options: Options, flag: str, given: str | None) -> None:
+    """Before hours are spent: the cache, and the file that a flag names."""
+    output = Path(given).expanduser() if given else None
     if output and output.is_dir():
-        raise UserError(f"--output={output} is a folder: name a file")
-    for place, flag in ((options.cache, "cache"), (output and output.parent, "output")):
+        raise UserError(f"--{flag}={output} is a folder: name a file")
+    for place, by in ((options.cache, "cache"), (output and output.parent, flag)):
         try:
             if place:
                 place.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise UserError(
-                f"cannot write to {place} ({e.strerror or e}): name another place by --{flag}"
+                f"cannot write to {place} ({e.strerror or e}): name another place by --{by}"
             ) from e
     if output and not os.access(output.parent, os.W_OK):
-        raise UserError(f"cannot write to {output.parent}: name another place by --output")
+        raise UserError(f"cannot write to {output.parent}: name another place by --{flag}")
 
 
 def _check_used(given, rows: Sequence[scores.Row]) -> None:
@@ -250,6 +250,7 @@ def _make_reference(given, options: Options) -> None:
     path = Path(given.make_reference).expanduser()
     if path.suffix != ".npz":
         raise UserError(f"--make-reference={path}: give a file that ends in .npz")
+    _check_writable(options, "make-reference", given.make_reference)
     about: dict[str, Any] = {}
     images = ImageSet(_listing(given.a, given.skip_corrupt, about), given.side)
     rows = scores.rows(_names(given.metrics) or _DEFAULT)

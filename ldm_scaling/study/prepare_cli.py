@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -61,7 +62,8 @@ def to_folder(
         )
     folder = epath.Path(to).expanduser()
     show(preparing.prepare_into(data, data.source, folder, runner, pipeline_options, workers))
-    print(f"use it by  --config.data.source={preparing.SHARDS}:{os.fspath(folder)}")
+    made = shlex.quote(f"{preparing.SHARDS}:{os.fspath(folder)}")
+    print(f"use it by  --config.data.source={made}")
 
 
 def in_workdir(

@@ -477,6 +477,7 @@ def test_weights_that_are_missing(evaluate, tmp_path):
     (["A", "A", "--side=0"], ["--side", "1 or more"]),
     (["A", "A", "--sides=3"], ["sides"]),
     (["A", "--make-reference=x.npy"], ["ends in .npz"]),
+    (["A", "--make-reference=A/000.png/x.npz", FD], ["cannot write to A/000.png", "reference"]),
     (["--make-reference=x.npz", "A", "--metrics=kid"], ["kid_tf2015, kid_clean"]),
     (["--protocol=coco31k"], ["'coco31k'", "coco30k"]),
     (["--protocol=coco5k", "--versus=A"], ["--versus compares two folders"]),

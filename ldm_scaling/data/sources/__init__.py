@@ -62,11 +62,13 @@ def collection(text: str, options: Options = Options()) -> Collection:  # noqa: 
     """
     kind, colon, place = text.partition(":")
     if kind not in KINDS or not colon or not place:
+        files.on_disk("a collection", text)
         near = difflib.get_close_matches(kind, KINDS, 1)
         hint = f"did you mean {near[0]}:PATH? " if near else ""
         raise UserError(
             f"{text!r} names no collection: {hint}Write KIND:PATH with one of the kinds "
-            f"{', '.join(KINDS)}"
+            f"{', '.join(KINDS)}; what  ldm-scaling prepare --to=PATH  made is "
+            "data.source=shards:PATH"
         )
     if kind in NOT_FILES:
         return KINDS[kind](text, place, options)

@@ -74,6 +74,8 @@ def test_the_fingerprint_notices_changes(tmp_path):
     ("foldr:X", "did you mean folder:PATH"),
     ("X", "webdataset, huggingface"),
     ("folder:", "KIND:PATH"),
+    ("X", "data.source=shards:PATH"),
+    ("gs://bucket/x", "mount it"),
     ("folder:X/none", "there is no X/none"),
     ("webdataset:X/none", "there is no X/none"),
     ("coco:X/none#val2014", "there is no X/none"),
