@@ -10,13 +10,14 @@ import io
 import json
 import os
 import string
+import struct
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from etils import epath
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from ldm_scaling import files
 from ldm_scaling.errors import UserError
@@ -27,9 +28,24 @@ SUFFIXES = (
     ".tif", ".tiff", ".gif",
 )  # fmt: skip
 SQUARE = "centre square of the short side, then Pillow's Lanczos"
-_BROKEN = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+_BROKEN = (
+    OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError,
+)  # fmt: skip
+_ORIENTATION = 0x0112  # EXIF's tag, and what makes a picture upright by its value
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 
 T = TypeVar("T")
+
+
+def orientation(image: Image.Image) -> int:
+    """What EXIF says of how a Pillow image lies, 1..8: 1 is upright, as are those of which it says
+    nothing or what has no meaning; from 5 on it lies on its side."""
+    found = image.getexif().get(_ORIENTATION)
+    return found if found in _TURNS else 1
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
@@ -41,7 +57,9 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 
     Raises `ValueError` for floating-point pixels and for colour spaces without a conversion.
     """
-    image = ImageOps.exif_transpose(image)
+    image.load()  # which turns a TIFF
+    if (turned := orientation(image)) > 1:
+        image = image.transpose(_TURNS[turned])
     if image.mode.startswith("I"):  # 16 bits; older Pillow reads such a PNG into 32
         grey_HW = np.asarray(image).astype(np.int64)
         if grey_HW.min(initial=0) < 0 or grey_HW.max(initial=0) > 65535:

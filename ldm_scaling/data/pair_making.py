@@ -85,8 +85,9 @@ def photographs(names: tuple[str, ...], root: Path, side: int) -> Photographs:
     sizes = {name: (facts.height, facts.width) for name, facts in zip(names, folder.facts)}
     hashes = {name: facts.hash for name, facts in zip(names, folder.facts)}
     for name in names:  # Sizes are those on disk: some photographs are turned as they are read.
-        if _turned(root / name):
-            sizes[name] = sizes[name][::-1]
+        with Image.open(root / name) as image:
+            if image_folder.orientation(image) >= 5:
+                sizes[name] = image_folder.to_rgb(image).shape[:2]
     kept = tuple(name for name in names if min(sizes[name]) >= side)
     if not kept:
         large = max(names, key=lambda name: min(sizes[name]))
@@ -99,12 +100,6 @@ def photographs(names: tuple[str, ...], root: Path, side: int) -> Photographs:
         root, kept, tuple(sizes[n] for n in kept), tuple(hashes[n] for n in kept),
         tuple(n for n in names if min(sizes[n]) < side), side,
     )
-
-
-def _turned(path: Path) -> bool:
-    """Whether EXIF says that the image lies on its side."""
-    with Image.open(path) as image:
-        return image.getexif().get(0x0112, 1) >= 5
 
 
 @dataclasses.dataclass(frozen=True)

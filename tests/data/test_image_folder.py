@@ -1,12 +1,13 @@
 """Any image becomes the pixels that it is meant to show; broken ones are named."""
 
 import os
+import struct
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_scaling.data import image_folder
+from ldm_scaling.data import image_folder, pair_making
 from ldm_scaling.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -81,14 +82,41 @@ def test_modes(tmp_path, suffix, image, expected):
     np.testing.assert_array_equal(got, expected)
 
 
-def test_orientation(tmp_path):
-    """EXIF's 6 is a camera held on its side: shown, the image is turned clockwise."""
+def save_turned(path, orientation, *others):
+    """An image with EXIF's entries (tag, type, value or where it lies) as they are, and `RGB`."""
+    kinds = {3: b"\x06\0\0\0", 2: b"6\0\0\0", 5: struct.pack("<I", 26 + 12 * len(others))}
+    entries = [(0x0112, *orientation), *((tag, kind, kinds[kind]) for tag, kind in others)]
+    table = b"".join(struct.pack("<HHI", tag, kind, 1) + value for tag, kind, value in entries)
+    exif = b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + table + bytes(4)
+    Image.fromarray(RGB).save(path, exif=b"Exif\0\0" + exif + struct.pack("<II", 2, 1))
+
+
+@pytest.mark.parametrize("name, orientation, others, turns", [
+    ("x.png", (3, b"\x06\0\0\0"), (), -1),
+    ("x.webp", (3, b"\x03\0\0\0"), (), 2),
+    ("x.png", (3, b"\x06\0\0\0"), ((0x0128, 5),), -1),  # a unit that is a fraction
+    ("x.png", (3, b"\x99\x01\0\0"), (), 0),
+    ("x.png", (2, b"6\0\0\0"), (), 0),
+], ids=["6", "3", "odd", "409", "text"])
+def test_orientation(tmp_path, name, orientation, others, turns):
+    """EXIF's 6 is a camera held on its side: shown, the image is turned clockwise. What else it
+    says, and what has no meaning, is left aside."""
+    save_turned(tmp_path / name, orientation, *others)
+    found, wanted = image_folder.read_image(tmp_path / name), np.rot90(RGB, turns)
+    assert found.shape == wanted.shape
+    if name.endswith("png"):
+        np.testing.assert_array_equal(found, wanted)
+    given = pair_making.photographs((name,), tmp_path, 1)
+    assert given.sizes == (wanted.shape[:2],)
+
+
+def test_a_tiff_that_is_turned_as_it_is_opened_is_turned_once(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(RGB).save(tmp_path / "x.png", exif=exif)
-    np.testing.assert_array_equal(
-        image_folder.read_image(tmp_path / "x.png"), np.rot90(RGB, -1)
-    )
+    Image.fromarray(RGB).save(tmp_path / "x.tiff", exif=exif)
+    found = image_folder.read_image(tmp_path / "x.tiff")
+    np.testing.assert_array_equal(found, np.rot90(RGB, -1))
+    assert pair_making.photographs(("x.tiff",), tmp_path, 1).sizes == (found.shape[:2],)
 
 
 def test_square_is_the_middle():

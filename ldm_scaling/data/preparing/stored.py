@@ -11,7 +11,6 @@ from PIL import Image
 from ldm_scaling.data import image_folder
 
 _JPEG_QUALITY = 95
-_ORIENTATION = 0x0112  # EXIF's tag
 # MPO: what some cameras call a JPEG with a preview behind it
 _LOSSY = ("JPEG", "MPO", "WEBP", "AVIF")
 
@@ -88,4 +87,4 @@ def _is_plain(image: Image.Image, data: bytes) -> bool:
         return False
     if getattr(image, "is_animated", False) and image.format != "MPO":
         return False
-    return not image.has_transparency_data and image.getexif().get(_ORIENTATION) not in range(2, 9)
+    return not image.has_transparency_data and image_folder.orientation(image) == 1
