@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ldm_scaling.data.sources.texts import Unusable
 from ldm_scaling.errors import MissingPackageError, UserError
 
 _BROKEN = (
@@ -19,6 +20,9 @@ _BROKEN = (
 )  # fmt: skip
 # Beginnings of compressed files; these readers notice where one is cut short or damaged.
 _OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+# After two blocks of zeros a tar is filled up to a whole number of records: of 10,240 bytes as a
+# rule, of 16 MiB where a tape takes such.
+_BLOCK, _RECORD, _LONGEST_RECORD = 512, 10_240, 16 << 20
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset's own notes
 
 
@@ -33,7 +37,8 @@ def library():
 
 
 def samples(path: Path) -> Iterator[dict[str, Any]]:
-    """The samples of a tar, compressed or not: `__key__`, and the bytes by suffix in lower case.
+    """The samples of a tar, compressed or not: `__key__`, and the bytes by suffix in lower case, or
+    `Unusable` for what is a link.
 
     Raises `UserError` naming a tar that is damaged or cut short, before its last, incomplete sample
     is given, and one in which the files of a sample do not lie together.
@@ -79,9 +84,35 @@ def _members(path: Path) -> Iterator[dict[str, Any]]:
     with opener(path, "rb") as file:
         with tarfile.open(fileobj=file, mode="r|", tarinfo=_Member) as archive:
             for member in archive:
-                if member.isreg() and not _META.match(member.name):
-                    data = archive.extractfile(member).read()
-                    yield {"fname": member.name, "data": data, "__url__": str(path)}
+                if not _META.match(member.name):
+                    if member.isreg():
+                        data = archive.extractfile(member).read()
+                        yield {"fname": member.name, "data": data, "__url__": str(path)}
+                    elif member.islnk() or member.issym():
+                        why = Unusable(
+                            f"{member.name} in {path} is a link to {member.linkname}: make the tar "
+                            "of files alone (tar --dereference --hard-dereference)"
+                        )
+                        yield {"fname": member.name, "data": why, "__url__": str(path)}
                 archive.members = []
-        while file.read(1 << 20):
-            pass  # The checksum of what was compressed comes last.
+            _check_end(archive)
+
+
+def _check_end(archive: tarfile.TarFile) -> None:
+    """Raises `tarfile.ReadError` where the zeros that end a tar may have taken the place of files,
+    or more follows. Reads to the end: the checksum of what was compressed comes last."""
+    end, at = archive.offset, archive.fileobj.tell()
+    while rest := archive.fileobj.read(1 << 20):
+        if more := len(rest.lstrip(b"\0")):
+            at += len(rest) - more
+            raise tarfile.ReadError(
+                f"it is cut short or damaged at byte {end}, or several in one: it ends there, and "
+                f"more follows at byte {at}"
+            )
+        at += len(rest)
+    fill = at - end - 2 * _BLOCK
+    records = range(fill - fill % _BLOCK + _BLOCK, _LONGEST_RECORD + 1, _BLOCK)
+    if fill >= _RECORD and all(at % record for record in records):
+        raise tarfile.ReadError(
+            f"it is cut short or damaged at byte {end}: {at - end} zeros follow, too many for an end"
+        )

@@ -112,13 +112,16 @@ class Tars:
         path = Path(part.path)
         own = self.once.get(self._names)[1]
         piece = self._piece(path.relative_to(self.root).as_posix())
-        rows = _beside(Path(f"{_stem(str(path))}.parquet"), self.options)
+        beside, names = Path(f"{_stem(str(path))}.parquet"), set()
+        rows = _beside(beside, self.options)
         for found in tars.samples(path):
             for name, sample in _parted(found):
                 bare = name.removeprefix("./")
+                names.add(bare)
                 key = listing.own_key(bare if own else None, piece, bare)
                 where = f"{name} in {path}"
                 yield _pair(key, sample, rows.get(bare, {}), where, self.options)
+        _check_beside(beside, rows, names)
 
     def fingerprint(self) -> str:
         """As `Collection.fingerprint`, with the parquet files beside the tars."""
@@ -172,7 +175,9 @@ class Files:
         names = [name for name in here if listing.is_image(name) and not name.startswith(".")]
         stems = collections.Counter(map(listing.stem, names))
         piece, here = folder.relative_to(self.root).as_posix().removeprefix("."), set(here)
-        rows = _beside(folder.with_name(f"{folder.name}.parquet"), self.options)
+        beside = folder.with_name(f"{folder.name}.parquet")
+        rows = _beside(beside, self.options)
+        _check_beside(beside, rows, set(stems))
         for name in names[part.start : part.stop]:
             stem = listing.stem(name)
             key = listing.own_key(stem if own and stems[stem] == 1 else None, piece, name)
@@ -231,6 +236,9 @@ def _pair(
     image, prefix = sample[suffixes[0]], f"{suffixes[0].rpartition('.')[0]}."
     # What is named as the image is up to the last dot goes before what is so up to the first.
     beside = {s: sample.get(prefix + s, sample.get(s)) for s in (*_TEXTS, "json")}
+    for found in (image, *beside.values()):
+        if isinstance(found, Unusable):
+            return Pair(key, b"", error=str(found))
     try:
         notes = {}
         if beside["json"] is not None:
@@ -290,6 +298,16 @@ def _beside(path: Path, options: Options) -> dict[str, dict[str, Any]]:
             raise UserError(f"{row}: write the table again")
         found[str(row["key"])] = row
     return found
+
+
+def _check_beside(path: Path, rows: Mapping[str, Any], names: set[str]) -> None:
+    """Raises `UserError` for a table of which no row is a sample's."""
+    if rows and names and not names & rows.keys():
+        raise UserError(
+            f"{path} has keys such as {next(iter(rows))!r}, and none of {len(names)} samples has "
+            f"one of them, such as {min(names)!r}: write its column 'key' as they "
+            "are called, or take it out of the folder"
+        )
 
 
 def _bytes(path: Path) -> tuple[bytes, str]:

@@ -194,6 +194,34 @@ def test_scores_of_a_table_beside(tmp_path):
         made.read(f"webdataset:{tmp_path}")
 
 
+def test_a_table_beside_that_names_no_sample(tmp_path):
+    """As where pandas took keys for numbers: its captions would be lost without a word."""
+    (tmp_path / "00000").mkdir()
+    (tmp_path / "00000/000000000.png").write_bytes(made.image(0))
+    table(tmp_path / "00000.parquet", [{"key": 0, "caption": "a"}])
+    why = "00000.parquet has keys such as '0', and none of 1 samples .* '000000000'"
+    with pytest.raises(UserError, match=why):
+        made.read(f"webdataset:{tmp_path}")
+    write(tmp_path / "00000.tar", [("000000000.png", made.image(0))])
+    with pytest.raises(UserError, match=why):
+        made.read(f"webdataset:{tmp_path}")
+
+
+def test_links_are_called_so(tmp_path):
+    path = tmp_path / "x.tar"
+    write(path, [("a.png", made.image(1)), ("c.png", made.image(2)), ("c.txt", b"c")])
+    with tarfile.open(path, "a") as tar:
+        for name, kind in (("b.png", tarfile.LNKTYPE), ("d.cls", tarfile.SYMTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "a.png"
+            tar.addfile(info)
+        tar.addfile(tarfile.TarInfo("d.png"), io.BytesIO())
+    found = made.plain(made.read(f"webdataset:{path}"))
+    assert found["x/a"] == () and found["x/c"] == ("c",)
+    assert found["x/b"].startswith(f"b.png in {path} is a link to a.png: ")
+    assert "is empty" in found["x/d"]
+
+
 @pytest.mark.parametrize("names, why", [
     (["1.png", "2.png", "1.txt", "2.txt"], "do not lie together"),
     (["1.png", "1.png"], "duplicate file name"),
@@ -275,6 +303,25 @@ def test_a_tar_that_is_cut_between_two_files(tmp_path):
         path.write_bytes(content[:end])
         with pytest.raises(UserError, match="00000.tar.*cut short"):
             made.read(f"webdataset:{path}")
+
+
+def test_a_tar_that_seems_to_end_before_its_end(tmp_path):
+    """Zeros in the place of a header, two tars in one, or a file of which half has arrived."""
+    path = tmp_path / "00000.tar"
+    write(path, [(f"{i}.{s}", made.image(i)) for i in range(9) for s in ("jpg", "txt")])
+    content = path.read_bytes()
+    with tarfile.open(path) as tar:
+        at = tar.getmembers()[8].offset
+    hole = content[:at] + bytes(512) + content[at + 512 :]
+    for data in (hole, content + content, content[:at] + bytes(20_000_000)):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match="00000.tar.*damaged at byte "):
+            made.read(f"webdataset:{path}")
+    with pytest.raises(UserError, match=f"damaged at byte {at}: 20000000 zeros"):
+        made.read(f"webdataset:{path}")
+    for record in (1 << 20, 16 << 20):  # as tar -b fills the last one up
+        path.write_bytes(content + bytes(-len(content) % record))
+        assert len(made.read(f"webdataset:{path}")) == 9
 
 
 @settings(max_examples=80, deadline=None)
