@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from ldm_scaling.data.collection import SCORES
+from ldm_scaling.data.image_folder import SUFFIXES
 from ldm_scaling.data.sources import texts
 from ldm_scaling.data.sources.options import NO_CAPTIONS, Options
 from ldm_scaling.data.sources.texts import Unusable
@@ -87,6 +92,16 @@ class ColumnFile:
                     read += piece.num_rows
             if read != stop:  # A damaged page may say that it is empty.
                 raise self._pa.ArrowInvalid(f"it holds {read - start} of rows {start} to {stop}")
+
+    def first(self, column: str) -> Any:
+        """The first of a column's first rows that is not null; None where all are."""
+        with self._named(), contextlib.ExitStack() as stack:
+            if self._arrow:
+                batches = _batches(stack.enter_context(self._open_arrow()))
+            else:
+                batches = self._open_parquet().iter_batches(_ROWS, columns=[column])
+            rows = next((batch.column(column)[:_ROWS].to_pylist() for batch in batches), [])
+            return next((value for value in rows if value is not None), None)
 
     def _batches(self, columns: list[str], start: int, stop: int) -> Iterator[tuple[int, Any]]:
         """Batches with the number of their first row that hold rows of the range."""
@@ -189,28 +204,45 @@ def describe(schema) -> str:
     return ", ".join(names[:30]) + (", ..." if len(names) > 30 else "") or "none"
 
 
-def image_column(schema, where: Path) -> str:
+def image_column(file: ColumnFile) -> str:
     """The column of images: bytes, Hugging Face's struct of bytes and path, or paths by name.
 
-    Raises `UserError` listing the columns when there is none or it is not clear which.
+    Beside paths, bytes of another name count where they are an image's. Raises `UserError` listing
+    the columns when there is none or it is not clear which.
     """
+    schema = file.schema
     images = [field.name for field in schema if _holds_bytes(field.type)]
     named = [column for column in IMAGE_COLUMNS if column in images]
     if named:
         return named[0]
-    images = _features(schema, "Image") or images
+    noted = _features(schema, "Image")
+    images = noted or images
     images = [name for name in images if name in schema.names and not texts.columns_of(
         [name], Options())]  # fmt: skip
-    if len(images) == 1:
-        return images[0]
     paths = [name for name in IMAGE_COLUMNS if name in schema.names
              and _is_text(schema.field(name).type)]  # fmt: skip
+    if paths and not noted:
+        images = [name for name in images if _shows(file.first(name))]
+    if len(images) == 1:
+        return images[0]
     if paths and not images:
         return paths[0]
+    what = "several columns of bytes" if images else "no column of image bytes"
     raise UserError(
-        f"{where} holds {'no column of image bytes' if not images else 'several columns of bytes'}"
-        f": name it one of {', '.join(IMAGE_COLUMNS[:6])}, ...; there are {describe(schema)}"
+        f"{file.path} holds {what}: name it one of {', '.join(IMAGE_COLUMNS[:6])}, ...; there are "
+        f"{describe(schema)}"
     )
+
+
+def _shows(value: Any) -> bool:
+    """Whether a value begins as the file of an image does."""
+    data = value.get("bytes") if isinstance(value, Mapping) else value
+    kinds = Image.registered_extensions()
+    try:  # Pillow takes nearly any bytes for kinds that have no mark.
+        Image.open(io.BytesIO(data or b""), formats=[kinds.get(s, "PNG") for s in SUFFIXES])
+    except Exception:  # Pillow's readers of other files raise errors of nearly every type
+        return False
+    return True
 
 
 def caption_columns(schema, where: Path, options: Options) -> tuple[str, ...]:

@@ -58,6 +58,8 @@ def read(root: Path, name: str, options: Options) -> dict[str, Row]:
                 if not isinstance(file, str) or not file.strip():
                     raise Unusable(f"{where} names no image in its column {column}")
                 image = posixpath.normpath(posixpath.join(posixpath.dirname(name), file.strip()))
+                if Path(image).is_relative_to(root):
+                    image = posixpath.relpath(image, root)
                 row = Row(
                     texts.row_captions(values, where, options),
                     texts.row_scores(values, where, options),
@@ -69,14 +71,16 @@ def read(root: Path, name: str, options: Options) -> dict[str, Row]:
 
 
 def _csv(path: Path, options: Options) -> Iterator[tuple[int, dict[str, Any] | Unusable]]:
-    encoding = _encoding(path, options)
+    encoding, begins = _encoding(path, options), 1
     csv.field_size_limit(_LONGEST_FIELD)
     try:
         with open(path, encoding=encoding, errors="surrogateescape", newline="") as file:
             reader = csv.reader(file, strict=True)
             names = next(reader, [])
             _check(names, path, options)
+            begins = reader.line_num + 1
             for number, fields in enumerate(reader, 2):
+                begins = reader.line_num + 1
                 if not fields:
                     continue
                 if len(fields) != len(names):
@@ -87,7 +91,9 @@ def _csv(path: Path, options: Options) -> Iterator[tuple[int, dict[str, Any] | U
                 else:
                     yield number, dict(zip(names, fields))
     except (OSError, csv.Error, UnicodeError) as e:
-        raise UserError(f"cannot read {path} ({e}): mend or remove it") from e
+        raise UserError(
+            f"cannot read {path} (the row that begins in line {begins}: {e}): mend or remove it"
+        ) from e
 
 
 def _jsonl(path: Path, options: Options) -> Iterator[tuple[int, dict[str, Any]]]:

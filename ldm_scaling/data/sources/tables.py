@@ -120,7 +120,7 @@ class Tables:
 
 def _columns(file: ColumnFile, options: Options) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
     return (
-        columns.image_column(file.schema, file.path),
+        columns.image_column(file),
         columns.caption_columns(file.schema, file.path, options),
         columns.score_columns(file.schema, file.path, options),
     )

@@ -20,6 +20,7 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_RAW = "raw"  # of the objects that Karpathy's splits of COCO and Flickr have for captions
 
 
 class Unusable(ValueError):
@@ -76,7 +77,8 @@ def columns_of(names: Iterable[str], options: Options) -> tuple[str, ...]:
 
 
 def captions_of(value: Any, where: str, options: Options) -> tuple[str, ...]:
-    """The captions in a value: a text, bytes, a list of them, an object that holds one of these.
+    """The captions in a value: a text, bytes, a list of them, an object that holds one of these
+    in the columns that are named, else in one of the usual names.
 
     None and NaN, pandas' word for it, are no captions. Raises `Unusable` for other types and for
     text that is not Unicode.
@@ -90,7 +92,8 @@ def captions_of(value: Any, where: str, options: Options) -> tuple[str, ...]:
         text = value.strip()
         return (text,) if text else ()
     if isinstance(value, Mapping):
-        columns = columns_of(value, options)
+        usual = ((column,) for column in (*CAPTION_COLUMNS, _RAW) if column in value)
+        columns = columns_of(value, options) or next(usual, ())
         if not columns:
             raise Unusable(f"{where}: its caption is an object of {', '.join(map(str, value))}")
         value = [value[column] for column in columns]

@@ -106,6 +106,20 @@ def test_images_that_are_only_named(tmp_path):
         assert "base64" in errors[3] and len(errors[3]) < 300 and errors[4]
 
 
+@pytest.mark.parametrize("rows", [3, 40])
+def test_paths_beside_bytes(tmp_path, rows):
+    """Bytes of any name go before paths where they are an image's, and only there."""
+    (tmp_path / "a.png").write_bytes(made.image(1))
+    for name, values in (
+        ("embedding", [None, b"\0\0\2\0some 30 bytes of numbers...."]), ("content", [made.image(2)])
+    ):  # fmt: skip
+        values = [*values, *[values[-1]] * (rows - len(values))]
+        table = pa.table({name: values, "image": ["a.png"] * rows, "text": ["x"] * rows})
+        pq.write_table(table, tmp_path / "x.parquet")
+        found = {pair.image for pair in made.read(f"parquet:{tmp_path}", part_size=20)}
+        assert found == {made.image(1 if name == "embedding" else 2)}
+
+
 @pytest.mark.parametrize("change, words", [
     (lambda d: (d / "data-00001-of-00002.arrow").unlink(), "data-00001-of-00002.arrow"),
     (lambda d: (d / "state.json").write_text("{"), "state.json"),

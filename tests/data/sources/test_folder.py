@@ -76,7 +76,7 @@ def write_parquet(path, rows, encoding=None):
 def test_tables_in_any_order(tmp_path, write, name, encoding):
     """Two rows of an image are two captions; one that is not named may have a sidecar."""
     put(tmp_path, NAMES)
-    put(tmp_path / "train", ["1.png"])
+    put(tmp_path / "train", ["1.png", "2.png"])
     (tmp_path / "b(1).txt").write_text("beside")
     rows = [
         ["file_name", "caption", "aesthetic", "url"],
@@ -84,12 +84,13 @@ def test_tables_in_any_order(tmp_path, write, name, encoding):
         ["猫/🐈 .jpeg", "Katze über 猫", "", "u"],
         ["./0 a.png", "first", None, "u"],
         ["gone.png", "nothing there", "1", "u"],
+        [str(tmp_path / "train/2.png"), "in its place", "", "u"],
         ["0 a.png", " second ", "3", "u"],
     ]
     write(tmp_path / name, rows, encoding)
     write(tmp_path / "train" / name, [["path", "text"], ["1.png", "below"]], encoding)
     pairs = {pair.key: pair for pair in made.read(f"folder:{tmp_path}", part_size=3)}
-    assert list(pairs) == sorted([*NAMES, "gone.png", "train/1.png"])
+    assert list(pairs) == sorted([*NAMES, "gone.png", "train/1.png", "train/2.png"])
     assert pairs["x.y.z.png"].captions == ('comma, "quote"\nand line',)
     assert pairs["x.y.z.png"].image == made.image(4)
     assert pairs["猫/🐈 .jpeg"].captions == ("Katze über 猫",)
@@ -97,6 +98,7 @@ def test_tables_in_any_order(tmp_path, write, name, encoding):
     assert pairs["0 a.png"].scores == {"aesthetic": 3}
     assert pairs["train/1.png"].captions == ("below",)
     assert pairs["b(1).jpg"].captions == ("beside",)
+    assert pairs["train/2.png"].captions == ("in its place",)
     assert pairs["c[2].webp"].captions == () and not pairs["c[2].webp"].error
     assert f"there is no file {tmp_path / 'gone.png'}" in pairs["gone.png"].error
 
@@ -121,7 +123,8 @@ def test_rows_that_cannot_be_used(tmp_path):
     ("metadata.csv", b"", "no column of the images' names"),
     ("metadata.csv", b"file_name,alt\na.png,b\n", "file_name, alt"),
     ("metadata.csv", b"caption\nb\n", "caption"),
-    ("metadata.csv", b'file_name,caption\n"a.png" b,c\n', "metadata.csv"),
+    ("metadata.csv", b'file_name,caption\n\na.png,"b\nc"\n"a.png" b,c\n', "begins in line 5"),
+    ("metadata.csv", b'file_name,caption\na.png,"b\nb.png,c\n', "begins in line 2"),
     ("metadata.csv", "file_name,caption\n".encode("utf-16")[:-1], "metadata.csv"),
     ("metadata.jsonl", b'{"file_name": "a.png", "caption": "b"}\n{"file', "line 2"),
     ("metadata.jsonl", b'[1]\n', "line 1"),

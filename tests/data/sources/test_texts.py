@@ -39,10 +39,12 @@ def test_other_encodings_must_be_named(encoding):
     (None, ()), (float("nan"), ()), ("", ()), (" \n ", ()), ([], ()), ([None, " a ", ""], ("a",)),
     (b" a cat\r\n", ("a cat",)), (np.array(["a", "b"]), ("a", "b")),
     (("a", ["b", "c"]), ("a", "b", "c")), ({"id": [1, 2], "text": [b"a", b"b"]}, ("a", "b")),
-    (({"text": "a"}, {"text": "b"}), ("a", "b")),
+    (({"text": "a"}, {"text": "b"}), ("a", "b")), ([{"raw": "a", "sentid": 1}], ("a",)),
 ])  # fmt: skip
 def test_values_that_hold_captions(value, captions):
     assert texts.captions_of(value, "x", PLAIN) == captions
+    named = sources.Options(caption_columns=("sentences",))
+    assert texts.row_captions({"sentences": value}, "x", named) == captions
 
 
 @pytest.mark.parametrize("value, why", [
