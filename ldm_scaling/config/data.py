@@ -27,7 +27,8 @@ class Prepare:
       captions: whether a pair needs a caption.
       min_aesthetic, max_watermark: bounds of scores that the collection has; 0 and 1 are no bounds,
         with others pairs without the score are dropped.
-      exact: whether pictures that are the same in every pixel are dropped but for one.
+      exact: whether pictures that are the same in every pixel are dropped but for one, which takes
+        their captions over.
       perceptual: bits of 64 in which perceptual hashes of pictures that look the same differ at
         most; -1 keeps them.
       validation_share: share of the pairs that are kept for validation, by their key's hash.

@@ -30,6 +30,7 @@ class Candidate(NamedTuple):
     row: int
     pixels: str
     perceptual: int
+    captions: tuple[str, ...]
 
 
 class Drop(NamedTuple):
@@ -80,15 +81,18 @@ def _build(beam: Any, pipeline: Any, job: Preparation) -> None:
     left = scanned | "keep" >> beam.Reshuffle() | "filter" >> beam.FlatMap(_candidates, job)
     drops = []
 
-    left, gone = _once(beam, left, "key", _by_key, _by_place)
-    drops.append(gone)
+    found = _once(beam, left, "key", _by_key, _by_place, job)
+    left, others = found.left, found.others
+    drops.append(found.drops)
     if options.duplicates.exact:
-        left, gone = _once(beam, left, "duplicate", _by_pixels, None)
-        drops.append(gone)
+        found = _once(beam, left, "duplicate", _by_pixels, None, job)
+        left, others = found.left, found.others
+        drops.append(found.drops)
     if options.duplicates.perceptual is not None:
         drops.append(_near(beam, left, options.duplicates.perceptual))
     parts = {
         "all": scanned | "each part" >> beam.Map(lambda i: (i, None)),
+        "others": others,
         "drops": drops | beam.Flatten() | "by part" >> beam.Map(lambda drop: (drop.part, drop)),
     }
     judged = parts | "of a part" >> beam.CoGroupByKey() | "judge" >> beam.Map(_judge, job)
@@ -123,10 +127,10 @@ def _candidates(i: int, job: Preparation) -> Iterator[Candidate]:
     rows = np.flatnonzero(job.options.filters.examine(facts) == KEPT)
     area = -(facts["width"].astype(np.int64) * facts["height"])
     columns = (area, facts["key"], facts["pixels"], facts["perceptual"])
-    for row, a, key, pixels, perceptual in zip(
-        rows.tolist(), *(column[rows].tolist() for column in columns)
+    for row, captions, a, key, pixels, perceptual in zip(
+        rows.tolist(), facts.captions(rows), *(column[rows].tolist() for column in columns)
     ):
-        yield Candidate(a, key, i, row, pixels, perceptual)
+        yield Candidate(a, key, i, row, pixels, perceptual, tuple(captions))
 
 
 def _by_key(candidate: Candidate) -> str:
@@ -141,22 +145,23 @@ def _by_place(candidate: Candidate) -> tuple[int, int]:
     return candidate.part, candidate.row
 
 
-def _once(beam: Any, left: Any, reason: str, group: Any, rank: Any) -> tuple[Any, Any]:
-    """The best candidate of each group, and the drops of the others."""
+def _once(beam: Any, left: Any, reason: str, group: Any, rank: Any, job: Preparation) -> Any:
+    """The best candidate of each group (`left`), the drops of the others (`drops`), and of exact
+    duplicates the captions that go to the best, by its part (`others`)."""
 
     def choose(members: Iterable[Candidate]) -> Iterator[Any]:
-        members = list(members)
-        best = min(members, key=rank)
+        best, *worse = sorted(members, key=rank)
         yield best
-        for other in members:
-            if other != best:
-                drop = Drop(other.part, other.row, CODE[reason], (best.part, best.row))
-                yield beam.pvalue.TaggedOutput("drops", drop)
+        if reason == "duplicate" and worse:
+            others = job.others(best.captions, [other.captions for other in worse])
+            yield beam.pvalue.TaggedOutput("others", (best.part, (best.row, others)))
+        for other in worse:
+            drop = Drop(other.part, other.row, CODE[reason], (best.part, best.row))
+            yield beam.pvalue.TaggedOutput("drops", drop)
 
     groups = left | f"by {reason}" >> beam.GroupBy(group) | f"same {reason}" >> beam.Values()
-    once = beam.FlatMap(choose).with_outputs("drops", main="left")
-    chosen = groups | f"once each {reason}" >> once
-    return chosen.left, chosen.drops
+    once = beam.FlatMap(choose).with_outputs("drops", "others", main="left")
+    return groups | f"once each {reason}" >> once
 
 
 def _near(beam: Any, left: Any, bits: int) -> Any:
@@ -202,7 +207,8 @@ def _judge(item: tuple[int, dict[str, Iterable[Any]]], job: Preparation) -> int:
     keeper = np.full((len(reason), 2), -1, np.int32)
     for drop in group["drops"]:
         reason[drop.row], keeper[drop.row] = drop.reason, drop.keeper
-    job.save_verdict(i, Verdict(reason, keeper))
+    others = {row: texts for row, texts in group["others"] if texts}
+    job.save_verdict(i, Verdict(reason, keeper, others))
     return i
 
 

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import collections
+
 import numpy as np
 
 from ldm_scaling.data.preparing import duplicates
@@ -26,17 +28,17 @@ def decide(job: Preparation) -> None:
         for name in _COLUMNS:
             columns[name].append(facts[name][left])
     place = np.concatenate(places)
-    reason, keeper = _judge(
-        job, place, **{name: np.concatenate(parts) for name, parts in columns.items()}
-    )
+    rows = {name: np.concatenate(parts) for name, parts in columns.items()}
+    reason, keeper = _judge(job, place, **rows)
+    others = _others(job, place, reason, keeper, rows["key"])
     start = 0
     for i, of_part in enumerate(reasons):
         better = np.full((len(of_part), 2), -1, np.int32)
-        rows = places[i][:, 1]
-        of_part[rows] = reason[start : start + len(rows)]
-        better[rows] = keeper[start : start + len(rows)]
-        start += len(rows)
-        job.save_verdict(i, Verdict(of_part, better))
+        here = places[i][:, 1]
+        of_part[here] = reason[start : start + len(here)]
+        better[here] = keeper[start : start + len(here)]
+        start += len(here)
+        job.save_verdict(i, Verdict(of_part, better, others[i]))
 
 
 def _judge(
@@ -74,6 +76,28 @@ def _judge(
         order = np.array([options.order(k) for k in key[left]])
         reason[left[np.argsort(order, kind="stable")[options.limit :]]] = CODE["limit"]
     return reason, keeper
+
+
+def _others(
+    job: Preparation, place: np.ndarray, reason: np.ndarray, keeper: np.ndarray, key: np.ndarray
+) -> dict[int, dict[int, tuple[str, ...]]]:
+    """`Verdict.others` of each part."""
+    gone = np.flatnonzero(reason == CODE["duplicate"])
+    gone = gone[np.argsort(key[gone], kind="stable")]  # as large as each other: the better first
+    wanted = np.unique(np.concatenate([place[gone], keeper[gone]]), axis=0)
+    parts, starts = np.unique(wanted[:, 0], return_index=True)
+    captions = {}
+    for i, rows in zip(parts.tolist(), np.split(wanted[:, 1], starts[1:])):
+        texts = job.facts(i).captions(rows)
+        captions.update(zip(((i, row) for row in rows.tolist()), texts))
+    of_keeper = collections.defaultdict(list)
+    for one, best in zip(place[gone].tolist(), keeper[gone].tolist()):
+        of_keeper[tuple(best)].append(captions[tuple(one)])
+    found: dict[int, dict[int, tuple[str, ...]]] = collections.defaultdict(dict)
+    for (i, row), worse in of_keeper.items():
+        if others := job.others(captions[i, row], worse):
+            found[i][row] = others
+    return found
 
 
 def _numbered(texts: np.ndarray) -> np.ndarray:

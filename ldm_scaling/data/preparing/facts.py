@@ -4,7 +4,7 @@ Columns: `pair` (its number within the part), `tile` (top and left in pixels as 
 `key` (with the tile), `group`, `error` (why it cannot be used), `bytes` (of its file), `width` and
 `height` (as it decodes, or of the tile; 0 where the photograph is smaller than one),
 `source_width` and `source_height` (of the photograph), `plain` (whether its bytes may be stored as
-they are), `captions` (their lengths in characters), `aesthetic`, `watermark`, `pixels` (hash of the
+they are), `captions` (texts), `aesthetic`, `watermark`, `pixels` (hash of the
 decoded pixels), `perceptual` (64-bit pHash).
 """
 
@@ -59,10 +59,17 @@ class Facts:
 
     def caption_lengths(self) -> tuple[np.ndarray, np.ndarray]:
         """Length of every caption, and the number of the row that it belongs to."""
+        import pyarrow.compute as pc
+
         column = self.table["captions"].combine_chunks()
         counts = column.value_lengths().to_numpy(zero_copy_only=False)
         owner = np.repeat(np.arange(len(self)), counts)
-        return column.flatten().to_numpy(zero_copy_only=False).astype(np.int64), owner
+        lengths = pc.utf8_length(column.flatten())
+        return lengths.to_numpy(zero_copy_only=False).astype(np.int64), owner
+
+    def captions(self, rows: np.ndarray) -> list[list[str]]:
+        """The captions of each of some rows."""
+        return self.table["captions"].take(rows).to_pylist()
 
     @functools.cached_property
     def _columns(self):
@@ -183,7 +190,7 @@ def _rows(item: tuple[int, Pair], tile: int | None, perceptual: bool) -> list[di
         "pair": number, "tile": "", "key": _printable(pair.key),
         "group": _printable(pair.group or pair.key), "error": pair.error or _wrong_text(pair),
         "bytes": len(pair.image), "width": 0, "height": 0, "source_width": 0, "source_height": 0,
-        "plain": False, "captions": [len(caption) for caption in pair.captions],
+        "plain": False, "captions": [_printable(caption) for caption in pair.captions],
         "aesthetic": pair.score("aesthetic"), "watermark": pair.score("watermark"),
         "pixels": "", "perceptual": 0,
     }  # fmt: skip
@@ -246,7 +253,7 @@ def as_table(columns: dict[str, list]) -> Any:
     """The columns as a pyarrow table of the types that facts have."""
     import pyarrow as pa
 
-    types = {"list": pa.list_(pa.int32()), "bool": pa.bool_(), "string": pa.string()}
+    types = {"list": pa.list_(pa.string()), "bool": pa.bool_(), "string": pa.string()}
     schema = pa.schema(
         [(name, types.get(kind) or pa.type_for_alias(kind)) for name, kind in _TYPES.items()]
     )

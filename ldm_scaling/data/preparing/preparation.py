@@ -15,6 +15,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import tempfile
@@ -36,7 +37,8 @@ from ldm_scaling.data.record import Record
 from ldm_scaling.data.shards import Shard
 from ldm_scaling.errors import UserError
 
-_FORMAT = "ldm_scaling preparation 2"
+_FORMAT = "ldm_scaling preparation 3"
+_MOST_OTHERS = 32  # A picture that says "not found" would have those of thousands.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,10 +48,12 @@ class Verdict:
     Attributes:
       reason: number in `filters.REASONS` of why each is dropped, or `KEPT`; int8 [N].
       keeper: part and row of the better duplicate, or -1; int32 [N, 2].
+      others: by row, captions of exact duplicates that are kept with it, see `others`.
     """
 
     reason: np.ndarray
     keeper: np.ndarray
+    others: Mapping[int, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -134,11 +138,33 @@ class Preparation:
 
     def save_verdict(self, i: int, verdict: Verdict) -> None:
         """Keeps what becomes of part i's rows."""
-        _save(self._file("verdict", i), reason=verdict.reason, keeper=verdict.keeper)
+        others = np.array(_others_text(verdict))
+        _save(
+            self._file("verdict", i), reason=verdict.reason, keeper=verdict.keeper, others=others
+        )
 
     def verdict(self, i: int) -> Verdict:
         """What becomes of part i's rows."""
-        return Verdict(**_load(self._file("verdict", i)))
+        found = _load(self._file("verdict", i))
+        others = json.loads(str(found["others"]))
+        return Verdict(found["reason"], found["keeper"], {row: tuple(t) for row, t in others})
+
+    def others(
+        self, best: Sequence[str], duplicates: Iterable[Sequence[str]]
+    ) -> tuple[str, ...]:
+        """Captions that exact duplicates have beyond those of the best, `_MOST_OTHERS` at most.
+
+        Of tiles there are none: those that are alike, of a clear sky, are of different photographs.
+
+        Args:
+          best: the captions of the one that is kept.
+          duplicates: those of each of the others, the better first.
+        """
+        if self.options.tile is not None:
+            return ()
+        texts = dict.fromkeys(text for captions in duplicates for text in captions)
+        more = (t for t in texts if t not in best and self.options.filters.keeps(t))
+        return tuple(itertools.islice(more, _MOST_OTHERS))
 
     def counts(self, i: int) -> dict[str, int]:
         """How many records of part i are kept in each split."""
@@ -206,8 +232,9 @@ class Preparation:
 
     def _basis(self, i: int) -> str:
         """Hash of what part i's shards are written by: facts and verdict."""
-        reason = self.verdict(i).reason.tobytes()
-        return files.sha256_of(self.facts_file(i).read_bytes() + reason)
+        verdict = self.verdict(i)
+        decided = verdict.reason.tobytes() + _others_text(verdict).encode()
+        return files.sha256_of(self.facts_file(i).read_bytes() + decided)
 
     def _is_written(self, i: int, named: Mapping[str, str]) -> bool:
         file = self._file("written", i)
@@ -222,10 +249,11 @@ class Preparation:
 
     def _spooled(self, i: int, spool: Any, threads: int) -> Iterator[tuple[str, Record, int, int]]:
         """Order, record without its image, and where in `spool` that is, of each kept row."""
-        facts, reason = self.facts(i), self.verdict(i).reason
+        facts, verdict = self.facts(i), self.verdict(i)
+        kept = np.flatnonzero(verdict.reason == KEPT)
         rows: dict[int, list[dict[str, Any]]] = collections.defaultdict(list)
-        for row in facts.table.take(np.flatnonzero(reason == KEPT)).to_pylist():
-            rows[row["pair"]].append(row)
+        for number, row in zip(kept.tolist(), facts.table.take(kept).to_pylist()):
+            rows[row["pair"]].append({**row, "others": verdict.others.get(number, ())})
 
         def found() -> Iterator[tuple[Pair, list[dict[str, Any]]]]:
             if not rows:  # a part that is broken, or of which nothing is kept, is not read again
@@ -360,15 +388,18 @@ def _records(item: tuple[Pair, list[dict[str, Any]]], options: Options) -> list[
             tile_HWC = decoded.image_HWC[y : y + height, x : x + width]
             image = stored.encode(tile_HWC, lossy=False)
         else:
-            lossy = decoded.lossy and stored_size != size
-            image = stored.encode(decoded.image_HWC, lossy, options.store_side)
+            image = stored.encode(decoded.image_HWC, decoded.lossy, options.store_side)
         out.append(
             Record(
-                row["key"], image, captions, row["group"], width, height, row["aesthetic"],
-                row["watermark"],
+                row["key"], image, (*captions, *row["others"]), row["group"], width, height,
+                row["aesthetic"], row["watermark"],
             )
         )  # fmt: skip
     return out
+
+
+def _others_text(verdict: Verdict) -> str:
+    return json.dumps(sorted(verdict.others.items()))
 
 
 def _unspooled(spool: Any, record: Record, at: int, length: int) -> Record:

@@ -32,7 +32,8 @@ def gather(job: Preparation) -> dict[str, Any]:
     read = rows = 0
     broken = []
     for i in range(len(job.parts)):
-        facts, reason = job.facts(i), job.verdict(i).reason
+        facts, verdict = job.facts(i), job.verdict(i)
+        reason = verdict.reason
         broken += [facts.broken] if facts.broken else []
         read += len(np.unique(facts["pair"]))
         rows += len(facts)
@@ -52,10 +53,14 @@ def gather(job: Preparation) -> dict[str, Any]:
         sizes["aspect (long / short)"].append(
             np.maximum(width, height) / np.maximum(np.minimum(width, height), 1)
         )
-        sizes["captions of an image"].append(
-            np.bincount(owner[of_kept], minlength=len(facts))[good]
-        )
-        sizes["characters of a caption"].append(lengths[of_kept])
+        captions = np.bincount(owner[of_kept], minlength=len(facts))
+        others = [(row, text) for row, texts in verdict.others.items() for text in texts
+                  if good[row]]  # fmt: skip
+        for row, _ in others:
+            captions[row] += 1
+        more = np.array([len(text) for _, text in others], np.int64)
+        sizes["captions of an image"].append(captions[good])
+        sizes["characters of a caption"] += [lengths[of_kept], more]
     return {
         "source": job.collection.name,
         "read": read,

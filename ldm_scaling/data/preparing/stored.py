@@ -43,7 +43,8 @@ def decode(data: bytes) -> Decoded:
         with Image.open(io.BytesIO(data)) as image:
             image.load()  # whole: a file that is cut short fails here
             plain = _is_plain(image, data)
-            lossy = image.format in _LOSSY and not image.has_transparency_data
+            exact = image.format == "WEBP" and b"VP8L" in data  # the chunk of one without loss
+            lossy = image.format in _LOSSY and not (exact or image.has_transparency_data)
             image_HWC = image_folder.to_rgb(image)
     except Exception as e:  # Pillow's readers of damaged files raise errors of nearly every type
         known = "cannot identify" not in str(e)

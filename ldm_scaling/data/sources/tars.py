@@ -114,5 +114,5 @@ def _check_end(archive: tarfile.TarFile) -> None:
     records = range(fill - fill % _BLOCK + _BLOCK, _LONGEST_RECORD + 1, _BLOCK)
     if fill >= _RECORD and all(at % record for record in records):
         raise tarfile.ReadError(
-            f"it is cut short or damaged at byte {end}: {at - end} zeros follow, too many for an end"
+            f"it is cut short or damaged at byte {end}: {at - end} zeros follow, too many to end it"
         )

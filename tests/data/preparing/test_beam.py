@@ -88,7 +88,7 @@ def test_what_a_user_can_mend_comes_as_one_line(tmp_path):
         prepare.run(collection, tmp_path / "a", Options(), "NoSuchRunner")
     assert "\n" not in str(caught.value)
     nothing = Options(filters=Filters(min_side=999), limit=3)
-    with pytest.raises(errors.UserError, match="none of the 53 pairs"):
+    with pytest.raises(errors.UserError, match="none of the 54 pairs"):
         prepare.run(collection, tmp_path / "b", nothing, "DirectRunner")
     broken = os.path.join(collection.root, "part2", "00003.json")
     with open(broken, "w") as file:

@@ -131,6 +131,8 @@ PLAIN = {
     "jpeg", "progressive", "grey jpeg", "png", "webp", "lossless webp", "grey png", "mpo",
     "turned 0", "turned 1", "one pixel", "wide",
 }  # fmt: skip
+# Of what was kept with loss a PNG would be several times as large.
+AS_JPEG = {"cmyk jpeg", "animated webp", *(f"turned {i}" for i in range(2, 9))}
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +156,20 @@ def test_what_is_stored_looks_as_the_original(fuzzed):
             # as any decoder does it: no turning, no transparency, no choice of a frame
             found_HWC = np.asarray(image.convert("RGB"))
             assert image.format in ("JPEG", "MPO", "PNG", "WEBP") and image.mode in ("RGB", "L")
-        np.testing.assert_array_equal(found_HWC, wanted_HWC, err_msg=record.key)
+            assert image.format == "JPEG" or record.key not in AS_JPEG
+        if record.key in AS_JPEG:
+            assert found_HWC.shape == wanted_HWC.shape
+            error = np.abs(found_HWC.astype(int) - wanted_HWC).mean()
+            assert error < 2, record.key
+        else:
+            np.testing.assert_array_equal(found_HWC, wanted_HWC, err_msg=record.key)
         assert (record.height, record.width) == wanted_HWC.shape[:2]
         assert (record.image == originals[record.key]) == (record.key in PLAIN), record.key
+
+
+def test_webp_without_loss_stays_so():
+    odd = odd_images()
+    assert stored.decode(odd["webp"]).lossy and not stored.decode(odd["lossless webp"]).lossy
 
 
 def test_what_cannot_be_read_is_named_with_why(fuzzed):
@@ -234,6 +247,7 @@ def crowd() -> list[list[Pair]]:
     parts = [plain_pairs(12, 12 * i) for i in range(4)]
     parts[1].append(Pair("the copy", encoded(scene(2, 42, 48), compress_level=1), ("the same",)))
     parts[2].append(Pair("likeness", encoded(scene(5, 34, 36)), ("nearly the same",)))
+    parts[3].append(Pair("the copy again", encoded(scene(2, 42, 48)), ("the same", "one more")))
     parts[3].append(Pair("pair0001", encoded(scene(77)), ("the key of another",)))
     parts[3].append(Pair("silent", encoded(scene(78))))
     parts[3].append(Pair("late", b"", (), error="its file is missing"))
@@ -246,9 +260,9 @@ def test_every_pair_is_kept_or_dropped_for_a_reason(tmp_path):
     report = json.loads((tmp_path / "to" / "report.json").read_text())
     counts = {name: entry["count"] for name, entry in report["dropped"].items()}
     assert counts == {
-        "unreadable": 1, "no caption": 1, "key": 1, "duplicate": 1, "near-duplicate": 1, "limit": 3
+        "unreadable": 1, "no caption": 1, "key": 1, "duplicate": 2, "near-duplicate": 1, "limit": 3
     }  # fmt: skip
-    assert report["dropped"]["duplicate"]["examples"] == ["the copy"]
+    assert report["dropped"]["duplicate"]["examples"] == ["the copy", "the copy again"]
     assert report["dropped"]["near-duplicate"]["examples"] == ["likeness"]
     assert report["read"] == sum(counts.values()) + 45
     assert prepared.count("train") + prepared.count("validation") == 45
@@ -258,7 +272,8 @@ def test_every_pair_is_kept_or_dropped_for_a_reason(tmp_path):
     for split in shards.SPLITS:
         records = prepared.records(split).read(range(prepared.count(split)))
         for record, size in zip(records, prepared.sizes(split).tolist()):
-            assert record.captions == originals[record.key].captions
+            others = ("the same", "one more") if record.key == "pair0002" else ()
+            assert record.captions == (*originals[record.key].captions, *others)
             assert record.image == originals[record.key].image
             assert [record.width, record.height] == size
             score = originals[record.key].score("aesthetic")
@@ -268,6 +283,19 @@ def test_every_pair_is_kept_or_dropped_for_a_reason(tmp_path):
     for sheet in ("sample.png", "duplicates.png"):
         assert Image.open(tmp_path / "to" / sheet).width > 200
     assert not list((tmp_path / "to").glob(".*"))
+
+
+@pytest.mark.parametrize("tile, count", [(None, 33), (32, 1)])
+def test_a_row_for_each_caption_is_one_picture(tmp_path, tile, count):
+    """Of a picture that says "not found" some captions are kept; of a tile of sky its own."""
+    pairs = [Pair(f"k{i:02}", encoded(scene(1, 40, 48)), (f"caption {i}",)) for i in range(40)]
+    options = Options(validation_share=0, tile=tile, workers=1)
+    prepared = prepare.run(put(tmp_path / "from", [pairs]), tmp_path / "to", options)
+    (record,) = prepared.records("train").read([0])
+    assert prepared.count("train") == 1
+    assert record.captions == tuple(f"caption {i}" for i in range(count))
+    report = json.loads((tmp_path / "to" / "report.json").read_text())
+    assert report["percentiles"]["captions of an image"] == [count] * 7
 
 
 def test_groups_lie_in_one_split_and_the_share_is_about_met(tmp_path):
