@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ldm_scaling.data.preparing import duplicates
+from ldm_scaling.data.preparing import decide, duplicates
 from ldm_scaling.data.preparing.filters import CODE, KEPT
 from ldm_scaling.data.preparing.preparation import Preparation, Verdict
 from ldm_scaling.errors import MissingPackageError, UserError
@@ -153,7 +153,7 @@ def _once(beam: Any, left: Any, reason: str, group: Any, rank: Any, job: Prepara
         best, *worse = sorted(members, key=rank)
         yield best
         if reason == "duplicate" and worse:
-            others = job.others(best.captions, [other.captions for other in worse])
+            others = decide.others(job.options, best.captions, [other.captions for other in worse])
             yield beam.pvalue.TaggedOutput("others", (best.part, (best.row, others)))
         for other in worse:
             drop = Drop(other.part, other.row, CODE[reason], (best.part, best.row))

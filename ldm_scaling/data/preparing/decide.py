@@ -6,13 +6,17 @@
 from __future__ import annotations
 
 import collections
+import itertools
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from ldm_scaling.data.preparing import duplicates
 from ldm_scaling.data.preparing.filters import CODE, KEPT
+from ldm_scaling.data.preparing.options import Options
 from ldm_scaling.data.preparing.preparation import Preparation, Verdict
 
+_MOST_OTHERS = 32  # A picture that says "not found" would have those of thousands.
 _COLUMNS = ("key", "group", "width", "height", "pixels", "perceptual")
 
 
@@ -30,7 +34,7 @@ def decide(job: Preparation) -> None:
     place = np.concatenate(places)
     rows = {name: np.concatenate(parts) for name, parts in columns.items()}
     reason, keeper = _judge(job, place, **rows)
-    others = _others(job, place, reason, keeper, rows["key"])
+    taken = _others(job, place, reason, keeper, rows["key"])
     start = 0
     for i, of_part in enumerate(reasons):
         better = np.full((len(of_part), 2), -1, np.int32)
@@ -38,7 +42,7 @@ def decide(job: Preparation) -> None:
         of_part[here] = reason[start : start + len(here)]
         better[here] = keeper[start : start + len(here)]
         start += len(here)
-        job.save_verdict(i, Verdict(of_part, better, others[i]))
+        job.save_verdict(i, Verdict(of_part, better, taken[i]))
 
 
 def _judge(
@@ -78,6 +82,25 @@ def _judge(
     return reason, keeper
 
 
+def others(
+    options: Options, best: Sequence[str], duplicates: Iterable[Sequence[str]]
+) -> tuple[str, ...]:
+    """Captions that exact duplicates have beyond those of the best, `_MOST_OTHERS` at most.
+
+    Of tiles there are none: those that are alike, of a clear sky, are of different photographs.
+
+    Args:
+      options: of the preparation.
+      best: the captions of the one that is kept.
+      duplicates: those of each of the others, the better first.
+    """
+    if options.tile is not None:
+        return ()
+    texts = dict.fromkeys(text for captions in duplicates for text in captions)
+    more = (t for t in texts if t not in best and options.filters.keeps(t))
+    return tuple(itertools.islice(more, _MOST_OTHERS))
+
+
 def _others(
     job: Preparation, place: np.ndarray, reason: np.ndarray, keeper: np.ndarray, key: np.ndarray
 ) -> dict[int, dict[int, tuple[str, ...]]]:
@@ -95,8 +118,8 @@ def _others(
         of_keeper[tuple(best)].append(captions[tuple(one)])
     found: dict[int, dict[int, tuple[str, ...]]] = collections.defaultdict(dict)
     for (i, row), worse in of_keeper.items():
-        if others := job.others(captions[i, row], worse):
-            found[i][row] = others
+        if texts := others(job.options, captions[i, row], worse):
+            found[i][row] = texts
     return found
 
 

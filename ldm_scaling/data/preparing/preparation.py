@@ -15,7 +15,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import itertools
 import json
 import os
 import tempfile
@@ -38,7 +37,6 @@ from ldm_scaling.data.shards import Shard
 from ldm_scaling.errors import UserError
 
 _FORMAT = "ldm_scaling preparation 3"
-_MOST_OTHERS = 32  # A picture that says "not found" would have those of thousands.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,7 +46,7 @@ class Verdict:
     Attributes:
       reason: number in `filters.REASONS` of why each is dropped, or `KEPT`; int8 [N].
       keeper: part and row of the better duplicate, or -1; int32 [N, 2].
-      others: by row, captions of exact duplicates that are kept with it, see `others`.
+      others: by row, captions of exact duplicates that are kept with it, see `decide.others`.
     """
 
     reason: np.ndarray
@@ -148,23 +146,6 @@ class Preparation:
         found = _load(self._file("verdict", i))
         others = json.loads(str(found["others"]))
         return Verdict(found["reason"], found["keeper"], {row: tuple(t) for row, t in others})
-
-    def others(
-        self, best: Sequence[str], duplicates: Iterable[Sequence[str]]
-    ) -> tuple[str, ...]:
-        """Captions that exact duplicates have beyond those of the best, `_MOST_OTHERS` at most.
-
-        Of tiles there are none: those that are alike, of a clear sky, are of different photographs.
-
-        Args:
-          best: the captions of the one that is kept.
-          duplicates: those of each of the others, the better first.
-        """
-        if self.options.tile is not None:
-            return ()
-        texts = dict.fromkeys(text for captions in duplicates for text in captions)
-        more = (t for t in texts if t not in best and self.options.filters.keeps(t))
-        return tuple(itertools.islice(more, _MOST_OTHERS))
 
     def counts(self, i: int) -> dict[str, int]:
         """How many records of part i are kept in each split."""
