@@ -79,6 +79,10 @@ class ClipTokenizer:
             ids_BL[i, : len(row)], mask_BL[i, : len(row)] = row, True
         return ids_BL, mask_BL
 
+    def cut(self, texts: Sequence[str]) -> int:
+        """How many of the texts are too long."""
+        return sum(len(ids) > self.context - 2 for ids in self._encode(texts))
+
 
 def load(path: str | os.PathLike[str], behaviour: str, context: int = 77) -> ClipTokenizer:
     """The tokenizer of a vocabulary on disk.

@@ -208,6 +208,12 @@ class TextStates:
         ctx_BLD, _, e_BE = self._encoder.encode(texts)
         return ctx_BLD, e_BE
 
+    def cut(self, texts: Sequence[str]) -> int:
+        """How many of the texts have more tokens than `length`, and lose the last."""
+        if isinstance(self._encoder, clip_text.ClipText):
+            return self._encoder.tokenizer.cut(texts)
+        return sum(bool(e.overflowing) for e in self._encoder._tokenizer.encode_batch(list(texts)))
+
     def on(self, mesh: jax.sharding.Mesh, batch: int = 64) -> TextStates:
         """The same with its passes split over a mesh's devices, parameters whole on each.
 

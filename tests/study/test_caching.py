@@ -257,6 +257,17 @@ def test_text_states_are_the_encoders(tmp_path, minilm):
         caching.cache_text(tmp_path / "z", ["a"], minilm, dtype="int8")
 
 
+def test_captions_that_are_cut_are_counted_once(tmp_path, minilm, caplog):
+    exact = "one two three four five six"  # and start and end: 8 tokens
+    captions = ["a cat", exact, f"{exact} seven", f"{exact} " * 9] * 2
+    for _ in range(2):  # the second time it is only opened
+        caching.cache_text(tmp_path / "x", captions, minilm, batch_size=3, what="")
+    (said,) = (r.getMessage() for r in caplog.records if "longer" in r.getMessage())
+    assert "4 of 8 captions are longer than data.text_length=8 tokens" in said
+    caching.cache_text(tmp_path / "y", captions[:2] * 30 + captions[2:3], minilm, what="")
+    assert len([r for r in caplog.records if "longer" in r.getMessage()]) == 1  # and one noted
+
+
 def test_states_and_embeddings_may_be_of_two_encoders(tmp_path, minilm):
     longer = encoders.text_encoder_from("", 10)._encoder
     source = caching.cache_text(
