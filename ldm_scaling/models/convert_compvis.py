@@ -8,6 +8,7 @@ tower of CLIP (version 1) or OpenCLIP (version 2).
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -22,6 +23,8 @@ from ldm_scaling.models.clip import TextSpec
 from ldm_scaling.models.convert import CONV, DENSE, NORM, POINTWISE, TRANSFORMER, one, rules_of
 from ldm_scaling.models.pretrained import FlatTensors, Rule
 
+log = logging.getLogger(__name__)
+
 _UNET, _EMA, _AUTOENCODER = "model.diffusion_model.", "model_ema.", "first_stage_model."
 # The text tower's place, with what the tensors do not tell: its activation, and which of its states
 # condition the U-Net.
@@ -29,6 +32,7 @@ _TOWERS = {
     "cond_stage_model.transformer.": ("quick_gelu", "last"),
     "cond_stage_model.model.": ("gelu", "penultimate"),
 }
+_XL = r"conditioner\..*\.bias"
 _HEAD_WIDTH = 64  # of every published text tower, and of version 2's U-Net
 
 _RESNET = (
@@ -52,9 +56,19 @@ _ATTENTION = (
 
 
 def _read(path: str | os.PathLike[str], *prefixes: str) -> FlatTensors:
-    """The tensors of a file whose names begin with one of `prefixes`."""
+    """The tensors of a file whose names begin with one of `prefixes`.
+
+    Raises `UserError` also for a file of Stable Diffusion XL, by its text towers' biases.
+    """
     wanted = "|".join(map(re.escape, prefixes))
-    return pretrained.read_torch(path, ignore=[rf"(?!{wanted}).*"])
+    tensors = pretrained.read_torch(path, ignore=[rf"(?!{wanted}|{_XL}).*"])
+    if any(re.fullmatch(_XL, name) for name in tensors):
+        raise UserError(
+            f"{path} is laid out as Stable Diffusion XL's, and such files are read here of "
+            "versions 1 and 2 alone: for its autoencoder give the folder vae that diffusers saved, "
+            "whose config.json tells the latents' scale"
+        )
+    return tensors
 
 
 def _under(tensors: Mapping[str, np.ndarray], prefix: str) -> FlatTensors:
@@ -194,21 +208,31 @@ def load_autoencoder(
     path: str | os.PathLike[str],
 ) -> tuple[autoencoder.AutoencoderSpec, dict, float]:
     """Spec, float32 parameters and latent scale of the autoencoder in an original checkpoint, or in
-    a file of an autoencoder alone (such as vae-ft-mse-840000-ema-pruned).
+    a file of an autoencoder alone (such as vae-ft-mse-840000-ema-pruned). Where the file does not
+    tell the scale it is that of versions 1 and 2; of an autoencoder alone, which may be another's,
+    a warning says so.
 
     Raises:
       UserError: as `load_unet`.
     """
     halves = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
     tensors = _read(path, _AUTOENCODER, "scale_factor", *halves)
-    scale = float(tensors.pop("scale_factor", convert.SCALE))
+    told = tensors.pop("scale_factor", None)
     params = _under(tensors, _AUTOENCODER) or tensors
+    alone = params is tensors
     # What its training compared pictures with, and averages.
     params = {k: t for k, t in params.items() if not k.startswith(("loss.", _EMA))}
     spec = _autoencoder_spec(params, path)
     expected = jax.eval_shape(lambda: autoencoder.init(spec, jax.random.key(0)))
-    rules = _autoencoder_rules(spec)
-    return spec, pretrained.fill(expected, params, rules, source=path), scale
+    params = pretrained.fill(expected, params, _autoencoder_rules(spec), source=path)
+    if told is None and alone:
+        log.warning(
+            "%s does not tell what its latents are multiplied by: %g is taken, as of Stable "
+            "Diffusion 1 and 2. Of another, such as XL's (0.13025), give the folder that diffusers "
+            "saved, whose config.json has its scaling_factor",
+            path, convert.SCALE,
+        )
+    return spec, params, convert.SCALE if told is None else float(told)
 
 
 def _autoencoder_spec(params: FlatTensors, path) -> autoencoder.AutoencoderSpec:

@@ -199,7 +199,7 @@ def test_unet_equals_diffusers(tmp_path, version, ema):
 
 
 @pytest.mark.parametrize("attention, alone", [(True, False), (False, True)])
-def test_autoencoder_equals_diffusers(tmp_path, attention, alone):
+def test_autoencoder_equals_diffusers(tmp_path, attention, alone, caplog):
     """Inside a whole file, and in a file of its own; both read by torch."""
     model, path = autoencoder_of(attention), tmp_path / "sd.ckpt"
     inside = original_autoencoder(arrays(model))
@@ -213,6 +213,7 @@ def test_autoencoder_equals_diffusers(tmp_path, attention, alone):
     peer = through_the_peer(peer, model)
     spec, params, scale = convert_compvis.load_autoencoder(path)
     assert scale == 0.18215
+    assert ("does not tell what its latents are multiplied by: 0.18215" in caplog.text) == alone
     assert spec == autoencoder.AutoencoderSpec(
         32, (1, 2), blocks_per_level=LAYERS, mid_attention=attention
     )
@@ -325,5 +326,8 @@ def test_what_is_missing_is_named(tmp_path):
     says(functools.partial(load, ema=True), "no average of .* without --ema", lambda t: t)
     says(convert_compvis.load_autoencoder, "an autoencoder in it: it has no first_stage_model",
          lambda t: {k: v for k, v in t.items() if not k.startswith("first")})
+    towers = {"conditioner.embedders.0.transformer.text_model.final_layer_norm.bias": np.zeros(2)}
+    for load in (convert_compvis.load_autoencoder, convert_compvis.load_unet):
+        says(load, "laid out as Stable Diffusion XL's.*folder vae", lambda t: t | towers)
     says(convert_compvis.load_text, "a text tower in it: it has no cond_stage_model.transformer",
          lambda t: t)
