@@ -31,6 +31,7 @@ NETWORK_TARGETS = (r"(attn[12]|(image|text)_(in|out))/to_(q|k|v|out)$",)
 # Of a BERT or CLIP's text tower: the same.
 TEXT_TARGETS = (r"/(query|key|value|out)$",)
 _ENDS = {"down": "lora_A", "up": "lora_B"}
+_OTHER_NAMES = re.compile(r"\.lora([._])(down|up)\.weight$")
 
 
 def layers(params: Any, targets: Sequence[str]) -> list[str]:
@@ -237,7 +238,7 @@ def load(
       levels: as of `tensors`.
     Raises:
       UserError: for a file that cannot be read, a layer that the networks do not have, half a pair,
-        sizes that do not fit, or adapters of another kind (DoRA).
+        sizes that do not fit, adapters of another kind (DoRA), or the names of other programs.
     """
     found, out = pretrained.read_safetensors(path), {}
     header = _header(path)
@@ -271,8 +272,16 @@ def load(
         if own:
             out[network] = traverse_util.unflatten_dict(own, sep="/")
     if found:
+        other = next((m for m in map(_OTHER_NAMES.search, found) if m), None)
+        why = "it is of another network"
+        if other:
+            whose = "kohya's scripts" if other[1] == "_" else "older diffusers"
+            why = (
+                f"it has the names of {whose}, and those of peft are read (.lora_A.weight): load "
+                "it by diffusers, and save it again by save_lora_weights"
+            )
         raise UserError(
-            f"{path} holds {len(found)} tensors of no layer here, such as {next(iter(found))}: it "
-            "is of another network"
+            f"{path} holds {len(found)} tensors of no layer here, such as {next(iter(found))}: "
+            f"{why}"
         )
     return out
