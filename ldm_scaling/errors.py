@@ -41,3 +41,8 @@ def first_line(error: BaseException, most: int = 200) -> str:
     """What an error says, in one line of at most so many letters; its type where it says nothing.
     """
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
+
+
+def read_error(error: Exception) -> BaseException:
+    """What went wrong where Orbax read an array: it raises a bare `Exception` from that."""
+    return error.__cause__ if type(error) is Exception and error.__cause__ else error

@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from ldm_scaling import __version__, files
-from ldm_scaling.errors import UserError, first_line
+from ldm_scaling.errors import UserError, first_line, read_error
 from ldm_scaling.models import (
     autoencoder,
     clip,
@@ -306,8 +306,12 @@ def load(path: str | os.PathLike[str], kind: str | None = None) -> Converted:
         with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
             params = checkpointer.restore(os.fspath(path / _PARAMS), expected)
         found = pretrained.hash_of(params)
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} is damaged ({first_line(e)}): convert the weights again") from e
+    except Exception as e:
+        cause = read_error(e)
+        if not isinstance(cause, (OSError, ValueError, KeyError, TypeError)):
+            raise
+        raise UserError(
+            f"{path} is damaged ({first_line(cause)}): convert the weights again") from e
     if found != manifest["hash"]:
         raise UserError(
             f"{path} is damaged: its values have the hash {found}, not {manifest['hash']}: convert "

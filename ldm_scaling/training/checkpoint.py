@@ -7,7 +7,7 @@ import json
 import os
 import threading
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from ldm_scaling.errors import UserError, first_line
+from ldm_scaling.errors import UserError, first_line, read_error
 from ldm_scaling.parallel import hosts, rules
 from ldm_scaling.training import consensus
 from ldm_scaling.training.state import TrainState
@@ -199,15 +199,13 @@ class Checkpoints:
         step = self.latest() if step is None else step
         folder = self.directory / str(step)
         _check_tree(folder, abstract)
-        try:
+        with _reading(folder):
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardRestore(abstract), iterator=ocp.args.JsonRestore()
                 ),
             )
-        except _READ_ERRORS as e:
-            raise _damaged(folder, e) from e
         return restored.state, restored.iterator
 
 
@@ -248,23 +246,17 @@ def read(place: Place, abstract: TrainState) -> tuple[TrainState, dict[str, Any]
     folder = epath.Path(os.path.abspath(place.directory)) / str(place.step)
     _check_tree(folder, abstract)
     state = _read(folder, abstract)
-    try:
-        with _reader(ocp.JsonCheckpointHandler()) as reader:
-            return state, reader.restore(folder / "iterator")
-    except _READ_ERRORS as e:
-        raise _damaged(folder, e) from e
+    with _reading(folder), _reader(ocp.JsonCheckpointHandler()) as reader:
+        return state, reader.restore(folder / "iterator")
 
 
 def _read(folder: epath.Path, item: TrainState) -> TrainState:
-    try:
-        with _reader(ocp.PyTreeCheckpointHandler()) as reader:
-            return reader.restore(
-                folder / "state", args=ocp.args.PyTreeRestore(
-                    item, restore_args=ocp.checkpoint_utils.construct_restore_args(item)
-                ),
-            )
-    except _READ_ERRORS as e:
-        raise _damaged(folder, e) from e
+    with _reading(folder), _reader(ocp.PyTreeCheckpointHandler()) as reader:
+        return reader.restore(
+            folder / "state", args=ocp.args.PyTreeRestore(
+                item, restore_args=ocp.checkpoint_utils.construct_restore_args(item)
+            ),
+        )
 
 
 def latest(directory: epath.PathLike) -> int | None:
@@ -373,6 +365,17 @@ def _listed(folder: epath.Path) -> dict[str, tuple] | None:
         }
     except (*_READ_ERRORS, AttributeError):
         return None
+
+
+@contextlib.contextmanager
+def _reading(folder: epath.Path) -> Iterator[None]:
+    """Raises `UserError` for what is wrong with a checkpoint that is read inside the context."""
+    try:
+        yield
+    except Exception as e:
+        if not isinstance(cause := read_error(e), _READ_ERRORS):
+            raise
+        raise _damaged(folder, cause) from e
 
 
 def _damaged(folder: epath.Path, error: Exception) -> UserError:

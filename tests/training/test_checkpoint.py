@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -206,3 +207,25 @@ def test_arrays_are_not_opened_for_their_shapes_where_a_file_lists_them(tmp_path
     (tmp_path / "2" / "state" / "_METADATA").unlink()
     with pytest.raises(UserError, match="2 is damaged .*delete"):
         checkpoint.average(tmp_path, 2, abstract)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's
+@pytest.mark.parametrize("damage", [lambda file: os.truncate(file, 50), os.unlink])
+def test_arrays_that_are_cut_short_or_gone_are_damage(tmp_path, damage):
+    def init(key):  # Small arrays lie in the list of them.
+        return {"kernel": jax.random.normal(key, (64, 64))}
+
+    mesh = toy.one_device()
+    abstract = step.abstract_state(init, toy.CONFIG, mesh)
+    with checkpoint.Checkpoints(tmp_path) as kept:
+        kept.save(2, step.init_state(init, toy.CONFIG, mesh, jax.random.key(0)), {}, {})
+    for file in (tmp_path / "2" / "state" / "ocdbt.process_0" / "d").iterdir():
+        if file.stat().st_size > 4096:
+            damage(file)
+    with checkpoint.Checkpoints(tmp_path) as kept:
+        for read in (
+            lambda: kept.restore(abstract), lambda: checkpoint.average(tmp_path, 2, abstract),
+            lambda: checkpoint.read(checkpoint.Place(tmp_path, 2), abstract),
+        ):
+            with pytest.raises(UserError, match=rf"checkpoint {tmp_path}/2 is damaged .*: delete"):
+                read()
