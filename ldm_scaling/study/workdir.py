@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -183,10 +184,17 @@ class Workdir:
     @contextlib.contextmanager
     def log_to_file(self, process: int = 0) -> Iterator[None]:
         """Logs everything to the process's file, and nothing to the terminal, inside the context.
+
+        Raises:
+          UserError: when the file cannot be opened. Where it cannot be written later, such as on a
+            full disk, that is told once and the work goes on.
         """
         path = self.log_file(process)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(os.fspath(path))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handler = _LogFile(os.fspath(path))
+        except OSError as e:
+            raise self._unusable(e) from e
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         handler.setLevel(logging.INFO)
         root = logging.getLogger()
@@ -202,6 +210,25 @@ class Workdir:
                 logger.setLevel(level)
             root.removeHandler(handler)
             handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    """A log on a disk that may be full."""
+
+    _told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._told:
+            self._told = True
+            print(f"ldm-scaling: cannot write {self.baseFilename}: {error.strerror or error}; "
+                  "what is logged is lost", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 def _flat(tree, prefix: str = "") -> dict[str, object]:

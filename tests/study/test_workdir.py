@@ -1,13 +1,15 @@
 """The workdir keeps its config whole."""
 
 import json
+import logging
+import os
 import runpy
 from unittest import mock
 
 import pytest
 
 from ldm_scaling import config
-from ldm_scaling.errors import UserError
+from ldm_scaling.errors import Interrupted, UserError
 from ldm_scaling.study.workdir import Workdir
 
 STUDIES = {
@@ -69,3 +71,21 @@ def test_what_no_study_begins_with_is_no_bar_to_one_from_before(tmp_path, change
         Workdir(tmp_path / "old").bind(study)
     assert Workdir(tmp_path / "old").last_config() == study
     Workdir(tmp_path / "old").bind(study)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_log_on_a_full_disk_hides_no_error(tmp_path, capfd):
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    with pytest.raises(Interrupted, match="the error"), Workdir(tmp_path).log_to_file():
+        for line in "ab":
+            logging.getLogger("ldm_scaling").info(line)
+        raise Interrupted("the error")
+    said = capfd.readouterr().err
+    assert said.count("cannot write") == said.count("\n") == 1
+    assert f"{tmp_path}/log.txt: No space left on device" in said
+
+
+def test_a_log_that_cannot_be_opened_is_told(tmp_path):
+    (tmp_path / "log.txt").mkdir()
+    with pytest.raises(UserError, match="cannot use the workdir"), Workdir(tmp_path).log_to_file():
+        pass
