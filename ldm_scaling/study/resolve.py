@@ -37,12 +37,15 @@ def _with_pretrained(study: Study) -> Study:
     given = study.finetune.pretrained
     if not given:
         return study
-    theirs = Workdir(given).last_config()
-    lacks = [m for m in study.members if m not in theirs.members]
+    there = Workdir(given)
+    theirs = there.last_config("finetune.pretrained")
+    # Its last command may have been of some of its members.
+    have = dict.fromkeys((*theirs.members, *sorted(p.name for p in (there / "models").glob("*"))))
+    lacks = [m for m in study.members if m not in have]
     if lacks:
         raise UserError(
             f"config: members={study.members}: {given} has trained no {', '.join(lacks)}, but "
-            f"{', '.join(theirs.members)}"
+            f"{', '.join(have)}"
         )
     if theirs.weights:
         raise UserError(
@@ -57,6 +60,11 @@ def _with_pretrained(study: Study) -> Study:
                 f"config: diffusion.{key}={ours!r}, but the members in {given} were trained with "
                 f"{its!r}: give theirs"
             )
+    if study.reference != theirs.reference:
+        raise UserError(
+            f"config: reference={study.reference!r}, but the costs in {given} are told in those of "
+            f"{theirs.reference!r}, and a page tells both: give theirs"
+        )
     have = theirs.training_hash("")  # Of all that its members share: more may be fine-tuned later.
     wanted = study.finetune.pretrained_hash
     if wanted not in ("", have):

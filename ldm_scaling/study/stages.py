@@ -391,7 +391,7 @@ def _pretrained_records(own: Materials) -> tuple[list[Record], list[Record]]:
     there = own.pretrained if own.study.finetune.pretrained else own
     if there is not own and not (there.workdir / "records").exists():
         return [], []
-    members = [m for m in there.study.members if m in own.study.members]
+    members = own.study.members  # The last command there may have been of some of them.
     ends = [subject_lib.of_member(there.study, m) for m in members]
     along = [s for s in early.subjects(there.study) if s.member in members]
     return tuple(_records(there, subjects, there.scorer.hash) for subjects in (ends, along))

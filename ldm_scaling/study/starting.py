@@ -45,7 +45,7 @@ def resolved(study: Study) -> Study:
         return study
     path = os.fspath(Path(start.workdir).expanduser().absolute())
     there = Workdir(path)
-    theirs = there.last_config()
+    theirs = there.last_config("start.workdir")
     if theirs.weights or theirs.finetune.pretrained:
         raise UserError(f"config: start.workdir={start.workdir!r} has trained no members itself")
     number = start.step or theirs.train.steps

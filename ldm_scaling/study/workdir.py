@@ -68,22 +68,33 @@ class Workdir:
         """Folder of a member's training run."""
         return self.path / "models" / name
 
-    def last_config(self) -> Study:
+    def last_config(self, key: str = "") -> Study:
         """The config that was used last here, as `bind` kept it.
 
+        Args:
+          key: of another study's config, where that names this workdir.
         Raises:
           UserError: when the workdir holds none: it is not there, or older than this.
         """
         body = self._marker()
+        of = f"config: {key}: " if key else ""
+        where = " in that workdir" if key else ""
+        if key and body is None:
+            raise UserError(
+                f"{of}{self.path / MARKER} is not there: give --config=FILE with --config.{key}="
+                "WORKDIR, where it lies now"
+            )
         if body is None or "config" not in body:
             what = "holds no config" if body else "is not there"
             raise UserError(
-                f"{self.path / MARKER} {what}: give --config=FILE once, the workdir keeps it"
+                f"{of}{self.path / MARKER} {what}: give --config=FILE once{where}, the workdir "
+                "keeps it"
             )
         try:
             return config.parse(body["config"])
         except UserError as e:
-            raise UserError(f"{self.path / MARKER}: {e}; give --config=FILE anew") from e
+            raise UserError(
+                f"{of}{self.path / MARKER}: {e}; give --config=FILE anew{where}") from e
 
     def check_new(self, study: Study) -> None:
         """Raises `UserError` where a study would begin here that is one which none begins with."""

@@ -182,6 +182,14 @@ def test_members_of_another_study_may_be_added_later(tmp_path):
     assert one.identity() == both.identity()
     assert len({networks.model_hash(both, m) for m in MEMBERS}) == 2
     assert networks.model_hash(one, MEMBERS[0]) == networks.model_hash(both, MEMBERS[0])
+    # The other's last command was of one member; it trained both.
+    few = dataclasses.replace(theirs, members=MEMBERS[:1])
+    with pytest.raises(UserError, match="has trained no c16_s16, but c8_s16"):
+        resolved(few, members=MEMBERS)
+    (tmp_path / "theirs" / "models" / "c16_s16").mkdir(parents=True)
+    assert resolved(few, members=MEMBERS).identity() == both.identity()
+    with pytest.raises(UserError, match="reference='c8_s16', but the costs in .* 'c16_s16'"):
+        resolved(theirs, reference="c8_s16")
     longer = dataclasses.replace(theirs, train=dataclasses.replace(theirs.train, steps=20_000))
     shutil.rmtree(tmp_path / "theirs")
     assert resolved(longer).identity() != both.identity()
@@ -202,7 +210,7 @@ def test_mistakes_are_told_before_anything_is_made(tmp_path):
     for more, message in (
         (("--config.finetune.task=superresolution",), "did you mean 'super_resolution'"),
         (("--config.finetune.train.batch_size=100",), "more than the 64 pictures"),
-        (("--config.finetune.pretrained=nowhere",), "nowhere"),
+        (("--config.finetune.pretrained=nowhere",), "--config.finetune.pretrained=WORKDIR, where"),
         (("--config.finetune.source_side=128",), "composed pictures are drawn at"),
         (("--config.finetune.sweep.guidance=(1.0,2.0)",), "nothing to guide away from"),
     ):

@@ -107,6 +107,15 @@ def test_what_does_not_fit_is_told(study, start, told, tmp_path):
         resolved(tmp_path, study, **start)
 
 
+def test_another_study_that_has_moved_is_asked_for_by_its_key(tmp_path):
+    trained(tmp_path / "theirs", THEIRS)
+    (tmp_path / "theirs").rename(tmp_path / "moved")
+    told = f"start.workdir: {tmp_path}/theirs/study.json is not there: give --config=FILE with "
+    with pytest.raises(UserError, match=f"{told}--config.start.workdir=WORKDIR"):
+        resolved(tmp_path, THEIRS)
+    assert resolved(tmp_path, THEIRS, workdir=str(tmp_path / "moved")).start.hash
+
+
 def test_members_of_another_network_are_no_start(tmp_path):
     trained(tmp_path / "theirs", THEIRS)
     network = runs.network(zoo.get("c16").spec)
