@@ -235,7 +235,10 @@ class Study:
         tree["start"] = self.start.hash
         weights, hash = (tree["autoencoder"].pop(name) for name in ("weights", "weights_hash"))
         if weights:
+            encoded = tree["autoencoder"]["train"]["compute_dtype"]
             tree["autoencoder"] = {"weights_hash": hash}
+            if encoded == "bfloat16":  # Latents of `auto` are float32's.
+                tree["autoencoder"]["compute_dtype"] = encoded
         kept = ["seed", "reference", "data", "autoencoder", "diffusion", "train"]
         kept += ["start"] if self.start.hash else []
         if self.finetune.pretrained:  # Of these nothing else is trained here.

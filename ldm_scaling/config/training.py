@@ -213,8 +213,8 @@ class Autoencoder:
     """The first stage: the network (see `models.autoencoder.AutoencoderSpec`), its loss, its run.
 
     Attributes:
-      weights: of a published one, see `study.encoders`: nothing of the following counts then.
-        Empty where it is trained.
+      weights: of a published one, see `study.encoders`: nothing of the following counts then but
+        `train.compute_dtype`, in which pictures are encoded. Empty where it is trained.
       weights_hash: of its parameters. Filled in when they are read; given, it is what they must
         have.
       base_channels, channel_mults, blocks_per_level, latent_channels, groups, mid_attention: the

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from ldm_scaling.config import Autoencoder, Study, Train
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import autoencoder, converted, pretrained
 from ldm_scaling.parallel import mesh as mesh_lib
@@ -96,6 +97,24 @@ def test_an_autoencoder_in_memory(monkeypatch):
     assert posterior.mean.shape == posterior.logvar.shape == (2, *encoder.latent_shape(8, 6))
     with pytest.raises(UserError, match="9x8 are not whole multiples .* 2"):
         encoder.latent_shape(9, 8)
+
+
+def test_a_workdir_is_bound_to_what_latents_are_computed_in():
+    """Of a published autoencoder as of one that is trained there."""
+    def study(dtype):
+        run = Train(keep_metric="l1", compute_dtype=dtype)
+        return Study(autoencoder=Autoencoder(weights="vae", weights_hash="abc", train=run))
+
+    spec = autoencoder.AutoencoderSpec(8, (1, 1), 1, 4, 4, mid_attention=False)
+    params = autoencoder.init(spec, jax.random.key(0))
+    hashes = {
+        dtype: (encoders.latent_encoder(spec, params, compute_dtype=dtype).hash,
+                str(study(dtype).identity()), study(dtype).training_hash("866m"))
+        for dtype in ("auto", "float32", "bfloat16")
+    }
+    assert hashes["auto"] == hashes["float32"]
+    assert all(a != b for a, b in zip(hashes["auto"], hashes["bfloat16"]))
+    assert study("auto").identity()["autoencoder"] == {"weights_hash": "abc"}
 
 
 def test_what_encodes_nothing_is_refused(sd, tmp_path):
