@@ -21,6 +21,9 @@ def resolved(study: Study, workdir: Workdir) -> Study:
     """
     study = _with_pretrained(published.resolved(study, workdir))
     data = preparing.resolved(study.data, workdir / "data")
+    if data.cache:  # The workdir may be used from elsewhere.
+        path = os.fspath(Path(data.cache).expanduser().absolute())
+        data = dataclasses.replace(data, cache=path)
     autoencoder = study.autoencoder
     if data.text_weights:
         hash = _hash("data.text_weights", data.text_weights, data.text_hash, workdir)

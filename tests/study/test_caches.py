@@ -13,12 +13,13 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from ldm_scaling.config import Data
+from ldm_scaling.config import Data, Study
 from ldm_scaling.data import shards
 from ldm_scaling.data.record import Record
 from ldm_scaling.models import autoencoder
 from ldm_scaling.parallel import mesh as mesh_lib
-from ldm_scaling.study import caches, datasets, encoders
+from ldm_scaling.study import caches, datasets, encoders, resolve
+from ldm_scaling.study.workdir import Workdir
 
 SPEC = autoencoder.AutoencoderSpec(8, (1, 1), 1, 4, 4, mid_attention=False)
 
@@ -99,3 +100,10 @@ def test_text_states_are_told_apart_by_both_encoders(tmp_path, prepared, monkeyp
     _caches(prepared, tmp_path, text="a", embedder="x", latent_dtype="float16").states(
         0, "validation")
     assert len(set(folders)) == 3 and folders[0] == folders[3] == folders[4]
+
+
+def test_a_folder_is_the_same_from_wherever_a_command_is_given(tmp_path, prepared, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = Data(source=f"shards:{prepared.path}", side=16, cache="shared")
+    study = resolve.resolved(Study(data=data), Workdir(tmp_path / "run"))
+    assert study.data.cache == str(tmp_path / "shared")
