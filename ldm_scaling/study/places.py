@@ -25,7 +25,7 @@ class Places:
     Attributes:
       folders: that hold the records, each once.
       settings: of the workdirs' last configs, see `curves.one_setting`.
-      records: all of them, each once.
+      records: each once; of workdirs see `reported.last_measured`.
     """
 
     folders: tuple[epath.Path, ...]
@@ -103,7 +103,10 @@ def read(places: Iterable[str], flag: str = "--records") -> Places:
             some = [records_lib.read(path)]
         else:  # A workdir before its sweep holds other JSON.
             there = any(records_lib.NAME.fullmatch(p.name) for p in path.glob("*.json"))
-            some = records_lib.read_all(path) if there else []
+            some, told = reported.last_measured(
+                reported.home_of(path), records_lib.read_all(path) if there else [])
+            for line in told:
+                log.warning("%s", line)
         found |= {r.identity.key: r for r in some}
         if not some:
             log.warning("%s: no records there", piece)

@@ -1,18 +1,23 @@
 """Which seed blocks choose and are reported: a workdir's own, of those the ones that are whole; and
-which settings and measure."""
+which settings, measure and records."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import os
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from etils import epath
 
+from ldm_scaling import __version__
 from ldm_scaling.config import Study
+from ldm_scaling.config.measuring import PUBLISHED
 from ldm_scaling.errors import UserError
 from ldm_scaling.sampling import solvers
 from ldm_scaling.study import curves, labels
-from ldm_scaling.study.records import NAME, Record
+from ldm_scaling.study.records import NAME, Record, raced_reference
 from ldm_scaling.study.workdir import MARKER, Workdir
 
 SELECT, REPORT = 0, (1,)
@@ -88,6 +93,83 @@ def spacing_of(home: epath.PathLike) -> str:
     if study is None or not study.distillations:
         return ""
     return solvers.spacing_of("ddim", study.sweep.spacing)
+
+
+def last_measured(
+    home: epath.PathLike, records: Sequence[Record]
+) -> tuple[list[Record], list[str]]:
+    """A workdir's records without those of cells that were measured again in another way: with
+    another number of pictures, by other measures, or by another version.
+
+    Of each task of which that holds for a cell the records of one way are kept, the one that its
+    last config asks for or that comes nearest to it. Of other tasks, and of a folder that is no
+    workdir or whose config cannot be read, all are.
+
+    Args:
+      home: a workdir, or a folder that is none.
+      records: that lie there.
+
+    Returns:
+      The records, and a sentence for each task of which some are left out.
+    """
+    study = _last_config(home)
+    if study is None:
+        return list(records), []
+    kept: list[Record] = []
+    told = []
+    for task in dict.fromkeys(r.task for r in records):
+        sweep = (study.finetune if task == study.finetune.task else study).sweep
+        own = _by_way([r for r in records if r.task == task], sweep.num_images)
+        cells = [{_cell(r) for r in some} for some in own.values()]
+        if sum(map(len, cells)) == len(set().union(*cells)):
+            kept += itertools.chain(*own.values())
+            continue
+
+        def near(way: _Way, own=own, sweep=sweep) -> tuple[bool, bool, bool, int]:
+            held = {name for r in own[way] for name in r.metrics}
+            return (held & {*PUBLISHED} == {*sweep.metrics}, way.num_images == sweep.num_images,
+                    way.version == __version__, len(own[way]))
+
+        best = max(own, key=near)
+        kept += own[best]
+        less = sum(map(len, own.values())) - len(own[best])
+        told.append(
+            f"{os.fspath(home)}: {labels.task(task)}: cells were measured in {len(own)} ways; "
+            f"taken are the {len(own[best]):,} records that fit the last config best, of "
+            f"{best.num_images:,} pictures and version {best.version}, and {less:,} are left out"
+        )
+    return kept, told
+
+
+class _Way(NamedTuple):
+    """How a cell was measured: against which statistics and by which measures, with how many
+    pictures (of a race those that it foretells for; 0 where no record says), by which version."""
+
+    reference_hash: str
+    num_images: int
+    version: str
+
+
+def _by_way(records: Sequence[Record], num_images: int) -> dict[_Way, list[Record]]:
+    whole = [r.identity for r in records if not r.round]
+    raced = {
+        raced_reference(dataclasses.replace(i, num_images=n)): (i.reference_hash, n)
+        for i in whole for n in {i.num_images, num_images}
+    }
+    out: dict[_Way, list[Record]] = {}
+    for r in records:
+        i = r.identity
+        way = raced.get(i.reference_hash, (i.reference_hash, 0)) if r.round else (
+            i.reference_hash, i.num_images)
+        out.setdefault(_Way(*way, i.version.partition("+")[0]), []).append(r)
+    return out
+
+
+def _cell(r: Record) -> tuple:
+    """What `curves.arms` has once."""
+    i = dataclasses.replace(
+        r.identity, model_hash="", num_images=0, reference_hash="", version="")
+    return i, r.setting, r.student_steps
 
 
 def _last_config(home: epath.PathLike) -> Study | None:

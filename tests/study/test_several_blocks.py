@@ -9,9 +9,19 @@ import re
 import numpy as np
 import pytest
 
+from ldm_scaling import __version__
+from ldm_scaling.cli import program
 from ldm_scaling.config import Study, Sweep
 from ldm_scaling.errors import UserError
-from ldm_scaling.study import figure_cli, findings, page_advice, plot_style, records, report
+from ldm_scaling.study import (
+    figure_cli,
+    findings,
+    page_advice,
+    places,
+    plot_style,
+    records,
+    report,
+)
 from ldm_scaling.study import reported as reported_lib
 from ldm_scaling.study.figures import catalogue
 from ldm_scaling.study.figures.source import Source
@@ -166,3 +176,66 @@ def test_a_workdir_is_not_bound_to_the_blocks_that_were_added():
     few.check_counts(10**6, 12)
     with pytest.raises(UserError, match="3 blocks of as many prompts need at least 12 pictures"):
         few.check_counts(10**6, 11)
+
+
+@pytest.mark.parametrize("old, new, sweep", [
+    ({"num_images": 16}, {"num_images": 12}, {"num_images": 12}),
+    ({"num_images": 12}, {"num_images": 16}, {"num_images": 16}),
+    ({"reference_hash": "a"}, {"reference_hash": "b"}, {"metrics": ("fid_clean",)}),
+    ({"version": "0"}, {"version": __version__}, {}),
+], ids=["fewer", "more", "measures", "version"])
+def test_of_cells_measured_again_in_another_way_the_last_configs_are_taken(
+    old, new, sweep, tmp_path, caplog, monkeypatch, capsys
+):
+    """By advice and figures, as by the page. What was measured but once stays where nothing
+    clashes: a member that the last config leaves out too."""
+    one = [r for r in fake.make(models=("c8", "c16"), samplers=("ddim",), replicates=20)
+           if r.identity.steps < 10]
+
+    def made(records, **way):
+        beside = {"fid_clean": 1.0} if way.get("reference_hash") == "b" else {}
+        return [
+            dataclasses.replace(r, metrics=r.metrics | beside,
+                                identity=dataclasses.replace(r.identity, **way))
+            for r in records
+        ]
+
+    before, after = made(one, **old), made([r for r in one if r.identity.model == "c8"], **new)
+    study = Study(members=("c8",), reference="c8", sweep=Sweep(**{"num_images": 512} | sweep))
+    Workdir(tmp_path).bind(study)
+    for r in before:
+        records.write(tmp_path / "records", r)
+    found = places.read([str(tmp_path)])
+    assert len(found.records) == len(one) and not caplog.text
+    for r in after:
+        records.write(tmp_path / "records", r)
+    found = places.read([str(tmp_path)])
+    assert {r.identity.key for r in found.records} == {r.identity.key for r in after}
+    assert f"cells were measured in 2 ways; taken are the {len(after)} records" in caplog.text
+    monkeypatch.setattr(plot_style, "DPI", 20)
+    for words in (["advise"], ["figure", "fig8", f"--to={tmp_path}/out"]):
+        assert program.main([*words, f"--workdir={tmp_path}"]) == 0, capsys.readouterr().err
+    # A folder of records has no last config.
+    (tmp_path / "study.json").unlink()
+    assert program.main(["advise", f"--workdir={tmp_path}"]) == 2
+    assert "two records for c8" in capsys.readouterr().err
+
+
+def test_a_race_for_another_number_of_pictures_is_another_way(tmp_path):
+    one = [r for r in fake.make(models=("c8",), samplers=("ddim",), replicates=20)
+           if r.identity.steps < 10]
+
+    def raced(total):
+        full = [dataclasses.replace(r.identity, num_images=total) for r in one]
+        return [
+            dataclasses.replace(r, identity=i) if i.seed_block else dataclasses.replace(
+                r, round=1, identity=dataclasses.replace(
+                    i, num_images=total // 2, reference_hash=records.raced_reference(i)))
+            for r, i in zip(one, full, strict=True)
+        ]
+
+    study = Study(members=("c8",), reference="c8", sweep=Sweep(num_images=40))
+    Workdir(tmp_path).bind(study)
+    found, told = reported_lib.last_measured(tmp_path, [*raced(64), *raced(40)])
+    assert {r.identity.key for r in found} == {r.identity.key for r in raced(40)}
+    assert "of 40 pictures" in told[0]
