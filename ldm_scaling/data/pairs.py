@@ -33,7 +33,7 @@ def read(root: str | os.PathLike[str]) -> Pairs:
     """
     root = Path(root).expanduser()
     high, low = (_folder(root, names) for names in (HIGH, LOW))
-    high_of, low_of = (_by_stem(folder) for folder in (high, low))
+    high_of, low_of = (by_stem(folder) for folder in (high, low))
     alone = sorted(high_of.keys() ^ low_of.keys())
     if alone:
         raise UserError(
@@ -59,7 +59,7 @@ def match(folder: ImageFolder, real: ImageFolder) -> ImageFolder:
 
     Raises `UserError` when one is missing or surplus.
     """
-    have, wanted = _by_stem(folder), _by_stem(real)
+    have, wanted = by_stem(folder), by_stem(real)
     alone = sorted(have.keys() ^ wanted.keys())
     if alone:
         raise UserError(
@@ -79,16 +79,18 @@ def _folder(root: Path, names: tuple[str, ...]) -> ImageFolder:
     )
 
 
-def stem(name: str) -> str:
-    """What a pair's two names share: DIV2K calls the small one of 0801.png 0801x4.png."""
-    return re.sub(rf"x{FACTOR}$", "", Path(name).with_suffix("").as_posix())
+def by_stem(folder: ImageFolder) -> dict[str, str]:
+    """What a pair's two names share, to the name: it without its ending.
 
-
-def _by_stem(folder: ImageFolder) -> dict[str, str]:
+    DIV2K calls the small one of 0801.png 0801x4.png, so `x4` is left out too. Not in a folder that
+    has both 2.png and 2x4.png, which are two images.
+    Raises `UserError` for two names that differ in their ending alone.
+    """
     stems: dict[str, str] = {}
     for name in folder.names:
-        one = stem(name)
+        one = Path(name).with_suffix("").as_posix()
         if one in stems:
             raise UserError(f"{folder.root} holds both {stems[one]} and {name}: keep one of them")
         stems[one] = name
-    return stems
+    short = {re.sub(rf"x{FACTOR}$", "", one): name for one, name in stems.items()}
+    return short if len(short) == len(stems) else stems

@@ -15,6 +15,7 @@ from ldm_scaling import files
 from ldm_scaling.data import image_folder, pairs
 from ldm_scaling.data.image_folder import ImageFolder
 from ldm_scaling.errors import UserError
+from ldm_scaling.metrics import catalog
 from ldm_scaling.parallel import compiled, hosts
 from ldm_scaling.study import evaluate, evaluate_checks, evaluate_show, protocols, scores, weights
 from ldm_scaling.study.arguments import Parser, above_0, whole
@@ -68,7 +69,8 @@ def _parser() -> Parser:
     add("--prefix", default="", metavar="TEXT", help="before each caption for CLIP scores")
     add("--versus", metavar="DIR", help="another model's images for the same captions and noise, "
         "named alike: differences with intervals and p-values")
-    add("--skip-corrupt", action="store_true", help="leaves out images that cannot be read")
+    add("--skip-corrupt", action="store_true", help="leaves out images that cannot be "
+        "read, and their partners where images are compared in pairs")
     add("--make-reference", metavar="FILE", help="writes statistics of A instead of scores")
     add = parser.add_argument_group("how").add_argument
     add("--weights", metavar="DIR", help=f"published weights; ${weights.VARIABLE} if not given")
@@ -130,11 +132,11 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     default = protocols.get(given.protocol).metrics if given.protocol else _DEFAULT
     rows = scores.rows(_names(given.metrics) or default)
     _check_used(given, rows)
+    other = None
     if given.protocol:
         task = _protocol(given, common, about, lambda: evaluate.require(rows, options))
     else:
-        task = _folders(given, about)
-    other = _other(given, task, about) if given.versus else None
+        task, other = _folders(given, rows, about)
     found = evaluate.score(rows, task, options)
     versus = None
     if other:
@@ -194,13 +196,34 @@ def _cache(given: str | None) -> Path:
     return Path(home).expanduser() / "ldm_scaling" / "features"
 
 
-def _listing(path: str | Path, skip: bool, about: dict[str, Any]) -> ImageFolder:
-    folder = image_folder.listing(path)
-    if skip:
-        folder, broken = image_folder.sound(folder)
-        if broken:
-            about.setdefault("skipped", {})[str(folder.root)] = list(broken)
-    return folder
+def _listings(
+    given: argparse.Namespace, rows: Sequence[scores.Row], about: dict[str, Any]
+) -> dict[str, ImageFolder]:
+    """The folders that A, B and --versus name. With --skip-corrupt they lack the images that cannot
+    be read, and those that are matched by name these images' partners."""
+    out = {
+        name: image_folder.listing(place) for name in ("a", "b", "versus")
+        if (place := getattr(given, name)) and not (name == "b" and _is_statistics(place))
+    }
+    if not given.skip_corrupt:
+        return out
+    found = {name: image_folder.sound(folder) for name, folder in out.items()}
+    paired = any(row.definition.needs in catalog.PAIRED for row in rows)
+    matched = [name for name in out if name != "b" or paired]
+    stems = {name: pairs.by_stem(out[name]) for name in matched if len(matched) > 1}
+    lost = {s for name, own in stems.items() for s, file in own.items() if file in found[name][1]}
+    for name, (folder, broken) in found.items():
+        own = stems.get(name, {})
+        alone = {own[stem] for stem in lost & own.keys()}.difference(broken)
+        out[name] = folder.take(i for i, n in enumerate(folder.names) if n not in alone)
+        for key, names in (("skipped", broken), ("skipped_partners", sorted(alone))):
+            if names:
+                about.setdefault(key, {})[str(folder.root)] = list(names)
+    return out
+
+
+def _is_statistics(place: str) -> bool:
+    return Path(place).suffix in (".npz", ".npy", ".pkl")
 
 
 def _refuse(given: argparse.Namespace, names: Sequence[str], why: str) -> None:
@@ -217,26 +240,34 @@ _OF_PROTOCOLS = (
 )  # fmt: skip
 
 
-def _folders(given, about) -> Task:
-    """A against B."""
+def _folders(given, rows, about) -> tuple[Task, Task | None]:
+    """A against B, and the second model's images against the same."""
     _refuse(given, (*_OF_PROTOCOLS, *_COMMON), "belongs to --protocol=NAME")
     if not given.a:
         raise UserError("evaluate needs a folder of images; see  ldm-scaling evaluate --help")
     if Path(given.a).suffix in (".npz", ".npy"):
         raise UserError(f"{given.a} holds statistics: give the folder of images first, then it")
-    images = ImageSet(_listing(given.a, given.skip_corrupt, about), given.side)
+    listed = _listings(given, rows, about)
     real: ImageSet | Path | None = None
-    if given.b and Path(given.b).suffix in (".npz", ".npy", ".pkl"):
-        real = Path(given.b).expanduser()
-    elif given.b:
-        real = ImageSet(_listing(given.b, given.skip_corrupt, about), given.side)
+    if given.b:
+        real = ImageSet(listed["b"], given.side) if "b" in listed else Path(given.b).expanduser()
+    task = _captioned(given, Task(ImageSet(listed["a"], given.side), real), about)
+    if not given.versus:
+        return task, None
+    folder = pairs.match(listed["versus"], task.generated.folder)
+    return task, dataclasses.replace(task, generated=ImageSet(folder, given.side))
+
+
+def _captioned(given, task: Task, about: dict[str, Any]) -> Task:
+    """With the captions of a file, if one is given."""
     if not given.captions:
-        return Task(images, real)
+        return task
+    images = task.generated
     path = Path(given.captions).expanduser()
     if path.suffix != ".json":
         images = dataclasses.replace(images, folder=image_folder.by_number(images.folder))
     captions = protocols.captions_in(path, images.folder.names)
-    task = Task(images, real, captions)
+    task = dataclasses.replace(task, generated=images, captions=captions)
     about["captions"] = {"file": str(path), "hash": files.sha256_of(list(captions)),
                          "first": evaluate_show.first_pairs(task)}
     return task
@@ -252,8 +283,8 @@ def _make_reference(given, options: Options) -> None:
         raise UserError(f"--make-reference={path}: give a file that ends in .npz")
     _check_writable(options, "make-reference", given.make_reference)
     about: dict[str, Any] = {}
-    images = ImageSet(_listing(given.a, given.skip_corrupt, about), given.side)
     rows = scores.rows(_names(given.metrics) or _DEFAULT)
+    images = ImageSet(_listings(given, rows, about)["a"], given.side)
     evaluate_show.warn(about)
     for written in evaluate.make_reference(rows, images, options, path):
         print(written)
@@ -351,9 +382,3 @@ def _upscale(given, common, read: protocols.Given, about: dict[str, Any]) -> Pat
     with lock, workdir.log_to_file():
         upscaling.write(way, read.low, folder)
     return Path(os.fspath(folder))
-
-
-def _other(given, task: Task, about: dict[str, Any]) -> Task:
-    """The second model's images, held against the same things."""
-    folder = pairs.match(_listing(given.versus, given.skip_corrupt, about), task.generated.folder)
-    return dataclasses.replace(task, generated=ImageSet(folder, given.side))

@@ -65,9 +65,11 @@ def first_pairs(task: Task) -> list[list[str]]:
 
 def warn(about: dict[str, Any]) -> None:
     """Says on stderr which images were left out."""
-    for folder, names in about.get("skipped", {}).items():
-        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        print(f"left out {len(names)} broken images of {folder}: {shown}", file=sys.stderr)
+    for key, what in (("skipped", "broken images"),
+                      ("skipped_partners", "partners of broken images")):
+        for folder, names in about.get(key, {}).items():
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            print(f"left out {len(names)} {what} of {folder}: {shown}", file=sys.stderr)
 
 
 def _holm(differences: dict[str, Comparison]) -> dict[str, float]:

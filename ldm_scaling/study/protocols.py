@@ -293,8 +293,9 @@ def task(given: Given, images: Path, reference: Path | None = None) -> Task:
 
 
 def _same_names(folder: ImageFolder, real: ImageFolder) -> ImageFolder:
-    stems = set(map(pairs.stem, real.names))
-    return folder.take(i for i, name in enumerate(folder.names) if pairs.stem(name) in stems)
+    have, wanted = pairs.by_stem(folder), pairs.by_stem(real)
+    return dataclasses.replace(
+        folder, names=tuple(name for stem, name in have.items() if stem in wanted))
 
 
 def captions_in(path: Path, names: tuple[str, ...] | None = None) -> tuple[str, ...]:

@@ -147,6 +147,19 @@ def test_pairs(tmp_path, high, low, suffix):
         pairs.read(tmp_path / "drawn")
 
 
+def test_what_ends_like_a_small_image_may_be_another(tmp_path):
+    for name in ("2", "2x4"):
+        save(tmp_path / "HR", f"{name}.png", 32, 16)
+        save(tmp_path / "LR", f"{name}.png", 8, 4)
+        save(tmp_path / "divided" / "HR", f"{name}.png", 32, 16)
+        save(tmp_path / "divided" / "LR", f"{name}x4.png", 8, 4)
+    assert pairs.read(tmp_path).low.names == ("2.png", "2x4.png")
+    assert pairs.read(tmp_path / "divided").low.names == ("2x4.png", "2x4x4.png")
+    save(tmp_path / "LR", "2.webp", 8, 4)
+    with pytest.raises(UserError, match="holds both 2.png and 2.webp"):
+        pairs.read(tmp_path)
+
+
 PROMPTS = """Classes
 
 subject_name,class

@@ -72,7 +72,7 @@ def evaluate(tmp_path, monkeypatch, capsys):
             return said.err
         record = json.loads(out.read_text())
         record["by name"] = {one["name"]: one for one in record["scores"]}
-        record["out"] = said.out
+        record["out"], record["err"] = said.out, said.err
         return record
 
     return run
@@ -365,8 +365,17 @@ def test_versus_pairs_by_name(evaluate, reds, tmp_path):
     # As many broken images on both sides, but not the same ones.
     for broken in (a / "002.png", other / "003.png"):
         broken.write_bytes(b"nothing")
+    record = evaluate(a, b, FD, f"--versus={other}", "--skip-corrupt")
+    assert record["skipped"] == {str(a): ["002.png"], str(other): ["003.png"]}
+    assert record["skipped_partners"] == {str(a): ["003.png"], str(other): ["002.png"]}
+    assert f"left out 1 partners of broken images of {a}: 003.png" in record["err"]
+    for broken in (a / "002.png", other / "003.png"):
+        broken.unlink()
+        ((a if broken.parent == other else other) / broken.name).unlink()
+    assert evaluate(a, b, FD, f"--versus={other}")["differences"] == record["differences"]
+    (other / "000.webp").unlink()
     error = evaluate(a, b, FD, f"--versus={other}", "--skip-corrupt", status=2)
-    assert "2 images are in one of" in error and "'002'" in error
+    assert "1 images are in one of" in error and "'000'" in error
 
 
 def test_scores_of_inception(evaluate, tmp_path, monkeypatch):
@@ -404,6 +413,14 @@ def test_distances_are_of_pairs_by_name(evaluate, tmp_path, monkeypatch):
     record = evaluate(a, b, "--metrics=stlpips_alex")
     wanted = np.abs(np.subtract(A, B + [0])).mean() / 3
     assert record["scores"][0]["value"] == pytest.approx(wanted, rel=1e-6)
+    for broken in (a / "002.png", b / "003.bmp"):
+        broken.write_bytes(b"nothing")
+    record = evaluate(a, b, "--metrics=stlpips_alex", "--skip-corrupt")
+    assert record["skipped_partners"] == {str(a): ["003.png"], str(b): ["002.PNG"]}
+    wanted = np.abs(np.subtract(A, B + [0]))[[0, 1, 4, 5]].mean() / 3
+    assert record["scores"][0]["value"] == pytest.approx(wanted, rel=1e-6)
+    write_reds(a, A, 32)
+    (b / "003.bmp").unlink()
     write_reds(b, [1] * 7, side=3)
     error = evaluate(a, b, "--metrics=stlpips_alex", status=2)
     assert "holds both" in error or "only" in error
@@ -664,7 +681,7 @@ def test_lines_of_captions_are_in_the_order_of_numbers(tmp_path, capsys):
         given = evaluate_cli._parser().parse_args([
             str(tmp_path / "a"), f"--captions={tmp_path / name}"])
         given.config = given.workdir = None
-        task = evaluate_cli._folders(given, about)
+        task, _ = evaluate_cli._folders(given, [], about)
         assert dict(zip(task.generated.folder.names, task.captions)) == table
         assert about["captions"]["first"][1] == ["1.png", "number 1"]
         assert "captions: 0.png: 'number 0'; 1.png: 'number 1'; " in capsys.readouterr().err
