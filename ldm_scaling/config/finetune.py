@@ -7,7 +7,7 @@ from typing import Any
 
 from ldm_scaling import files
 from ldm_scaling.config.check import require
-from ldm_scaling.config.measuring import CAPTION_SCORES, Sample, Sweep
+from ldm_scaling.config.measuring import Sample, Sweep
 from ldm_scaling.config.training import BOOKKEEPING, NEUTRAL, Train
 
 
@@ -76,9 +76,6 @@ class FineTune:
                 "finetune.condition_dropout, e.g. 0.1")
         require(not self.task or self.sweep.strategy == "grid", "finetune.sweep.strategy",
                 self.sweep.strategy, "restored pictures do not race: grid")
-        require(not self.task or not set(self.sweep.metrics) & set(CAPTION_SCORES),
-                "finetune.sweep.metrics", self.sweep.metrics,
-                "restored pictures have no captions to be scored by")
         require(not self.pretrained or bool(self.task), "finetune.task", self.task,
                 "finetune.pretrained is given: say for what its members are fine-tuned")
 

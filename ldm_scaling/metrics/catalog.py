@@ -33,7 +33,7 @@ class Metric:
       name: key in records and on the command line.
       label: full name, for headings and axes.
       better: which direction is better.
-      needs: what is extracted from the generated images, a name in `FEATURES`.
+      needs: what is extracted from the generated images, a name in `FEATURES` or one's own.
       against: "statistics" (`ReferenceStats`) or "features" (M, D) of real images, "captions":
         text embeddings (N, E) in the images' order, "subjects": features (M, D) of real images
         and the subject of each generated (N,) and real (M,) image, or "nothing".
@@ -42,6 +42,9 @@ class Metric:
       field: name of the number in such an object; "" where there is none.
       source: paper, and the code whose number it is.
       range: the least and the largest value that it can have.
+      count: how its expected value depends on the number of generated images: "free", it does not;
+        "frechet" and "inverse", as `foretold` tells; "", otherwise, so that values of different
+        numbers do not compare.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Metric:
     field: str
     source: str
     range: tuple[float, float]
+    count: Literal["free", "frechet", "inverse", ""] = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,12 +91,11 @@ FEATURES = {
     "ssim": "SSIM of each generated image and its real one (N, 1), over three colours",
     "ssim_y": "the same over the luma",
 }
-# Of those, the ones taken of pairs: each generated image with the real one that it stands for.
-PAIRED = ("lpips", "psnr", "psnr_y", "ssim", "ssim_y")
 
 
-def _apart(function: Callable, replicates: Callable) -> Callable:
-    """A value and replicates that share no work."""
+def apart(function: Callable, replicates: Callable) -> Callable:
+    """A metric of a value, `function(generated, against)`, and replicates,
+    `replicates(generated, against, counts_RN)`, that share no work."""
     return lambda x, y, counts_RN, _: (
         function(x, y), None if counts_RN is None else replicates(x, y, counts_RN)
     )
@@ -102,8 +105,8 @@ def _alone(function: Callable) -> Callable:
     return lambda x, _, *rest: function(x, *rest)
 
 
-def _mean_of(values: Callable[[np.ndarray, Any], np.ndarray]) -> Callable:
-    """A metric that is a mean of values per image."""
+def mean_of(values: Callable[[np.ndarray, Any], np.ndarray]) -> Callable:
+    """A metric that is a mean over images: `values(generated, against)` is one number of each."""
 
     def both(x, y, counts_RN, _):
         values_N = values(x, y)
@@ -145,15 +148,15 @@ def _prdc(x, y, counts_RN, fields):
     return whole, drawn
 
 
-_FRECHET = _apart(frechet.frechet_from_features, bootstrap.frechet_replicates)
-_INFINITY = _apart(infinity.frechet_infinity, infinity.infinity_replicates)
-_IS = _apart(*(
+_FRECHET = apart(frechet.frechet_from_features, bootstrap.frechet_replicates)
+_INFINITY = apart(infinity.frechet_infinity, infinity.infinity_replicates)
+_IS = apart(*(
     _alone(functools.partial(f, shuffle_seed=inception_score.SHUFFLE_SEED))
     for f in (inception_score.inception_score, inception_score.inception_score_replicates)
 ))
-_CLIP = _mean_of(similarity.pair_cosines)
-_SUBJECT = _mean_of(lambda x, y: similarity.subject_cosines(x, *y))
-_PAIR = _mean_of(lambda x, _: np.asarray(x).reshape(len(x)))
+_CLIP = mean_of(similarity.pair_cosines)
+_SUBJECT = mean_of(lambda x, y: similarity.subject_cosines(x, *y))
+_PAIR = mean_of(lambda x, _: np.asarray(x).reshape(len(x)))
 
 # fmt: off
 _TABLE = (
@@ -206,8 +209,18 @@ _RANGES = {
     **dict.fromkeys(("clip_score", "clip_t", "clip_i", "dino", "ssim", "ssim_y"), (-1.0, 1.0)),
     "inception_score": (1.0, math.inf),
 }
+# Means over the generated images, with all else given, and what is unbiased are free. A squared MMD
+# that is biased is too large by something over their number.
+_COUNTS = {
+    **dict.fromkeys(("fid", "fd_dinov2"), "frechet"),
+    **dict.fromkeys(
+        ("kid", "precision", "density", "clip_score", "clip_t", "clip_i", "dino", "lpips", "psnr",
+         "psnr_y", "ssim", "ssim_y"), "free"),
+    "cmmd": "inverse",
+}
 METRICS: dict[str, Metric] = {
-    row[0]: Metric(*row, _RANGES.get(row[0], (-math.inf, math.inf))) for row in _TABLE
+    row[0]: Metric(*row, _RANGES.get(row[0], (-math.inf, math.inf)), _COUNTS.get(row[0], ""))
+    for row in _TABLE
 }
 
 
@@ -245,7 +258,8 @@ def evaluate(
     groups: dict[Any, list[Metric]] = {}
     for one in map(metric, names):
         if one.needs not in generated:
-            raise UserError(f"{one.label} needs {one.needs}: {FEATURES[one.needs]}")
+            about = f": {FEATURES[one.needs]}" if one.needs in FEATURES else ""
+            raise UserError(f"{one.label} needs {one.needs}{about}")
         if one.against != "nothing" and one.name not in against:
             raise UserError(f"{one.label} is held against {one.against}: name it for {one.name!r}")
         key = (one.function, one.needs, id(against.get(one.name)))

@@ -44,6 +44,19 @@ def _excess(reference: ReferenceStats, n: int) -> float:
     return float(np.mean([frechet_from_features(x_ND, reference) for x_ND in drawn]))
 
 
+def inverse(value: float, halves: float, n: int, images: int) -> float:
+    """What `images` of the same kind would have, of a metric whose expectation is A + C / n, as of
+    a biased squared MMD; exact in expectation.
+
+    Args:
+      value: of the n images that there are.
+      halves: mean over random halves (n // 2) of them.
+      n: at least 4.
+      images: N >= n.
+    """
+    return value - (halves - value) * (1 / n - 1 / images) / (1 / (n // 2) - 1 / n)
+
+
 def foretold(
     value: float, halves: float, n: int, images: int, reference: ReferenceStats
 ) -> float:

@@ -102,8 +102,8 @@ def drawn(records: Iterable[Record], curves: Curves) -> list[str]:
 
 
 def measures(records: Sequence[Record]) -> list[str]:
-    """The measures that any of these holds, in the order of `labels.MEASURES`."""
-    return [name for name in labels.MEASURES if any(name in r.metrics for r in records)]
+    """The measures that any of these holds, in the order of `labels.measures`."""
+    return [name for name in labels.measures() if any(name in r.metrics for r in records)]
 
 
 def longest(records: Sequence[Record], settings: Sequence[str] = ()) -> list[Record]:

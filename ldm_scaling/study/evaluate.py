@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,10 @@ from ldm_scaling.metrics import bootstrap, catalog, compare, reference
 from ldm_scaling.metrics.compare import Comparison
 from ldm_scaling.metrics.frechet import ReferenceStats
 from ldm_scaling.metrics.moments import Moments
-from ldm_scaling.study import evaluate_checks, extractors, features, references, weights
+from ldm_scaling.study import evaluate_checks, features, references, weights
 from ldm_scaling.study import scores as scores_lib
-from ldm_scaling.study.extractors import EXTRACTORS, Network
-from ldm_scaling.study.features import ImageSet, PairSet
+from ldm_scaling.study.extractors import EXTRACTORS, Network, Words
+from ldm_scaling.study.features import CaptionedSet, ImageSet, PairSet
 from ldm_scaling.study.scores import Row
 
 
@@ -193,6 +192,11 @@ def make_reference(
     found, out = require(rows, options), []
     images.remember(options.cache)
     groups = _groups(rows)
+    if len(groups) > len({name for name, _ in groups}):
+        raise UserError(
+            f"{', '.join(row.name for row in rows)}: a file of statistics is of one layer of a "
+            "network: name one of them"
+        )
     for name, (row, *_) in groups:
         network = _load(name, found)
         values = _extract(name, network, images, [row], options, "real")
@@ -209,8 +213,8 @@ def hash_of(rows: Sequence[Row], options: Options) -> str:
     for name, some in _groups(rows):
         network = _load(name, found)
         by += [[row.name, network.hash_of(row.layer)] for row in some]
-        towers = {row.weights[0] for row in some if row.definition.against == "captions"}
-        by += [extractors.text_tower(found[weight]).hash for weight in sorted(towers)]
+        if any(row.definition.against == "captions" for row in some):
+            by.append(_words(name, found).hash)
     return sha256_of(by)
 
 
@@ -218,10 +222,18 @@ def hash_of(rows: Sequence[Row], options: Options) -> str:
 
 
 def _groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    """Rows by extractor: each network is loaded once, and one is in memory at a time."""
-    key = [row.extractor for row in rows]
-    ordered = sorted(rows, key=lambda row: key.index(row.extractor))
-    return [(k, list(g)) for k, g in itertools.groupby(ordered, lambda row: row.extractor)]
+    """Rows by extractor: each network is loaded once, and one is in memory at a time. Where one
+    metric is of two layers of a network, the second comes in a group of its own."""
+    out: list[tuple[str, list[Row]]] = []
+    for row in rows:
+        for name, group in out:
+            same = (one for one in group if one.definition.needs == row.definition.needs)
+            if name == row.extractor and all(one.layer == row.layer for one in same):
+                group.append(row)
+                break
+        else:
+            out.append((row.extractor, [row]))
+    return out
 
 
 def _load(name: str, found: Mapping[str, Path]) -> Network:
@@ -229,12 +241,17 @@ def _load(name: str, found: Mapping[str, Path]) -> Network:
     return extractor.load(*(found[w] for w in extractor.weights))
 
 
+def _words(name: str, found: Mapping[str, Path]) -> Words:
+    extractor = EXTRACTORS[name]
+    return extractor.words(*(found[w] for w in extractor.weights))
+
+
 # --- one network ------------------------------------------------------------------------------
 
 
 def _extract(
-    name: str, network: Network, images: ImageSet | PairSet, rows: Sequence[Row], options: Options,
-    what: str,
+    name: str, network: Network, images: ImageSet | PairSet | CaptionedSet, rows: Sequence[Row],
+    options: Options, what: str,
 ) -> dict[str, np.ndarray]:
     hashes = {row.layer: network.hash_of(row.layer) for row in rows}
     return features.of_images(images, network.run, hashes, options.cache, f"{name}, {what}")
@@ -245,12 +262,16 @@ def _group(
     found: Mapping[str, Path],
 ) -> dict[str, Score]:
     images, real, against = task.generated, {}, {}
-    if rows[0].definition.needs in catalog.PAIRED:
+    if rows[0].paired:
         # In the generated images' order.
         folder = pairs.match(task.real.folder, images.folder)
         images = PairSet(images, dataclasses.replace(task.real, folder=folder))
         evaluate_checks.sides(rows, task.generated)
         same = _Against(None, images.second.list_hash, len(images), str(folder.root))
+        against = {row.metric: same for row in rows}
+    elif EXTRACTORS[name].takes == "captions":
+        images = CaptionedSet(images, task.captions)
+        same = _Against(None, sha256_of(task.captions), len(images), "their captions")
         against = {row.metric: same for row in rows}
     else:
         with_real = [r for r in rows if evaluate_checks.takes_real(r)]
@@ -315,7 +336,7 @@ def _other_side(
     """What a row's metric takes beside the generated images' features."""
     kind = row.definition.against
     if kind == "captions":
-        tower = extractors.text_tower(found[row.weights[0]])
+        tower = _words(row.extractor, found)
         prefix = options.prefix if row.metric == "clip_score" else ""
         texts = [prefix + caption for caption in task.captions]
         value = features.of_texts(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ldm_scaling.errors import UserError
-from ldm_scaling.metrics import catalog, fidelity
+from ldm_scaling.metrics import fidelity
 from ldm_scaling.models import lpips
 from ldm_scaling.study import references
 from ldm_scaling.study.features import ImageSet
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _REAL = ("statistics", "features", "subjects")
 # The fewest images of either side with which a metric has a value; 1 for those that are not here.
-_LEAST = {"inception_score": 10, "precision": 4, "recall": 4, "density": 6, "coverage": 6,
+LEAST = {"inception_score": 10, "precision": 4, "recall": 4, "density": 6, "coverage": 6,
           "fid": 2, "fid_infinity": 2, "fd_dinov2": 2, "kid": 2}  # fmt: skip
 # The fewest generated ones, where that is another number: see `infinity.frechet_infinity`.
 _LEAST_GENERATED = {"fid_infinity": 10_000}
@@ -30,7 +30,7 @@ _SIDES = {"lpips": lpips.MIN_SIDE, "ssim": fidelity.WINDOW, "ssim_y": fidelity.W
 
 def takes_real(row: Row) -> bool:
     """Whether a score holds images against real ones."""
-    return row.definition.needs in catalog.PAIRED or row.definition.against in _REAL
+    return row.paired or row.definition.against in _REAL
 
 
 def counts_and_kinds(rows: Sequence[Row], task: Task) -> None:
@@ -42,8 +42,7 @@ def counts_and_kinds(rows: Sequence[Row], task: Task) -> None:
     """
     for row in rows:
         against, real = row.definition.against, task.real
-        paired = row.definition.needs in catalog.PAIRED
-        least = _LEAST.get(row.metric, 1)
+        least = LEAST.get(row.metric, 1)
         _check_count(row, _LEAST_GENERATED.get(row.metric, least), task.generated, "images")
         if takes_real(row) and isinstance(real, ImageSet):
             _check_count(row, least, real, "real images")
@@ -52,7 +51,7 @@ def counts_and_kinds(rows: Sequence[Row], task: Task) -> None:
                 f"{row.name} holds images against others: give a second folder, or a file of "
                 "reference statistics where it takes one"
             )
-        if against == "captions" and task.captions is None:
+        if row.captioned and task.captions is None:
             raise UserError(
                 f"{row.name} needs the images' captions: name them with --captions=FILE, one line "
                 "for each image in the order of names, or a .json of names and captions"
@@ -63,7 +62,7 @@ def counts_and_kinds(rows: Sequence[Row], task: Task) -> None:
             )
         if isinstance(real, Path):
             none = against == "features" and references.is_ours(real)
-            if paired or none or against == "subjects":
+            if row.paired or none or against == "subjects":
                 raise UserError(
                     f"{row.name} needs the real images themselves, not the statistics in {real}: "
                     "give their folder"

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -27,15 +27,29 @@ class Network:
     """A network in memory.
 
     Attributes:
-      run: uint8 images [H, W, 3], of any sizes, to layer -> features [N, D]; of LPIPS and of
-        `fidelity` pairs [2, H, W, 3].
-      hash_of: hash of all that decides a layer's features.
+      run: what the extractor `takes`, N of them, to layer -> features [N, D], float32.
+      hash_of: hash of all that decides a layer's features, as `files.sha256_of` makes it.
       describe: a layer's name, for people.
     """
 
     run: Callable[[Sequence[np.ndarray]], Mapping[str, np.ndarray]]
     hash_of: Callable[[str], str]
     describe: Callable[[str], str]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Words:
+    """What embeds captions where a network embeds images.
+
+    Attributes:
+      sentence: N texts to embeddings [N, width], float32.
+      hash: hash of all that decides them.
+      width: how many numbers each has.
+    """
+
+    sentence: Callable[[Sequence[str]], np.ndarray]
+    hash: str
+    width: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +60,19 @@ class Extractor:
       weights: names in `weights.PUBLISHED`; none where a package of Python brings them.
       resizer: how an image is brought to the network's side.
       load: their paths to the network.
+      takes: what the network runs on, uint8 images [H, W, 3] of any sizes: "images"; "pairs" of a
+        generated image and its real one, [2, H, W, 3], of one size; or "captions", tuples of an
+        image and its caption.
+      layers: its outputs; none where they are not known before it runs.
+      words: the same paths to what embeds captions beside it; None where nothing does.
     """
 
     weights: tuple[str, ...]
     resizer: str
     load: Callable[..., Network]
+    takes: Literal["images", "pairs", "captions"] = "images"
+    layers: tuple[str, ...] = ()
+    words: Callable[..., Words] | None = None
 
 
 def _by_size(
@@ -150,47 +172,8 @@ def _fidelity() -> Network:
     )
 
 
-# What tells the models of CLIP apart.
-_SIZES = ("side", "patch", "width", "layers")
-_CLIP_RESIZER = "Pillow's bicubic, short side, centre, 8 bits"
-EXTRACTORS: dict[str, Extractor] = {
-    **{
-        f"inception_{short}": Extractor(
-            ("inception",), inception.CONVENTIONS[convention].resizer,
-            functools.partial(_inception, convention),
-        )
-        for short, convention in (
-            ("tf2015", "fid_tf2015"), ("clean", "clean_fid"), ("pytorch", "pytorch_fid")
-        )
-    },
-    "effnetlite0": Extractor((), EFFNET_RESIZER, _effnet),
-    **{
-        name: Extractor((name,), _CLIP_RESIZER, functools.partial(_clip, model))
-        for name, model in (
-            ("clip_b32", "ViT-B/32"), ("clip_l14", "ViT-L/14"), ("clip_l14_336", "ViT-L/14@336"),
-            ("clip_g14", "ViT-g/14"),
-        )
-    },
-    "dinov2_l14": Extractor(
-        ("dinov2_l14",), "Pillow's bicubic, proportions lost, 8 bits",
-        functools.partial(_dino, "dinov2_vitl14", "squeeze"),
-    ),
-    "dino_s16": Extractor(
-        ("dino_s16",), _CLIP_RESIZER, functools.partial(_dino, "dino_vits16", "crop")
-    ),
-    **{
-        f"lpips_{name}": Extractor(needs, "none", functools.partial(_lpips, name))
-        for name, needs in (
-            ("alex", ("alexnet",)), ("vgg", ("vgg16",)), ("alex_shift_tolerant", ()),
-            ("vgg_shift_tolerant", ()),
-        )
-    },
-    "fidelity": Extractor((), "none", _fidelity),
-}  # fmt: skip
-
-
-def text_tower(path: Path) -> Any:
-    """The text tower beside CLIP's image tower; texts become tokens as OpenAI and OpenCLIP do it.
+def _words(path: Path) -> Words:
+    """CLIP's text tower; texts become tokens as OpenAI and OpenCLIP do it.
 
     Raises `UserError` as `clip_text.load_text`, and for weights without the projection.
     """
@@ -199,4 +182,51 @@ def text_tower(path: Path) -> Any:
         raise UserError(
             f"{path} holds no projection of texts: CLIP scores need the whole checkpoint"
         )
-    return tower
+    return Words(tower.sentence, tower.hash, tower.spec.projection)
+
+
+# What tells the models of CLIP apart.
+_SIZES = ("side", "patch", "width", "layers")
+_CLIP_RESIZER = "Pillow's bicubic, short side, centre, 8 bits"
+EXTRACTORS: dict[str, Extractor] = {
+    **{
+        f"inception_{short}": Extractor(
+            ("inception",), inception.CONVENTIONS[convention].resizer,
+            functools.partial(_inception, convention), layers=tuple(inception.LAYERS),
+        )
+        for short, convention in (
+            ("tf2015", "fid_tf2015"), ("clean", "clean_fid"), ("pytorch", "pytorch_fid")
+        )
+    },
+    "effnetlite0": Extractor(
+        (), EFFNET_RESIZER, _effnet, layers=tuple(efficientnet.LAYERS)
+    ),
+    **{
+        name: Extractor(
+            (name,), _CLIP_RESIZER, functools.partial(_clip, model), layers=("projected",),
+            words=_words,
+        )
+        for name, model in (
+            ("clip_b32", "ViT-B/32"), ("clip_l14", "ViT-L/14"), ("clip_l14_336", "ViT-L/14@336"),
+            ("clip_g14", "ViT-g/14"),
+        )
+    },
+    "dinov2_l14": Extractor(
+        ("dinov2_l14",), "Pillow's bicubic, proportions lost, 8 bits",
+        functools.partial(_dino, "dinov2_vitl14", "squeeze"), layers=(dino.LAYER,),
+    ),
+    "dino_s16": Extractor(
+        ("dino_s16",), _CLIP_RESIZER, functools.partial(_dino, "dino_vits16", "crop"),
+        layers=(dino.LAYER,),
+    ),
+    **{
+        f"lpips_{name}": Extractor(
+            needs, "none", functools.partial(_lpips, name), "pairs", ("distance",)
+        )
+        for name, needs in (
+            ("alex", ("alexnet",)), ("vgg", ("vgg16",)), ("alex_shift_tolerant", ()),
+            ("vgg_shift_tolerant", ()),
+        )
+    },
+    "fidelity": Extractor((), "none", _fidelity, "pairs", tuple(_MEASURES)),
+}  # fmt: skip

@@ -126,6 +126,36 @@ class PairSet:
         return self.first.order
 
 
+@dataclasses.dataclass(frozen=True)
+class CaptionedSet:
+    """Images with their captions: what a network that sees both is run on."""
+
+    images: ImageSet
+    captions: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, i: int) -> tuple[np.ndarray, str]:
+        """Image i, uint8 [H, W, 3], and its caption."""
+        return self.images.read(i), self.captions[i]
+
+    @property
+    def key(self) -> str:
+        """Hash of what is seen of both."""
+        return sha256_of([self.images.key, self.captions])
+
+    @property
+    def pixels(self) -> int:
+        """See `ImageSet.pixels`."""
+        return self.images.pixels
+
+    @property
+    def order(self) -> list[Any] | None:
+        """See `ImageSet.order`."""
+        return self.images.order
+
+
 def resumed(
     folder: epath.PathLike, hashes: Mapping[str, str], count: int, what: str,
     chunks: Callable[[np.ndarray], Iterator[tuple[Sequence[int], Any]]],
@@ -159,7 +189,7 @@ def resumed(
 
 
 def of_images(
-    images: ImageSet | PairSet, run: Callable[[list[Any]], Mapping[str, np.ndarray]],
+    images: ImageSet | PairSet | CaptionedSet, run: Callable[[list[Any]], Mapping[str, np.ndarray]],
     hashes: Mapping[str, str], cache: epath.PathLike, what: str,
 ) -> dict[str, np.ndarray]:
     """Features (N, D) of each layer in `hashes`, in the images' order; see `resumed`.

@@ -53,7 +53,7 @@ def _parser() -> Parser:
     add("--page", action="store_true", help="writes report.html there too, with the verdicts on "
         "all these records")
     add("--metric", metavar="NAME", help="the main measure; the one that chose the guidance, of "
-        f"{', '.join(labels.MEASURES)}")
+        f"{', '.join(labels.measures())}")
     add("--select-block", "--select_block", type=int, metavar="N",
         help="seed block that chooses the guidance; the workdir's own, "
         f"{reported.SELECT} without a workdir")
@@ -148,8 +148,8 @@ def _metric(given: argparse.Namespace, there: Places) -> str:
     where = ", ".join(map(os.fspath, there.folders))
     held = curves.measures(there.records)
     if not held:
-        raise UserError(f"no record in {where} holds a measure of {', '.join(labels.MEASURES)}: "
-                        "give another folder, or add the measure to study/labels.py")
+        raise UserError(f"no record in {where} holds a measure of {', '.join(labels.measures())}: "
+                        "give another folder, or the workdir whose plugins know the measure")
     if given.metric and labels.measure(given.metric).name not in held:
         raise UserError(f"--metric={given.metric}: no record in {where} holds it; they hold "
                         f"{', '.join(held)}")

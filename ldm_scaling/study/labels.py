@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ldm_scaling.errors import UserError
+from ldm_scaling.study import scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +80,42 @@ _MEASURES = (
     Measure(
         "fd_dinov2", "FD-DINOv2", "FD-DINOv2", "lower",
         "The Fréchet distance in the features of DINOv2 ViT-L/14.",
+    ),
+    *(
+        Measure(
+            f"kid_{short}", f"KID ({resize} resize)", f"KID ({short})", "lower",
+            "The kernel distance in the features of the Inception graph of 2015-12-05, unbiased by "
+            "the number of pictures: it may be a little below 0.",
+        )
+        for short, resize in (("tf2015", "TensorFlow 1's"), ("clean", "clean-fid's"))
+    ),
+    Measure(
+        "kd_effnetlite0", "kernel distance in EfficientNet-Lite0 features", "KD", "lower",
+        "KID's formula on the features that an ImageNet-trained EfficientNet-Lite0 gives of "
+        "pictures at 224 px: it may be a little below 0, and is not KID.",
+    ),
+    Measure(
+        "cmmd", "CMMD", "CMMD", "lower",
+        "A kernel distance in the embeddings of CLIP ViT-L/14 at 336 px. Few pictures raise it.",
+    ),
+    Measure(
+        "precision", "precision", "precision", "higher",
+        "The share of drawn pictures that lie among the real ones, in Inception's features.",
+    ),
+    Measure(
+        "recall", "recall", "recall", "higher",
+        "The share of real pictures that lie among the drawn ones, in Inception's features. It "
+        "compares at one number of pictures.",
+    ),
+    Measure(
+        "density", "density", "density", "higher",
+        "How densely real pictures lie about the drawn ones, in Inception's features: 1 where the "
+        "two are alike.",
+    ),
+    Measure(
+        "coverage", "coverage", "coverage", "higher",
+        "The share of real pictures with a drawn one near, in Inception's features. It compares at "
+        "one number of pictures.",
     ),
     *(
         Measure(
@@ -167,19 +204,35 @@ AXES = {
 }
 
 
-def measure(name: str) -> Measure:
-    """The measure called `name`. Raises `UserError` when the table has none."""
-    if name not in MEASURES:
-        raise UserError(
-            f"no measure is called {name!r}: known are {', '.join(MEASURES)}; add its label and "
-            "direction to the table in ldm_scaling/study/labels.py"
+def measures() -> dict[str, Measure]:
+    """All measures by their names: those of `MEASURES`, then the scores of plugins that it lacks.
+    """
+    own = {
+        row.name: Measure(
+            row.name, row.label, row.label, row.definition.better,
+            f"By {row.definition.source}.{row.remark and f' {row.remark}.'}",
         )
-    return MEASURES[name]
+        for row in scores.rows(name for name in scores.SCORES if name not in MEASURES)
+        if not scores.unswept(row)
+    }
+    return MEASURES | own
+
+
+def measure(name: str) -> Measure:
+    """The measure called `name`. Raises `UserError` when there is none."""
+    known = MEASURES if name in MEASURES else measures()
+    if name not in known:
+        raise UserError(
+            f"no measure is called {name!r}: known are {', '.join(known)}; one of your own is a "
+            "row of scores.SCORES in a plugin, see docs/extending.md"
+        )
+    return known[name]
 
 
 def of_captions(metric: str) -> bool:
     """Whether it is of pictures and their captions."""
-    return metric in _OF_CAPTIONS
+    own = metric in scores.SCORES and metric not in MEASURES
+    return metric in _OF_CAPTIONS or (own and scores.SCORES[metric].captioned)
 
 
 def traded(metric: str, held: Sequence[str]) -> str | None:
@@ -189,7 +242,8 @@ def traded(metric: str, held: Sequence[str]) -> str | None:
     others = [name for name in held if name != metric]
     known = [name for name in others if of_captions(name)]
     if known and not of_captions(metric):
-        return min(known, key=_OF_CAPTIONS.index)
+        order = (*_OF_CAPTIONS, *known)
+        return min(known, key=order.index)
     return others[0] if others else None
 
 

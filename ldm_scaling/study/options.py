@@ -340,10 +340,14 @@ def _require_points(
             f"{remedy}"
         )
     if not part.points:
+        raced = any(r.round for r in part.found) and any(metric in r.metrics for r in part.found)
+        remedy = (
+            "rates raced, and rounds hold what is foretold alone: name another measure" if raced
+            else "finish the sweep, or give --select-block and --report-blocks"
+        )
         raise UserError(
             f"no configuration has {metric} on seed block {select_block} and, at the guidance "
-            f"chosen there, on {list(report_blocks)}; the records are of blocks {there}: "
-            "finish the sweep, or give --select-block and --report-blocks"
+            f"chosen there, on {list(report_blocks)}; the records are of blocks {there}: {remedy}"
         )
 
 

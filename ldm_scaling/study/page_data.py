@@ -46,7 +46,7 @@ def charts(records: Sequence[Record], metric: str, select: int, report: int) -> 
     incomparable = pricing.incomparable(records)
     units = {"cost": "normalised cost × network calls"}
     units |= {} if incomparable else {"seconds": "seconds"}
-    shown = [labels.MEASURES[name] for name in curves_lib.measures(records)]
+    shown = [labels.measure(name) for name in curves_lib.measures(records)]
     sizes, arms = curves_lib.models(records), curves_lib.samplers(records)
     params = {r.identity.model: r.params for r in records}
     points = []
@@ -209,7 +209,7 @@ def table(
       report: the reported seed blocks.
     """
     chosen = {(p.model, p.sampler, p.steps, p.guidance) for c in curves.values() for p in c}
-    shown = [labels.MEASURES[name] for name in curves_lib.measures(records)]
+    shown = [labels.measure(name) for name in curves_lib.measures(records)]
     heads = ["size", "sampler", "steps", "guidance", "seed block", "cost", "s per image"]
     heads += [*(m.short for m in shown), "images", "parameters", "normalised cost", "spacing"]
     heads += ["record"]

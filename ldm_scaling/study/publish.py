@@ -17,6 +17,7 @@ from ldm_scaling.study import (
     baselines,
     cascades,
     labels,
+    published_scorer,
     report,
     reported,
     scores,
@@ -107,10 +108,15 @@ def _beside(row: scores.Row, materials: Materials) -> str:
     """A sentence on a metric of a published network."""
     extractor = EXTRACTORS[row.extractor]
     said = f"{row.remark[0].upper()}{row.remark[1:]}. " if row.remark else ""
-    against = (
-        f" Reference: all {materials.count('validation'):,} validation pictures."
-        if row.definition.against == "statistics" else ""
-    )
+    count = materials.count("validation")
+    some = min(count, published_scorer.MOST_REAL)
+    against = {
+        "statistics": f" Reference: all {count:,} validation pictures.",
+        "features": " Reference: " + (
+            f"{some:,} of the validation pictures at random." if some < count else
+            f"all {count:,} validation pictures."
+        ),
+    }.get(row.definition.against, "")
     return f"{said}Resized by {extractor.resizer}.{against}"
 
 

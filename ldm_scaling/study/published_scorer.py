@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,27 @@ import numpy as np
 from etils import epath
 
 from ldm_scaling import files
-from ldm_scaling.metrics import bootstrap, catalog, foretold, moments
+from ldm_scaling.errors import UserError
+from ldm_scaling.metrics import arrays, bootstrap, catalog, foretold, moments
 from ldm_scaling.metrics.frechet import ReferenceStats
-from ldm_scaling.study import extractors, scores, weights
-from ldm_scaling.study.extractors import EXTRACTORS, Network
+from ldm_scaling.study import scores, weights
+from ldm_scaling.study.extractors import EXTRACTORS, Network, Words
 from ldm_scaling.study.scorer import rounded
 from ldm_scaling.study.scores import Row
 
 # Where the folder of weights is named, for a config cannot know the machine's paths.
 _BY = f"the variable {weights.VARIABLE}"
 _FREE = ("the sweep's own",)
+
+MOST_REAL = 5_000
+"""Real pictures, at most, whose features are kept where drawn ones are held against features: as
+many of all at random."""
+
+_KIND = "features of real pictures"
+_SEED = 20270101
+
+# Of an extractor and its layer.
+_Key = tuple[str, str]
 
 
 def require(names: Sequence[str]) -> dict[str, Path]:
@@ -41,21 +53,24 @@ class Published:
       networks: by extractor.
       widths: how many features each (extractor, layer) gives, in their order in `features`.
       references: statistics of real pictures, by (extractor, layer).
-      towers: text towers by extractor.
+      real: features (M, D) of `MOST_REAL` of them or all, float32, by (extractor, layer).
+      towers: what embeds captions, by extractor.
     """
 
     rows: tuple[Row, ...]
     networks: Mapping[str, Network]
-    widths: Mapping[tuple[str, str], int]
-    references: Mapping[tuple[str, str], ReferenceStats]
-    towers: Mapping[str, Any]
+    widths: Mapping[_Key, int]
+    references: Mapping[_Key, ReferenceStats]
+    real: Mapping[_Key, np.ndarray]
+    towers: Mapping[str, Words]
 
-    @property
+    @functools.cached_property
     def hash(self) -> str:
         """Hash of all that decides a metric's value for given pictures."""
         by = [[row.name, self.networks[row.extractor].hash_of(row.layer)] for row in self.rows]
         return files.sha256_of([
             by, [r.hash for r in self.references.values()], [t.hash for t in self.towers.values()],
+            *(files.sha256_of(x_MD.tobytes()) for x_MD in self.real.values()),
         ])
 
     @property
@@ -70,11 +85,12 @@ class Published:
 
     @property
     def _text_widths(self) -> list[int]:
-        return [tower.spec.projection for tower in self.towers.values()]
+        return [tower.width for tower in self.towers.values()]
 
-    def features(self, images_NHWC: np.ndarray) -> np.ndarray:
-        """Features of uint8 pictures, of all layers side by side: float32 (N, `width`)."""
-        found = _run(self.networks, self.widths, images_NHWC)
+    def features(self, images_NHWC: np.ndarray, captions: Sequence[str] = ()) -> np.ndarray:
+        """Features of uint8 pictures, of all layers side by side: float32 (N, `width`). Captions
+        are for networks that see both."""
+        found = _run(self.networks, self.widths, images_NHWC, captions)
         return np.concatenate([found[key] for key in self.widths], axis=1, dtype=np.float32)
 
     def embeddings(self, captions: Sequence[str]) -> np.ndarray:
@@ -93,27 +109,36 @@ class Published:
           x_NF: of `features`.
           embeddings_NE: of `embeddings`.
           counts_RN: of `bootstrap.resample_counts`, or None.
-          images: as in `Scorer.score`, of Fréchet distances.
+          images: as in `Scorer.score`. What cannot be foretold for more than there are is left out.
         """
         layers = dict(zip(self.widths, _split(x_NF, list(self.widths.values()))))
         texts = dict(zip(self.towers, _split(embeddings_NE, self._text_widths)))
+        images = images or len(x_NF)
+        rows = [row for row in self.rows if images == len(x_NF) or row.definition.count]
+        found = {}
+        for key, x_ND in layers.items():
+            held = {
+                "statistics": self.references.get(key), "features": self.real.get(key),
+                "captions": texts.get(key[0]),
+            }
+            own = {row.metric: row.definition for row in rows if _key(row) == key}
+            scored = catalog.evaluate(
+                list(own), {one.needs: x_ND for one in own.values()},
+                {name: held.get(one.against) for name, one in own.items()}, counts_RN,
+            )
+            found |= {(key, name): score for name, score in scored.items()}
         values, intervals, replicates = {}, {}, {}
-        for row in self.rows:
-            key, definition = (row.extractor, row.layer), row.definition
-            against = {
-                "statistics": self.references.get(key), "captions": texts.get(row.extractor),
-            }.get(definition.against)
-            found = catalog.evaluate(
-                [row.metric], {definition.needs: layers[key]}, {row.metric: against}, counts_RN
-            )[row.metric]
-            values[row.name] = found.value
+        for row in rows:
+            score, definition = found[_key(row), row.metric], row.definition
+            values[row.name] = score.value
             if counts_RN is None:
                 continue
-            raw_R = found.replicates_R
-            if images and definition.against == "statistics":
-                values[row.name] = foretold.foretold(
-                    found.value, float(raw_R.mean()), len(x_NF), images, against
-                )
+            raw_R = score.replicates_R
+            told = (score.value, float(raw_R.mean()), len(x_NF), images)
+            if definition.count == "frechet":
+                values[row.name] = foretold.foretold(*told, self.references[_key(row)])
+            elif definition.count == "inverse":
+                values[row.name] = foretold.inverse(*told)
             centred_R = bootstrap.centre(values[row.name], raw_R)
             ends = np.clip(bootstrap.percentile_interval(centred_R), *definition.range)
             intervals[row.name] = (float(ends[0]), float(ends[1]))
@@ -124,15 +149,15 @@ class Published:
 def load(
     names: Sequence[str], folder: epath.Path, real: Callable[[], Iterable[np.ndarray]]
 ) -> Published:
-    """The networks of metrics, and statistics of real pictures.
+    """The networks of metrics, and statistics and features of real pictures.
 
     Args:
       names: as `scores.SCORES` has them.
-      folder: where the statistics are kept; those that are there are not made anew.
-      real: batches of real pictures, uint8 (B, H, W, 3); asked for where statistics are missing,
-        once for all of them.
+      folder: where statistics and features are kept; those that are there are not made anew.
+      real: batches of real pictures, uint8 (B, H, W, 3); asked for where some are missing, once for
+        all of them.
     Raises:
-      UserError: for weights that are missing or damaged.
+      UserError: for weights that are missing or damaged, and a layer that a network lacks.
     """
     # In whatever order they are named, they are the same metrics.
     rows, found = tuple(sorted(scores.rows(names), key=lambda row: row.name)), require(names)
@@ -143,45 +168,93 @@ def load(
         paths = [found[weight] for weight in row.weights]
         networks[row.extractor] = EXTRACTORS[row.extractor].load(*paths)
         if row.definition.against == "captions":
-            towers[row.extractor] = extractors.text_tower(paths[0])
-    layers = dict.fromkeys((row.extractor, row.layer) for row in rows)
-    held = dict.fromkeys(
-        (r.extractor, r.layer) for r in rows if r.definition.against == "statistics"
+            towers[row.extractor] = EXTRACTORS[row.extractor].words(*paths)
+    black = _run(
+        networks, dict.fromkeys(map(_key, rows)), np.zeros((1, 64, 64, 3), np.uint8), ("black",)
     )
-    hashes = {key: networks[key[0]].hash_of(key[1]) for key in held}
-    paths = {key: folder / f"{key[0]}_{hashes[key][:8]}.npz" for key in held}
-    if missing := [key for key in held if not paths[key].exists()]:
-        _keep_statistics(missing, networks, hashes, paths, real)
-    black = _run(networks, layers, np.zeros((1, 64, 64, 3), np.uint8))
+    hashes = {key: networks[key[0]].hash_of(key[1]) for key in black}
+
+    def held(against: str, end: str) -> dict[_Key, epath.Path]:
+        keys = dict.fromkeys(_key(row) for row in rows if row.definition.against == against)
+        return {key: folder / f"{key[0]}_{hashes[key][:8]}{end}.npz" for key in keys}
+
+    statistics, features = held("statistics", ""), held("features", f"_{MOST_REAL}")
+    lacking = [
+        {key: path for key, path in some.items() if not path.exists()}
+        for some in (statistics, features)
+    ]
+    if any(lacking):
+        _keep(*lacking, networks, hashes, real)
     return Published(
         rows, networks, {key: x_ND.shape[1] for key, x_ND in black.items()},
-        {key: ReferenceStats(moments.load(paths[key], hashes[key]), hashes[key]) for key in held},
+        {key: ReferenceStats(moments.load(path, hashes[key]), hashes[key])
+         for key, path in statistics.items()},
+        {key: _kept(path, hashes[key]) for key, path in features.items()},
         towers,
     )
 
 
-def _keep_statistics(
-    keys: Sequence[tuple[str, str]], networks: Mapping[str, Network],
-    hashes: Mapping[tuple[str, str], str], paths: Mapping[tuple[str, str], epath.Path],
+def _key(row: Row) -> _Key:
+    return row.extractor, row.layer
+
+
+def _keep(
+    statistics: Mapping[_Key, epath.Path], features: Mapping[_Key, epath.Path],
+    networks: Mapping[str, Network], hashes: Mapping[_Key, str],
     real: Callable[[], Iterable[np.ndarray]],
 ) -> None:
-    """Statistics of all real pictures, a batch at a time: their features need not fit in memory."""
-    sums: dict[tuple[str, str], moments.Moments] = {}
+    """Statistics of all real pictures, a batch at a time: their features need not fit in memory.
+    And the features of `MOST_REAL` of them, the same for all layers, each as likely as another."""
+    sums: dict[_Key, moments.Moments] = {}
+    kept: dict[_Key, list[np.ndarray]] = {key: [] for key in features}
+    rng, count = np.random.default_rng(_SEED), 0
     for images in real():
-        for key, x_ND in _run(networks, keys, images).items():
-            part = moments.Moments.of(x_ND)
+        found = _run(networks, [*statistics, *features], images)
+        for key in statistics:
+            part = moments.Moments.of(found[key])
             sums[key] = moments.merge(sums[key], part) if key in sums else part
-    for key, found in sums.items():
-        moments.save(paths[key], found, hashes[key])
+        for i in range(len(images)):
+            place = count if count < MOST_REAL else int(rng.integers(count + 1))
+            count += 1
+            for key, rows in kept.items():
+                if place < MOST_REAL:
+                    rows[place : place + 1] = [found[key][i].astype(np.float32)]
+    for key, path in statistics.items():
+        moments.save(path, sums[key], hashes[key])
+    for key, path in features.items():
+        arrays.save(path, _KIND, {"features_MD": np.stack(kept[key])}, {"extractor": hashes[key]})
+
+
+def _kept(path: epath.Path, extractor: str) -> np.ndarray:
+    """Features that `_keep` wrote."""
+    values, meta = arrays.load(path, _KIND)
+    if meta["extractor"] != extractor:
+        raise UserError(
+            f"{path} was made with feature network {meta['extractor']}, this run uses "
+            f"{extractor}: delete the file to have it made anew, or use another workdir"
+        )
+    return values["features_MD"]
 
 
 def _run(
-    networks: Mapping[str, Network], layers: Iterable[tuple[str, str]], images_NHWC: np.ndarray
-) -> dict[tuple[str, str], np.ndarray]:
+    networks: Mapping[str, Network], layers: Iterable[_Key], images_NHWC: np.ndarray,
+    captions: Sequence[str] = (),
+) -> dict[_Key, np.ndarray]:
     """Features of each (extractor, layer); every network runs once."""
-    layers = list(layers)
-    found = {name: networks[name].run(images_NHWC) for name in dict.fromkeys(k[0] for k in layers)}
-    return {(name, layer): found[name][layer] for name, layer in layers}
+    out: dict[_Key, np.ndarray] = {}
+    found: dict[str, Mapping[str, np.ndarray]] = {}
+    for name, layer in layers:
+        if name not in found:
+            both = EXTRACTORS[name].takes == "captions"
+            found[name] = networks[name].run(
+                list(zip(images_NHWC, captions, strict=True)) if both else images_NHWC)
+        if layer not in found[name]:
+            raise UserError(
+                f"the extractor {name!r} has no layer {layer!r}, it has {', '.join(found[name])}: "
+                "mend the row of scores.SCORES"
+            )
+        out[name, layer] = found[name][layer]
+    return out
 
 
 def _split(x_NF: np.ndarray, widths: Sequence[int]) -> list[np.ndarray]:
@@ -210,11 +283,13 @@ class WithPublished:
         """Hash of all that decides a metric's value for given pictures."""
         return files.sha256_of([self.own.hash, self.published.hash])
 
-    def features(self, images_NHWC: np.ndarray, *real: np.ndarray) -> np.ndarray:
+    def features(
+        self, images_NHWC: np.ndarray, *real: np.ndarray, captions: Sequence[str] = ()
+    ) -> np.ndarray:
         """What `score` needs of pictures: the scorer's own, then the others."""
+        others = self.published.features(images_NHWC, captions)
         return np.concatenate(
-            [self.own.features(images_NHWC, *real), self.published.features(images_NHWC)],
-            axis=1, dtype=np.float32,
+            [self.own.features(images_NHWC, *real), others], axis=1, dtype=np.float32
         )
 
     def score(

@@ -11,10 +11,12 @@ import dataclasses
 import difflib
 from collections.abc import Iterable
 
+from ldm_scaling.config.measuring import FRECHET
 from ldm_scaling.errors import UserError
 from ldm_scaling.metrics import catalog
 from ldm_scaling.metrics.catalog import Metric
 from ldm_scaling.metrics.inception_score import SHUFFLE_SEED
+from ldm_scaling.study import weights as weights_lib
 from ldm_scaling.study.extractors import EFFNET_SIDE, EXTRACTORS
 
 
@@ -48,6 +50,16 @@ class Row:
         """What it needs of `weights.PUBLISHED`."""
         return EXTRACTORS[self.extractor].weights
 
+    @property
+    def paired(self) -> bool:
+        """Whether it is of pairs of a generated image and its real one."""
+        return EXTRACTORS[self.extractor].takes == "pairs"
+
+    @property
+    def captioned(self) -> bool:
+        """Whether it needs the images' captions."""
+        return "captions" in (self.definition.against, EXTRACTORS[self.extractor].takes)
+
 
 _PATHS = {
     "tf2015": "TensorFlow 1's resize: the graph itself, torch-fidelity",
@@ -65,23 +77,21 @@ def _inception(metric: str, label: str, *shorts: str) -> list[Row]:
     ]  # fmt: skip
 
 
-_EFFNET = (
-    f"always at {EFFNET_SIDE} px: a study's records have it at sweep.feature_side and by another "
-    "resize, and do not compare"
-)
 _PRDC = (
     "on Inception's features as in ADM's evaluator; the authors' and torch-fidelity's are VGG16's, "
     "and do not compare"
 )
-_ROWS = [
+SCORES = {row.name: row for row in (
     *_inception("fid", "FID", *_PATHS),
     *_inception("fid_infinity", "FID-infinity", "tf2015", "clean"),
     *_inception("kid", "KID", "tf2015", "clean"),
     Row("fd_dinov2", "FD-DINOv2", "fd_dinov2", "dinov2_l14", "class"),
     Row("fd_effnetlite0", "FD-EfficientNet-Lite0", "fid", "effnetlite0", "trunk",
-        f"320 ImageNet features of a pip package, {_EFFNET}; not FID"),
+        f"320 ImageNet features of a pip package, always at {EFFNET_SIDE} px: a study's records "
+        "have it at sweep.feature_side and by another resize, and do not compare; not FID"),
     Row("kd_effnetlite0", "KD-EfficientNet-Lite0", "kid", "effnetlite0", "trunk",
-        f"KID's kernel on 320 ImageNet features of a pip package, {_EFFNET}; not KID"),
+        f"KID's kernel on 320 ImageNet features of a pip package, always at {EFFNET_SIDE} px; not "
+        "KID"),
     Row("cmmd", "CMMD", "cmmd", "clip_l14_336", "projected"),
     Row("inception_score", "inception score", "inception_score", "inception_tf2015",
         "logits_unbiased", f"10 splits, shuffled with torch-fidelity's seed {SHUFFLE_SEED}"),
@@ -109,8 +119,7 @@ _ROWS = [
         for metric in ("psnr", "ssim")
         for short, over, layer in (("rgb", "RGB", metric), ("y", "Y", f"{metric}_y"))
     ),
-]  # fmt: skip
-SCORES = {row.name: row for row in _ROWS}
+)}  # fmt: skip
 # Several at once.
 GROUPS = {
     "fid": ("fid_tf2015", "fid_clean"),
@@ -126,10 +135,59 @@ GROUPS = {
 }
 
 
+# What sweeps do not measure, though they could.
+_UNSWEPT = {
+    "fid_infinity": "its intervals would take hours of each record",
+    "clip_t": "it is of DreamBooth's subjects; the same of any captions is clip_score_b32",
+}
+
+
+def unswept(row: Row) -> str:
+    """Why sweeps do not measure a score beside their own; empty where they do."""
+    if row.paired:
+        return "it is of pairs, and what is drawn from text has no real picture of its own"
+    if row.definition.against == "subjects":
+        return "it is of DreamBooth's subjects"
+    if row.name == FRECHET:
+        return "the sweep's own Fréchet distance has this name, and every record has it"
+    return _UNSWEPT.get(row.metric, "")
+
+
+def _check(name: str) -> None:
+    """Raises `UserError` for a row that names what there is not: one of a plugin."""
+    row = SCORES[name]
+
+    def require(holds: bool, why: str) -> None:
+        if not holds:
+            raise UserError(f"the score {name!r} {why}: mend its row of scores.SCORES")
+
+    require(row.name == name, f"calls itself {row.name!r}")
+    extractor = EXTRACTORS.get(row.extractor)
+    require(extractor is not None, f"is by the extractor {row.extractor!r}, which "
+            f"extractors.EXTRACTORS lacks; it has {', '.join(EXTRACTORS)}")
+    metric = catalog.METRICS.get(row.metric)
+    require(metric is not None, f"is by the metric {row.metric!r}, which catalog.METRICS lacks; it "
+            f"has {', '.join(catalog.METRICS)}")
+    require(metric.name == row.metric,
+            f"is by the metric {row.metric!r}, which calls itself {metric.name!r}")
+    require(not extractor.layers or row.layer in extractor.layers, f"is of the layer {row.layer!r} "
+            f"of {row.extractor!r}, which has {', '.join(extractor.layers)}")
+    lacking = [one for one in extractor.weights if one not in weights_lib.PUBLISHED]
+    require(not lacking, f"needs the weights {', '.join(lacking)}, which weights.PUBLISHED lacks")
+    require(metric.against != "captions" or extractor.words is not None,
+            f"is held against captions, and {row.extractor!r} has no words")
+    require(metric.count != "frechet" or metric.against == "statistics",
+            f"is by the metric {row.metric!r}, whose count is that of statistics")
+    require(extractor.takes == "images" or metric.against == "nothing", f"is by {row.extractor!r}, "
+            f"which takes {extractor.takes}: its metric holds images against nothing else, "
+            f"{row.metric!r} does against {metric.against}")
+
+
 def rows(names: Iterable[str]) -> list[Row]:
     """The scores of these names and groups, each once, in their order.
 
-    Raises `UserError` for a name that is none, with the nearest.
+    Raises `UserError` for a name that is none, with the nearest, and for a row of one's own that
+    names what there is not.
     """
     out: dict[str, Row] = {}
     for name in names:
@@ -140,6 +198,8 @@ def rows(names: Iterable[str]) -> list[Row]:
         out |= {one: SCORES[one] for one in GROUPS.get(name, (name,))}
     if not out:
         raise UserError(f"name at least one score: {', '.join([*GROUPS, *SCORES])}")
+    for name in out:
+        _check(name)
     return list(out.values())
 
 
@@ -154,4 +214,4 @@ def needed(rows: Iterable[Row]) -> dict[str, list[str]]:
 
 def free() -> list[str]:
     """Names of the scores that need no download."""
-    return [row.name for row in _ROWS if not row.weights]
+    return [row.name for row in SCORES.values() if not row.weights]

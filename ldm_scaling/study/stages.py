@@ -33,6 +33,7 @@ from ldm_scaling.study import (
     runs,
     starting,
     sweep,
+    sweep_checks,
     weights,
 )
 from ldm_scaling.study import further as further_lib
@@ -107,6 +108,11 @@ def check(
         names = [solvers.canonical(name) for name in grid.samplers]
         if len(set(names)) < len(names):
             raise UserError(f"config: {key}.samplers={grid.samplers} names one of them twice")
+        own = key in ("sweep", "finetune")
+        sweep_checks.check(
+            key if key == "sweep" else f"{key}.sweep",
+            grid if own else grid.judged_as(study.sweep), captions=key != "finetune",
+        )
         if measured and grid.metrics:
             published_scorer.require(grid.metrics)
     for name, steps, spacing in tables:

@@ -249,9 +249,11 @@ def _complete(
         return block.finished(images_JHWC, places[places_J])
 
     def features(images_JHWC: np.ndarray, places_J: np.ndarray) -> np.ndarray:
-        if block.real is None:
-            return bench.scorer.features(images_JHWC)
-        return bench.scorer.features(images_JHWC, block.real(places[places_J]))
+        own, more = places[places_J], {}
+        if isinstance(bench.scorer, WithPublished):
+            more["captions"] = [block.captions[place] for place in own]
+        real = () if block.real is None else (block.real(own),)
+        return bench.scorer.features(images_JHWC, *real, **more)
 
     drawn = drawer.draw(
         bench.params, configurations, block.context_NLD, key, block.condition_NHWC

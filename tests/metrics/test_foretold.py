@@ -1,10 +1,12 @@
 """Distances foretold for more images than there are: the excess that differs between sets goes."""
 
+import itertools
+
 import numpy as np
 import pytest
 
 from ldm_scaling.errors import UserError
-from ldm_scaling.metrics import bootstrap, foretold
+from ldm_scaling.metrics import bootstrap, foretold, kernel
 from ldm_scaling.metrics.frechet import ReferenceStats, frechet_from_features
 from ldm_scaling.metrics.moments import Moments
 
@@ -67,3 +69,25 @@ def test_mistakes_are_named():
     still = ReferenceStats(Moments.of(np.ones((10, 4))), "still")
     with pytest.raises(UserError, match="its features do not vary"):
         foretold.foretold(1.0, 2.0, 8, 100, still)
+
+
+def test_a_biased_squared_mmd_ends_at_the_unbiased_one():
+    """Of all halves, and infinitely many images: by the definition of both."""
+    n, rng = 6, np.random.default_rng(0)
+    x_NE, y_ME = rng.normal(size=(n, 3)), rng.normal(size=(5, 3)) + 1
+    halves_RN = np.array([
+        [i in half for i in range(n)] for half in itertools.combinations(range(n), n // 2)
+    ], int)
+    halves = kernel.cmmd_replicates(x_NE, y_ME, halves_RN).mean()
+    x_NE, y_ME = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in (x_NE, y_ME))
+
+    def mean(a, b, diagonal=True):
+        k = np.exp(-((a[:, None] - b) ** 2).sum(-1) / 200)
+        return k.mean() if diagonal else k[~np.eye(len(k), dtype=bool)].mean()
+
+    own, cross = mean(y_ME, y_ME), mean(x_NE, y_ME)
+    value, unbiased = (
+        1000 * (mean(x_NE, x_NE, diagonal) + own - 2 * cross) for diagonal in (True, False)
+    )
+    assert foretold.inverse(value, halves, n, np.inf) == pytest.approx(unbiased, rel=1e-9)
+    assert foretold.inverse(value, halves, n, n) == value

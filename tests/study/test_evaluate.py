@@ -29,7 +29,7 @@ from ldm_scaling.study import (
     scores,
     weights,
 )
-from ldm_scaling.study.extractors import EXTRACTORS, Extractor, Network
+from ldm_scaling.study.extractors import EXTRACTORS, Extractor, Network, Words
 
 PARITY = "the peer is missing: pip install -e '.[parity]'"
 FD = "--metrics=fd_effnetlite0"
@@ -405,7 +405,7 @@ def test_distances_are_of_pairs_by_name(evaluate, tmp_path, monkeypatch):
         return {"distance": np.array([[abs(a.mean() - float(b.mean()))] for a, b in pairs])}
 
     network = Network(run, lambda layer: "difference", str)
-    fake = Extractor((), "none", lambda: network)
+    fake = Extractor((), "none", lambda: network, "pairs")
     monkeypatch.setitem(EXTRACTORS, "lpips_alex_shift_tolerant", fake)
     a, b = write_reds(tmp_path / "a", A, 32), write_reds(tmp_path / "b", B + [0], 32)
     for i in range(len(A)):  # Another ending, another order of names in the folder.
@@ -894,9 +894,8 @@ def test_what_scores_is_hashed(tmp_path, monkeypatch):
             needs = EXTRACTORS[name].weights
             (tmp_path / weights.PUBLISHED[needs[0]].names[0]).touch()
             found = Network(None, lambda layer: f"{network} {layer}", str)
-            monkeypatch.setitem(EXTRACTORS, name, Extractor(needs, "", lambda path, n=found: n))
-        monkeypatch.setattr(
-            extractors, "text_tower", lambda path: types.SimpleNamespace(hash=tower))
+            monkeypatch.setitem(EXTRACTORS, name, Extractor(
+                needs, "", lambda path, n=found: n, words=lambda path: Words(None, tower, 1)))
         options = evaluate_lib.Options(tmp_path, tmp_path)
         return evaluate_lib.hash_of(scores.rows(("dino", "clip_i", "clip_t")), options)
 

@@ -2,21 +2,25 @@
 
 import dataclasses
 import re
+from unittest import mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_scaling.config import Cascade, Consistency, FineTune, Sweep, measuring
+from ldm_scaling.config import Cascade, Consistency, Sweep
 from ldm_scaling.data import image_folder
 from ldm_scaling.errors import UserError
-from ldm_scaling.metrics import bootstrap, foretold
-from ldm_scaling.study import evaluate, labels, published_scorer, scores, weights
+from ldm_scaling.metrics import bootstrap, foretold, prdc
+from ldm_scaling.study import evaluate, labels, published_scorer, scores, sweep_checks, weights
 from ldm_scaling.study.features import ImageSet
 from ldm_scaling.study.published_scorer import WithPublished
 from tests.study import fake_networks
 
 NAMES = ("fid_tf2015", "inception_score", "clip_score_b32", "fid_clean")
+PRDC = scores.GROUPS["prdc"]
+# Those that are held against features of real pictures.
+FEATURES = ("kid_tf2015", *PRDC, "cmmd")
 COUNT, SEED, REPLICATES = 24, 1, 30
 
 
@@ -58,7 +62,7 @@ class _Own:
 def test_the_numbers_are_those_of_evaluate(tmp_path):
     """Values, intervals and all; the scorer's own stay what they are."""
     drawn, real, captions = _pictures(0), _pictures(1, 40), [f"a {i}" for i in range(COUNT)]
-    published = _load(tmp_path / "reference", real)
+    published = _load(tmp_path / "reference", real, (*NAMES, *FEATURES))
     scorer = WithPublished(_Own(), published)
     embeddings_NE = np.concatenate(
         [np.zeros((COUNT, 2), np.float32), published.embeddings(captions)], axis=1
@@ -70,12 +74,14 @@ def test_the_numbers_are_those_of_evaluate(tmp_path):
         _folder(tmp_path / "drawn", drawn), _folder(tmp_path / "real", real), tuple(captions)
     )
     options = evaluate.Options(weights.folder(None), tmp_path / "cache", REPLICATES, SEED)
-    for score in evaluate.score(scores.rows(NAMES), task, options):
+    for score in evaluate.score(scores.rows((*NAMES, *FEATURES)), task, options):
         assert metrics[score.name] == pytest.approx(score.value, rel=1e-5), score.name
         assert intervals[score.name] == pytest.approx(score.interval, rel=1e-4), score.name
         assert len(replicates[score.name]) == REPLICATES
+        if score.name in FEATURES:
+            assert (metrics[score.name], intervals[score.name]) == (score.value, score.interval)
     assert metrics["own"] == pytest.approx(drawn[:, 0, 0].mean())
-    assert set(metrics) == {"own", *NAMES}
+    assert set(metrics) == {"own", *NAMES, *FEATURES}
     assert scorer.score(x_NF, embeddings_NE, None)[1].keys() == {"own"}
 
 
@@ -85,6 +91,54 @@ def test_statistics_are_kept_and_belong_to_their_network(tmp_path):
     again = published_scorer.load(NAMES, tmp_path, lambda: pytest.fail("looked at anew"))
     assert again.hash == first.hash != _load(tmp_path / "other", _pictures(2)).hash
     assert first.hash != _load(tmp_path, real, NAMES[:2]).hash
+
+
+def test_features_of_some_real_pictures_are_kept(tmp_path, monkeypatch):
+    """Of any, not of the first; which ones is the same again; one pass makes all that lacks."""
+    real = _pictures(1, 40)
+    names, passes = ("fid_tf2015", *FEATURES), []
+    whole = _load(tmp_path, real, names)
+    assert whole.hash == published_scorer.load(
+        names, tmp_path, lambda: pytest.fail("looked at anew")).hash
+    monkeypatch.setattr(published_scorer, "MOST_REAL", 10)
+    some = published_scorer.load(
+        names, tmp_path, lambda: passes.append(1) or np.array_split(real, 3))
+    again = published_scorer.load(
+        names, tmp_path / "other", lambda: passes.append(1) or np.array_split(real, 5))
+    assert len(passes) == 2 and some.hash != whole.hash
+    for key, x_MD in some.real.items():
+        assert len(x_MD) == 10 and x_MD.dtype == np.float32
+        np.testing.assert_array_equal(x_MD, again.real[key])
+        places = [int((whole.real[key] == row).all(axis=1).argmax()) for row in x_MD]
+        assert len(set(places)) == 10 and max(places) > 20
+        np.testing.assert_array_equal(x_MD, whole.real[key][places])
+    (path,) = tmp_path.glob("inception_tf2015_*_10.npz")
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(UserError, match=rf"{path}.*damaged"):
+        _load(tmp_path, real, names)
+
+
+def test_scores_of_one_pass_share_it(tmp_path):
+    published = _load(tmp_path, _pictures(1, 40), FEATURES)
+    x_NF, none_NE = published.features(_pictures(0)), np.zeros((COUNT, 0))
+    with mock.patch.object(prdc, "some_replicates", wraps=prdc.some_replicates) as calls:
+        published.score(x_NF, none_NE, bootstrap.resample_counts(COUNT, REPLICATES, SEED))
+    assert calls.call_count == 1
+
+
+def test_what_a_race_cannot_foretell_is_left_out(tmp_path):
+    """A share of the real pictures rises with the number of those drawn; KID does not."""
+    names = ("inception_score", *FEATURES)
+    published = _load(tmp_path, _pictures(1, 40), names)
+    x_NF, none_NE = published.features(_pictures(0)), np.zeros((COUNT, 0))
+    counts_RN = bootstrap.resample_counts(COUNT, REPLICATES, SEED)
+    now, *_ = published.score(x_NF, none_NE, counts_RN, COUNT)
+    later, intervals, drawn = published.score(x_NF, none_NE, counts_RN, 200)
+    free = ("kid_tf2015", "precision", "density")
+    assert set(now) == set(names)
+    assert set(later) == set(intervals) == set(drawn) == {"cmmd", *free}
+    assert {name: later[name] for name in free} == {name: now[name] for name in free}
+    assert later["cmmd"] < now["cmmd"]
 
 
 def test_a_race_s_distances_are_foretold(tmp_path):
@@ -112,7 +166,17 @@ def test_weights_that_are_missing_are_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("keys, parts", [
-    ({"metrics": ("fid",)}, ("sweep.metrics", "'fid'", "fid_tf2015")),
+    ({"metrics": ("fid",)}, ("sweep.metrics", "'fid'", "group", "fid_tf2015")),
+    ({"metrics": ("fids",)}, ("sweep.metrics='fids'", "choose of", "kd_effnetlite0")),
+    ({"metrics": ("fd_effnetlite0",)}, ("sweep.metrics", "own Fréchet distance")),
+    ({"metrics": ("lpips_vgg",)}, ("sweep.metrics", "no real picture of its own")),
+    ({"metrics": ("dino",)}, ("sweep.metrics", "DreamBooth's subjects")),
+    ({"metrics": ("clip_t",)}, ("sweep.metrics", "clip_score_b32")),
+    ({"metrics": ("fid_infinity_clean",)}, ("sweep.metrics", "hours")),
+    ({"metrics": ("coverage",), "num_images": 11}, ("sweep.num_images=11", "at least 12")),
+    ({"metrics": ("inception_score",), "num_images": 9}, ("sweep.num_images=9", "at least 10")),
+    ({"metrics": ("recall",), "choose_by": "recall", "strategy": "racing"},
+     ("sweep.choose_by", "races are decided by a distance")),
     ({"metrics": ("fid_clean",) * 2}, ("sweep.metrics", "twice")),
     ({"choose_by": "fid_clean"}, ("sweep.choose_by", "sweep.metrics")),
     ({"metrics": ("clip_score_l14",), "choose_by": "clip_score_l14", "strategy": "racing"},
@@ -120,7 +184,12 @@ def test_weights_that_are_missing_are_named(tmp_path, monkeypatch):
 ])  # fmt: skip
 def test_contradictions(keys, parts):
     with pytest.raises(UserError, match=".*".join(map(re.escape, parts))):
-        Sweep(**keys)
+        sweep_checks.check("sweep", Sweep(**keys))
+
+
+@pytest.mark.parametrize("name", ["kid_clean", "cmmd", "kd_effnetlite0", "fd_dinov2"])
+def test_distances_decide_races(name):
+    sweep_checks.check("sweep", Sweep(metrics=(name,), choose_by=name, strategy="racing"))
 
 
 def test_students_and_cascades_are_judged_as_members_are():
@@ -134,8 +203,8 @@ def test_students_and_cascades_are_judged_as_members_are():
 
 def test_restored_pictures_have_no_captions():
     sweep = Sweep(metrics=("clip_score_l14",), guidance=(1.0,))
-    with pytest.raises(UserError, match="no captions"):
-        FineTune(task="inpainting", sweep=sweep)
+    with pytest.raises(UserError, match="finetune.sweep.metrics.*no captions"):
+        sweep_checks.check("finetune.sweep", sweep, captions=False)
 
 
 def test_what_guidance_trades():
@@ -151,8 +220,9 @@ def test_what_guidance_trades():
 
 
 def test_what_a_config_may_name_is_what_evaluate_knows():
-    for row in scores.rows(measuring.PUBLISHED):
-        assert row.definition.better == labels.measure(row.name).better
-        distance = row.definition.against == "statistics"
-        assert distance == (row.name in measuring.PUBLISHED_FRECHET)
-        assert (row.definition.against == "captions") == (row.name in measuring.CAPTION_SCORES)
+    """And has words of its own for readers."""
+    known = [row for row in scores.SCORES.values() if not scores.unswept(row)]
+    assert {row.name for row in known} >= {*NAMES, *FEATURES, "kd_effnetlite0"}
+    for row in known:
+        sweep_checks.check("sweep", Sweep(metrics=(row.name,)))
+        assert row.definition.better == labels.MEASURES[row.name].better

@@ -329,6 +329,26 @@ def test_an_unfinished_study_still_gives_a_page(tmp_path, study, keep):
     assert len([a for a in found.all("tr") if "data-model" in a]) == len(some)
 
 
+def test_a_measure_that_rounds_of_a_race_lack_is_reported(tmp_path, study):
+    """At the guidance that another chose; advice, which weighs on the other block, is refused."""
+    some = []
+    for r in (r for r in study if r.identity.sampler == "ddim"):
+        if r.identity.seed_block:
+            more = {"recall": 1 / r.metrics[FD]}
+            r = dataclasses.replace(r, metrics=r.metrics | more)
+        else:
+            r = dataclasses.replace(r, round=1)
+        some.append(r)
+    found = _Page(report.write(tmp_path, some, tmp_path / "none", {}).read_text("utf-8"))
+    assert found.broken == [] and f"{1 / some[-1].metrics[FD]:.4f}" in found.text()
+    _, drawn = curves.chosen_curves(curves.distinct(some), "recall", FD)
+    best = curves.quality_curves(curves.distinct(some), FD)
+    assert {k: [p.guidance for p in v] for k, v in drawn.items()} == {
+        k: [p.guidance for p in v] for k, v in best.items()}
+    with pytest.raises(UserError, match="rates raced.*name another measure"):
+        options_lib.of_records(some, "cost", "recall")
+
+
 def test_mistakes_are_named(tmp_path, study):
     with pytest.raises(UserError, match="no records.*run the sweep"):
         report.write(tmp_path, [], tmp_path, {})
