@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm_scaling import files
+from ldm_scaling import config, files
+from ldm_scaling.config import Study, plugins
 from ldm_scaling.data import image_folder, pairs
 from ldm_scaling.data.image_folder import ImageFolder
 from ldm_scaling.errors import UserError
@@ -21,6 +22,7 @@ from ldm_scaling.study import evaluate, evaluate_checks, evaluate_show, protocol
 from ldm_scaling.study.arguments import Parser, above_0, whole
 from ldm_scaling.study.evaluate import Options, Task
 from ldm_scaling.study.features import ImageSet
+from ldm_scaling.study.workdir import Workdir
 
 _DEFAULT = ("fid",)
 # Replicates: an interval of fewer is chance.
@@ -62,6 +64,8 @@ def _parser() -> Parser:
         help=f"scores or groups of them, with commas; {', '.join(_DEFAULT)} if not given, or what "
         f"the protocol says. Groups: {', '.join(scores.GROUPS)}. Scores: "
         f"{', '.join(scores.SCORES)}")
+    add("--plugins", action="append", metavar="FILES", help="code of your own that has scores, "
+        "files or modules with commas; docs/extending.md")
     add("--side", type=above_0, metavar="N", help="first brings all images to N x N pixels by "
         f"{image_folder.SQUARE}")
     add("--captions", metavar="FILE", help=".txt, a line for each image in the order of names "
@@ -116,6 +120,9 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     if given.protocols:
         print(protocols.text())
         return
+    plugins.load(_names(given.plugins, "plugins"))
+    if given.protocol and common.workdir:
+        _study(common)  # Its plugins may have the scores.
     hosts.use_cpu_cores()
     compiled.keep()
     options = Options(
@@ -170,10 +177,9 @@ def _check_writable(options: Options, flag: str, given: str | None) -> None:
 def _check_used(given, rows: Sequence[scores.Row]) -> None:
     """What is given must be of use."""
     names = ", ".join(row.name for row in rows)
-    against = {row.definition.against for row in rows}
     if given.b and not any(map(evaluate_checks.takes_real, rows)):
         raise UserError(f"{given.b}: {names} hold images against no others: leave it out")
-    if given.captions and not given.protocol and "captions" not in against:
+    if given.captions and not given.protocol and not any(row.captioned for row in rows):
         raise UserError(f"--captions={given.captions}: {names} look at no captions: leave it out")
     if given.prefix and not any(row.metric == "clip_score" for row in rows):
         raise UserError(f"--prefix={given.prefix!r}: it is for CLIP scores, not for {names}")
@@ -182,10 +188,10 @@ def _check_used(given, rows: Sequence[scores.Row]) -> None:
 # --- what is scored ---------------------------------------------------------------------------
 
 
-def _names(given: list[str] | None) -> list[str]:
+def _names(given: list[str] | None, flag: str = "metrics") -> list[str]:
     pieces = [piece.strip() for text in given or () for piece in text.split(",")]
     if "" in pieces:
-        raise UserError(f"--metrics={','.join(given)}: a name is missing")
+        raise UserError(f"--{flag}={','.join(given)}: a name is missing")
     return pieces
 
 
@@ -324,6 +330,11 @@ def _protocol(given, common, about, check: Callable[[], Any]) -> Task:
     return protocols.task(read, images, reference)
 
 
+def _study(common) -> Study:
+    """That of the workdir, or the config given."""
+    return config.parse(common.config) if common.config else Workdir(common.workdir).last_config()
+
+
 def _draw(given, common, read: protocols.Given, about: dict[str, Any]) -> Path:
     """Draws with a study's network; returns the folder."""
     if read.low is not None:
@@ -332,14 +343,11 @@ def _draw(given, common, read: protocols.Given, about: dict[str, Any]) -> Path:
         raise UserError(
             f"the images of {read.protocol.name} are not drawn here: draw them, give --images=DIR"
         )
-    from ldm_scaling import config
     from ldm_scaling.config import Sample
     from ldm_scaling.sampling import solvers
     from ldm_scaling.study import protocol_images, stages
-    from ldm_scaling.study.workdir import Workdir
 
-    workdir = Workdir(common.workdir)
-    study = config.parse(common.config) if common.config else workdir.last_config()
+    workdir, study = Workdir(common.workdir), _study(common)
     # Pictures of the protocol's captions: of the study's own data nothing is needed.
     materials = stages.check(study, workdir, measured=False, trains=False)
     p = read.protocol

@@ -117,7 +117,7 @@ def show(
     for features in dict.fromkeys(f"{one.features} ({one.extractor})" for one in found):
         console.print(f"features: {features}", soft_wrap=True, markup=False)
     for row, one in zip(rows, found):
-        parts = [one.remark, one.against if row.definition.against == "captions" else ""]
+        parts = [one.remark, one.against if row.captioned else ""]
         if any(parts):
             text = "; ".join(filter(None, parts))
             console.print(f"{one.label}: {text}", soft_wrap=True, markup=False)

@@ -29,16 +29,22 @@ MEMBER = MEMBERS[0]
 
 
 # By networks of published names, which are small ones here.
-METRICS = (
-    "--config.sweep.metrics=('fid_tf2015','clip_score_b32')", "--config.sweep.choose_by=fid_tf2015",
-    "--config.finetune.sweep.metrics=('fid_clean',)",
-)
+OF_TEXT = ("fid_tf2015", "clip_score_b32", "kid_tf2015", "recall", "fd_mine", "named")
+OF_TASK = ("fid_clean", "kid_clean", "colourful")
+METRICS = [
+    "--config.sweep.metrics=('" + "','".join(OF_TEXT) + "')",
+    "--config.sweep.choose_by=fid_tf2015",
+    "--config.finetune.sweep.metrics=('" + "','".join(OF_TASK) + "')",
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_networks(tmp_path_factory):
     """In the commands as in what looks at their workdirs."""
-    with shallow.members(), fake_networks.instead(tmp_path_factory.mktemp("weights")):
+    folder = tmp_path_factory.mktemp("weights")
+    with (shallow.members(), fake_networks.instead(folder),
+          fake_networks.scores_of_ones_own(folder / "my_scores.py")):
+        METRICS.append(f"--config.plugins={folder / 'my_scores.py'}")
         yield
 
 
@@ -67,12 +73,13 @@ def test_the_study_leaves_records_figures_and_a_grid(workdir):
     assert {(r.identity.model, r.identity.train_step, r.identity.steps, r.identity.seed_block)
             for r in restored} == {(MEMBER, t, 2, 1) for t in (1, 2, 4)} | {(MEMBER, 4, 1, 1)}
     for r in restored:
-        assert set(r.metrics) == {FRECHET, LPIPS, PSNR, SSIM, LABELS, "fid_clean"}
+        assert set(r.metrics) == {FRECHET, LPIPS, PSNR, SSIM, LABELS, *OF_TASK}
         for name, (low, high) in r.intervals.items():
             assert low < r.metrics[name] < high
     drawn = [r for r in found if r.task == "text_to_image"]
     assert {r.identity.model for r in drawn} == {MEMBER}
-    assert all({FRECHET, "fid_tf2015", "clip_score_b32"} <= r.metrics.keys() for r in drawn)
+    assert all({FRECHET, *OF_TEXT} <= r.metrics.keys() for r in drawn)
+    assert all({*OF_TEXT} <= r.intervals.keys() for r in drawn if r.identity.seed_block)
     assert reported.leading(drawn) == "fid_tf2015"
     for name in ("fig4_super", "fig12_super", "fig17_super"):
         assert (workdir / "figures" / f"{name}.png").exists()
