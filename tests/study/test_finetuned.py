@@ -90,6 +90,7 @@ def test_the_study_leaves_records_figures_and_a_grid(workdir):
     assert set(held.metrics) == {baselines.GIVEN, baselines.AUTOENCODER}
     page = (workdir / "report.html").read_text()
     assert "after 4 steps of fine-tuning" in page and "Super-resolution" in page
+    assert "FD (ninths)" in page and "KID (tf2015)" in page and "Reference: all" in page
     assert "FID (TensorFlow 1" in page
 
 
