@@ -234,7 +234,8 @@ def arms(records: Sequence[Record]) -> list[tuple[Record, Record]]:
     named where there are several too ("ddim, after 4 of ddim, trailing").
     Of a guidance rate's rounds in a race only the last is kept. Raises `UserError` when two records
     still share model, sampler, steps, guidance and seed block (two checkpoints, two code versions):
-    a curve through a mixture would mean nothing.
+    a curve through a mixture would mean nothing. So when rates of one cell that did not race have
+    other numbers of images on a block: with fewer a distance is larger.
     """
     records = last_rounds(records)
     spacings: dict[str, set[str]] = defaultdict(set)
@@ -244,6 +245,7 @@ def arms(records: Sequence[Record]) -> list[tuple[Record, Record]]:
         if r.first:
             firsts[r.first.sampler].add(r.first.spacing)
     out, seen = [], {}
+    whole: dict[tuple, Identity] = {}
     for stored in records:
         r, i = stored, stored.identity
         name = f"{i.sampler}, {i.spacing}" if len(spacings[i.sampler]) > 1 else i.sampler
@@ -257,6 +259,10 @@ def arms(records: Sequence[Record]) -> list[tuple[Record, Record]]:
         if place in seen:
             raise UserError(_clash(seen[place], i))
         seen[place] = i
+        if not r.round:
+            other = whole.setdefault((i.model, i.sampler, i.steps, i.seed_block), i)
+            if other.num_images != i.num_images:
+                raise UserError(_uneven(other, i))
         out.append((stored, r))
     return out
 
@@ -272,22 +278,35 @@ def _clash(a: Identity, b: Identity) -> str:
     )
 
 
+def _uneven(a: Identity, b: Identity) -> str:
+    return (
+        f"{b.model}, {b.sampler}, {b.steps} steps, seed block {b.seed_block}: guidance "
+        f"{a.guidance:g} was measured on {a.num_images:,} images and {b.guidance:g} on "
+        f"{b.num_images:,}, which does not compare: measure all rates with one sweep.num_images, "
+        f"and keep the others, {a.key}.json or {b.key}.json and their like, out of the records "
+        "folder"
+    )
+
+
 def best_guidance(records: Sequence[Record], metric: str, select_block: int = 0) -> Choice:
     """The guidance rate with the best `metric` in every cell, on one seed block.
 
     Ties go to the smaller rate. Report the outcome on *another* block: on the same one the
-    chosen value is biased towards the good side (the smallest of several noisy numbers). Where
-    rates raced, those of the last round are compared: with fewer images a distance is larger.
+    chosen value is biased towards the good side (the smallest of several noisy numbers). Of rates
+    that raced those of the last round are compared.
     """
     sign = labels.measure(metric).sign
-    best: dict[Cell, tuple[int, float, float]] = {}
+    rates: dict[Cell, list[Record]] = defaultdict(list)
     for r in records:
         i = r.identity
         if i.seed_block == select_block and metric in r.metrics:
-            candidate = (-i.num_images, sign * r.metrics[metric], i.guidance)
-            cell = (i.model, i.sampler, i.steps)
-            best[cell] = min(candidate, best.get(cell, candidate))
-    return {cell: guidance for cell, (*_, guidance) in sorted(best.items())}
+            rates[i.model, i.sampler, i.steps].append(r)
+    best: Choice = {}
+    for cell, own in sorted(rates.items()):
+        last = max((r.identity.num_images for r in own if r.round), default=0)
+        candidates = [r for r in own if not r.round or r.identity.num_images == last]
+        best[cell] = min((sign * r.metrics[metric], r.identity.guidance) for r in candidates)[1]
+    return best
 
 
 def quality_curves(

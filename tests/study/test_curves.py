@@ -287,6 +287,27 @@ def test_of_a_race_the_last_rounds_are_compared():
     assert len({r.identity.guidance for r in kept}) == 4
 
 
+def test_a_race_is_won_against_what_did_not_race_by_values_alone():
+    """The rates of a cell that stands are compared by what was foretold of as many pictures."""
+    records = fake.make(models=("c8",), samplers=("ddim",), steps={"ddim": (4,)}, noise=0.0)
+    block = [r for r in records if r.identity.seed_block == 0]
+    last = raced._at(block[0].identity, 60)
+    won = dataclasses.replace(block[0], identity=last, round=2, metrics={FD: 10.0})
+    (rate,) = curves.best_guidance([won, *block[1:]], FD).values()
+    assert rate == last.guidance
+
+
+def test_rates_of_one_cell_are_of_one_number_of_images():
+    """A distance is larger with fewer images: a rate that was added with more is no better one."""
+    cell = {"models": ("c8",), "samplers": ("ddim",), "steps": {"ddim": (4,)}}
+    added = fake.make(guidance=(30.0,), num_images=1024, **cell)
+    with pytest.raises(UserError, match="guidance 1.5 was measured on 512 images and 30 on 1,024"):
+        curves.distinct([*fake.make(**cell), *added])
+    # Values decide, whatever was drawn for them: not the number.
+    (rate,) = curves.best_guidance([*fake.make(**cell), *added], FD).values()
+    assert rate != 30
+
+
 def test_of_two_races_and_none_what_drew_most_counts():
     """A sweep that was raced by other rounds, or begun as a race, is no clash; two of other numbers
     of pictures are one, whose files are named."""
