@@ -118,10 +118,10 @@ def _seconds(
     if cross is None:
         return []
     low, high = cross.low, cross.high
+    outcome, sure = words.judge_alone(cross.probability, cross.alone)
     return [
-        f"In measured seconds per image instead of normalised cost, claim 3 is "
-        f"{words.judge(cross.probability)} for {labels.sampler(sampler)} "
-        f"({words.sure(cross.probability)}): {low.best.model} is best at "
+        f"In measured seconds per image instead of normalised cost, claim 3 is {outcome} for "
+        f"{labels.sampler(sampler)} ({words.sure(sure)}): {low.best.model} is best at "
         f"{labels.number(low.budget)} s, {high.best.model} at {labels.number(high.budget)} s."
         + "".join(f" {doubt}" for doubt in pricing.doubts(records))
     ]

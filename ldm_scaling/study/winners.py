@@ -67,6 +67,8 @@ class Crossover:
       small_alone: one less the chance that the best single one of the smaller sizes beats the
         largest there by luck, for as many sizes as try (Bonferroni); 0 or more. Of equal sizes some
         smaller one nearly always wins, and `small_wins` alone would show nothing.
+      large_alone: the same of the sizes larger than the best one at `low`, of which a single one
+        beats that one at `high`; 0 where none is larger.
       probability: share in which the winner at `high` is larger than the winner at `low` (so the
         largest does not win at `low`); None without replicates.
     """
@@ -75,7 +77,16 @@ class Crossover:
     high: Winner
     small_wins: float | None
     small_alone: float | None
+    large_alone: float | None
     probability: float | None
+
+    @property
+    def alone(self) -> float | None:
+        """The smaller of `small_alone` and `large_alone`: `probability` is near 1 also where all
+        sizes are equal at one of the budgets."""
+        if self.small_alone is None or self.large_alone is None:
+            return None
+        return min(self.small_alone, self.large_alone)
 
 
 def _shares(losses_MR: np.ndarray) -> np.ndarray:
@@ -190,6 +201,13 @@ def stretches(winners: Sequence[Winner]) -> list[list[Winner]]:
     return [list(some) for _, some in itertools.groupby(winners, lambda w: w.best.model)]
 
 
+def _alone(tries: Sequence[np.ndarray], other_R: np.ndarray) -> float:
+    """One less the chance that the best of several losses (R,) is below another by luck, see
+    `Crossover`."""
+    beats = max((float((loss_R < other_R).mean()) for loss_R in tries), default=0.0)
+    return max(0.0, 1.0 - len(tries) * (1.0 - beats)) if tries else 0.0
+
+
 def crossovers(
     curves: Curves,
     metric: str,
@@ -212,16 +230,17 @@ def crossovers(
             continue
         (low, low_MR), (high, high_MR) = met[0], met[-1]
         if low_MR is None or high_MR is None:
-            out[sampler] = Crossover(low, high, None, None, None)
+            out[sampler] = Crossover(low, high, None, None, None, None)
             holds.append(None)
             continue
         smaller_MR = np.cumsum(low_MR, axis=0) - low_MR
         holds_R = (high_MR * smaller_MR).sum(axis=0)
-        losses_MR = paired([c.point for c in low.contenders], labels.measure(metric).sign)
-        beats_M = (losses_MR[:-1] < losses_MR[-1]).mean(axis=1)
-        small_alone = max(0.0, 1.0 - len(beats_M) * (1.0 - beats_M.max()))
+        sign, won = labels.measure(metric).sign, low.contenders.index(low.best)
+        *small_R, largest_R = paired([c.point for c in low.contenders], sign)
+        first_R, *larger_R = paired([c.point for c in high.contenders[won:]], sign)
         out[sampler] = Crossover(
-            low, high, float(1 - low_MR[-1].mean()), float(small_alone), float(holds_R.mean())
+            low, high, float(1 - low_MR[-1].mean()), _alone(small_R, largest_R),
+            _alone(larger_R, first_R), float(holds_R.mean()),
         )
         holds.append(holds_R)
     alike = holds and all(h is not None and h.shape == holds[0].shape for h in holds)

@@ -192,12 +192,16 @@ def _crossing(curves: Curves, metric: str, sizes: Sequence[str]) -> tuple[Verdic
 
     Claim 3 holds in a replicate when, between the smallest budget that every size can afford and
     the largest one measured, the winner becomes larger. Claim 4 asks the same of every sampler,
-    in the same replicates.
+    in the same replicates. They are supported by single sizes, see `winners.Crossover.alone`.
     """
     tests = (
         "The share of paired replicates in which the size that wins the largest budget measured "
-        "is larger than the one that wins the smallest budget that every size can afford.",
-        "The share of paired replicates in which that is so for every sampler at once.",
+        "is larger than the one that wins the smallest budget that every size can afford. To "
+        "support the claim, one smaller size alone must beat the largest at that smallest budget, "
+        "and one larger size alone its winner at the largest, each surely enough for as many as "
+        "try.",
+        "The share of paired replicates in which that is so for every sampler at once; to support "
+        "the claim, each of them must support claim 3.",
     )
     names = sorted({s for _, s in curves}, key=lambda s: (s.partition(", ")[0] != "ddim", s))
     found, together = winners.crossovers(curves, metric, sizes, names)
@@ -205,10 +209,11 @@ def _crossing(curves: Curves, metric: str, sizes: Sequence[str]) -> tuple[Verdic
     first = _blank(3, tests[0], unmet)
     if found:
         sampler, cross = next(iter(found.items()))
+        outcome, sure = _crosses(cross)
         first = dataclasses.replace(
-            first, outcome=words.judge(cross.probability), headline=_headline(sampler, cross),
-            because=_cross(metric, cross), probability=cross.probability,
-            **_lead(metric, cross),
+            first, outcome=outcome, headline=f"{_where(sampler, cross)}: {words.sure(sure)} that "
+            "a larger size wins the larger budget.",
+            because=_cross(metric, cross), probability=sure, **_lead(metric, cross),
         )
     lacking = [labels.sampler(s) for s in names if s not in found]
     lacking += [family for family, members in _FAMILIES.items()
@@ -216,19 +221,22 @@ def _crossing(curves: Curves, metric: str, sizes: Sequence[str]) -> tuple[Verdic
     if lacking:
         unmet = f"Not measured fully yet: {labels.listing(lacking)}."
         return first, _blank(4, tests[1], unmet)
+    judged = {s: _crosses(c) for s, c in found.items()}
     parts = [
-        f"{labels.sampler(s)} {words.judge(c.probability)} ({c.low.best.model} at the smallest, "
-        f"{c.high.best.model} at the largest budget; {words.sure(c.probability)})"
-        for s, c in found.items()
+        f"{labels.sampler(s)} {outcome} ({found[s].low.best.model} at the smallest, "
+        f"{found[s].high.best.model} at the largest budget; {words.sure(sure)})"
+        for s, (outcome, sure) in judged.items()
     ]
-    held = sum(words.judge(c.probability) == "supported" for c in found.values())
+    held = sum(outcome == "supported" for outcome, _ in judged.values())
+    alone = None if together is None else min(c.alone for c in found.values())
+    outcome, sure = words.judge_alone(together, alone)
     headline = (
         f"The pattern is clear for {held} of {len(found)} samplers; for all of them at once: "
-        f"{words.sure(together)}."
+        f"{words.sure(sure)}."
     )
     return first, Verdict(
-        4, CLAIMS[3], tests[1], words.judge(together), headline, f"{'; '.join(parts)}.",
-        f"{held} of {len(found)} samplers", None, together,
+        4, CLAIMS[3], tests[1], outcome, headline, f"{'; '.join(parts)}.",
+        f"{held} of {len(found)} samplers", None, sure,
     )
 
 
@@ -266,15 +274,11 @@ def _super_resolution(
 
 
 def _small_wins(cross: winners.Crossover) -> tuple[words.Outcome, float | None]:
-    """Against the claim speaks that none wins; for it, that one of them alone does."""
-    if words.judge(cross.small_wins) == "contradicted":
-        return "contradicted", cross.small_wins
-    supported = words.judge(cross.small_alone) == "supported"
-    return "supported" if supported else "undecided", cross.small_alone
+    return words.judge_alone(cross.small_wins, cross.small_alone)
 
 
 def _crosses(cross: winners.Crossover) -> tuple[words.Outcome, float | None]:
-    return words.judge(cross.probability), cross.probability
+    return words.judge_alone(cross.probability, cross.alone)
 
 
 def _distilled(records: Sequence[Record], metric: str, blocks: tuple[int, int]) -> Verdict:
@@ -319,13 +323,6 @@ def _where(sampler: str, cross: winners.Crossover) -> str:
     else:
         what = f"{low.best.model} {there}, {high.best.model} at {labels.number(high.budget)}"
     return f"With {labels.sampler(sampler)}, {what}"
-
-
-def _headline(sampler: str, cross: winners.Crossover) -> str:
-    return (
-        f"{_where(sampler, cross)}: {words.sure(cross.probability)} that a larger size "
-        "wins the larger budget."
-    )
 
 
 def _cross(metric: str, cross: winners.Crossover) -> str:

@@ -19,6 +19,21 @@ def judge(probability: float | None) -> Outcome:
     return "supported" if probability >= CONFIDENCE else "contradicted"
 
 
+def judge_alone(
+    share: float | None, alone: float | None
+) -> tuple[Outcome, float | None]:
+    """The verdict on what some size of several does, and its probability.
+
+    Args:
+      share: of replicates in which any of them does it: speaks against, where it is small. Of equal
+        sizes one nearly always does.
+      alone: that a single one does it, for as many as try: speaks for it.
+    """
+    if judge(share) == "contradicted":
+        return "contradicted", share
+    return "supported" if judge(alone) == "supported" else "undecided", alone
+
+
 def sure(probability: float | None) -> str:
     """`probability 0.97`."""
     if probability is None:

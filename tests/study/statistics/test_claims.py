@@ -112,6 +112,38 @@ def test_equal_sizes_support_nothing_more_often_than_stated():
     assert all(n <= 0.05 * 120 + 2 * np.sqrt(0.05 * 0.95 * 120) for n in wrong.values())
 
 
+@dataclasses.dataclass(frozen=True)
+class _OneEnd(fake.Truth):
+    """Sizes that are equal at the smallest budget or the largest one, and rank clearly at the
+    other, as claim 3 has it."""
+
+    equal: str = "low"
+
+    def distance(self, model, sampler, steps, guidance):
+        place = 6 * SIZES.index(model)
+        if steps == 4:
+            return 100.0 + (0 if self.equal == "low" else place)
+        return 60.0 - (0 if self.equal == "high" else place)
+
+
+@pytest.mark.parametrize("equal", ["low", "high"])
+def test_sizes_that_are_equal_at_one_budget_support_no_crossing(equal):
+    """Null: one smaller of five equal sizes nearly always wins, or one larger: claims 3 and 6 are
+    supported in at most one study of twenty all the same; claim 4 asks more."""
+    wrong, trials = dict.fromkeys((3, 4, 6), 0), 120
+    for seed in range(trials):
+        records = fake.make(_OneEnd(equal=equal), samplers=("ddim",), guidance=(3.0,),
+                            steps={"ddim": (4, 200)}, replicates=200, seed=seed)
+        every = [r for s in ("ddim", "ddpm", "dpmpp_2m") for r in _renamed(records, s)]
+        found = _judged(Evidence.of([*every, *_renamed(records, "lcm")]))
+        for number in wrong:
+            wrong[number] += found[number].outcome == "supported"
+    assert all(n <= 0.05 * trials + 2 * np.sqrt(0.05 * 0.95 * trials) for n in wrong.values())
+    records = fake.make(_OneEnd(equal="no"), samplers=("ddim",), guidance=(3.0,),
+                        steps={"ddim": (4, 200)})
+    assert _judged(Evidence.of(records))[3].outcome == "supported"
+
+
 def test_only_the_longest_training_counts_for_the_budget_claims(study):
     def shorter(r):
         identity = dataclasses.replace(r.identity, train_step=200, model_hash="early")
