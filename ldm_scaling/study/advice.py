@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from ldm_scaling.errors import UserError
@@ -72,14 +73,14 @@ def advise(options: Options, budget: Budget) -> Advice:
         notes.append("The budget allows all that was measured: more steps or a larger size than "
                      "these may do better still.")
     if duel is not None:
-        notes += _doubts(best, runner_up, duel)
+        notes += _doubts(best, runner_up, duel, options.blocks)
     return Advice(options, budget, best, runner_up, duel, front(options.points, limit),
                   tuple(notes))
 
 
-def _doubts(best: Point, runner_up: Point, duel: Duel) -> list[str]:
+def _doubts(best: Point, runner_up: Point, duel: Duel, blocks: int) -> list[str]:
     """What the reporting prompts say against the choice, and whether noise alone could have made
-    it."""
+    it. As many `blocks` report."""
     out, other = [], 1 - duel.probability
     if other > 0.5:
         shown = labels.probability(other)
@@ -89,9 +90,11 @@ def _doubts(best: Point, runner_up: Point, duel: Duel) -> list[str]:
             f"looks better ({shown}): the two are hard to tell apart"
         )
         out.append(f"On the reporting prompts the runner-up {said}.")
-    # The spread is of the reporting block: the choosing one has no replicates, and as few pictures
-    # or fewer.
-    gap, spread = runner_up.chosen_by - best.chosen_by, (duel.high - duel.low) / 2
+    # The spread is of the reporting blocks' mean: the choosing one has no replicates, is alone, and
+    # after a race of fewer pictures.
+    times = max(p.num_images / (p.choosing_images or p.num_images) for p in (best, runner_up))
+    spread = (duel.high - duel.low) / 2 * math.sqrt(blocks * times)
+    gap = runner_up.chosen_by - best.chosen_by
     if gap < spread and other > 0.05:
         out.append(
             f"The choice is within noise: on the choosing prompts the first leads by "

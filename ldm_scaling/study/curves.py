@@ -45,6 +45,7 @@ class Point:
       replicates_R: paired bootstrap replicates on the report block; empty where none were drawn.
       num_images: images behind `value`.
       task: what the network is for, as `Record.task`.
+      choosing_images: images behind `chosen_by`, as many unless told: fewer after a race.
     """
 
     model: str
@@ -60,6 +61,7 @@ class Point:
     replicates_R: np.ndarray
     num_images: int
     task: str = TEXT_TO_IMAGE
+    choosing_images: int | None = None
 
     def at(self, axis: str) -> float:
         """Its place on an axis of `labels.AXES`: "cost", "seconds" or "steps"."""
@@ -339,13 +341,14 @@ def quality_curves(
         record = place.get((model, sampler, steps, guidance, report_block))
         if record is None or metric not in record.metrics:
             continue
-        chosen = place[model, sampler, steps, guidance, select_block].metrics[choose_by]
+        chosen = place[model, sampler, steps, guidance, select_block]
         replicates_R = np.asarray(record.replicates.get(metric, ()), np.float64)
         low, high = record.intervals.get(metric, _percentiles(replicates_R))
         curves[model, sampler].append(
             Point(model, sampler, steps, guidance, record.cost, record.seconds_per_image,
-                  record.metrics[metric], low, high, sign * chosen, replicates_R,
-                  record.identity.num_images, record.task)
+                  record.metrics[metric], low, high, sign * chosen.metrics[choose_by],
+                  replicates_R, record.identity.num_images, record.task,
+                  chosen.identity.num_images)
         )
     return {key: sorted(points, key=lambda p: p.cost) for key, points in sorted(curves.items())}
 

@@ -41,6 +41,7 @@ class Options:
       untimed: of the notes that on sizes without measured seconds; empty where all have some.
       steps_alone: the only number of steps that a published table has; 0 of records.
       places: decimals of published values; None of records.
+      blocks: seed blocks that report, whose mean the points' values are.
     """
 
     points: tuple[Point, ...]
@@ -54,6 +55,7 @@ class Options:
     untimed: str = ""
     steps_alone: int = 0
     places: int | None = None
+    blocks: int = 1
 
     def value(self, value: float) -> str:
         """A value of the measure for readers."""
@@ -261,7 +263,7 @@ def of_records(
     return Options(
         tuple(dataclasses.replace(p, cost=price[p.task](p)) for p in points), unit,
         where, measure.short, measure.sign, metric, tuple(notes),
-        ones[-1] if unit == "cost" else None, " ".join(untimed),
+        ones[-1] if unit == "cost" else None, " ".join(untimed), blocks=len(report_blocks),
     )
 
 

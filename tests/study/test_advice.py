@@ -216,6 +216,7 @@ def test_more_blocks_narrow_the_interval(study):
         for r in fake.make(seed=9) if r.identity.seed_block == 1
     ]
     one, both = within(study, 20.0), within([*study, *third], 20.0, report_blocks=(1, 2))
+    assert both.options.blocks == 2 and both.best.choosing_images == 512
     assert cell(one.best) == cell(both.best)
     assert both.best.high - both.best.low < 0.85 * (one.best.high - one.best.low)
 
@@ -258,6 +259,13 @@ def test_a_contradicted_choice_is_graded(study):
         shown = advise_cli.text(found)
         assert ("(the first leads by" in shown) == ahead and "by -" not in shown
         assert ("(the first is behind by" in shown) != ahead
+    # The choosing block is one, where several report, and has a race's pictures.
+    alone = dataclasses.replace(options, blocks=4)
+    raced = dataclasses.replace(options, points=(
+        base, dataclasses.replace(other, choosing_images=other.num_images // 4)))
+    for some in (alone, raced):
+        said = " ".join(advice.advise(some, Budget(100.0, "cost")).notes)
+        assert "move such a lead by 18.9" in said
     clear = dataclasses.replace(other, chosen_by=base.chosen_by + 50.0)
     options = dataclasses.replace(options, points=(base, clear))
     assert "within noise" not in " ".join(advice.advise(options, Budget(100.0, "cost")).notes)
