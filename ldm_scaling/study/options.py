@@ -4,6 +4,7 @@ Pure functions on records."""
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -175,7 +176,8 @@ def of_records(
     """Every measured cell at its chosen guidance.
 
     Records of several tasks that draw from text (`records.FROM_TEXT`: members, their students,
-    cascades) are weighed together, those of a task that cannot be are left out with a note.
+    cascades) are weighed together, those of a task that cannot be are left out with a note. So are
+    cells of other numbers of pictures than most have: with fewer a distance is larger.
 
     A sweep reports one guidance rate of each cell, the best by one measure. Another measure is
     then of that rate too, see `curves.chosen_curves`, and decides between cells alone.
@@ -209,7 +211,10 @@ def of_records(
         del held[CASCADE]
         left_out.append(f"{why[0].upper()}{why[1:]}, so not weighed on another device.")
     longest = {task: curves_lib.longest(own, settings) for task, own in held.items()}
-    found = {task: curves_lib.distinct(own) for task, own in longest.items()}
+    found = {}
+    for task, own in longest.items():
+        found[task], fewer = _of_one_number(curves_lib.distinct(own))
+        left_out += fewer
     metric = metric_of([r for own in found.values() for r in own], metric)
     asked = report_blocks
     parts, report_blocks, lacking = _comparable(
@@ -281,6 +286,28 @@ def _by_task(records: Sequence[Record]) -> dict[str, list[Record]]:
             f"--task={' or '.join(sorted([*alone, *filter(None, [together])]))}"
         )
     return held
+
+
+def _of_one_number(records: Sequence[Record]) -> tuple[list[Record], list[str]]:
+    """The records of one task that hold as many pictures of their seed block as most cells there
+    do, of equally many the larger number, and a note of the others. Those of races tell what is
+    foretold for all pictures, and stay."""
+    cells: dict[int, dict[int, set[tuple]]] = defaultdict(lambda: defaultdict(set))
+    for i in (r.identity for r in records if not r.round):
+        cells[i.seed_block][i.num_images].add((i.model, i.sampler, i.steps))
+    kept = {block: max(own, key=lambda n, own=own: (len(own[n]), n))
+            for block, own in cells.items()}
+    notes = []
+    for block, own in sorted(cells.items()):
+        for n in sorted(own.keys() - {kept[block]}):
+            of = labels.listing(sorted({model for model, *_ in own[n]}))
+            notes.append(
+                f"{len(own[n])} {'cell' if len(own[n]) == 1 else 'cells'} of {of} "
+                f"{'was' if len(own[n]) == 1 else 'were'} measured on {n:,} pictures of seed block "
+                f"{block} and not {kept[block]:,}, which does not compare, and left out."
+            )
+    return [r for r in records
+            if r.round or r.identity.num_images == kept[r.identity.seed_block]], notes
 
 
 def _comparable(

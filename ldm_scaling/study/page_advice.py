@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from ldm_scaling.study import advice, labels, reported
+from ldm_scaling.study import advice, labels
 from ldm_scaling.study import options as options_lib
 from ldm_scaling.study.advice import Advice
 from ldm_scaling.study.budgets import Budget
@@ -50,7 +50,7 @@ def units(
       `pieces`, which holds for budgets of its `from` (within a billionth) and more. A point's
       `name` is its network's among all that take part: `model` where that is the page's own.
       Seconds are left out where the records were measured on several devices. `flags` are those
-      of `ldm-scaling advise` without which it would not say the same.
+      with which `ldm-scaling advise` says the same.
     """
     own = {r.task for r in records}
     every = [*records, *weighed(records, others)]
@@ -59,10 +59,13 @@ def units(
         f"Seconds of {labels.listing(devices)} do not compare, so there are no budgets in seconds."
     ]
     out: list[dict[str, Any]] = []
-    flags = _flags(every, metric, select, report)
-    # The folder may hold, or come to hold, records of another config's tasks.
+    # The folder may hold, or come to hold, records of another config's tasks, and a workdir's config
+    # names, or will name, blocks and a measure of its own.
     chosen = [task for task in TASKS if any(r.task == task for r in every)]
-    flags.insert(0, f"--task={','.join(chosen)}")
+    flags = [
+        f"--task={','.join(chosen)}", f"--metric={metric}", f"--select-block={select}",
+        f"--report-blocks={','.join(map(str, report))}",
+    ]
     for unit in _UNITS:
         if unit == "seconds" and skipped:
             continue
@@ -71,17 +74,6 @@ def units(
         )
         out.append(_unit(options, own, [*options.notes, *skipped]) | {"flags": flags})
     return out
-
-
-def _flags(records: Sequence[Record], metric: str, select: int, report: Sequence[int]) -> list[str]:
-    """Where the page's choice is another than that of the command without a flag."""
-    blocks = ",".join(map(str, report))
-    differ = {
-        f"--metric={metric}": metric != options_lib.metric_of(records, None),
-        f"--select-block={select}": select != reported.SELECT,
-        f"--report-blocks={blocks}": tuple(report) != reported.REPORT,
-    }
-    return [flag for flag, other in differ.items() if other]
 
 
 def _unit(options: Options, own: Collection[str], notes: list[str]) -> dict[str, Any]:

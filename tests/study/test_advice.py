@@ -236,6 +236,23 @@ def test_notes_say_what_is_lacking(study):
     assert any("no interval" in n for n in found.notes)
 
 
+def test_cells_of_other_numbers_of_pictures_are_left_out(study):
+    """A distance is larger with fewer pictures: sizes that had more would win by that alone."""
+    def some(models, images, more=0.0):
+        return [
+            dataclasses.replace(r, metrics={FD: r.metrics[FD] + more}, identity=dataclasses.replace(
+                r.identity, num_images=images)) for r in study if r.identity.model in models]
+
+    mixed = within([*some(("c8", "c16", "c24"), 512), *some(("c32",), 64, -1000.0)], 20.0)
+    alone = within(some(("c8", "c16", "c24"), 512), 20.0)
+    assert cell(mixed.best) == cell(alone.best) and mixed.best.value == alone.best.value
+    said = [n for n in mixed.notes if "does not compare" in n]
+    assert said == [
+        f"14 cells of c32 were measured on 64 pictures of seed block {b} and not 512, which does "
+        "not compare, and left out." for b in (0, 1)]
+    assert [n for n in mixed.notes if n not in said] == list(alone.notes)
+
+
 def test_a_contradicted_choice_is_graded(study):
     """From noise to nearly sure, by how often the runner-up is better in what is reported."""
     points = {p.model: p for p in options_lib.of_records(study, "cost").points

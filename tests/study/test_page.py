@@ -217,7 +217,8 @@ def _compare(page, options, budget, written, tasks="text_to_image"):
     beyond = "allows all that was measured" in page.locator("#advice-range").inner_text()
     assert beyond == (budget > dearest)
     command, quoted, _ = page.locator("#advice-command").inner_text().split('"')
-    assert command == f"ldm-scaling advise --records=DIR --task={tasks} --budget="
+    flags = f"--task={tasks} --metric={FD} --select-block=0 --report-blocks=1"
+    assert command == f"ldm-scaling advise --records=DIR {flags} --budget="
     assert budgets.parse(quoted) == Budget(budget, unit)
 
 
@@ -268,8 +269,7 @@ def test_it_opens_on_something_and_the_least_that_it_names_can_be_typed(browser,
         page.fill("#advice-amount", least)
         page.press("#advice-amount", "Enter")
         assert "c16" in _told(page)
-    flags = "--records=DIR --task=text_to_image --report-blocks=1,2 --budget="
-    assert flags in page.inner_text("#advice-command")
+    assert "--select-block=0 --report-blocks=1,2 --budget=" in page.inner_text("#advice-command")
     page.close()
 
 

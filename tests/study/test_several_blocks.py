@@ -151,12 +151,15 @@ def _data(page):
 
 
 def test_the_page_names_the_flags_that_say_the_same(found):
-    task, flags = "--task=text_to_image", ["--metric=caption_agreement", "--report-blocks=1,2,3"]
-    for told, named in (((FD, 0, (1,)), []), (("caption_agreement", 0, REPORT), flags)):
-        assert [unit["flags"] for unit in page_advice.units(found, *told)] == [[task, *named]] * 3
-    (unit, *_) = page_advice.units(
-        [r for r in found if r.identity.seed_block != 0], FD, 1, (2, 3))
-    assert unit["flags"] == [task, "--select-block=1", "--report-blocks=2,3"]
+    """All of them: a workdir's config may name other blocks and another measure than the page's."""
+    for metric, select, shown, some in (
+        (FD, 0, (1,), found), ("caption_agreement", 0, REPORT, found),
+        (FD, 1, (2, 3), [r for r in found if r.identity.seed_block != 0]),
+    ):
+        flags = ["--task=text_to_image", f"--metric={metric}", f"--select-block={select}",
+                 f"--report-blocks={','.join(map(str, shown))}"]
+        units = page_advice.units(some, metric, select, shown)
+        assert [unit["flags"] for unit in units] == [flags] * 3
 
 
 @pytest.mark.parametrize("more", [(0,), (1,), (2, 2), (-1,)])
