@@ -58,7 +58,8 @@ class Fit:
 
     def interval(self, name: str, level: float = 0.95) -> tuple[float, float]:
         """(low, high) of a parameter by name: "E", "A", "alpha", and "B", "beta" of the second
-        scale. Percentiles of the replicates. Raises `UserError` without replicates."""
+        scale. Percentiles of the replicates. Raises `UserError` without replicates, and, as the
+        other intervals do, of a bootstrap by run whose `Scatter.freedom` is 0 or below."""
         low, high = self._ends(np.array([value(one, name) for one in self._replicates]), level)
         return float(low), float(high)
 
@@ -111,6 +112,12 @@ class Fit:
     def _replicates(self) -> tuple[Law, ...]:
         if not self.replicates:
             raise UserError("an interval of a fit needs replicates: call fits.bootstrap on it")
+        if self.scatter is not None and self.scatter.freedom < 1:
+            runs = int(self.scatter.run_N.max()) + 1
+            raise UserError(
+                f"a law goes through any luck of {runs} runs, so its replicates tell no interval: "
+                f"fit it to {runs + 1 - self.scatter.freedom} or more"
+            )
         return self.replicates
 
     @staticmethod

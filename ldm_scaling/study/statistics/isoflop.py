@@ -197,4 +197,4 @@ def _groups(logf_N: np.ndarray, width: float) -> Sequence[np.ndarray]:
     """Numbers of the points of each budget, budgets rising."""
     order_N = np.argsort(logf_N, kind="stable")
     cuts = np.flatnonzero(np.diff(logf_N[order_N]) > width) + 1
-    return np.split(order_N, cuts)
+    return np.split(order_N, cuts) if len(order_N) else []

@@ -58,7 +58,8 @@ class Runs:
         seed: int = 0,
     ) -> Fit:
         """The law, with replicates that draw each run's luck and its points' noise, see
-        `scatter.Scatter`; the luck only from 4 sizes on (with an offset; 3 without).
+        `scatter.Scatter`; the luck only from 4 sizes on (with an offset; 3 without). Through fewer,
+        or through 4 ends of runs by two scales, the law always passes: it has no intervals then.
 
         Each network was trained once, so what paired replicates say of the choice of prompts is
         the smaller part of the doubt; `fits.bootstrap(..., y_RN=runs.value_RN)` has that part.
@@ -71,7 +72,11 @@ class Runs:
     def held_out(
         self, by: By, *, offset: bool = True, delta: float = fits.DELTA, replicates: int = 200
     ) -> HeldOut:
-        """What the smaller sizes foretell of the largest's run, see `fits.held_out`."""
+        """What the smaller sizes foretell of the largest's run, see `fits.held_out`.
+
+        Raises:
+          UserError: where a law passes through any luck of the smaller sizes, see `fitted`.
+        """
         largest_N = self.params_N == self.params_N.max()
         return fits.without(
             self.scales(by), self.value_N, largest_N, offset=offset, delta=delta,

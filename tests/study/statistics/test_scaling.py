@@ -1,6 +1,7 @@
 """From records and training runs to laws: the planted ones come back."""
 
 import dataclasses
+import warnings
 
 import numpy as np
 import pytest
@@ -139,11 +140,33 @@ def test_budgets_read_off_the_same_runs_do_not_count_as_apart():
     assert np.mean(hit) >= 0.85
 
 
+def test_where_a_law_passes_through_any_luck_there_is_no_interval():
+    """Of runs that are as many as what a law takes of them nothing is left to tell luck by."""
+    runs = scaling.of_records(_records(LAW, 0.02), FD, BATCH)
+    four = runs.some(np.isin(runs.models, ["c8", "c16", "c24", "c32"]))
+    with pytest.raises(UserError, match="any luck of 3 runs.*fit it to 4 or more"):
+        four.held_out("size and images", delta=0.02, replicates=4)
+    ends = four.some(np.array([3, 5, 9, 14]))  # Of each size one, of several lengths.
+    found = ends.fitted("call and images", offset=False, delta=0.02, replicates=4)
+    assert found.law.exponents
+    at = ends.scales("call and images")
+    for ask in (lambda: found.interval("alpha"), lambda: found.predict(at),
+                lambda: found.predict_new(at)):
+        with pytest.raises(UserError, match="any luck of 4 runs.*fit it to 5 or more"):
+            ask()
+    low, high = four.fitted("size and images", delta=0.02, replicates=40).interval("alpha")
+    assert low < high
+
+
 def test_mistakes_are_named():
     runs = scaling.of_records(_records(LAW, 0.0), FD, BATCH)
     with pytest.raises(UserError, match="fitted by size, images, compute.*not by 'cost'"):
         runs.fitted("cost")
     with pytest.raises(UserError, match="no network has a reported record"):
         scaling.of_records([], FD, BATCH)
+    one = runs.some(np.array(runs.models) == "c8")
+    with warnings.catch_warnings(), pytest.raises(UserError, match="0 of 0 training budgets"):
+        warnings.simplefilter("error")
+        one.frontier()
     with pytest.raises(UserError, match="train.validate_every"):
         scaling.of_losses({"a": []}, {"a": 1}, {"a": 1.0}, BATCH)
