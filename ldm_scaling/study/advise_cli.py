@@ -104,9 +104,9 @@ def _options(given: argparse.Namespace, budget: Budget) -> Options:
         prices = cost_files.of_device(epath.Path(place).expanduser(), given.device).prices()
     common = {"prices": prices, "batch": given.batch or 1}
     if not given.records:
-        for name in ("task", "pictures"):
-            if getattr(given, name):
-                raise UserError(f"--{name} goes with --records")
+        for name in ("task", "pictures", "select_block", "report_blocks"):
+            if getattr(given, name) is not None:
+                raise UserError(f"--{name.replace('_', '-')} goes with --records")
         return table_1.options(budget.unit, given.metric, **common)
     found = places.read(given.records)
     found = dataclasses.replace(found, records=_of_task(found.records, given.task))
@@ -122,7 +122,11 @@ def _training(given: argparse.Namespace, found: Places) -> Training | None:
     """What `--pictures` counts, where it is given: by the batch size of the workdirs' configs."""
     if not given.pictures:
         return None
-    sizes = {Workdir(home).last_config().train.batch_size for home in found.homes}
+    studies = {home: Workdir(home).last_config() for home in found.homes}
+    if further := [home for home, study in studies.items() if study.start.hash]:
+        raise UserError(f"--pictures: members in {further[0]} began with those of another study, "
+                        "whose training their records do not count")
+    sizes = {study.train.batch_size for study in studies.values()}
     if len(sizes) > 1:
         raise UserError(f"--pictures: the places of --records were trained with batches of "
                         f"{labels.listing(sorted(map(str, sizes)))}: give one of them")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ldm_scaling import cli
-from ldm_scaling.config import Consistency, Study, Sweep
+from ldm_scaling.config import Consistency, Start, Study, Sweep
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import zoo
 from ldm_scaling.study import advice, advise_cli, budgets, cost_files, records, table_1
@@ -437,7 +437,14 @@ def test_the_command_counts_training_by_the_workdirs_batches(capsys, tmp_path, s
     shutil.copytree(homes[64] / "records", tmp_path / "bare" / "records")
     status, _, err = run(capsys, f"--records={tmp_path}/bare", *flags)
     assert status == 2 and "study.json is not there" in err
-    assert run(capsys, "--pictures=5", "--budget=1 pflops")[2].endswith("goes with --records\n")
+    for flag in ("--pictures=5", "--select-block=0", "--report-blocks=2"):
+        status, _, err = run(capsys, flag, "--budget=1 pflops")
+        assert status == 2 and err.endswith(f"{flag.partition('=')[0]} goes with --records\n")
+    further = Workdir(tmp_path / "further")
+    further.bind(Study(start=Start(str(tmp_path), 40, hash="as it was trained there")))
+    shutil.copytree(homes[64] / "records", further / "records")
+    status, _, err = run(capsys, f"--records={further.path}", *flags)
+    assert status == 2 and "began with those of another study" in err
 
 
 def test_the_command_weighs_what_it_is_asked_to(capsys, folder):
