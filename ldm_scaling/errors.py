@@ -6,6 +6,8 @@
 # saved since the last checkpoint.
 SAVED = 75
 STALLED = 76
+# As a shell tells of SIGPIPE: who read the output has ended.
+UNREAD = 141
 # Said after what ended a process that was told to end.
 AGAIN = "; the same command goes on from here"
 

@@ -1,10 +1,13 @@
 """The command line: what a user gets wrong is one line that says how to mend it."""
 
+import contextlib
 import importlib
 import json
 import os
 import pathlib
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -262,6 +265,28 @@ def test_a_file_given_as_a_folder_is_named(capsys, tmp_path):
     picture = ROOT / "docs" / "width_transfer.png"
     result = run(capsys, "upscale", str(picture), f"--to={tmp_path}/notes.txt", "--by=bicubic")
     assert_error(result, str(tmp_path / "notes.txt"), "name another place")
+
+
+def test_output_that_nobody_reads_ends_a_command_without_a_word(capsys, monkeypatch):
+    """As `ldm-scaling COMMAND | head -1`; what breaks elsewhere is told all the same."""
+    with subprocess.Popen([sys.executable, "-m", "ldm_scaling", "help"], text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == ("", 141)
+
+    read, write = os.pipe()
+    os.close(read)
+    with contextlib.suppress(BrokenPipeError), open(write, "w") as unread:
+        monkeypatch.setattr(program, "_run", lambda *unused: print("x" * 10**6))
+        monkeypatch.setattr(sys, "stdout", unread)
+        assert program.main(["advise"]) == 141
+    monkeypatch.undo()
+
+    def fail(*unused):
+        raise BrokenPipeError("a worker's")
+
+    monkeypatch.setattr(program, "_run", fail)
+    assert program.main(["advise"]) == 1 and "a worker's (unexpected)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("status", [0, 2, 75])

@@ -20,7 +20,7 @@ from ldm_scaling.cli import flags
 from ldm_scaling.cli.commands import COMMANDS, OWN
 from ldm_scaling.cli.flags import first_line
 from ldm_scaling.cli.usage import usage
-from ldm_scaling.errors import AGAIN, SAVED, STALLED, ApartError, Interrupted, UserError
+from ldm_scaling.errors import AGAIN, SAVED, STALLED, UNREAD, ApartError, Interrupted, UserError
 
 log = logging.getLogger("ldm_scaling")
 
@@ -198,25 +198,26 @@ def main(argv: list[str] | None = None) -> int:
     0; 2 after a one-line error that the user can mend; 1 after one that is not the user's doing;
     130 after Ctrl-C; 75 after SIGTERM, when what is done is saved: the same command goes on from
     there. 76 where processes do not come together or lose each other, and, by training's
-    watchdog, when a step stalls: the same command goes on from the last checkpoint. One of several
-    processes ends at once instead of returning, unless all is done.
+    watchdog, when a step stalls: the same command goes on from the last checkpoint. 141, without a
+    word, where whoever read the output, `head` say, has ended. One of several processes ends at
+    once instead of returning, unless all is done.
     """
     argv = sys.argv[1:] if argv is None else argv
-    asked = "--help" in argv and argv[0] not in OWN
-    if not argv or argv[0] in ("help", "-h", "-help") or asked:
-        print(usage())
-        return 0 if argv else 2
-    status, why = _status(argv[0], argv[1:])
-    if status:
+    asked = not argv or argv[0] in ("-h", "-help") or ("--help" in argv and argv[0] not in OWN)
+    status, why = _status("help" if asked else argv[0], argv[1:])
+    if why:
         print(f"ldm-scaling: {why}", file=sys.stderr)
         if (processes := sys.modules.get("ldm_scaling.parallel.processes")) is not None:
             processes.leave(status, why.removesuffix(AGAIN))  # Each process says it once.
-    return status
+    return status if argv else status or 2
 
 
 def _status(command: str, arguments: list[str]) -> tuple[int, str]:
     """The exit status of a command, and what is to be said of it."""
     try:
+        if command == "help":
+            print(usage())
+            return 0, ""
         if command not in COMMANDS:
             import difflib
 
@@ -232,6 +233,8 @@ def _status(command: str, arguments: list[str]) -> tuple[int, str]:
         where = e.filename or "a file"
         return 2, f"error: cannot use {where}: {e.strerror or e}; name another place"
     except Exception as e:  # Before there is a workdir to log to.
+        if isinstance(e, BrokenPipeError) and _unread("\n"):
+            return UNREAD, ""
         return 1, f"error: {first_line(e)} (unexpected)"
     except ApartError as e:
         return STALLED, f"error: {e}"
@@ -242,9 +245,21 @@ def _status(command: str, arguments: list[str]) -> tuple[int, str]:
     return 0, ""
 
 
+def _unread(more: str = "") -> bool:
+    """Whether whoever read the output has ended: `more` of it, or what waits, cannot be written."""
+    try:
+        print(more, end="", flush=True)
+    except BrokenPipeError:
+        return True
+    return False
+
+
 def entry() -> None:
     """The console script. After an error its end takes `_ENDING_S` at most."""
     status = main()
+    if _unread():
+        status = status or UNREAD
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more.
     if status:
         ending = threading.Timer(_ENDING_S, os._exit, (status,))
         ending.daemon = True
