@@ -19,6 +19,9 @@ from ldm_scaling.study.records import Record
 STEPS = 50
 """At which the paper compares networks along their training."""
 
+_ROUNDING = 1e-12
+"""Relative slopes to which equal values may round."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Trend:
@@ -164,6 +167,7 @@ def _slope(
         scale = np.abs(loss_P).mean() or 1.0
         loss_P, loss_PR = loss_P / scale, loss_PR / scale
     slope = float(np.polyfit(logc_P, loss_P, 1)[0])
+    slope = slope if abs(slope) > _ROUNDING else 0.0
     slopes_R = np.polyfit(logc_P, loss_PR, 1)[0]
     spread = float(slopes_R.std(ddof=1)) if slopes_R.size > 1 else 0.0
     return slope, float(np.hypot(_error(logc_P, loss_P, size_P), spread))

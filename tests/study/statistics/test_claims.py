@@ -205,6 +205,16 @@ def test_a_trend_of_one_network_a_size_is_least_squares():
     assert 0.5 * plain < trends._error(x_P, np.append(y_P, y_P[-1]), size_P) < plain
 
 
+def test_equal_values_are_no_trend_whatever_they_round_to():
+    exact = fake.make(fake.flat_truth(SIZES[:3]), models=SIZES[:3], noise=0.0, shared=0.0)
+    for value in (40.0, 0.1, 2284.7):
+        some = [dataclasses.replace(r, metrics={FD: value}, intervals={},
+                                    replicates={k: [value] * 9 for k in r.replicates})
+                for r in exact]
+        found = trends.training(some, FD)
+        assert (found.change, found.probability) == (0.0, 0.5)
+
+
 def test_two_sizes_are_no_trend():
     records = [r for r in _scaled(-0.05, 0) if r.identity.model in ("c8", "c32")]
     assert trends.training(records, FD) is None
