@@ -361,8 +361,9 @@ class Materials:
             "train": self.some("train", PROBE_PICTURES),
             "validation": np.arange(self.count("validation")),
         }
-        real = {split: self._real_features(split, index[split], features) for split in SPLITS}
+        # Text states are kept where they are made here, features are not.
         embeddings = {split: self._embeddings(split, index[split]) for split in SPLITS}
+        real = {split: self._real_features(split, index[split], features) for split in SPLITS}
         groups = self.groups("train", index["train"])
         probe = agreement.fit(
             real["train"], embeddings["train"], groups_N=groups, extractor=extractor,

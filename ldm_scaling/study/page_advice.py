@@ -59,8 +59,8 @@ def units(
         f"Seconds of {labels.listing(devices)} do not compare, so there are no budgets in seconds."
     ]
     out: list[dict[str, Any]] = []
-    # The folder may hold, or come to hold, records of another config's tasks, and a workdir's config
-    # names, or will name, blocks and a measure of its own.
+    # The folder may hold, or come to hold, records of another config's tasks, and the config name
+    # blocks and a measure of its own.
     chosen = [task for task in TASKS if any(r.task == task for r in every)]
     flags = [
         f"--task={','.join(chosen)}", f"--metric={metric}", f"--select-block={select}",

@@ -1,4 +1,5 @@
-"""A workdir keeps the latents' scale: who draws needs neither pictures nor latents."""
+"""A workdir keeps the latents' scale, and what a sweep needs: who draws needs neither pictures nor
+latents, and what was stopped loses little."""
 
 import types
 
@@ -47,3 +48,18 @@ def test_another_encoder_has_another_scale(tmp_path):
     assert materials_of(tmp_path, 1.0, 0.5).latent_scale == 0.5
     assert materials_of(tmp_path, 2.0, 0.25).latent_scale == 0.25
     assert materials_of(tmp_path, 2.0).latent_scale == 0.25
+
+
+def test_what_is_kept_is_made_before_what_is_not(tmp_path):
+    """A run that is stopped while it looks at real pictures has its captions' text states."""
+    made, found = [], materials_of(tmp_path, 1.0)
+
+    def stopped(*unused):
+        raise KeyboardInterrupt
+
+    vars(found).update(
+        some=lambda *unused: np.arange(2), count=lambda split: 2, _real_features=stopped,
+        _embeddings=lambda split, index_N: made.append(split))
+    with pytest.raises(KeyboardInterrupt):
+        found._make_reference(None, "", tmp_path, tmp_path)
+    assert set(made) == {"train", "validation"}
