@@ -28,8 +28,10 @@ SUFFIXES = (
     ".tif", ".tiff", ".gif",
 )  # fmt: skip
 SQUARE = "centre square of the short side, then Pillow's Lanczos"
-_BROKEN = (
-    OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError,
+# What Pillow raises at damaged files; of AVIF the `RuntimeError`s.
+BROKEN = (
+    OSError, ValueError, SyntaxError, EOFError, RuntimeError, struct.error,
+    Image.DecompressionBombError,
 )  # fmt: skip
 _ORIENTATION = 0x0112  # EXIF's tag, and what makes a picture upright by its value
 _TURNS = {
@@ -84,7 +86,7 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
             return to_rgb(image)
     except FileNotFoundError as e:
         raise UserError(f"there is no image {path}") from e
-    except _BROKEN as e:
+    except BROKEN as e:
         raise _broken(path, e) from e
 
 
@@ -243,7 +245,7 @@ def _facts(path: Path) -> Facts:
             return Facts(hashlib.sha256(data).hexdigest()[:16], *image.size)
     except FileNotFoundError as e:
         raise UserError(f"there is no image {path}") from e
-    except _BROKEN as e:
+    except BROKEN as e:
         raise _broken(path, e) from e
 
 

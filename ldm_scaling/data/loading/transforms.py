@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ldm_scaling.data.corrupt import CorruptRecords
-from ldm_scaling.data.image_folder import to_rgb
+from ldm_scaling.data.image_folder import BROKEN, orientation, to_rgb
 from ldm_scaling.data.loading import draws, sides
 from ldm_scaling.data.loading.buckets import Buckets
 from ldm_scaling.data.record import Record
@@ -26,8 +26,6 @@ FIELDS = ("image", "caption", "key", "index")
 _GAP = 1.5
 # Pillow first averages blocks of whole pixels while three times the size remain: 53 dB or more.
 _REDUCING_GAP = 3.0
-_BROKEN = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
-_ORIENTATION = 0x0112  # EXIF's
 VERSION = 1  # of the pixels: with another, what was made of pictures is made anew
 
 
@@ -78,13 +76,12 @@ def decode(data: bytes, at_least: tuple[int, int] = (0, 0)) -> Decoded:
       data: of a JPEG, PNG, WebP or whatever Pillow reads.
       at_least: (height, width) that the result will be scaled down to cover; 0, 0 decodes in full.
     Raises:
-      OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError: of Pillow, and
-      `to_rgb`, for an image that is cut short, broken or of an unknown kind.
+      one of `image_folder.BROKEN`: for an image that is cut short, broken or of an unknown kind.
     """
     with Image.open(io.BytesIO(data)) as image:
         width, height = image.size
         plain = image.mode in ("RGB", "L") and not image.has_transparency_data
-        if not plain or image.getexif().get(_ORIENTATION, 1) != 1:
+        if not plain or orientation(image) > 1:
             upright = Image.fromarray(to_rgb(image))
             return Decoded(upright, *upright.size)
         if image.format == "JPEG" and min(at_least) > 0:
@@ -215,7 +212,7 @@ class PairSource:
         for row, (record, draw) in enumerate(zip(records, draws_B)):
             try:
                 images_BHWC[row] = fitted(decode(record.image, size), size, draw)
-            except _BROKEN as e:
+            except BROKEN as e:
                 failures[indices[row]] = f"the image of {record.key} does not decode: {e}"
         if failures:
             raise CorruptRecords(failures)
