@@ -110,7 +110,7 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     for line in curves.other_settings(found, settings):
         print(line)
     if given.page:
-        print(os.fspath(_page(to, source, strips)))
+        print(os.fspath(_page(to, source, strips, written.names)))
 
 
 def _to(given: argparse.Namespace, there: Places) -> epath.Path:
@@ -122,7 +122,9 @@ def _to(given: argparse.Namespace, there: Places) -> epath.Path:
     return there.folders[0].parent / "figures"
 
 
-def _page(to: epath.Path, source: Source, strips: Sequence[epath.Path]) -> epath.Path:
+def _page(
+    to: epath.Path, source: Source, strips: Sequence[epath.Path], drawn: Sequence[str]
+) -> epath.Path:
     """Writes the page of the source's records beside its figures; it has no config to tell of."""
     found = curves.one_setting(source.records, source.settings)
     main = curves.longest(_main(found))  # A page is of networks of one length of training.
@@ -136,7 +138,7 @@ def _page(to: epath.Path, source: Source, strips: Sequence[epath.Path]) -> epath
     context = {"metric": source.metric, "select_block": blocks[0], "report_blocks": blocks[1],
                "captions": source.captions}
     others = [r for r in found if r.identity.key not in kept]
-    return report.write(to, main, to, context, strips, others, further)
+    return report.write(to, main, to, context, strips, others, further, drawn)
 
 
 def _main(found: Sequence[Record]) -> Sequence[Record]:

@@ -222,5 +222,6 @@ def write(materials: Materials, found: list[Record], others: Sequence[Record] = 
         [*baselines.findings(held, [*found, *others]),
          *(sentence for of in (students, cascades) for sentence in of.sentences(
              [*found, *others], metric, sweep.select_block, report_blocks))],
+        written.names,
     )
     return os.fspath(path)

@@ -40,11 +40,6 @@ MOST_BYTES = 16 * 2**20
 _NOTE_BYTES = 256  # Room for the sentence that says so.
 
 
-def _known() -> dict[str, tuple[str, str, str]]:
-    """File name's start -> (section of the page, title, what it shows)."""
-    return {e.name: (e.section, e.heading, e.alt) for e in catalogue.FIGURES}
-
-
 @dataclasses.dataclass(frozen=True)
 class Context:
     """What the records do not say, told by whoever ran the study.
@@ -106,50 +101,55 @@ def _uri(kind: str, data: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _pictures(directory: epath.Path, records: Sequence[Record]) -> dict[str, list[_Picture]]:
-    """Every picture of the folder, by section: SVG, but PNG for those that hold images."""
+def _pictures(
+    directory: epath.Path, records: Sequence[Record], drawn: Sequence[str] | None
+) -> dict[str, list[_Picture]]:
+    """Every picture of the folder, by section: SVG, but PNG for those that hold images. Figures
+    that are not among `drawn` are of other records, or of another measure, and stay out."""
     arms = curves_lib.samplers(curves_lib.distinct(records))
     samplers = {labels.file_name(name): name for name in arms}
-    out: dict[str, list[_Picture]] = {section: [] for section, _, _ in _known().values()}
+    out: dict[str, list[_Picture]] = {e.section: [] for e in catalogue.FIGURES}
     out["other"] = []
-    left = {}
+    left, entries = {}, {}
     if directory.exists():
-        paths = sorted(p for p in directory.iterdir() if not p.name.startswith("."))
+        mine = {e.name for e in catalogue.FIGURES} | catalogue.parts_in(directory)
+        stale = set() if drawn is None else mine - set(drawn)
+        paths = sorted(p for p in directory.iterdir()
+                       if not p.name.startswith(".") and p.stem not in stale)
+        entries = {p.stem: catalogue.entry_of(p.stem) for p in paths
+                   if drawn is None or p.stem in drawn}
         left = {kind: [p for p in paths if p.suffix == f".{kind}"] for kind in ("png", "svg")}
         left = {p.stem: p for p in (*left["png"], *left["svg"])} | {
-            p.stem: p for p in left["png"] if _section(p.stem, samplers)[0] in ("images", "other")
+            p.stem: p for p in left["png"]
+            if (own := entries.get(p.stem)) is None or own.section == "images"
         }
-    for name in sorted(left, key=_reading_order):
-        section, title, alt = _section(name, samplers)
+    for name in sorted(left, key=lambda name: _reading_order(name, entries.get(name))):
+        section, title, alt = _section(name, entries.get(name), samplers)
         kind = "image/png" if left[name].suffix == ".png" else "image/svg+xml"
         out[section].append(_Picture(title, alt, _uri(kind, left[name].read_bytes())))
     return out
 
 
-def _start(name: str) -> str | None:
-    return next((s for s in _known() if name == s or name.startswith(f"{s}_")), None)
-
-
-def _section(name: str, samplers: Mapping[str, str]) -> tuple[str, str, str]:
-    """Section, title and alternative text of a picture with this file name."""
-    start = _start(name)
-    if start is None:
+def _section(
+    name: str, entry: catalogue.Entry | None, samplers: Mapping[str, str]
+) -> tuple[str, str, str]:
+    """Section, title and alternative text of a picture with this file name, of a figure or none."""
+    if entry is None:
         title = name.replace("_", " ")
         return "other", title, title
-    section, title, alt = _known()[start]
-    part = name.removeprefix(start).removeprefix("_")
+    title, alt = entry.heading, entry.alt
+    part = name.removeprefix(entry.name).removeprefix("_")
     if part in RESTORING:
         paper, own = labels.task(RESTORING[0]), labels.task(part)
         title, alt = title.replace(paper, own), alt.replace(paper.lower(), own.lower())
     elif part:
         title += f": {labels.sampler(samplers.get(part, part))}"
-    return section, title, f"{title}. {alt}"
+    return entry.section, title, f"{title}. {alt}"
 
 
-def _reading_order(name: str) -> tuple[int, bool, str]:
-    start = _start(name)
-    known = list(_known())
-    place = known.index(start) if start else len(known)
+def _reading_order(name: str, entry: catalogue.Entry | None) -> tuple[int, bool, str]:
+    known = catalogue.FIGURES
+    place = known.index(entry) if entry else len(known)
     return place, not name.endswith("_ddim"), name
 
 
@@ -266,6 +266,7 @@ def write(
     strips: Sequence[epath.PathLike] = (),
     others: Sequence[Record] = (),
     further: Sequence[str] = (),
+    drawn: Sequence[str] | None = None,
 ) -> epath.Path:
     """Writes `report.html` into `workdir`; the same input gives the same bytes.
 
@@ -280,6 +281,8 @@ def write(
       others: records of the same members' other tasks, which claims are judged by too, and advice
         chooses from where they draw from text.
       further: findings that follow those of the records.
+      drawn: the pictures that `catalogue.write` has just drawn of these records; others of its own
+        are not shown. All that are there, if not given.
 
     Returns:
       The page's path.
@@ -351,7 +354,7 @@ def write(
         reference=page_data.reference(arms),
         devices=labels.listing(sorted({r.device for r in records})),
         alt=page_data.alternatives(arms, measure, sentences, data["trade"]),
-        pictures=_pictures(epath.Path(figures_dir), records),
+        pictures=_pictures(epath.Path(figures_dir), records, drawn),
         winner_rows=page_data.winner_rows(curves, told.metric, sizes, data["samplers"][0]["name"]),
         csv=_csv(records),
         protocol=[*_protocol(records, told), *lacking],

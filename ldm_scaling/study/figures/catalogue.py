@@ -201,9 +201,10 @@ def write(
 ) -> Written:
     """Writes figures as PNG, SVG and PDF, each with a CSV of its numbers.
 
-    Files of parts that are no longer drawn (of samplers that the study dropped) are removed. A
-    figure whose numbers fail (overflow, a singular matrix) is skipped, so that the others are
-    drawn; one that is asked for alone says so.
+    Files of parts that are no longer drawn (of samplers that the study dropped) are removed; no
+    other file is: which parts were drawn here is kept beside them, in `.parts`. A figure whose
+    numbers fail (overflow, a singular matrix) is skipped, so that the others are drawn; one that is
+    asked for alone says so.
 
     Args:
       directory: folder for the files.
@@ -216,6 +217,8 @@ def write(
     """
     written, skipped = [], []
     entries = chosen(names)
+    directory = epath.Path(directory)
+    parts_before = parts_in(directory)
     for entry in entries:
         why = f"{entry.name} needs {entry.needs}"
         try:
@@ -231,19 +234,34 @@ def write(
             parts = {}
         drawn = {f"{entry.name}_{part}" if part else entry.name: one
                  for part, one in parts.items()}
-        _remove_old(epath.Path(directory), entry, drawn)
+        mine = {entry.name, *(p for p in parts_before if entry_of(p) is entry)}
+        old = mine - drawn.keys()
+        for name in old:
+            for kind in (*plot_style.FORMATS, "csv"):
+                (directory / f"{name}.{kind}").unlink(missing_ok=True)
+        parts_now = (parts_before - mine) | (drawn.keys() - {entry.name})
+        if parts_now != parts_before:
+            text = "".join(f"{part}\n" for part in sorted(parts_now))
+            files.atomic_write_text(directory / _PARTS, text)
+            parts_before = parts_now
         for name, one in drawn.items():
             plot_style.save(one.figure, directory, name)
-            files.atomic_write_text(epath.Path(directory) / f"{name}.csv", rows.text(one.rows))
+            files.atomic_write_text(directory / f"{name}.csv", rows.text(one.rows))
         written += drawn
         if not drawn:
             skipped.append(why)
     return Written(tuple(written), tuple(skipped))
 
 
-def _remove_old(directory: epath.Path, entry: Entry, drawn: dict[str, Drawn]) -> None:
-    kinds = {f".{kind}" for kind in (*plot_style.FORMATS, "csv")}
-    for old in directory.glob(f"{entry.name}*.*"):
-        mine = old.stem == entry.name or old.stem.startswith(f"{entry.name}_")
-        if mine and old.stem not in drawn and old.suffix in kinds:
-            old.unlink()
+_PARTS = ".parts"
+
+
+def parts_in(directory: epath.PathLike) -> set[str]:
+    """Names of those pictures in a folder that are a figure's parts and were drawn by `write`."""
+    path = epath.Path(directory) / _PARTS
+    return set(path.read_text("utf-8").splitlines()) if path.exists() else set()
+
+
+def entry_of(name: str) -> Entry | None:
+    """The figure that a picture of this name is, or would be a part of."""
+    return next((e for e in FIGURES if name == e.name or name.startswith(f"{e.name}_")), None)

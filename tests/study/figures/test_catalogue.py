@@ -18,7 +18,7 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.models import zoo
 from ldm_scaling.study import baselines, places, plot_style, records, report
 from ldm_scaling.study.baselines import Baselines
-from ldm_scaling.study.figures import beside, catalogue, compute, downstream, guidance
+from ldm_scaling.study.figures import beside, catalogue, compute, downstream, family, guidance
 from ldm_scaling.study.figures.source import Source
 from tests.study import paper_records as paper
 
@@ -67,8 +67,8 @@ def test_every_figure_is_drawn_in_every_format(drawn):
     assert {line.split(" needs ")[0] for line in written.skipped} == NEED_MORE
     starts = [e.name for e in catalogue.FIGURES if e.name not in NEED_MORE]
     assert all(any(n == s or n.startswith(f"{s}_") for n in written.names) for s in starts)
-    assert {p.name for p in folder.iterdir()} == {
-        f"{n}.{k}" for n in written.names for k in ("png", "svg", "pdf", "csv")}
+    assert {p.name for p in folder.iterdir()} == {".parts", *(
+        f"{n}.{k}" for n in written.names for k in ("png", "svg", "pdf", "csv"))}
     for name in written.names:
         with Image.open(folder / f"{name}.png") as picture:
             assert np.asarray(picture.convert("L")).std() > 5
@@ -270,14 +270,45 @@ def test_rates_of_0_have_colours(main):
 def test_old_parts_go_and_other_files_stay(tmp_path, main, monkeypatch):
     monkeypatch.setattr(plot_style, "DPI", 20)
     catalogue.write(tmp_path, Source(main, paper.FID), ["fig8"])
-    (tmp_path / "fig8_guidance_notes.txt").write_text("mine")
-    (tmp_path / "winners_mine.png").write_bytes(b"")
+    mine = {"fig8_guidance_notes.txt", "fig8_guidance_ddpm_for_talk.svg", "winners_mine.png",
+            "fig8_guidance_dpmpp_2m_annotated.pdf", "fig8_guidance_2024.csv"}
+    for name in mine:
+        (tmp_path / name).write_text("mine")
     one = [r for r in main if r.identity.sampler == "ddim"]
     written = catalogue.write(tmp_path, Source(one, paper.FID), ["fig8_guidance"])
     assert written.names == ("fig8_guidance_ddim",)
     assert {p.name for p in tmp_path.iterdir()} == {
-        "fig8_guidance_notes.txt", "winners_mine.png",
-        *(f"fig8_guidance_ddim.{k}" for k in ("png", "svg", "pdf", "csv"))}
+        ".parts", *mine, *(f"fig8_guidance_ddim.{k}" for k in ("png", "svg", "pdf", "csv"))}
+
+
+def test_a_second_distance_does_not_take_the_place_of_clip(everything):
+    def with_another(found):
+        return found | {"fid_clean": found[paper.FID]} if paper.FID in found else found
+
+    source = Source([
+        dataclasses.replace(r, metrics=with_another(r.metrics), intervals=with_another(r.intervals),
+                            replicates=with_another(r.replicates)) for r in everything], paper.FID)
+    assert source.measures(source.main) == [paper.FID, "fid_clean", paper.CLIP]
+    assert {row["measure"] for row in compute.training(source)[""].rows} == {paper.FID, paper.CLIP}
+    assert {paper.FID, paper.CLIP} <= family.table(source)[""].rows[0].keys()
+
+
+def test_a_page_shows_what_was_drawn_with_it_and_what_is_not_ours(tmp_path, main, monkeypatch):
+    """An earlier run's figures may be of another measure."""
+    monkeypatch.setattr(plot_style, "DPI", 20)
+    monkeypatch.setattr(plot_style, "FORMATS", {"svg": {}})
+    for r in main:
+        records.write(tmp_path / "records", r)
+    figure = ["figure", f"--workdir={tmp_path}", "--page", "--metric"]
+    assert program.main([*figure, paper.CLIP, "fig8", "winners"]) == 0
+    folder = tmp_path / "figures"
+    (folder / "winners_for_talk.svg").write_text("<svg/>")
+    assert program.main([*figure, paper.FID, "fig7"]) == 0
+    assert {"winners.svg", "fig8_guidance_ddim.svg"} <= {p.name for p in folder.iterdir()}
+    page = (folder / "report.html").read_text("utf-8")
+    assert "Best guidance (Fig. 7)" in page and "winners for talk" in page
+    assert "Winner by budget</h3>" not in page and "Guidance and steps (Fig. 8)" not in page
+    assert page.count("data:image/") == 2
 
 
 def test_the_report_shows_every_figure_in_its_section(tmp_path, drawn, main):
@@ -306,8 +337,9 @@ def test_names_beside_curves_neither_touch_nor_leave_the_axes():
                 assert beside or off > 12 - 0.5
 
 
+@pytest.mark.parametrize("name", ["size", "size of a name that goes on and on for ever and ever"])
 @pytest.mark.parametrize("steep", [True, False])
-def test_names_lie_inside_the_picture(steep):
+def test_names_lie_inside_the_picture(steep, name):
     with plot_style.style():
         fig = plot_style.figure(5, 4)
         ax = fig.subplots()
@@ -315,18 +347,43 @@ def test_names_lie_inside_the_picture(steep):
         for k in range(8):
             y = (9.0 + 0.1 * k, 1.0 + 0.05 * k if steep else 8.0 + 0.05 * k)
             ax.plot([1 + k, 9 + k], y)
-            starts.append((1 + k, y[0], f"size {k}", "#336699"))
-            ends.append((9 + k, y[1], f"size {k}", "#336699"))
+            starts.append((1 + k, y[0], f"{k} {name}", "#336699"))
+            ends.append((9 + k, y[1], f"{k} {name}", "#336699"))
         ax.set_ylim(0, 10)
         plot_style.name_curves(ax, starts, ends, lower_is_better=True)
         fig.draw_without_rendering()
         texts = [t for t in ax.texts if t.get_text()]
-        assert [t.get_text() for t in texts] == [f"size {k}" for k in range(8)]
+        for k, t in enumerate(texts):
+            shown = t.get_text().removesuffix("…")
+            assert f"{k} {name}".startswith(shown) and len(shown) >= len("0 size")
+            assert (shown == f"{k} {name}") == (name == "size")
+        assert len(texts) == 8 and ax.get_xlim()[1] < 40
         assert all((t.get_rotation() != 0) == steep for t in texts)
         for t in texts:
             box = t.get_window_extent()
             assert box.x1 <= fig.bbox.x1 and box.y1 <= fig.bbox.y1
             assert box.x0 >= ax.bbox.x0 and box.y0 >= ax.bbox.y0 - 1
+
+
+def test_names_cover_no_marker():
+    """Where curves go on beside the ends of others, as along training."""
+    with plot_style.style():
+        fig = plot_style.figure(5.6, 4.8)
+        ax, ends = fig.subplots(), []
+        for k in range(10):
+            x = np.geomspace(1.0, 10.0, 9) * 1.35**k
+            y = 30 / x**0.2 + 0.25 * k
+            ax.plot(x, y, "o", ls="-", markevery=2)
+            ends.append((x[-1], y[-1], f"{k}00m", "#336699"))
+        plot_style.log_x(ax)
+        plot_style.name_curves(ax, [(30, y, *more) for _, y, *more in ends], ends, True)
+        fig.draw_without_rendering()
+        boxes = [t.get_window_extent() for t in ax.texts if t.get_text()]
+        marks = [place for line in ax.lines
+                 for place in ax.transData.transform(line.get_xydata()[::2])]
+    assert len(boxes) == 10
+    assert not any(b.x0 < x < b.x1 and b.y0 < y < b.y1 for b in boxes for x, y in marks)
+    assert not any(a.overlaps(b.padded(-1)) for k, a in enumerate(boxes) for b in boxes[:k])
 
 
 def test_figures_by_name(capsys, tmp_path, main):
@@ -386,7 +443,8 @@ def test_every_image_conditioned_task_has_a_picture_and_baselines_of_its_own(tmp
         for ax in drawn.figure.axes:
             said = [t.get_text() for t in ax.texts if t.get_text().startswith("as given")]
             assert len(said) == 1 and said[0].startswith(parts[part])
-    titles = [report._section(f"fig12_super{part}", {})[1] for part in ("", "_deblurring")]
+    titles = [report._section(name, catalogue.entry_of(name), {})[1]
+              for name in ("fig12_super", "fig12_super_deblurring")]
     assert titles == ["Super-resolution and sampling cost (Fig. 12)",
                       "Deblurring and sampling cost (Fig. 12)"]
 
