@@ -150,6 +150,52 @@ def test_each_word_of_a_search_is_of_one_cell(page, study):
     assert len(found("1.5")[0]) >= cells and len(found("512")[0]) == len(study) == len(found("")[0])
 
 
+def test_a_column_sorts_all_records_in_one_move(page, study):
+    """Row by row 10,000 records take half a minute: each that moves is laid out anew."""
+    heads = page.locator("#records-table thead th").all_inner_texts()
+    k = next(k for k, head in enumerate(heads) if head.startswith("FD"))
+    column = f"(rows) => rows.map((r) => r.cells[{k}].dataset.value)"
+    page.evaluate("() => new MutationObserver((all) => { window.moves = all.length; }).observe("
+                  "document.querySelector('#records-table tbody'), { childList: true })")
+    for falling in (False, True):
+        page.locator("#records-table thead button").nth(k).click()
+        values = page.locator("#records-table tbody tr").evaluate_all(column)
+        assert values == sorted(values, key=float, reverse=falling) and len(values) == len(study)
+        assert page.evaluate("window.moves") <= 2
+
+
+def test_a_heat_map_has_three_digits_that_fit(browser, address):
+    with _opened(browser, address, viewport=PHONE) as page:
+        page.select_option("#heat-measure", "caption_agreement")
+        cells = page.locator("#heat-chart svg text[style]")
+        texts = cells.all_text_contents()
+        assert len(set(texts)) > len(texts) / 3
+        for cell in cells.all():
+            text, box = cell.bounding_box(), cell.locator(
+                "xpath=preceding-sibling::*[1]").bounding_box()
+            assert box["x"] <= text["x"] and text["x"] + text["width"] <= box["x"] + box["width"]
+        # As `plot_style.ink_on`: the higher contrast by WCAG 2.
+        inks = [page.evaluate("inkOn", [grey] * 3) for grey in (119, 133)]
+        assert inks == ["#fff", "#1a212b"]
+
+
+def test_long_names_leave_the_charts_their_room(browser, tmp_path, study):
+    long = {"c24": "a-very-long-name-of-a-network-that-goes-on-and-on-for-ever"}
+    named = [dataclasses.replace(r, identity=dataclasses.replace(
+        r.identity, model=long.get(r.identity.model, r.identity.model))) for r in study]
+    address = report.write(tmp_path, named, tmp_path, {}).as_uri()
+    for width in (PHONE["width"], DESK["width"]):
+        with _opened(browser, address, viewport={"width": width, "height": 900}) as page:
+            page.click("label:has([name=sampler][value=dpmpp_2m])")
+            assert _wide(page) == width
+            at = [mark.bounding_box()["x"]
+                  for mark in page.locator("#quality-chart path[transform]").all()]
+            assert max(at) - min(at) > 0.4 * width
+            for name in page.locator(".chart text.name").all():
+                box = name.bounding_box()
+                assert box["x"] + box["width"] <= width
+
+
 def test_a_short_logarithmic_axis_has_ticks(page):
     for low, high in ((3.1, 3.9), (10.2, 14.5), (100, 290), (10, 31), (0.3, 900)):
         at = page.evaluate("([low, high]) => ticks(low, high, true, 5)", [low, high])

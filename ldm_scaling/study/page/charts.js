@@ -40,6 +40,14 @@ function add(parent, tag, attributes = {}, text = null) {
   return node;
 }
 
+/** Cuts a text's end where it is longer than its room. */
+function shorten(text, room) {
+  const whole = text.textContent;
+  for (let n = whole.length - 1; n > 0 && text.getComputedTextLength() > room; n--) {
+    text.textContent = `${whole.slice(0, n)}…`;
+  }
+}
+
 function scale(low, high, from, to, log) {
   const f = log ? Math.log : (v) => v;
   const span = f(high) - f(low) || 1;

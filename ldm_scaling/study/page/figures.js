@@ -16,7 +16,8 @@ function drawQuality(svg, width) {
   const [xl, xh] = extent(points.map((p) => p[axis]), true, 0.04);
   const [yl, yh] = extent(values, log);
   const only = [...new Set(points.map((p) => p.sampler))];
-  const names = [], room = only.length > 1 ? 0 : Math.max(...points.map((p) => p.model.length)) * 8 + 6;
+  const names = [], room = only.length > 1 ? 0
+    : Math.min(Math.max(...points.map((p) => p.model.length)) * 8 + 6, 0.35 * width);
   const box = { left: 54, right: width - Math.max(width < 560 ? 34 : 44, room), top: 34, bottom: 400 };
   const [sx, sy] = axes(svg, box,
     { low: xl, high: xh, log: true, title: width > 560 ? `${study.axes[axis]} (log scale)` : study.axes[axis].split(" = ")[0],
@@ -70,11 +71,11 @@ function drawQuality(svg, width) {
     const end = curve[curve.length - 1];
     names.push({ model, x: sx(end[axis]) + 9, y: sy(end.value) + 4 });
   }
-  // Of one sampler names stand at the curves' ends, where they cover nothing; else in a key.
+  // Of one sampler names stand at the curves' ends, where they fit and cover nothing; else in a key.
   const placed = [];
   for (const { model, x, y } of only.length > 1 ? [] : names) {
     const text = add(svg, "text", { class: "name", x, y }, model), right = x + text.getComputedTextLength();
-    const covers = placed.some((o) => o.x < right && x < o.right && Math.abs(o.y - y) < 15)
+    const covers = right > width || placed.some((o) => o.x < right && x < o.right && Math.abs(o.y - y) < 15)
       || hits.some((h) => h.x > x - 4 && h.x < right + 4 && h.y > y - 15 && h.y < y + 7);
     if (covers) text.remove(); else placed.push({ x, y, right });
   }
@@ -155,6 +156,14 @@ function heat(t) {
   return stops[k].map((v, n) => Math.round(v + (stops[k + 1][n] - v) * f));
 }
 
+/** Of white and the page's dark ink that which has more contrast (WCAG 2) with a colour. */
+function inkOn(rgb) {
+  const light = (colour) => colour.map((v) => v / 255)
+    .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, v, n) => sum + v * [0.2126, 0.7152, 0.0722][n], 0.05);
+  return 1.05 / light(rgb) > light(rgb) / light([26, 33, 43]) ? "#fff" : "#1a212b";
+}
+
 /** Guidance x steps, one panel per size and one row of panels per sampler. */
 function drawHeat(svg, width) {
   const name = $("heat-measure").value, m = measure(name), keep = filters();
@@ -178,7 +187,8 @@ function drawHeat(svg, width) {
     models.forEach((model, n) => {
       const left = 42 + (n % across) * (steps.length * side + 12);
       const up = top + Math.floor(n / across) * (rates.length * tall + 52) + 20;
-      add(svg, "text", { class: "name", x: left, y: up - 7 }, model);
+      shorten(add(svg, "text", { class: "name", x: left, y: up - 7 }, model),
+        across > 1 ? steps.length * side : width - left);
       rates.forEach((w, j) => {
         if (n % across === 0) {
           add(svg, "text", { x: left - 7, y: up + (j + 0.65) * tall, "text-anchor": "end" }, String(w));
@@ -189,13 +199,11 @@ function drawHeat(svg, width) {
       for (const c of row.filter((p) => p.model === model)) {
         const t = shade(c.values[name]), rgb = heat(m.better === "lower" ? 1 - t : t);
         const x = left + steps.indexOf(c.steps) * side, y = up + rates.indexOf(c.guidance) * tall;
-        const light = 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2] > 140;
         add(svg, "rect", { x: x + 0.75, y: y + 0.75, width: side - 1.5, height: tall - 1.5, rx: 3,
           fill: `rgb(${rgb})` });
-        const v = c.values[name];
+        const text = number(c.values[name]), font = Math.min(11, (1.5 * side) / text.length);
         add(svg, "text", { x: x + side / 2, y: y + tall / 2 + 4, "text-anchor": "middle",
-          style: `font-size:11px;fill:${light ? "#1a212b" : "#fff"};font-weight:${c.best[name] ? 700 : 400}` },
-        Math.abs(v) >= 10 ? v.toFixed(0) : v.toPrecision(2));
+          style: `font-size:${font}px;fill:${inkOn(rgb)};font-weight:${c.best[name] ? 700 : 400}` }, text);
         const frame = { x: x + 1, y: y + 1, width: side - 2, height: tall - 2, rx: 3 };
         if (c.best[name]) {
           add(svg, "rect", { ...frame, fill: "none", stroke: "var(--frame)", "stroke-width": 2.2 });

@@ -10,6 +10,7 @@
   const told = (cell) => ({ value: cell.dataset.value.toLowerCase(),
     text: cell.firstChild ? cell.firstChild.textContent.trim().toLowerCase() : "" });
   const cells = new Map(rows.map((row) => [row, [...row.cells].map(told)]));
+  const names = new Intl.Collator();
   const sizes = new Set([...cells.values()].map((row) => row[heads.indexOf("size")].value));
 
   /** Whether one word of the search is of a cell: a number is its number, a name's beginning a size
@@ -40,14 +41,15 @@
     const rising = head.getAttribute("aria-sort") !== "ascending";
     for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
     head.setAttribute("aria-sort", rising ? "ascending" : "descending");
-    const key = (row) => row.cells[k].dataset.value ?? row.cells[k].textContent;
+    const keys = new Map(rows.map((row) => [row, cells.get(row)[k].value]));
     const order = (a, b) => {
-      const [x, y] = [key(a), key(b)];
+      const [x, y] = [keys.get(a), keys.get(b)];
       if (x === "" || y === "") return (x === "") - (y === "");
       const numbers = !Number.isNaN(Number(x)) && !Number.isNaN(Number(y));
-      const less = numbers ? Number(x) - Number(y) : x.localeCompare(y);
+      const less = numbers ? Number(x) - Number(y) : names.compare(x, y);
       return rising ? less : -less;
     };
+    body.replaceChildren();  // Moved one by one, 10,000 take half a minute.
     body.append(...rows.sort(order));
   }
 
