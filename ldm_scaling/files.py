@@ -6,9 +6,11 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import io
 import json
 import logging
 import os
+import sys
 import uuid
 from collections.abc import Iterator
 from typing import IO, Any
@@ -194,9 +196,18 @@ def progress_shown() -> bool:
     return _progress_shown
 
 
+def progress_seconds() -> float:
+    """Seconds between two states of a progress bar: where stderr is a file or a pipe (a batch job's
+    log) each is a line there, on a terminal and in a notebook it replaces the last."""
+    logged = isinstance(sys.stderr, io.TextIOWrapper) and not sys.stderr.isatty()
+    return 30.0 if logged else 0.5
+
+
 def progress(total: int, desc: str, unit: str = "it", initial: int = 0) -> tqdm:
     """A progress bar with rate and time left on stderr; use as a context manager, `update(n)`."""
+    seconds = progress_seconds()
     return tqdm(
         total=total, desc=desc, unit=unit, initial=initial, dynamic_ncols=True, smoothing=0.1,
-        mininterval=0.5, unit_scale=False, disable=not _progress_shown,
+        mininterval=seconds, maxinterval=max(seconds, 10.0), unit_scale=False,
+        disable=not _progress_shown,
     )

@@ -23,9 +23,11 @@ class Progress:
     """
 
     def __init__(self, total: float, done: float):
+        seconds = files.progress_seconds()
+        self._live = seconds < 1
         self._bar = tqdm(
-            total=total, initial=done, desc="sweep", dynamic_ncols=True, mininterval=0.5,
-            smoothing=0.05, disable=not files.progress_shown(),
+            total=total, initial=done, desc="sweep", dynamic_ncols=True, mininterval=seconds,
+            maxinterval=max(seconds, 10.0), smoothing=0.05, disable=not files.progress_shown(),
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
         )
         self._what = ""
@@ -42,7 +44,7 @@ class Progress:
     def show(self, what: str) -> None:
         """Names what is being measured."""
         self._what = what
-        self._bar.set_postfix_str(what)
+        self._bar.set_postfix_str(what, refresh=self._live)
 
     def update(self, rows: int, images: int, gflops: float) -> None:
         """Counts what is done."""

@@ -1,5 +1,9 @@
 """The sweep's bar: what it says while it runs, and that it ends full."""
 
+import io
+import sys
+
+from ldm_scaling import files
 from ldm_scaling.study.progress import Progress
 
 
@@ -24,3 +28,20 @@ def test_a_stopped_sweep_does_not_look_finished(capsys):
     except KeyboardInterrupt:
         pass
     assert "100%" not in capsys.readouterr().err
+
+
+def test_a_log_has_few_states_of_a_bar(tmp_path, monkeypatch):
+    """A file or a pipe; a notebook's stream, which is neither, shows it as a terminal does."""
+    with open(tmp_path / "log", "w+", encoding="utf-8", newline="") as log:
+        monkeypatch.setattr(sys, "stderr", log)
+        with Progress(total=50.0, done=0.0) as progress:
+            for k in range(20):
+                progress.show(f"c{k}")
+                progress.update(rows=1, images=1, gflops=2.0)
+        assert files.progress_seconds() > 10
+        log.seek(0)
+        states = log.read().split("\r")
+    assert len([s for s in states if "%" in s]) == 2 and "100%" in states[-1]
+    notebook = type("OutStream", (io.TextIOBase,), {})()
+    monkeypatch.setattr(sys, "stderr", notebook)
+    assert files.progress_seconds() < 1
