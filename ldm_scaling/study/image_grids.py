@@ -105,7 +105,7 @@ def draw(
         words = textwrap.shorten(caption, 54, placeholder=" …")
         fig.text((label_width + (k + 0.5) * side) / width, (y + 0.04) / total,
                  "\n".join(textwrap.wrap(words, 15)), ha="center", va="bottom", fontsize=7.5,
-                 color=plot_style.SOFT, parse_math=False)
+                 color=plot_style.SOFT)
     for row in rows:
         y -= 0.42 * side
         fig.text(0.1 / width, (y + 0.1) / total, f"Cost about {labels.number(row.cost)}",

@@ -293,7 +293,7 @@ def file_name(sampler: str) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits or so, never an exponent: 1234, 56.7, 3.21, 0.0456."""
+    """Three digits or so: 1234, 56.7, 3.21, 0.0456; an exponent only below 0.00005."""
     size = abs(value)
     for least, digits in ((99.95, 0), (9.995, 1), (0.9995, 2), (0.09995, 3)):
         if size >= least:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,11 +15,18 @@ from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_hex, to_rgb
+from matplotlib.colors import LogNorm, Normalize, to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import (
+    FixedLocator,
+    Formatter,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullLocator,
+)
 
 from ldm_scaling import files
 from ldm_scaling.study import labels
@@ -57,6 +65,7 @@ STYLE = {
     "svg.fonttype": "path",
     "svg.hashsalt": "ldm_scaling",
     "text.color": INK,
+    "text.parse_math": False,  # Names and captions may hold dollars.
     "xtick.color": SOFT,
     "ytick.color": SOFT,
     "xtick.labelcolor": INK,
@@ -66,8 +75,10 @@ STYLE = {
 
 @contextlib.contextmanager
 def style() -> Iterator[None]:
-    """Matplotlib with this project's look, whatever the user's own settings are."""
-    with matplotlib.rc_context():
+    """Matplotlib with this project's look, whatever the user's own settings are. Letters that its
+    font lacks are boxes, without a warning for each."""
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
         yield
@@ -80,6 +91,26 @@ def ramp(n: int, first: float = 0.0, last: float = 0.86) -> list[str]:
     """
     places = np.linspace(first, last, n) if n > 1 else [first]
     return [to_hex(matplotlib.colormaps["viridis"](p)) for p in places]
+
+
+def shades(values: Sequence[float]) -> Normalize:
+    """Maps these onto a colour map's 0 to 1, logarithmically where all are above 0."""
+    low, high = min(values), max(values)
+    if high - low <= 1e-9 * abs(low):  # A scale without a length has no logarithms.
+        room = 1e-3 * abs(low) or 1e-3
+        low, high = low - room, high + room
+    return (LogNorm if low > 0 else Normalize)(low, high)
+
+
+def ink_on(fill: Sequence[float]) -> str:
+    """Of white and the dark ink that which has more contrast (WCAG 2) with a colour (R, G, B in
+    0..1)."""
+    def light(rgb: Sequence[float]) -> float:
+        parts = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in rgb[:3]]
+        return float(np.dot(parts, (0.2126, 0.7152, 0.0722))) + 0.05
+
+    white, own, dark = light((1, 1, 1)), light(fill), light(to_rgb(INK))
+    return "white" if white / own > own / dark else INK
 
 
 def marks(sizes: Sequence[str]) -> dict[str, dict[str, str]]:
@@ -114,16 +145,20 @@ def log_ticks(axis: Axis) -> None:
     axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]) if few else
                            LogLocator(subs=subs, numticks=20))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(_power if large else lambda v, _: f"{v:g}"))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: power(v) if large else f"{v:g}"))
 
 
-def _power(value: float, _: int) -> str:
-    """A large number as its leading digits times a power of ten."""
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def power(value: float, digits: int = 3) -> str:
+    """A large number as its leading digits times a power of ten, `2.5×10⁷`; nothing for one that
+    has none."""
     if value <= 0:
         return ""
     exponent = int(np.floor(np.log10(value * (1 + 1e-9))))
-    lead = f"{value / 10**exponent:.3g}"
-    return f"$10^{{{exponent}}}$" if lead == "1" else f"${lead}\\times10^{{{exponent}}}$"
+    lead = f"{value / 10**exponent:.{digits}g}"
+    return f"{'' if lead == '1' else f'{lead}×'}10{str(exponent).translate(_RAISED)}"
 
 
 def log_x(ax: Axes) -> None:
@@ -142,7 +177,27 @@ def step_ticks(ax: Axes, steps: Sequence[int]) -> None:
     """Ticks at exactly the step counts that were measured."""
     ax.xaxis.set_major_locator(FixedLocator(list(steps)))
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    ax.xaxis.set_major_formatter(_Apart())
+
+
+class _Apart(Formatter):
+    """Plain numbers; none where it would touch another. The last has the first say, then the first,
+    then the others from the last on."""
+
+    def __call__(self, value: float, place: int | None = None) -> str:
+        return f"{value:g}"
+
+    def format_ticks(self, values: Sequence[float]) -> list[str]:
+        """The labels of all ticks, as the axis lies."""
+        texts, n, ax = [self(v) for v in values], len(values), self.axis.axes
+        at_N = ax.get_xaxis_transform().transform([(v, 0.0) for v in values])[:, 0]
+        digit = 0.64 * STYLE["font.size"] * ax.figure.dpi / 72
+        kept: list[int] = []
+        for k in [n - 1, 0, *range(n - 2, 0, -1)][:n]:
+            if all(abs(at_N[k] - at_N[j]) > digit * (len(texts[k] + texts[j]) + 1) / 2
+                   for j in kept):
+                kept.append(k)
+        return [text if k in kept else "" for k, text in enumerate(texts)]
 
 
 def best_arrow(ax: Axes, metric: str) -> None:
@@ -162,15 +217,23 @@ End = tuple[float, float, str, str]
 """Where a curve begins or ends (x, y), its name, its colour."""
 
 
-def _ink(colour: str) -> tuple[float, ...]:
+def ink(colour: str) -> tuple[float, ...]:
     """A curve's colour, dark enough to be read as text."""
     return tuple(0.62 * np.array(to_rgb(colour)) + 0.38 * np.array(to_rgb(INK)))
 
 
+def shortened(text: str, inches: float, size: float) -> str:
+    """As much of it as a width holds in bold letters of a size (points), and that it was more."""
+    most = max(int(72 * inches / (0.72 * size)), 4)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def _named(ax: Axes, end: End, size: float, **how: Any) -> Annotation:
+    """A curve's name; of a long one what half of the panel has room for."""
     x, y, text, colour = end
     new = ax.annotate(
-        text, (x, y), textcoords="offset points", fontsize=size, color=_ink(colour),
+        shortened(text, 0.5 * ax.bbox.width / ax.figure.dpi, size), (x, y),
+        textcoords="offset points", fontsize=size, color=ink(colour),
         fontweight="bold", annotation_clip=False, zorder=6,
         path_effects=[withStroke(linewidth=2.2, foreground="white")], **how,
     )
@@ -187,11 +250,11 @@ def name_curves(
     if not starts:
         return
     ax.figure.draw_without_rendering()
-    sign, point = 1 if lower_is_better else -1, ax.figure.dpi / 72
+    sign = 1 if lower_is_better else -1
     x_N, y_N = ax.transData.transform([(x, y) for x, y, *_ in starts]).T
     end_N = ax.transData.transform([(x, y) for x, y, *_ in ends])[:, 1]
     steep = np.median(sign * (y_N - end_N)) > 0.35 * ax.bbox.height
-    if not steep or np.diff(np.sort(x_N)).min(initial=np.inf) < 1.15 * size * point:
+    if not steep or np.diff(np.sort(x_N)).min(initial=np.inf) < 1.15 * size * ax.figure.dpi / 72:
         _name_ends(ax, ends, size)
         return
     names = [
@@ -199,15 +262,12 @@ def name_curves(
                ha="left", va="center")
         for start in starts
     ]
-    boxes = [name.get_window_extent() for name in names]
-    top = max(box.y1 for box in boxes) + 2 * point - ax.bbox.y1
-    bottom = ax.bbox.y0 - min(box.y0 for box in boxes) + 2 * point
-    right = max(box.x1 for box in boxes) + 2 * point - ax.bbox.x1
-    _widen(ax, *(max(v, 0) for v in (right, bottom, top)))
+    _make_room(ax, names)
 
 
 def name_ends(ax: Axes, ends: Sequence[End], size: float = 8.0) -> None:
-    """Writes each curve's name to the right of its end, moved apart where two would touch.
+    """Writes each curve's name to the right of its end, moved where it would touch another or cover
+    a marker.
 
     Call it last: the axes make room on the right, and places depend on the final limits.
     """
@@ -220,12 +280,13 @@ def _name_ends(ax: Axes, ends: Sequence[End], size: float) -> None:
     """As `name_ends`, of a figure that is laid out: it takes the most of the time."""
     point = ax.figure.dpi / 72
     names = [_named(ax, end, size, xytext=(6, 0), va="center") for end in ends]
-    boxes = [name.get_window_extent() for name in names]
-    _widen(ax, max(max(box.x1 for box in boxes) + 2 * point - ax.bbox.x1, 0), 0, 0)
+    _make_room(ax, names, upright=False)
     ax.figure.draw_without_rendering()
     boxes = [name.get_window_extent() for name in names]
     left_N, right_N, bottom_N, top_N = np.array([[b.x0, b.x1, b.y0, b.y1] for b in boxes]).T
-    moved_N = apart(left_N, right_N, bottom_N, top_N, (ax.bbox.y0, ax.bbox.y1)) / point
+    within = ax.bbox.y0, ax.bbox.y1
+    moved_N = apart(left_N, right_N, bottom_N, top_N, within)
+    moved_N = off_marks(left_N, right_N, bottom_N, top_N, moved_N, _marks_of(ax), within) / point
     for name, moved, (x, y, _, colour) in zip(names, moved_N, ends, strict=True):
         name.set_position((6, moved))
         if abs(moved) > 0.6 * size:
@@ -235,15 +296,33 @@ def _name_ends(ax: Axes, ends: Sequence[End], size: float) -> None:
             line.set_in_layout(False)
 
 
-def _widen(ax: Axes, right: float, bottom: float, top: float) -> None:
-    """Moves limits out by so many pixels."""
-    to, back = ax.transScale.transform, ax.transScale.inverted().transform
+def _make_room(ax: Axes, names: Sequence[Annotation], upright: bool = True) -> None:
+    """Moves limits out until the names lie inside, right and, if `upright`, above and below; what
+    is drawn keeps half of the panel at least."""
+    edge = 2 * ax.figure.dpi / 72
+    x_N, y_N = ax.transData.transform([name.xy for name in names]).T
+    boxes_N4 = np.array([name.get_window_extent().extents for name in names])
+    _, low_N, right_N, high_N = (boxes_N4 + (-edge, -edge, edge, edge)).T
+
+    def more(side: float, within_N: np.ndarray, beyond_N: np.ndarray) -> float:
+        """The share of its length that an axis grows by: points keep their place along it, and
+        names their lengths."""
+        kept = np.nanmin((side - beyond_N) / np.maximum(within_N, 1.0))
+        return 1 / float(np.clip(kept, 0.5, 1.0)) - 1
+
+    box, to, back = ax.bbox, ax.transScale.transform, ax.transScale.inverted().transform
     (x0, y0), (x1, y1) = to(list(zip(ax.get_xlim(), ax.get_ylim(), strict=True)))
-    x1 += right / (ax.bbox.width - right) * (x1 - x0)
-    each = (y1 - y0) / (ax.bbox.height - bottom - top)
-    (_, y0), (x1, y1) = back([(x0, y0 - bottom * each), (x1, y1 + top * each)])
+    x1 += more(box.width, x_N - box.x0, right_N - x_N) * (x1 - x0)
+    if upright:
+        y0, y1 = (y0 - more(box.height, box.y1 - y_N, y_N - low_N) * (y1 - y0),
+                  y1 + more(box.height, y_N - box.y0, high_N - y_N) * (y1 - y0))
+    (_, y0), (x1, y1) = back([(x0, y0), (x1, y1)])
     ax.set_xlim(right=x1)
     ax.set_ylim(y0, y1)
+
+
+_TOUCH = 0.5
+"""Pixels by which names may overlap: no one sees them."""
 
 
 def apart(
@@ -259,7 +338,7 @@ def apart(
         for place, lower in enumerate(order):
             for upper in order[place + 1 :]:
                 overlap = top_N[lower] + moved_N[lower] - bottom_N[upper] - moved_N[upper]
-                if meet_NN[lower, upper] and overlap > 0.1:
+                if meet_NN[lower, upper] and overlap > _TOUCH / 5:
                     moved_N[lower] -= overlap / 2
                     moved_N[upper] += overlap / 2
                     still = False
@@ -269,6 +348,39 @@ def apart(
         moved_N = held_N
         if still:
             break
+    return moved_N
+
+
+def _marks_of(ax: Axes) -> np.ndarray:
+    """The boxes (left, right, bottom, top) of all curves' markers, in pixels."""
+    boxes = [np.zeros((0, 4))]
+    for line in ax.lines:
+        if line.get_marker() in ("", "None", None):
+            continue
+        x_N, y_N = ax.transData.transform(line.get_xydata()[:: line.get_markevery() or 1]).T
+        half = line.get_markersize() * ax.figure.dpi / 144
+        boxes.append(np.stack([x_N - half, x_N + half, y_N - half, y_N + half], axis=1))
+    return np.concatenate(boxes)
+
+
+def off_marks(
+    left_N: np.ndarray, right_N: np.ndarray, bottom_N: np.ndarray, top_N: np.ndarray,
+    moved_N: np.ndarray, marks_M4: np.ndarray, within: tuple[float, float],
+) -> np.ndarray:
+    """Where N boxes that moved up so far cover a marker (left, right, bottom, top), they move on to
+    the nearest height at which they cover neither one nor another box, where there is one."""
+    moved_N = moved_N.copy()
+    for k, (left, right, bottom, top) in enumerate(zip(left_N, right_N, bottom_N, top_N,
+                                                       strict=True)):
+        boxes_N4 = np.stack([left_N, right_N, bottom_N + moved_N, top_N + moved_N], axis=1)
+        others_4 = np.concatenate([marks_M4, np.delete(boxes_N4, k, axis=0)]).T
+        for up in sorted(moved_N[k] + (top - bottom) / 4 * np.arange(-60, 61),
+                         key=lambda up: abs(up - moved_N[k])):
+            covers = ((left < others_4[1]) & (others_4[0] < right)
+                      & (bottom + up < others_4[3] - _TOUCH) & (others_4[2] + _TOUCH < top + up))
+            if not covers.any() and within[0] <= bottom + up and top + up <= within[1]:
+                moved_N[k] = up
+                break
     return moved_N
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import matplotlib
 import matplotlib.patheffects
@@ -60,7 +60,7 @@ def guidance_by_steps(records: Sequence[Record], metric: str, sampler: str, bloc
     steps = sorted({s for c in cells.values() for s, _ in c})
     rates = sorted({w for c in cells.values() for _, w in c})
     values = [v for c in cells.values() for v in c.values()]
-    norm = (LogNorm if min(values) > 0 else matplotlib.colors.Normalize)(min(values), max(values))
+    norm = plot_style.shades(values)
     cmap = matplotlib.colormaps["viridis_r" if measure.better == "lower" else "viridis"]
     rows = -(-len(sizes) // _PANELS)
     columns = -(-len(sizes) // rows)
@@ -77,14 +77,13 @@ def guidance_by_steps(records: Sequence[Record], metric: str, sampler: str, bloc
         for (s, w), value in cells[model].items():
             x, y = steps.index(s) + 0.5, rates.index(w) + 0.5
             best = choice.get((model, sampler, s)) == w
-            dark = np.dot(cmap(norm(value))[:3], (0.299, 0.587, 0.114)) < 0.55
             ax.text(x, y, labels.number(value), ha="center", va="center", fontsize=7.2,
-                    color="white" if dark else plot_style.INK,
+                    color=plot_style.ink_on(cmap(norm(value))),
                     fontweight="bold" if best else "normal")
             if best:
                 ax.add_patch(matplotlib.patches.Rectangle(
                     (x - 0.47, y - 0.47), 0.94, 0.94, fill=False, lw=2, ec="#d1184b"))
-        ax.set_title(model)
+        ax.set_title(plot_style.shortened(model, max(0.47 * len(steps), 4.4 / columns), 11))
         ax.set_xticks(np.arange(len(steps)) + 0.5, [str(s) for s in steps])
         ax.set_yticks(np.arange(len(rates)) + 0.5, [f"{w:g}" for w in rates])
         ax.tick_params(length=0)
@@ -281,8 +280,15 @@ def _name_stretches(ax: Axes, won: Sequence[winners.Winner], edges: Sequence[flo
             text.set_path_effects([outline])
 
 
+def traded_steps(steps: Iterable[int]) -> list[int]:
+    """Those that `trade_off` has a panel of: the fewest, the middle and the most."""
+    steps = sorted(set(steps))
+    return sorted({steps[0], steps[len(steps) // 2], steps[-1]})
+
+
 def trade_off(records: Sequence[Record], metric: str, other: str, block: int) -> Figure:
-    """The two measures against each other as guidance rises, one line per size and step count."""
+    """The two measures against each other as guidance rises, one line per size, a panel for each
+    of `traded_steps`."""
     entries = sized(records)
     marks, along = plot_style.marks(list(entries)), labels.measure(other)
     both = [r for r in records
@@ -293,8 +299,7 @@ def trade_off(records: Sequence[Record], metric: str, other: str, block: int) ->
         if r.identity.sampler == first:
             point = (r.identity.guidance, r.metrics[other], r.metrics[metric])
             lines[r.identity.model, r.identity.steps].append(point)
-    steps = sorted({s for _, s in lines})
-    shown = sorted({steps[0], steps[len(steps) // 2], steps[-1]})
+    shown = traded_steps(s for _, s in lines)
     fig = plot_style.figure(0.9 + 3.5 * len(shown), 4.3)
     axes = fig.subplots(1, len(shown), sharey=True, sharex=True, squeeze=False)[0]
     for ax, n in zip(axes, shown, strict=True):
@@ -304,7 +309,8 @@ def trade_off(records: Sequence[Record], metric: str, other: str, block: int) ->
             ends = {0, len(rates) - 1} if model in (next(iter(entries)), list(entries)[-1]) else ()
             for k in sorted(ends):
                 ax.annotate(f"{rates[k]:g}", (x[k], y[k]), xytext=(4, 4), fontsize=7,
-                            textcoords="offset points", color=marks[model]["color"])
+                            textcoords="offset points",
+                            color=plot_style.ink(marks[model]["color"]))
         ax.set_title(labels.steps(n))
         ax.set_xlabel(f"{along.label} ({'→' if along.better == 'higher' else '←'} better)")
         ax.xaxis.set_major_locator(MaxNLocator(4, prune="both"))

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ldm_scaling import files
 from ldm_scaling.study import curves, image_grids, labels, plot_style, plots
-from ldm_scaling.study.figures import catalogue
+from ldm_scaling.study.figures import catalogue, text_to_image
 from ldm_scaling.study.figures.source import Source
 from tests import shallow
 from tests.study import fake_records as fake
@@ -37,8 +37,8 @@ def test_every_picture_is_written_in_three_formats_with_its_numbers(tmp_path, st
     assert {"fig9_cost", "fig9_seconds", "fig11_samplers", "winners", "tradeoff", "training",
             "fig8_guidance_ddim", "fig8_guidance_ddpm", "fig8_guidance_dpmpp_2m",
             "fig10_images_ddim"} <= set(names)
-    assert {p.name for p in tmp_path.iterdir()} == {f"{n}.{k}" for n in names
-                                                    for k in ("png", "svg", "pdf", "csv")}
+    assert {p.name for p in tmp_path.iterdir()} == {".parts", *(
+        f"{n}.{k}" for n in names for k in ("png", "svg", "pdf", "csv"))}
     for name in names:
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert min(picture.size) > 100
@@ -156,6 +156,60 @@ def test_quality_is_drawn_at_its_place(study):
         np.testing.assert_allclose(drawn[tuple(np.round([p.cost for p in points], 9))],
                                    [p.value for p in points])
     assert right.get_xscale() == "log"
+
+
+@pytest.mark.parametrize("value", [40.0, 0.0, -3.0])
+def test_a_heat_map_of_one_value_is_drawn(study, value):
+    same = [dataclasses.replace(r, metrics={FD: value}) for r in study]
+    with plot_style.style():
+        fig = plots.guidance_by_steps(same, FD, "ddim", 0)
+        fig.draw_without_rendering()
+    shades = {tuple(c) for c in fig.axes[0].collections[0].get_facecolors()}
+    assert len(shades) == 1 and np.isfinite([*shades]).all()
+
+
+def test_ink_is_that_with_more_contrast():
+    """By WCAG 2, white on a grey of 119 has 4.48 and on red 4.0, both more than the dark ink; on a
+    grey of 133 it has 3.7, and the ink more."""
+    for level, ink in ((119, "white"), (133, plot_style.INK)):
+        assert plot_style.ink_on([level / 255] * 3) == ink
+    assert plot_style.ink_on((1.0, 0.0, 0.0)) == plot_style.ink_on((0.0, 0.0, 1.0, 1.0)) == "white"
+    assert plot_style.ink_on((0.0, 1.0, 0.0)) == plot_style.ink_on((1, 1, 0)) == plot_style.INK
+
+
+def test_step_counts_do_not_touch_each_other():
+    for steps in ((4, 6, 8, 10, 20, 50, 100, 250, 500), (1, 2, 5, 10, 250, 500, 1000), (7,),
+                  tuple(range(1, 41))):
+        with plot_style.style():
+            fig = plot_style.figure(4.2, 3)
+            ax = fig.subplots()
+            ax.plot(steps, steps)
+            ax.set_xscale("log")
+            plot_style.step_ticks(ax, steps)
+            fig.draw_without_rendering()
+        named = [t for t in ax.get_xticklabels() if t.get_text()]
+        boxes = [t.get_window_extent() for t in named]
+        assert all(b.x0 - a.x1 > 3 for a, b in zip(boxes, boxes[1:]))
+        assert len(ax.get_xticks()) == len(steps)
+        assert {str(steps[0]), str(steps[-1])} <= {t.get_text() for t in named}
+        assert len(named) > len(steps) // 4
+
+
+def test_names_with_dollars_are_no_formulas(study):
+    with plot_style.style():
+        fig = plots.quality_by_cost(study, curves.quality_curves(study, FD), FD, "ddim")
+        texts = [text for ax in fig.axes for text in (*ax.texts, ax.title, *ax.get_xticklabels())]
+        plain, dollars = (fig.text(0, 0, text).get_window_extent().width for text in ("x", "$x$"))
+    assert dollars > 2 * plain and not any(text.get_parse_math() for text in texts)
+    assert plot_style.power(2.6e7) == "2.6×10⁷" and plot_style.power(1e12) == "10¹²"
+
+
+def test_a_trade_off_has_the_numbers_of_its_panels(study):
+    with plot_style.style():
+        drawn = text_to_image.trade(Source(study, FD))[""]
+    assert {labels.steps(row["steps"]) for row in drawn.rows} == {
+        ax.get_title(loc="left") for ax in drawn.figure.axes}
+    assert len({r.identity.steps for r in study}) > 3
 
 
 def test_the_heat_map_frames_the_best_rate_of_each_step_count(study):

@@ -17,7 +17,7 @@ _LEAST = 3
 def training(source: Source) -> dict[str, Drawn]:
     """Fig. 3: the main measure and one more against training compute, a line for each size."""
     records = source.of_task("text_to_image")
-    drawn = _draw(source, records, source.measures(records)[:2], "Quality and training compute",
+    drawn = _draw(source, records, source.pair(records), "Quality and training compute",
                   labels.AXES["compute"])
     return {} if drawn is None else {"": drawn}
 

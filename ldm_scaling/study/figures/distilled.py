@@ -120,13 +120,13 @@ def _by_cost(
             band = plots.curve(ax, [p.cost for p in points], points, **marks[m])
             out += [{"panel": "cost", "network": "distilled"} | row
                     for row in rows.of_curve(points, source.metric, band)]
-            ends.append((points[-1].cost, points[-1].value, f"{m}, distilled", colour))
+            ends.append((points[-1].cost, points[-1].value, m, colour))
             every += points
     plots.scale_y(ax, every)
     plot_style.log_x(ax)
     ax.set_xlabel(labels.AXES["cost"] + " (log scale)")
     plot_style.best_arrow(ax, source.metric)
-    ax.set_title("dashed: undistilled", fontsize=9, loc="right")
+    ax.set_title("solid: distilled, named; dashed: undistilled", fontsize=9, loc="right")
     return out, ends
 
 

@@ -58,18 +58,12 @@ def _draw_profiles(
         if p.best_size is not None:
             ax.plot(p.best_size, p.best_loss, marker="*", ms=15, color=colour, mec="white",
                     mew=0.8, zorder=5)
-        ends.append((float(size[-1]), float(p.at(size[-1])), _power(p.flops), colour))
+        ends.append((float(size[-1]), float(p.at(size[-1])), plot_style.power(p.flops, 2), colour))
     plot_style.log_x(ax)
     plot_style.log_y(ax)
     ax.set(xlabel="parameters (log scale)", ylabel=one.axis)
     ax.set_title(f"{one.title}: a curve for each compute, ★ its least")
     return ends
-
-
-def _power(value: float) -> str:
-    """`3.2e8` as a formula."""
-    lead, exponent = f"{value:.1e}".split("e")
-    return f"${lead}\\times10^{{{int(exponent)}}}$"
 
 
 def _draw_frontier(ax: Axes, found: Sequence[Profile], frontier: Frontier | None) -> None:
@@ -89,7 +83,8 @@ def _draw_frontier(ax: Axes, found: Sequence[Profile], frontier: Frontier | None
     x = np.geomspace(min(budgets) / 1.3, max(budgets) * 1.3, 50)
     ax.plot(x, frontier.best_size(_FLOPS * x), color=plot_style.INK, lw=1.4, zorder=2)
     low, high = frontier.exponent_interval
-    ax.set_title(f"Best size grows as $C^{{{frontier.exponent:.2f}}}$ [{low:.2f}, {high:.2f}]")
+    ax.set_title(f"Best size grows as $C^{{{frontier.exponent:.2f}}}$ [{low:.2f}, {high:.2f}]",
+                 parse_math=True)
     plot_style.log_x(ax)
     plot_style.log_y(ax)
     ax.set(xlabel=f"{labels.AXES['compute']} (log scale)", ylabel="parameters at the least")

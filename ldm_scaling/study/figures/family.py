@@ -41,7 +41,7 @@ def table(source: Source) -> dict[str, Drawn]:
         == (sampler, steps, source.report_block)
         and r.identity.model in at and r.identity.guidance == at[r.identity.model].guidance
     }
-    shown = source.measures(list(place.values()))[:2]
+    shown = source.pair(list(place.values()))
     rows = [_row(place[m], shown) for m in mine]
     how = f"{labels.sampler(sampler)}, {labels.steps(steps)}"
     title = f"The family: {how}, each at its best guidance"
@@ -78,7 +78,8 @@ def _draw(rows: Sequence[Mapping], shown: Sequence[str], title: str) -> Figure:
                 "" if row[key] is None else f"{row[key]:,.{digits}f}{mark.get(row['model'], '')}"
                 for row in rows])
 
-    add("size", "", 0.8, [row["model"] for row in rows])
+    names = [row["model"] for row in rows]
+    add("size", "", max(0.085 * max(map(len, names)), 0.8), names)
     add("c", "", 0.5, [str(row["base_channels"]) for row in rows])
     add("parameters", "", 1.0, [labels.count(row["params"]) for row in rows])
     paper("paper_params_M", 1)

@@ -69,7 +69,7 @@ def _draw_held_out(
         ax.plot(x, predicted, color=plot_style.INK, lw=1.6, ls=(0, (4, 2)), zorder=5)
     else:
         ax.vlines(x, low, high, color=plot_style.INK, lw=1.4, zorder=4)
-        ax.plot(x, predicted, ls="", marker="o", ms=9, mfc="white", mec=plot_style.INK, zorder=5)
+        ax.plot(x, predicted, ls="", marker="o", ms=9, mfc="none", mec=plot_style.INK, zorder=5)
     plot_style.log_x(ax)
     if by == "compute":
         line = np.geomspace(runs.gflops_N.min(), runs.gflops_N.max(), 60)

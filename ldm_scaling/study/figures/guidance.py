@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 
 import matplotlib
-import matplotlib.colors
 import numpy as np
 
 from ldm_scaling.study import curves as curves_lib
@@ -52,10 +51,7 @@ def _draw(source, choice, near):
     rates = sorted(set(choice.values()))
     columns = {s: sorted({n for _, name, n in choice if name == s}) for s in names}
     sizes = [m for m in source.sizes if any(m == model for model, _, _ in choice)]
-    if min(rates) > 0:
-        norm = matplotlib.colors.LogNorm(min(rates) * 0.999, max(rates) * 1.001)
-    else:
-        norm = matplotlib.colors.Normalize(min(rates) - 0.001, max(rates) + 0.001)
+    norm = plot_style.shades(rates)
     cmap = matplotlib.colormaps["cividis"]
     wide = [0.62 * len(c) for c in columns.values()]
     fig = plot_style.figure(max(1.6 + sum(max(w, 1.9) + 0.25 for w in wide), 6.8),
@@ -68,8 +64,7 @@ def _draw(source, choice, near):
             x, y = steps.index(n), sizes.index(model)
             grid[y, x] = rate
             low, high = near[model, sampler, n]
-            dark = np.dot(cmap(norm(rate))[:3], (0.299, 0.587, 0.114)) < 0.55
-            ink = "white" if dark else plot_style.INK
+            ink = plot_style.ink_on(cmap(norm(rate)))
             ax.text(x + 0.5, y + (0.62 if low < high else 0.5), f"{rate:g}", ha="center",
                     va="center", fontsize=9, fontweight="bold", color=ink)
             if low < high:

@@ -126,7 +126,7 @@ class _Line:
         """Its form and parameters."""
         scale = "C" if self.by == "compute" else "N"
         value, low, high = self.parameters["alpha"]
-        text = f"A / {scale}$^\\alpha$:  $\\alpha$ = {value:.3f} [{low:.3f}, {high:.3f}]"
+        text = f"A / {scale}ᵅ:  α = {value:.3f} [{low:.3f}, {high:.3f}]"
         if "E" not in self.parameters:
             return text
         value, low, high = map(_or_nothing, self.parameters["E"])

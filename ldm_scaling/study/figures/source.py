@@ -118,6 +118,12 @@ class Source:
         """The measures that these hold: the main one first, then in the table's order."""
         return sorted(curves_lib.measures(records), key=lambda name: name != self.metric)
 
+    def pair(self, records: Sequence[Record]) -> list[str]:
+        """The main measure and the one it is seen against, see `labels.traded`, of those that
+        these records hold."""
+        held = self.measures(records)
+        return [m for m in (self.metric, labels.traded(self.metric, held)) if m in held]
+
     def blocks(self, records: Sequence[Record]) -> tuple[int, int]:
         """The seed blocks that choose the guidance and are reported, see `curves.own_blocks`."""
         return curves_lib.own_blocks(records, self.select_block, self.report_block)

@@ -91,12 +91,14 @@ def trade(source: Source) -> dict[str, Drawn]:
         return {}
     both = [r for r in records if {other, source.metric} <= r.metrics.keys()]
     first = curves_lib.samplers(both)[0]
+    own = [r for r in both if r.identity.sampler == first]
+    shown = plots.traded_steps(r.identity.steps for r in own)
     out = [
         {"model": i.model, "sampler": first, "steps": i.steps, "guidance": i.guidance,
          source.metric: r.metrics[source.metric], other: r.metrics[other]}
-        for r in sorted(both, key=lambda r: (source.sizes.index(r.identity.model),
-                                             r.identity.steps, r.identity.guidance))
-        if (i := r.identity).sampler == first
+        for r in sorted(own, key=lambda r: (source.sizes.index(r.identity.model),
+                                            r.identity.steps, r.identity.guidance))
+        if (i := r.identity).steps in shown
     ]
     fig = plots.trade_off(source.main, source.metric, other, source.select_block)
     return {"": Drawn(fig, out)}

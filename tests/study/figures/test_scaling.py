@@ -8,7 +8,7 @@ import pytest
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.study import plot_style
-from ldm_scaling.study.figures import catalogue, equal_compute, scaling
+from ldm_scaling.study.figures import catalogue, equal_compute, foretold, scaling
 from ldm_scaling.study.figures.source import Source
 from ldm_scaling.study.statistics.laws import Law
 from tests.study import fake_records as fake
@@ -137,6 +137,13 @@ def test_profiles_have_their_least_at_the_best_size(drawn):
         assert float(row["loss"]) == pytest.approx(true, rel=0.01)
     # Networks at one length share no compute.
     assert _rows(folder, "law_isoflop", FD) == []
+
+
+def test_what_is_foretold_hides_nothing_that_was_measured():
+    drawn = foretold.largest(Source(_records(), FD))[""]
+    (circle,) = [line for line in drawn.figure.axes[0].lines
+                 if len(line.get_xdata()) == 1 and line.get_markersize() == 9]
+    assert circle.get_markerfacecolor() == "none"
 
 
 def test_the_largest_is_foretold_and_one_that_is_off_is_outside(drawn, tmp_path, monkeypatch):
