@@ -101,11 +101,11 @@ def one_host(devices: Iterable[Any]) -> list[jax.Device]:
       UserError: as `chip_of`.
     """
     devices = list(devices)
-    chip, _ = chip_of(devices)
+    chip, shared = chip_of(devices)
+    own = sum(d.process_index == devices[0].process_index for d in devices)
     if on_gpu(devices):
-        own = sum(d.process_index == devices[0].process_index for d in devices)
         return topology(f"{chip.name}:{own}")
-    return topology(next(name for name in aot_tpu.TOPOLOGIES if name.startswith(f"{chip.name}:")))
+    return topology(aot_tpu.of_chips(chip.name, own // shared))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,16 +6,21 @@ import difflib
 import importlib.util
 import math
 import os
+import re
 
 import jax
 
 from ldm_scaling.errors import MissingPackageError, UserError, first_line
 from ldm_scaling.parallel import aot_gpu
 
-_FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBIC = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16",
           "8x16x16", "16x16x16")  # fmt: skip
-# The slices that libtpu knows and that can be asked for.
+# Chips of the largest slice, of any three ascending multiples of 4. As launch/tpu.py has it, which
+# imports nothing of this package.
+_MOST = {"v4": 4096, "v5p": 6144, "tpu7x": 9216}
+_ONE_HOST = 8  # chips of the largest slice of two axes that is one host; else it has 4
+# The usual ones of the slices that libtpu knows and that can be asked for.
 TOPOLOGIES = tuple(
     f"{name}:{shape}"
     for name, shapes in (
@@ -39,9 +44,23 @@ def require() -> None:
 
 def check(name: str) -> None:
     """Raises what `topology` would, of a name or of a compiler that is not installed."""
-    if name not in TOPOLOGIES:
+    if name not in TOPOLOGIES and not _is_larger(name):
         raise UserError(f"topology {name!r} is not known; {_nearest(name)}")
     require()
+
+
+def _is_larger(name: str) -> bool:
+    """Whether it is a slice of three axes that is no usual one."""
+    if not re.fullmatch(rf"({'|'.join(_MOST)}):[1-9]\d*(x[1-9]\d*){{2}}", name):
+        return False
+    kind, sides = name.split(":")[0], _sides(name)
+    fours = sides == sorted(sides) and not any(side % 4 for side in sides)
+    return fours and math.prod(sides) <= _MOST[kind]
+
+
+def of_chips(kind: str, chips: int) -> str:
+    """The usual slice of so many chips."""
+    return next(one for one in TOPOLOGIES if one.startswith(f"{kind}:") and _chips(one) == chips)
 
 
 def topology(name: str, num_slices: int = 1) -> list[jax.Device]:
@@ -54,7 +73,9 @@ def topology(name: str, num_slices: int = 1) -> list[jax.Device]:
     from jax.experimental import topologies
 
     # The two cores of a v4 are one device, as on a TPU machine.
-    options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
+    options: dict = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
+    if name.split(":")[0] not in _MOST and _chips(name) <= _ONE_HOST:
+        options["chips_per_host_bounds"] = [*_sides(name), 1]
     try:
         found = topologies.get_topology_desc(
             name, platform="tpu", num_slices=num_slices, **options
@@ -86,5 +107,9 @@ def _nearest(name: str) -> str:
     return f"choose from {', '.join(TOPOLOGIES)}; or from GPUs: {aot_gpu.names()}"
 
 
+def _sides(name: str) -> list[int]:
+    return [int(side) for side in name.split(":")[1].split("x")]
+
+
 def _chips(name: str) -> int:
-    return math.prod(int(side) for side in name.split(":")[1].split("x"))
+    return math.prod(_sides(name))

@@ -10,6 +10,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from launch.common import LaunchError
+from launch.tpu import GENERATIONS, Slice
 from ldm_scaling.errors import MissingPackageError, UserError
 from ldm_scaling.parallel import aot, aot_tpu, chips
 
@@ -120,6 +122,40 @@ def test_every_topology_is_one_that_libtpu_knows():
         sides = np.prod([int(side) for side in name.split(":")[1].split("x")])
         assert len(devices) == sides * shared, name
         assert name.startswith(chip.name)
+
+
+@pytest.mark.parametrize("name, slices", [
+    ("v5e:1x1", 1), ("v5e:2x2", 1), ("v5e:2x4", 1), ("v6e:2x4", 2), ("v5e:4x4", 1), ("v6e:4x8", 1),
+    ("v5p:2x2x1", 1), ("v5p:2x4x4", 1), ("v5p:4x4x12", 1), ("v4:4x4x20", 1),
+])  # fmt: skip
+def test_hosts_are_as_the_launcher_asks_for_them(name, slices):
+    """A slice of 8 chips on two axes is one host, as one alone is."""
+    tpu = Slice.parse(name)
+    devices = list(_slice(name, slices).devices.flat)
+    assert len({d.process_index for d in devices}) == tpu.hosts * slices
+    chip, shared = aot.chip_of(devices)
+    host = aot.one_host(devices)
+    assert len(host) == tpu.chips_per_host * shared
+    assert len({d.process_index for d in host}) == 1
+
+
+def test_shapes_are_those_that_the_launcher_takes(monkeypatch):
+    monkeypatch.setattr(aot_tpu, "require", lambda: None)
+
+    def taken(check, name, error):
+        try:
+            check(name)
+        except error:
+            return False
+        return True
+
+    sides = (0, 1, 2, 4, 6, 8, 12, 16, 24, 32, 256, 384, 388)
+    flat = [f"{a}x{b}" for a in sides for b in sides]
+    for kind in GENERATIONS:
+        for shape in [*flat, *(f"{one}x{c}" for one in flat for c in sides)]:
+            name = f"{kind}:{shape}"
+            own = taken(aot_tpu.check, name, UserError)
+            assert own == taken(Slice.parse, name, LaunchError), name
 
 
 def test_a_product_of_sharded_weights():
