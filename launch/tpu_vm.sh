@@ -99,9 +99,32 @@ do_it() {
   fi
 }
 
+# gcloud's command that reaches hosts. Status 0 when all of them did it; 2 for what a host says the
+# user must mend (see tpu_worker.sh); else 1, whatever ended with which status there: it is tried
+# again. A slice that gcloud cannot prepare it leaves out with a warning and status 0.
+reach_hosts() {
+  if [[ -n $dry ]]; then
+    show "$@"
+    return
+  fi
+  local status=0 errors
+  errors=$(mktemp)
+  { "$@" 2>&1 >&3 3>&- | tee "$errors" >&2 3>&-; } 3>&1 || status=$?
+  if grep -q 'Could not prepare all' "$errors"; then
+    echo "launch/tpu_vm.sh: $name: a slice was not reached" >&2
+    status=1
+  fi
+  rm -f "$errors"
+  case $status in
+    0) ;;
+    78) return 2 ;;
+    *) return 1 ;;
+  esac
+}
+
 # A command on hosts: NODES WORKERS TEXT.
 on_hosts() {
-  do_it "${queued[@]}" ssh "$name" "${where[@]}" "${reach[@]}" "--node=$1" "--worker=$2" \
+  reach_hosts "${queued[@]}" ssh "$name" "${where[@]}" "${reach[@]}" "--node=$1" "--worker=$2" \
     "--command=$3"
 }
 
@@ -173,7 +196,7 @@ setup() {
       echo "launch/tpu_vm.sh: changes that are not committed stay here" >&2
   fi
   do_it git -C "$root" archive --format=tar.gz "--output=$tree" HEAD
-  do_it "${queued[@]}" scp "$tree" "$name:ldm_scaling.tar.gz" "${where[@]}" "${reach[@]}" \
+  reach_hosts "${queued[@]}" scp "$tree" "$name:ldm_scaling.tar.gz" "${where[@]}" "${reach[@]}" \
     --node=all --worker=all
   on_hosts all all "rm -rf ldm_scaling && mkdir ldm_scaling && tar -xzf ldm_scaling.tar.gz -C \
 ldm_scaling && bash ldm_scaling/launch/tpu_worker.sh setup $bucket"
@@ -291,6 +314,7 @@ watch() {
     return
   fi
   local status now seen
+  trap 'exit 130' INT # whatever the command that it comes in makes of it
   while true; do
     # A shell of its own: what fails in it is tried again, but for what the user must mend.
     status=0 seen=''

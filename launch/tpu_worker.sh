@@ -21,9 +21,11 @@ starts=$HOME/ldm_starts # how many in a row, and when the last was
 max_restarts=20
 stable=3600 # seconds after which an attempt's failure is the first again
 
+# The user must mend something: a status that nothing else that is called here ends with (uv's and
+# tar's is 2 when a server does not answer). Of the service it is 2, as the job's.
 fail() {
   echo "tpu_worker.sh: error: $1" >&2
-  exit 2
+  exit "${2:-78}"
 }
 
 setup() {
@@ -91,7 +93,7 @@ count() {
   now=$(date +%s)
   [[ ! -s $starts ]] || read -r row last <"$starts"
   if ((now - last >= stable)); then row=0; fi
-  ((row <= max_restarts)) || fail "it failed $row times in a row, no more restarts"
+  ((row <= max_restarts)) || fail "it failed $row times in a row, no more restarts" 2
   echo "$((row + 1)) $now" >"$starts"
 }
 

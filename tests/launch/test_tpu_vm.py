@@ -36,7 +36,10 @@ case $words in
 esac
 echo "$words" >> "$FOLDER/calls"
 printf '%s\0' "$@" >> "$FOLDER/arguments"
-[[ $words != "$FAILS" ]] || { echo "ERROR: PERMISSION_DENIED" >&2; exit 1; }
+[[ $words != "$FAILS" ]] || { echo "ERROR: PERMISSION_DENIED" >&2; exit "$WITH"; }
+if [[ $words == "$SKIPS" ]]; then
+  echo "WARNING: Could not prepare all 2 nodes, attempting to ssh into the rest." >&2
+fi
 """
 
 
@@ -45,14 +48,15 @@ def cloud(tmp_path):
     fake(tmp_path / "bin", "gcloud", GCLOUD)
     fake(tmp_path / "bin", "sleep", 'echo "$1" >> "$FOLDER/sleeps"')
 
-    def run(command, *flags, states="ACTIVE", jobs="running", job=JOB, fails="", most=20):
+    def run(command, *flags, states="ACTIVE", jobs="running", job=JOB, fails="", most=20,
+            status=1, skips=""):
         (tmp_path / "states").write_text("\n".join(states.split()) + "\n")
         (tmp_path / "jobs").write_text("\n".join(jobs.split()) + "\n")
         for name in ("calls", "arguments", "sleeps"):
             (tmp_path / name).write_text("")
         ran = call("tpu_vm.sh", command, *WHERE, *flags, *(["--", *job] if job else []),
                    env=environment(tmp_path / "bin", FOLDER=str(tmp_path), FAILS=fails,
-                                   LDM_MAX_FAILURES=str(most)))
+                                   WITH=str(status), SKIPS=skips, LDM_MAX_FAILURES=str(most)))
         return ran, (tmp_path / "calls").read_text().split("\n")[:-1]
 
     run.folder = tmp_path
@@ -127,6 +131,28 @@ def test_watch_waits_longer_after_each_failure_and_gives_up(cloud):
     assert calls == ["create"] * 4
     assert (cloud.folder / "sleeps").read_text().split() == ["60", "120", "240"]
     assert "PERMISSION_DENIED" in ran.stderr and "4 times in a row" in ran.stderr
+
+
+@pytest.mark.parametrize("step", INSTALL)
+def test_watch_tries_again_after_any_status_of_a_host(cloud, step):
+    # uv and tar end with 2 where a registry does not answer, and gcloud passes it on.
+    ran, calls = cloud("watch", *SIZE, jobs="absent", fails=step, status=2, most=1)
+    assert ran.returncode == 1
+    assert calls == INSTALL[: INSTALL.index(step) + 1] * 2
+
+
+def test_watch_ends_at_what_a_host_says_must_be_mended(cloud):
+    ran, calls = cloud("watch", *SIZE, jobs="absent", fails="ssh setup", status=78)
+    assert ran.returncode == 2 and calls == INSTALL[:2]
+
+
+@pytest.mark.parametrize("step", INSTALL)
+def test_a_slice_that_was_left_out_is_a_failure(cloud, step):
+    # gcloud warns of it and ends with 0.
+    ran, calls = cloud("up", *SIZE, "--num-slices=2", jobs="absent", skips=step)
+    assert ran.returncode == 1 and calls == INSTALL[: INSTALL.index(step) + 1]
+    assert "Could not prepare all 2 nodes" in ran.stderr and "not reached" in ran.stderr
+    assert cloud("stop", job=None, skips="ssh stop")[0].returncode == 1
 
 
 def test_watch_counts_setups_after_which_the_job_does_not_run(cloud):

@@ -153,5 +153,5 @@ def test_a_bucket_that_is_in_use_stays(bare, busy, states, part):
     if busy:
         (bare.home / "busy").write_text("")
     ran = bare("setup", "my-bucket", states=states)
-    assert ran.returncode == 2 and part in ran.stderr
+    assert ran.returncode == 78 and part in ran.stderr
     assert not (bare.home / "fstab").exists()
