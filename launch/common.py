@@ -38,12 +38,14 @@ class LaunchError(ValueError):
 
 
 def entry(main: Callable[[list[str]], int]) -> None:
-    """Runs a script's `main`; a `LaunchError` is one line and status 2."""
+    """Runs a script's `main`; a `LaunchError` is one line and status 2, Ctrl-C is 130."""
     try:
         sys.exit(main(sys.argv[1:]))
     except LaunchError as e:
         print(f"launch/{pathlib.Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
         sys.exit(USER)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
 
 
 def parted(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -11,21 +11,26 @@
 
 Every other flag goes to the launcher as it is, and what stands after  --  to each job. A member's
 config is configs/t2i_MEMBER.py, its workdir WORKDIR/t2i_MEMBER, its name t2i-MEMBER.
+--logs is a folder for what they print: of each job on slurm, LOGS/t2i-MEMBER/K.log on local.
 
 Chips: --topology where given; else the plan in launch/plans/ that fits at the fewest chip-hours
 (of `ldm-scaling plan`); else the table below. It says which it used. Slurm and local take what
 their own flags say: --nodes and --gpus, --processes.
 
 On tpu-vm every member has a `launch/tpu_vm.sh watch` of its own, all at the same time, until all
-are done; their output is in --logs (runs/family_logs). The others are started in turn.
+are done; their output is in --logs (runs/family_logs). The others are started in turn. SIGTERM and
+Ctrl-C go on to what runs, and nothing more is started.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import os
 import pathlib
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -33,12 +38,13 @@ from collections.abc import Sequence
 if __name__ == "__main__":
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from launch import common
+from launch import common, local
 from launch.common import ROOT, LaunchError, entry
 from launch.tpu import GENERATIONS, Slice
 
 PLANS = ROOT / "launch" / "plans"
 CONFIGS = ROOT / "configs"
+LOGS = pathlib.Path("runs/family_logs")
 FROM_256 = "batch 2048 over 256 chips, 8 examples each, as the config says"
 # Where there is no plan. The figures are the TPU compiler's, none is measured.
 SMALLER = ("39m", "83m", "145m", "223m", "318m", "430m", "558m", "704m")
@@ -170,21 +176,67 @@ def launch_command(on: str, member: str, chips: Chips | None, workdir: str, job:
     ]
 
 
+class Launchers:
+    """Launchers that run, while it is entered: signals go on to them and what they call, once. One
+    at a time in a process: it holds the process's signals."""
+
+    def __init__(self):
+        self.running: list[subprocess.Popen] = []
+        self.asked: int | None = None
+
+    def __enter__(self) -> Launchers:
+        self.before = {s: signal.signal(s, self._asked) for s in local.SIGNALS}
+        return self
+
+    def __exit__(self, *unused) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def start(self, command: Sequence[str], **options) -> subprocess.Popen:
+        """Starts one where configs/ is, in a session of its own."""
+        with local.signals_wait():
+            process = subprocess.Popen(command, cwd=ROOT, start_new_session=True,
+                                       preexec_fn=local.in_child, **options)
+            self.running.append(process)
+        return process
+
+    def _asked(self, number: int, _frame: object) -> None:
+        self.asked = number
+        for process in self.running:
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, number)
+
+
 def start_all(commands: dict[str, list[str]], logs: pathlib.Path) -> int:
     """Runs all at the same time, each with its output in a file; the first bad status, or 0."""
     logs.mkdir(parents=True, exist_ok=True)
-    running = {}
-    for member, command in commands.items():
-        with open(logs / f"t2i-{member}.log", "ab") as out:
-            running[member] = subprocess.Popen(
-                command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT
-            )
     worst = 0
-    for member, process in running.items():
-        status = process.wait()
-        print(f"{member}: status {status}, {logs / f't2i-{member}.log'}", flush=True)
-        worst = worst or status
+    with Launchers() as launchers:
+        for member, command in commands.items():
+            with open(logs / f"t2i-{member}.log", "ab") as out:
+                launchers.start(command, stdout=out, stderr=subprocess.STDOUT)
+        for member, process in zip(commands, launchers.running, strict=True):
+            status = local.status_of(process.wait())
+            print(f"{member}: status {status}, {logs / f't2i-{member}.log'}", flush=True)
+            worst = worst or status
     return worst
+
+
+def start_in_turn(commands: dict[str, list[str]], dry: bool) -> int:
+    """Runs one after the other until one ends with a bad status, which is returned, or a signal
+    comes."""
+    with Launchers() as launchers:
+        for member, command in commands.items():
+            if dry:
+                print(f"# {member}", flush=True)
+            status = local.status_of(launchers.start(command).wait())
+            if status:
+                print(f"launch/family.py: {member} ended with {status}", file=sys.stderr)
+                return status
+            if launchers.asked is not None:
+                return common.INTERRUPTED if launchers.asked == signal.SIGINT else common.SAVED
+    return common.DONE
 
 
 def main(arguments: list[str]) -> int:
@@ -198,9 +250,15 @@ def main(arguments: list[str]) -> int:
     p.add_argument("--num-slices", type=int)
     p.add_argument("--job", default="train")
     p.add_argument("--arm", default="")
-    p.add_argument("--logs", type=pathlib.Path, default=pathlib.Path("runs/family_logs"))
+    p.add_argument("--logs", type=pathlib.Path)
     p.add_argument("--dry-run", action="store_true")
     given, flags = p.parse_known_args(own)
+    if any(flag.partition("=")[0] == "--name" for flag in flags):
+        raise LaunchError("leave out --name: each size's job has its own, t2i-MEMBER")
+    if given.on == "gke" and given.logs:
+        raise LaunchError(
+            f"--logs={given.logs}: on gke the cluster keeps what pods print: launch/gke.py logs"
+        )
     known = members_known()
     members = [m for m in known if m in TABLE]
     if given.members:
@@ -227,20 +285,17 @@ def main(arguments: list[str]) -> int:
             total = chips.tpu.chips * chips.num_slices
             print(f"# {member}: {chips.num_slices} x {chips.tpu}, {total} chips ({chips.why})")
         passed = [*flags, "--dry-run"] if given.dry_run else flags
+        if given.logs and given.on in ("slurm", "local"):
+            logs = given.logs.expanduser().absolute()
+            own_logs = logs / f"t2i-{member}" if given.on == "local" else logs
+            passed = [*passed, f"--logs={own_logs}"]
         commands[member] = launch_command(
             given.on, member, chips, workdir, given.job, passed, rest, given.arm
         )
     sys.stdout.flush()
     if given.on == "tpu-vm" and not given.dry_run:
-        return start_all(commands, given.logs)
-    for member, command in commands.items():
-        if given.dry_run:
-            print(f"# {member}", flush=True)
-        status = subprocess.run(command, cwd=ROOT).returncode  # where configs/ is
-        if status:
-            print(f"launch/family.py: {member} ended with {status}", file=sys.stderr)
-            return status
-    return 0
+        return start_all(commands, given.logs or LOGS)
+    return start_in_turn(commands, given.dry_run)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
         [--num-slices=2] [--bucket=B | --claim=C] [--dry-run] [-- train --config=... ]
 
     nodes      creates the node pools, one for each slice: --cluster=C --location=L [--spot]
+               [--node-locations=ZONE], which a region needs: each of its zones would get a slice
     manifest   prints the JobSet
     apply      gives it to the cluster
     resume     deletes the JobSet that is there and applies it again: the same job goes on
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import pathlib
+import re
 import sys
 from typing import Any
 
@@ -211,10 +213,18 @@ def _pod(job: Job) -> dict[str, Any]:
 
 
 def node_pools(name: str, tpu: Slice, num_slices: int, cluster: str, location: str,
-               spot: bool) -> list[list[str]]:
-    """The commands that make a node pool for each slice."""
+               spot: bool, zone: str = "") -> list[list[str]]:
+    """The commands that make a node pool for each slice.
+
+    `--num-nodes` counts those of each zone, so of a region's `zone` is the one that has them.
+    """
     if not cluster or not location:
         raise LaunchError("nodes needs --cluster=C and --location=ZONE_OR_REGION")
+    if not zone and not re.fullmatch(r".+-[a-z]", location):
+        raise LaunchError(
+            f"--location={location} is a region: give --node-locations=ZONE, one that has the TPUs,"
+            f" for example {location}-a"
+        )
     out = []
     for i in range(num_slices):
         command = [
@@ -223,6 +233,8 @@ def node_pools(name: str, tpu: Slice, num_slices: int, cluster: str, location: s
             f"--machine-type={tpu.machine_type}", f"--num-nodes={tpu.hosts}",
             "--scopes=cloud-platform",
         ]
+        if zone:
+            command.append(f"--node-locations={zone}")
         if tpu.hosts > 1:
             command.append(f"--tpu-topology={tpu.shape}")
         out.append([*command, "--spot"] if spot else command)
@@ -247,6 +259,7 @@ def arguments_parser() -> argparse.ArgumentParser:
     p.add_argument("--namespace", default="default")
     p.add_argument("--cluster", default="")
     p.add_argument("--location", default="")
+    p.add_argument("--node-locations", default="", metavar="ZONE")
     p.add_argument("--spot", action="store_true")
     p.add_argument("--slice", type=int, default=0)
     p.add_argument("--host", type=int, default=0)
@@ -277,7 +290,7 @@ def main(arguments: list[str]) -> int:
     tpu = Slice.parse(given.topology)
     if given.command == "nodes":
         pools = node_pools(given.name, tpu, given.num_slices, given.cluster, given.location,
-                           given.spot)
+                           given.spot, given.node_locations)
         return next((s for s in (common.run(c, given.dry_run) for c in pools) if s), 0)
     job = Job(
         given.name, tpu, given.num_slices, given.image, tuple(common.job_command(rest)),

@@ -20,6 +20,7 @@ that failed first (128 + the signal's number where a signal ended it).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import itertools
@@ -32,7 +33,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import IO
 
 if __name__ == "__main__":
@@ -205,13 +206,9 @@ class Launcher:
     def _attempt(self) -> tuple[list[int], int]:
         """Statuses of all processes, and that of the first that failed (0: none)."""
         port, self.running = free_port(), []
-        # A signal that comes meanwhile waits until all are there to be told.
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        try:
+        with signals_wait():
             for k in range(self.plan.processes):
                 self.running.append(self._start(k, port))
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         first, deadline = 0, None
         while any(process.poll() is None for process in self.running):
             if not first:
@@ -241,7 +238,7 @@ class Launcher:
                 command,
                 env=os.environ | self.plan.variables(process),
                 stdout=out, stderr=subprocess.STDOUT if out else None,
-                start_new_session=True, preexec_fn=_in_child,
+                start_new_session=True, preexec_fn=in_child,
             )
         except OSError as e:
             raise LaunchError(
@@ -262,7 +259,17 @@ class Launcher:
                 process.send_signal(number)
 
 
-def _in_child() -> None:
+@contextlib.contextmanager
+def signals_wait() -> Iterator[None]:
+    """A signal that comes while processes are started waits until all are there to be told."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def in_child() -> None:
     """SIGTERM for this process when its launcher dies (Linux): nothing is left running."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     if sys.platform == "linux":

@@ -6,6 +6,8 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
@@ -33,3 +35,11 @@ def call(*command: object, **options) -> subprocess.CompletedProcess:
     options.setdefault("env", environment())
     return subprocess.run([*first, str(LAUNCH / name), *arguments], capture_output=True, text=True,
                           timeout=60, **options)
+
+
+def until(true: Callable[[], object], seconds: float = 20.0) -> None:
+    """Waits for something that comes."""
+    limit = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < limit, "it did not come"
+        time.sleep(0.02)

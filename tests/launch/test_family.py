@@ -3,13 +3,16 @@
 import json
 import os
 import shlex
+import signal
+import subprocess
+import sys
 
 import pytest
 
-from launch import family
+from launch import common, family
 from launch.common import LaunchError
 from launch.tpu import Slice
-from tests.launch.programs import ROOT, call, environment, fake
+from tests.launch.programs import LAUNCH, ROOT, call, environment, fake, until
 
 ON = {
     "tpu-vm": ["--zone=z"],
@@ -176,10 +179,70 @@ fi
     assert "the job is done" in (tmp_path / "logs" / "t2i-39m.log").read_text()
 
 
+@pytest.mark.parametrize("number, status", [
+    (signal.SIGTERM, common.SAVED), (signal.SIGINT, common.INTERRUPTED),
+])  # fmt: skip
+def test_signals_go_on_to_what_runs_and_nothing_more_is_started(tmp_path, number, status):
+    # A second signal would kill it: it comes once.
+    fake(tmp_path / "bin", "ldm-scaling", """
+trap 'echo saves >> "$FOLDER/log"; sleep 0.3; echo saved >> "$FOLDER/log"; exit 75' TERM
+trap 'echo saves >> "$FOLDER/log"; sleep 0.3; echo saved >> "$FOLDER/log"; exit 130' INT
+echo ready >> "$FOLDER/log"
+while true; do sleep 0.05; done
+""")
+    log, logs = tmp_path / "log", tmp_path / "logs"
+    log.touch()
+    launcher = subprocess.Popen(
+        [sys.executable, LAUNCH / "family.py", "--on=local", "--members=39m,83m", f"--logs={logs}",
+         f"--workdir={tmp_path}/w"], env=environment(tmp_path / "bin", FOLDER=str(tmp_path)),
+        start_new_session=True, stderr=subprocess.PIPE, text=True,
+    )
+    until(lambda: log.read_text())
+    os.killpg(launcher.pid, number)  # as a terminal's Ctrl-C: all of its session
+    said = launcher.communicate(timeout=20)[1]
+    assert launcher.returncode == status and said == f"launch/family.py: 39m ended with {status}\n"
+    assert log.read_text().split() == ["ready", "saves", "saved"]
+    assert [str(p.relative_to(logs)) for p in logs.rglob("*.log")] == ["t2i-39m/0.log"]
+
+
+def test_watches_end_with_it(tmp_path):
+    """Also where the command that Ctrl-C comes in makes a failure of it, as gcloud does."""
+    fake(tmp_path / "bin", "gcloud", """
+case "$*" in *describe*) echo ACTIVE ;; *state*) echo running ;; esac
+""")
+    fake(tmp_path / "bin", "sleep", f"""
+exec {sys.executable} -c 'import signal, sys, time, os
+signal.signal(signal.SIGINT, lambda *a: sys.exit(1))
+open(os.environ["FOLDER"] + "/sleeps" + str(os.getpid()), "w")
+time.sleep(60)'
+""")
+    launcher = subprocess.Popen(
+        [sys.executable, LAUNCH / "family.py", "--on=tpu-vm", "--members=39m,83m", "--zone=z",
+         f"--logs={tmp_path}/logs", "--workdir=/w"], stdout=subprocess.PIPE, text=True,
+        env=environment(tmp_path / "bin", FOLDER=str(tmp_path)),
+    )
+    until(lambda: len(list(tmp_path.glob("sleeps*"))) == 2)
+    launcher.send_signal(signal.SIGINT)
+    said = launcher.communicate(timeout=20)[0]
+    assert launcher.returncode == common.INTERRUPTED
+    assert "39m: status 130" in said and "83m: status 130" in said
+    assert len(list(tmp_path.glob("sleeps*"))) == 2
+
+
+def test_logs_are_where_they_are_asked_for(tmp_path):
+    ran = dry("--on=slurm", *ON["slurm"], "--members=39m", "--logs=out", cwd=tmp_path)
+    assert f"--output={tmp_path}/out/t2i-39m-%j.log" in ran.stdout
+    ran = dry("--on=local", *ON["local"], "--members=39m,83m", "--logs=out", cwd=tmp_path)
+    assert f"{tmp_path}/out/t2i-39m/1.log" in ran.stdout
+    assert f"{tmp_path}/out/t2i-83m/1.log" in ran.stdout
+
+
 @pytest.mark.parametrize("flags, part", [
     (["--on=gke", "--members=40m"], "no config of '40m'"),
     (["--on=slurm", "--topology=v5e:4x4"], "takes no --topology"),
     (["--on=tpu-vm", "--topology=v5e:5x5"], "v5e:5x5 is no slice"),
+    (["--on=tpu-vm", "--zone=z", "--name=x"], "leave out --name"),
+    (["--on=gke", "--logs=out"], "--logs=out: on gke"),
     (["--on=gke", "--num-slices=2"], "--num-slices=2: give --topology"),
     (["--on=local", "--num-slices=1"], "no --num-slices"),
     (["--on=tpu-vm", "--workdir=gs://b/x"], "gs://b/x: buckets are not written"),

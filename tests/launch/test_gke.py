@@ -7,6 +7,9 @@ unknown field fails), kubeflow-trainer-api the JobSet API's (pydantic, made from
 import copy
 import os
 import re
+import signal
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -14,7 +17,7 @@ import yaml
 from launch import common, gke
 from launch.common import LaunchError
 from launch.tpu import Slice
-from tests.launch.programs import call, environment, fake
+from tests.launch.programs import LAUNCH, call, environment, fake, until
 
 JOB = ["train", "--config=configs/t2i_866m.py", "--workdir=/mnt/ldm/x"]
 COMMAND = ("ldm-scaling", JOB[0], "--distributed", *JOB[1:])
@@ -243,13 +246,32 @@ def test_apply_gives_the_manifest_and_resume_replaces_it(cluster):
 
 
 def test_node_pools_one_for_each_slice(cluster):
-    ran, calls = cluster("nodes", "--num-slices=2", "--cluster=c", "--location=l", "--spot")
+    ran, calls = cluster("nodes", "--num-slices=2", "--cluster=c", "--location=us-west4-a",
+                         "--spot")
     assert ran.returncode == 0 and len(calls) == 2
     for i, line in enumerate(calls):
         assert f"create t2i-866m-{i} " in line
         for flag in ("--machine-type=ct5lp-hightpu-4t", "--tpu-topology=4x4", "--num-nodes=4",
-                     "--cluster=c", "--location=l", "--spot"):
+                     "--cluster=c", "--location=us-west4-a", "--spot"):
             assert flag in line.split()
+        assert "--node-locations" not in line
+    # --num-nodes is of each zone: a region's three would make three times the slice.
+    _, calls = cluster("nodes", "--cluster=c", "--location=us-west4", "--node-locations=us-west4-b")
+    assert {"--location=us-west4", "--node-locations=us-west4-b"} <= set(calls[-1].split())
+
+
+def test_ctrl_c_is_a_status(cluster):
+    """As a terminal sends it, to all that it runs: no traceback."""
+    fake(cluster.folder / "bin", "kubectl", 'touch "$FOLDER/follows"; exec sleep 60')
+    process = subprocess.Popen(
+        [sys.executable, LAUNCH / "gke.py", "logs", "--name=x"], stderr=subprocess.PIPE, text=True,
+        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        env=environment(cluster.folder / "bin", FOLDER=str(cluster.folder)),
+    )
+    until((cluster.folder / "follows").exists)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=20)[1] == ""
+    assert process.returncode == common.INTERRUPTED
 
 
 @pytest.mark.parametrize("command, job, part", [
@@ -271,6 +293,8 @@ def test_dry_runs_print_and_call_nothing(cluster, command, job, part):
     (["apply", "--name=x", "--image=i", "--", *JOB], "KIND:SHAPE"),
     (["apply", "--name=X", "--topology=v5e:4x4", "--image=i", "--", *JOB], "--name=X"),
     (["nodes", "--name=x", "--topology=v5e:4x4"], "--cluster"),
+    (["nodes", "--name=x", "--topology=v5e:4x4", "--cluster=c", "--location=us-west4"],
+     "us-west4 is a region: give --node-locations=ZONE"),
     (["status", "--name=x"], "kubectl is not installed"),
     (["apply", *FLAGS, "--bucket=gs://b/folder", "--", *JOB], "without a folder"),
     (["apply", *FLAGS, "--", "train", "--workdir=gs://b/x"], "gs://b/x"),

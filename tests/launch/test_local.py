@@ -11,7 +11,7 @@ import pytest
 
 from launch import common, local
 from launch.common import LaunchError
-from tests.launch.programs import LAUNCH, call, environment
+from tests.launch.programs import LAUNCH, call, environment, until
 
 # What every job starts with: its number, and the start it is in (1, 2, ...), counted in a file. It
 # goes on when all have come, as jax does.
@@ -47,13 +47,6 @@ def starts(folder, k):
 def notes(folder, k):
     path = folder / f"notes{k}"
     return path.read_text().split() if path.exists() else []
-
-
-def until(true, seconds=20.0):
-    limit = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < limit, "it did not come"
-        time.sleep(0.02)
 
 
 def background(folder, job, *flags, processes=2, **how):
