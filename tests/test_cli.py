@@ -302,6 +302,20 @@ def test_no_thread_holds_a_process_that_ends_with_an_error(monkeypatch, status):
     assert ended == [status] * (status != 0)
 
 
+@pytest.mark.skipif(pathlib.Path("/dev/nvidiactl").exists(), reason="there is an NVIDIA driver")
+def test_no_command_lets_the_plug_in_for_cuda_complain_where_there_is_no_driver(monkeypatch):
+    monkeypatch.delenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", raising=False)
+    told = []
+
+    def run(arguments, parse):
+        told.append(os.environ.get("JAX_SKIP_CUDA_CONSTRAINTS_CHECK"))
+
+    for name in commands.OWN.values():
+        monkeypatch.setattr(importlib.import_module(name), "run", run)
+    assert [cli.main([command]) for command in commands.OWN] == [0] * len(commands.OWN)
+    assert told == ["1"] * len(commands.OWN)
+
+
 def test_zoo_json(capsys, monkeypatch):
     some = ("39m", "sd15", "c8")  # of networks whose figures tests/models/test_zoo.py reads
     few = tuple(m for m in zoo.UNETS if m.name in some)

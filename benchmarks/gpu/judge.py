@@ -26,11 +26,11 @@ import group_norm
 import jax
 import layouts
 
-from ldm_scaling import config, files, recipes
+from ldm_scaling import config, files, machine, recipes
 from ldm_scaling.config import Study
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import narrowing
-from ldm_scaling.parallel import aot, hosts
+from ldm_scaling.parallel import aot
 from ldm_scaling.study import plan, plan_parts, plan_remedies
 from ldm_scaling.study.plan_parts import Part
 
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     unknown = [name for name in args.programs if name not in PROGRAMS]
     if unknown:
         parser.error(f"no program {unknown[0]!r}: choose from {', '.join(PROGRAMS)}")
-    hosts.quiet_cuda()
+    machine.quiet_cuda()
     jax.config.update("jax_platforms", "cpu")
     found: dict[str, Any] = {}
     try:

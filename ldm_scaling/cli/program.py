@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
+from ldm_scaling import machine
 from ldm_scaling.cli import flags
 from ldm_scaling.cli.commands import COMMANDS, OWN
 from ldm_scaling.cli.flags import first_line
@@ -41,6 +42,7 @@ def _parted(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _run(command: str, arguments: list[str]) -> None:
+    machine.quiet_cuda()
     if command in OWN:
         module = importlib.import_module(OWN[command])
         module.run(arguments, functools.partial(flags.values_of, command))

@@ -16,8 +16,9 @@ from typing import Any
 
 import jax
 
+from ldm_scaling import machine
 from ldm_scaling.errors import MissingPackageError, UserError, first_line
-from ldm_scaling.parallel import chips, gpus, hosts
+from ldm_scaling.parallel import chips, gpus
 
 # JAX's plug-ins for CUDA, and the packages that their compilers are in.
 _PLUGINS = {
@@ -85,7 +86,7 @@ def topology(name: str) -> list[jax.Device]:
     gpu, servers, each = gpus.split(name)
     from jax.experimental import topologies
 
-    hosts.quiet_cuda()
+    machine.quiet_cuda()
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":  # jax's own choice
         # XLA complains of programs that do not fit: that is decided, and said, by `aot`.
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"

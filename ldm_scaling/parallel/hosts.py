@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -33,23 +32,15 @@ def cudnn_width(device: jax.Device) -> int:
     return 256 if generation >= 9 else 128 if generation == 8 else 0
 
 
-def quiet_cuda() -> None:
-    """Where there is no NVIDIA driver, keeps JAX's plug-in for CUDA from complaining at length of
-    libraries that it cannot load: `plan` takes its compiler, which needs none of them. Must run
-    before JAX makes its first array."""
-    if not any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/dxg")):
-        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-
-
 def use_cpu_cores() -> None:
     """Makes JAX see one CPU device for every core, as far as powers of two and 8 go.
 
     A small network's operations are too short to share between threads: split over two devices of
     one core each, a batch trains 1.2 to 1.9 times as fast as on one device of two cores. Must run
     before JAX makes its first array; accelerators are not touched. What `XLA_FLAGS` or
-    `jax_num_cpu_devices` ask for stays. Calls `quiet_cuda`.
+    `jax_num_cpu_devices` ask for stays. Calls `machine.quiet_cuda`.
     """
-    quiet_cuda()
+    machine.quiet_cuda()
     asked = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if asked or jax.config.jax_num_cpu_devices != -1:
         return

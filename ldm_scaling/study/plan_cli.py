@@ -75,11 +75,8 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
 
     import jax
 
-    from ldm_scaling.parallel import hosts
-
     # The host only traces: whatever it has, programs are for the topology.
     jax.config.update("jax_platforms", "cpu")
-    hosts.quiet_cuda()
     plans = _all(given, overrides, study_of) if given.all else _one(given, study_of)
     if given.baseline:
         from ldm_scaling.study import plan_family
