@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ldm_scaling.errors import UserError
+from ldm_scaling.models import zoo
 from ldm_scaling.study import advice, budgets, cost_files, labels, places, reported, table_1
 from ldm_scaling.study import options as options_lib
 from ldm_scaling.study.advice import Advice
@@ -98,24 +99,46 @@ def _options(given: argparse.Namespace, budget: Budget) -> Options:
                 raise UserError(f'--{name} goes with a budget in seconds, such as --budget="400ms"')
     elif given.device is None and (given.costs is not None or given.batch is not None):
         raise UserError("--costs and --batch go with --device=KIND")
-    prices = None
+    measured = None
     if given.device is not None:
         place = given.costs or cost_files.FOLDER
-        prices = cost_files.of_device(epath.Path(place).expanduser(), given.device).prices()
-    common = {"prices": prices, "batch": given.batch or 1}
+        measured = cost_files.of_device(epath.Path(place).expanduser(), given.device)
+    batch = given.batch or 1
     if not given.records:
         for name in ("task", "pictures", "select_block", "report_blocks"):
             if getattr(given, name) is not None:
                 raise UserError(f"--{name.replace('_', '-')} goes with --records")
-        return table_1.options(budget.unit, given.metric, **common)
+        names = {m.name for m in zoo.PAPER}
+        prices = measured and measured.prices(names=names)
+        return table_1.options(budget.unit, given.metric, prices=prices, batch=batch)
     found = places.read(given.records)
     found = dataclasses.replace(found, records=_of_task(found.records, given.task))
+    names = {r.identity.model for r in found.records}
+    prices = measured and measured.prices(_around(found, names), names)
     select_block, report_blocks = found.blocks(given.select_block, given.report_blocks)
     return options_lib.of_records(
         found.records, budget.unit, given.metric or found.metric, select_block=select_block,
         report_blocks=report_blocks, settings=found.settings, training=_training(given, found),
-        **common,
+        prices=prices, batch=batch,
     )
+
+
+def _around(found: Places, names: set[str]) -> set[cost_files.Around] | None:
+    """What is around the members of the workdirs, by their configs; None where one does not tell:
+    it is no workdir, or has a published autoencoder that is not here."""
+    from ldm_scaling.study import cost_cli
+
+    out = set()
+    for home in found.homes:
+        study = reported.config_of(home)
+        if study is None:
+            return None
+        try:
+            own = names & set(study.members)
+            out |= {cost_cli.around(study, name).names for name in own}
+        except UserError:
+            return None
+    return out or None
 
 
 def _training(given: argparse.Namespace, found: Places) -> Training | None:

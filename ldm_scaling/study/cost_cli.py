@@ -111,7 +111,7 @@ def _members(given: str | None, study: Study | None, device: jax.Device) -> list
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Around:
+class Around:
     """What is around a member: `decoder` and, where it is known, `text` of `length` tokens."""
 
     decoder: autoencoder.AutoencoderSpec
@@ -126,12 +126,22 @@ class _Around:
     def text_name(self) -> str | None:
         return self.text and f"{self.text}-{self.length}"
 
+    @property
+    def names(self) -> cost_files.Around:
+        return (self.decoder_name, self.text_name)
 
-def _around(study: Study | None, name: str) -> _Around:
+
+def around(study: Study | None, name: str) -> Around:
+    """What is around a member: of the study, or without one what suits it.
+
+    Raises:
+      UserError: where nothing suits it, it does not take the study's latents, or the study's
+        autoencoder is a published one that is not here.
+    """
     if study:
         plan_parts.spec_of(study, name)  # Raises where latents do not fit.
         text = None if study.data.text_weights else "minilm"
-        return _Around(plan_parts.autoencoder_of(study), text, study.data.text_length)
+        return Around(plan_parts.autoencoder_of(study), text, study.data.text_length)
     spec = zoo.get(name).spec
     if spec.sample_size not in _DECODERS or spec.context_dim not in _TEXTS:
         raise UserError(
@@ -139,12 +149,12 @@ def _around(study: Study | None, name: str) -> _Around:
             f"{spec.context_dim}, for which no autoencoder and text encoder are at hand: give "
             "--config=FILE of a study with it"
         )
-    return _Around(
+    return Around(
         _DECODERS[spec.sample_size], _TEXTS[spec.context_dim], spec.context_length
     )
 
 
-def member_cost(name: str, reference: str, around: _Around) -> MemberCost:
+def member_cost(name: str, reference: str, around: Around) -> MemberCost:
     """What is counted of a member, in a few seconds."""
     spec = zoo.get(name).spec
     own = cost.of(spec)
@@ -203,18 +213,21 @@ def measure(
             say(f"{what}: {labels.number(1e3 * row.seconds)} ms a call")
 
     for name in members:
-        around = _around(study, name)
+        beside = around(study, name)
         reference = study.reference if study else zoo.get(name).reference
-        found = found.plus(member_cost(name, reference, around))
+        was = {m.reference for m in found.members if (m.name, m.around) == (name, beside.names)}
+        for other in was - {reference}:
+            say(f"{name}: its cost is counted in calls of {reference} now, it was in {other}'s")
+        found = found.plus(member_cost(name, reference, beside))
         cost_files.write(path, found)
         spec = zoo.get(name).spec
         groups = [
             timing.network(name, spec, batches, device),
-            timing.decoder(around.decoder_name, around.decoder, spec.latent_shape, batches),
+            timing.decoder(beside.decoder_name, beside.decoder, spec.latent_shape, batches),
         ]
-        if around.text:
+        if beside.text:
             groups.append(timing.text(
-                around.text_name, caching_cost.TEXTS[around.text], around.length, batches
+                beside.text_name, caching_cost.TEXTS[beside.text], beside.length, batches
             ))
         else:
             say(f"the text encoder of data.text_weights={study.data.text_weights!r} is not timed")
@@ -229,7 +242,7 @@ def text(found: CostFile) -> str:
     counted, timed = (Table(box=box.SIMPLE_HEAD, pad_edge=False) for _ in range(2))
     for head in ("name", "params", "GFLOPs", "by hand", "cost", "of", "decoder", "text"):
         counted.add_column(head, justify="left" if head in ("name", "of") else "right")
-    for m in found.members.values():
+    for m in found.members:
         counted.add_row(
             m.name, labels.count(m.params), labels.number(m.gflops),
             "" if m.analytic_gflops is None else labels.number(m.analytic_gflops),

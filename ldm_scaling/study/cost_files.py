@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from etils import epath
@@ -15,8 +15,12 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.parallel import chips
 from ldm_scaling.study.costing import PARTS, Price
 
-FORMAT = 1
+FORMAT = 2  # of 1, which held one row for each name, are read too
 FOLDER = "costs"
+
+
+Around = tuple[str, str | None]
+"""Names of a decoder and of a text encoder, None where that is not known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +107,11 @@ class MemberCost:
     text: str | None
     text_gflops: float | None
 
+    @property
+    def around(self) -> Around:
+        """Names of what is around it."""
+        return (self.decoder, self.text)
+
 
 @dataclasses.dataclass(frozen=True)
 class CostFile:
@@ -111,13 +120,13 @@ class CostFile:
     Attributes:
       device_kind: as JAX calls it; a CPU's with its model and number of cores.
       platform: `cpu`, `gpu` or `tpu`.
-      members: by name.
+      members: one for each name, decoder and text encoder.
       timings, skipped: one of either for each part, name and batch size.
     """
 
     device_kind: str
     platform: str
-    members: Mapping[str, MemberCost] = dataclasses.field(default_factory=dict)
+    members: Sequence[MemberCost] = ()
     timings: Sequence[Timing] = ()
     skipped: Sequence[Skipped] = ()
 
@@ -128,27 +137,51 @@ class CostFile:
 
     def plus(self, *new: Timing | Skipped | MemberCost) -> CostFile:
         """With these in place of what there was."""
-        members = {**self.members, **{m.name: m for m in new if isinstance(m, MemberCost)}}
+        members = {(m.name, m.around): m for m in self.members}
+        members |= {(m.name, m.around): m for m in new if isinstance(m, MemberCost)}
         rows = {r.place: r for r in (*self.skipped, *self.timings)}
         for row in new:
             if not isinstance(row, MemberCost):
                 rows[row.place] = row
-        names = [*members, *sorted({name for _, name, _ in rows} - set(members))]
+        own = list(dict.fromkeys(name for name, _ in members))
+        names = [*own, *sorted({name for _, name, _ in rows} - set(own))]
         order = sorted(rows, key=lambda p: (names.index(p[1]), PARTS.index(p[0]), p[2]))
         return dataclasses.replace(
-            self, members=members,
+            self, members=tuple(members.values()),
             timings=tuple(rows[p] for p in order if isinstance(rows[p], Timing)),
             skipped=tuple(rows[p] for p in order if isinstance(rows[p], Skipped)),
         )
 
-    def prices(self) -> dict[str, Price]:
-        """Member -> what its parts cost, for `costing.sampling`."""
-        out = {}
-        for m in self.members.values():
-            names = {"network": m.name, "guided": m.name, "decoder": m.decoder, "text": m.text}
+    def prices(
+        self, around: Collection[Around] | None = None, names: Collection[str] | None = None
+    ) -> dict[str, Price]:
+        """Member -> what its parts cost, for `costing.sampling`.
+
+        Args:
+          around: only with these decoders and text encoders; with any if None.
+          names: of members; all if None.
+
+        Raises:
+          UserError: where a member was measured with several that are meant.
+        """
+        out: dict[str, Price] = {}
+        for m in self.members:
+            if (names is not None and m.name not in names) or (
+                    around is not None and m.around not in around):
+                continue
+            if m.name in out:
+                several = [f"{o.decoder} {o.text or ''}".strip() for o in self.members
+                           if o.name == m.name]
+                raise UserError(
+                    f"{m.name} was measured on {self.device_kind} with several autoencoders or "
+                    f"text encoders ({', '.join(several)}), and which is meant is not known: give "
+                    "the workdir as --records, or measure one of them "
+                    "into a file of its own (ldm-scaling cost --to=FILE) and give --costs=FILE"
+                )
+            own = {"network": m.name, "guided": m.name, "decoder": m.decoder, "text": m.text}
             seconds = {
                 (t.part, t.batch): t.seconds / t.batch for t in self.timings
-                if t.name == names[t.part]
+                if t.name == own[t.part]
             }
             out[m.name] = Price(
                 m.name, m.gflops, m.norm_cost, m.decoder_gflops, m.text_gflops, self.device_kind,
@@ -173,9 +206,10 @@ def read(path: epath.PathLike) -> CostFile:
     path = epath.Path(path)
     try:
         body = json.loads(path.read_text())
-        if body.pop("format") != FORMAT:
+        if (number := body.pop("format")) not in (1, FORMAT):
             raise ValueError("another format")
-        members = {name: MemberCost(**m) for name, m in body.pop("members").items()}
+        rows = body.pop("members")
+        members = tuple(MemberCost(**m) for m in (rows.values() if number == 1 else rows))
         timings = tuple(Timing(**t) for t in body.pop("timings"))
         skipped = tuple(Skipped(**s) for s in body.pop("skipped"))
         return CostFile(members=members, timings=timings, skipped=skipped, **body)

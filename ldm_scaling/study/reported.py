@@ -62,7 +62,7 @@ def of_workdir(
 def metric_of(home: epath.PathLike) -> str | None:
     """The measure that a workdir's last config chooses by; None of a folder that is no workdir or
     whose config cannot be read."""
-    study = _last_config(home)
+    study = config_of(home)
     if study is None:
         return None
     return (study.finetune if study.finetune.pretrained else study).sweep.choose_by
@@ -78,7 +78,7 @@ def main_metric(home: epath.PathLike, records: Sequence[Record]) -> str | None:
 def settings_of(home: epath.PathLike) -> tuple[str, ...]:
     """Of what a workdir's last config makes of members, see `curves.one_setting`: its cascades and
     distillations; none of a folder that is no workdir or whose config cannot be read."""
-    study = _last_config(home)
+    study = config_of(home)
     if study is None:
         return ()
     cascades = (study.cascade.setting,) if study.cascade.base else ()
@@ -89,7 +89,7 @@ def spacing_of(home: epath.PathLike) -> str:
     """The timestep spacing that a workdir's last config measures teachers with, DDIM's own where it
     names none; empty where it distils nothing, and of a folder that is no workdir or whose config
     cannot be read."""
-    study = _last_config(home)
+    study = config_of(home)
     if study is None or not study.distillations:
         return ""
     return solvers.spacing_of("ddim", study.sweep.spacing)
@@ -112,7 +112,7 @@ def last_measured(
     Returns:
       The records, and a sentence for each task of which some are left out.
     """
-    study = _last_config(home)
+    study = config_of(home)
     if study is None:
         return list(records), []
     kept: list[Record] = []
@@ -172,7 +172,9 @@ def _cell(r: Record) -> tuple:
     return i, r.setting, r.student_steps
 
 
-def _last_config(home: epath.PathLike) -> Study | None:
+def config_of(home: epath.PathLike) -> Study | None:
+    """A workdir's last config; None of a folder that is no workdir or whose config cannot be read.
+    """
     workdir = Workdir(home)
     if not (workdir / MARKER).exists():
         return None

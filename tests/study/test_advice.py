@@ -11,7 +11,7 @@ from ldm_scaling import cli
 from ldm_scaling.config import Consistency, Start, Study, Sweep
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import zoo
-from ldm_scaling.study import advice, advise_cli, budgets, cost_files, records, table_1
+from ldm_scaling.study import advice, advise_cli, budgets, cost_cli, cost_files, records, table_1
 from ldm_scaling.study import options as options_lib
 from ldm_scaling.study.budgets import Budget
 from ldm_scaling.study.cost_files import CostFile, MemberCost, Timing
@@ -478,6 +478,33 @@ def test_the_command_on_a_device(capsys, folder, costs):
     assert "NVIDIA H100 80GB HBM3" in out
     status, _, err = run(capsys, *flags, "--device=v5e")
     assert status == 2 and "ldm-scaling cost" in err and "NVIDIA H100" in err and "v5e" in err
+
+
+def test_the_command_takes_seconds_of_the_workdirs_own_autoencoder(capsys, tmp_path, folder, costs):
+    """Of a second study on the same device with a slow one the members' rows lie beside them."""
+    (path,) = costs.iterdir()
+    found, config = cost_files.read(path), Study(members=("c8", "c48"))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, side=64))
+    ours = cost_cli.around(config, "c8").names
+    for m in found.members:
+        found = found.plus(dataclasses.replace(m, decoder=ours[0], text=ours[1]), *(
+            dataclasses.replace(t, name=name, seconds=seconds) for t in found.timings
+            for part, name, seconds in (("decoder", ours[0], 0.02), ("text", ours[1], 0.001))
+            if t.part == part))
+    cost_files.write(path, found)
+    flags = [f"--costs={costs}", "--device=h100", "--budget=30ms", "--format=json"]
+    status, _, err = run(capsys, f"--records={folder}", *flags)
+    assert status == 2 and "several autoencoders" in err
+    home = Workdir(tmp_path / "home")
+    home.bind(config)
+    shutil.copytree(folder / "records", home / "records")
+    best = json.loads(run(capsys, f"--records={home.path}", *flags)[1])["best"]
+    assert best["seconds"] == pytest.approx(0.021 + 0.001 * best["steps"])
+    # Of a third one nothing was measured.
+    cost_files.write(path, dataclasses.replace(found, members=[
+        m for m in found.members if m.around != ours]))
+    status, _, err = run(capsys, f"--records={home.path}", *flags)
+    assert status == 2 and "no measured seconds of c48, c8" in err and "--config" in err
 
 
 @pytest.mark.parametrize("arguments, parts", [

@@ -167,6 +167,31 @@ def test_a_place_holds_the_last_that_was_found_of_it():
     assert not found.plus(Skipped("network", "c8", 8, "why")).timing("network", "c8", 8)
 
 
+def test_a_file_of_one_row_for_each_name_is_read_too(tmp_path):
+    found = CostFile("Chip 9", "tpu").plus(member(), timed())
+    old = dataclasses.asdict(found) | {
+        "format": 1, "members": {m.name: dataclasses.asdict(m) for m in found.members}}
+    (tmp_path / "chip.json").write_text(json.dumps(old))
+    assert cost_files.read(tmp_path / "chip.json") == found
+
+
+def test_members_of_several_studies_lie_side_by_side():
+    """Each with its own decoder and text encoder; which is meant must be said."""
+    found = CostFile("Chip", "tpu").plus(
+        member(), member(decoder="dear", decoder_gflops=9.0, text=None, text_gflops=None),
+        member("c16"), timed(), timed("decoder", "dec", seconds=1.0),
+        timed("decoder", "dear", seconds=3.0), timed("text", "txt", seconds=2.0))
+    cheap, dear = (found.prices([place])["c8"] for place in (("dec", "txt"), ("dear", None)))
+    assert (cheap.decoder_gflops, cheap.seconds["decoder", 1]) == (1, 1)
+    assert cheap.seconds["text", 1] == 2
+    assert (dear.decoder_gflops, dear.seconds["decoder", 1]) == (9, 3)
+    assert ("text", 1) not in dear.seconds
+    assert found.prices([("dear", "txt")]) == {} and set(found.prices(names={"c16"})) == {"c16"}
+    for around in (None, [("dec", "txt"), ("dear", None)]):
+        with pytest.raises(UserError, match=r"c8 .* Chip .*\(dec txt, dear\).*--costs=FILE"):
+            found.prices(around)
+
+
 def test_prices_are_for_one_picture_of_a_batch():
     found = CostFile("Chip", "tpu").plus(
         member(), member("c16", decoder="other", text=None, text_gflops=None), timed(batch=8),
@@ -279,12 +304,29 @@ def test_a_studys_own_surroundings(capsys, tmp_path, fast):
                          "--format=json")
     found = cost_files.read(path)
     assert status == 0 and json.loads(out)["device_kind"] == found.device_kind
-    assert list(found.members) == ["c8", "c16"]
-    ours = found.members["c16"]
+    assert [m.name for m in found.members] == ["c8", "c16"]
+    ours = found.members[1]
     assert ours.norm_cost == 1 and ours.reference == "c16"  # The config's, not the zoo's.
     tiny = autoencoder.AutoencoderSpec(8, (1, 2, 2), 1, groups=8)
     assert ours.decoder_gflops == caching_cost.decode_gflops(tiny, (8, 8, 4))
     assert ours.params == cost.param_count(zoo.get("c16").spec)
+
+
+def test_a_second_study_leaves_the_firsts_figures(capsys, tmp_path, fast):
+    path = tmp_path / "here.json"
+    flags = ["--config=configs/demo.py:tiny", "--batch=1", f"--to={path}"]
+    run(capsys, *flags)
+    first = cost_files.read(path)
+    fast.clear()
+    _, _, err = run(capsys, *flags, "--config.autoencoder.base_channels=16")
+    assert [f[0] for f in fast] == ["decoder"] and "counted in calls" not in err
+    both = cost_files.read(path)
+    assert set(first.members) < set(both.members) and set(first.timings) < set(both.timings)
+    small, wide = ([m for m in both.members if m.name == "c16"])
+    assert small.decoder_gflops < wide.decoder_gflops and small.text == wide.text
+    # Of one and the same the last counts, and it is said.
+    _, _, err = run(capsys, *flags, "--config.reference=c8")
+    assert "c16: its cost is counted in calls of c8 now, it was in c16's" in err
 
 
 @pytest.mark.parametrize("arguments, parts", [
@@ -312,7 +354,7 @@ def test_this_machine(capsys, tmp_path):
     assert {t.part for t in found.timings} == {"network", "guided", "decoder", "text"}
     for t in found.timings:
         assert 0 < t.low <= t.seconds <= t.high and t.runs >= 3
-        assert t.bytes > 4 * found.members["c8"].params or t.part != "network"
+        assert t.bytes > 4 * found.members[0].params or t.part != "network"
     once, pair = (found.timing(p, "c8", 1) for p in ("network", "guided"))
     assert pair.bytes > once.bytes
     again = run(capsys, "--members=c8", "--batch=1", f"--to={path}")
