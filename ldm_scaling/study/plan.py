@@ -115,6 +115,9 @@ def with_batch(study: Study, kind: str, batch: int | None) -> Study:
         run = stage.run
         train = dataclasses.replace(getattr(distill, run), batch_size=batch)
         return plan_remedies.changed(study, distill.NAME, **{run: train})
+    if kind == plan_parts.FINETUNE:
+        train = dataclasses.replace(study.finetune.train, batch_size=batch)
+        return plan_remedies.changed(study, "finetune", train=train)
     part = "sweep" if kind in ("sample", "decode") else "train"
     return plan_remedies.changed(study, part, batch_size=batch)
 
@@ -129,7 +132,7 @@ def make(
       study: the config.
       member: the network.
       target: where it shall run.
-      kind: one of `plan_parts.KINDS`.
+      kind: as `plan_parts.build`'s.
       devices: of the target; asked of its compiler if None.
       compile: what compiles.
 
@@ -141,11 +144,8 @@ def make(
         devices = aot.topology(target.topology, target.num_slices)
     chip, shared = aot.chip_of(devices)
     its_key = key(study, member, target, kind)
-    train = "train"
-    if kind.startswith(plan_parts.DISTILL):
-        distill, stage = plan_parts.stage_of(study, kind)
-        train = f"{distill.NAME}.{stage.run}"
-        study = plan_parts.distilling(study, kind)
+    name, train = plan_parts.run_of(study, kind)
+    study = dataclasses.replace(study, train=train)
     changed: dict[str, Any] = {}
     if study.mesh.data != -1 and study.mesh.data % target.num_slices:
         # Slices hold whole replicas: a config for one slice is spread over them.
@@ -154,7 +154,7 @@ def make(
     found, tried = _attempt(study, member, kind, devices, compile, None)
     if found is None:
         for remedy in plan_remedies.of(study, kind, devices):
-            remedy = remedy.of_run(train)
+            remedy = remedy.of_run(name)
             found, row = _attempt(remedy.study, member, kind, devices, compile, remedy)
             tried, changed = tried + row, changed | remedy.keys
             if found:
@@ -162,7 +162,8 @@ def make(
     capacity = chips.capacity(chip) / shared
     body = {
         "member": member, "topology": target.topology, "num_slices": target.num_slices,
-        "kind": kind, "batch": _batch(study, kind), "chip": chip.name,
+        "kind": kind, "before": plan_parts.before(study, kind),
+        "batch": _batch(study, kind), "chip": chip.name,
         "chips": len(devices) // shared, "devices_per_chip": shared,
         "fits": found is not None,
         "hbm_gb": None, "hbm_capacity_gb": capacity / GB,
@@ -206,7 +207,7 @@ def _attempt(
 def _batch(study: Study, kind: str) -> int | None:
     """What the config says; the caches' batches are none of its keys."""
     batches = {"train": study.train.batch_size, "encode": None, "text": None}
-    if kind.startswith(plan_parts.DISTILL):
+    if kind.partition(":")[0] in (plan_parts.DISTILL, plan_parts.FINETUNE):
         return study.train.batch_size
     return batches.get(kind, study.sweep.batch_size)
 
@@ -325,6 +326,19 @@ def _of_kind(
             "chip_hours_bound": 24 * days * devices / shared,
             "analytic_flops": analytic, "flops_over_analytic": work.flops / analytic,
         }
+    if part.kind == plan_parts.FINETUNE:
+        network = caching_cost.train_gflops(plan_parts.spec_of(study, member))
+        autoencoder = plan_parts.autoencoder_of(study)
+        # Of the picture, and of what is given of it.
+        encoder = 2 * caching_cost.image_gflops(autoencoder, study.data.side)
+        analytic = 1e9 * (network + encoder) * part.examples / devices
+        days = study.train.steps * seconds / 86400
+        return {
+            "steps": study.train.steps, "days_bound": days,
+            "chip_hours_bound": 24 * days * devices / shared,
+            "analytic_flops": analytic, "flops_over_analytic": work.flops / analytic,
+            "encoder_share_of_flops": encoder / (encoder + network),
+        }
     if part.kind == "sample":
         spec = plan_parts.spec_of(study, member)
         analytic = cost.gflops(spec) * 1e9 * 2 * part.examples / part.mesh.size
@@ -366,6 +380,8 @@ def key(study: Study, member: str, target: Target, kind: str) -> str:
     if kind.startswith(plan_parts.DISTILL):
         distill, stage = plan_parts.stage_of(study, kind)
         kept["distill"] = [distill.hash, stage.name, stage.train.attention]
+    if kind == plan_parts.FINETUNE:
+        kept["finetune"] = [study.finetune.hash, study.finetune.train.attention]
     spec = zoo.get(member).spec
     return files.sha256_of(
         [kept, member, spec, dataclasses.astuple(target), kind, code(), versions(target)]

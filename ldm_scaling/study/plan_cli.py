@@ -37,10 +37,11 @@ def _parser() -> Parser:
     add("--member", metavar="NAME", help="the network, where the config has several")
     add("--batch", type=above_0, metavar="N",
         help="examples a step; with --kind=sample, lanes of each process")
-    add("--kind", choices=("train", "sample", "distill", _ALL),
-        help="the train step alone; a guided row of the sampler; the step of a distillation; or "
-        "the first two, the autoencoder's "
-        "encoder and decoder and the text encoder (without --all this is what is planned)")
+    add("--kind", choices=("train", "sample", "distill", "finetune", _ALL),
+        help="the train step alone; a guided row of the sampler; the step of a distillation or of "
+        "fine-tuning; or the first two, the autoencoder's encoder and decoder and the text encoder "
+        "(what is planned without it, and --all; where members that were trained elsewhere are "
+        "fine-tuned, that step)")
     add("--stage", metavar="NAME", help="with --kind=distill: student, imitation, s16, ...; the "
         "last one if not given")
     add("--format", choices=("text", "json"), default="text", help="how to print")
@@ -137,14 +138,16 @@ def _one(given: argparse.Namespace, study_of: Callable) -> list[dict]:
     target = plan.Target(given.topology.lower(), given.num_slices)
     if given.stage and given.kind != "distill":
         raise UserError("--stage goes with --kind=distill")
-    asked = f"distill:{given.stage}" if given.stage else given.kind or _ALL
+    tunes = plan_parts.FINETUNE if study.finetune.pretrained else _ALL
+    asked = f"distill:{given.stage}" if given.stage else given.kind or tunes
     kinds = plan_parts.KINDS if asked == _ALL else (asked,)
     if study.data.text_weights and "text" in kinds:
         kinds = tuple(kind for kind in kinds if kind != "text")
         print("the text encoder of data.text_weights is not read, and not planned", file=sys.stderr)
     plans = {}
     for kind in kinds:
-        batch = given.batch if kind == "train" or asked.startswith(("sample", "distill")) else None
+        own = kind == "train" or asked.startswith(("sample", "distill", "finetune"))
+        batch = given.batch if own else None
         plans[kind] = plan.make(plan.with_batch(study, kind, batch), member, target, kind) | {
             "made": plan_family.made()}
     share = plan.frozen_share(plans) if len(plans) == len(plan_parts.KINDS) else None

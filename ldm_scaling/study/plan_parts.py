@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_scaling.config import Distill, Study
+from ldm_scaling.config import Distill, DreamBooth, Study, Train
 from ldm_scaling.config.distill import Stage
+from ldm_scaling.data.conditions import table
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import autoencoder, backbone, text_encoder, zoo
 from ldm_scaling.parallel import aot, rules
@@ -21,14 +22,14 @@ from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.study import caching, encoders
 from ldm_scaling.study.encoders import LatentEncoder
 from ldm_scaling.tasks import autoencoder as autoencoder_task
-from ldm_scaling.tasks import drawing, text_to_image
+from ldm_scaling.tasks import conditioned, drawing, text_to_image
 from ldm_scaling.tasks.distillation import student
 from ldm_scaling.training import step as step_lib
 
 KINDS = ("train", "sample", "encode", "decode", "text")
-# Of a config that distils, or `distill:STAGE`; its run stands in the place of `train`, see
-# `distilling`.
-DISTILL = "distill"
+# Of a config that distils, or `distill:STAGE`, and of one that fine-tunes; their runs stand in the
+# place of `train`, see `run_of`.
+DISTILL, FINETUNE = "distill", "finetune"
 # Pictures and captions that the caches are made with at a time, see `caching`.
 _PICTURES, _CAPTIONS = 64, 256
 
@@ -38,7 +39,7 @@ class Part:
     """A program of a job.
 
     Attributes:
-      kind: one of `KINDS`, or `DISTILL`.
+      kind: one of `KINDS`, `DISTILL` or `FINETUNE`.
       program: what `jax.jit` returned.
       args: its arguments as shapes with shardings.
       mesh: what one call runs on.
@@ -63,7 +64,7 @@ def build(study: Study, member: str, devices: list[jax.Device], kind: str) -> Pa
       study: the config.
       member: the network that is trained or drawn with.
       devices: of all processes.
-      kind: one of `KINDS`, or `DISTILL`.
+      kind: one of `KINDS`, `DISTILL` or `FINETUNE`.
 
     Raises:
       UserError: for a config that does not fit its own networks or the devices.
@@ -75,6 +76,7 @@ def build(study: Study, member: str, devices: list[jax.Device], kind: str) -> Pa
         )
     makers: dict[str, Callable] = {
         "train": _train, "sample": _sample, "encode": _encode, "decode": _decode, "text": _text,
+        FINETUNE: _finetune,
     }
     if kind.partition(":")[0] == DISTILL:
         return _distill(study, member, devices, kind)
@@ -209,9 +211,38 @@ def stage_of(study: Study, kind: str = DISTILL) -> tuple[Distill, Stage]:
     raise UserError(f"--stage={name}: the config has no such stage, but {names}")
 
 
-def distilling(study: Study, kind: str) -> Study:
-    """The config with the run of a distillation's stage as `train`, which is planned as one."""
-    return dataclasses.replace(study, train=stage_of(study, kind)[1].train)
+def run_of(study: Study, kind: str) -> tuple[str, Train]:
+    """The run that a kind is planned of, and its key. Of a distillation's stage and of fine-tuning
+    it stands in the place of `train`, so that remedies and times are found as for that.
+
+    Raises:
+      UserError: as `stage_of`; for a config that fine-tunes nothing.
+    """
+    if kind.partition(":")[0] == DISTILL:
+        distill, stage = stage_of(study, kind)
+        return f"{distill.NAME}.{stage.run}", stage.train
+    if kind != FINETUNE:
+        return "train", study.train
+    if not study.finetune.task:
+        raise UserError(
+            "--kind=finetune: the config fine-tunes nothing: give one as "
+            "configs/super_resolution.py, or --config.finetune.task=super_resolution"
+        )
+    return "finetune.train", study.finetune.train
+
+
+def before(study: Study, kind: str) -> list[str]:
+    """What a plan of members is not of, where the config goes on from them, in words."""
+    if kind not in ("train", "sample"):
+        return []
+    out = []
+    if study.finetune.task:
+        out.append(f"fine-tuning for {study.finetune.task}, planned by --kind=finetune")
+    if study.distillations:
+        out.append("distillation, planned by --kind=distill")
+    if study.dreambooth != DreamBooth():
+        out.append("DreamBooth, which is not planned (docs/dreambooth.md)")
+    return out
 
 
 def distilled_specs(
@@ -225,8 +256,7 @@ def distilled_specs(
 
 
 def _distill(study: Study, member: str, devices: list[jax.Device], kind: str) -> Part:
-    """One step of a distillation's stage, see `tasks.distillation`; `study` is that of
-    `distilling`, whose remedies are in `train`."""
+    """One step of a distillation's stage, see `tasks.distillation`; the stage's run is `train`."""
     train, mesh = study.train, mesh_of(study, devices)
     distill, stage = stage_of(study, kind)
     stage = dataclasses.replace(stage, train=train)
@@ -256,6 +286,41 @@ def _distill(study: Study, member: str, devices: list[jax.Device], kind: str) ->
         {
             "parameters": local_bytes(state.params), "optimiser": local_bytes(state.opt_state),
             "average": local_bytes(state.ema), "teacher": local_bytes(teacher),
+            "batch": local_bytes(batch),
+        },
+    )
+
+
+def _finetune(study: Study, member: str, devices: list[jax.Device]) -> Part:
+    """One step of fine-tuning, see `tasks.conditioned`, whose run is `train`: the encoder runs in
+    it, over pictures and over what is given of them."""
+    train, mesh, side = study.train, mesh_of(study, devices), study.data.side
+    condition = table.named(study.finetune.task)
+    condition.check((side, side))
+    own = spec_of(study, member)
+    spec = own.grown(own.latent_shape[2] + condition.masked)
+    mesh_lib.check_batch(mesh, train.batch_size, "finetune.train.batch_size")
+    denoise = drawing.denoiser(spec, mesh, train.compute_dtype, train.remat, train.attention)
+    encoder, frozen = _encoder(study, mesh)
+    loss = conditioned.loss_fn(
+        denoise, spec, study.finetune, study.diffusion, encoder.encode, 1.0,
+        np.zeros(context_shape(study, spec), np.float32),
+    )
+    state = step_lib.abstract_state(backbone.initializer(spec), train, mesh)
+    small = side // condition.scale
+    shapes = {"image": (side, side, 3), "condition": (small, small, 3)}
+    shapes |= {"condition_mask": (side, side, 1)} if condition.masked else {}
+    batch = _placed(
+        {name: jax.ShapeDtypeStruct((train.batch_size, *shape), jnp.uint8)
+         for name, shape in shapes.items()},
+        mesh_lib.batch_sharding(mesh),
+    )
+    return Part(
+        FINETUNE, step_lib.make(loss, train, mesh, state, frozen, project=backbone.project(spec)),
+        (state, batch, _key(), frozen), mesh, train.batch_size, 1,
+        {
+            "parameters": local_bytes(state.params), "optimiser": local_bytes(state.opt_state),
+            "average": local_bytes(state.ema), "encoder": local_bytes(frozen),
             "batch": local_bytes(batch),
         },
     )
@@ -294,13 +359,20 @@ def _autoencoder_params(study: Study) -> Any:
     return jax.eval_shape(lambda: autoencoder.init(spec, jax.random.key(0)))
 
 
+def _encoder(study: Study, mesh: jax.sharding.Mesh) -> tuple[LatentEncoder, Any]:
+    """What makes latents of pictures, and its half of the parameters, whole on each device."""
+    dtype = encoders.latent_dtype(study.autoencoder.train.compute_dtype)
+    params = {"encoder": _autoencoder_params(study)["encoder"]}
+    return (
+        LatentEncoder(autoencoder_of(study), None, None, dtype, ""),
+        _placed(params, mesh_lib.replicated(mesh)),
+    )
+
+
 def _encode(study: Study, member: str, devices: list[jax.Device]) -> Part:
     """Pictures to latents, see `caching.cache_latents`."""
     mesh, copies = own_mesh(study, devices)
-    dtype = encoders.latent_dtype(study.autoencoder.train.compute_dtype)
-    encoder = LatentEncoder(autoencoder_of(study), None, None, dtype, "")
-    params = {"encoder": _autoencoder_params(study)["encoder"]}
-    params = _placed(params, mesh_lib.replicated(mesh))
+    encoder, params = _encoder(study, mesh)
     size, side = mesh_lib.rounded(_PICTURES, mesh), study.data.side
     images = jax.ShapeDtypeStruct(
         (size, side, side, 3), jnp.uint8, sharding=mesh_lib.batch_sharding(mesh)

@@ -44,7 +44,7 @@ class Remedy:
 def of(study: Study, kind: str, devices: list[jax.Device]) -> Iterator[Remedy]:
     """Changes to try where a part does not fit, in order, each on top of those before it.
 
-    In training, and distillation (`plan_parts.distilling`): the attention kernel,
+    In training, distillation and fine-tuning (`plan_parts.run_of`): the attention kernel,
     rematerialisation, all devices as shards, gradient accumulation in 2, 4 and 8 parts, the
     optimiser's type. In sampling and decoding: fewer lanes.
     """
@@ -59,7 +59,7 @@ def of(study: Study, kind: str, devices: list[jax.Device]) -> Iterator[Remedy]:
                 return
             yield Remedy("lanes", {"sweep.batch_size": size}, study)
         return
-    if kind.partition(":")[0] not in ("train", plan_parts.DISTILL):
+    if kind.partition(":")[0] not in ("train", plan_parts.DISTILL, plan_parts.FINETUNE):
         return
     if study.train.attention in ("plain", "chunked"):
         form = "cudnn" if aot.on_gpu(devices) else "splash"

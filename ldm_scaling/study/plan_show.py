@@ -58,6 +58,8 @@ def _one(console: Console, one: Plan) -> None:
         f"\n{one['member']}, {one['kind']}: {batch}on {where} ({one['chips']} "
         f"{_things(one, one['chips'])})"
     )
+    for what in one.get("before", ()):
+        console.print(f"  of the members before {what}", soft_wrap=True)
     for row in one["tried"]:
         console.print(f"  {_remedy(row)}", soft_wrap=True)
     if not one["fits"]:
@@ -144,8 +146,8 @@ def _collectives(one: Plan) -> Table:
 
 def _words(one: Plan) -> list[str]:
     out = []
-    unit = {"train": "examples", "distill": "examples", "sample": "rows of samples",
-            "text": "captions"}
+    unit = {**dict.fromkeys(("train", "distill", "finetune"), "examples"),
+            "sample": "rows of samples", "text": "captions"}
     unit = unit.get(one["kind"].partition(":")[0], "pictures")
     rate = f"{one['examples_per_second_bound']:,.0f} {unit}/s at most"
     if one["days_bound"] is not None:
@@ -164,6 +166,11 @@ def _words(one: Plan) -> list[str]:
         out.append(
             f"frozen encoders: {one['frozen_encoders_share_of_flops']:.1%} of a step's FLOPs, were "
             "they run in it instead of once for the caches"
+        )
+    if "encoder_share_of_flops" in one:
+        out.append(
+            f"frozen encoder: {one['encoder_share_of_flops']:.1%} of a step's FLOPs, over pictures "
+            "and what is given of them"
         )
     if one["kernels"]:
         flops = sum(k["flops"] for k in one["kernels"])

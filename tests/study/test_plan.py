@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from ldm_scaling import cli, config, recipes
+from ldm_scaling.config import DreamBooth
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import attention
 from ldm_scaling.parallel import aot, aot_tpu, chips, collectives, hlo
@@ -142,7 +143,9 @@ def test_a_distillation_holds_its_teacher_once_in_shards(devices):
 
     held = {}
     for method, kind in (("codi", "distill"), ("codi", "distill:imitation"), ("lcm", "distill")):
-        part = plan_parts.build(plan_parts.distilling(study(method), kind), "c8", devices, kind)
+        own = study(method)
+        own = dataclasses.replace(own, train=plan_parts.run_of(own, kind)[1])
+        part = plan_parts.build(own, "c8", devices, kind)
         held[method, kind] = part.held
         assert part.examples == 64 and part.kind == kind
     assert held["codi", "distill"]["teacher"] == 0
@@ -157,6 +160,58 @@ def test_a_distillation_holds_its_teacher_once_in_shards(devices):
     for wrong, message in ((_study(), "distils nothing"), (study("lcm"), "no such stage")):
         with pytest.raises(UserError, match=message):
             plan_parts.stage_of(wrong, "distill:s16")
+
+
+@pytest.mark.parametrize("task, channels", [("super_resolution", 8), ("inpainting", 9)])
+def test_fine_tuning_is_its_own_run_with_the_encoder_in_its_step(task, channels, devices):
+    study = config.parse(recipes.conditioned(task, "39m,local"))
+    mesh = dataclasses.replace(study.mesh, data=8, fsdp=1)
+    tune = dataclasses.replace(study.finetune, pretrained="elsewhere")
+    study = dataclasses.replace(study, mesh=mesh, finetune=tune)
+    seen = []
+
+    def compile(part):
+        part.program.lower(*part.args)
+        seen.append(part)
+        return _program()
+
+    body = plan.make(study, "c8", TARGET, "finetune", devices, compile)
+    (part,) = seen
+    shapes = {jax.tree_util.keystr(k): v.shape
+              for k, v in jax.tree_util.tree_leaves_with_path(part.args[0].params)}
+    assert [s[2] for k, s in shapes.items() if "conv_in" in k and "kernel" in k] == [channels]
+    small = 32 // (4 if task == "super_resolution" else 1)
+    assert part.args[1]["condition"].shape == (16, small, small, 3)
+    assert ("condition_mask" in part.args[1]) == (task == "inpainting")
+    assert (body["batch"], body["steps"], body["before"]) == (16, 4, [])
+    assert body["days_bound"] == pytest.approx(4 * 0.5 / 86400)
+    assert 0 < body["encoder_share_of_flops"] < 1 and body["hbm_by_kind_gb"]["encoder"] > 0
+    assert "c8, finetune: batch 16" in (said := plan_show.text([body])) and "encoder" in said
+    # What makes it fit is said of that run; its batch is what --batch changes.
+    body, _ = _make(study, devices, fits_at=2, kind="finetune")
+    assert body["remedies"] == ["--config.finetune.train.remat=block"]
+    assert plan.with_batch(study, "finetune", 8).finetune.train.batch_size == 8
+    # Its own settings decide its key, and not the others'.
+    longer = dataclasses.replace(study, finetune=dataclasses.replace(
+        tune, train=dataclasses.replace(tune.train, batch_size=8)))
+    for kind, same in (("finetune", False), ("train", True)):
+        one, other = (plan.key(s, "c8", TARGET, kind) for s in (study, longer))
+        assert (one == other) == same
+
+
+def test_a_plan_of_members_says_what_it_is_not_of(devices):
+    tuned = config.parse(recipes.conditioned("deblurring", "39m,local"))
+    taught = dataclasses.replace(_study(), dreambooth=DreamBooth(subjects="x"))
+    distilled = config.parse(recipes.distilled("lcm", "39m,local"))
+    for study, word in ((tuned, "fine-tuning for deblurring, planned by --kind=finetune"),
+                        (taught, "DreamBooth, which is not planned"),
+                        (distilled, "distillation, planned by --kind=distill")):
+        study = dataclasses.replace(study, mesh=_study().mesh, train=_study().train)
+        body, _ = _make(study, devices, fits_at=1)
+        assert f"of the members before {word}" in " ".join(plan_show.text([body]).split()), word
+    assert plan_parts.before(_study(), "train") == []
+    with pytest.raises(UserError, match="fine-tunes nothing"):
+        plan_parts.run_of(_study(), "finetune")
 
 
 @pytest.mark.parametrize("kind", plan_parts.KINDS)
