@@ -457,6 +457,23 @@ def test_the_plan_of_a_distillation_is_compared_too(tmp_path, monkeypatch, capsy
     assert "1 figures are worse" in why
 
 
+def test_what_is_trained_elsewhere_is_planned_as_its_fine_tuning(tmp_path, monkeypatch, devices):
+    body, _ = _make(_study(), devices, fits_at=1)
+    made = []
+    monkeypatch.setattr(aot_tpu, "require", lambda: None)
+    monkeypatch.setattr(plan, "make", lambda study, member, target, kind: made.append(
+        (kind, study.finetune.train.batch_size)) or body)
+    line = ["plan", "--config=configs/inpainting.py:39m,local", "--topology=v5e:2x4", "--batch=32"]
+    elsewhere = "--config.finetune.pretrained=elsewhere"
+    assert cli.main([*line, elsewhere]) == 0 and made == [("finetune", 32)]
+    made.clear()
+    assert cli.main([*line, elsewhere, "--kind=train"]) == 0 and made == [("train", 16)]
+    made.clear()
+    # Here the members are trained first: all that is of them, as for any config.
+    assert cli.main([*line, "--kind=all-parts"]) == 0
+    assert cli.main(line) == 0 and [kind for kind, _ in made] == [*plan_parts.KINDS] * 2
+
+
 def _fails(capsys, *arguments):
     assert cli.main(["plan", *arguments]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
