@@ -188,8 +188,10 @@ def test_fine_tuning_is_its_own_run_with_the_encoder_in_its_step(task, channels,
     assert 0 < body["encoder_share_of_flops"] < 1 and body["hbm_by_kind_gb"]["encoder"] > 0
     assert "c8, finetune: batch 16" in (said := plan_show.text([body])) and "encoder" in said
     # What makes it fit is said of that run; its batch is what --batch changes.
-    body, _ = _make(study, devices, fits_at=2, kind="finetune")
-    assert body["remedies"] == ["--config.finetune.train.remat=block"]
+    name, run = plan_parts.run_of(study, "finetune")
+    own = dataclasses.replace(study, train=run)
+    first = next(plan_remedies.of(own, "finetune", devices)).of_run(name)
+    assert first.flags == ["--config.finetune.train.remat=block"]
     assert plan.with_batch(study, "finetune", 8).finetune.train.batch_size == 8
     # Its own settings decide its key, and not the others'.
     longer = dataclasses.replace(study, finetune=dataclasses.replace(
