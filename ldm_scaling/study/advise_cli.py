@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -123,19 +124,19 @@ def _options(given: argparse.Namespace, budget: Budget) -> Options:
     )
 
 
-def _around(found: Places, names: set[str]) -> set[cost_files.Around] | None:
-    """What is around the members of the workdirs, by their configs; None where one does not tell:
+def _around(found: Places, names: set[str]) -> dict[str, set[cost_files.Around]] | None:
+    """What is around each member of the workdirs, by their configs; None where one does not tell:
     it is no workdir, or has a published autoencoder that is not here."""
     from ldm_scaling.study import cost_cli
 
-    out = set()
+    out = defaultdict(set)
     for home in found.homes:
         study = reported.config_of(home)
         if study is None:
             return None
         try:
-            own = names & set(study.members)
-            out |= {cost_cli.around(study, name).names for name in own}
+            for name in names & set(study.members):
+                out[name].add(cost_cli.around(study, name).names)
         except UserError:
             return None
     return out or None

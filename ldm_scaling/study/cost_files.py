@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -153,12 +153,13 @@ class CostFile:
         )
 
     def prices(
-        self, around: Collection[Around] | None = None, names: Collection[str] | None = None
+        self, around: Mapping[str, Collection[Around]] | None = None,
+        names: Collection[str] | None = None,
     ) -> dict[str, Price]:
         """Member -> what its parts cost, for `costing.sampling`.
 
         Args:
-          around: only with these decoders and text encoders; with any if None.
+          around: of each member only with these decoders and text encoders; with any if None.
           names: of members; all if None.
 
         Raises:
@@ -167,7 +168,7 @@ class CostFile:
         out: dict[str, Price] = {}
         for m in self.members:
             if (names is not None and m.name not in names) or (
-                    around is not None and m.around not in around):
+                    around is not None and m.around not in around.get(m.name, ())):
                 continue
             if m.name in out:
                 several = [f"{o.decoder} {o.text or ''}".strip() for o in self.members

@@ -4,7 +4,7 @@ Pure functions on records."""
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -289,14 +289,16 @@ def _by_task(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def _of_one_number(records: Sequence[Record]) -> tuple[list[Record], list[str]]:
-    """The records of one task that hold as many pictures of their seed block as most cells there
-    do, of equally many the larger number, and a note of the others. Those of races tell what is
-    foretold for all pictures, and stay."""
+    """The records of one task whose seed block has one number of pictures, or that hold as many as
+    most cells of all blocks do, of equally many the larger number; and a note of the others. Those
+    of races tell what is foretold for all pictures, and stay."""
     cells: dict[int, dict[int, set[tuple]]] = defaultdict(lambda: defaultdict(set))
     for i in (r.identity for r in records if not r.round):
         cells[i.seed_block][i.num_images].add((i.model, i.sampler, i.steps))
-    kept = {block: max(own, key=lambda n, own=own: (len(own[n]), n))
-            for block, own in cells.items()}
+    total = Counter[int]()
+    for own in cells.values():
+        total.update({n: len(some) for n, some in own.items()})
+    kept = {block: max(own, key=lambda n: (total[n], n)) for block, own in cells.items()}
     notes = []
     for block, own in sorted(cells.items()):
         for n in sorted(own.keys() - {kept[block]}):

@@ -13,10 +13,10 @@ from etils import epath
 
 from ldm_scaling import __version__
 from ldm_scaling.config import Study
-from ldm_scaling.config.measuring import PUBLISHED
+from ldm_scaling.config.measuring import FRECHET
 from ldm_scaling.errors import UserError
 from ldm_scaling.sampling import solvers
-from ldm_scaling.study import curves, labels
+from ldm_scaling.study import curves, labels, scores
 from ldm_scaling.study.records import NAME, Record, raced_reference
 from ldm_scaling.study.workdir import MARKER, Workdir
 
@@ -117,6 +117,7 @@ def last_measured(
         return list(records), []
     kept: list[Record] = []
     told = []
+    named = {*scores.SCORES} - {FRECHET}  # `sweep.metrics` are of these.
     for task in dict.fromkeys(r.task for r in records):
         sweep = (study.finetune if task == study.finetune.task else study).sweep
         own = _by_way([r for r in records if r.task == task], sweep.num_images)
@@ -127,7 +128,7 @@ def last_measured(
 
         def near(way: _Way, own=own, sweep=sweep) -> tuple[bool, bool, bool, int]:
             held = {name for r in own[way] for name in r.metrics}
-            return (held & {*PUBLISHED} == {*sweep.metrics}, way.num_images == sweep.num_images,
+            return (held & named == {*sweep.metrics}, way.num_images == sweep.num_images,
                     way.version == __version__, len(own[way]))
 
         best = max(own, key=near)

@@ -251,6 +251,13 @@ def test_cells_of_other_numbers_of_pictures_are_left_out(study):
         f"14 cells of c32 were measured on 64 pictures of seed block {b} and not 512, which does "
         "not compare, and left out." for b in (0, 1)]
     assert [n for n in mixed.notes if n not in said] == list(alone.notes)
+    # As many of either, and one cell of one block not yet measured: both blocks keep one number.
+    larger = some(("c24", "c32"), 1024)
+    last = next(r for r in larger if r.identity.seed_block == 1).identity
+    halves = [*some(("c8", "c16"), 512), *(r for r in larger if (
+        r.identity.seed_block, r.identity.model, r.identity.sampler, r.identity.steps
+    ) != (1, last.model, last.sampler, last.steps))]
+    assert within(halves, 20.0).best.value == within(some(("c8", "c16"), 512), 20.0).best.value
 
 
 def test_a_contradicted_choice_is_graded(study):

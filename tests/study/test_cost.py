@@ -181,13 +181,15 @@ def test_members_of_several_studies_lie_side_by_side():
         member(), member(decoder="dear", decoder_gflops=9.0, text=None, text_gflops=None),
         member("c16"), timed(), timed("decoder", "dec", seconds=1.0),
         timed("decoder", "dear", seconds=3.0), timed("text", "txt", seconds=2.0))
-    cheap, dear = (found.prices([place])["c8"] for place in (("dec", "txt"), ("dear", None)))
+    both = [("dec", "txt"), ("dear", None)]
+    cheap, dear = (found.prices({"c8": [place]})["c8"] for place in both)
     assert (cheap.decoder_gflops, cheap.seconds["decoder", 1]) == (1, 1)
     assert cheap.seconds["text", 1] == 2
     assert (dear.decoder_gflops, dear.seconds["decoder", 1]) == (9, 3)
     assert ("text", 1) not in dear.seconds
-    assert found.prices([("dear", "txt")]) == {} and set(found.prices(names={"c16"})) == {"c16"}
-    for around in (None, [("dec", "txt"), ("dear", None)]):
+    assert found.prices({"c8": [("dear", "txt")], "c16": [("dear", None)]}) == {}
+    assert set(found.prices(names={"c16"})) == {"c16"}
+    for around in (None, {"c8": both}):
         with pytest.raises(UserError, match=r"c8 .* Chip .*\(dec txt, dear\).*--costs=FILE"):
             found.prices(around)
 
