@@ -16,7 +16,6 @@ from ldm_scaling.config import Study, plugins
 from ldm_scaling.data import image_folder, pairs
 from ldm_scaling.data.image_folder import ImageFolder
 from ldm_scaling.errors import UserError
-from ldm_scaling.metrics import catalog
 from ldm_scaling.parallel import compiled, hosts
 from ldm_scaling.study import evaluate, evaluate_checks, evaluate_show, protocols, scores, weights
 from ldm_scaling.study.arguments import Parser, above_0, whole
@@ -214,7 +213,7 @@ def _listings(
     if not given.skip_corrupt:
         return out
     found = {name: image_folder.sound(folder) for name, folder in out.items()}
-    paired = any(row.definition.needs in catalog.PAIRED for row in rows)
+    paired = any(row.paired for row in rows)
     matched = [name for name in out if name != "b" or paired]
     stems = {name: pairs.by_stem(out[name]) for name in matched if len(matched) > 1}
     lost = {s for name, own in stems.items() for s, file in own.items() if file in found[name][1]}
