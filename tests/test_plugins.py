@@ -16,6 +16,7 @@ from ldm_scaling.cli import flags
 from ldm_scaling.data import image_folder
 from ldm_scaling.diffusion import schedule
 from ldm_scaling.errors import UserError
+from ldm_scaling.metrics import catalog
 from ldm_scaling.metrics.frechet import ReferenceStats, frechet_from_features
 from ldm_scaling.metrics.moments import Moments
 from ldm_scaling.sampling import solvers
@@ -160,7 +161,8 @@ def test_a_figure_of_ones_own_is_one_of_them(tmp_path, fresh, monkeypatch, capsy
     del catalogue.FIGURES[-1]
     figure_cli.run(["mine", f"--workdir={tmp_path}"], lambda words: None)
     assert "skipped: mine_all needs luck" in capsys.readouterr().out
-    assert report._section("mine_all", {}) == ("curves", "My figure", "My figure. What it shows.")
+    assert report._section("mine_all", catalogue.entry_of("mine_all"), {}) == (
+        "curves", "My figure", "My figure. What it shows.")
 
 
 def test_the_pages_config_names_a_file_beside_it(tmp_path, fresh):
@@ -279,6 +281,21 @@ def test_a_row_that_names_what_there_is_not_is_refused_with_the_config(own_score
         labels.measure("named")
 
 
+@pytest.mark.parametrize("change, said", [
+    ({"better": "Lower"}, "better='Lower' in its metric: choose of 'lower', 'higher'"),
+    ({"against": "feature"}, "against='feature'"), ({"count": "freee"}, "count='freee'"),
+])  # fmt: skip
+def test_a_word_of_a_metric_that_means_nothing_is_refused(own_scores, change, said):
+    config.parse({"plugins": [str(own_scores)]})
+    catalog.METRICS["named"] = dataclasses.replace(catalog.METRICS["named"], **change)
+    with pytest.raises(UserError, match=f"the score 'named' has {said}"):
+        scores.rows(["named"])
+    scores.SCORES["caption_agreement"] = dataclasses.replace(
+        scores.SCORES["fd_mine"], name="caption_agreement")
+    with pytest.raises(UserError, match="the name of a sweep's own measure"):
+        scores.rows(["caption_agreement"])
+
+
 def test_a_layer_that_no_table_tells_is_refused_when_the_network_runs(tmp_path, own_scores):
     config.parse({"plugins": [str(own_scores)]})
     mine = scores.EXTRACTORS["mine"]
@@ -289,8 +306,11 @@ def test_a_layer_that_no_table_tells_is_refused_when_the_network_runs(tmp_path, 
 
 
 def test_one_metric_of_two_layers(tmp_path, own_scores):
-    """In `evaluate`, and in one sweep."""
+    """In `evaluate`, and in one sweep, though their own hash is the same."""
     config.parse({"plugins": [str(own_scores)]})
+    mine = scores.EXTRACTORS["mine"]
+    scores.EXTRACTORS["mine"] = dataclasses.replace(mine, load=lambda: dataclasses.replace(
+        mine.load(), hash_of=lambda layer: "1"))
     scores.SCORES["two"] = scores.Row("two", "FD (colourful)", "fid", "mine", "colourful")
     names, options = ("fd_mine", "two"), evaluate.Options(None, tmp_path / "cache", 0)
     images, sets = np.random.default_rng(0).integers(0, 256, (2, 12, 6, 6, 3), np.uint8), []

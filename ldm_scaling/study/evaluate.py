@@ -17,7 +17,7 @@ from ldm_scaling.metrics import bootstrap, catalog, compare, reference
 from ldm_scaling.metrics.compare import Comparison
 from ldm_scaling.metrics.frechet import ReferenceStats
 from ldm_scaling.metrics.moments import Moments
-from ldm_scaling.study import evaluate_checks, features, references, weights
+from ldm_scaling.study import evaluate_checks, extractors, features, references, weights
 from ldm_scaling.study import scores as scores_lib
 from ldm_scaling.study.extractors import EXTRACTORS, Network, Words
 from ldm_scaling.study.features import CaptionedSet, ImageSet, PairSet
@@ -145,7 +145,7 @@ def score(rows: Sequence[Row], task: Task, options: Options) -> list[Score]:
             images.remember(options.cache)
     out = {}
     for name, group in _groups(rows):
-        network = _load(name, found)
+        network = extractors.load(name, found)
         out |= _group(name, network, group, task, options, found)
     return [out[row.name] for row in rows]
 
@@ -198,7 +198,7 @@ def make_reference(
             "network: name one of them"
         )
     for name, (row, *_) in groups:
-        network = _load(name, found)
+        network = extractors.load(name, found)
         values = _extract(name, network, images, [row], options, "real")
         target = path if len(groups) == 1 else references.file_of(path, name)
         origin = references.origin_of(name, network.hash_of(row.layer), images)
@@ -211,7 +211,7 @@ def hash_of(rows: Sequence[Row], options: Options) -> str:
     """Of the networks and their preprocessing that these scores are by, those of captions too."""
     found, by = require(rows, options), []
     for name, some in _groups(rows):
-        network = _load(name, found)
+        network = extractors.load(name, found)
         by += [[row.name, network.hash_of(row.layer)] for row in some]
         if any(row.definition.against == "captions" for row in some):
             by.append(_words(name, found).hash)
@@ -236,11 +236,6 @@ def _groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     return out
 
 
-def _load(name: str, found: Mapping[str, Path]) -> Network:
-    extractor = EXTRACTORS[name]
-    return extractor.load(*(found[w] for w in extractor.weights))
-
-
 def _words(name: str, found: Mapping[str, Path]) -> Words:
     extractor = EXTRACTORS[name]
     return extractor.words(*(found[w] for w in extractor.weights))
@@ -254,7 +249,12 @@ def _extract(
     options: Options, what: str,
 ) -> dict[str, np.ndarray]:
     hashes = {row.layer: network.hash_of(row.layer) for row in rows}
-    return features.of_images(images, network.run, hashes, options.cache, f"{name}, {what}")
+
+    def run(some: list[Any]) -> dict[str, np.ndarray]:
+        values = network.run(some)
+        return {layer: extractors.layer_of(values, layer, name) for layer in hashes}
+
+    return features.of_images(images, run, hashes, options.cache, f"{name}, {what}")
 
 
 def _group(

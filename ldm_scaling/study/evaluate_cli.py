@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -121,7 +122,8 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
         return
     plugins.load(_names(given.plugins, "plugins"))
     if given.protocol and common.workdir:
-        _study(common)  # Its plugins may have the scores.
+        with contextlib.suppress(UserError):  # What is wrong with it is said with the protocol.
+            _study(common)  # Its plugins may have the scores.
     hosts.use_cpu_cores()
     compiled.keep()
     options = Options(

@@ -230,3 +230,29 @@ EXTRACTORS: dict[str, Extractor] = {
     },
     "fidelity": Extractor((), "none", _fidelity, "pairs", tuple(_MEASURES)),
 }  # fmt: skip
+_OURS = dict(EXTRACTORS)
+
+
+def load(name: str, found: Mapping[str, Path]) -> Network:
+    """The network of an extractor, by the paths of its weights.
+
+    What hashes of one's own tell apart is up to who wrote them: here those of two layers or
+    extractors are never the same.
+    """
+    extractor = EXTRACTORS[name]
+    network = extractor.load(*(found[weight] for weight in extractor.weights))
+    if extractor is _OURS.get(name):
+        return network
+    return dataclasses.replace(
+        network, hash_of=lambda layer: sha256_of([name, layer, network.hash_of(layer)]))
+
+
+def layer_of(found: Mapping[str, np.ndarray], layer: str, name: str) -> np.ndarray:
+    """The features of one layer of what a network gave. Raises `UserError` where it is not there.
+    """
+    if layer not in found:
+        raise UserError(
+            f"the extractor {name!r} has no layer {layer!r}, it has {', '.join(found)}: mend the "
+            "row of scores.SCORES"
+        )
+    return found[layer]

@@ -15,7 +15,7 @@ from ldm_scaling import files
 from ldm_scaling.errors import UserError
 from ldm_scaling.metrics import arrays, bootstrap, catalog, foretold, moments
 from ldm_scaling.metrics.frechet import ReferenceStats
-from ldm_scaling.study import scores, weights
+from ldm_scaling.study import extractors, scores, weights
 from ldm_scaling.study.extractors import EXTRACTORS, Network, Words
 from ldm_scaling.study.scorer import rounded
 from ldm_scaling.study.scores import Row
@@ -140,7 +140,9 @@ class Published:
             elif definition.count == "inverse":
                 values[row.name] = foretold.inverse(*told)
             centred_R = bootstrap.centre(values[row.name], raw_R)
-            ends = np.clip(bootstrap.percentile_interval(centred_R), *definition.range)
+            ends = bootstrap.percentile_interval(centred_R)
+            if definition.count != "inverse" or images == len(x_NF):  # Unbiased it may be below 0.
+                ends = np.clip(ends, *definition.range)
             intervals[row.name] = (float(ends[0]), float(ends[1]))
             replicates[row.name] = rounded(centred_R)
         return values, intervals, replicates
@@ -166,7 +168,7 @@ def load(
         if row.extractor in networks:
             continue
         paths = [found[weight] for weight in row.weights]
-        networks[row.extractor] = EXTRACTORS[row.extractor].load(*paths)
+        networks[row.extractor] = extractors.load(row.extractor, found)
         if row.definition.against == "captions":
             towers[row.extractor] = EXTRACTORS[row.extractor].words(*paths)
     black = _run(
@@ -248,12 +250,7 @@ def _run(
             both = EXTRACTORS[name].takes == "captions"
             found[name] = networks[name].run(
                 list(zip(images_NHWC, captions, strict=True)) if both else images_NHWC)
-        if layer not in found[name]:
-            raise UserError(
-                f"the extractor {name!r} has no layer {layer!r}, it has {', '.join(found[name])}: "
-                "mend the row of scores.SCORES"
-            )
-        out[name, layer] = found[name][layer]
+        out[name, layer] = extractors.layer_of(found[name], layer, name)
     return out
 
 

@@ -102,8 +102,8 @@ def last_measured(
     another number of pictures, by other measures, or by another version.
 
     Of each task of which that holds for a cell the records of one way are kept, the one that its
-    last config asks for or that comes nearest to it. Of other tasks, and of a folder that is no
-    workdir or whose config cannot be read, all are.
+    last config asks for or that comes nearest to it. Where several come as near, of other tasks,
+    and of a folder that is no workdir or whose config cannot be read, all are.
 
     Args:
       home: a workdir, or a folder that is none.
@@ -132,6 +132,9 @@ def last_measured(
                     way.version == __version__, len(own[way]))
 
         best = max(own, key=near)
+        if [near(way)[:3] for way in own].count(near(best)[:3]) > 1:
+            kept += itertools.chain(*own.values())  # Which is meant nobody can tell.
+            continue
         kept += own[best]
         less = sum(map(len, own.values())) - len(own[best])
         told.append(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Iterable
+from typing import get_args, get_type_hints
 
 from ldm_scaling.config.measuring import FRECHET
 from ldm_scaling.errors import UserError
@@ -17,7 +18,9 @@ from ldm_scaling.metrics import catalog
 from ldm_scaling.metrics.catalog import Metric
 from ldm_scaling.metrics.inception_score import SHUFFLE_SEED
 from ldm_scaling.study import weights as weights_lib
-from ldm_scaling.study.extractors import EFFNET_SIDE, EXTRACTORS
+from ldm_scaling.study.extractors import EFFNET_SIDE, EXTRACTORS, Extractor
+from ldm_scaling.study.paired_scorer import LABELS, PSNR, SSIM
+from ldm_scaling.study.scorer import AGREEMENT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +165,7 @@ def _check(name: str) -> None:
             raise UserError(f"the score {name!r} {why}: mend its row of scores.SCORES")
 
     require(row.name == name, f"calls itself {row.name!r}")
+    require(name not in (AGREEMENT, PSNR, SSIM, LABELS), "has the name of a sweep's own measure")
     extractor = EXTRACTORS.get(row.extractor)
     require(extractor is not None, f"is by the extractor {row.extractor!r}, which "
             f"extractors.EXTRACTORS lacks; it has {', '.join(EXTRACTORS)}")
@@ -170,6 +174,11 @@ def _check(name: str) -> None:
             f"has {', '.join(catalog.METRICS)}")
     require(metric.name == row.metric,
             f"is by the metric {row.metric!r}, which calls itself {metric.name!r}")
+    for given, key, kind in ((metric, "better", Metric), (metric, "against", Metric),
+                             (metric, "count", Metric), (extractor, "takes", Extractor)):
+        value, words = getattr(given, key), get_args(get_type_hints(kind)[key])
+        require(value in words, f"has {key}={value!r} in its {kind.__name__.lower()}: choose of "
+                f"{', '.join(map(repr, words))}")
     require(not extractor.layers or row.layer in extractor.layers, f"is of the layer {row.layer!r} "
             f"of {row.extractor!r}, which has {', '.join(extractor.layers)}")
     lacking = [one for one in extractor.weights if one not in weights_lib.PUBLISHED]
