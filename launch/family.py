@@ -192,13 +192,22 @@ class Launchers:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def start(self, command: Sequence[str], **options) -> subprocess.Popen:
-        """Starts one where configs/ is, in a session of its own."""
+    def start(self, command: Sequence[str], **options) -> subprocess.Popen | None:
+        """Starts one where configs/ is, in a session of its own; none once a signal has come."""
         with local.signals_wait():
+            if self.asked is not None:
+                return None
             process = subprocess.Popen(command, cwd=ROOT, start_new_session=True,
                                        preexec_fn=local.in_child, **options)
             self.running.append(process)
         return process
+
+    @property
+    def status(self) -> int:
+        """Of all that ended well, or were not started."""
+        if self.asked is None:
+            return common.DONE
+        return common.INTERRUPTED if self.asked == signal.SIGINT else common.SAVED
 
     def _asked(self, number: int, _frame: object) -> None:
         self.asked = number
@@ -209,18 +218,22 @@ class Launchers:
 
 
 def start_all(commands: dict[str, list[str]], logs: pathlib.Path) -> int:
-    """Runs all at the same time, each with its output in a file; the first bad status, or 0."""
+    """Runs all at the same time, each with its output in a file; the first bad status, or 0.
+
+    After a signal none is started.
+    """
     logs.mkdir(parents=True, exist_ok=True)
     worst = 0
     with Launchers() as launchers:
         for member, command in commands.items():
             with open(logs / f"t2i-{member}.log", "ab") as out:
-                launchers.start(command, stdout=out, stderr=subprocess.STDOUT)
-        for member, process in zip(commands, launchers.running, strict=True):
+                if launchers.start(command, stdout=out, stderr=subprocess.STDOUT) is None:
+                    break
+        for member, process in zip(commands, launchers.running, strict=False):
             status = local.status_of(process.wait())
             print(f"{member}: status {status}, {logs / f't2i-{member}.log'}", flush=True)
             worst = worst or status
-    return worst
+    return worst or launchers.status
 
 
 def start_in_turn(commands: dict[str, list[str]], dry: bool) -> int:
@@ -230,13 +243,14 @@ def start_in_turn(commands: dict[str, list[str]], dry: bool) -> int:
         for member, command in commands.items():
             if dry:
                 print(f"# {member}", flush=True)
-            status = local.status_of(launchers.start(command).wait())
+            process = launchers.start(command)
+            if process is None:
+                break
+            status = local.status_of(process.wait())
             if status:
                 print(f"launch/family.py: {member} ended with {status}", file=sys.stderr)
                 return status
-            if launchers.asked is not None:
-                return common.INTERRUPTED if launchers.asked == signal.SIGINT else common.SAVED
-    return common.DONE
+    return launchers.status
 
 
 def main(arguments: list[str]) -> int:

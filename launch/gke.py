@@ -220,7 +220,7 @@ def node_pools(name: str, tpu: Slice, num_slices: int, cluster: str, location: s
     """
     if not cluster or not location:
         raise LaunchError("nodes needs --cluster=C and --location=ZONE_OR_REGION")
-    if not zone and not re.fullmatch(r".+-[a-z]", location):
+    if not zone and not re.fullmatch(r".+-(ai\d+)?[a-z]", location):
         raise LaunchError(
             f"--location={location} is a region: give --node-locations=ZONE, one that has the TPUs,"
             f" for example {location}-a"

@@ -229,6 +229,30 @@ time.sleep(60)'
     assert len(list(tmp_path.glob("sleeps*"))) == 2
 
 
+@pytest.mark.parametrize("number, status", [
+    (signal.SIGTERM, common.SAVED), (signal.SIGINT, common.INTERRUPTED),
+])  # fmt: skip
+def test_a_signal_while_watches_are_started_starts_no_more(tmp_path, monkeypatch, number, status):
+    opened = []
+
+    def start(self, command, **options):
+        opened.append(command)
+        if len(opened) == 2:
+            self.running[0].wait()
+            os.kill(os.getpid(), number)
+        return before(self, command, **options)
+
+    before = family.Launchers.start
+    monkeypatch.setattr(family.Launchers, "start", start)
+    ended = ["sh", "-c", f'echo started >> "{tmp_path}/log"']
+    commands = dict.fromkeys(("39m", "83m", "145m"), ended)
+    assert family.start_all(commands, tmp_path / "logs") == status
+    assert (tmp_path / "log").read_text() == "started\n" and len(opened) == 2
+    opened.clear()
+    assert family.start_in_turn(commands, dry=False) == status
+    assert (tmp_path / "log").read_text() == 2 * "started\n" and len(opened) == 2
+
+
 def test_logs_are_where_they_are_asked_for(tmp_path):
     ran = dry("--on=slurm", *ON["slurm"], "--members=39m", "--logs=out", cwd=tmp_path)
     assert f"--output={tmp_path}/out/t2i-39m-%j.log" in ran.stdout

@@ -255,6 +255,8 @@ def test_node_pools_one_for_each_slice(cluster):
                      "--cluster=c", "--location=us-west4-a", "--spot"):
             assert flag in line.split()
         assert "--node-locations" not in line
+    ran, calls = cluster("nodes", "--cluster=c", "--location=us-central1-ai1a")  # a zone too
+    assert ran.returncode == 0 and "--location=us-central1-ai1a" in calls[-1].split()
     # --num-nodes is of each zone: a region's three would make three times the slice.
     _, calls = cluster("nodes", "--cluster=c", "--location=us-west4", "--node-locations=us-west4-b")
     assert {"--location=us-west4", "--node-locations=us-west4-b"} <= set(calls[-1].split())
