@@ -156,9 +156,8 @@ def power(value: float, digits: int = 3) -> str:
     has none."""
     if value <= 0:
         return ""
-    exponent = int(np.floor(np.log10(value * (1 + 1e-9))))
-    lead = f"{value / 10**exponent:.{digits}g}"
-    return f"{'' if lead == '1' else f'{lead}×'}10{str(exponent).translate(_RAISED)}"
+    lead, exponent = map(float, f"{value:.{digits - 1}e}".split("e"))
+    return f"{'' if lead == 1 else f'{lead:g}×'}10{f'{exponent:g}'.translate(_RAISED)}"
 
 
 def log_x(ax: Axes) -> None:
@@ -357,7 +356,9 @@ def _marks_of(ax: Axes) -> np.ndarray:
     for line in ax.lines:
         if line.get_marker() in ("", "None", None):
             continue
-        x_N, y_N = ax.transData.transform(line.get_xydata()[:: line.get_markevery() or 1]).T
+        every = line.get_markevery()
+        every = every if isinstance(every, (int, np.integer)) else 1  # Else all: it does no harm.
+        x_N, y_N = ax.transData.transform(line.get_xydata()[::every]).T
         half = line.get_markersize() * ax.figure.dpi / 144
         boxes.append(np.stack([x_N - half, x_N + half, y_N - half, y_N + half], axis=1))
     return np.concatenate(boxes)

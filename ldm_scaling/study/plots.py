@@ -64,7 +64,15 @@ def guidance_by_steps(records: Sequence[Record], metric: str, sampler: str, bloc
     cmap = matplotlib.colormaps["viridis_r" if measure.better == "lower" else "viridis"]
     rows = -(-len(sizes) // _PANELS)
     columns = -(-len(sizes) // rows)
-    fig = plot_style.figure(1.1 + max(columns * (0.5 + 0.47 * len(steps)), 4.4),
+    panel = 0.47 * len(steps)
+
+    def titles() -> dict[str, str]:
+        room = max(panel, 4.4 / columns)
+        return {m: plot_style.shortened(m, room, 11) for m in sizes}
+
+    while len({*titles().values()}) < len(sizes):  # Names cut so short that some are the same.
+        panel += 0.11
+    fig = plot_style.figure(1.1 + max(columns * (0.5 + panel), 4.4),
                             1.0 + rows * (0.7 + 0.4 * len(rates)))
     axes = fig.subplots(rows, columns, sharey=True, squeeze=False)
     for ax in axes.flat[len(sizes):]:
@@ -83,7 +91,7 @@ def guidance_by_steps(records: Sequence[Record], metric: str, sampler: str, bloc
             if best:
                 ax.add_patch(matplotlib.patches.Rectangle(
                     (x - 0.47, y - 0.47), 0.94, 0.94, fill=False, lw=2, ec="#d1184b"))
-        ax.set_title(plot_style.shortened(model, max(0.47 * len(steps), 4.4 / columns), 11))
+        ax.set_title(titles()[model])
         ax.set_xticks(np.arange(len(steps)) + 0.5, [str(s) for s in steps])
         ax.set_yticks(np.arange(len(rates)) + 0.5, [f"{w:g}" for w in rates])
         ax.tick_params(length=0)

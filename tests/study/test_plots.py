@@ -204,6 +204,25 @@ def test_names_with_dollars_are_no_formulas(study):
     assert plot_style.power(2.6e7) == "2.6×10⁷" and plot_style.power(1e12) == "10¹²"
 
 
+@pytest.mark.parametrize("value, digits, said", [
+    (9.96e7, 2, "10⁸"), (9.94e7, 2, "9.9×10⁷"), (999_999, 3, "10⁶"), (2.5e-4, 3, "2.5×10⁻⁴"),
+    (1.05e300, 3, "1.05×10³⁰⁰"), (0, 3, ""),
+])  # fmt: skip
+def test_powers_are_rounded_before_they_are_parted(value, digits, said):
+    assert plot_style.power(value, digits) == said
+
+
+def test_no_two_panels_of_a_heat_map_have_one_title():
+    names = {"c8": "mmdit_depth8_a", "c16": "mmdit_depth8_b", "c24": "c24"}
+    few = fake.make(models=tuple(names), steps={"ddim": (4,)}, samplers=("ddim",), replicates=0)
+    few = [dataclasses.replace(r, identity=dataclasses.replace(
+        r.identity, model=names[r.identity.model])) for r in few]
+    with plot_style.style():
+        fig = plots.guidance_by_steps(few, FD, "ddim", 0)
+    titles = {ax.get_title(loc="left") for ax in fig.axes} - {""}
+    assert titles == {"mmdit_depth8_a", "mmdit_depth8_b", "c24"}
+
+
 def test_a_trade_off_has_the_numbers_of_its_panels(study):
     with plot_style.style():
         drawn = text_to_image.trade(Source(study, FD))[""]

@@ -240,7 +240,7 @@ def write(
             for kind in (*plot_style.FORMATS, "csv"):
                 (directory / f"{name}.{kind}").unlink(missing_ok=True)
         parts_now = (parts_before - mine) | (drawn.keys() - {entry.name})
-        if parts_now != parts_before:
+        if parts_now != parts_before or not (directory / _PARTS).exists() and parts_now:
             text = "".join(f"{part}\n" for part in sorted(parts_now))
             files.atomic_write_text(directory / _PARTS, text)
             parts_before = parts_now
@@ -257,9 +257,18 @@ _PARTS = ".parts"
 
 
 def parts_in(directory: epath.PathLike) -> set[str]:
-    """Names of those pictures in a folder that are a figure's parts and were drawn by `write`."""
-    path = epath.Path(directory) / _PARTS
-    return set(path.read_text("utf-8").splitlines()) if path.exists() else set()
+    """Names of those pictures in a folder that are a figure's parts and were drawn by `write`:
+    those in `.parts`, or without one those that have a part's name, every format and numbers."""
+    directory = epath.Path(directory)
+    path = directory / _PARTS
+    if path.exists():
+        return set(path.read_text("utf-8").splitlines())
+    there = {p.name for p in directory.iterdir()} if directory.exists() else set()
+    stems = {name.removesuffix(".csv") for name in there if name.endswith(".csv")}
+    return {
+        stem for stem in stems if (entry := entry_of(stem)) and entry.name != stem
+        and there >= {f"{stem}.{kind}" for kind in plot_style.FORMATS}
+    }
 
 
 def entry_of(name: str) -> Entry | None:

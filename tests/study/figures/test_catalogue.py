@@ -267,13 +267,17 @@ def test_rates_of_0_have_colours(main):
     assert guidance.best_rates(Source(moved, paper.FID))[""].rows
 
 
-def test_old_parts_go_and_other_files_stay(tmp_path, main, monkeypatch):
+@pytest.mark.parametrize("listed", [True, False])
+def test_old_parts_go_and_other_files_stay(tmp_path, main, monkeypatch, listed):
+    """Also in a folder of an earlier version, which listed none."""
     monkeypatch.setattr(plot_style, "DPI", 20)
     catalogue.write(tmp_path, Source(main, paper.FID), ["fig8"])
     mine = {"fig8_guidance_notes.txt", "fig8_guidance_ddpm_for_talk.svg", "winners_mine.png",
             "fig8_guidance_dpmpp_2m_annotated.pdf", "fig8_guidance_2024.csv"}
     for name in mine:
         (tmp_path / name).write_text("mine")
+    if not listed:
+        (tmp_path / ".parts").unlink()
     one = [r for r in main if r.identity.sampler == "ddim"]
     written = catalogue.write(tmp_path, Source(one, paper.FID), ["fig8_guidance"])
     assert written.names == ("fig8_guidance_ddim",)
@@ -365,7 +369,8 @@ def test_names_lie_inside_the_picture(steep, name):
             assert box.x0 >= ax.bbox.x0 and box.y0 >= ax.bbox.y0 - 1
 
 
-def test_names_cover_no_marker():
+@pytest.mark.parametrize("every", [2, np.int64(2), (0, 2), [0, 2, 4, 6, 8], None])
+def test_names_cover_no_marker(every):
     """Where curves go on beside the ends of others, as along training."""
     with plot_style.style():
         fig = plot_style.figure(5.6, 4.8)
@@ -373,7 +378,7 @@ def test_names_cover_no_marker():
         for k in range(10):
             x = np.geomspace(1.0, 10.0, 9) * 1.35**k
             y = 30 / x**0.2 + 0.25 * k
-            ax.plot(x, y, "o", ls="-", markevery=2)
+            ax.plot(x, y, "o", ls="-", markevery=every)
             ends.append((x[-1], y[-1], f"{k}00m", "#336699"))
         plot_style.log_x(ax)
         plot_style.name_curves(ax, [(30, y, *more) for _, y, *more in ends], ends, True)
