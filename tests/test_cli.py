@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 
 import pytest
 
@@ -273,6 +274,11 @@ def test_output_that_nobody_reads_ends_a_command_without_a_word(capsys, monkeypa
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert (process.stderr.read(), process.wait()) == ("", 141)
+    if pathlib.Path("/dev/full").exists():  # A disk that is full gets one line.
+        with open("/dev/full", "w") as full:
+            ended = subprocess.run([sys.executable, "-m", "ldm_scaling", "help"], text=True,
+                                   stdout=full, stderr=subprocess.PIPE)
+        assert ended.returncode in (1, 2) and ended.stderr.count("\n") == 1, ended.stderr
 
     read, write = os.pipe()
     os.close(read)
@@ -295,6 +301,8 @@ def test_no_thread_holds_a_process_that_ends_with_an_error(monkeypatch, status):
     monkeypatch.setattr(program, "main", lambda: status)
     monkeypatch.setattr(program, "_ENDING_S", 0.05)
     monkeypatch.setattr(program.os, "_exit", lambda code: (ended.append(code), fired.set()))
+    if status:  # Nor does what waits to be written, where the reader hangs.
+        monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(flush=lambda: fired.wait(30)))
     with pytest.raises(SystemExit) as caught:
         program.entry()
     assert (caught.value.code or 0) == status

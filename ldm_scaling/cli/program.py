@@ -231,11 +231,10 @@ def _status(command: str, arguments: list[str]) -> tuple[int, str]:
         return 2, "error: " + "; ".join(line.strip() for line in str(e).splitlines())
     except InternalError as e:
         return 1, f"error: {e}"
-    except _PLACES as e:
-        where = e.filename or "a file"
-        return 2, f"error: cannot use {where}: {e.strerror or e}; name another place"
     except Exception as e:  # Before there is a workdir to log to.
-        if isinstance(e, BrokenPipeError) and _unread("\n"):
+        if isinstance(e, _PLACES) and e.filename:
+            return 2, f"error: cannot use {e.filename}: {e.strerror}; name another place"
+        if isinstance(e, BrokenPipeError) and _unread():
             return UNREAD, ""
         return 1, f"error: {first_line(e)} (unexpected)"
     except ApartError as e:
@@ -247,10 +246,10 @@ def _status(command: str, arguments: list[str]) -> tuple[int, str]:
     return 0, ""
 
 
-def _unread(more: str = "") -> bool:
-    """Whether whoever read the output has ended: `more` of it, or what waits, cannot be written."""
+def _unread() -> bool:
+    """Whether whoever read the output has ended."""
     try:
-        print(more, end="", flush=True)
+        print(flush=True)
     except BrokenPipeError:
         return True
     return False
@@ -259,13 +258,15 @@ def _unread(more: str = "") -> bool:
 def entry() -> None:
     """The console script. After an error its end takes `_ENDING_S` at most."""
     status = main()
-    if _unread():
-        status = status or UNREAD
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more.
     if status:
         ending = threading.Timer(_ENDING_S, os._exit, (status,))
         ending.daemon = True
         ending.start()
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except OSError as e:
+        if not status and not isinstance(e, BrokenPipeError):
+            print(f"ldm-scaling: error: cannot write the output: {e.strerror}", file=sys.stderr)
+        status = status or (UNREAD if isinstance(e, BrokenPipeError) else 2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more.
     sys.exit(status)

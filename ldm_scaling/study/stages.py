@@ -399,7 +399,7 @@ def _pretrained_records(own: Materials) -> tuple[list[Record], list[Record]]:
         return [], []
     members = own.study.members  # The last command there may have been of some of them.
     ends = [subject_lib.of_member(there.study, m) for m in members]
-    along = [s for s in early.subjects(there.study) if s.member in members]
+    along = early.subjects(dataclasses.replace(there.study, members=members))
     return tuple(_records(there, subjects, there.scorer.hash) for subjects in (ends, along))
 
 
