@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import itertools
 import json
@@ -92,16 +91,6 @@ class ColumnFile:
                     read += piece.num_rows
             if read != stop:  # A damaged page may say that it is empty.
                 raise self._pa.ArrowInvalid(f"it holds {read - start} of rows {start} to {stop}")
-
-    def first(self, column: str) -> Any:
-        """The first of a column's first rows that is not null; None where all are."""
-        with self._named(), contextlib.ExitStack() as stack:
-            if self._arrow:
-                batches = _batches(stack.enter_context(self._open_arrow()))
-            else:
-                batches = self._open_parquet().iter_batches(_ROWS, columns=[column])
-            rows = next((batch.column(column)[:_ROWS].to_pylist() for batch in batches), [])
-            return next((value for value in rows if value is not None), None)
 
     def _batches(self, columns: list[str], start: int, stop: int) -> Iterator[tuple[int, Any]]:
         """Batches with the number of their first row that hold rows of the range."""
@@ -207,8 +196,8 @@ def describe(schema) -> str:
 def image_column(file: ColumnFile) -> str:
     """The column of images: bytes, Hugging Face's struct of bytes and path, or paths by name.
 
-    Beside paths, bytes of another name count where they are an image's. Raises `UserError` listing
-    the columns when there is none or it is not clear which.
+    Beside paths, bytes of another name count where one of the first is an image's. Raises
+    `UserError` listing the columns when there is none or it is not clear which.
     """
     schema = file.schema
     images = [field.name for field in schema if _holds_bytes(field.type)]
@@ -222,7 +211,7 @@ def image_column(file: ColumnFile) -> str:
     paths = [name for name in IMAGE_COLUMNS if name in schema.names
              and _is_text(schema.field(name).type)]  # fmt: skip
     if paths and not noted:
-        images = [name for name in images if _shows(file.first(name))]
+        images = [name for name in images if _holds_images(file, name)]
     if len(images) == 1:
         return images[0]
     if paths and not images:
@@ -232,6 +221,13 @@ def image_column(file: ColumnFile) -> str:
         f"{file.path} holds {what}: name it one of {', '.join(IMAGE_COLUMNS[:6])}, ...; there are "
         f"{describe(schema)}"
     )
+
+
+def _holds_images(file: ColumnFile, name: str) -> bool:
+    """Whether one of a column's first values that are not null is an image: some may be broken."""
+    rows = (row for _, row in file.rows([name]) if not isinstance(row, Unusable))
+    values = (row[name] for row in rows if row[name] is not None)
+    return any(map(_shows, itertools.islice(values, _ROWS)))
 
 
 def _shows(value: Any) -> bool:

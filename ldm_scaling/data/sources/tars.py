@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import posixpath
 import re
 import tarfile
 import zlib
@@ -84,7 +85,7 @@ def _members(path: Path) -> Iterator[dict[str, Any]]:
     with opener(path, "rb") as file:
         with tarfile.open(fileobj=file, mode="r|", tarinfo=_Member) as archive:
             for member in archive:
-                if not _META.match(member.name):
+                if not (_META.match(member.name) or _again(member)):
                     if member.isreg():
                         data = archive.extractfile(member).read()
                         yield {"fname": member.name, "data": data, "__url__": str(path)}
@@ -96,6 +97,12 @@ def _members(path: Path) -> Iterator[dict[str, Any]]:
                         yield {"fname": member.name, "data": why, "__url__": str(path)}
                 archive.members = []
             _check_end(archive)
+
+
+def _again(member: tarfile.TarInfo) -> bool:
+    """Whether it is a file that was there before, as GNU tar writes one that is named twice."""
+    name, target = map(posixpath.normpath, (member.name, member.linkname))
+    return member.islnk() and name == target
 
 
 def _check_end(archive: tarfile.TarFile) -> None:

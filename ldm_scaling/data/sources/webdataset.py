@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm_scaling.data.collection import Collection, Pair, Part
+from ldm_scaling.data.collection import SCORES, Collection, Pair, Part
 from ldm_scaling.data.image_folder import SUFFIXES
 from ldm_scaling.data.sources import columns, listing, parquet, tars, texts
 from ldm_scaling.data.sources.columns import ColumnFile
@@ -113,15 +113,17 @@ class Tars:
         own = self.once.get(self._names)[1]
         piece = self._piece(path.relative_to(self.root).as_posix())
         beside, names = Path(f"{_stem(str(path))}.parquet"), set()
-        rows = _beside(beside, self.options)
+        rows, lacking = _beside(beside, self.options), False
         for found in tars.samples(path):
             for name, sample in _parted(found):
                 bare = name.removeprefix("./")
                 names.add(bare)
                 key = listing.own_key(bare if own else None, piece, bare)
                 where = f"{name} in {path}"
-                yield _pair(key, sample, rows.get(bare, {}), where, self.options)
-        _check_beside(beside, rows, names)
+                pair = _pair(key, sample, rows.get(bare, {}), where, self.options)
+                lacking = lacking or _lacks(pair, rows, self.options)
+                yield pair
+        _check_beside(beside, rows, names, lacking)
 
     def fingerprint(self) -> str:
         """As `Collection.fingerprint`, with the parquet files beside the tars."""
@@ -176,8 +178,7 @@ class Files:
         stems = collections.Counter(map(listing.stem, names))
         piece, here = folder.relative_to(self.root).as_posix().removeprefix("."), set(here)
         beside = folder.with_name(f"{folder.name}.parquet")
-        rows = _beside(beside, self.options)
-        _check_beside(beside, rows, set(stems))
+        rows, lacking = _beside(beside, self.options), False
         for name in names[part.start : part.stop]:
             stem = listing.stem(name)
             key = listing.own_key(stem if own and stems[stem] == 1 else None, piece, name)
@@ -191,7 +192,10 @@ class Files:
             if error or why:
                 yield Pair(key, b"", error=error or why)
             else:
-                yield _pair(key, sample, rows.get(stem, {}), str(folder / name), self.options)
+                pair = _pair(key, sample, rows.get(stem, {}), str(folder / name), self.options)
+                lacking = lacking or _lacks(pair, rows, self.options)
+                yield pair
+        _check_beside(beside, rows, set(stems), lacking)
 
     def left_out(self) -> dict[str, int]:
         """Files that are neither images, captions nor img2dataset's tables, by suffix."""
@@ -300,9 +304,16 @@ def _beside(path: Path, options: Options) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _check_beside(path: Path, rows: Mapping[str, Any], names: set[str]) -> None:
-    """Raises `UserError` for a table of which no row is a sample's."""
-    if rows and names and not names & rows.keys():
+def _lacks(pair: Pair, rows: Mapping[str, Mapping[str, Any]], options: Options) -> bool:
+    """Whether a pair has no caption, or not the scores that the table beside it holds."""
+    row = next(iter(rows.values()), {})
+    scores = {name for name in SCORES if not row.keys().isdisjoint(options.names_of(name))}
+    return not pair.error and not (pair.captions and scores <= pair.scores.keys())
+
+
+def _check_beside(path: Path, rows: Mapping[str, Any], names: set[str], lacking: bool) -> None:
+    """Raises `UserError` for a table of which no row is a sample's, where one lacks something."""
+    if lacking and rows and not names & rows.keys():
         raise UserError(
             f"{path} has keys such as {next(iter(rows))!r}, and none of {len(names)} samples has "
             f"one of them, such as {min(names)!r}: write its column 'key' as they "

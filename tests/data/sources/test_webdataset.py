@@ -207,6 +207,36 @@ def test_a_table_beside_that_names_no_sample(tmp_path):
         made.read(f"webdataset:{tmp_path}")
 
 
+def test_a_table_beside_of_other_samples(tmp_path):
+    """It is let be where samples have all that it could tell of them."""
+    (tmp_path / "00000").mkdir()
+    for name, data in (("0.png", made.image(0)), ("0.txt", b"own")):
+        (tmp_path / "00000" / name).write_bytes(data)
+    row = {"key": "z", "caption": "a"}
+    table(tmp_path / "00000.parquet", [row])
+    assert [p.captions for p in made.read(f"webdataset:{tmp_path}")] == [("own",)]
+    path, files = tmp_path / "00000.tar", [("0.png", made.image(0)), ("0.txt", b"own")]
+    write(path, files)
+    assert read(path) == {"0": ("own",)}
+    table(tmp_path / "00000.parquet", [{**row, "aesthetic": 7.5}])
+    with pytest.raises(UserError, match="keys such as 'z'"):
+        read(path)
+    write(path, [*files, ("0.json", b'{"aesthetic": 5}')])
+    assert read(path) == {"0": ("own",)}
+
+
+def test_a_file_that_is_listed_twice(tmp_path):
+    """GNU tar writes it again as a hard link to itself."""
+    path = tmp_path / "x.tar"
+    write(path, [(f"{i}.{end}", made.image(i) if end == "png" else b"a") for i in range(2)
+                 for end in ("png", "txt")])  # fmt: skip
+    with tarfile.open(path, "a") as tar:
+        info = tarfile.TarInfo("./0.png")
+        info.type, info.linkname = tarfile.LNKTYPE, "0.png"
+        tar.addfile(info)
+    assert read(path) == {"0": ("a",), "1": ("a",)}
+
+
 def test_links_are_called_so(tmp_path):
     path = tmp_path / "x.tar"
     write(path, [("a.png", made.image(1)), ("c.png", made.image(2)), ("c.txt", b"c")])
