@@ -86,8 +86,11 @@ def photographs(names: tuple[str, ...], root: Path, side: int) -> Photographs:
     hashes = {name: facts.hash for name, facts in zip(names, folder.facts)}
     for name in names:  # Sizes are those on disk: some photographs are turned as they are read.
         with Image.open(root / name) as image:
-            if image_folder.orientation(image) >= 5:
-                sizes[name] = image_folder.to_rgb(image).shape[:2]
+            turned, tiff = image_folder.orientation(image) >= 5, image.format == "TIFF"
+        if turned and tiff:  # Which size Pillow tells of one before it is read is its version's.
+            sizes[name] = image_folder.read_image(root / name).shape[:2]
+        elif turned:
+            sizes[name] = sizes[name][::-1]
     kept = tuple(name for name in names if min(sizes[name]) >= side)
     if not kept:
         large = max(names, key=lambda name: min(sizes[name]))

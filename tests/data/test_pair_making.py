@@ -59,6 +59,19 @@ def test_crops_sum_the_photographs_once(photos, monkeypatch):
     assert len({given.crop(key) for key in range(20)}) == 20 and len(calls) == 1
 
 
+def test_sizes_of_turned_photographs(tmp_path, monkeypatch):
+    """As they are read; a TIFF alone is decoded for it."""
+    exif, decode, seen = Image.Exif(), image_folder.to_rgb, []
+    exif[0x0112] = 6
+    names = ("a.jpg", "b.png", "c.tif")
+    for name in names:
+        Image.fromarray(photograph(90, 150)).save(tmp_path / name, exif=exif)
+    monkeypatch.setattr(image_folder, "to_rgb", lambda x: seen.append(x.format) or decode(x))
+    given = pair_making.photographs(names, tmp_path, 64)
+    assert given.sizes == ((150, 90),) * 3 and seen == ["TIFF"]
+    assert all(image_folder.read_image(tmp_path / name).shape == (150, 90, 3) for name in names)
+
+
 def test_the_same_bytes_whatever_was_there_before(photos, tmp_path):
     whole = _bytes(_make(photos, tmp_path / "a"))
     again = _make(photos, tmp_path / "b")

@@ -12,7 +12,8 @@ from ldm_scaling.data import image_folder
 
 _JPEG_QUALITY = 95
 # MPO: what some cameras call a JPEG with a preview behind it
-_LOSSY = ("JPEG", "MPO", "WEBP", "AVIF")
+# An AVIF's file does not say outright whether it was kept without loss.
+_LOSSY = ("JPEG", "MPO", "WEBP")
 
 
 class BrokenImage(ValueError):
@@ -27,7 +28,7 @@ class Decoded:
       image_HWC: as `image_folder.to_rgb` gives it.
       plain: whether its file shows the same picture in any decoder: upright, still, opaque, RGB
         or grey of 8 bits, a JPEG, PNG or WebP.
-      lossy: whether it was stored with loss, and is opaque.
+      lossy: whether it is a JPEG or WebP that was stored with loss, and is opaque.
     """
 
     image_HWC: np.ndarray

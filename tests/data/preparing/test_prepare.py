@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from ldm_scaling import errors
 from ldm_scaling.data import image_folder, shards
@@ -170,6 +170,14 @@ def test_what_is_stored_looks_as_the_original(fuzzed):
 def test_webp_without_loss_stays_so():
     odd = odd_images()
     assert stored.decode(odd["webp"]).lossy and not stored.decode(odd["lossless webp"]).lossy
+
+
+def test_avif_is_stored_without_loss():
+    """Its file does not say whether it was kept so."""
+    if not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    decoded = stored.decode(encoded(scene(3), "AVIF", quality=100, subsampling="4:4:4"))
+    assert not decoded.plain and not decoded.lossy
 
 
 def test_what_cannot_be_read_is_named_with_why(fuzzed):
