@@ -31,7 +31,7 @@ NETWORK_TARGETS = (r"(attn[12]|(image|text)_(in|out))/to_(q|k|v|out)$",)
 # Of a BERT or CLIP's text tower: the same.
 TEXT_TARGETS = (r"/(query|key|value|out)$",)
 _ENDS = {"down": "lora_A", "up": "lora_B"}
-_OTHER_NAMES = re.compile(r"\.lora([._])(down|up)\.weight$")
+_OTHER_NAMES = re.compile(r"[._]lora([._])(down|up)\.weight$")
 
 
 def layers(params: Any, targets: Sequence[str]) -> list[str]:

@@ -343,11 +343,13 @@ def cache_text(
         process_index=process_index, process_count=process_count, formerly=old,
     )
     if seen["cut"]:
+        more = "set --config.data.text_length to more, in a new workdir"
         log.log(
             logging.WARNING if seen["cut"] > _FEW_CUT * seen["all"] else logging.INFO,
             "%s: %d of %d captions are longer than data.text_length=%d tokens, and their ends are "
-            "not seen: set --config.data.text_length to more, in a new workdir",
+            "not seen: %s",
             os.fspath(folder), seen["cut"], seen["all"], encoder.length,
+            "the text encoder takes no more" if encoder.length == encoder.longest else more,
         )
     return made
 

@@ -189,6 +189,11 @@ class TextStates:
         return getattr(self._encoder, "spec", None)
 
     @property
+    def longest(self) -> int | None:
+        """The most that `length` may be; None of a T5, which takes any."""
+        return getattr(self.spec or text_encoder.BertSpec(), "positions", None)
+
+    @property
     def network(self) -> text_network.TextNetwork:
         """The encoder as it can be trained. Raises `UserError` for a T5."""
         return text_network.of(self._encoder)

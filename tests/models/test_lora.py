@@ -258,14 +258,16 @@ def test_adapters_of_another_kind_are_refused(tmp_path):
             lora.load(file, {"unet": shapes}, 2)
 
 
-@pytest.mark.parametrize("sign, whose", [(".", "older diffusers"), ("_", "kohya's scripts")])
+@pytest.mark.parametrize("sign, whose", [
+    (".lora.", "older diffusers"), ("_lora.", "older diffusers"), (".lora_", "kohya's scripts"),
+])  # fmt: skip
 def test_names_of_other_programs_are_called_so(tmp_path, sign, whose):
     shapes, file = unet.param_shapes(SPEC), tmp_path / "a.safetensors"
     named = {}
     for name, t in lora.tensors({"unet": moved(lora.init(shapes, 2, KEY))}, 2).items():
         layer, end = name.rsplit(".lora_", 1)
-        layer = layer if sign == "." else "lora_" + layer.replace(".", "_")
-        named[f"{layer}.lora{sign}{'down' if end[0] == 'A' else 'up'}.weight"] = t
+        layer = layer if sign[-1] == "." else "lora_" + layer.replace(".", "_")
+        named[f"{layer}{sign}{'down' if end[0] == 'A' else 'up'}.weight"] = t
     safetensors.numpy.save_file(named, file)
     with pytest.raises(UserError, match=f"it has the names of {whose}"):
         lora.load(file, {"unet": shapes}, 2)

@@ -268,6 +268,18 @@ def test_captions_that_are_cut_are_counted_once(tmp_path, minilm, caplog):
     assert len([r for r in caplog.records if "longer" in r.getMessage()]) == 1  # and one noted
 
 
+@pytest.mark.parametrize("most, says", [
+    (512, "set --config.data.text_length to more"), (8, "the text encoder takes no more"),
+])  # fmt: skip
+def test_more_tokens_are_advised_where_there_are_more(
+    tmp_path, minilm, caplog, monkeypatch, most, says
+):
+    assert minilm.longest == 512
+    monkeypatch.setattr(encoders.TextStates, "longest", most)
+    caching.cache_text(tmp_path / "x", ["a cat " * 9], minilm, what="")
+    assert says in caplog.text and ("set --config" in caplog.text) == (most > 8)
+
+
 def test_states_and_embeddings_may_be_of_two_encoders(tmp_path, minilm):
     longer = encoders.text_encoder_from("", 10)._encoder
     source = caching.cache_text(

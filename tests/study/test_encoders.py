@@ -285,6 +285,7 @@ def test_a_mesh_gives_the_same_states(sd, t5_folder, which):
     spread = encoder.on(mesh_lib.make(jax.device_count()), 3)
     batches = spread._encoder.spread if which == "clip" else spread._encoder
     assert spread.hash == encoder.hash and batches.batch == jax.device_count()
+    assert encoder.longest == (12 if which == "clip" else None)
     np.testing.assert_allclose(spread.states(texts), encoder.states(texts), rtol=1e-4, atol=1e-5)
     if which == "clip":
         for a, b in zip(spread.states_and_embeddings(texts), encoder.states_and_embeddings(texts)):
