@@ -126,13 +126,14 @@ def last_measured(
             kept += itertools.chain(*own.values())
             continue
 
-        def near(way: _Way, own=own, sweep=sweep) -> tuple[bool, bool, bool, int]:
-            held = {name for r in own[way] for name in r.metrics}
-            return (held & named == {*sweep.metrics}, way.num_images == sweep.num_images,
-                    way.version == __version__, len(own[way]))
-
-        best = max(own, key=near)
-        if [near(way)[:3] for way in own].count(near(best)[:3]) > 1:
+        near = {}
+        for way, some in own.items():
+            held = {name for r in some for name in r.metrics}
+            near[way] = (held & named == {*sweep.metrics}, way.num_images == sweep.num_images,
+                         way.version == __version__)
+        most = max(near.values())
+        best, *others = (way for way in own if near[way] == most)
+        if others:
             kept += itertools.chain(*own.values())  # Which is meant nobody can tell.
             continue
         kept += own[best]

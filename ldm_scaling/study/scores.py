@@ -156,6 +156,14 @@ def unswept(row: Row) -> str:
     return _UNSWEPT.get(row.metric, "")
 
 
+# What rows may say where they choose of words.
+_WORDS = tuple(
+    (kind, key, get_args(get_type_hints(kind)[key]))
+    for kind, key in ((Metric, "better"), (Metric, "against"), (Metric, "count"),
+                      (Extractor, "takes"))
+)
+
+
 def _check(name: str) -> None:
     """Raises `UserError` for a row that names what there is not: one of a plugin."""
     row = SCORES[name]
@@ -174,9 +182,8 @@ def _check(name: str) -> None:
             f"has {', '.join(catalog.METRICS)}")
     require(metric.name == row.metric,
             f"is by the metric {row.metric!r}, which calls itself {metric.name!r}")
-    for given, key, kind in ((metric, "better", Metric), (metric, "against", Metric),
-                             (metric, "count", Metric), (extractor, "takes", Extractor)):
-        value, words = getattr(given, key), get_args(get_type_hints(kind)[key])
+    for kind, key, words in _WORDS:
+        value = getattr(extractor if kind is Extractor else metric, key)
         require(value in words, f"has {key}={value!r} in its {kind.__name__.lower()}: choose of "
                 f"{', '.join(map(repr, words))}")
     require(not extractor.layers or row.layer in extractor.layers, f"is of the layer {row.layer!r} "
