@@ -125,6 +125,8 @@ class Study:
         for name, run in runs.items():
             require(run.width_transfer == "none", f"{name}.width_transfer", run.width_transfer,
                     "it is for train, in which members begin: give none here")
+            require(not run.averages, f"{name}.averages", run.averages,
+                    "averages of other lengths are made of members alone: give them in train")
 
     @property
     def distillations(self) -> tuple[Distill, ...]:

@@ -14,12 +14,17 @@ AUTO = "auto"
 BOOKKEEPING = (
     "log_every", "validate_every", "checkpoint_every", "sample_every", "keep", "keep_every",
     "keep_best", "keep_metric", "keep_steps", "checkpoint_patience", "stall_seconds",
-    "profile_steps", "attention",
+    "profile_steps", "attention", "averages", "averages_every",
 )
 # Keys that decide numbers, but came later: at these values a run is what it was without them.
 NEUTRAL = {"micro_batches": 1, "moment_dtype": "float32", "learning_rate_decay": "none",
            "ema_ramp": True, "width_transfer": "none", "base_member": "", "optimizer": "adamw",
            "rate_factors": ()}
+LENGTHS = (0.005, 0.285)
+"""Shortest and longest average, as `Train.averages`: its relative standard deviation. A plain mean
+over all of a run has 1 / root 12 = 0.289."""
+SNAPSHOTS = 16
+"""Of the averages in a run, where `Train.averages_every` is not given."""
 NEUTRAL_DIFFUSION = {"timesteps": "uniform", "weighting": "none"}
 
 
@@ -49,6 +54,11 @@ class Train:
       ema_decay: of the averaged parameters.
       ema_ramp: whether a run's first average is shorter: over a tenth of the run so far. A run that
         starts from trained parameters needs none.
+      averages: lengths of averages that are tracked beside, from which those of other lengths are
+        made after training, see `training.averages`: relative standard deviations, EDM2's are 0.05
+        and 0.1. Of `Study.train` alone.
+      averages_every: steps between two snapshots of them; 0 is a sixteenth of the run. There is one
+        at the last step and at `keep_steps` too, and training waits for each.
       caption_dropout: share of captions replaced by the empty one (not of autoencoders).
       compute_dtype: `float32`, `bfloat16`, or `auto`: bfloat16 on TPU and GPU, float32 on a CPU.
         Pictures are encoded in float32 under `auto`. It is the type of operands: what multiplies
@@ -92,6 +102,8 @@ class Train:
     clip_norm: float = 1.0
     ema_decay: float = 0.9999
     ema_ramp: bool = True
+    averages: tuple[float, ...] = ()
+    averages_every: int = 0
     caption_dropout: float = 0.1
     compute_dtype: str = "auto"
     remat: str = "none"
@@ -115,7 +127,7 @@ class Train:
         positive(self, "steps", "batch_size", "learning_rate", "clip_norm", "log_every",
                   "checkpoint_every", "keep", "micro_batches")
         for name in ("warmup_steps", "weight_decay", "validate_every", "sample_every", "keep_every",
-                     "keep_best", "stall_seconds"):
+                     "keep_best", "stall_seconds", "averages_every"):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "not below 0")
         require(self.keep_every % self.checkpoint_every == 0, "train.keep_every", self.keep_every,
                  f"a multiple of checkpoint_every={self.checkpoint_every}: others are not written")
@@ -135,6 +147,7 @@ class Train:
                  "train.profile_steps", window, "the first and the last step, or nothing")
         require(not window or window[1] <= self.steps, "train.profile_steps", window,
                  f"at most steps={self.steps}")
+        self._check_averages()
         for name in ("beta1", "beta2", "ema_decay", "caption_dropout"):
             require(0 <= getattr(self, name) < 1, f"train.{name}", getattr(self, name),
                      "must lie in [0, 1)")
@@ -155,6 +168,17 @@ class Train:
                  self.moment_dtype, "choose float32 or bfloat16")
         require(self.batch_size % self.micro_batches == 0, "train.micro_batches",
                  self.micro_batches, f"it must divide batch_size={self.batch_size}")
+
+    def _check_averages(self) -> None:
+        spelt = tuple(float(f"{length:g}") for length in self.averages)
+        object.__setattr__(self, "averages", spelt)
+        low, high = LENGTHS
+        require(all(low <= length <= high for length in spelt), "train.averages", spelt,
+                f"lengths are relative standard deviations from {low:g} to {high:g}, such as "
+                "(0.05, 0.1)")
+        require(len(set(spelt)) == len(spelt), "train.averages", spelt, "has a length twice")
+        require(not self.averages_every or bool(spelt), "train.averages_every", self.averages_every,
+                "of which averages? name their lengths, train.averages=(0.05, 0.1)")
 
     def _check_named(self) -> None:
         for name, known in (("optimizer", named.OPTIMIZERS),
@@ -191,6 +215,12 @@ class Train:
     def cooldown_steps(self) -> int:
         """Steps over which `wsd` lets the rate fall."""
         return round(self.decay[1].get("share", 0.0) * self.steps)
+
+    def snapshot_due(self, step: int) -> bool:
+        """Whether a snapshot of the averages is written at a step."""
+        every = self.averages_every or max(1, self.steps // SNAPSHOTS)
+        kept = step == self.steps or step in self.keep_steps
+        return bool(self.averages) and (kept or step % every == 0)
 
     @property
     def any_length(self) -> bool:

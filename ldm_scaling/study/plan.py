@@ -369,7 +369,7 @@ def key(study: Study, member: str, target: Target, kind: str) -> str:
     """Hash of all that decides a plan: settings, code (but not its comments), versions."""
     tree = dataclasses.asdict(study)
     for run in (tree["train"], tree["autoencoder"]["train"]):
-        for name in set(BOOKKEEPING) - {"attention"}:
+        for name in set(BOOKKEEPING) - {"attention", "averages"}:
             del run[name]
     kept = {name: tree[name] for name in ("autoencoder", "diffusion", "train", "mesh")}
     for part, names in (

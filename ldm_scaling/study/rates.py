@@ -191,6 +191,7 @@ class _Stepper:
         m = self.materials = materials
         self.mesh, self.spec = m.mesh, m.spec(member)
         plain = Run(member, "none", 1.0, 0).study(m.study).train
+        plain = dataclasses.replace(plain, averages=(), averages_every=0)  # None is kept.
         self.config: Train = plain
         self.task: Task = text_to_image.make(
             member, self.spec, plain, m.study.diffusion, m.study.sample, m.frozen,

@@ -24,6 +24,9 @@ NETWORK = "network"
 """Key of `about` under which a run says what network it trains, see `check_network`."""
 RECIPE = "recipe"
 """Key in it of what the network's training has beside others', see `models.backbone.Kind`."""
+AVERAGES = "averages"
+"""Folder in a checkpoint of the averages that are tracked, beside what every run carries: who does
+not track them reads the same checkpoints."""
 # What a full disk becomes on its way through tensorstore and Orbax's threads.
 _WRITE_ERRORS = (OSError, ValueError, RuntimeError)
 # What a file that is gone, cut short or of something else becomes.
@@ -31,6 +34,19 @@ _READ_ERRORS = (ValueError, KeyError, OSError, TypeError)
 # Seconds that a save may take. Where one of several processes cannot write its part, the others
 # learn of it by waiting so long.
 _SAVE_SECONDS = 600
+
+
+class _Carried(NamedTuple):
+    """What of a `TrainState` every run carries: the tree in a checkpoint's `state`."""
+
+    step: Any
+    params: Any
+    opt_state: Any
+    ema: Any
+
+
+def _carried(state: TrainState) -> _Carried:
+    return _Carried(state.step, state.params, state.opt_state, state.ema)
 
 
 class _Manager(ocp.CheckpointManager):
@@ -48,16 +64,19 @@ class Checkpoints:
 
     Args:
       directory: one for all processes.
-      keep: newest checkpoints that are kept.
+      keep: newest checkpoints that are kept; None is all.
       keep_every: those of its multiples are kept for ever; 0 is none.
       keep_best: as many of the lowest `keep_metric` are kept; 0 is none.
       keep_metric: see `save`.
       keep_steps: those of these steps are kept for ever.
+      apart: a name of its own of a second folder that a run saves in at the same time: what its
+        processes wait for is told apart by it.
     """
 
     def __init__(
-        self, directory: epath.PathLike, keep: int = 2, keep_every: int = 0, keep_best: int = 0,
-        keep_metric: str = "loss", keep_steps: Sequence[int] = (),
+        self, directory: epath.PathLike, keep: int | None = 2, keep_every: int = 0,
+        keep_best: int = 0, keep_metric: str = "loss", keep_steps: Sequence[int] = (),
+        apart: str | None = None,
     ):
         self.directory = epath.Path(os.path.abspath(directory))
         self._metric = keep_metric
@@ -83,6 +102,8 @@ class Checkpoints:
                     best_fn=self._value if keep_best else None,  # or metrics are not written
                     create=True, cleanup_tmp_directories=True,
                     async_options=ocp.AsyncOptions(timeout_secs=_SAVE_SECONDS),
+                    multiprocessing_options=ocp.options.MultiprocessingOptions(
+                        barrier_sync_key_prefix=apart),
                 ),
             )
         except OSError as e:
@@ -131,9 +152,25 @@ class Checkpoints:
         mark = zlib.crc32(json.dumps(iterator, sort_keys=True).encode())
         if len(set(consensus.everyone(mark)[:, 0])) > 1:
             raise ValueError(f"at step {step} processes are at different places in the data")
-        items = {"state": ocp.args.StandardSave(state), "iterator": ocp.args.JsonSave(iterator)}
-        if about is not None:
-            items["config"] = ocp.args.JsonSave(about)
+        trees = {"state": _carried(state)}
+        if state.averages:
+            trees[AVERAGES] = state.averages
+        self._save(step, trees, {"iterator": iterator}, about, metrics)
+
+    def save_trees(
+        self, step: int, trees: Mapping[str, Any], about: dict[str, Any] | None = None
+    ) -> None:
+        """As `save`, of trees of arrays alone, by the name of each one's folder."""
+        if step not in self._manager.all_steps():
+            self._save(step, trees, {}, about)
+
+    def _save(
+        self, step: int, trees: Mapping[str, Any], beside: Mapping[str, Any],
+        about: dict[str, Any] | None, metrics: dict[str, float] | None = None,
+    ) -> None:
+        beside = beside if about is None else {**beside, "config": about}
+        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        items |= {name: ocp.args.JsonSave(value) for name, value in beside.items()}
         try:
             self._manager.save(
                 step, args=ocp.args.Composite(**items), metrics=metrics if self._best else None,
@@ -198,15 +235,15 @@ class Checkpoints:
         """
         step = self.latest() if step is None else step
         folder = self.directory / str(step)
-        _check_tree(folder, abstract)
+        carried = _check_tree(folder, abstract)
+        items = {"state": ocp.args.StandardRestore(carried), "iterator": ocp.args.JsonRestore()}
+        if abstract.averages:
+            _check_averages(folder, abstract)
+            items[AVERAGES] = ocp.args.StandardRestore(abstract.averages)
         with _reading(folder):
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract), iterator=ocp.args.JsonRestore()
-                ),
-            )
-        return restored.state, restored.iterator
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        averages = restored[AVERAGES] if abstract.averages else ()
+        return TrainState(*restored.state, averages), restored.iterator
 
 
 def average(
@@ -227,11 +264,27 @@ def average(
       UserError: as `Checkpoints.restore` and `check_network`.
     """
     folder = epath.Path(os.path.abspath(directory)) / str(step)
-    _check_tree(folder, abstract)
+    carried = _check_tree(folder, abstract)
     if network is not None:
         check_network(directory, step, network)
-    item = jax.tree.map(lambda _: ocp.PLACEHOLDER, abstract)
-    return getattr(_read(folder, item._replace(**{part: getattr(abstract, part)})), part)
+    item = jax.tree.map(lambda _: ocp.PLACEHOLDER, carried)
+    return getattr(_read(folder, item._replace(**{part: getattr(carried, part)})), part)
+
+
+def parts_of(folder: epath.Path, name: str) -> list[str]:
+    """The uppermost keys of a tree that `Checkpoints.save_trees` saved, in the folder of a step.
+    Raises `UserError` for one that cannot be read."""
+    listed = _listed(folder, name)
+    return sorted({key.partition("/")[0] for key in listed} if listed else _metadata(folder, name))
+
+
+def read_part(folder: epath.Path, name: str, part: str, abstract: Any) -> Any:
+    """What stands under one of `parts_of`, placed as `abstract` says, and nothing else. Any process
+    may read by itself. Raises `UserError` as `Checkpoints.restore`."""
+    absent = jax.tree.map(lambda _: ocp.PLACEHOLDER, abstract)
+    parts = parts_of(folder, name)
+    _check_shapes(folder, name, dict.fromkeys(parts, abstract))
+    return _read(folder, dict.fromkeys(parts, absent) | {part: abstract}, name)[part]
 
 
 class Place(NamedTuple):
@@ -244,16 +297,19 @@ class Place(NamedTuple):
 def read(place: Place, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
     """As `Checkpoints.restore`, of another run."""
     folder = epath.Path(os.path.abspath(place.directory)) / str(place.step)
-    _check_tree(folder, abstract)
-    state = _read(folder, abstract)
+    state, averages = _read(folder, _check_tree(folder, abstract)), ()
+    if abstract.averages:
+        _check_averages(folder, abstract)
+        averages = _read(folder, abstract.averages, AVERAGES)
+    state = TrainState(*state, averages)
     with _reading(folder), _reader(ocp.JsonCheckpointHandler()) as reader:
         return state, reader.restore(folder / "iterator")
 
 
-def _read(folder: epath.Path, item: TrainState) -> TrainState:
+def _read(folder: epath.Path, item: Any, name: str = "state") -> Any:
     with _reading(folder), _reader(ocp.PyTreeCheckpointHandler()) as reader:
         return reader.restore(
-            folder / "state", args=ocp.args.PyTreeRestore(
+            folder / name, args=ocp.args.PyTreeRestore(
                 item, restore_args=ocp.checkpoint_utils.construct_restore_args(item)
             ),
         )
@@ -329,15 +385,41 @@ def _reader(handler: Any) -> ocp.Checkpointer:
     return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
-def _check_tree(folder: epath.Path, abstract: TrainState) -> None:
-    """Raises `UserError` where a checkpoint does not hold a tree like this."""
-    want = _shapes(abstract)
-    if _listed(folder) == want:
-        return
+def _check_tree(folder: epath.Path, abstract: TrainState) -> _Carried:
+    """What of a state lies in a checkpoint's `state`. Raises `UserError` where that does not hold a
+    tree like this."""
+    carried = _carried(abstract)
+    _check_shapes(folder, "state", carried)
+    return carried
+
+
+def _check_averages(folder: epath.Path, abstract: TrainState) -> None:
+    """Raises `UserError` where a checkpoint does not hold averages of these lengths."""
+    want = sorted(abstract.averages)
+    have = parts_of(folder, AVERAGES) if (folder / AVERAGES).exists() else []
+    if have != want:
+        raise UserError(
+            f"the checkpoint {folder} holds {'averages of ' + ', '.join(have) if have else 'none'} "
+            f"of train.averages={tuple(map(float, want))}: these are of all steps of a run, and "
+            f"cannot begin later: give --config.train.averages='({''.join(f'{n},' for n in have)})'"
+            ", or train anew in another --workdir"
+        )
+    _check_shapes(folder, AVERAGES, abstract.averages)
+
+
+def _metadata(folder: epath.Path, name: str) -> Any:
     try:
-        have = _shapes(ocp.StandardCheckpointer().metadata(folder / "state").item_metadata.tree)
+        return ocp.StandardCheckpointer().metadata(folder / name).item_metadata.tree
     except (*_READ_ERRORS, AttributeError) as e:
         raise _damaged(folder, e) from e
+
+
+def _check_shapes(folder: epath.Path, name: str, tree: Any) -> None:
+    """Raises `UserError` where a tree in a checkpoint has other leaves or shapes than this one."""
+    want = _shapes(tree)
+    if _listed(folder, name) == want:
+        return
+    have = _shapes(_metadata(folder, name))
     wrong = [f"+{k} {have[k]}" for k in sorted(have.keys() - want.keys())]
     wrong += [f"-{k} {want[k]}" for k in sorted(want.keys() - have.keys())]
     wrong += [
@@ -352,12 +434,12 @@ def _check_tree(folder: epath.Path, abstract: TrainState) -> None:
         )
 
 
-def _listed(folder: epath.Path) -> dict[str, tuple] | None:
+def _listed(folder: epath.Path, name: str) -> dict[str, tuple] | None:
     """`_shapes` as the file beside a checkpoint's arrays lists them, or None where it cannot be
     read. Of arrays that were saved in parts it tells a part's: the arrays themselves know, but to
     open them all takes longer than to read a small network."""
     try:
-        listed = json.loads((folder / "state" / "_METADATA").read_text())["tree_metadata"].values()
+        listed = json.loads((folder / name / "_METADATA").read_text())["tree_metadata"].values()
         return {
             "/".join(key["key"] for key in leaf["key_metadata"]):
                 tuple(leaf["value_metadata"]["write_shape"])
@@ -383,6 +465,8 @@ def _damaged(folder: epath.Path, error: Exception) -> UserError:
         f"delete {folder} to go on from the checkpoint before it (or anew, if there is none), "
         "then run the same command again"
     )
+    if folder.parent.name == AVERAGES:
+        remedy = f"delete {folder}, and averages are made of the snapshots that are left"
     if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
         return UserError(
             f"the checkpoint {folder} cannot be read ({first_line(error)}): where the store is at "

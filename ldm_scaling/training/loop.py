@@ -18,6 +18,7 @@ from ldm_scaling.parallel import hosts
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.training import checkpoint, consensus, meter, nonfinite, step, watchdog
 from ldm_scaling.training import feed as feed_lib
+from ldm_scaling.training.averages import Snapshots
 from ldm_scaling.training.events import TIMED, Events
 from ldm_scaling.training.interruption import Interruption
 from ldm_scaling.training.meter import Meter
@@ -67,7 +68,8 @@ def fit(
       make_loader: returns an iterator of host batches with `get_state()`,
         `set_state()` and `close()`; the state is the same in every process. With
         `examples(state)`, it can name the batch of a loss that is not finite.
-      directory: holds `checkpoints/`, `events/`, `samples/`, `profile/` and `curves.csv`.
+      directory: holds `checkpoints/`, `averages/`, `events/`, `samples/`, `profile/` and
+        `curves.csv`.
       mesh: where it runs.
       seed: of initialisation and training noise.
       about: what the run is, JSON, kept in every checkpoint; a run that goes on is held against
@@ -122,6 +124,7 @@ def fit(
             loader = make_loader()
             loader.set_state(iterator)
             log.info("%s goes on from step %d in %s", task.name, start, where)
+        snapshots = stack.enter_context(Snapshots(task.name, directory, config, start, about))
         loader = make_loader() if loader is None else loader
         feed = stack.enter_context(
             feed_lib.Feed(loader, task.make_batch, mesh_lib.batch_sharding(mesh))
@@ -130,7 +133,8 @@ def fit(
         record = _Record(directory, start, config, mesh)
         stack.callback(record.close)
         return _run(
-            task, config, feed, record, root, abstract, state, checkpoints, about, dog, interruption
+            task, config, feed, record, root, abstract, state, checkpoints, snapshots, about, dog,
+            interruption,
         )
 
 
@@ -194,7 +198,8 @@ def _form(batch: Any) -> Hashable:
 
 
 def _run(
-    task, config, feed, record, root, abstract, state, checkpoints, about, dog, interruption
+    task, config, feed, record, root, abstract, state, checkpoints, snapshots, about, dog,
+    interruption,
 ) -> TrainState:
     frozen = () if task.frozen is None else (task.frozen,)
     train = step.make(
@@ -267,7 +272,8 @@ def _run(
             validates = _due(number, config.validate_every, last)
             saves = _due(number, config.checkpoint_every, last) or number in config.keep_steps
             shows = _due(number, config.sample_every, last)
-            meets = logs or validates or saves or shows or stops or profile.ends(number)
+            keeps = config.snapshot_due(number)
+            meets = logs or validates or saves or keeps or shows or stops or profile.ends(number)
             if meets:  # Here all processes wait for the step, and decide together.
                 read()
             clock.lap(meter.STEP)
@@ -303,6 +309,8 @@ def _run(
                                         task.name, number, why)
                         unshown.add(why)
                 clock.lap(meter.OTHER)
+                # Before the checkpoint: a run goes on from where all of its snapshots are there.
+                snapshots.save(number, state.averages, saver.settle)
                 if stops or number == last or number in config.keep_steps:
                     saver.finish(number)
                 else:

@@ -51,6 +51,11 @@ class Saver:
         self._failures, self._again = 0, 0.0
         self._why = ""
 
+    @property
+    def why(self) -> str:
+        """What keeps the store from being written, in words."""
+        return self._why or "the store does not answer"
+
     def trouble(self) -> str | None:
         """What to show while the store fails, or None."""
         return f"NOT SAVED since step {self.safe}" if self._failures else None
@@ -157,6 +162,6 @@ class Saver:
         self._checkpoints.abandon()
         return StoreError(
             f"{self._name}: stopped at step {step}: no checkpoint was written since step "
-            f"{self.safe} ({self._why or 'the store does not answer'}). The same command goes on "
+            f"{self.safe} ({self.why}). The same command goes on "
             f"from step {self.safe}"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,26 +11,32 @@ import optax
 
 
 class TrainState(NamedTuple):
-    """What a checkpoint holds.
+    """What a run is at.
 
     Attributes:
       step: optimiser steps taken, int32 scalar.
       params: float32 parameters.
       opt_state: optax's.
       ema: exponential moving average of the parameters; evaluation uses these.
+      averages: length -> average of that length, see `averages`; () where none is tracked.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
     ema: Any
+    averages: Any = ()
 
 
-def create(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step; the average starts at the parameters."""
+def create(
+    params: Any, optimizer: optax.GradientTransformation, lengths: Sequence[float] = ()
+) -> TrainState:
+    """The state before the first step; averages, those of `lengths` too, start at the parameters.
+    """
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(params),
         ema=jax.tree.map(jnp.copy, params),
+        averages={f"{n:g}": jax.tree.map(jnp.copy, params) for n in lengths} or (),
     )

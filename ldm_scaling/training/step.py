@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from ldm_scaling.config import Train
 from ldm_scaling.parallel import hosts, leafwise, rules
 from ldm_scaling.parallel import mesh as mesh_lib
+from ldm_scaling.training import averages as averages_lib
 from ldm_scaling.training import optimizer as optimizer_lib
 from ldm_scaling.training import state as state_lib
 from ldm_scaling.training.state import TrainState
@@ -53,7 +54,8 @@ def train_step(
     decay = optimizer_lib.ema_decay(config, state.step)
     ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, state.ema, params)
     metrics = {"loss": value, "grad_norm": optax.global_norm(grads), **metrics}
-    return TrainState(state.step + 1, params, opt_state, ema), metrics
+    averages = averages_lib.updated(state.averages, params, state.step + 1)
+    return TrainState(state.step + 1, params, opt_state, ema, averages), metrics
 
 
 def _with_beside(loss: Loss, beside: Beside, params: Any, batch: Any, key: jax.Array):
@@ -90,7 +92,9 @@ def abstract_state(init: Callable, config: Train, mesh: Mesh) -> TrainState:
     optimizer = optimizer_lib.make(config)
     # By itself: jax keeps what it traced of a function. It takes a second, and studies ask often.
     params = jax.eval_shape(init, jax.random.key(0))
-    shapes = jax.eval_shape(lambda params: state_lib.create(params, optimizer), params)
+    shapes = jax.eval_shape(
+        lambda params: state_lib.create(params, optimizer, config.averages), params
+    )
     shardings = rules.shardings(shapes, mesh)
     return jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
@@ -108,8 +112,8 @@ def init_state(
     # What `start` gives may be in use elsewhere; parameters made here become the state's.
     params = leafwise.run(init, key, shardings.params) if start is None else start()
     return jax.jit(
-        lambda params: state_lib.create(params, optimizer), out_shardings=shardings,
-        compiler_options=options, donate_argnums=() if start else (0,),
+        lambda params: state_lib.create(params, optimizer, config.averages),
+        out_shardings=shardings, compiler_options=options, donate_argnums=() if start else (0,),
     )(params)
 
 

@@ -1,0 +1,248 @@
+"""Averages of any length, made after training (post-hoc EMA): Karras et al. 2024 (EDM2, arXiv
+2312.02696), section 3. A run tracks power-function averages of one or more lengths beside its `ema`
+and leaves snapshots of them; an average of another length is a sum of these, see `profiles`.
+
+    RUN/averages/STEP/    a tree of parameters for each of `train.averages`, float32
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from ldm_scaling.config import Train
+from ldm_scaling.config.training import LENGTHS
+from ldm_scaling.errors import UserError
+from ldm_scaling.parallel import hosts
+from ldm_scaling.training import checkpoint, consensus, profiles
+from ldm_scaling.training.saver import Saver, StoreError
+
+FOLDER = "averages"
+TOLERANCE = 0.1
+"""Largest `profiles.Mix.residual` of an average that is made: what is further off is another one.
+"""
+# Weights below this share of the largest are left out: float32 parameters know no such part.
+_NOTHING = 1e-8
+# Lengths that are tried for the words of an error.
+_TRIED = np.geomspace(*LENGTHS, 60)
+
+
+def updated(averages: Any, params: Any, step: jax.Array) -> Any:
+    """The averages after a step, beta(t) = (1 - 1/t)^(gamma + 1) of what they were (eq. 4).
+
+    Args:
+      averages: length -> average, as `TrainState` has it, or ().
+      params: after the step, projected.
+      step: its number t, from 1.
+    """
+    if not averages:
+        return averages
+    t = step.astype(jnp.float32)
+    # In float32 1 - beta of a long run would be all rounding, and two factors that do not sum to 1
+    # would let parameters drift that do not move.
+    log = jnp.log1p(-1.0 / t)
+
+    def one(length: str, average: Any) -> Any:
+        rate = -jnp.expm1((profiles.gamma_of(float(length)) + 1.0) * log)
+        return jax.tree.map(lambda a, p: a + rate * (p - a), average, params)
+
+    return {length: one(length, average) for length, average in averages.items()}
+
+
+class Snapshots:
+    """A run's folder of snapshots, one subfolder a step, complete or absent.
+
+    Use as a context manager. With several processes, all call all of it at the same steps.
+
+    Args:
+      name: of the run, in messages.
+      directory: of the run.
+      config: the run's.
+      start: the step that it goes on from. Snapshots of later steps are made again.
+      about: see `loop.fit`.
+    """
+
+    def __init__(
+        self, name: str, directory: epath.PathLike, config: Train, start: int,
+        about: dict[str, Any] | None,
+    ):
+        self._name, self._config, self._about = name, config, about
+        self._folder: checkpoint.Checkpoints | None = None
+        if not config.averages:
+            return
+        folder = epath.Path(directory) / FOLDER
+        if hosts.is_lead():
+            for step in checkpoint.steps_of(folder):
+                if step > start:
+                    (folder / str(step)).rmtree()
+        consensus.everyone(0)  # No process looks before that.
+        self._folder = checkpoint.Checkpoints(folder, keep=None, apart=FOLDER)
+        self._averages: Any = ()
+        self._saver = Saver(
+            f"{name}: averages", self._folder, config, start, lambda step: None, self._begin
+        )
+
+    def __enter__(self) -> Snapshots:
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self._folder is not None:
+            self._folder.__exit__(*error)
+
+    def save(self, step: int, averages: Any, settle: Callable[[], int]) -> None:
+        """Writes a step's snapshot where one is due, and returns when it is on disk.
+
+        Args:
+          step: which.
+          averages: of `TrainState`.
+          settle: where this fails for good, waits for other saves; gives the step that is on disk.
+        Raises:
+          StoreError: it could not be written for ten minutes.
+        """
+        if not self._config.snapshot_due(step):
+            return
+        self._averages = averages
+        try:
+            self._saver.finish(step)
+        except StoreError as e:
+            raise StoreError(
+                f"{self._name}: stopped at step {step}, whose averages cannot be written "
+                f"({self._saver.why}). The same command goes on from step {settle()}"
+            ) from e
+        finally:
+            self._averages = ()
+
+    def _begin(self, step: int) -> None:
+        self._folder.save_trees(step, {FOLDER: self._averages}, self._about)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """A tracked average in a snapshot, and its weight in a sum."""
+
+    step: int
+    length: str
+    weight: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Recipe:
+    """An average of a length as a sum of tracked ones.
+
+    Attributes:
+      step, length: of it.
+      parts: what it is the sum of.
+      residual: how far the profile is met, see `profiles.Mix`.
+    """
+
+    step: int
+    length: float
+    parts: Sequence[Part]
+    residual: float
+
+
+def recipe(directory: epath.PathLike, step: int, length: float) -> Recipe:
+    """How an average is made of a run's snapshots up to its step; reads no parameters.
+
+    Args:
+      directory: of the run.
+      step: of a snapshot.
+      length: relative standard deviation.
+    Raises:
+      UserError: for a length that is none, or that the snapshots do not give within `TOLERANCE`, a
+        step without a snapshot, and a run that has none.
+    """
+    folder = epath.Path(directory) / FOLDER
+    low, high = LENGTHS
+    if not low <= length <= high:
+        raise UserError(
+            f"an average of length {length:g}: give a relative standard deviation from {low:g} to "
+            f"{high:g}"
+        )
+    steps = checkpoint.steps_of(folder)
+    if step not in steps:
+        have = f"holds snapshots of steps {', '.join(map(str, steps))}" if steps else (
+            "holds no snapshots: averages of other lengths are made of those that a run leaves "
+            "with train.averages=(0.05, 0.1), which is to be set before it begins")
+        raise UserError(f"an average of length {length:g} at step {step}: {folder} {have}")
+    tracked = checkpoint.parts_of(folder / str(step), FOLDER)
+    if f"{length:g}" in tracked:
+        return Recipe(step, length, (Part(step, f"{length:g}", 1.0),), 0.0)
+    pairs = [(s, name) for s in steps if s <= step for name in tracked]
+    mix = _mixed(pairs, step, length)
+    if mix.residual > TOLERANCE:
+        near = [n for n in _TRIED if _mixed(pairs, step, n).residual <= TOLERANCE]
+        # Lengths that are tracked are always given.
+        near += [float(name) for name in tracked]
+        raise UserError(
+            f"an average of length {length:g} at step {step}: the {len(pairs)} averages in "
+            f"{folder} up to there miss its profile by {mix.residual:.0%}, and {TOLERANCE:.0%} is "
+            f"allowed: choose a length from {min(near):.2g} to {max(near):.2g}, "
+            "or train with more snapshots, train.averages_every"
+        )
+    most = np.abs(mix.weight_I).max()
+    parts = [
+        Part(*pair, float(weight)) for pair, weight in zip(pairs, mix.weight_I, strict=True)
+        if abs(weight) > _NOTHING * most
+    ]
+    return Recipe(step, length, parts, mix.residual)
+
+
+def _mixed(pairs: Sequence[tuple[int, str]], step: int, length: float) -> profiles.Mix:
+    gammas = {name: profiles.gamma_of(float(name)) for _, name in pairs}
+    return profiles.solve(
+        [s for s, _ in pairs], [gammas[name] for _, name in pairs], step,
+        profiles.gamma_of(length),
+    )
+
+
+def average(
+    directory: epath.PathLike, step: int, length: float, abstract: Any,
+    network: Mapping[str, Any] | None = None,
+) -> Any:
+    """The parameters, averaged over a length; one tracked average at a time is read and added up,
+    so that two trees are held at most. Any process may read by itself, onto its own devices.
+
+    Args:
+      directory: of the run.
+      step, length: see `recipe`.
+      abstract: shapes, types and shardings of the parameters.
+      network: that they are of, see `checkpoint.check_network`.
+    Raises:
+      UserError: as `recipe` and `checkpoint.average`.
+    """
+    folder = epath.Path(directory) / FOLDER
+    found = recipe(directory, step, length)
+    if network is not None:
+        checkpoint.check_network(folder, step, network)
+    # Small weights first: what they add to is not yet large.
+    first, *rest = sorted(found.parts, key=lambda part: abs(part.weight))
+
+    def read(part: Part) -> Any:
+        return checkpoint.read_part(folder / str(part.step), FOLDER, part.length, abstract)
+
+    if not rest:
+        return read(first)
+    add, scale = _sums(tuple(jax.tree.leaves(jax.tree.map(lambda a: a.sharding, abstract))))
+    leaves, structure = jax.tree.flatten(read(first))
+    total = scale(leaves, np.float32(first.weight))
+    for part in rest:
+        total = add(total, jax.tree.leaves(read(part)), np.float32(part.weight))
+    return jax.tree.unflatten(structure, total)
+
+
+@functools.lru_cache(maxsize=8)
+def _sums(shardings: tuple[Any, ...]) -> tuple[Callable, Callable]:
+    out = {"out_shardings": list(shardings), "compiler_options": hosts.run_once_options()}
+    return (
+        jax.jit(lambda total, more, weight: [t + weight * m for t, m in zip(
+            total, more, strict=True)], donate_argnums=0, **out),
+        jax.jit(lambda first, weight: [weight * f for f in first], donate_argnums=0, **out),
+    )

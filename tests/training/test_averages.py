@@ -1,0 +1,296 @@
+"""Averages of any length: tracked by the step, kept as snapshots, made again after training."""
+
+import dataclasses
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_scaling.config import Study
+from ldm_scaling.errors import UserError
+from ldm_scaling.parallel import mesh as mesh_lib
+from ldm_scaling.training import averages, checkpoint, loop, profiles, saver, step
+from tests.training import toy
+
+CONFIG = dataclasses.replace(
+    toy.CONFIG, steps=48, checkpoint_every=10, averages=(0.05, 0.1), averages_every=4, log_every=20
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run's folder, its last state, and its parameters after every step, (S, 8, 8) and (S, 8)."""
+    folder, seen = tmp_path_factory.mktemp("run"), []
+    make, config = step.make, CONFIG
+
+    def watched(*args, **kwargs):
+        train = make(*args, **kwargs)
+
+        def one(*args):
+            state, metrics = train(*args)
+            seen.append(jax.device_get(state.params["layer"]))
+            return state, metrics
+
+        return one
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(step, "make", watched)
+        state = loop.fit(toy.task(), config, toy.Loader, folder, toy.one_device(), seed=0)
+    return folder, state, {k: np.stack([p[k] for p in seen]) for k in seen[0]}
+
+
+def _brute(values_S, length):
+    """The average by its definition: parameters stay as they are within a step."""
+    gamma, steps = profiles.gamma_of(length), len(values_S)
+    edges = (np.arange(steps + 1) / steps) ** (gamma + 1)
+    return np.tensordot(np.diff(edges), values_S.astype(np.float64), 1)
+
+
+def _abstract(config=CONFIG, mesh=None):
+    return step.abstract_state(toy.init, config, mesh or toy.one_device())
+
+
+def _steps(folder):
+    return checkpoint.steps_of(folder / "averages")
+
+
+def test_what_is_tracked_is_the_average_by_its_definition(run):
+    folder, state, seen = run
+    assert sorted(state.averages) == ["0.05", "0.1"]
+    for length, tree in state.averages.items():
+        for name, values in seen.items():
+            np.testing.assert_allclose(
+                tree["layer"][name], _brute(values, float(length)), rtol=1e-5, atol=1e-6)
+    for length in (0.05, 0.1):  # Exact where the profile is one that is tracked.
+        found = averages.average(folder, 48, length, _abstract().params)
+        toy.equal(found, state.averages[f"{length:g}"])
+
+
+@pytest.mark.parametrize("at, length, within", [
+    (48, 0.04, 0.02), (48, 0.07, 0.01), (48, 0.15, 0.01), (48, 0.2, 0.03),
+    (24, 0.07, 0.02), (24, 0.15, 0.05),
+])
+def test_other_lengths_are_close_to_their_definition(run, at, length, within):
+    folder, _, seen = run
+    found = averages.average(folder, at, length, _abstract().params)["layer"]
+    wanted = {k: _brute(v[:at], length) for k, v in seen.items()}
+    last = {k: v[at - 1] for k, v in seen.items()}
+    off = np.sqrt(sum(np.sum((found[k] - wanted[k]) ** 2) for k in wanted))
+    moved = np.sqrt(sum(np.sum((last[k] - wanted[k]) ** 2) for k in wanted))
+    assert off < within * moved
+
+
+def test_a_long_random_walk_in_float32():
+    """A million steps in, where 1 - beta is 1e-5: the rate itself is not rounded away."""
+    steps, first = 3_000, 10**6
+    rng = np.random.default_rng(0)
+    walk = np.cumsum(rng.normal(size=(steps, 64)), 0).astype(np.float32) + 100
+
+    def one(tree, at):
+        value, number = at
+        return averages.updated(tree, value, number), None
+
+    start = {"0.05": jnp.asarray(walk[0])}
+    numbers = first + jnp.arange(steps)
+    found, _ = jax.jit(lambda w: jax.lax.scan(one, start, (w, numbers)))(walk)
+    want, power = walk[0].astype(np.float64), profiles.gamma_of(0.05) + 1
+    for value, t in zip(walk.astype(np.float64), range(first, first + steps), strict=True):
+        want += -np.expm1(power * np.log1p(-1 / t)) * (value - want)
+    np.testing.assert_allclose(found["0.05"] - walk[0], want - walk[0], atol=0.02, rtol=0.02)
+
+
+def test_snapshots_are_where_they_should_be(tmp_path):
+    config = dataclasses.replace(
+        toy.CONFIG, steps=10, averages=(0.1,), averages_every=4, keep_steps=(3,))
+    loop.fit(toy.task(), config, toy.Loader, tmp_path, toy.one_device(), seed=0,
+             about={"name": "study"})
+    assert _steps(tmp_path) == [3, 4, 8, 10]
+    assert checkpoint.config_of(tmp_path / "averages", 8) == {"name": "study"}
+    long = dataclasses.replace(config, steps=1_600, averages_every=0, keep_steps=())
+    assert [n for n in range(1, 1_601) if long.snapshot_due(n)] == list(range(100, 1_601, 100))
+
+
+def test_off_changes_nothing(tmp_path):
+    """The same program, the same files in a checkpoint, and each restores what the other left."""
+    mesh = toy.one_device()
+    on = dataclasses.replace(CONFIG, steps=4, checkpoint_every=2)
+    off = dataclasses.replace(on, averages=(), averages_every=0)
+    plain = loop.fit(toy.task(), off, toy.Loader, tmp_path / "off", mesh, seed=0)
+    tracked = loop.fit(toy.task(), on, toy.Loader, tmp_path / "on", mesh, seed=0)
+    assert plain.averages == () and not (tmp_path / "off" / "averages").exists()
+    toy.equal(plain, tracked._replace(averages=()))
+    assert sorted(p.name for p in (tmp_path / "off" / "checkpoints" / "4").iterdir()) == sorted(
+        p.name for p in (tmp_path / "on" / "checkpoints" / "4").iterdir() if p.name != "averages")
+    for name in ("off", "on"):  # Who does not track reads both.
+        folder = tmp_path / name / "checkpoints"
+        with checkpoint.Checkpoints(folder) as kept:
+            toy.equal(kept.restore(_abstract(off), 4)[0], plain)
+        toy.equal(checkpoint.average(folder, 4, _abstract(off)), plain.ema)
+        toy.equal(checkpoint.average(folder, 4, _abstract(on)), plain.ema)
+    # What is lowered has no argument, result or operation more than what four fields give.
+    abstract, batch = _abstract(off), {"x": jax.ShapeDtypeStruct((16, 8), np.float32)}
+    train = step.make(toy.loss, off, mesh, abstract)
+    jaxpr = jax.make_jaxpr(train)(abstract, batch, jax.eval_shape(lambda: jax.random.key(0)))
+    assert len(jaxpr.out_avals) == len(jax.tree.leaves(tuple(abstract)[:4])) + 2
+
+
+def test_a_workdir_is_not_bound_to_them():
+    study = Study()
+    other = dataclasses.replace(study, train=dataclasses.replace(
+        study.train, averages=(0.05, 0.1), averages_every=1_000))
+    assert study.identity() == other.identity()
+    assert study.training_hash("866m") == other.training_hash("866m")
+
+
+@pytest.mark.parametrize("stop", [5, 9, 12, 13])
+def test_a_run_that_was_killed_ends_as_an_unbroken_one(tmp_path, stop):
+    config, mesh = dataclasses.replace(CONFIG, steps=16), toy.one_device()
+    whole = loop.fit(toy.task(), config, toy.Loader, tmp_path / "whole", mesh, seed=1)
+    cut = tmp_path / "cut"
+    with pytest.raises(KeyboardInterrupt):
+        loop.fit(toy.task(), config, lambda: toy.Loader(stop_after=stop), cut, mesh, seed=1)
+    # As a process that is killed before the rename leaves it.
+    if (cut / "averages" / "12").exists():
+        (cut / "averages" / "12").rename(cut / "averages" / "12.orbax-checkpoint-tmp")
+    toy.equal(whole, loop.fit(toy.task(), config, toy.Loader, cut, mesh, seed=1))
+    assert _steps(cut) == _steps(tmp_path / "whole") == [4, 8, 12, 16]
+    assert not list((cut / "averages").glob("*tmp*"))
+    for at in _steps(cut):
+        for length in ("0.05", "0.1"):
+            toy.equal(*(
+                checkpoint.read_part(tmp_path / run / "averages" / str(at), "averages", length,
+                                     _abstract().params)
+                for run in ("whole", "cut")
+            ))
+
+
+def test_snapshots_beyond_where_a_run_goes_on_from_are_made_again(tmp_path):
+    config, mesh = dataclasses.replace(CONFIG, steps=8, checkpoint_every=2), toy.one_device()
+    loop.fit(toy.task(), config, toy.Loader, tmp_path, mesh, seed=1)
+    (tmp_path / "checkpoints" / "8").rename(tmp_path / "gone")
+    (tmp_path / "checkpoints" / "6").rename(tmp_path / "gone too")
+    other = dataclasses.replace(config, averages=(0.1, 0.2))
+    loop.fit(toy.task(), other, toy.Loader, tmp_path, mesh, seed=2)  # From its beginning.
+    assert _steps(tmp_path) == [4, 8]
+    assert checkpoint.parts_of(tmp_path / "averages" / "4", "averages") == ["0.1", "0.2"]
+
+
+def test_they_cannot_begin_later(tmp_path):
+    mesh, off = toy.one_device(), dataclasses.replace(CONFIG, averages=(), averages_every=0)
+    loop.fit(toy.task(), dataclasses.replace(off, steps=4), toy.Loader, tmp_path, mesh, seed=0)
+    with pytest.raises(UserError, match=r"/4 holds none of train.averages=\(0.05, 0.1\)"):
+        loop.fit(toy.task(), CONFIG, toy.Loader, tmp_path, mesh, seed=0)
+    on = tmp_path / "on"
+    loop.fit(toy.task(), dataclasses.replace(CONFIG, steps=4), toy.Loader, on, mesh, seed=0)
+    other = dataclasses.replace(CONFIG, averages=(0.1,))
+    with pytest.raises(UserError, match=r"holds averages of 0.05, 0.1 of train.averages=\(0.1,\)"):
+        loop.fit(toy.task(), other, toy.Loader, on, mesh, seed=0)
+    # Without them it goes on, and with them no more.
+    loop.fit(toy.task(), dataclasses.replace(off, steps=6), toy.Loader, on, mesh, seed=0)
+    with pytest.raises(UserError, match="cannot begin later"):
+        loop.fit(toy.task(), CONFIG, toy.Loader, on, mesh, seed=0)
+
+
+def test_a_run_that_goes_on_from_anothers_takes_them_along(tmp_path):
+    mesh = toy.one_device()
+    config = dataclasses.replace(CONFIG, steps=12, checkpoint_every=4)
+    whole = loop.fit(toy.task(), config, toy.Loader, tmp_path / "whole", mesh, seed=1)
+    half = dataclasses.replace(config, steps=8)
+    loop.fit(toy.task(), half, toy.Loader, tmp_path / "half", mesh, seed=1)
+    place = checkpoint.Place(tmp_path / "half" / "checkpoints", 8)
+    found = loop.fit(
+        toy.task(), config, toy.Loader, tmp_path / "on", mesh, seed=1, after=place)
+    toy.equal(whole, found)
+    plain = dataclasses.replace(config, averages=(), averages_every=0)
+    loop.fit(toy.task(), dataclasses.replace(plain, steps=8), toy.Loader, tmp_path / "bare", mesh,
+             seed=1)
+    with pytest.raises(UserError, match="cannot begin later"):
+        loop.fit(toy.task(), config, toy.Loader, tmp_path / "none", mesh, seed=1,
+                 after=checkpoint.Place(tmp_path / "bare" / "checkpoints", 8))
+
+
+def test_in_shards_they_are_what_they_are_on_one_device(run, tmp_path):
+    folder, state, _ = run
+    mesh = mesh_lib.make(2, 4)
+    found = loop.fit(toy.task(), CONFIG, toy.Loader, tmp_path, mesh, seed=0)
+    kernel = found.averages["0.05"]["layer"]["kernel"]
+    assert kernel.sharding == found.params["layer"]["kernel"].sharding
+    assert not kernel.sharding.is_fully_replicated
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        jax.device_get(found.averages), jax.device_get(state.averages))
+    # The same snapshots, read onto shards and onto one device.
+    one = averages.average(folder, 48, 0.07, _abstract().params)
+    several = averages.average(folder, 48, 0.07, _abstract(mesh=mesh).params)
+    assert several["layer"]["kernel"].sharding == kernel.sharding
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+                 jax.device_get(one), jax.device_get(several))
+
+
+def test_two_trees_are_held_at_most(run, monkeypatch):
+    folder, state, _ = run
+    read, most = checkpoint.read_part, []
+    nbytes = sum(x.nbytes for x in jax.tree.leaves(state.params))
+    before = {id(x) for x in jax.live_arrays()}
+
+    def watched(*args):
+        tree = read(*args)
+        most.append(sum(x.nbytes for x in jax.live_arrays() if id(x) not in before))
+        return tree
+
+    monkeypatch.setattr(checkpoint, "read_part", watched)
+    averages.average(folder, 48, 0.07, _abstract().params)
+    assert len(most) == 24 and max(most) <= 3 * nbytes
+
+
+@pytest.mark.parametrize("at, length, told", [
+    (48, 0.4, r"length 0.4: give a relative standard deviation from 0.005 to 0.285"),
+    (48, 0.0, r"length 0: give"),
+    (47, 0.1, r"length 0.1 at step 47: .*averages holds snapshots of steps 4, 8, "),
+    (48, 0.005, r"length 0.005 at step 48: the 24 averages in .*averages up to there miss its "
+                r"profile by \d\d%, and 10% is allowed: choose a length from 0.02\d to 0.2\d, or"),
+])
+def test_what_cannot_be_is_refused(run, at, length, told):
+    with pytest.raises(UserError, match=told):
+        averages.average(run[0], at, length, _abstract().params)
+
+
+def test_a_run_without_snapshots_and_damaged_ones(run, tmp_path):
+    with pytest.raises(UserError, match=r"averages holds no snapshots: .*train.averages=\(0.05"):
+        averages.recipe(tmp_path, 4, 0.1)
+    config = dataclasses.replace(CONFIG, steps=4)
+    loop.fit(toy.task(), config, toy.Loader, tmp_path, toy.one_device(), seed=0)
+    wide = jax.eval_shape(lambda: {"layer": {"kernel": jnp.zeros((8, 4)), "bias": jnp.zeros(4)}})
+    with pytest.raises(UserError, match=r"not of this network .*bias is \(8,\), should be \(4,\)"):
+        averages.average(tmp_path, 4, 0.1, wide)
+    (tmp_path / "averages" / "4" / "averages" / "_METADATA").unlink()
+    with pytest.raises(UserError, match="4 is damaged .*delete .*snapshots that are left"):
+        averages.average(tmp_path, 4, 0.1, _abstract().params)
+
+
+def test_a_full_disk_is_told_as_of_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.setattr(saver, "_AT_THE_END", 0.2)
+    monkeypatch.setattr(saver, "_FIRST_PAUSE", 0.0)
+
+    def full(self, step, trees, about=None):
+        raise UserError("cannot write a checkpoint in DIR: No space left on device")
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save_trees", full)
+    with pytest.raises(saver.StoreError, match="toy: stopped at step 4, whose averages cannot be .*"
+                       "No space left on device.* goes on from step 2"):
+        config = dataclasses.replace(CONFIG, checkpoint_every=2)
+        loop.fit(toy.task(), config, toy.Loader, tmp_path, toy.one_device(), seed=0)
+    assert not os.path.exists(tmp_path / "averages" / "4")
+
+
+@pytest.mark.parametrize("values, told", [
+    ({"averages": (0.5,)}, r"train.averages=\(0.5,\): lengths are relative .* from 0.005 to 0.285"),
+    ({"averages": (0.1, 0.1)}, "train.averages=.*: has a length twice"),
+    ({"averages": (), "averages_every": 5}, "train.averages_every=5: of which averages"),
+    ({"averages_every": -1}, "train.averages_every=-1: not below 0"),
+])
+def test_contradictions_of_the_config_are_refused(values, told):
+    with pytest.raises(UserError, match=told):
+        dataclasses.replace(CONFIG, **values)
