@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from ldm_scaling import files
+from ldm_scaling.config import averaging
 from ldm_scaling.config.cascade import Cascade
 from ldm_scaling.config.check import require
 from ldm_scaling.config.data import Data
@@ -40,6 +41,11 @@ class Study:
         member, under any name, and nothing is trained. Empty where members are trained.
       weights_hash: of the folder's files. Filled in when the folder is read; given, it is what
         they must have.
+      average: the length of the average whose parameters members are drawn and measured with, a
+        relative standard deviation: `0.1`, or members' own, `c8=0.12,c16=0.09`, or both, where the
+        number alone is of all others. Without any, empty, it is the run's own, `ema`. Made after
+        training, see `training.averages`; a record's network is named by it, and a workdir is not
+        bound to it.
       plugins: code of one's own, which registers what is named here: dotted modules, and .py files,
         which `config.parse` makes absolute. A workdir keeps them, and is not bound to them. See
         docs/extending.md.
@@ -53,6 +59,7 @@ class Study:
     reference: str = "866m"
     weights: str = ""
     weights_hash: str = ""
+    average: str = ""
     plugins: tuple[str, ...] = ()
     data: Data = dataclasses.field(default_factory=Data)
     autoencoder: Autoencoder = dataclasses.field(default_factory=Autoencoder)
@@ -88,6 +95,7 @@ class Study:
                 "autoencoder.train.attention", self.autoencoder.train.attention, "fused "
                 "kernels are not for its one wide head: auto, plain or chunked")
         self._check_transfer()
+        self._check_average()
         for name, value in (("weights", self.weights), ("finetune.pretrained",
                                                         self.finetune.pretrained)):
             require(not (value and self.start.workdir), "start.workdir", self.start.workdir,
@@ -127,6 +135,28 @@ class Study:
                     "it is for train, in which members begin: give none here")
             require(not run.averages, f"{name}.averages", run.averages,
                     "averages of other lengths are made of members alone: give them in train")
+
+    def _check_average(self) -> None:
+        if not self.average:
+            return
+        named = averaging.parse(self.average, self.members)  # Raises for what is none.
+        # One spelling of all that say the same.
+        object.__setattr__(self, "average", averaging.spell(named))
+        others = {"weights": self.weights, "finetune.pretrained": self.finetune.pretrained,
+                  "finetune.task": self.finetune.task, "cascade.base": self.cascade.base}
+        others |= {f"{d.NAME}.method": d.method for d in self.distillations}
+        for name, value in others.items():
+            require(not value, "average", self.average, f"with {name}={value!r}: what is made of "
+                    "members begins with their ema, and is compared with that: leave out one of "
+                    "the two, a workdir may serve several configs")
+        require(bool(self.train.averages), "average", self.average,
+                "it is made of train.averages: name those that the members were trained with, such "
+                "as train.averages=(0.05, 0.1)")
+
+    def average_of(self, member: str) -> float | None:
+        """The length of the average that a member is measured with; None is its `ema`."""
+        named = averaging.parse(self.average, self.members)
+        return named.get(member, named.get(""))
 
     @property
     def distillations(self) -> tuple[Distill, ...]:

@@ -109,7 +109,7 @@ class Taught:
         study, run = m.study, c.train
         others = {"finetune.task": study.finetune.task}
         others |= {f"{d.NAME}.method": d.method for d in study.distillations}
-        others |= {"cascade.base": study.cascade.base}
+        others |= {"cascade.base": study.cascade.base, "average": study.average}
         for key, value in others.items():
             if value:
                 raise UserError(

@@ -12,7 +12,7 @@ from ldm_scaling.study import runs
 from ldm_scaling.study import subject as subject_lib
 from ldm_scaling.study.materials import Materials
 from ldm_scaling.study.subject import Subject
-from ldm_scaling.training import checkpoint
+from ldm_scaling.training import averages, checkpoint
 
 
 def steps(study: Study) -> list[int]:
@@ -46,8 +46,8 @@ def subjects(study: Study) -> list[Subject]:
     ]
 
 
-def _kept(materials: Materials, member: str) -> list[int]:
-    return checkpoint.steps_of(materials.workdir.member(member) / "checkpoints")
+def _kept(materials: Materials, member: str, folder: str = "checkpoints") -> list[int]:
+    return checkpoint.steps_of(materials.workdir.member(member) / folder)
 
 
 def require_ahead(materials: Materials, member: str) -> None:
@@ -71,7 +71,9 @@ def require_kept(materials: Materials, reference_hash: str) -> None:
         for s in subjects(materials.study):
             found = subject_lib.existing(s, reference_hash, directory)
             missing = len(found) < len(subject_lib.planned(s))
-            if missing and s.train_step not in _kept(materials, s.member):
+            length = materials.study.average_of(s.member)
+            folder = "checkpoints" if length is None else averages.FOLDER
+            if missing and s.train_step not in _kept(materials, s.member, folder):
                 return [s.member, s.train_step]
         return []
 
@@ -88,11 +90,12 @@ def _not_kept(member: str, lost: list[int]) -> UserError:
 
 
 def params(materials: Materials, subject: Subject) -> Any:
-    """The averaged parameters of a member, along its training or at its end."""
+    """The averaged parameters of a member, along its training or at its end, see
+    `config.Study.average`."""
     run, member = materials.study.train, subject.member
     if subject.train_step not in steps(materials.study):
         return materials.member_params(member)
     return runs.average(
         materials.spec(member), materials.workdir.member(member), run, materials.mesh,
-        subject.train_step,
+        subject.train_step, materials.study.average_of(member),
     )

@@ -221,7 +221,8 @@ class Materials:
         """Of the study whose members are fine-tuned here, see `config.FineTune`; on the devices of
         this one, which may be others than they were trained on."""
         workdir = Workdir(self.study.finetune.pretrained)
-        study = dataclasses.replace(workdir.last_config(), mesh=self.study.mesh)
+        # What is made of members further begins with their `ema`, see `config.Study.average`.
+        study = dataclasses.replace(workdir.last_config(), mesh=self.study.mesh, average="")
         return Materials(study, workdir)
 
     @property
@@ -292,7 +293,7 @@ class Materials:
         )
 
     def member_params(self, member: str) -> Any:
-        """A member's parameters, averaged over its training."""
+        """A member's parameters, averaged over its training: see `config.Study.average`."""
         return self.networks.params(member)
 
     @functools.cached_property

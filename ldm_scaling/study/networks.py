@@ -18,7 +18,7 @@ from ldm_scaling.parallel import placing, rules
 from ldm_scaling.study import encoders, runs
 from ldm_scaling.study.encoders import LatentEncoder
 from ldm_scaling.tasks import autoencoder as autoencoder_task
-from ldm_scaling.training import checkpoint, step
+from ldm_scaling.training import averages, checkpoint, step
 
 if TYPE_CHECKING:
     from ldm_scaling.study.materials import Materials
@@ -66,7 +66,20 @@ def model_hash(study: Study, member: str) -> str:
     # The sizes of published networks are among their files.
     spec = None if study.weights else zoo.get(member).spec
     recipe = () if spec is None else backbone.recipe(spec)
-    return files.sha256_of([study.training_hash(member), spec, *recipe])
+    length = study.average_of(member)
+    average = () if length is None else (["average", length],)
+    return files.sha256_of([study.training_hash(member), spec, *recipe, *average])
+
+
+def _averaged(study: Study) -> list[str]:
+    """What a report says of the averages that members are drawn with."""
+    lengths = {member: study.average_of(member) for member in study.members}
+    if not any(lengths.values()):
+        return []
+    told = [f"{member} {'as training left it' if n is None else f'{n:g}'}"
+            for member, n in lengths.items()]
+    return ["Parameters are averaged over training after it (post-hoc EMA), over a relative "
+            f"standard deviation of its length: {', '.join(told)}."]
 
 
 def grown(materials: Materials, member: str, channels: int) -> Any:
@@ -89,12 +102,17 @@ def trained(materials: Materials) -> Networks:
         if not given:
             runs.require(workdir / "autoencoder", study.autoencoder.train, "the autoencoder")
         for member in members:
-            runs.require(workdir.member(member), study.train, f"member {member}")
+            folder = workdir.member(member)
+            runs.require(folder, study.train, f"member {member}")
+            if (length := study.average_of(member)) is not None:
+                averages.recipe(folder, study.train.steps, length)  # Raises where it cannot be.
 
     def params(member: str) -> Any:
         folder, run = workdir.member(member), study.train
         runs.require(folder, run, f"member {member}")
-        return runs.average(zoo.get(member).spec, folder, run, materials.mesh, run.steps)
+        return runs.average(
+            zoo.get(member).spec, folder, run, materials.mesh, run.steps, study.average_of(member)
+        )
 
     @functools.cache
     def decoder() -> Any:
@@ -136,5 +154,6 @@ def trained(materials: Materials) -> Networks:
             f"The pictures pass through {'a published autoencoder' if given else _OWN} (latents "
             f"of 1/{spec.downsampling} of their side, {spec.latent_channels} channels); captions "
             f"through a frozen {'text encoder' if study.data.text_weights else 'MiniLM'}.",
+            *_averaged(study),
         ),
     )

@@ -17,7 +17,7 @@ from ldm_scaling.config.measuring import FRECHET
 from ldm_scaling.errors import UserError
 from ldm_scaling.sampling import solvers
 from ldm_scaling.study import curves, labels, scores
-from ldm_scaling.study.records import NAME, Record, raced_reference
+from ldm_scaling.study.records import NAME, TEXT_TO_IMAGE, Record, raced_reference
 from ldm_scaling.study.workdir import MARKER, Workdir
 
 SELECT, REPORT = 0, (1,)
@@ -99,7 +99,7 @@ def last_measured(
     home: epath.PathLike, records: Sequence[Record]
 ) -> tuple[list[Record], list[str]]:
     """A workdir's records without those of cells that were measured again in another way: with
-    another number of pictures, by other measures, or by another version.
+    another average of the parameters, number of pictures, other measures, or by another version.
 
     Of each task of which that holds for a cell the records of one way are kept, the one that its
     last config asks for or that comes nearest to it. Where several come as near, of other tasks,
@@ -115,8 +115,8 @@ def last_measured(
     study = config_of(home)
     if study is None:
         return list(records), []
+    records, told = _of_one_average(home, study, records)
     kept: list[Record] = []
-    told = []
     named = {*scores.SCORES} - {FRECHET}  # `sweep.metrics` are of these.
     for task in dict.fromkeys(r.task for r in records):
         sweep = (study.finetune if task == study.finetune.task else study).sweep
@@ -144,6 +144,34 @@ def last_measured(
             f"{best.num_images:,} pictures and version {best.version}, and {less:,} are left out"
         )
     return kept, told
+
+
+def _of_one_average(
+    home: epath.PathLike, study: Study, records: Sequence[Record]
+) -> tuple[list[Record], list[str]]:
+    """The records without members' of other averages than the last config's, see
+    `config.Study.average`, where it has some of that; and a sentence where some are left out."""
+    hashes: dict[str, set[str]] = {}
+    for r in records:
+        if r.task == TEXT_TO_IMAGE:
+            hashes.setdefault(r.identity.model, set()).add(r.identity.model_hash)
+    several = [model for model, own in hashes.items() if len(own) > 1]
+    if not several or study.weights:
+        return list(records), []
+    from ldm_scaling.study.networks import model_hash
+
+    wanted = {model: model_hash(study, model) for model in several}
+    wanted = {model: hash for model, hash in wanted.items() if hash in hashes[model]}
+    kept = [r for r in records if r.task != TEXT_TO_IMAGE or wanted.get(
+        r.identity.model, r.identity.model_hash) == r.identity.model_hash]
+    if not (less := len(records) - len(kept)):
+        return kept, []
+    used = f"average={study.average}" if study.average else "their ema"
+    return kept, [
+        f"{os.fspath(home)}: {labels.listing(sorted(wanted), 'and')}: measured with several "
+        f"averages of their parameters; taken are the records of the last config's, {used}, and "
+        f"{less:,} are left out"
+    ]
 
 
 class _Way(NamedTuple):

@@ -20,7 +20,7 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.models import backbone
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.parallel import processes
-from ldm_scaling.training import checkpoint, optimizer, step
+from ldm_scaling.training import averages, checkpoint, optimizer, step
 from ldm_scaling.training.task import check_metric
 
 
@@ -96,11 +96,15 @@ def done(folder: epath.Path, run: Train, spec: backbone.Spec | None = None) -> b
 
 
 def average(
-    spec: backbone.Spec, folder: epath.Path, run: Train, mesh: jax.sharding.Mesh, steps: int
+    spec: backbone.Spec, folder: epath.Path, run: Train, mesh: jax.sharding.Mesh, steps: int,
+    length: float | None = None,
 ) -> Any:
-    """The averaged parameters of a network's run after so many steps, laid out for a mesh. Raises
-    `UserError` where the run was of another network."""
+    """The averaged parameters of a network's run after so many steps, laid out for a mesh: its
+    `ema`, or the average of a length. Raises `UserError` where the run was of another network, and
+    as `averages.average`."""
     abstract = step.abstract_state(backbone.initializer(spec), run, mesh)
+    if length is not None:
+        return averages.average(folder, steps, length, abstract.params, network(spec))
     return checkpoint.average(folder / "checkpoints", steps, abstract, network(spec))
 
 

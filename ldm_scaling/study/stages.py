@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from ldm_scaling import pictures
+from ldm_scaling import files, pictures
 from ldm_scaling.config import Study
 from ldm_scaling.data.composed import openmoji
 from ldm_scaling.data.conditions import pixels
@@ -260,7 +260,9 @@ def sample(
         return [grids.of(further, prompts, values) for further in several]
     wanted = request_lib.of(materials.study, prompts or ("",), **values)
     gallery.require_trained(materials, wanted.member)
-    return [grids.grid(materials, wanted, prompts, values, "", functools.partial(
+    lengths = [materials.study.average_of(member) for member in wanted.member]
+    whose = f"averages-{files.sha256_of(lengths)[:8]}_" if any(lengths) else ""
+    return [grids.grid(materials, wanted, prompts, values, whose, functools.partial(
         gallery.draw, materials, drawer=drawer), materials.study.sample.num_images)]
 
 
