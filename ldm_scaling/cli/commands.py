@@ -21,6 +21,7 @@ COMMANDS = {
     "plan": "what a job will need on TPUs or GPUs that are not here, by their own compiler",
     "cost": "parameters, FLOPs and measured seconds of each member on the device that is here",
     "rates": "train members at several learning rates: which is best at which width",
+    "averages": "measure members with averages of several lengths: which is best at which size",
     "advise": "which size, sampler, steps and guidance for a budget, from records",
 }
 
@@ -30,7 +31,7 @@ OWN = {
     "evaluate": "ldm_scaling.study.evaluate_cli", "plan": "ldm_scaling.study.plan_cli",
     "cost": "ldm_scaling.study.cost_cli", "advise": "ldm_scaling.study.advise_cli",
     "figure": "ldm_scaling.study.figure_cli", "pairs": "ldm_scaling.study.pairs_cli",
-    "rates": "ldm_scaling.study.rates_cli",
+    "rates": "ldm_scaling.study.rates_cli", "averages": "ldm_scaling.study.averages_cli",
     "upscale": "ldm_scaling.study.upscale_cli", "restore": "ldm_scaling.study.restore_cli",
 }
 # Commands that work in a workdir, in this order; they may run as several processes.

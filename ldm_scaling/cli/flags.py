@@ -10,8 +10,8 @@ from ldm_scaling.cli.commands import STAGES
 from ldm_scaling.errors import UserError
 
 # Those that take a config, and a workdir; the commands with flags of their own read these here too.
-_CONFIGURED = (*STAGES, "evaluate", "plan", "cost", "rates", "upscale", "restore")
-_IN_WORKDIR = (*STAGES, "evaluate", "advise", "figure", "rates", "upscale", "restore")
+_CONFIGURED = (*STAGES, "evaluate", "plan", "cost", "rates", "averages", "upscale", "restore")
+_IN_WORKDIR = (*STAGES, "evaluate", "advise", "figure", "rates", "averages", "upscale", "restore")
 # Flags: the commands that take them, how they are written, what they are.
 FLAGS = {
     "config": (

@@ -128,14 +128,21 @@ def run(subject: Subject, bench: Bench, progress: Progress) -> list[Record]:
     if subject_lib.races(subject):
         chosen = _race(subject, first, bench, progress)
     else:
-        _complete(subject, first, bench, progress)
-        processes.barrier("selected")
-        chosen = [records.read(records.path_of(bench.directory, i.key)) for i in first]
+        chosen = select(subject, bench, progress)
     last = subject_lib.reporting(subject, bench.scorer.hash, chosen)
     for block in subject.sweep.report_blocks:
         _complete(subject, [i for i in last if i.seed_block == block], bench, progress)
     processes.barrier("reported")
     return chosen + [records.read(records.path_of(bench.directory, i.key)) for i in last]
+
+
+def select(subject: Subject, bench: Bench, progress: Progress) -> list[Record]:
+    """Measures what is missing on the block that chooses, all rates of the grid, and returns its
+    records; see `run`."""
+    wanted = subject_lib.selection(subject, bench.scorer.hash)
+    _complete(subject, wanted, bench, progress)
+    processes.barrier("selected")
+    return [records.read(records.path_of(bench.directory, i.key)) for i in wanted]
 
 
 def _race(

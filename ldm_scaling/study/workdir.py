@@ -34,7 +34,7 @@ class Workdir:
         autoencoder/          checkpoints/, events/, samples/, curves.csv
         latents/, buckets/    the training and validation latents, square and of other aspects
         latent_scale.json     what latents are multiplied by: all that drawing needs of them
-        models/NAME/          as autoencoder/, one folder a member
+        models/NAME/          as autoencoder/, one folder a member; averages/ where it tracks some
         finetuned/TASK_HASH/  members trained further: NAME/ as autoencoder/; DreamBooth's has more
         distilled/METHOD_HASH/ students: NAME/STAGE/ as autoencoder/
         cascades/             base_HASH/NAME/, upper_HASH/NAME/ as autoencoder/
@@ -43,6 +43,8 @@ class Workdir:
         reference/            statistics of the real pictures, the caption probe
         records/KEY.json      one record per configuration
         rates/KEY.json        a short run at a learning rate, see `ldm-scaling rates`; its figure
+        averages/KEY.json     a member with an average of a length, see `ldm-scaling averages`; its
+                              figure; records/, strips/ and seconds/ as a sweep's
         features/KEY.npz      features of a racing sweep between its rounds
         seconds/KEY.json      measured seconds of each network's programs
         strips/KEY.png        the first pictures of each configuration
@@ -179,7 +181,8 @@ class Workdir:
         except OSError as e:
             raise self._unusable(e) from e
         for folder in (
-            ".", "data", "reference", "records", "rates", "features", "strips", "figures",
+            ".", "data", "reference", "records", "rates", "averages", "averages/records",
+            "averages/strips", "averages/seconds", "features", "strips", "figures",
         ):
             for leftover in (self.path / folder).glob(".tmp-*"):
                 if leftover.is_dir():  # of `files.atomic_folder`

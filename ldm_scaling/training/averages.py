@@ -148,6 +148,18 @@ class Recipe:
     residual: float
 
 
+def require(directory: epath.PathLike, step: int) -> list[int]:
+    """The steps of a run's snapshots. Raises `UserError` where there is none of this one."""
+    folder = epath.Path(directory) / FOLDER
+    steps = checkpoint.steps_of(folder)
+    if step not in steps:
+        have = f"holds snapshots of steps {', '.join(map(str, steps))}" if steps else (
+            "holds no snapshots: averages of other lengths are made of those that a run leaves "
+            "with train.averages=(0.05, 0.1), which is to be set before it begins")
+        raise UserError(f"averages at step {step}: {folder} {have}")
+    return steps
+
+
 def recipe(directory: epath.PathLike, step: int, length: float) -> Recipe:
     """How an average is made of a run's snapshots up to its step; reads no parameters.
 
@@ -166,12 +178,7 @@ def recipe(directory: epath.PathLike, step: int, length: float) -> Recipe:
             f"an average of length {length:g}: give a relative standard deviation from {low:g} to "
             f"{high:g}"
         )
-    steps = checkpoint.steps_of(folder)
-    if step not in steps:
-        have = f"holds snapshots of steps {', '.join(map(str, steps))}" if steps else (
-            "holds no snapshots: averages of other lengths are made of those that a run leaves "
-            "with train.averages=(0.05, 0.1), which is to be set before it begins")
-        raise UserError(f"an average of length {length:g} at step {step}: {folder} {have}")
+    steps = require(directory, step)
     tracked = checkpoint.parts_of(folder / str(step), FOLDER)
     if f"{length:g}" in tracked:
         return Recipe(step, length, (Part(step, f"{length:g}", 1.0),), 0.0)

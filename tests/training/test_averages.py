@@ -248,7 +248,7 @@ def test_two_trees_are_held_at_most(run, monkeypatch):
 @pytest.mark.parametrize("at, length, told", [
     (48, 0.4, r"length 0.4: give a relative standard deviation from 0.005 to 0.285"),
     (48, 0.0, r"length 0: give"),
-    (47, 0.1, r"length 0.1 at step 47: .*averages holds snapshots of steps 4, 8, "),
+    (47, 0.1, r"averages at step 47: .*averages holds snapshots of steps 4, 8, "),
     (48, 0.005, r"length 0.005 at step 48: the 24 averages in .*averages up to there miss its "
                 r"profile by \d\d%, and 10% is allowed: choose a length from 0.02\d to 0.2\d, or"),
 ])

@@ -1,0 +1,115 @@
+"""`ldm-scaling averages`: which length of the average over training is best at which size."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ldm_scaling import config, files
+from ldm_scaling.config.measuring import FRECHET
+from ldm_scaling.errors import UserError
+from ldm_scaling.parallel import compiled, hosts
+from ldm_scaling.study.arguments import Parser, above_0
+
+COMMON = ("config", "workdir")
+_USAGE = """
+  ldm-scaling averages --workdir=DIR
+  ldm-scaling averages --workdir=DIR --lengths=0.05,0.07,0.1,0.14,0.2 --member=c8,c16
+  ldm-scaling averages --workdir=DIR --metric=fd_effnetlite0 --sampler=ddim --steps=20"""
+
+
+def _lengths(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(f"{float(piece):g}") for piece in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} are no lengths; write  --lengths=0.05,0.07,0.1,0.14,0.2") from None
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "ldm-scaling averages", _USAGE, allow_abbrev=False,
+        description="Makes averages of several lengths of each trained member's parameters from "
+        "the snapshots of train.averages, measures each, and says which length is best and whether "
+        "that differs with size. What is measured is kept: docs/averages.md.",
+    )
+    add = parser.add_argument
+    add("--config", metavar="FILE[:argument]", help="that the members were trained with; the "
+        "workdir knows the one that was last used in it")
+    add("--workdir", metavar="DIR", help="of the trained members; where all is kept")
+    add("--lengths", type=_lengths, default=(), metavar="S,S", help="relative standard deviations; "
+        "0.03 to 0.25, as far as the snapshots give them, if not given")
+    add("--member", default="", metavar="NAME,NAME", help="networks; all of the config's if not "
+        "given")
+    add("--at", type=above_0, default=0, metavar="N", help="a training step that has a snapshot; "
+        "the last if not given")
+    add("--metric", metavar="NAME", help="a distance that is measured beside the loss, of pictures "
+        "that are drawn for it: the sweep's own, or one of config.sweep.metrics")
+    add("--sampler", metavar="NAME", help="of these pictures; the config's sample if not given, as "
+        "are the next two. Each of the three asks for pictures")
+    add("--steps", type=above_0, metavar="N")
+    add("--guidance", type=float, metavar="W")
+    return parser
+
+
+def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
+    """Runs the command; prints the verdict, then the picture's file.
+
+    Args:
+      arguments: after `averages`.
+      parse: reads --config, its overrides and --workdir, which belong to every command.
+    Raises:
+      UserError: for what the user can mend.
+    """
+    given, common = _parser().parse_with_common(arguments, parse, COMMON)
+    if not common.workdir:
+        raise UserError("averages needs --workdir=DIR; see  ldm-scaling averages --help")
+    hosts.use_cpu_cores()
+    compiled.keep()
+    from ldm_scaling.study import averages, stages
+    from ldm_scaling.study.figures import averages as figure
+    from ldm_scaling.study.figures import rows
+    from ldm_scaling.study.plot_style import save, style
+    from ldm_scaling.study.workdir import Workdir
+
+    workdir = Workdir(common.workdir)
+    study = config.parse(common.config) if common.config else workdir.last_config()
+    cell = _cell(given, study)
+    materials = stages.check(study, workdir, measured=cell is not None, trains=False)
+    members = [name.strip() for name in given.member.split(",") if name.strip()]
+    wanted = averages.of(materials, members, given.lengths, given.at)
+    lock = workdir.lock()
+    workdir.bind(materials.study)
+    with lock, workdir.log_to_file():
+        found = averages.measure(materials, wanted, cell)
+    shown = figure.lines(found)
+    with style():
+        drawn = figure.draw(shown, cell)
+    folder, name = workdir / averages.FOLDER, "best_length"
+    name += f"_at_{given.at}" if given.at else ""
+    save(drawn.figure, folder, name)
+    files.atomic_write_text(folder / f"{name}.csv", rows.text(drawn.rows))
+    words = figure.verdict(shown, cell)
+    files.atomic_write_text(folder / f"{name}.txt", words + "\n")
+    print(words)
+    print(os.fspath(folder / f"{name}.png"))
+
+
+def _cell(given: argparse.Namespace, study: Any) -> Any:
+    """How pictures are drawn, where any are asked for."""
+    from ldm_scaling.study.averages import Cell
+
+    asked = (given.metric, given.sampler, given.steps, given.guidance)
+    if all(value is None for value in asked):
+        return None
+    sample, metric = study.sample, given.metric or study.sweep.choose_by
+    if metric not in (FRECHET, *study.sweep.metrics):
+        raise UserError(f"--metric={metric}: the sweep measures {FRECHET} and what "
+                        "config.sweep.metrics names: choose of these, or name it there")
+    return Cell(
+        given.sampler or sample.sampler, given.steps or sample.steps,
+        sample.guidance if given.guidance is None else given.guidance,
+        metric,
+    )
