@@ -197,9 +197,11 @@ def measure(
     found: list[Measured] = []
     task: tuple[str, Any] = "", None  # One at a time: what it compiled takes memory.
     with contextlib.ExitStack() as stack:
-        count = len(wanted) if cell is None else 0
-        bar = stack.enter_context(files.progress(count, "averages", "average"))
-        progress = cell and stack.enter_context(Progress(_work(materials, wanted, cell), 0.0))
+        progress = bar = None
+        if cell is not None:
+            progress = stack.enter_context(Progress(_work(materials, wanted, cell), 0.0))
+        else:
+            bar = stack.enter_context(files.progress(len(wanted), "averages", "average"))
         seconds: dict[str, dict] = {}
         for which in wanted:
             params = functools.cache(functools.partial(_params, materials, which))
@@ -217,7 +219,8 @@ def measure(
                 far = _distance(materials.own, which, cell, params, timed, progress)
                 one = dataclasses.replace(one, distance=far)
             found.append(one)
-            bar.update(cell is None)
+            if bar is not None:
+                bar.update()
     return found
 
 

@@ -35,7 +35,7 @@ _TRIED = np.geomspace(*LENGTHS, 60)
 
 
 def updated(averages: Any, params: Any, step: jax.Array) -> Any:
-    """The averages after a step, beta(t) = (1 - 1/t)^(gamma + 1) of what they were (eq. 4).
+    """The averages after a step, beta(t) = (1 - 1/t)^(gamma + 1) of what they were (eq. 127).
 
     Args:
       averages: length -> average, as `TrainState` has it, or ().
@@ -229,6 +229,8 @@ def average(
     found = recipe(directory, step, length)
     if network is not None:
         checkpoint.check_network(folder, step, network)
+    # Of all: to open arrays for their shapes takes as long as to read them.
+    checkpoint.check_parts(folder / str(step), FOLDER, abstract)
     # Small weights first: what they add to is not yet large.
     first, *rest = sorted(found.parts, key=lambda part: abs(part.weight))
 

@@ -278,12 +278,16 @@ def parts_of(folder: epath.Path, name: str) -> list[str]:
     return sorted({key.partition("/")[0] for key in listed} if listed else _metadata(folder, name))
 
 
+def check_parts(folder: epath.Path, name: str, abstract: Any) -> None:
+    """Raises `UserError` where not all of `parts_of` are trees like this."""
+    _check_shapes(folder, name, dict.fromkeys(parts_of(folder, name), abstract))
+
+
 def read_part(folder: epath.Path, name: str, part: str, abstract: Any) -> Any:
-    """What stands under one of `parts_of`, placed as `abstract` says, and nothing else. Any process
-    may read by itself. Raises `UserError` as `Checkpoints.restore`."""
+    """What stands under one of `parts_of`, placed as `abstract` says, and nothing else: see
+    `check_parts`. Any process may read by itself. Raises `UserError` for damage."""
     absent = jax.tree.map(lambda _: ocp.PLACEHOLDER, abstract)
     parts = parts_of(folder, name)
-    _check_shapes(folder, name, dict.fromkeys(parts, abstract))
     return _read(folder, dict.fromkeys(parts, absent) | {part: abstract}, name)[part]
 
 

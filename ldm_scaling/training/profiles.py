@@ -19,22 +19,22 @@ import numpy as np
 
 def gamma_of(length: float) -> float:
     """The exponent of a length, a relative standard deviation in (0, 0.289]: the largest root of
-    (gamma + 2)^2 (gamma + 3) length^2 = gamma + 1."""
+    (gamma + 2)^2 (gamma + 3) length^2 = gamma + 1 (eq. 126, algorithm 2)."""
     t = float(length) ** -2
     roots = np.roots([1.0, 7.0, 16.0 - t, 12.0 - t])
     return float(roots.real[np.abs(roots.imag) < 1e-9 * np.abs(roots)].max())
 
 
 def length_of(gamma: float) -> float:
-    """The relative standard deviation of p: the root of (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
-    """
+    """The relative standard deviation of p, whose square is (gamma + 1) / ((gamma + 2)^2 (gamma +
+    3)) (eq. 123)."""
     return float(np.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2))
 
 
 def inner(
     step_a: np.ndarray, gamma_a: np.ndarray, step_b: np.ndarray, gamma_b: np.ndarray
 ) -> np.ndarray:
-    """Integrals of the product of two profiles, of broadcast steps and exponents (appendix C.3):
+    """Integrals of the product of two profiles, of broadcast steps and exponents (algorithm 3):
 
     (gamma_a + 1) (gamma_b + 1) / ((gamma_a + gamma_b + 1) max(t_a, t_b)) (min / max)^gamma,
 
@@ -65,7 +65,7 @@ class Mix:
 def solve(
     step_I: Sequence[float], gamma_I: Sequence[float], step: float, gamma: float
 ) -> Mix:
-    """The sum of profiles that is nearest to a wanted one, by least squares (appendix C.3).
+    """The sum of profiles that is nearest to a wanted one, by least squares (algorithm 3).
 
     EDM2 leaves what the weights sum to free, for its networks take no notice of their kernels'
     size. Others do: a sum of 0.98 would shrink all parameters by 2%. So here they sum to 1, which

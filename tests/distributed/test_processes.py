@@ -7,17 +7,21 @@ import shutil
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 
+from ldm_scaling.config import Train
 from ldm_scaling.models import autoencoder, converted
+from ldm_scaling.training import averages, checkpoint, step
 from ldm_scaling.training.events import read_curves, without_times
 from tests.distributed import driving
+from tests.training import toy
 
 TRAIN = {
     "steps": 6, "batch_size": 16, "learning_rate": 1e-2, "warmup_steps": 2, "ema_decay": 0.9,
     "compute_dtype": "float32", "log_every": 1, "validate_every": 0, "checkpoint_every": 3,
-    "sample_every": 0,
+    "sample_every": 0, "averages": (0.05, 0.1), "averages_every": 2,
 }
 DEVICES = 4
 
@@ -73,6 +77,17 @@ def test_processes_train_as_one(run, task, processes, fsdp, tensor):
     one, several = _losses(run(task, 1, 1)), _losses(run(task, processes, fsdp, tensor))
     assert len(one) == 6
     np.testing.assert_allclose(several, one, rtol=1e-5)
+
+
+def test_snapshots_of_four_are_those_of_one(run):
+    """Written together in shards, and read by this process alone."""
+    mesh = toy.one_device()
+    params = step.abstract_state(toy.init, Train(**TRAIN), mesh).params
+    found = []
+    for place in (run("linear", 1, 1), run("linear", 4, 4)):
+        assert checkpoint.steps_of(place / "averages") == [2, 4, 6]
+        found.append(averages.average(place, 6, 0.12, params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *found)
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -50,6 +50,8 @@ def test_a_length_is_part_of_what_names_a_network_and_of_nothing_else():
         "0.1,c8=0.07", 0.07, 0.1)
     assert with_average(mixed.average) == mixed
     assert networks.model_hash(mixed, "c16") == networks.model_hash(both, "c16")
+    assert networks._averaged(STUDY) == []
+    assert "c8 as training left it, c16 0.12." in networks._averaged(one)[0]
 
 
 @pytest.mark.parametrize("text, told", [

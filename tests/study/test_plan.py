@@ -118,6 +118,8 @@ def test_each_remedy_takes_memory_from_the_arguments_or_the_step(devices):
     by_name = {r.name: r.study for r in plan_remedies.of(study, "train", devices)}
     sharded = plan_parts.build(by_name["fsdp axis"], "c8", devices, "train").held
     assert sharded["parameters"] < 0.3 * base["parameters"]
+    tracked = plan_parts.build(_study(averages=(0.05, 0.1)), "c8", devices, "train").held
+    assert tracked == base | {"other averages": 2 * base["average"]}
     small = plan_parts.build(by_name["optimiser dtype"], "c8", devices, "train").held
     assert small["optimiser"] == pytest.approx(1.5 * small["parameters"], rel=1e-2)
 
@@ -294,9 +296,10 @@ def test_the_key_follows_what_decides_a_plan():
 
     others = {
         key(), key(_study(remat="block")), key(member="c16"), key(kind="sample"),
-        key(topology="v6e:2x4"),
+        key(topology="v6e:2x4"), key(_study(averages=(0.1,))),
     }  # fmt: skip
-    assert len(others) == 5
+    assert len(others) == 6
+    assert key(_study(keep_steps=(3,))) == key()
     assert key(dataclasses.replace(_study(), name="another")) == key()
 
 

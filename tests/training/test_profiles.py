@@ -47,7 +47,7 @@ def test_a_tracked_average_is_itself():
 
 
 def test_two_averages_and_few_snapshots_give_most_lengths():
-    """As EDM2 finds (appendix C.3): lengths about the tracked ones need few snapshots, and twice as
+    """As EDM2 finds (section 3.2): lengths about the tracked ones need few snapshots, and twice as
     many snapshots are several times as near."""
     for length in (0.04, 0.07, 0.12, 0.15, 0.2):
         few, many = _mix(length, 16).residual, _mix(length, 32).residual

@@ -145,6 +145,8 @@ def draw(shown: Sequence[Line], cell: Cell | None) -> Drawn:
         for line in own:
             _draw(ax, line, marks[line.member])
         plot_style.log_x(ax)
+        top = min(ax.get_ylim()[1], _top(own))
+        ax.set_ylim(-0.1 * top, top)
         title = _title(measure, cell)
         ax.set(title=title[0].upper() + title[1:], xlabel="Length of the average, relative "
                "standard deviation (log scale)", ylabel=f"{title[0].upper() + title[1:]}, % above "
@@ -153,6 +155,13 @@ def draw(shown: Sequence[Line], cell: Cell | None) -> Drawn:
                   alignment="left", loc="upper left", bbox_to_anchor=(0.0, -0.16))
     plot_style.title(fig, "Which length of the average is best at which size")
     return Drawn(fig, [row for line in shown for row in _rows(line, cell)])
+
+
+def _top(own: Sequence[Line]) -> float:
+    """Where a panel ends: lengths that are far too long are not what it is about."""
+    every = [_above(line, value) for line in own for value in line.curve.loss_N]
+    emas = [_above(line, line.own[1]) for line in own if line.own]
+    return 1.3 * max(float(np.percentile(every, 75)), *emas, 1e-3)
 
 
 def _above(line: Line, value: float | np.ndarray) -> float | np.ndarray:
