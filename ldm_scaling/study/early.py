@@ -46,8 +46,19 @@ def subjects(study: Study) -> list[Subject]:
     ]
 
 
-def _kept(materials: Materials, member: str, folder: str = "checkpoints") -> list[int]:
-    return checkpoint.steps_of(materials.workdir.member(member) / folder)
+def _kept(materials: Materials, member: str) -> list[int]:
+    return checkpoint.steps_of(materials.workdir.member(member) / "checkpoints")
+
+
+def _require_average(materials: Materials, member: str, step: int, length: float) -> None:
+    """Raises `UserError` where the snapshots up to a step do not give an average of this length."""
+    try:
+        averages.recipe(materials.workdir.member(member), step, length)
+    except UserError as e:
+        raise UserError(
+            f"member {member} is to be measured after {step} steps of training: {e}; or measure "
+            "the end alone, --config.early.sampler="
+        ) from e
 
 
 def require_ahead(materials: Materials, member: str) -> None:
@@ -63,17 +74,19 @@ def require_ahead(materials: Materials, member: str) -> None:
 
 
 def require_kept(materials: Materials, reference_hash: str) -> None:
-    """Raises `UserError` where a checkpoint is gone that is to be measured still; in all processes.
-    """
+    """Raises `UserError` where a checkpoint is gone that is to be measured still, or snapshots are
+    that its average is made of; in all processes."""
     directory = materials.workdir / "records"
 
     def lost() -> list[Any]:
         for s in subjects(materials.study):
             found = subject_lib.existing(s, reference_hash, directory)
             missing = len(found) < len(subject_lib.planned(s))
-            length = materials.study.average_of(s.member)
-            folder = "checkpoints" if length is None else averages.FOLDER
-            if missing and s.train_step not in _kept(materials, s.member, folder):
+            if not missing:
+                continue
+            if (length := materials.study.average_of(s.member)) is not None:
+                _require_average(materials, s.member, s.train_step, length)
+            elif s.train_step not in _kept(materials, s.member):
                 return [s.member, s.train_step]
         return []
 

@@ -69,3 +69,16 @@ def test_a_checkpoint_that_was_not_kept_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(
         early.subject_lib, "existing", lambda subject, *_: subject_lib.planned(subject))
     early.require_kept(materials, "r")
+
+
+def test_snapshots_that_do_not_give_the_average_along_training_are_told(tmp_path):
+    """Before anything is measured: what is there at the end may not be there early on."""
+    tracked = dataclasses.replace(STUDY.train, averages=(0.05, 0.1))
+    study = dataclasses.replace(STUDY, train=tracked, average="c8=0.25")
+    for member in STUDY.members:
+        for n in (3, 6, 9):
+            (tmp_path / "models" / member / "checkpoints" / str(n)).mkdir(parents=True)
+    with pytest.raises(UserError, match="c8 is to be measured after 3 steps of training: averages "
+                                        "at step 3: .*no snapshots.*early.sampler="):
+        early.require_kept(Materials(study, Workdir(tmp_path)), "r")
+    early.require_kept(Materials(STUDY, Workdir(tmp_path)), "r")
