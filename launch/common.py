@@ -1,6 +1,7 @@
 """What all launchers share: exit statuses, the job's command, names, secrets, dry runs.
 
     python3 launch/common.py check-job -- ARGUMENTS    # status 2 if they make no job
+    python3 launch/common.py check-job --on-hosts [--mounted] -- ARGUMENTS    # or none of hosts
     python3 launch/common.py variables --env=NAME=VALUE ... --secret=VARIABLE=NAME ...
 
 Standard library only: a launcher runs on a laptop that has nothing installed.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import posixpath
 import re
 import shlex
 import subprocess
@@ -17,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+MOUNT = "/mnt/ldm"  # where launchers mount a bucket
 
 # Exit statuses of `ldm-scaling`, see docs/launch.md.
 DONE = 0
@@ -64,12 +67,18 @@ def check_job(job: Sequence[str]) -> None:
     own, _ = parted(job)
     if any(a.split("=")[0] == "--distributed" for a in own):
         raise LaunchError("leave out --distributed: the launcher gives it")
-    workdirs = [a.removeprefix("--workdir=") for a in own if a.startswith("--workdir=")]
-    if not workdirs:
+    there = workdirs(job)
+    if not there:
         raise LaunchError("the job needs --workdir=DIR, on a file system that all hosts see")
-    for workdir in workdirs:
+    for workdir in there:
         check_workdir(workdir)
     check_no_secret(job)
+
+
+def workdirs(job: Sequence[str]) -> list[str]:
+    """Those that a job is given, one if it is right."""
+    own, _ = parted(job)
+    return [a.removeprefix("--workdir=") for a in own if a.startswith("--workdir=")]
 
 
 def job_command(job: Sequence[str], distributed: str = "--distributed") -> list[str]:
@@ -88,6 +97,33 @@ def check_workdir(path: str) -> None:
         raise LaunchError(
             f"--workdir={path}: buckets are not written directly: mount it (launchers do by "
             "--bucket=NAME, at /mnt/ldm; elsewhere gcsfuse) and give the path there"
+        )
+
+
+def is_mounted(path: str) -> bool:
+    """Whether a path lies where launchers mount a bucket."""
+    path = posixpath.normpath(path)
+    return path == MOUNT or path.startswith(f"{MOUNT}/")
+
+
+def check_on_hosts(workdir: str, mounted: bool) -> None:
+    """Raises `LaunchError` for a workdir that each host would have for itself.
+
+    Args:
+      workdir: of a job on TPU VMs.
+      mounted: whether the launcher mounts a bucket there, or did; what a user mounts elsewhere is
+        the user's.
+    """
+    if not workdir.startswith("/"):
+        raise LaunchError(
+            f"--workdir={workdir}: on each host that is a folder of its own, which the next setup "
+            f"may delete: give a path from / on what all hosts share, such as {MOUNT}/NAME with "
+            "--bucket=B"
+        )
+    if is_mounted(workdir) and not mounted:
+        raise LaunchError(
+            f"--workdir={workdir}: nothing is mounted there, so that each host would have its own, "
+            f"which goes with it: give --bucket=B, which is mounted at {MOUNT}"
         )
 
 
@@ -163,8 +199,10 @@ def run(command: Sequence[str], dry: bool, text: str | None = None) -> int:
 def main(arguments: list[str]) -> int:
     """What the shell scripts ask for."""
     own, rest = parted(arguments)
-    if own == ["check-job"]:
+    if own[:1] == ["check-job"] and set(own[1:]) <= {"--on-hosts", "--mounted"}:
         check_job(rest)
+        for workdir in workdirs(rest) if "--on-hosts" in own else ():
+            check_on_hosts(workdir, "--mounted" in own)
     elif own[:1] == ["variables"]:
         given = {flag: [a.removeprefix(flag) for a in own[1:] if a.startswith(flag)]
                  for flag in ("--env=", "--secret=")}

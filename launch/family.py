@@ -10,7 +10,7 @@
     --arm         argument of every config: local is the small arm for a CPU
 
 Every other flag goes to the launcher as it is, and what stands after  --  to each job. A member's
-config is configs/t2i_MEMBER.py, its workdir WORKDIR/t2i_MEMBER, its name t2i-MEMBER.
+config is configs/t2i_MEMBER.py, its workdir WORKDIR/t2i_MEMBER, its name t2i-MEMBER with - for _.
 --logs is a folder for what they print: of each job on slurm, LOGS/t2i-MEMBER/K.log on local.
 
 Chips: --topology where given; else the plan in launch/plans/ that fits at the fewest chip-hours
@@ -155,11 +155,16 @@ def _with(why: str, flags: Sequence[str]) -> str:
     return f"{why}; with {' '.join(flags)}" if flags else why
 
 
+def job_name(member: str) -> str:
+    """Of a member's job and logs: `dit_b2` is t2i-dit-b2. Raises as `common.check_name`."""
+    return common.check_name(f"t2i-{member.replace('_', '-')}")
+
+
 def launch_command(on: str, member: str, chips: Chips | None, workdir: str, job: str,
                    flags: Sequence[str], rest: Sequence[str], arm: str = "") -> list[str]:
     """The launcher's command line for one member."""
     launch = ROOT / "launch"
-    name = f"t2i-{member}"
+    name = job_name(member)
     slices = []
     if chips is not None:
         slices = [f"--topology={chips.tpu}", f"--num-slices={chips.num_slices}"]
@@ -226,12 +231,12 @@ def start_all(commands: dict[str, list[str]], logs: pathlib.Path) -> int:
     worst = 0
     with Launchers() as launchers:
         for member, command in commands.items():
-            with open(logs / f"t2i-{member}.log", "ab") as out:
+            with open(logs / f"{job_name(member)}.log", "ab") as out:
                 if launchers.start(command, stdout=out, stderr=subprocess.STDOUT) is None:
                     break
         for member, process in zip(commands, launchers.running, strict=False):
             status = local.status_of(process.wait())
-            print(f"{member}: status {status}, {logs / f't2i-{member}.log'}", flush=True)
+            print(f"{member}: status {status}, {logs / f'{job_name(member)}.log'}", flush=True)
             worst = worst or status
     return worst or launchers.status
 
@@ -289,6 +294,8 @@ def main(arguments: list[str]) -> int:
         raise LaunchError(f"--num-slices={given.num_slices}: give --topology=KIND:SHAPE with it")
     workdir = given.workdir
     common.check_workdir(workdir)
+    if given.on == "tpu-vm":  # All watches are started at once, each with its own log.
+        common.check_on_hosts(workdir, any(flag.startswith("--bucket=") for flag in flags))
     if given.on in ("slurm", "local"):
         workdir = str(pathlib.Path(workdir).expanduser().absolute())
     commands = {}
@@ -301,7 +308,7 @@ def main(arguments: list[str]) -> int:
         passed = [*flags, "--dry-run"] if given.dry_run else flags
         if given.logs and given.on in ("slurm", "local"):
             logs = given.logs.expanduser().absolute()
-            own_logs = logs / f"t2i-{member}" if given.on == "local" else logs
+            own_logs = logs / job_name(member) if given.on == "local" else logs
             passed = [*passed, f"--logs={own_logs}"]
         commands[member] = launch_command(
             given.on, member, chips, workdir, given.job, passed, rest, given.arm

@@ -10,7 +10,8 @@
     resume     deletes the JobSet that is there and applies it again: the same job goes on
     status, logs (--slice=0 --host=0), delete
 
-A bucket, or a claim of a shared volume, is mounted at /mnt/ldm. `--secret=VARIABLE=NAME[:KEY]`
+A bucket, or a claim of a shared volume, is mounted at /mnt/ldm; the workdir must lie there, for all
+else goes with the pod. `--secret=VARIABLE=NAME[:KEY]`
 names a Kubernetes secret; its value is in no manifest. `--dry-run` prints all, runs nothing.
 """
 
@@ -29,10 +30,9 @@ if __name__ == "__main__":
 import yaml
 
 from launch import common
-from launch.common import LaunchError, entry
+from launch.common import MOUNT, LaunchError, entry
 from launch.tpu import Slice
 
-MOUNT = "/mnt/ldm"
 CONTAINER = "main"
 REPLICATED = "slice"
 LABEL = "jobset.sigs.k8s.io/jobset-name"
@@ -54,7 +54,7 @@ class Job:
       command: of every pod.
       environment: plain variables.
       secrets: variable -> NAME or NAME:KEY of a Kubernetes secret.
-      bucket, claim: what is mounted at /mnt/ldm; at most one of them.
+      bucket, claim: what is mounted at /mnt/ldm, where the workdir lies; one of them.
       service_account: of the pods; a bucket needs one that may use it.
       max_restarts: after statuses 1, 76 and others, of all slices together. 75 does not count.
       grace: seconds to save in before a pod is killed. A spot node gives less.
@@ -86,7 +86,18 @@ class Job:
                 "larger topology"
             )
         if self.bucket and self.claim:
-            raise LaunchError("give --bucket or --claim, not both: both are mounted at /mnt/ldm")
+            raise LaunchError(f"give --bucket or --claim, not both: both are mounted at {MOUNT}")
+        for workdir in common.workdirs(self.command):
+            if not common.is_mounted(workdir):
+                raise LaunchError(
+                    f"--workdir={workdir}: a pod keeps and shares nothing but what is mounted: "
+                    f"give {MOUNT}/NAME, with --bucket=B or --claim=C"
+                )
+        if not (self.bucket or self.claim):
+            raise LaunchError(
+                f"give --bucket=B or --claim=C, which is mounted at {MOUNT}: without one the "
+                "workdir would be each pod's own, and go with it"
+            )
         if self.max_restarts < 0 or self.grace < 0:
             raise LaunchError("--max-restarts and --grace: at least 0")
 
@@ -203,10 +214,8 @@ def _pod(job: Job) -> dict[str, Any]:
         out["metadata"] = {"annotations": {"gke-gcsfuse/volumes": "true"}}
         attributes = {"bucketName": job.bucket, "mountOptions": BUCKET_OPTIONS}
         volume = {"csi": {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes}}
-    elif job.claim:
-        volume = {"persistentVolumeClaim": {"claimName": job.claim}}
     else:
-        return out
+        volume = {"persistentVolumeClaim": {"claimName": job.claim}}
     spec["volumes"] = [{"name": "shared", **volume}]
     container["volumeMounts"] = [{"name": "shared", "mountPath": MOUNT}]
     return out

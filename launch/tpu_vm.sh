@@ -341,8 +341,13 @@ watch() {
   done
 }
 
+# What `run` finds mounted, an earlier `setup` mounted.
+mounted=()
+[[ -z $bucket && $what != run ]] || mounted=(--mounted)
 case $what in
-  up | run | watch | resume) python3 "$here/common.py" check-job -- "$@" ;;
+  up | run | watch | resume)
+    python3 "$here/common.py" check-job --on-hosts "${mounted[@]}" -- "$@"
+    ;;
 esac
 case $what in
   up) up "$@" ;;

@@ -15,7 +15,7 @@ from launch.tpu import Slice
 from tests.launch.programs import LAUNCH, ROOT, call, environment, fake, until
 
 ON = {
-    "tpu-vm": ["--zone=z"],
+    "tpu-vm": ["--zone=z", "--bucket=b"],
     "gke": ["--image=i", "--bucket=b"],
     "slurm": ["--nodes=2", "--gpus=8"],
     "local": ["--processes=2"],
@@ -46,6 +46,26 @@ def test_one_job_for_each_size(on):
         assert f"/mnt/ldm/family/t2i_{member}" in ran.stdout
     if on != "local":
         assert all(f"t2i-{member}" in ran.stdout for member in family.TABLE)
+
+
+@pytest.mark.parametrize("on", ON)
+def test_a_job_is_called_after_its_member_as_launchers_allow(on, tmp_path):
+    """Names of members have underscores, names of jobs none."""
+    chips = ["--topology=v5e:16x16"] if on in ("tpu-vm", "gke") else []
+    logs = [] if on in ("tpu-vm", "gke") else [f"--logs={tmp_path}"]
+    ran = dry(f"--on={on}", *ON[on], *chips, *logs, "--members=dit_b2,uvit_s_deep")
+    assert ran.returncode == 0, ran.stderr
+    for member, name in (("dit_b2", "t2i-dit-b2"), ("uvit_s_deep", "t2i-uvit-s-deep")):
+        assert f"configs/t2i_{member}.py" in ran.stdout and f"family/t2i_{member}" in ran.stdout
+        assert name in ran.stdout and f"t2i-{member}" not in ran.stdout
+
+
+def test_every_name_is_one_before_the_first_job_is_started(tmp_path, monkeypatch):
+    long = "dit_" + 40 * "x"
+    monkeypatch.setattr(family, "members_known", lambda: ["39m", long])
+    monkeypatch.setattr(family, "start_in_turn", lambda *_: pytest.fail("it was started"))
+    with pytest.raises(LaunchError, match="--name=t2i-dit-xxx"):
+        family.main(["--on=slurm", *ON["slurm"], f"--members=39m,{long}", f"--workdir={tmp_path}"])
 
 
 def test_every_member_of_the_paper_is_in_the_table_and_has_a_config():
@@ -139,7 +159,7 @@ def test_it_says_what_it_used():
 
 
 def test_flags_and_the_rest_reach_every_job():
-    ran = dry("--on=tpu-vm", "--zone=z", "--spot", "--members=39m,83m", "--job=study", "--",
+    ran = dry("--on=tpu-vm", *ON["tpu-vm"], "--spot", "--members=39m,83m", "--job=study", "--",
               "--config.train.steps=9")
     assert ran.returncode == 0, ran.stderr
     creates = [line for line in ran.stdout.splitlines() if "resources create" in line]
@@ -264,7 +284,8 @@ def test_logs_are_where_they_are_asked_for(tmp_path):
 @pytest.mark.parametrize("flags, part", [
     (["--on=gke", "--members=40m"], "no config of '40m'"),
     (["--on=slurm", "--topology=v5e:4x4"], "takes no --topology"),
-    (["--on=tpu-vm", "--topology=v5e:5x5"], "v5e:5x5 is no slice"),
+    (["--on=tpu-vm", "--bucket=b", "--topology=v5e:5x5"], "v5e:5x5 is no slice"),
+    (["--on=tpu-vm", "--zone=z"], "--workdir=/mnt/ldm/family: nothing is mounted there"),
     (["--on=tpu-vm", "--zone=z", "--name=x"], "leave out --name"),
     (["--on=gke", "--logs=out"], "--logs=out: on gke"),
     (["--on=gke", "--num-slices=2"], "--num-slices=2: give --topology"),

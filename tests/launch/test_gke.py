@@ -23,8 +23,10 @@ JOB = ["train", "--config=configs/t2i_866m.py", "--workdir=/mnt/ldm/x"]
 COMMAND = ("ldm-scaling", JOB[0], "--distributed", *JOB[1:])
 
 
-def made(topology="v5e:16x16", slices=1, **more):
-    return gke.manifest(gke.Job("t2i-866m", Slice.parse(topology), slices, "image:1", COMMAND,
+def made(topology="v5e:16x16", slices=1, command=COMMAND, **more):
+    if not more.keys() & {"bucket", "claim"}:
+        more["bucket"] = "b"
+    return gke.manifest(gke.Job("t2i-866m", Slice.parse(topology), slices, "image:1", command,
                                 **more))
 
 
@@ -203,6 +205,9 @@ def test_volumes_and_secrets():
     ({"topology": "v5e:2x4", "slices": 2}, "one host"),
     ({"slices": 0}, "--num-slices=0"),
     ({"bucket": "b", "claim": "c"}, "not both"),
+    ({"bucket": ""}, "give --bucket=B or --claim=C"),
+    *(({"command": (*COMMAND[:4], f"--workdir={path}")}, f"{path}: a pod keeps and shares nothing")
+      for path in ("/shared/x", "mnt/ldm/x", "/mnt/ldm/../x", "/mnt/ldm2")),
     ({"max_restarts": -1}, "--max-restarts"),
 ])  # fmt: skip
 def test_what_cannot_run_is_refused(change, part):
@@ -210,7 +215,7 @@ def test_what_cannot_run_is_refused(change, part):
         made(**change)
 
 
-FLAGS = ["--name=t2i-866m", "--topology=v5e:4x4", "--image=i"]
+FLAGS = ["--name=t2i-866m", "--topology=v5e:4x4", "--image=i", "--bucket=b"]
 
 
 @pytest.fixture
@@ -300,6 +305,8 @@ def test_dry_runs_print_and_call_nothing(cluster, command, job, part):
     (["status", "--name=x"], "kubectl is not installed"),
     (["apply", *FLAGS, "--bucket=gs://b/folder", "--", *JOB], "without a folder"),
     (["apply", *FLAGS, "--", "train", "--workdir=gs://b/x"], "gs://b/x"),
+    (["apply", *FLAGS, "--", "train", "--workdir=/shared/x"], "give /mnt/ldm/NAME, with --bucket"),
+    (["manifest", *FLAGS[:-1], "--", *JOB], "give --bucket=B or --claim=C"),
 ])  # fmt: skip
 def test_mistakes_are_one_line_and_status_2(tmp_path, arguments, part):
     ran = call("gke.py", *arguments, env=os.environ | {"PATH": str(tmp_path)})

@@ -8,8 +8,9 @@ from tests.launch.programs import call, environment
 
 VALUE = "hf_planted0123456789"
 JOB = ["--", "train", "--config=configs/t2i_39m.py", "--workdir=/mnt/ldm/x"]
-GKE = ["gke.py", "manifest", "--name=x", "--topology=v5e:4x4", "--image=i"]
-TPU_VM = ["tpu_vm.sh", "up", "--name=x", "--zone=z", "--topology=v5e:4x4", "--dry-run"]
+GKE = ["gke.py", "manifest", "--name=x", "--topology=v5e:4x4", "--image=i", "--bucket=b"]
+TPU_VM = ["tpu_vm.sh", "up", "--name=x", "--zone=z", "--topology=v5e:4x4", "--bucket=b",
+          "--dry-run"]
 
 
 @pytest.mark.parametrize("command", [GKE, TPU_VM])

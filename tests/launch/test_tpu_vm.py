@@ -63,7 +63,7 @@ def cloud(tmp_path):
     return run
 
 
-SIZE = ("--topology=v5e:16x16", "--spot")
+SIZE = ("--topology=v5e:16x16", "--spot", "--bucket=b")
 INSTALL = ["scp", "ssh setup", "ssh run"]
 
 
@@ -203,7 +203,7 @@ def test_a_bucket_is_a_name(cloud):
 
 
 def test_watch_ends_at_a_users_mistake(cloud):
-    ran, calls = cloud("watch", states="ABSENT")
+    ran, calls = cloud("watch", "--bucket=b", states="ABSENT")
     assert ran.returncode == 2 and calls == []
     assert "--topology" in ran.stderr
 
@@ -280,6 +280,24 @@ def test_mistakes_are_one_line_and_status_2(cloud, command, flags, part):
     ran, calls = cloud(command, *flags, job=None)
     assert ran.returncode == 2 and calls == []
     assert part in ran.stderr and ran.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("workdir, flags, part", [
+    ("runs/x", ["--bucket=b"], "runs/x: on each host that is a folder of its own"),
+    ("~/x", [], "give a path from /"),
+    ("/mnt/ldm/x", [], "/mnt/ldm/x: nothing is mounted there"),
+    ("/nfs/../mnt/ldm", [], "give --bucket=B"),
+    ("/nfs/x", [], None),
+    ("/mnt/ldm/x", ["--bucket=b"], None),
+])  # fmt: skip
+def test_a_workdir_is_one_that_hosts_share(cloud, workdir, flags, part):
+    job = [*JOB[:2], f"--workdir={workdir}"]
+    for command in ("up", "watch", "resume", "run"):
+        # An earlier setup may have mounted what `run` finds there.
+        right = part is None or (command == "run" and "mnt" in workdir)
+        ran, calls = cloud(command, *SIZE[:2], *flags, "--dry-run", job=job)
+        assert (ran.returncode, calls) == (0 if right else 2, []), ran.stderr
+        assert right or (part in ran.stderr and ran.stderr.count("\n") == 1)
 
 
 def test_a_name_and_a_zone_are_needed():
