@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.study import budgets, labels, winners
+from ldm_scaling.study import options as options_lib
 from ldm_scaling.study.budgets import Budget
 from ldm_scaling.study.curves import Point
 from ldm_scaling.study.options import Options
@@ -24,8 +25,8 @@ class Advice:
       budget: the most that a picture may cost.
       best: chosen on the selection block among all that the budget allows, valued on the report
         block: nothing that is reported took part in the choice.
-      runner_up: the best of another network (another size, or of another task), chosen alike; of
-        the same one where no other can meet the budget; None where there is nothing else.
+      runner_up: the best of another network (another size, or of another task or method), chosen
+        alike; of the same one where no other can meet the budget; None where there is nothing else.
       duel: `best` against `runner_up` on common prompts and noise; None without replicates.
       front: what no cheaper configuration is as good as, up to the budget, rising in cost; chosen
         on the selection block.
@@ -60,7 +61,7 @@ def advise(options: Options, budget: Budget) -> Advice:
     if best is None:
         raise UserError(_too_little(options, budget))
     rest = [p for p in options.points if p is not best]
-    others = [p for p in rest if (p.model, p.task) != (best.model, best.task)]
+    others = [p for p in rest if _network(p) != _network(best)]
     runner_up = winners.best_within(others, limit, "cost")
     runner_up = runner_up or winners.best_within(rest, limit, "cost")
     duel = None
@@ -76,6 +77,10 @@ def advise(options: Options, budget: Budget) -> Advice:
         notes += _doubts(best, runner_up, duel, options.blocks)
     return Advice(options, budget, best, runner_up, duel, front(options.points, limit),
                   tuple(notes))
+
+
+def _network(p: Point) -> tuple[str, options_lib.Kind]:
+    return p.model, options_lib.kind(p.task, p.sampler)
 
 
 def _doubts(best: Point, runner_up: Point, duel: Duel, blocks: int) -> list[str]:

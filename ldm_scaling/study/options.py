@@ -25,6 +25,15 @@ from ldm_scaling.study.records import (
 )
 from ldm_scaling.study.statistics import blocks
 
+Kind = tuple[str, str]
+"""(task, method): what is weighed as one part, see `kind`."""
+
+
+def kind(task: str, sampler: str) -> Kind:
+    """The task, and of students the method, told by the sampler that they are drawn by: of
+    consistency distillation there are two, CoDi's and LCM's."""
+    return task, sampler.partition(", ")[0].partition(":")[0] if task in DISTILLED else ""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Options:
@@ -125,7 +134,7 @@ def metric_of(records: Sequence[Record], metric: str | None) -> str:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Part:
-    """What the records of one task give.
+    """What the records of one task, or of one of its methods, give.
 
     Attributes:
       found: distinct, of each size those of its longest training.
@@ -175,9 +184,10 @@ def of_records(
 ) -> Options:
     """Every measured cell at its chosen guidance.
 
-    Records of several tasks that draw from text (`records.FROM_TEXT`: members, their students,
-    cascades) are weighed together, those of a task that cannot be are left out with a note. So are
-    cells of other numbers of pictures than most have: with fewer a distance is larger.
+    Records of several tasks that draw from text (`records.FROM_TEXT`: members, their students of
+    every method, cascades) are weighed together, those of a task or method that cannot be are left
+    out with a note. So are cells of other numbers of pictures than most have: with fewer a distance
+    is larger.
 
     A sweep reports one guidance rate of each cell, the best by one measure. Another measure is
     then of that rate too, see `curves.chosen_curves`, and decides between cells alone.
@@ -191,7 +201,7 @@ def of_records(
       prices: member -> measured seconds, for a budget in seconds on another device; without them
         seconds are the records' own.
       batch: pictures drawn at a time, for `prices`.
-      settings: to be preferred where there are several, see `curves.one_setting`.
+      settings: to be preferred where there are several of a method, see `curves.one_setting`.
       training: counted too, in a budget in FLOPs, of members that were trained from the start.
 
     Raises:
@@ -199,21 +209,22 @@ def of_records(
     """
     if training is not None:
         training.check(records, unit)
-    held = _by_task(records)
+    held = _by_kind(records, settings)
     left_out: list[str] = []
-    if prices is not None and CASCADE in held:
+    cascades = CASCADE, ""
+    if prices is not None and cascades in held:
         why = "cascades are timed in their sweep alone"
         if len(held) == 1:
             raise UserError(
                 f"{why}: leave out --device for the records' own seconds, or give a budget in cost "
                 "or flops"
             )
-        del held[CASCADE]
+        del held[cascades]
         left_out.append(f"{why[0].upper()}{why[1:]}, so not weighed on another device.")
-    longest = {task: curves_lib.longest(own, settings) for task, own in held.items()}
+    longest = {name: curves_lib.longest(own, settings) for name, own in held.items()}
     found = {}
-    for task, own in longest.items():
-        found[task], fewer = _of_one_number(curves_lib.distinct(own))
+    for name, own in longest.items():
+        found[name], fewer = _of_one_number(curves_lib.distinct(own))
         left_out += fewer
     metric = metric_of([r for own in found.values() for r in own], metric)
     asked = report_blocks
@@ -226,8 +237,8 @@ def of_records(
     ones = pricing.references(weighed)
     one = ones[-1].gflops if len(ones) > 1 else None
     price = {
-        task: pricing.of_points(part.found, unit, prices, counted, one, training)
-        for task, part in parts.items()
+        name: pricing.of_points(part.found, unit, prices, counted, one, training)
+        for name, part in parts.items()
     }
     measure = labels.measure(metric)
     images = sorted({p.num_images for p in points})
@@ -252,9 +263,10 @@ def of_records(
             f"the one that is reported; between cells {measure.short} decides."
         )
     notes += filter(None, [reported.left_out(asked, report_blocks)])
-    notes += _lengths({task: held[task] for task in parts}, longest, settings)
-    kept = [r for task in parts for r in held[task]]
-    notes += [*curves_lib.other_settings(kept, settings), *left_out, *lacking]
+    notes += _lengths({name: held[name] for name in parts}, longest, settings)
+    for name in parts:
+        notes += curves_lib.other_settings(held[name], settings)
+    notes += [*left_out, *lacking]
     gaps = [
         g for part in parts.values()
         for g in curves_lib.gaps(part.pooled, part.chooser, select_block, report_blocks[0])
@@ -266,14 +278,15 @@ def of_records(
     if any(p.low is None for p in points):
         notes.append("Some points have no bootstrap replicates, so no interval.")
     return Options(
-        tuple(dataclasses.replace(p, cost=price[p.task](p)) for p in points), unit,
+        tuple(dataclasses.replace(p, cost=price[kind(p.task, p.sampler)](p)) for p in points), unit,
         where, measure.short, measure.sign, metric, tuple(notes),
         ones[-1] if unit == "cost" else None, " ".join(untimed), blocks=len(report_blocks),
     )
 
 
-def _by_task(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Records by task, members first. Raises `UserError` for tasks that do not compare."""
+def _by_kind(records: Sequence[Record], settings: Sequence[str]) -> dict[Kind, list[Record]]:
+    """Records by task, members first, and of students by method, first that of `settings`. Raises
+    `UserError` for tasks that do not compare."""
     held: dict[str, list[Record]] = {}
     for task in TASKS:
         if own := [r for r in records if r.task == task]:
@@ -285,7 +298,23 @@ def _by_task(records: Sequence[Record]) -> dict[str, list[Record]]:
             "the records are of several tasks that do not compare: give "
             f"--task={' or '.join(sorted([*alone, *filter(None, [together])]))}"
         )
-    return held
+    out: dict[Kind, list[Record]] = {}
+    for own in held.values():
+        for r in sorted(own, key=lambda r: (r.setting not in settings, r.identity.sampler)):
+            out.setdefault(kind(r.task, r.identity.sampler), [])
+        for r in own:
+            out[kind(r.task, r.identity.sampler)].append(r)
+    return out
+
+
+def _names(kinds: Collection[Kind]) -> dict[Kind, str]:
+    """Each in words: the task, and the method where there are several of it."""
+    methods = Counter(task for task, _ in kinds)
+    return {
+        (task, method): labels.task(task) + (
+            f" by {labels.sampler(method)}" if methods[task] > 1 else "")
+        for task, method in kinds
+    }
 
 
 def _of_one_number(records: Sequence[Record]) -> tuple[list[Record], list[str]]:
@@ -313,15 +342,16 @@ def _of_one_number(records: Sequence[Record]) -> tuple[list[Record], list[str]]:
 
 
 def _comparable(
-    found: Mapping[str, Sequence[Record]], metric: str, select_block: int, asked: Sequence[int],
+    found: Mapping[Kind, Sequence[Record]], metric: str, select_block: int, asked: Sequence[int],
     devices: bool,
-) -> tuple[dict[str, _Part], list[int], list[str]]:
-    """The tasks that one choice can be made from, the blocks that report (those of the first task),
-    and a note of each other task; of one task alone it is an error."""
-    kept: dict[str, _Part] = {}
+) -> tuple[dict[Kind, _Part], list[int], list[str]]:
+    """The kinds that one choice can be made from, the blocks that report (those of the first), and
+    a note of each other; of one kind alone it is an error."""
+    kept: dict[Kind, _Part] = {}
     report_blocks: list[int] = []
     notes: list[str] = []
-    for task, own in found.items():
+    names = _names(found)
+    for name, own in found.items():
         there = reported.whole(own, metric, select_block, asked)
         pooled = blocks.pooled(own, select_block, there)
         chooser, curves = curves_lib.chosen_curves(
@@ -332,25 +362,27 @@ def _comparable(
         except UserError as e:
             if len(found) == 1:
                 raise
-            notes.append(_no_part(task, str(e)))
+            notes.append(_no_part(names[name], str(e)))
             continue
         first = next(iter(kept.values()), part)
         how = part.differs(first, devices)
         if not how and kept and there != report_blocks:
             how = f"on seed blocks {there} and not {report_blocks}"
         if how:
+            one = names[name] == labels.task(name[0])
+            alone = f"--task={name[0]} is" if one else "a folder of its records has"
             notes.append(_no_part(
-                task, f"it was measured {how}, which does not compare; --task={task} is advice on "
-                "it alone"))
+                names[name], f"it was measured {how}, which does not compare; {alone} advice on it "
+                "alone"))
             continue
-        kept[task], report_blocks = part, there
+        kept[name], report_blocks = part, there
     if not kept:
         raise UserError(f"no task has what advice needs: {' '.join(notes)}")
     return kept, report_blocks, notes
 
 
-def _no_part(task: str, why: str) -> str:
-    return f"{labels.task(task)} takes no part: {why}."
+def _no_part(name: str, why: str) -> str:
+    return f"{name} takes no part: {why}."
 
 
 def _require_points(
@@ -382,13 +414,13 @@ def _require_points(
         )
 
 
-def _together(parts: Mapping[str, _Part], points: Sequence[Point], unit: Unit) -> list[str]:
-    """What is said of several tasks."""
-    cells = {task: sum(p.task == task for p in points) for task in parts}
-    of = [f"{labels.task(task)} ({n:,} {'cell' if n == 1 else 'cells'})"
-          for task, n in cells.items() if n]
+def _together(parts: Mapping[Kind, _Part], points: Sequence[Point], unit: Unit) -> list[str]:
+    """What is said of several kinds."""
+    cells = Counter(kind(p.task, p.sampler) for p in points)
+    of = [f"{text} ({cells[name]:,} {'cell' if cells[name] == 1 else 'cells'})"
+          for name, text in _names(parts).items() if cells[name]]
     out = [f"Weighed together: {labels.listing(of)}; what has more cells has more to choose from."]
-    if any(task in DISTILLED for task in parts):
+    if any(task in DISTILLED for task, _ in parts):
         out.append(
             "In brackets stands by what a size's student was distilled; what training cost is not "
             "counted."
@@ -403,19 +435,19 @@ def _together(parts: Mapping[str, _Part], points: Sequence[Point], unit: Unit) -
 
 
 def _lengths(
-    held: Mapping[str, Sequence[Record]], longest: Mapping[str, Sequence[Record]],
+    held: Mapping[Kind, Sequence[Record]], longest: Mapping[Kind, Sequence[Record]],
     settings: Sequence[str],
 ) -> list[str]:
     """What is said of lengths of training that were left out."""
     out, of = [], []
-    for task, own in held.items():
-        if any(r.student_steps for r in longest[task]):
+    for name, own in held.items():
+        if any(r.student_steps for r in longest[name]):
             out.append(
                 "Of students by halving each number of steps has that which was made for it, or "
                 "for the nearest."
             )
-        elif len(longest[task]) < len(curves_lib.one_setting(own, settings)):
-            of += longest[task]
+        elif len(longest[name]) < len(curves_lib.one_setting(own, settings)):
+            of += longest[name]
     if of:
         steps = sorted({r.identity.train_step for r in of})
         out.append(

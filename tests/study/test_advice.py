@@ -644,6 +644,40 @@ def test_members_and_students_share_one_budget(exact):
     assert all(p.task == "text_to_image" for p in bad.front)
 
 
+def test_students_of_two_methods_of_one_task_are_weighed_against_each_other(exact):
+    """By CoDi and by LCM: each is a network of its own, of several settings of a method one
+    counts, and what does not compare with the rest takes no part without the other."""
+    def lcm(better, setting="lcm_1", **more):
+        return fake.students(
+            exact, better=better, sampler="lcm", setting=setting, told=True, **more)
+
+    codi = fake.students(exact, better=25.0, models=("c16",))
+    both = [*exact, *codi, *lcm(30.0, models=("c16",))]
+    found, backward = (within(some, 3.0) for some in (both, both[::-1]))
+    for one in (found, backward):
+        assert [(p.model, p.task, p.sampler) for p in (one.best, one.runner_up)] == [
+            ("c16", "consistency", "lcm"), ("c16", "consistency", "codi")]
+    assert within([*exact, *codi, *lcm(5.0)], 3.0).best.sampler == "codi"
+    of = "Consistency distillation by CoDi (2 cells) and Consistency distillation by LCM (2 cells)"
+    assert any(of in note for note in found.notes)
+    # One call of a student that is told its rate is one evaluation, of another two.
+    cost = {p.sampler: p.cost for p in options_lib.of_records(both, "gflops").points
+            if (p.task, p.steps) == ("consistency", 4)}
+    assert cost["codi"] == pytest.approx(2 * cost["lcm"])
+    longer = [dataclasses.replace(r, identity=dataclasses.replace(r.identity, train_step=400))
+              for r in lcm(40.0, "lcm_2", models=("c16",))]
+    options = options_lib.of_records([*both, *longer], "cost")
+    assert len([p for p in options.points if p.sampler == "lcm"]) == 2
+    assert any("of which lcm_2 (400 steps" in note for note in options.notes)
+    preferred = options_lib.of_records([*both, *longer], "cost", settings=("codi_1", "lcm_1"))
+    assert any("of which lcm_1 (200 steps" in note for note in preferred.notes)
+    other = [dataclasses.replace(r, identity=dataclasses.replace(r.identity, reference_hash="no"))
+             for r in lcm(30.0)]
+    apart = within([*exact, *codi, *other], 3.0)
+    assert apart.best.sampler == "codi" and any(
+        note.startswith("Consistency distillation by LCM takes no part") for note in apart.notes)
+
+
 def test_of_a_told_student_a_call_is_one_evaluation(exact):
     """In FLOPs it costs half of its teacher's guided pair; in the paper's cost as much."""
     both = [*exact, *fake.students(exact, "guided_distillation", told=True, models=("c8",),
