@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from ldm_scaling import files
@@ -69,6 +70,8 @@ class Cascade:
                 f"networks know levels from 0 to cascade.augment={self.augment:g} alone")
         require(len(self.first_steps) > 0 and min(self.first_steps) >= 1, "cascade.first_steps",
                 self.first_steps, "give at least one, each at least 1")
+        require(math.isfinite(self.upper_guidance), "cascade.upper_guidance", self.upper_guidance,
+                "must be finite")
         require(self.upper_guidance == 1 or self.train.caption_dropout > 0,
                 "cascade.upper_guidance", self.upper_guidance, "there is nothing to guide away "
                 "from: 1, or give cascade.train.caption_dropout, e.g. 0.1")

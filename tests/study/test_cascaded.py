@@ -187,6 +187,8 @@ def test_settings_that_contradict_one_another():
         (lambda: Cascade(factor=1), "at least 2"),
         (lambda: Cascade(start="scratch"), "member or nothing"),
         (lambda: Cascade(first_steps=()), "give at least one"),
+        *((lambda w=w: Cascade(upper_guidance=w), "upper_guidance=.*must be finite")
+          for w in (float("nan"), float("inf"))),
         (lambda: Cascade(upper_guidance=2.0, train=Train(caption_dropout=0.0)), "nothing to guide"),
         (lambda: Study(cascade=Cascade(**whole, upper=("83m",))), "choose from members"),
         (lambda: Study(cascade=Cascade(**whole, factor=3)), "does not divide data.side=32"),
