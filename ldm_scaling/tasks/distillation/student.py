@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from ldm_scaling.config import Diffusion, Distill, Sample
+from ldm_scaling.config.check import require
 from ldm_scaling.config.distill import Stage
 from ldm_scaling.diffusion import reparameterized
 from ldm_scaling.diffusion import schedule as schedule_lib
@@ -41,10 +42,17 @@ def grid_of(distill: Distill, diffusion: Diffusion, steps: int) -> Grid:
     """The nodes of a student of so many steps and, between them, of its teacher: those of DDIM.
 
     Raises:
-      UserError: for a spacing with which every second node of 2 N steps is none of N.
+      UserError: for a spacing with which every second node of 2 N steps is none of N, and for steps
+        of which there are no 2 N.
     """
     schedule, spacing = schedule_lib.get(diffusion.schedule), distill.sweep.spacing
-    whole, half = (grids.build(spacing, schedule, n) for n in (2 * steps, steps))
+    T = schedule.num_timesteps
+    require(2 * steps <= T, f"{distill.NAME}.steps", distill.steps, "a student's teacher takes "
+            f"twice its steps, on {T} timesteps: the first is at most {T // 2}")
+    try:
+        whole, half = (grids.build(spacing, schedule, n) for n in (2 * steps, steps))
+    except UserError as e:
+        raise UserError(f"config: {distill.NAME}.sweep.spacing={spacing!r}: {e}") from e
     if not np.array_equal(whole.timesteps[::2], half.timesteps):
         raise UserError(
             f"config: {distill.NAME}.sweep.spacing={spacing!r}: every second of {2 * steps} nodes "
@@ -83,6 +91,9 @@ def loss_fn(
             student, teacher, schedule, predicts, examples, uncond, rates=rates,
             skip=distill.skip, huber=distill.huber,
         )
+    T = schedule.num_timesteps
+    require(distill.skip < T, f"{distill.NAME}.skip", distill.skip,
+            f"give 1 to {T - 1} timesteps, such as {T // 50}")
     return conditional_consistency.loss_fn(
         student, schedule, predicts, examples,
         teacher=teacher if distill.teacher_step else None, skip=distill.skip,

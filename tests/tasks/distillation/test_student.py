@@ -181,6 +181,20 @@ def test_nodes_that_do_not_halve():
         student.grid_of(odd, DIFFUSION, 3)
 
 
+def test_what_a_schedule_has_no_room_for_is_told_with_its_key():
+    """A teacher of halving takes twice its student's steps, and CoDi's step ends in the data."""
+    assert student.grid_of(distil("progressive"), DIFFUSION, 500).steps == 1000
+    long = dataclasses.replace(distil("progressive"), steps=(1000, 500))
+    with pytest.raises(UserError, match=r"halving.steps=\(1000, 500\): .* is at most 500"):
+        student.grid_of(long, DIFFUSION, 1000)
+    odd = dataclasses.replace(long.sweep, spacing="none")
+    with pytest.raises(UserError, match="halving.sweep.spacing='none': unknown spacing"):
+        student.grid_of(dataclasses.replace(long, sweep=odd), DIFFUSION, 4)
+    far = distil("codi", skip=1000)
+    with pytest.raises(UserError, match="consistency.skip=1000: give 1 to 999 timesteps"):
+        loss_of(far, far.stages("v")[0], mesh_lib.make(devices=jax.devices()[:1]))
+
+
 def test_a_run_that_is_lost_ends_early(tmp_path):
     """Before a checkpoint of it is written, in words that say what grew."""
     sizes = iter([1.0, 1.2, 40.0, 1.0])
