@@ -98,18 +98,24 @@ class Distill:
                         f"students are told rates of {name}.rates={self.rates} alone: leave out "
                         "others, or widen it")
         if self.method:
-            own = self.SAMPLERS[self.method]
             for key, names in (("sweep.samplers", self.sweep.samplers),
                                ("sample.sampler", (self.sample.sampler,))):
-                require(all(n.partition(":")[0] == own for n in names), f"{name}.{key}", names,
-                        f"students of {self.method} are drawn by {own}, at whose nodes they are "
-                        f"trained: {own}")
                 for n in names:
                     require(not (why := self.refuses(n)), f"{name}.{key}", n, why)
 
-    def refuses(self, sampler: str) -> str:
-        """Why students are not drawn with these options of a sampler; empty where they are."""
-        pairs = [pair.partition("=") for pair in sampler.partition(":")[2].split(",")]
+    @property
+    def sampler(self) -> str:
+        """The one that students are drawn by, with whatever options."""
+        return self.SAMPLERS[self.method]
+
+    def refuses(self, sampler: str, imitates: bool = False) -> str:
+        """Why a student is not drawn by a sampler, or not with its options; empty where it is. One
+        that `imitates` is drawn by any, as its teacher is."""
+        name, _, options = sampler.partition(":")
+        if name != self.sampler and not imitates:
+            return (f"students of {self.method} are drawn by {self.sampler} alone, at whose nodes "
+                    "they are trained")
+        pairs = [pair.partition("=") for pair in options.split(",")]
         given = {option.strip(): value.strip() for option, _, value in pairs}
         if not self.told:
             return ""

