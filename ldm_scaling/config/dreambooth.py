@@ -83,6 +83,12 @@ class DreamBooth:
                 self.train.validate_every, "nothing is held back of so few pictures: 0")
 
     @property
+    def setting(self) -> str:
+        """How members are taught and what decides it, in a word; not what they are taught."""
+        how = f"lora{self.lora_rank}_" if self.lora_rank else ""
+        return f"dreambooth_{how}{self.hash[:8]}"
+
+    @property
     def hash(self) -> str:
         """Of all that decides a taught network but the pretrained one and the subject."""
         run = {k: v for k, v in dataclasses.asdict(self.train).items()

@@ -100,6 +100,11 @@ class FineTune:
         return dataclasses.replace(self.sweep, steps=(own if own in every else max(every),))
 
     @property
+    def setting(self) -> str:
+        """The task and what decides it, in a word."""
+        return f"{self.task}_{self.hash[:8]}"
+
+    @property
     def hash(self) -> str:
         """Of all that decides a fine-tuned network but the pretrained one. A run may be made
         longer, so its length is not part of it, unless the learning rate falls to its end."""

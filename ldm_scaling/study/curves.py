@@ -112,7 +112,7 @@ def longest(records: Sequence[Record], settings: Sequence[str] = ()) -> list[Rec
     """The records of each size's longest training, of one task.
 
     Students of halving are no lengths of one training: each cell has that of `own_students`. Of
-    several settings of a distillation or of cascades one is taken, see `one_setting`.
+    several settings of what was made of members one is taken, see `one_setting`.
     """
     records = one_setting(records, settings)
     steps: dict[str, int] = {}
@@ -141,9 +141,9 @@ def own_students(records: Sequence[Record]) -> list[Record]:
 
 def one_setting(records: Sequence[Record], settings: Sequence[str] = ()) -> list[Record]:
     """The records with one setting of each task, where a workdir holds students of several methods
-    or settings, or cascades of several: one of `settings` where there are records of it, else that
-    of most sizes, of these the first method by name, CoDi's before LCM's, of its settings the one
-    that was trained for longest, and the first by name.
+    or settings, or cascades, fine-tunings or DreamBooth of several: one of `settings` where there
+    are records of it, else that of most sizes, of these the first method by name, CoDi's before
+    LCM's, of its settings the one that was trained for longest, and the first by name.
 
     Where each size has a workdir of its own, their configs may differ in what a size needs: others
     of `settings`, of the same method and of other sizes, join it and take its name.
@@ -193,7 +193,8 @@ def other_settings(records: Sequence[Record], settings: Sequence[str] = ()) -> l
     for task, kept in _kept_settings(records, settings).items():
         def named(some: Iterable[str], word: str, own: dict[str, int] = steps[task]) -> str:
             return labels.listing(
-                [f"{setting} ({own[setting]:,} steps of training)" for setting in some], word)
+                [f"{setting or 'one without a name'} ({own[setting]:,} steps of training)"
+                 for setting in some], word)
 
         if others := sorted(steps[task].keys() - {*kept}):
             out.append(

@@ -25,7 +25,7 @@ from ldm_scaling.study import evaluate, labels, records, scores, sheet, weights
 from ldm_scaling.study.dreambooth import Taught
 from ldm_scaling.study.features import ImageSet
 from ldm_scaling.study.materials import LAYER
-from ldm_scaling.study.networks import model_hash
+from ldm_scaling.study.networks import tuned_hash
 from ldm_scaling.study.records import Identity, Record
 from ldm_scaling.study.scorer import AGREEMENT
 from ldm_scaling.tasks.drawing import sampling_key
@@ -232,7 +232,7 @@ class Scores:
         count = sum(len(s.prompts) for s in t.subjects) * t.config.images_per_prompt
         return Identity(
             model=member,
-            model_hash=files.sha256_of([model_hash(study, member), t.config.hash]),
+            model_hash=tuned_hash(study, member, t.config),
             train_step=t.config.train.steps,
             sampler=solvers.canonical(sample.sampler),
             steps=sample.steps,
@@ -269,6 +269,7 @@ class Scores:
             seconds_per_image=table.calls * row + decode,
             device=hosts.describe(list(drawer.mesh.devices.flat)),
             task="dreambooth",
+            setting=self.taught.config.setting,
             guided_calls=table.guided_calls,
         )
 

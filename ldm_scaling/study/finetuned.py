@@ -36,7 +36,7 @@ from ldm_scaling.study.materials import (
     Materials,
     batches,
 )
-from ldm_scaling.study.networks import grown, model_hash
+from ldm_scaling.study.networks import grown, tuned_hash
 from ldm_scaling.study.paired_scorer import PairedScorer
 from ldm_scaling.study.published_scorer import WithPublished
 from ldm_scaling.study.subject import Subject
@@ -146,19 +146,15 @@ class FineTuned:
     def folder(self, member: str) -> epath.Path:
         """Of a member's run; its name tells the settings, so that several lie side by side. To all
         else that decides it the workdir is bound."""
-        name = f"{self.config.task}_{self.config.hash[:8]}"
-        return self.materials.workdir / "finetuned" / name / member
-
-    def _hash(self, member: str) -> str:
-        return files.sha256_of([model_hash(self.materials.study, member), self.config.hash])
+        return self.materials.workdir / "finetuned" / self.config.setting / member
 
     def subject(self, member: str, steps: int) -> Subject:
         """A member after so many steps of fine-tuning, as it is measured: see `FineTune.measured`.
         """
         study = self.materials.study
         return Subject(
-            member, self._hash(member), steps, self.config.measured(steps), study.diffusion,
-            study.seed, self.config.task,
+            member, tuned_hash(study, member, self.config), steps, self.config.measured(steps),
+            study.diffusion, study.seed, self.config.task, setting=self.config.setting,
         )
 
     def params(self, member: str, steps: int) -> Any:

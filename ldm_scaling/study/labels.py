@@ -271,7 +271,7 @@ def task(name: str) -> str:
     """A task's name for titles."""
     spelt = {
         "super_resolution": "Super-resolution", "jpeg_restoration": "JPEG restoration",
-        "consistency": "Consistency distillation",
+        "consistency": "Consistency distillation", "dreambooth": "DreamBooth",
     }
     return spelt.get(name, name.replace("_", " ").capitalize())
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from ldm_scaling import files
-from ldm_scaling.config import Study
+from ldm_scaling.config import DreamBooth, FineTune, Study
 from ldm_scaling.models import autoencoder, backbone, zoo
 from ldm_scaling.models.tiny_decoder import TinyDecoderSpec
 from ldm_scaling.parallel import placing, rules
@@ -80,6 +80,11 @@ def _averaged(study: Study) -> list[str]:
             for member, n in lengths.items()]
     return ["Parameters are averaged over training after it (post-hoc EMA), over a relative "
             f"standard deviation of its length: {', '.join(told)}."]
+
+
+def tuned_hash(study: Study, member: str, config: FineTune | DreamBooth) -> str:
+    """Hash of all that decides the parameters of a member that was trained further."""
+    return files.sha256_of([model_hash(study, member), config.hash])
 
 
 def grown(materials: Materials, member: str, channels: int) -> Any:

@@ -141,8 +141,9 @@ class Record:
         `identity.train_step` counts that training.
       told: whether the network is told its guidance rate, so that a guided call is one evaluation.
       student_steps: that halving was to reach; 0 of other networks.
-      setting: how it was distilled: the method, and a hash of all that decides it; empty of other
-        networks.
+      setting: how it was distilled, fine-tuned or taught: the method, and a hash of all that
+        decides it; empty of other networks, and of records of fine-tuning and DreamBooth that were
+        paid for before this was told.
       first: the first stage of a cascade; None of one network.
       guided_calls: how many of the calls guidance makes pairs, where it is asked for: those within
         a guidance interval. None is all of them, as records paid for before this was told.

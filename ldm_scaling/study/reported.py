@@ -12,9 +12,10 @@ from typing import NamedTuple
 from etils import epath
 
 from ldm_scaling import __version__
-from ldm_scaling.config import Study
+from ldm_scaling.config import DreamBooth, FineTune, Study
 from ldm_scaling.config.measuring import FRECHET
 from ldm_scaling.errors import UserError
+from ldm_scaling.models import zoo
 from ldm_scaling.sampling import solvers
 from ldm_scaling.study import curves, labels, scores
 from ldm_scaling.study.records import NAME, TEXT_TO_IMAGE, Record, raced_reference
@@ -76,13 +77,48 @@ def main_metric(home: epath.PathLike, records: Sequence[Record]) -> str | None:
 
 
 def settings_of(home: epath.PathLike) -> tuple[str, ...]:
-    """Of what a workdir's last config makes of members, see `curves.one_setting`: its cascades and
-    distillations; none of a folder that is no workdir or whose config cannot be read."""
+    """Of what a workdir's last config makes of members, see `curves.one_setting`: its cascades,
+    distillations, fine-tuning and DreamBooth; none of a folder that is no workdir or whose config
+    cannot be read."""
     study = config_of(home)
     if study is None:
         return ()
     cascades = (study.cascade.setting,) if study.cascade.base else ()
-    return (*cascades, *(d.setting for d in study.distillations))
+    further = (*study.distillations, *_trained_further(study).values())
+    return (*cascades, *(made.setting for made in further))
+
+
+def _trained_further(study: Study) -> dict[str, FineTune | DreamBooth]:
+    """What a config fine-tunes or teaches, by the task of its records."""
+    out: dict[str, FineTune | DreamBooth] = {}
+    if study.finetune.task:
+        out[study.finetune.task] = study.finetune
+    if study.dreambooth.subjects:
+        out["dreambooth"] = study.dreambooth
+    return out
+
+
+def with_settings(home: epath.PathLike, records: Sequence[Record]) -> list[Record]:
+    """A workdir's records, those of its last config's fine-tuning and DreamBooth with its setting
+    where they were measured before records told it."""
+    untold = {(r.task, r.identity.model) for r in records if not r.setting}
+    study = config_of(home) if {task for task, _ in untold} - {TEXT_TO_IMAGE} else None
+    made = {} if study is None else _trained_further(study)
+    untold = {(task, model) for task, model in untold if task in made}
+    if study is None or not untold:
+        return list(records)
+    from ldm_scaling.study import networks  # Heavy, and seldom needed.
+
+    settings = {}
+    for task, model in untold:  # The last command may have been of some members.
+        if model in study.members or model in zoo.MEMBERS:
+            key = task, networks.tuned_hash(study, model, made[task])
+            settings[key] = made[task].setting
+    return [
+        r if r.setting else dataclasses.replace(
+            r, setting=settings.get((r.task, r.identity.model_hash), ""))
+        for r in records
+    ]
 
 
 def spacing_of(home: epath.PathLike) -> str:

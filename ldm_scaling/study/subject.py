@@ -191,7 +191,9 @@ def existing(
 
     def there(identities: list[Identity]) -> list[Record]:
         paths = [records.path_of(directory, i.key) for i in identities]
-        return [records.read(p) for p in paths if p.exists()]
+        found = [records.read(p) for p in paths if p.exists()]
+        # Of fine-tuning those of earlier versions do not tell theirs.
+        return [dataclasses.replace(r, setting=subject.setting) for r in found]
 
     first = selection(subject, reference_hash)
     if races(subject):

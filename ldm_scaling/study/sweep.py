@@ -25,7 +25,7 @@ from ldm_scaling.study.behind import Behind
 from ldm_scaling.study.paired_scorer import PairedScorer
 from ldm_scaling.study.progress import Progress
 from ldm_scaling.study.published_scorer import WithPublished
-from ldm_scaling.study.records import Identity, Record
+from ldm_scaling.study.records import RESTORING, Identity, Record
 from ldm_scaling.study.scorer import Scorer
 from ldm_scaling.study.subject import Subject
 from ldm_scaling.tasks.cascade_drawing import CascadeDrawer
@@ -307,7 +307,9 @@ def _seconds(
         if kind not in bench.seconds:
             drawer = bench.drawer
             program = {
-                "model": subject.model, "task": subject.task, "setting": subject.setting,
+                "model": subject.model, "task": subject.task,
+                # Times of fine-tuned networks were kept before these had a setting.
+                "setting": "" if subject.task in RESTORING else subject.setting,
                 "first": subject.first.spelling if subject.first else "",
                 "network": files.sha256_of(bench.spec), "version": __version__,
                 "guided": guided, "correction": dataclasses.asdict(correction),

@@ -71,7 +71,8 @@ def _restored(source: Source, records: Sequence[Record]) -> Drawn | None:
 
 def dreambooth(source: Source) -> dict[str, Drawn]:
     """Fig. 6, in numbers: fidelity to subject and prompt of every size, at the most steps."""
-    records = source.distinct(_one_lesson(source.of_task("dreambooth")))
+    taught = curves_lib.one_setting(source.of_task("dreambooth"), source.settings)
+    records = source.distinct(_one_lesson(taught))
     measures = source.measures(records)
     sizes = curves_lib.models(records)
     panels = {}
@@ -99,9 +100,8 @@ def dreambooth(source: Source) -> dict[str, Drawn]:
 
 
 def _one_lesson(records: Sequence[Record]) -> list[Record]:
-    """Those of one set of subjects and measures, where a workdir holds several (other subjects,
-    adapters beside full training): of the set that most sizes were taught, the first by its hash.
-    """
+    """Those of one set of subjects and measures, where a workdir holds several: of the set that
+    most sizes were taught, the first by its hash."""
     def lesson(r: Record) -> tuple[str, int]:
         return r.identity.reference_hash, r.identity.train_step
 

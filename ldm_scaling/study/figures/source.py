@@ -80,9 +80,11 @@ class Source:
 
     @functools.cached_property
     def restoring(self) -> dict[str, list[Record]]:
-        """The records of every image-conditioned task that there are some of, by the part of a
-        figure that is the task's: nothing of super-resolution, the paper's, else its name."""
-        found = {task: self.of_task(task) for task in RESTORING}
+        """The records of every image-conditioned task that there are some of, of one fine-tuning
+        each, by the part of a figure that is the task's: nothing of super-resolution, the paper's,
+        else its name."""
+        found = {task: curves_lib.one_setting(self.of_task(task), self.settings)
+                 for task in RESTORING}
         return {"" if task == RESTORING[0] else task: own for task, own in found.items() if own}
 
     @functools.cached_property
