@@ -50,12 +50,12 @@ def orientation(image: Image.Image) -> int:
     return found if found in _TURNS else 1
 
 
-def to_rgb(image: Image.Image) -> np.ndarray:
+def to_rgb(image: Image.Image, ground: str = "white") -> np.ndarray:
     """A Pillow image of any mode as it is meant to be seen, uint8 [H, W, 3].
 
     Turned as its EXIF orientation says; 16-bit grey scaled to 8 bits, which Pillow's own conversion
-    cuts off at 255; what is transparent put on white, where its conversion shows the colours that
-    are hidden. Colour profiles are left aside, as all code that computes FID does.
+    cuts off at 255; what is transparent put on the ground, where its conversion shows the colours
+    that are hidden. Colour profiles are left aside, as all code that computes FID does.
 
     Raises `ValueError` for floating-point pixels and for colour spaces without a conversion.
     """
@@ -72,18 +72,18 @@ def to_rgb(image: Image.Image) -> np.ndarray:
         raise ValueError("its pixels are floating-point numbers")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
     return np.asarray(image.convert("RGB"))
 
 
-def read_image(path: str | os.PathLike[str]) -> np.ndarray:
-    """The image in a file (the first of an animation) as `to_rgb` gives it.
+def read_image(path: str | os.PathLike[str], ground: str = "white") -> np.ndarray:
+    """The image in a file (the first of an animation) as `to_rgb` gives it on a ground.
 
     Raises `UserError` naming a file that is missing, cut short or of an unknown kind.
     """
     try:
         with Image.open(path) as image:
-            return to_rgb(image)
+            return to_rgb(image, ground)
     except FileNotFoundError as e:
         raise UserError(f"there is no image {path}") from e
     except BROKEN as e:

@@ -98,7 +98,8 @@ def _masks(path: Path, pictures: ImageFolder) -> ImageFolder:
 
 def _with_hole(pictures: ImageFolder, holes: ImageFolder, i: int) -> np.ndarray:
     """A picture, grey in its hole, with the mask behind its colours: uint8 (H, W, 4)."""
-    image_HWC, mask_HWC = pictures.read(i), holes.read(i)
+    # Of a mask on a layer of its own, what is not painted is transparent.
+    image_HWC, mask_HWC = pictures.read(i), image_folder.read_image(holes.path(i), "black")
     if mask_HWC.shape[:2] != image_HWC.shape[:2]:
         (h, w), (height, width) = mask_HWC.shape[:2], image_HWC.shape[:2]
         raise UserError(
@@ -108,4 +109,6 @@ def _with_hole(pictures: ImageFolder, holes: ImageFolder, i: int) -> np.ndarray:
     hole_HW1 = (mask_HWC.mean(-1, keepdims=True) >= 128).astype(np.uint8)
     if not hole_HW1.any():
         raise UserError(f"the mask {holes.path(i)} is black: paint white what is to be filled in")
+    if hole_HW1.all():
+        raise UserError(f"the mask {holes.path(i)} is white all over: leave black what is to stay")
     return np.concatenate([masks.hidden(image_HWC, hole_HW1), hole_HW1], axis=-1)
