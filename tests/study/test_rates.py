@@ -60,8 +60,11 @@ def test_ends_and_what_diverged():
     noisy = optima([parabola(1.3e-3, noise=0.2), parabola(6e-3, noise=0.2)])
     assert noisy[0].cut and not noisy[0].edge
     cut = parabola(16e-3)
-    cut.loss_N[5] = np.nan  # The best is known from both sides: beyond it training diverges.
-    assert not optima([cut])[0].edge and optima([cut])[0].rate == pytest.approx(16e-3)
+    cut.loss_N[5] = np.nan  # Where between the two training begins to diverge is not known.
+    assert optima([cut])[0].edge and optima([cut])[0].rate == pytest.approx(16e-3)
+    within = parabola(6e-3)
+    within.loss_N[5] = np.nan
+    assert not optima([within])[0].edge and not optima([within])[0].cut
     with pytest.raises(ValueError, match=r"\[2\] finite losses"):
         optima([Curve(RATES, np.array([1, 2, *[np.nan] * 4]))])
     with pytest.raises(ValueError, match="5 of some"):
@@ -93,6 +96,20 @@ def test_the_verdict_tells_a_rate_that_moves_from_one_that_does_not():
     assert len(drawn.rows) == 24 and [r["loss"] for r in drawn.rows].count(None) == 1
     with pytest.raises(UserError, match="c8, Standard parametrisation: training ended at fewer"):
         figure.lines(trained("none", "c8", 8, Curve(RATES, np.full(6, np.nan))))
+
+
+def test_a_best_beside_a_rate_that_diverges_is_told():
+    """The better ones between the two were not tried, however narrow the interval is."""
+    wide, noisy = parabola(20e-3), parabola(9e-3, noise=0.1, seed=3)
+    for curve in (wide, noisy):
+        curve.loss_N[-1] = np.nan
+    said = figure.verdict(figure.lines([
+        *trained("none", "c8", 8, parabola(4e-3)), *trained("none", "c16", 16, noisy),
+        *trained("none", "c32", 32, wide)]))
+    beside = "at 0.016, and the next rate, 0.032, diverges: try rates between."
+    assert f"The best of c32 lies {beside}" in said
+    assert f"The interval of c16 ends {beside}" in said
+    assert "rates tried" not in said
 
 
 @pytest.fixture

@@ -98,11 +98,31 @@ def verdict(shown: Sequence[Line]) -> str:
                 "has its lowest loss."
             )
         )
-        if ends := [line.member for line in own if line.best.edge]:
+        beyond = {line.member: _beyond(line) for line in own}
+        if ends := [m.member for m in own if m.best.edge and not beyond[m.member]]:
             out.append(f"The best of {labels.listing(ends)} lies at an end of the rates tried.")
-        if cut := [line.member for line in own if line.best.cut and not line.best.edge]:
+        if cut := [m.member for m in own
+                   if m.best.cut and not m.best.edge and not beyond[m.member]]:
             out.append(f"The interval of {labels.listing(cut)} ends where the rates tried end.")
+        for line in own:
+            if between := beyond[line.member]:
+                low, high = map(_rate, between)
+                what = "best {} lies" if line.best.edge else "interval {} ends"
+                out.append(
+                    f"The {what.format(f'of {line.member}')} at {low}, and the next rate, {high}, "
+                    "diverges: try rates between.")
     return " ".join(out)
+
+
+def _beyond(line: Line) -> tuple[float, float] | None:
+    """The highest rate that did not diverge and the next, which did, where the best of a line or
+    its interval ends there; else None."""
+    known_N = np.isfinite(line.curve.loss_N)
+    last = line.curve.rate_N[known_N][-1]
+    higher = line.curve.rate_N[line.curve.rate_N > last]
+    if not len(higher) or not np.isclose(line.best.high, last):
+        return None
+    return float(last), float(higher[0])
 
 
 def _rate(rate: float) -> str:

@@ -39,9 +39,10 @@ class Optimum:
 
     Attributes:
       rate, loss: the parabola's lowest point, between the neighbours.
-      low, high: 95% interval of the rate, within the rates that were tried.
+      low, high: 95% interval of the rate, within the rates that did not diverge.
       rate_R: the same rate under each of R draws of noise.
-      edge: whether the lowest lies at the first or last rate: the best may be beyond it.
+      edge: whether the lowest lies at the first or last rate that did not diverge: the best may be
+        beyond it.
       cut: whether the interval ends there.
     """
 
@@ -80,11 +81,11 @@ def optima(curves: Sequence[Curve], seed: int = 0) -> list[Optimum]:
         noise_RK = deviation_R[:, None] * rng.standard_normal((_REPLICATES, len(x_K)))
         (x, *x_R), (y, *_) = _lowest(x_K, np.vstack([y_K, y_K + noise_RK]))
         low, high = np.exp(np.percentile(x_R, (2.5, 97.5)))
-        best = curve.rate_N[np.nanargmin(curve.loss_N)]
+        best, ends = x_K[np.argmin(y_K)], np.exp(x_K[[0, -1]])
         out.append(Optimum(
             math.exp(x), math.exp(y), float(low), float(high), np.exp(x_R),
-            bool(best in (curve.rate_N[0], curve.rate_N[-1])),
-            bool(np.isclose(low, curve.rate_N[0]) or np.isclose(high, curve.rate_N[-1])),
+            bool(best in (x_K[0], x_K[-1])),
+            bool(np.isclose(low, ends[0]) or np.isclose(high, ends[1])),
         ))
     return out
 
