@@ -3,6 +3,8 @@
     FOLDER/backpack/00.jpg ...    a folder a subject
     FOLDER/00.jpg ...             one subject, called as the folder is
     FOLDER/prompts_and_classes.txt    DreamBench's, see `data.dreambench`: it says the rest
+
+Pictures in folders below a subject's are not of it.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ log = logging.getLogger(__name__)
 
 FEWEST, MOST = 3, 6
 """Pictures of a subject: the paper has 3 to 5, DreamBench 4 to 6."""
+_ARCHIVERS = "__MACOSX"  # Left by macOS's in what others unpack.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +78,9 @@ def read(
       prompts: that they are drawn for; none are those of DreamBench's file.
       only: names of those that are wanted; none are all.
     Raises:
-      UserError: for a folder that is missing or without images, a subject with one image or of no
-        class, an image that cannot be read, a prompt without places, or a name that is none.
+      UserError: for a folder that is missing or without images, or with images and folders of them
+        side by side; a subject with one image or of no class, an image that cannot be read, a
+        prompt without places, or a name that is none.
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
@@ -127,17 +131,37 @@ def _said(kinds: Sequence[str]) -> dict[str, str]:
 
 def _places(root: Path) -> dict[str, Path]:
     """Name of each subject to its folder."""
-    if any(p.is_file() and p.suffix.lower() in image_folder.SUFFIXES for p in root.iterdir()):
-        return {root.resolve().name: root}
+    here = [p for p in sorted(root.iterdir()) if p.is_file() and _is_picture(p)]
     places = {p.name: p for p in sorted(root.iterdir())
-              if p.is_dir() and not p.name.startswith(".")}
+              if p.is_dir() and not p.name.startswith(".") and p.name != _ARCHIVERS}
+    if here:
+        if below := [p for p in places.values() if any(map(_is_picture, p.rglob("*")))]:
+            raise UserError(
+                f"{root} holds a picture, {here[0].name}, beside a folder of them, "
+                f"{below[0].name}: are they one subject's or several's? Put the pictures elsewhere, "
+                "or the folders"
+            )
+        return {root.resolve().name: root}
     if not places:
         raise UserError(f"{root} holds no pictures and no folders of them: give {FEWEST} to {MOST}")
     return places
 
 
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in image_folder.SUFFIXES and not path.name.startswith(".")
+
+
 def _images(folder: Path) -> ImageFolder:
-    images = image_folder.listing(folder)
+    every = image_folder.listing(folder)
+    images = every.take(i for i, name in enumerate(every.names) if "/" not in name)
+    if not len(images):
+        raise UserError(
+            f"{folder} holds pictures in folders below it alone, such as {every.names[0]}: put "
+            "those of the subject into it"
+        )
+    if len(images) < len(every):
+        log.warning("%s: pictures in folders below it are left out (%d)", folder,
+                    len(every) - len(images))
     if len(images) < 2:
         # A single one would do for the code. But what is the subject in it, and what the
         # background, light and pose, nothing tells: the network learns the picture.

@@ -87,6 +87,34 @@ def test_what_does_not_do_is_refused(tmp_path, count, kinds, prompts, only, matc
         subjects.read(tmp_path / "s", kinds, prompts, only)
 
 
+def test_a_picture_beside_folders_of_subjects_is_refused(tmp_path):
+    """All would be one subject's."""
+    for name in ("cup", "dog"):
+        fill(tmp_path / name)
+    (tmp_path / "dog" / "00.png").rename(tmp_path / "sheet.png")
+    with pytest.raises(UserError, match=r"a picture, sheet\.png, beside a folder of them, cup"):
+        subjects.read(tmp_path, ("thing",), PROMPTS)
+    # What macOS hides is no picture, and what it leaves no subject.
+    (tmp_path / "sheet.png").rename(tmp_path / "._sheet.png")
+    (tmp_path / "__MACOSX" / "dog").mkdir(parents=True)
+    (tmp_path / "__MACOSX" / "dog" / "._00.png").write_bytes(b"")
+    assert [s.name for s in subjects.read(tmp_path, ("thing",), PROMPTS)] == ["cup", "dog"]
+    # Other folders beside one subject's pictures say nothing.
+    (fill(tmp_path / "mug") / "notes").mkdir()
+    assert [s.name for s in subjects.read(tmp_path / "mug", ("mug",), PROMPTS)] == ["mug"]
+
+
+def test_pictures_below_a_subjects_folder_are_not_of_it(tmp_path, caplog):
+    fill(fill(tmp_path / "dog") / "rejected", 2)
+    with caplog.at_level(logging.WARNING):
+        (one,) = subjects.read(tmp_path, ("dog",), PROMPTS)
+    assert one.images.names == ("00.png", "01.png", "02.png", "03.png")
+    assert "pictures in folders below it are left out (2)" in caplog.text
+    fill(tmp_path / "cup" / "photos")
+    with pytest.raises(UserError, match="cup holds pictures in folders below it alone, such as ph"):
+        subjects.read(tmp_path, ("thing",), PROMPTS)
+
+
 def test_no_folder_and_an_empty_one(tmp_path):
     with pytest.raises(UserError, match="no such folder of subjects"):
         subjects.read(tmp_path / "x", ("cup",), PROMPTS)
