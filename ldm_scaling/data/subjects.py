@@ -138,8 +138,8 @@ def _places(root: Path) -> dict[str, Path]:
         if below := [p for p in places.values() if any(map(_is_picture, p.rglob("*")))]:
             raise UserError(
                 f"{root} holds a picture, {here[0].name}, beside a folder of them, "
-                f"{below[0].name}: are they one subject's or several's? Put the pictures elsewhere, "
-                "or the folders"
+                f"{below[0].name}: are they one subject's or several's? Put the pictures "
+                "elsewhere, or the folders"
             )
         return {root.resolve().name: root}
     if not places:

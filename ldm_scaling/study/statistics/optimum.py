@@ -77,7 +77,7 @@ def optima(curves: Sequence[Curve], seed: int = 0) -> list[Optimum]:
     rng = np.random.default_rng(seed)
     deviation_R = np.sqrt(sum(told.values()) / rng.chisquare(len(told), _REPLICATES))
     out = []
-    for curve, (x_K, y_K) in zip(curves, parts, strict=True):
+    for x_K, y_K in parts:
         noise_RK = deviation_R[:, None] * rng.standard_normal((_REPLICATES, len(x_K)))
         (x, *x_R), (y, *_) = _lowest(x_K, np.vstack([y_K, y_K + noise_RK]))
         low, high = np.exp(np.percentile(x_R, (2.5, 97.5)))
