@@ -12,6 +12,8 @@ LEAST_RACED = 16
 
 FRECHET = "fd_effnetlite0"
 """The Fréchet distance that every sweep measures."""
+RESTORED = ("stlpips_alex", "psnr", "ssim", "label_score_effnetlite0")
+"""What every sweep of restored pictures measures beside it, see `study.paired_scorer`."""
 
 
 def race_rounds(arms: int, images: int, saving: float) -> tuple[int, ...]:
@@ -81,7 +83,7 @@ class Sweep:
         Published networks are read from the folder that the variable LDM_SCALING_WEIGHTS names, see
         `study.weights`.
       choose_by: the metric that chooses guidance, decides races and leads the report: the sweep's
-        own Fréchet distance, or one of `metrics`.
+        own Fréchet distance, or one of `metrics`; of fine-tuning also one of `RESTORED`.
     """
 
     samplers: tuple[str, ...] = ("ddim", "ddpm", "dpmpp_2m")
@@ -117,8 +119,8 @@ class Sweep:
                  "at least 4, or there is no interval")
         require(len(set(self.metrics)) == len(self.metrics), "sweep.metrics", self.metrics,
                 "has a value twice")
-        require(self.choose_by in (FRECHET, *self.metrics), "sweep.choose_by", self.choose_by,
-                f"{FRECHET}, or one that sweep.metrics names")
+        require(self.choose_by in (FRECHET, *RESTORED, *self.metrics), "sweep.choose_by",
+                self.choose_by, f"{FRECHET}, or one that sweep.metrics names")
         require(self.strategy in ("grid", "racing"), "sweep.strategy", self.strategy,
                  "is grid or racing")
         require(math.isfinite(self.saving) and self.saving >= 1, "sweep.saving", self.saving,

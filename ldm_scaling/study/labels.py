@@ -148,6 +148,14 @@ _MEASURES = (
         "How alike local structures are to the real picture's. Blurred pictures do well by it.",
     ),
     Measure(
+        "psnr_y", "PSNR (Y) in dB", "PSNR (Y)", "higher",
+        "The same of their luma alone, as super-resolution is often reported.",
+    ),
+    Measure(
+        "ssim_y", "SSIM (Y)", "SSIM (Y)", "higher",
+        "The same of their luma alone, as super-resolution is often reported.",
+    ),
+    Measure(
         "label_score_effnetlite0", "label score (EfficientNet-Lite0)", "label score", "higher",
         "The inception score's formula on the labels that EfficientNet-Lite0 gives, in one split. "
         "It is not the inception score: its values compare with no published ones.",
@@ -213,7 +221,7 @@ def measures() -> dict[str, Measure]:
             f"By {row.definition.source}.{row.remark and f' {row.remark}.'}",
         )
         for row in scores.rows(name for name in scores.SCORES if name not in MEASURES)
-        if not scores.unswept(row)
+        if not (scores.unswept(row) and scores.unswept(row, restored=True))
     }
     return MEASURES | own
 

@@ -9,11 +9,12 @@ from collections.abc import Callable
 import numpy as np
 
 from ldm_scaling import files
+from ldm_scaling.config.measuring import RESTORED
 from ldm_scaling.metrics import bootstrap, fidelity, inception_score
 from ldm_scaling.metrics.frechet import ReferenceStats, frechet_from_features
 from ldm_scaling.study.scorer import FRECHET, with_intervals
 
-LPIPS, PSNR, SSIM, LABELS = "stlpips_alex", "psnr", "ssim", "label_score_effnetlite0"
+LPIPS, PSNR, SSIM, LABELS = RESTORED
 _PAIRED = (LPIPS, PSNR, SSIM)
 # As many as the inception score has, for as few pictures as there may be.
 _SPLITS = 1

@@ -87,10 +87,12 @@ class Published:
     def _text_widths(self) -> list[int]:
         return [tower.width for tower in self.towers.values()]
 
-    def features(self, images_NHWC: np.ndarray, captions: Sequence[str] = ()) -> np.ndarray:
+    def features(
+        self, images_NHWC: np.ndarray, *real: np.ndarray, captions: Sequence[str] = ()
+    ) -> np.ndarray:
         """Features of uint8 pictures, of all layers side by side: float32 (N, `width`). Captions
-        are for networks that see both."""
-        found = _run(self.networks, self.widths, images_NHWC, captions)
+        and real pictures, one of each drawn one, are for networks that see both."""
+        found = _run(self.networks, self.widths, images_NHWC, *real, captions=captions)
         return np.concatenate([found[key] for key in self.widths], axis=1, dtype=np.float32)
 
     def embeddings(self, captions: Sequence[str]) -> np.ndarray:
@@ -171,9 +173,8 @@ def load(
         networks[row.extractor] = extractors.load(row.extractor, found)
         if row.definition.against == "captions":
             towers[row.extractor] = EXTRACTORS[row.extractor].words(*paths)
-    black = _run(
-        networks, dict.fromkeys(map(_key, rows)), np.zeros((1, 64, 64, 3), np.uint8), ("black",)
-    )
+    image = np.zeros((1, 64, 64, 3), np.uint8)
+    black = _run(networks, dict.fromkeys(map(_key, rows)), image, image, captions=("black",))
     hashes = {key: networks[key[0]].hash_of(key[1]) for key in black}
 
     def held(against: str, end: str) -> dict[_Key, epath.Path]:
@@ -240,16 +241,19 @@ def _kept(path: epath.Path, extractor: str) -> np.ndarray:
 
 def _run(
     networks: Mapping[str, Network], layers: Iterable[_Key], images_NHWC: np.ndarray,
-    captions: Sequence[str] = (),
+    *real: np.ndarray, captions: Sequence[str] = (),
 ) -> dict[_Key, np.ndarray]:
     """Features of each (extractor, layer); every network runs once."""
     out: dict[_Key, np.ndarray] = {}
     found: dict[str, Mapping[str, np.ndarray]] = {}
     for name, layer in layers:
         if name not in found:
-            both = EXTRACTORS[name].takes == "captions"
-            found[name] = networks[name].run(
-                list(zip(images_NHWC, captions, strict=True)) if both else images_NHWC)
+            taken = {
+                "images": lambda: images_NHWC,
+                "pairs": lambda: np.stack([images_NHWC, *real], axis=1),
+                "captions": lambda: list(zip(images_NHWC, captions, strict=True)),
+            }[EXTRACTORS[name].takes]
+            found[name] = networks[name].run(taken())
         out[name, layer] = extractors.layer_of(found[name], layer, name)
     return out
 
@@ -284,7 +288,7 @@ class WithPublished:
         self, images_NHWC: np.ndarray, *real: np.ndarray, captions: Sequence[str] = ()
     ) -> np.ndarray:
         """What `score` needs of pictures: the scorer's own, then the others."""
-        others = self.published.features(images_NHWC, captions)
+        others = self.published.features(images_NHWC, *real, captions=captions)
         return np.concatenate(
             [self.own.features(images_NHWC, *real), others], axis=1, dtype=np.float32
         )

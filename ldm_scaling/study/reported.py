@@ -13,7 +13,7 @@ from etils import epath
 
 from ldm_scaling import __version__
 from ldm_scaling.config import DreamBooth, FineTune, Study
-from ldm_scaling.config.measuring import FRECHET
+from ldm_scaling.config.measuring import FRECHET, RESTORED
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import zoo
 from ldm_scaling.sampling import solvers
@@ -153,7 +153,7 @@ def last_measured(
         return list(records), []
     records, told = _of_one_average(home, study, records)
     kept: list[Record] = []
-    named = {*scores.SCORES} - {FRECHET}  # `sweep.metrics` are of these.
+    named = {*scores.SCORES} - {FRECHET, *RESTORED}  # `sweep.metrics` are of these.
     for task in dict.fromkeys(r.task for r in records):
         sweep = (study.finetune if task == study.finetune.task else study).sweep
         own = _by_way([r for r in records if r.task == task], sweep.num_images)

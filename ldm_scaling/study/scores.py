@@ -19,7 +19,7 @@ from ldm_scaling.metrics.catalog import Metric
 from ldm_scaling.metrics.inception_score import SHUFFLE_SEED
 from ldm_scaling.study import weights as weights_lib
 from ldm_scaling.study.extractors import EFFNET_SIDE, EXTRACTORS, Extractor
-from ldm_scaling.study.paired_scorer import LABELS, PSNR, SSIM
+from ldm_scaling.study.paired_scorer import LABELS, LPIPS, PSNR, SSIM
 from ldm_scaling.study.scorer import AGREEMENT
 
 
@@ -145,9 +145,23 @@ _UNSWEPT = {
 }
 
 
-def unswept(row: Row) -> str:
-    """Why sweeps do not measure a score beside their own; empty where they do."""
-    if row.paired:
+# The names that those have in records of restored pictures which every one of them holds.
+_RESTORED = {LPIPS: LPIPS, "psnr_rgb": PSNR, "ssim_rgb": SSIM}
+
+
+def unswept(row: Row, restored: bool = False) -> str:
+    """Why sweeps do not measure a score beside their own; empty where they do.
+
+    Args:
+      row: the score.
+      restored: whether of pictures that a fine-tuned member restored, each of a real one, rather
+        than of those drawn from text.
+    """
+    if restored and row.captioned:
+        return "restored pictures have no captions to be scored by"
+    if restored and row.name in _RESTORED:
+        return f"every record of restored pictures has it, by the name {_RESTORED[row.name]}"
+    if row.paired and not restored:
         return "it is of pairs, and what is drawn from text has no real picture of its own"
     if row.definition.against == "subjects":
         return "it is of DreamBooth's subjects"

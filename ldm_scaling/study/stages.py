@@ -112,7 +112,7 @@ def check(
         own = key in ("sweep", "finetune")
         sweep_checks.check(
             key if key == "sweep" else f"{key}.sweep",
-            grid if own else grid.judged_as(study.sweep), captions=key != "finetune",
+            grid if own else grid.judged_as(study.sweep), restored=key == "finetune",
         )
         if measured and grid.metrics:
             published_scorer.require(grid.metrics)

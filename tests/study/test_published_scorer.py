@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 from ldm_scaling.config import Cascade, Consistency, Sweep
+from ldm_scaling.config.measuring import RESTORED
 from ldm_scaling.data import image_folder
 from ldm_scaling.errors import UserError
-from ldm_scaling.metrics import bootstrap, foretold, prdc
+from ldm_scaling.metrics import bootstrap, fidelity, foretold, prdc
 from ldm_scaling.study import evaluate, labels, published_scorer, scores, sweep_checks, weights
 from ldm_scaling.study.features import ImageSet
 from ldm_scaling.study.published_scorer import WithPublished
@@ -204,7 +205,42 @@ def test_students_and_cascades_are_judged_as_members_are():
 def test_restored_pictures_have_no_captions():
     sweep = Sweep(metrics=("clip_score_l14",), guidance=(1.0,))
     with pytest.raises(UserError, match="finetune.sweep.metrics.*no captions"):
-        sweep_checks.check("finetune.sweep", sweep, captions=False)
+        sweep_checks.check("finetune.sweep", sweep, restored=True)
+
+
+@pytest.mark.parametrize("name", RESTORED)
+def test_guidance_of_fine_tuned_members_is_chosen_by_what_their_records_hold(name):
+    sweep_checks.check("finetune.sweep", Sweep(choose_by=name), restored=True)
+    with pytest.raises(UserError, match=r"sweep\.choose_by.*it is of restored pictures"):
+        sweep_checks.check("sweep", Sweep(choose_by=name))
+
+
+@pytest.mark.parametrize("name, why", [
+    ("psnr_rgb", "by the name psnr"), ("stlpips_alex", "by the name stlpips_alex"),
+    ("clip_score_b32", "no captions"),
+])
+def test_what_is_not_measured_of_restored_pictures_is_not_offered(name, why):
+    with pytest.raises(UserError, match=rf"metrics.*{why}"):
+        sweep_checks.check("finetune.sweep", Sweep(metrics=(name,)), restored=True)
+    with pytest.raises(UserError, match="psnr_y") as caught:
+        sweep_checks.check("finetune.sweep", Sweep(metrics=("none",)), restored=True)
+    assert f" {name}" not in str(caught.value)
+
+
+def test_scores_of_pairs_are_those_of_evaluate(tmp_path):
+    """Each restored picture beside its own real one, beside scores of images alone."""
+    rng = np.random.default_rng(0)
+    real = rng.integers(0, 256, (4, 64, 64, 3), np.uint8)
+    drawn = np.clip(real + rng.normal(0, 9, real.shape), 0, 255).astype(np.uint8)
+    found = published_scorer.load(
+        ("psnr_y", "ssim_y", "kd_effnetlite0"), tmp_path, lambda: iter([real]))
+    x_NF = found.features(drawn, real)
+    values, *_ = found.score(x_NF, np.zeros((4, 0), np.float32), None)
+    pairs = [(a[None], b[None]) for a, b in zip(drawn, real)]
+    for name, measure in (("psnr_y", fidelity.psnr), ("ssim_y", fidelity.ssim)):
+        wanted = np.mean([measure(a, b, luma=True) for a, b in pairs])
+        assert values[name] == pytest.approx(wanted, rel=1e-6)
+    assert set(values) == {"psnr_y", "ssim_y", "kd_effnetlite0"}
 
 
 def test_what_guidance_trades():
@@ -221,8 +257,12 @@ def test_what_guidance_trades():
 
 def test_what_a_config_may_name_is_what_evaluate_knows():
     """And has words of its own for readers."""
-    known = [row for row in scores.SCORES.values() if not scores.unswept(row)]
-    assert {row.name for row in known} >= {*NAMES, *FEATURES, "kd_effnetlite0"}
-    for row in known:
-        sweep_checks.check("sweep", Sweep(metrics=(row.name,)))
-        assert row.definition.better == labels.MEASURES[row.name].better
+    for restored in (False, True):
+        known = [row for row in scores.SCORES.values() if not scores.unswept(row, restored)]
+        pairs = {"psnr_y", "ssim_y", "lpips_alex", "lpips_vgg", "stlpips_vgg"}
+        names = {row.name for row in known}
+        assert names & pairs == (pairs if restored else set())
+        assert names >= {*FEATURES, "kd_effnetlite0"} | (set() if restored else {*NAMES})
+        for row in known:
+            sweep_checks.check("sweep", Sweep(metrics=(row.name,)), restored)
+            assert row.definition.better == labels.MEASURES[row.name].better
