@@ -191,9 +191,9 @@ class FineTuned:
         several = [
             ConditionedSource(
                 dataset.images(split, ("image",), flip, side), self.condition, crop,
-                self.materials.study.seed,
+                self.materials.study.seed, number,
             )
-            for dataset in self.materials.datasets
+            for number, dataset in enumerate(self.materials.datasets)
         ]
         if split == "train":
             return datasets.mixed(several, data.weights)
@@ -354,7 +354,7 @@ class FineTuned:
             trunk_and_logits, perceptual.distance,
             ReferenceStats(moments.load(path, extractor), extractor),
             network.layer_hash("head"), perceptual.hash(), config.replicates,
-            pasted=self.condition.masked,
+            pasted=self.condition.masked, collections=len(m.datasets),
         )
 
     def baselines(self) -> Baselines:

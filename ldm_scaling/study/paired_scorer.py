@@ -31,6 +31,7 @@ class PairedScorer:
       labels_hash, perceptual_hash: of all that decides logits and distances.
       replicates: bootstrap replicates where asked for.
       pasted: whether what networks saw of a picture has been put back into it, as `restore` does.
+      collections: that the pictures are of; each one's conditions are its own.
     """
 
     trunk_and_logits: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -40,13 +41,16 @@ class PairedScorer:
     perceptual_hash: str
     replicates: int
     pasted: bool = False
+    collections: int = 1
 
     @property
     def hash(self) -> str:
         """Hash of all that decides a metric's value for given pictures."""
-        pasted = ["pasted"] if self.pasted else []
+        more = ["pasted"] if self.pasted else []
+        if self.collections > 1:  # Before it was told, two had the same conditions.
+            more.append(f"{self.collections} collections")
         return files.sha256_of(
-            [self.reference.hash, self.labels_hash, self.perceptual_hash, *pasted])
+            [self.reference.hash, self.labels_hash, self.perceptual_hash, *more])
 
     def features(self, images_NHWC: np.ndarray, real_NHWC: np.ndarray) -> np.ndarray:
         """What `score` needs of pictures, uint8, and of the real ones in the same order: float32

@@ -4,6 +4,7 @@ it ended."""
 import dataclasses
 import json
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -273,3 +274,23 @@ def test_what_was_seen_is_put_back_before_pictures_are_measured():
     reference = ReferenceStats(moments.Moments.of(np.eye(3)), "x")
     scorer = PairedScorer(None, None, reference, "l", "p", 9)
     assert scorer.hash != dataclasses.replace(scorer, pasted=True).hash
+    # Records of several collections of before, whose conditions were alike, are others.
+    assert scorer.hash == dataclasses.replace(scorer, collections=1).hash
+    assert scorer.hash != dataclasses.replace(scorer, collections=2).hash
+
+
+def test_pictures_of_several_collections_have_conditions_of_their_own():
+    """A hole, say, whose place is that of no other; of one collection as it was."""
+    class Pictures(list):
+        def batch(self, index, keys=None):
+            return {"image": np.stack([self[i] for i in index])}
+
+    dataset = types.SimpleNamespace(images=lambda *_: Pictures([photograph(64, 64)] * 4))
+    study = Study(members=MEMBERS, reference="c16_s16", finetune=FineTune(task="inpainting"))
+
+    def holes(count):
+        made = finetuned.FineTuned(types.SimpleNamespace(study=study, datasets=[dataset] * count))
+        parts = made.source("validation")._parts
+        return [part.batch(np.arange(4))["condition_mask"].tobytes() for part in parts]
+
+    assert len(set(holes(3))) == 3 and holes(3)[:1] == holes(1)

@@ -20,7 +20,8 @@ class ConditionedSource:
 
     Each example is done by itself, by the key that the loader draws for it: anew in each epoch, and
     the same whatever the batch, thread, worker process and host. Without keys, in evaluation, the
-    key is of `seed` and the example's index, so that all models see the same conditions.
+    key is of `seed`, the source's number and the example's index, so that all models see the same
+    conditions, and no two examples of several sources one.
 
     Args:
       source: gives "image", uint8 (B, H, W, 3), and whatever else is wanted.
@@ -29,15 +30,18 @@ class ConditionedSource:
         keys), once the condition is made, as Real-ESRGAN cuts 256 out of 400: the borders of what
         it filters are then not seen. None keeps all.
       seed: of conditions in evaluation.
+      number: of the source, among several that are evaluated together.
 
     Raises:
       UserError: images, or a crop, that the condition cannot be made of; a crop of bucketed images.
     """
 
     def __init__(
-        self, source: Source, condition: Condition, crop: int | None = None, seed: int = 0
+        self, source: Source, condition: Condition, crop: int | None = None, seed: int = 0,
+        number: int = 0,
     ):
-        self._source, self._condition, self._crop, self._seed = source, condition, crop, seed
+        self._source, self._condition, self._crop = source, condition, crop
+        self._seed, self._number = seed, number
         if crop is not None:
             condition.check((crop, crop))
             if buckets_of(source) is not None:
@@ -69,7 +73,7 @@ class ConditionedSource:
         of = keys
         if of is None:
             numbers = np.asarray(indices, np.int64)
-            of = draws.keys(self._seed, 0, np.zeros_like(numbers), numbers)
+            of = draws.keys(self._seed, self._number, np.zeros_like(numbers), numbers)
         given = [
             self._condition(image, int(key)) for image, key in zip(arrays["image"], of, strict=True)
         ]
