@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -289,13 +290,54 @@ def stems(names: Sequence[str]) -> list[str]:
     return out
 
 
+def _kept(manifest: epath.Path) -> dict[str, tuple[str, str]]:
+    """Hashes of each picture that a folder was made of, and of what lay beside it; in the order of
+    their numbers. Nothing of a file that is not there or not whole, of which `files.bind` tells."""
+    try:
+        have = json.loads(manifest.read_text())
+        images = have["images"]
+        pairs = zip(images.values(), have.get("beside") or [""] * len(images), strict=True)
+        return dict(zip(images, pairs, strict=True))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+def _numbered(
+    way: Way, given: ImageFolder, to: epath.Path, beside: Sequence[str]
+) -> np.ndarray:
+    """Ties a folder to a way and to pictures, see `write`; the numbers of those given."""
+    kept = _kept(to / MANIFEST)
+    pairs = zip(given.hashes, beside or [""] * len(given), strict=True)
+    own = dict(zip(given.names, pairs, strict=True))
+    every = kept | own
+
+    def about(some: dict[str, tuple[str, str]]) -> dict[str, Any]:
+        out = {"version": __version__, **way.about, "images": {n: h for n, (h, _) in some.items()}}
+        return out | ({"beside": [b for _, b in some.values()]} if beside else {})
+
+    files.bind(to, MANIFEST, about(kept or own),
+               "pictures that were made in another way, {key} differs")
+    for name, pair in own.items():
+        if kept.get(name, pair) != pair:
+            raise UserError(
+                f"{to} holds {name} made of another picture{' or mask' if beside else ''} than "
+                f"{given.root / name} is now: name a new folder"
+            )
+    stems([*every])
+    if kept and len(every) > len(kept):
+        files.atomic_write_text(to / MANIFEST, json.dumps(about(every), indent=1) + "\n")
+    places = {name: number for number, name in enumerate(every)}
+    return np.array([places[name] for name in given.names])
+
+
 def write(
     way: Way, given: ImageFolder, to: epath.PathLike,
     read: Callable[[int], np.ndarray] | None = None, beside: Sequence[str] = (),
 ) -> epath.Path:
     """Makes what is missing of a folder of enlarged pictures, as PNG; returns it.
 
-    Picture i has the noise of sample number i.
+    Picture i has the noise of sample number i. Those that are given later have the numbers after
+    theirs that the folder was made of; those keep what they are, given again or not.
 
     Args:
       way: how.
@@ -305,8 +347,8 @@ def write(
       beside: hashes of what `read` adds to them.
 
     Raises:
-      UserError: for a folder that was made in another way, with what differs, for pictures that
-        cannot be read, and as the way's `check`.
+      UserError: for a folder that was made in another way, with what differs, or of other pictures
+        of these names, for pictures that cannot be read, and as the way's `check`.
     """
     to = epath.Path(to)
     for i, (width, height) in enumerate(given.sizes):  # Before one is drawn.
@@ -314,10 +356,7 @@ def write(
             way.check((height, width))
         except UserError as e:
             raise UserError(f"{given.path(i)}: {e}") from e
-    hashes = dict(zip(given.names, given.hashes))
-    about = {"version": __version__, **way.about, "images": hashes}
-    about |= {"beside": list(beside)} if beside else {}
-    files.bind(to, MANIFEST, about, "pictures that were made in another way, {key} differs")
+    numbers = _numbered(way, given, to, beside)
     read = read or given.read
     targets = [to / f"{stem}.png" for stem in stems(given.names)]
     missing = [i for i, path in enumerate(targets) if not path.exists()]
@@ -335,7 +374,8 @@ def write(
                 # EXIF may have turned some of them.
                 for shape in sorted({image.shape for image in images.values()}):
                     alike = np.array([i for i in some if images[i].shape == shape])
-                    enlarged = way.enlarge(np.stack([images[i] for i in alike]), alike)
+                    enlarged = way.enlarge(
+                        np.stack([images[i] for i in alike]), numbers[alike])
                     for i, image in zip(alike, enlarged):
                         targets[i].parent.mkdir(parents=True, exist_ok=True)
                         pictures.save_png(targets[i], image)

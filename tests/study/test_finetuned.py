@@ -152,7 +152,7 @@ def _restores(workdir, task, other):
     assert made.shape == photo.shape and np.any(made[hole > 0] != photo[hole > 0])
     for to, mask, message in (
         ("a", "small", "is 90x60 pixels"), ("b", "none", "is black"), ("c", "", "needs --mask"),
-        ("restored", "other", "made in another way"),
+        ("restored", "other", "another picture or mask"),
     ):
         status, said = restore(to, mask)
         assert status == 2 and message in said.splitlines()[-1], said

@@ -103,6 +103,37 @@ def test_a_published_network_goes_on_where_it_was(images, tmp_path, weights):
     assert np.abs(whole["b.png"] - wanted).max() <= 1
 
 
+def test_pictures_may_be_added(images, tmp_path):
+    """Each that is there keeps its number, whose noise it has; of a changed one or a changed mask
+    nothing is made."""
+    drawn, high, masks = [], tmp_path / "high", {"a.png": "one", "b.png": "two", "below/c.png": "x"}
+
+    def enlarge(images_NhwC, index_N):
+        drawn.extend(index_N.tolist())
+        return images_NhwC
+
+    way = dataclasses.replace(upscaling.bicubic(), enlarge=enlarge)
+
+    def made(*names):
+        drawn.clear()
+        given = image_folder.ImageFolder(images, names)
+        upscaling.write(way, given, high, beside=[masks[name] for name in names])
+        return sorted(drawn)
+
+    assert made("a.png", "below/c.png") == [0, 1]
+    first = (high / "upscale.json").read_text()
+    assert made("a.png", "below/c.png") == [] and (high / "upscale.json").read_text() == first
+    # In the order of names it is between them.
+    assert made("a.png", "b.png", "below/c.png") == [2]
+    (high / "below" / "c.png").unlink()
+    assert made("b.png", "below/c.png") == [1]
+    masks["b.png"] = "another"
+    with pytest.raises(UserError, match="b.png made of another picture or mask than"):
+        made("a.png", "b.png")
+    with pytest.raises(UserError, match="made in another way, 'beside' differs"):
+        upscaling.write(way, image_folder.listing(images), high)
+
+
 def test_tiles_of_a_large_picture_show_no_seams(weights, monkeypatch):
     """What a network sees of a picture ends at a tile's border; the weights hide that."""
     x_HWC = photograph(60, 88)
@@ -135,7 +166,10 @@ def test_mistakes(images, tmp_path, weights, capsys):
     assert "holds no network of ESRGAN's kind, but x" in error(images, to, f"--by={wrong}")
     _run(images / "a.png", to, "--by=bicubic")
     assert "made in another way" in error(images / "a.png", to, f"--by={weights}")
-    assert "made in another way, 'images' differs" in error(images / "b.png", to, "--by=bicubic")
+    Image.fromarray(photograph(24, 24, 1)).save(images / "a.png")
+    assert "holds a.png made of another picture than" in error(images, to, "--by=bicubic")
+    (images / "a.bmp").write_bytes((images / "a.png").read_bytes())
+    assert "two pictures are called 'a'" in error(images / "a.bmp", to, "--by=bicubic")
     for given in (images, images / "a.png"):
         assert "is where the pictures are" in error(given, f"--to={images}", "--by=bicubic")
     assert "is not empty, and holds no upscale.json" in error(
