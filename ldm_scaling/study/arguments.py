@@ -4,6 +4,7 @@ what is left for the config."""
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -61,6 +62,17 @@ def whole(text: str) -> int:
 def several(text: str) -> list[int]:
     """A flag's whole numbers with commas between."""
     return [whole(piece.strip()) for piece in text.split(",")]
+
+
+def guidance_rate(text: str) -> float:
+    """A flag's guidance rate, 0 or more."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no guidance rate; give 0 or more, 1 is none")
+    return value
 
 
 def above_0(text: str) -> int:

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from ldm_scaling.data.image_folder import ImageFolder
 from ldm_scaling.errors import UserError
 from ldm_scaling.parallel import compiled, hosts
 from ldm_scaling.study import evaluate, evaluate_checks, evaluate_show, protocols, scores, weights
-from ldm_scaling.study.arguments import Parser, above_0, whole
+from ldm_scaling.study.arguments import Parser, above_0, guidance_rate, whole
 from ldm_scaling.study.evaluate import Options, Task
 from ldm_scaling.study.features import ImageSet
 from ldm_scaling.study.workdir import Workdir
@@ -40,16 +39,6 @@ def _replicates(text: str) -> int:
     if 0 < whole(text) < _FEWEST:
         raise argparse.ArgumentTypeError(f"give 0 for no intervals, or {_FEWEST} or more")
     return int(text)
-
-
-def _rate(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no guidance rate; give 0 or more, 1 is none")
-    return value
 
 
 def _parser() -> Parser:
@@ -101,7 +90,7 @@ def _parser() -> Parser:
     add("--sampler", metavar="NAME", help="the protocol's if not given, of students their "
         "config's; so are the next two")
     add("--steps", type=above_0, metavar="N", help="how many")
-    add("--guidance", type=_rate, metavar="RATE", help="1 is none")
+    add("--guidance", type=guidance_rate, metavar="RATE", help="1 is none")
     add("--spacing", metavar="NAME", help="timestep spacing; that of the config's sample if not "
         "given")
     return parser
@@ -372,14 +361,13 @@ def _upscale(given, common, read: protocols.Given, about: dict[str, Any]) -> Pat
     """
     from ldm_scaling.study import upscale_cli, upscaling
 
-    if given.guidance not in (None, read.protocol.guidance):
-        raise UserError(f"--guidance={given.guidance:g}: {read.protocol.name} is without guidance")
     _refuse(given, ("stage", "spacing"), f"is not for {read.protocol.name}, whose images "
             "fine-tuned members draw: the spacing is --config.finetune.sample.spacing=NAME")
     tuned, workdir, study = upscale_cli.opened(common)
     settings = upscaling.Settings(
         upscale_cli.chosen(given.member, study.members),
         given.sampler or read.protocol.sampler, given.steps or read.protocol.steps, 0,
+        read.protocol.guidance if given.guidance is None else given.guidance,
     )
     way = upscaling.member(tuned, settings)
     about["drawn"] = way.about | {"workdir": str(workdir.path)}

@@ -117,7 +117,8 @@ def _beside(row: scores.Row, materials: Materials) -> str:
             f"all {count:,} validation pictures."
         ),
     }.get(row.definition.against, "")
-    return f"{said}Resized by {extractor.resizer}.{against}"
+    resized = "Not resized." if extractor.resizer == "none" else f"Resized by {extractor.resizer}."
+    return f"{said}{resized}{against}"
 
 
 def _fine_tuning(finetune: FineTune) -> str:

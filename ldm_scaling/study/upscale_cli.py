@@ -12,7 +12,7 @@ from ldm_scaling.data import image_folder
 from ldm_scaling.data.image_folder import ImageFolder
 from ldm_scaling.errors import UserError
 from ldm_scaling.parallel import compiled, hosts
-from ldm_scaling.study.arguments import Parser, above_0, whole
+from ldm_scaling.study.arguments import Parser, above_0, guidance_rate, whole
 
 COMMON = ("config", "workdir")
 _USAGE = """
@@ -53,7 +53,7 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
             "upscale needs either --by=bicubic or a file of weights, or --workdir=DIR of a study "
             "with members that are fine-tuned for it"
         )
-    drawn = ("member", "sampler", "steps", "seed", "config")
+    drawn = ("member", "sampler", "steps", "guidance", "seed", "config")
     for name in drawn if given.by else ():
         if getattr(given, name) is not None:
             raise UserError(f"--{name} needs --workdir=DIR, not --by={given.by}")
@@ -79,6 +79,9 @@ def add_drawing(add: Callable[..., Any]) -> None:
     add("--member", metavar="NAME", help="the network")
     add("--sampler", metavar="NAME", help="the config's finetune.sample's if not given")
     add("--steps", type=above_0, metavar="N", help="how many; 50 if not given, as the paper")
+    add("--guidance", type=guidance_rate, metavar="RATE", help="away from what is drawn without "
+        "the picture, by a member that was fine-tuned with finetune.condition_dropout; 1, none, if "
+        "not given")
     add("--seed", type=whole, metavar="N", help="of the noise; 0 if not given")
 
 
@@ -90,7 +93,7 @@ def drawing(common: Any, given: Any, enlarges: bool) -> Iterator[Any]:
     tuned, workdir, study = opened(common)
     settings = upscaling.Settings(
         chosen(given.member, study.members), given.sampler or study.finetune.sample.sampler,
-        given.steps or 50, given.seed or 0,
+        given.steps or 50, given.seed or 0, 1.0 if given.guidance is None else given.guidance,
     )
     lock = workdir.lock()
     workdir.bind(study)

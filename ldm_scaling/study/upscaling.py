@@ -120,12 +120,14 @@ class Settings:
       member: of the config.
       sampler, steps: see `request.Request`; the spacing is the config's.
       seed: of the noise.
+      guidance: rate; 1 is none.
     """
 
     member: str
     sampler: str
     steps: int
     seed: int
+    guidance: float = 1.0
 
 
 def member(tuned: FineTuned, settings: Settings, enlarges: bool = True) -> Way:
@@ -137,8 +139,8 @@ def member(tuned: FineTuned, settings: Settings, enlarges: bool = True) -> Way:
       settings: how it draws.
       enlarges: whether it is to be one for super-resolution, or one for another task.
     Raises:
-      UserError: for a study without such members, a member that is none or not trained, and a
-        sampler that does not take the steps.
+      UserError: for a study without such members, a member that is none or not trained, a sampler
+        that does not take the steps, and guidance where there is nothing to guide away from.
     """
     m, config = tuned.materials, tuned.config
     if not config.task or (config.task == TASK) != enlarges:
@@ -154,16 +156,22 @@ def member(tuned: FineTuned, settings: Settings, enlarges: bool = True) -> Way:
             f"member {settings.member!r} is none of the config's: choose from "
             f"{', '.join(m.study.members)}"
         )
+    if settings.guidance != 1 and not config.condition_dropout:
+        raise UserError(
+            f"guidance {settings.guidance:g}: these members never drew without a condition, there "
+            "is nothing to guide away from: 1, or fine-tune with finetune.condition_dropout"
+        )
     steps, drawer = config.steps[-1], tuned.drawer(settings.member)
     spacing = config.sample.spacing or None
     table = drawer.table(settings.sampler, settings.steps, spacing)
     params = tuned.params(settings.member, steps)
-    upscaler = _Upscaler(tuned, settings.member, table.padded(), params, settings.seed)
+    upscaler = _Upscaler(tuned, settings, table.padded(), params)
     about = {
         "by": settings.member, "task": config.task, "trained": model_hash(m.study, settings.member),
         "tuned": config.hash, "train_step": steps, "sampler": table.name, "steps": settings.steps,
         "spacing": spacing or "", "seed": settings.seed,
     }
+    about |= {"guidance": settings.guidance} if settings.guidance != 1 else {}
     rows = versions.own_rows(
         m.study.diffusion, (settings.sampler, settings.steps, config.sample.spacing))
     about |= {"rows": rows} if rows else {}
@@ -173,14 +181,14 @@ def member(tuned: FineTuned, settings: Settings, enlarges: bool = True) -> Way:
 class _Upscaler:
     """`Way.enlarge` of a member: encode, sample and decode, each in tiles of its own side."""
 
-    def __init__(self, tuned: FineTuned, name: str, table: Any, params: Any, seed: int):
-        m = tuned.materials
+    def __init__(self, tuned: FineTuned, settings: Settings, table: Any, params: Any):
+        m, self._guidance = tuned.materials, settings.guidance
         self._frozen, self._mesh, self._table, self._params = m.frozen, m.mesh, table, params
         run = tuned.config.train
-        spec = tuned.spec(name)
+        spec = tuned.spec(settings.member)
         self._denoise = denoiser(spec, m.mesh, run.compute_dtype, attention=run.attention)
         self._narrowed = narrowed(spec, m.mesh, run.compute_dtype)
-        self._decode, self._key = m.decode, sampling_key(seed)
+        self._decode, self._key = m.decode, sampling_key(settings.seed)
         self._step = m.study.data.side // m.frozen.latent_shape[0]
         self._tile = m.frozen.latent_shape[:2]
         self._factor, self._masked = tuned.condition.scale, tuned.condition.masked
@@ -236,10 +244,14 @@ class _Upscaler:
         index = np.pad(np.asarray(index_N, np.int32), (0, rows - count), mode="edge")
         null_BLD = np.broadcast_to(self._null_LD, (rows, *self._null_LD.shape))
         put = functools.partial(placing.put_batch, self._mesh)
+        rate_B, uncond = None, None
+        if self._guidance != 1:  # As in training, what is left out is zeros.
+            rate_B = put(np.full(rows, self._guidance, np.float32))
+            uncond = {"condition": np.zeros_like(seen[:1])}
         drawn = placing.fetch(
             self._sampler(made)(
-                self._params, self._table, None,
-                put({"context": null_BLD, "condition": seen}), None, self._key, put(index),
+                self._params, self._table, rate_B,
+                put({"context": null_BLD, "condition": seen}), uncond, self._key, put(index),
             )
         )
         out = self._over(self._shown, drawn[:count], made, outer=self._step)

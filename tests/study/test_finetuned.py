@@ -31,7 +31,7 @@ MEMBER = MEMBERS[0]
 
 # By networks of published names, which are small ones here.
 OF_TEXT = ("fid_tf2015", "clip_score_b32", "kid_tf2015", "recall", "fd_mine", "named")
-OF_TASK = ("fid_clean", "kid_clean", "colourful")
+OF_TASK = ("fid_clean", "kid_clean", "colourful", "psnr_y")
 METRICS = [
     "--config.sweep.metrics=('" + "','".join(OF_TEXT) + "')",
     "--config.sweep.choose_by=fid_tf2015",
@@ -92,7 +92,10 @@ def test_the_study_leaves_records_figures_and_a_grid(workdir):
     page = (workdir / "report.html").read_text()
     assert "after 4 steps of fine-tuning" in page and "Super-resolution" in page
     assert "FD (ninths)" in page and "KID (tf2015)" in page and "Reference: all" in page
-    assert "FID (TensorFlow 1" in page
+    assert "FID (TensorFlow 1" in page and "Not resized." in page
+    # Of the luma a picture is as near as of its colours, give or take.
+    assert all(abs(r.metrics["psnr_y"] - r.metrics[PSNR]) < 10 for r in restored)
+    assert {r.setting for r in restored} == {f.name for f in (workdir / "finetuned").iterdir()}
 
 
 def test_again_nothing_is_done_anew(workdir):
@@ -110,7 +113,8 @@ def test_another_task_begins_with_the_same_members(workdir, tmp_path):
     before = set(workdir.rglob("*"))
     task = (
         "--config.finetune.task=inpainting", f"--config.finetune.pretrained={workdir}",
-        "--config.finetune.train.warmup_steps=1", "--config.finetune.budgets=()",
+        "--config.finetune.train.warmup_steps=1", "--config.finetune.condition_dropout=0.2",
+        "--config.finetune.budgets=()",
     )
     finish("train", tmp_path, *task, "--config.finetune.train.steps=2")
     (folder,) = (tmp_path / "finetuned").glob("inpainting_*/c8_s16/checkpoints")
@@ -120,7 +124,7 @@ def test_another_task_begins_with_the_same_members(workdir, tmp_path):
     assert set(workdir.rglob("*")) == before
     assert json.loads((tmp_path / "study.json").read_text())["identity"]["pretrained_hash"]
     # A step that the run has passed does not come again: silently there would be nothing to do.
-    status, said = run("train", tmp_path, *task[:3], "--config.finetune.budgets=(1,3)",
+    status, said = run("train", tmp_path, *task[:4], "--config.finetune.budgets=(1,3)",
                        "--config.finetune.train.steps=3")
     assert status == 2 and "beyond step 1 " in said
     _restores(tmp_path, ("--config.finetune.train.steps=3", *task), workdir)
@@ -139,8 +143,9 @@ def _restores(workdir, task, other):
     for name, mask in holes.items():
         Image.fromarray(mask).save(workdir / f"{name}.png")
 
-    def restore(to, mask, place=workdir, more=task):
+    def restore(to, mask, place=workdir, more=task, rate=""):
         words = [f"--mask={workdir / mask}.png"] if mask else []
+        words += [f"--guidance={rate}"] if rate else []
         return run("restore", place, str(workdir / "photo.png"), f"--to={workdir / to}", *words,
                    "--member=c8_s16", "--steps=2", *more)
 
@@ -150,6 +155,14 @@ def _restores(workdir, task, other):
         made = np.asarray(image)
     np.testing.assert_array_equal(made[hole == 0], photo[hole == 0])
     assert made.shape == photo.shape and np.any(made[hole > 0] != photo[hole > 0])
+    status, said = restore("guided", "hole", rate="40")
+    assert status == 0, said
+    with Image.open(workdir / "guided" / "photo.png") as image:
+        guided = np.asarray(image)
+    np.testing.assert_array_equal(guided[hole == 0], photo[hole == 0])
+    assert np.any(guided[hole > 0] != made[hole > 0])
+    status, said = restore("guided", "hole", rate="3")
+    assert status == 2 and "'guidance' differs" in said
     for to, mask, message in (
         ("a", "small", "is 90x60 pixels"), ("b", "none", "is black"), ("c", "", "needs --mask"),
         ("restored", "other", "another picture or mask"),
@@ -172,6 +185,9 @@ def test_a_member_enlarges_a_picture_of_any_size(workdir, tmp_path):
     before = path.stat().st_mtime_ns
     finish("upscale", workdir, str(tmp_path / "photo.png"), *words)
     assert path.stat().st_mtime_ns == before
+    status, said = run("upscale", workdir, str(tmp_path / "photo.png"), f"--to={tmp_path / 'c'}",
+                       *words[1:], "--guidance=2")
+    assert status == 2 and "nothing to guide away from" in said
     low = str(tmp_path / "small.png")
     status, said = run("upscale", workdir, low, f"--to={tmp_path / 'b'}", *words[1:])
     assert status == 2 and "smaller than the network's tile" in said
