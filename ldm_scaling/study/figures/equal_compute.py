@@ -25,7 +25,8 @@ def profiles(source: Source) -> dict[str, Drawn]:
         if not runs.models:
             continue
         columns = (runs.gflops_N, runs.params_N, runs.value_N)
-        found = [p for p in isoflop.profiles(*columns) if p.parabola is not None]
+        found = isoflop.profiles(*columns, tolerance=isoflop.EXACT)
+        found = [p for p in found if p.parabola is not None]
         if found:
             try:
                 shown.append((one, found, one.runs.frontier(delta=one.noise)))
@@ -50,20 +51,29 @@ def profiles(source: Source) -> dict[str, Drawn]:
 def _draw_profiles(
     ax: Axes, one: scaling.Measured, found: Sequence[Profile]
 ) -> list[plot_style.End]:
-    ends = []
-    for p, colour in zip(found, plot_style.ramp(len(found)), strict=True):
+    ends, names = [], _names([p.flops for p in found])
+    for p, name, colour in zip(found, names, plot_style.ramp(len(found)), strict=True):
         size = np.geomspace(p.size_M.min(), p.size_M.max(), 60)
         ax.plot(size, p.at(size), color=colour, lw=1.4)
         ax.plot(p.size_M, p.loss_M, ls="", marker="o", ms=5, color=colour)
         if p.best_size is not None:
             ax.plot(p.best_size, p.best_loss, marker="*", ms=15, color=colour, mec="white",
                     mew=0.8, zorder=5)
-        ends.append((float(size[-1]), float(p.at(size[-1])), plot_style.power(p.flops, 2), colour))
+        ends.append((float(size[-1]), float(p.at(size[-1])), name, colour))
     plot_style.log_x(ax)
     plot_style.log_y(ax)
     ax.set(xlabel="parameters (log scale)", ylabel=one.axis)
     ax.set_title(f"{one.title}: a curve for each compute, ★ its least")
     return ends
+
+
+def _names(budgets: Sequence[float]) -> list[str]:
+    """Budgets in as few digits, from two on, as tell them apart."""
+    for digits in range(2, 7):
+        names = [plot_style.power(budget, digits) for budget in budgets]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 def _draw_frontier(ax: Axes, found: Sequence[Profile], frontier: Frontier | None) -> None:

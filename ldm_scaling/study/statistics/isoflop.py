@@ -18,6 +18,9 @@ from ldm_scaling.study.statistics import laws
 LEAST_SIZES = 4
 """Sizes at a budget below which a parabola would have nothing to be wrong about."""
 
+EXACT = 1e-9
+"""The `tolerance` of budgets that differ by rounding alone, as those of `Runs.at_budgets` do."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Profile:
@@ -105,7 +108,7 @@ def profiles(
     """A parabola of log loss over log N at each budget.
 
     Args:
-      flops: training budgets (N,); those within `tolerance` of each other are one.
+      flops: training budgets (N,); those within `tolerance` of the least of them are one.
       size: parameters (N,).
       loss: values (N,) above 0.
       tolerance: relative.
@@ -196,5 +199,11 @@ def _moved(profile: Profile, drawn_RM: np.ndarray) -> np.ndarray:
 def _groups(logf_N: np.ndarray, width: float) -> Sequence[np.ndarray]:
     """Numbers of the points of each budget, budgets rising."""
     order_N = np.argsort(logf_N, kind="stable")
-    cuts = np.flatnonzero(np.diff(logf_N[order_N]) > width) + 1
-    return np.split(order_N, cuts) if len(order_N) else []
+    groups: list[list[int]] = []
+    for k in order_N.tolist():
+        # From the first: neighbours alone would chain budgets that lie close together into one.
+        if groups and logf_N[k] - logf_N[groups[-1][0]] <= width:
+            groups[-1].append(k)
+        else:
+            groups.append([k])
+    return [np.array(group) for group in groups]

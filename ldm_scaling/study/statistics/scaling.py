@@ -96,11 +96,13 @@ class Runs:
         """
         rows, weight_BN = self._interpolated(count)
         columns = (rows.gflops_N * 1e9, rows.params_N, rows.value_N)
-        isoflop.frontier(*columns, replicates=1)  # Raises before what takes long.
+        exact = isoflop.EXACT
+        # Raises before what takes long.
+        isoflop.frontier(*columns, replicates=1, tolerance=exact)
         fit = fits.fit(self.scales("call and images"), self.value_N, delta=delta)
         noise_RN, _ = fit.scatter_by(self.models).draw(replicates, np.random.default_rng(seed))
         loss_RB = np.exp((np.log(self.value_N) + noise_RN) @ weight_BN.T)
-        return isoflop.frontier(*columns, loss_RN=loss_RB)
+        return isoflop.frontier(*columns, loss_RN=loss_RB, tolerance=exact)
 
     def some(self, number_N: np.ndarray) -> Runs:
         """The rows with these numbers, or marks."""

@@ -139,6 +139,19 @@ def test_profiles_have_their_least_at_the_best_size(drawn):
     assert _rows(folder, "law_isoflop", FD) == []
 
 
+def test_computes_that_lie_close_together_are_curves_of_their_own():
+    """Runs that meet over a ninth of their compute; two digits would name several alike."""
+    sizes = {f"s{k}": int(1.4e6 * 2.08**k) for k in range(4)}
+    source = Source(_records(sizes), FD, loss_curves=_losses(sizes, noise=0.0))
+    drawn = equal_compute.profiles(source)[""]
+    least, most = PER * max(sizes.values()) * LAST / 10, PER * min(sizes.values()) * LAST
+    np.testing.assert_allclose(
+        sorted({row["compute"] for row in drawn.rows}), np.geomspace(least, most, 5), rtol=1e-3)
+    assert drawn.rows[0]["exponent"] == pytest.approx(0.5, abs=0.05)
+    names = {text.get_text() for text in drawn.figure.axes[0].texts}
+    assert len({name for name in names if "×10" in name}) == 5
+
+
 def test_what_is_foretold_hides_nothing_that_was_measured():
     drawn = foretold.largest(Source(_records(), FD))[""]
     (circle,) = [line for line in drawn.figure.axes[0].lines

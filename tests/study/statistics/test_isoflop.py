@@ -112,6 +112,13 @@ def test_a_replicate_that_bends_down_is_lowest_at_the_lower_end():
     assert np.exp(isoflop._moved(profile, inside[None])) == pytest.approx(profile.size_M[1])
 
 
+def test_budgets_within_the_tolerance_do_not_chain():
+    flops = 1e18 * 1.03 ** np.arange(6)[::-1]
+    found = isoflop.profiles(flops, np.ones(6), np.ones(6), tolerance=0.05)
+    assert [p.points for p in found] == [2, 2, 2]
+    assert found[0].flops == pytest.approx(1e18 * 1.03**0.5)
+
+
 def test_a_budget_without_a_least_inside_is_left_out():
     law = Law(1.7, (400.0, 400.0), (0.34, 0.34))
     flops, size, loss = _runs(law)

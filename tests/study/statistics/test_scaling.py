@@ -121,6 +121,23 @@ def test_runs_meet_at_budgets_that_enough_of_them_pass():
     assert set(ends.images_N) == {32000 * BATCH} and set(ends.models) == set(params)
 
 
+@pytest.mark.parametrize(("longest", "count"), [(9.0, 5), (100.0, 60)])
+def test_budgets_that_lie_close_together_stay_apart(longest, count):
+    """Runs that meet over an eighth of their compute, and many budgets over more of it."""
+    law = Law(0.3, (60.0, 60.0), (0.4, 0.4))
+    params = {f"m{k}": 1000 * 2**k for k in range(4)}
+    gflops = {m: 1e-6 * n for m, n in params.items()}
+    steps = np.geomspace(600, 600 * longest, 9)
+    losses = {m: [(s, law(np.array([[n, s]]))[0]) for s in steps] for m, n in params.items()}
+    runs = scaling.of_losses(losses, params, gflops, 1)
+    met = runs.at_budgets(count)
+    assert np.ptp(np.diff(np.log(np.unique(met.gflops_N)))) < 1e-12
+    assert np.diff(np.log(np.unique(met.gflops_N))).max() < 0.05
+    found = runs.frontier(count, replicates=20)
+    assert [p.points for p in found.profiles] == [4] * count
+    assert found.exponent == pytest.approx(0.5, abs=0.05)
+
+
 def test_budgets_read_off_the_same_runs_do_not_count_as_apart():
     """Equal exponents: the best size grows as the root of the compute, within the interval."""
     law, hit = Law(0.3, (60.0, 60.0), (0.4, 0.4)), []
