@@ -45,6 +45,7 @@ class Fit:
       scatter: how the points scatter by run, of a bootstrap by run; None where they were taken as
         independent.
       luck_R: standard deviation of a run's offset in each replicate, of a bootstrap by run.
+      spread_R: what `noise` is multiplied by in each replicate, of a bootstrap of residuals.
     """
 
     law: Law
@@ -55,6 +56,7 @@ class Fit:
     replicates: tuple[Law, ...] = ()
     scatter: Scatter | None = None
     luck_R: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
+    spread_R: np.ndarray = dataclasses.field(default_factory=lambda: np.ones(1))
 
     def interval(self, name: str, level: float = 0.95) -> tuple[float, float]:
         """(low, high) of a parameter by name: "E", "A", "alpha", and "B", "beta" of the second
@@ -77,7 +79,8 @@ class Fit:
         # Each law several times, so that few replicates do not make the noise's tails rough.
         law_RN = np.repeat(law_RN, 10, axis=0)
         if self.scatter is None:
-            noise_RN = rng.choice(self.noise, law_RN.shape)
+            spread_R1 = np.repeat(self.spread_R, len(law_RN) // len(self.spread_R))[:, None]
+            noise_RN = spread_R1 * rng.choice(self.noise, law_RN.shape)
         else:
             luck_R1 = np.repeat(self.luck_R, 10)[:, None]
             noise_RN = luck_R1 * rng.normal(size=law_RN.shape)
@@ -85,11 +88,15 @@ class Fit:
         return self._ends(law_RN * np.exp(noise_RN), level)
 
     @property
+    def freedom(self) -> int:
+        """Points, less the parameters; at 0 the law goes through any."""
+        return len(self.residuals_N) - 2 * len(self.law.factors) - self.offset
+
+    @property
     def noise(self) -> np.ndarray:
         """Log residuals, centred and scaled up by what the fit took away from them (N,)."""
-        n, p = len(self.residuals_N), 2 * len(self.law.factors) + self.offset
         centred_N = self.residuals_N - self.residuals_N.mean()
-        return centred_N * np.sqrt(n / max(n - p, 1))
+        return centred_N * np.sqrt(len(centred_N) / max(self.freedom, 1))
 
     def scatter_by(self, runs: Sequence[object]) -> Scatter:
         """How the points scatter within and between runs, given the run of each point (N,).
@@ -326,18 +333,20 @@ def bootstrap(
       seed: of the drawing.
       method: "pairs" draws points with replacement: for many points at scales that might have been
         others. "residuals" keeps the scales and draws log residuals anew: for few points at scales
-        that were chosen, where a draw without the largest size says nothing.
+        that were chosen, where a draw without the largest size says nothing. What few residuals
+        say of their own spread is little too, so each replicate has its own (times freedom / chi^2,
+        as in `Scatter.draw`).
       y_RN: replicates of the values themselves, of paired records say: these are fitted instead.
       runs: the training run of each point (N,), of which several may be of one: residuals are
         then drawn by run, see `Scatter`, whatever the method.
 
     Raises:
-      UserError: as `fit`.
+      UserError: as `fit`, and for residuals of no more points than the law has parameters.
     """
     problem = _Problem.of(x, y, fitted.offset, fitted.delta)
     n, rng = len(problem.logy_N), np.random.default_rng(seed)
     weight_RN, logy_RN = np.ones((replicates, n)), None
-    scatter, luck_R = None, np.zeros(0)
+    scatter, luck_R, spread_R = None, np.zeros(0), np.ones(1)
     if y_RN is not None:
         y_RN = np.asarray(y_RN, np.float64)
         if y_RN.ndim != 2 or y_RN.shape[1] != n or not (y_RN > 0).all():
@@ -352,14 +361,21 @@ def bootstrap(
     elif method == "pairs":
         weight_RN = rng.multinomial(n, np.full(n, 1 / n), replicates).astype(float)
     elif method == "residuals":
+        if (freedom := fitted.freedom) < 1:
+            raise UserError(
+                f"a law of {n - freedom} parameters goes through any {n} points, so its residuals "
+                f"tell no interval: fit it to {n - freedom + 1} or more"
+            )
         fit_N = problem.logy_N - fitted.residuals_N
-        logy_RN = fit_N + rng.choice(fitted.noise, (replicates, n))
+        noise_RN = rng.choice(fitted.noise, (replicates, n))
+        spread_R = np.sqrt(freedom / rng.chisquare(freedom, replicates))
+        logy_RN = fit_N + spread_R[:, None] * noise_RN
     else:
         raise UserError(f"a fit's bootstrap is of 'pairs' or 'residuals', not {method!r}")
     start_RP = np.tile(problem.parameters(fitted.law), (len(weight_RN), 1))
     found_RP, _ = _newton(problem, start_RP, weight_RN, logy_RN, tolerance=1e-6)
     return dataclasses.replace(fitted, replicates=tuple(problem.law(p) for p in found_RP),
-                               scatter=scatter, luck_R=luck_R)
+                               scatter=scatter, luck_R=luck_R, spread_R=spread_R)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -395,7 +411,7 @@ def held_out(
       offset, delta, replicates, seed, method: see `fit` and `bootstrap`.
 
     Raises:
-      UserError: when what is left cannot be fitted.
+      UserError: when what is left cannot be fitted, or by residuals leaves none, see `bootstrap`.
     """
     x_NK = laws.scales(x)
     last_N = x_NK[:, scale] == x_NK[:, scale].max()

@@ -96,6 +96,20 @@ def test_one_scale_recovers_its_law_at_the_stated_rate(law):
     assert np.mean(hit) >= 0.88
 
 
+def test_few_points_tell_their_noise_badly_and_intervals_are_as_wide():
+    """Two points more than the law has parameters, and a new one beyond them."""
+    law, x_N, hit, new = Law(0.0, (10.0,), (0.3,)), np.geomspace(1, 100, 5), [], []
+    for seed in range(100):
+        y_N = law(x_N) * np.exp(np.random.default_rng(seed).normal(0, 0.01, 5))
+        found = fits.fit(x_N[:4], y_N[:4], offset=False, delta=0.01, tries=4)
+        found = fits.bootstrap(found, x_N[:4], y_N[:4], method="residuals", seed=seed)
+        low, high = found.interval("alpha")
+        hit.append(low <= 0.3 <= high)
+        low, high = found.predict_new(x_N[4:], seed=seed)
+        new.append(low[0] <= y_N[4] <= high[0])
+    assert np.mean(hit) >= 0.89 and np.mean(new) >= 0.89
+
+
 def test_outliers_move_a_huber_fit_little():
     x_N = np.geomspace(1e6, 1e10, 40)
     law = Law(18.0, (40.0,), (0.2,))
@@ -197,6 +211,8 @@ def test_mistakes_are_named():
         fits.fit(x_N[:2], y_N[:2])
     with pytest.raises(UserError, match="not 'jackknife'"):
         fits.bootstrap(fits.fit(x_N, 2 + 1 / x_N), x_N, 2 + 1 / x_N, method="jackknife")
+    with pytest.raises(UserError, match="3 parameters goes through any 3 points.* to 4 or more"):
+        fits.held_out(x_N[:4], 2 + 1 / x_N[:4])
     with pytest.raises(UserError, match="needs replicates"):
         fits.fit(x_N, 2 + 1 / x_N).interval("alpha")
     with pytest.raises(UserError, match="no parameter 'beta'"):
