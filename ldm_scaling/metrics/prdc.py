@@ -18,7 +18,8 @@ from ldm_scaling.metrics.bootstrap import check_counts
 from ldm_scaling.metrics.frechet import check_widths
 
 _ENTRIES = 2**23
-# Squared distances below this part of the squared lengths are rounding of the products.
+# Squared distances that differ by less than this part of the squared lengths are the same: that is
+# rounding of the products.
 _SAME = 1e-12
 
 
@@ -70,15 +71,26 @@ def _neighbours(x_ND: np.ndarray, wanted: int) -> tuple[np.ndarray, np.ndarray]:
     return index_NL, squared_NL
 
 
+def _edge(y_MD: np.ndarray, squared_M: np.ndarray) -> np.ndarray:
+    """How far squared distances from the edge of a ball about a row of y are on it (..., M).
+
+    Args:
+      y_MD: centres.
+      squared_M: squared radii (..., M).
+    """
+    # A point of the edge is no longer than |y| + r, so both squared are below 3 (y^2 + r^2).
+    return 3 * _SAME * ((y_MD**2).sum(axis=1) + squared_M)
+
+
 def _radii(
     index_NL: np.ndarray, squared_NL: np.ndarray, counts_RN: np.ndarray, k: int
 ) -> np.ndarray:
     """Squared distance (R, N) to the k-th neighbour among the images counted.
 
-    Further counts of an image itself are neighbours at distance 0. Negative, a ball that holds
-    nothing, where the image is not counted.
+    Further counts of an image itself are neighbours at distance 0. Minus infinity, a ball that
+    holds nothing, where the image is not counted.
     """
-    radii_RN = np.full(counts_RN.shape, -1.0)
+    radii_RN = np.full(counts_RN.shape, -np.inf)
     for r, counts_N in enumerate(counts_RN):
         total_NL = counts_N[index_NL].cumsum(axis=1) + np.maximum(counts_N - 1, 0)[:, None]
         used_N = counts_N > 0
@@ -89,7 +101,7 @@ def _radii(
             )
         place_N = (total_NL >= k).argmax(axis=1)
         radius_N = np.take_along_axis(squared_NL, place_N[:, None], 1)[:, 0]
-        radii_RN[r] = np.where(used_N, np.where(counts_N > k, 0.0, radius_N), -1.0)
+        radii_RN[r] = np.where(used_N, np.where(counts_N > k, 0.0, radius_N), -np.inf)
     return radii_RN
 
 
@@ -119,11 +131,16 @@ def some_replicates(
     shift_D = y_MD.mean(axis=0)
     x_ND, y_MD = x_ND - shift_D, y_MD - shift_D
     real_ML = _neighbours(y_MD, k)[1]
-    real_M_of = {name: real_ML[:, own - 1] for name, own in k_of.items()}
+    real_M_of = {}
+    for name, own in k_of.items():
+        radii_M = real_ML[:, own - 1]
+        edge_M = _edge(y_MD, radii_M)
+        real_M_of[name] = radii_M + edge_M if name == "precision" else radii_M - edge_M
     if "recall" in k_of:
         whole = bool((counts_RN == 1).all())
         near = _neighbours(x_ND, k if whole else min(n - 1, 50 + 4 * k))
         radii_RN = _radii(*near, counts_RN, k_of["recall"])
+        radii_RN += _edge(x_ND, radii_RN)
 
     precise_N, dense_N = np.zeros((2, n))
     recalled_RM = np.zeros((len(counts_RN), m), bool)
