@@ -58,6 +58,14 @@ class Metric:
     range: tuple[float, float]
     count: Literal["free", "frechet", "inverse", ""] = ""
 
+    def within(self, ends: tuple[float, float], foretold: bool = False) -> tuple[float, float]:
+        """An interval's ends, as far as values go; of one that is foretold by "inverse" as they
+        are: unbiased it may be below 0."""
+        if foretold and self.count == "inverse":
+            return ends
+        low, high = np.clip(ends, *self.range)
+        return float(low), float(high)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Score:
@@ -276,6 +284,6 @@ def evaluate(
                 scores[one.name] = Score(value, remark=remark)
                 continue
             raw_R = np.asarray(_part(drawn, one.field))
-            low, high = np.clip(bootstrap.basic_interval(value, raw_R, level), *one.range)
-            scores[one.name] = Score(value, (float(low), float(high)), raw_R, remark)
+            ends = one.within(bootstrap.basic_interval(value, raw_R, level))
+            scores[one.name] = Score(value, ends, raw_R, remark)
     return {name: scores[name] for name in names}

@@ -143,9 +143,7 @@ class Published:
                 values[row.name] = foretold.inverse(*told)
             centred_R = bootstrap.centre(values[row.name], raw_R)
             ends = bootstrap.percentile_interval(centred_R)
-            if definition.count != "inverse" or images == len(x_NF):  # Unbiased it may be below 0.
-                ends = np.clip(ends, *definition.range)
-            intervals[row.name] = (float(ends[0]), float(ends[1]))
+            intervals[row.name] = definition.within(ends, foretold=images != len(x_NF))
             replicates[row.name] = rounded(centred_R)
         return values, intervals, replicates
 

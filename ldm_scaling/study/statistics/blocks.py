@@ -12,7 +12,7 @@ import scipy
 from ldm_scaling.errors import UserError
 from ldm_scaling.metrics import bootstrap
 from ldm_scaling.study import curves as curves_lib
-from ldm_scaling.study import labels
+from ldm_scaling.study import labels, scores
 from ldm_scaling.study.records import Record
 
 
@@ -101,6 +101,9 @@ def _mean(group: Sequence[Record], order: Sequence[int]) -> Record:
             mean_R = np.mean(drawn, axis=0)
             replicates[name] = mean_R.tolist()
             intervals[name] = bootstrap.percentile_interval(mean_R)
+            if name in scores.SCORES:
+                intervals[name] = scores.SCORES[name].definition.within(
+                    intervals[name], foretold=any(r.round for r in group))
     return dataclasses.replace(
         group[0],
         metrics=metrics, replicates=replicates, intervals=intervals,

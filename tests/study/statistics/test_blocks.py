@@ -58,6 +58,25 @@ def test_pooled_blocks_are_more_precise_and_still_cover():
         assert np.mean([h for kind, h in hit if kind == k]) >= 0.9
 
 
+@pytest.mark.parametrize(("name", "bounds", "raced"), [
+    ("coverage", (0.0, 1.0), False), ("cmmd", (0.0, np.inf), False),
+    ("cmmd", (-np.inf, np.inf), True), ("kid_tf2015", (-np.inf, np.inf), False),
+    ("caption_agreement", (-np.inf, np.inf), False)])
+def test_pooled_intervals_end_where_the_score_does(name, bounds, raced):
+    """But what is foretold without bias may be below 0, and so may what has no bounds."""
+    drawn = np.random.default_rng(0).uniform(-0.5, 1.5, (2, 200))
+    records = [
+        dataclasses.replace(r, metrics={name: 0.5}, intervals={}, round=int(raced),
+                            replicates={name: drawn[r.identity.seed_block - 1].tolist()})
+        for r in _several(0, report=2, models=("c8",), samplers=("ddim",), guidance=(3.0,))
+        if r.identity.seed_block
+    ]
+    for r in blocks.pooled(records, 0, [1, 2]):
+        ends = np.quantile(drawn.mean(axis=0), (0.025, 0.975))
+        assert ends[0] < 0 and ends[1] > 1
+        assert r.intervals[name] == pytest.approx(tuple(np.clip(ends, *bounds)))
+
+
 def test_optimism_is_what_choosing_flatters_by():
     """Four equally good rates: the best of four standard normals is 1.03 below their mean."""
     flattery, covered = [], []
