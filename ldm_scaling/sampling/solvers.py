@@ -31,6 +31,8 @@ from ldm_scaling.sampling.unipc import unipc
 log = logging.getLogger(__name__)
 # Of a first node's variance; leading spacing has 0.06 at 4 steps.
 _MOST_SIGNAL = 0.1
+# Of `SamplerTable.gain`; solvers other than heun and unipc's bh1 hardly reach it.
+_MOST_GAIN = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,6 +262,23 @@ def make(
     table = table.with_guidance_interval(*interval.values())
     return dataclasses.replace(
         table, name=f"{table_name}-{grid.name}-{steps}", correction=correction
+    )
+
+
+def warn(table: SamplerTable) -> None:
+    """Logs, once, what spoils the pictures of a table: its start (`warn_of_start`), and steps that
+    are too long for its solver, so that samples grow many times too large."""
+    warn_of_start(table)
+    if (gain := table.gain) > _MOST_GAIN:
+        _say_gain(table.name, gain)
+
+
+@functools.cache
+def _say_gain(name: str, gain: float) -> None:
+    other = " or sampler 'heun:over=line'" if name.startswith("heun") else " or another sampler"
+    log.warning(
+        "%s takes steps that are too long for it: of normal data its samples are %.3g times too "
+        "large; take more steps, another spacing%s", name, gain, other,
     )
 
 

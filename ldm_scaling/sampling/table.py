@@ -172,6 +172,22 @@ class SamplerTable:
         """Whether some rows take guidance and others none."""
         return 0 < self.guided_calls < self.calls
 
+    @property
+    def gain(self) -> float:
+        """How large samples of standard normal data come out, fresh noise aside, over how large
+        they should be: the network's x0 is alpha x / (alpha^2 + sigma^2) then. 1 where the steps
+        are short; below where they are long, as x0 of much noise is the mean alone."""
+        names = ("kx", "ky", "k0", "k1", "k2", "k3", "a", "b0", "b1", "b2")
+        mean_R = self.alpha[:-1] / (self.alpha[:-1] ** 2 + self.sigma[:-1] ** 2)
+        rows = np.stack([mean_R, *(getattr(self, name) for name in names)], axis=1).tolist()
+        x, y, m1, m2, m3 = float(self.s[0]), 0.0, 0.0, 0.0, 0.0
+        for mean, kx, ky, k0, k1, k2, k3, a, b0, b1, b2 in rows:
+            m0 = mean * x
+            y = kx * x + ky * y + k0 * m0 + k1 * m1 + k2 * m2 + k3 * m3
+            x = a * y + b0 * m0 + b1 * m1 + b2 * m2
+            m1, m2, m3 = m0, m1, m2
+        return abs(x) / float(np.hypot(self.alpha[-1], self.sigma[-1]))
+
     def with_guidance(self, weights_R: np.ndarray, suffix: str = "weighted") -> SamplerTable:
         """The table whose rows take these shares of the guidance, times those they took before.
 

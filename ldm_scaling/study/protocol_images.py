@@ -92,7 +92,7 @@ class Network:
         where = "" if where == solvers.spacing_of(name) else where
         steps = steps or own.steps
         schedule = schedule_lib.get(diffusion.schedule)
-        solvers.warn_of_start(solvers.make(name, schedule, steps, diffusion.prediction, where))
+        solvers.warn(solvers.make(name, schedule, steps, diffusion.prediction, where))
         first = s.first.spelling if s.first else ""
         return Drawing(s.model, name, steps, rate, where, self.stage, s.setting, first)
 

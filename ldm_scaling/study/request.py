@@ -107,7 +107,7 @@ class Request:
             except UserError as e:
                 where = f"{self.spacing or 'its own'} spacing"
                 raise UserError(f"sampler {name}, {steps} steps, {where}: {e}") from e
-            solvers.warn_of_start(out[name, steps])
+            solvers.warn(out[name, steps])
         return out
 
 

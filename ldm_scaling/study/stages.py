@@ -118,7 +118,7 @@ def check(
             published_scorer.require(grid.metrics)
     for name, steps, spacing in tables:
         table = solvers.make(name, schedule, steps, study.diffusion.prediction, spacing)
-        solvers.warn_of_start(table)
+        solvers.warn(table)
     if measured:
         early.subjects(study)  # Raises where the end is not measured alike.
         if study.early.sampler and not early.steps(study):

@@ -107,6 +107,29 @@ def test_a_start_with_much_signal_is_logged_once(caplog):
         assert not said(*args), args
 
 
+def test_steps_too_long_for_a_solver_are_logged_once(caplog):
+    """Heun's second slope counts by the ratio of noise levels, of which cosine's first is vast."""
+    solvers._say_gain.cache_clear()
+
+    def said(spec, name, steps, spacing):
+        caplog.clear()
+        for _ in range(2):
+            solvers.warn(solvers.make(spec, schedule.get(name), steps, "v", spacing))
+        return [record.getMessage() for record in caplog.records]
+
+    (line,) = said("heun", "cosine", 10, "trailing")
+    assert "heun-trailing-zero-10 takes steps that are too long" in line
+    assert "times too large; take more steps, another spacing or sampler 'heun:over=line'" in line
+    for args in (("heun", "cosine", 10, "karras"), ("heun", "edm", 5, "karras"),
+                 ("unipc:variant=bh1", "edm", 5, "karras")):
+        assert len(said(*args)) == 1, args
+    for args in (("heun:over=line", "cosine", 10, "trailing"), ("heun", "cosine", 50, "trailing"),
+                 ("heun", "cosine", 10, "leading"), ("heun", "sd", 4, "leading"),
+                 ("heun", "sd", 5, "karras"), ("heun", "flow", 2, "trailing"),
+                 ("euler", "cosine", 2, "trailing"), ("unipc", "edm", 5, "karras")):
+        assert not said(*args), args
+
+
 def test_a_solvers_own_spacing():
     for name in solvers.SOLVERS:
         spacing = solvers.SOLVERS[name].spacing

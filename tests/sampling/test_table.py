@@ -8,7 +8,7 @@ import pytest
 
 from ldm_scaling.diffusion import schedule
 from ldm_scaling.errors import UserError
-from ldm_scaling.sampling import solvers
+from ldm_scaling.sampling import sampler, solvers
 from ldm_scaling.sampling.guidance import NONE, Correction
 from ldm_scaling.sampling.table import COLUMNS
 
@@ -113,3 +113,20 @@ def test_guidance_of_rows():
         TABLE.with_guidance(np.ones(6))
     with pytest.raises(UserError, match="g is nan in row 1"):
         TABLE.with_guidance([1, np.nan, 1, 1, 1, 1, 1])
+
+
+@pytest.mark.parametrize("name", ["ddim", "heun", "dpmpp_2m", "dpmpp_3m", "unipc:order=3"])
+@pytest.mark.parametrize("of", ["sd", "edm"])
+def test_the_gain_is_how_large_normal_samples_come_out(name, of):
+    """As the sampler's own update has it; a single step of Euler's ends in the mean."""
+    table = solvers.make(name, schedule.get(of), 6, "x0", "karras")
+    state = sampler.State(table.s[0], *[0.0] * 4)
+    for row, alpha, sigma in zip(table.rows(np.float64), table.alpha, table.sigma, strict=False):
+        x0 = alpha * state.x / (alpha**2 + sigma**2)
+        state = sampler.update(dict(zip(COLUMNS, row, strict=True)), state, x0, 0.0)
+    right = np.hypot(table.alpha[-1], table.sigma[-1])
+    assert table.gain == pytest.approx(abs(state.x) / right, rel=1e-12)
+    short = solvers.make(name, schedule.get(of), 250, "v", "karras")
+    assert short.gain == pytest.approx(1.0, abs=0.03)
+    euler = solvers.make("euler", schedule.get(of), 1, "v", "trailing")
+    assert euler.gain == pytest.approx(euler.alpha[0])
