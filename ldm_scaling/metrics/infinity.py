@@ -105,8 +105,8 @@ def infinity_replicates(
     """Replicates (R,) of `frechet_infinity`: image i counted `counts_RN[r, i]` times.
 
     A replicate's smallest subset shrinks with the number it counts, so that halves are
-    extrapolated over the same span. It costs `points` distances a replicate: minutes for 2048
-    dimensions and 100 replicates. `bootstrap.centre` them before storing.
+    extrapolated over the same span. It costs `points` distances a replicate: an hour or more
+    for 2048 dimensions and 100 replicates. `bootstrap.centre` them before storing.
 
     Raises:
       UserError: as `frechet_infinity`.

@@ -43,10 +43,10 @@ def euler_ancestral(grid: Grid, prediction: str, *, eta: float = 1.0) -> Sampler
     Source: k-diffusion, sampling.py, sample_euler_ancestral and get_ancestral_step.
 
     Raises:
-        UserError: if eta is negative.
+        UserError: unless 0 <= eta <= 1e6, where all of it is, however short the steps.
     """
-    if not 0 <= eta < np.inf:
-        raise UserError(f"euler_ancestral with eta={eta}: give 0 or more")
+    if not 0 <= eta <= 1e6:
+        raise UserError(f"euler_ancestral with eta={eta}: give 0 to 1e6")
     return _with_fresh_noise(f"euler_ancestral_eta{eta:g}", grid, prediction, eta)
 
 

@@ -140,7 +140,7 @@ GROUPS = {
 
 # What sweeps do not measure, though they could.
 _UNSWEPT = {
-    "fid_infinity": "its intervals would take hours of each record",
+    "fid_infinity": "its intervals would take an hour or more of each record",
     "clip_t": "it is of DreamBooth's subjects; the same of any captions is clip_score_b32",
 }
 

@@ -99,10 +99,11 @@ def test_a_start_with_much_signal_is_logged_once(caplog):
 
     (line,) = said("ddim", SD, 1)
     assert "ddim-leading-ddim-abar_0-1 begins at t=1, where 99.8% of the variance" in line
-    for args in (("ddim", SD, 3), ("ddpm", SD, 501), ("ddim", SD, 1, "v", "linspace"),
-                 ("dpmpp_2m", SD, 1)):
+    for args in (("ddim", SD, 3), ("ddpm", SD, 501), ("ddim", SD, 334), ("ddim", SD, 337),
+                 ("dpmpp_2m", SD, 1), ("ddim", SD, 1, "v", "linspace")):
         assert len(said(*args)) == 1, args
-    for args in (("ddim", SD, 4), ("ddim", SD, 500), ("ddim", SD, 1, "v", "trailing"),
+    for args in (("ddim", SD, 4), ("ddim", SD, 333), ("ddim", SD, 338), ("ddim", SD, 500),
+                 ("ddim", SD, 1, "v", "trailing"),
                  ("codi", SD, 1, "v"), ("euler", schedule.get("flow"), 1, "flow", "trailing")):
         assert not said(*args), args
 
@@ -162,7 +163,8 @@ def test_the_users_own_nodes():
      ("ddim:eta", "write name:option=value,option=value"), ("ddim:", "write name:option=value"),
      ("ddim:eta=0,eta=1", "each option once"), ("ddim:=1", "write name:option"),
      ("ddim:eta=1.5", "eta=1.5: give 0"), ("ddim:eta=nan", "eta=nan"),
-     ("euler_ancestral:eta=-1", "eta=-1"), ("dpmpp_2m_sde:eta=inf", "eta=inf"),
+     ("euler_ancestral:eta=-1", "eta=-1"), ("euler_ancestral:eta=1e200", "eta=1e.200: give 0 to"),
+     ("dpmpp_2m_sde:eta=inf", "eta=inf"),
      ("dpmpp_2m:solver_type=euler", "solver_type='euler': choose one of midpoint, heun"),
      ("dpmpp_3m:third_order=best", "choose one of public, exact"),
      ("unipc:order=4", "order=4: choose 1, 2 or 3"), ("unipc:variant=bh3", "one of bh1, bh2"),
