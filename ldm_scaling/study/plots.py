@@ -33,14 +33,33 @@ def sized(records: Sequence[Record]) -> dict[str, str]:
             for m, count in counts.items()}
 
 
+_COLUMNS = 7
+"""Names side by side in a legend, at most."""
+
+
 def _legend(fig: Figure, entries: Mapping[str, str], areas: bool = False) -> None:
+    """Names of the sizes below the figure, on as many rows as its width needs; rows beyond those of
+    `_COLUMNS` make it higher."""
     marks = plot_style.marks(list(entries))
     if areas:
         marks = {m: {"color": mark["color"], "marker": "s", "ls": "", "ms": 10}
                  for m, mark in marks.items()}
-    handles = [Line2D([], [], label=text, **marks[m]) for m, text in entries.items()]
-    fig.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 7),
-               title="size (parameters)")
+    inches, size = fig.get_figwidth() - 0.8, 9.0
+    handles = [Line2D([], [], label=plot_style.shortened(text, inches, size), **marks[m])
+               for m, text in entries.items()]
+
+    def rows_of(columns: int) -> int:
+        return -(-len(handles) // columns)
+
+    fewest = rows_of(_COLUMNS)
+    for rows in range(fewest, len(handles) + 1):
+        columns = min(len(handles), _COLUMNS) if rows == fewest else rows_of(rows)
+        legend = fig.legend(handles=handles, loc="outside lower center", ncols=columns,
+                            title="size (parameters)")
+        if legend.get_window_extent().width <= fig.bbox.width or columns == 1:
+            break
+        legend.remove()
+    fig.set_figheight(fig.get_figheight() + 0.2 * (rows - fewest))
 
 
 _PANELS = 5

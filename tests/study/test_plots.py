@@ -133,6 +133,33 @@ def test_titles_stay_within_narrow_figures():
             assert title.get_window_extent().y0 > fig.axes[0].bbox.y1
 
 
+@pytest.mark.parametrize("names", [4, 7, 11, "long"])
+def test_names_of_sizes_stay_within_narrow_figures(names):
+    """Each of them, on rows of their own height: panels are as high as with one row."""
+    def of_sizes(models):
+        one = fake.make(models=("c8",), samplers=("ddim",), steps={"ddim": (4,)}, replicates=0)
+        moved = [
+            dataclasses.replace(r, identity=dataclasses.replace(r.identity, model=m),
+                                params=r.params + k)
+            for k, m in enumerate(models) for r in one
+        ]
+        with plot_style.style():
+            fig = plots.trade_off(moved, FD, "caption_agreement", 0)
+            fig.draw_without_rendering()
+        return fig
+
+    models = [f"size {k}" for k in range(names)] if names != "long" else [
+        f"a size {k} of a name that goes on and on for ever and ever" for k in range(2)]
+    fig = of_sizes(models)
+    (legend,) = fig.legends
+    assert len(legend.get_texts()) == len(models)
+    texts = [text.get_window_extent() for text in legend.get_texts()]
+    assert all(fig.bbox.x0 <= box.x0 and box.x1 <= fig.bbox.x1 for box in texts)
+    assert all(not a.overlaps(b) for k, a in enumerate(texts) for b in texts[:k])
+    panel, alone = fig.axes[0].bbox.height, of_sizes(models[:1]).axes[0].bbox.height
+    assert panel == pytest.approx(alone, rel=0.1)
+
+
 def test_seconds_of_several_devices_are_not_drawn(tmp_path, study):
     mixed = [dataclasses.replace(study[0], device="another"), *study[1:]]
     written = catalogue.write(tmp_path, Source(mixed, FD), ["fig9_seconds"])
