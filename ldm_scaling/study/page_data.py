@@ -177,8 +177,8 @@ def alternatives(
     first = sentences[1] if len(sentences) > 1 else ""
     return {
         "quality": f"Line chart: {measure.axis} against sampling cost for {sizes}. {first} {keys}",
-        "winners": f"Stacked areas: the probability that each of {sizes} is the best, against the "
-                   f"budget. {first} {keys}",
+        "winners": f"Stacked areas: the probability that each of {sizes} is the best, where there "
+                   f"are replicates, against the budget. {first} {keys}",
         "heat": f"Heat maps: {measure.axis} over guidance rate and steps for {sizes}. {keys}",
         "trade": f"Line chart: {measure.axis} against {labels.measure(trade[1]).axis} as the "
                  f"guidance rate rises, for {sizes}. {keys}" if trade else "",

@@ -252,8 +252,13 @@ def samplers_by_cost(records: Sequence[Record], curves: Curves, metric: str) -> 
     return fig
 
 
+_PALE = 0.45
+"""How much colour is left where how sure it is is not known."""
+
+
 def winner_chart(records: Sequence[Record], curves: Curves, metric: str) -> Figure:
-    """Which size is best at each budget: its probability, stacked by size, per sampler."""
+    """Which size is best at each budget: its probability, stacked by size, per sampler. Where there
+    are no replicates it is the best size alone, pale in a panel that has probabilities too."""
     entries = sized(records)
     colours = {m: mark["color"] for m, mark in plot_style.marks(list(entries)).items()}
     names = curves_lib.drawn(records, curves)
@@ -264,19 +269,28 @@ def winner_chart(records: Sequence[Record], curves: Curves, metric: str) -> Figu
     ends = [won[0].budget for _, won in shown], [won[-1].budget * 1.2 for _, won in shown]
     for ax, (sampler, won) in zip(axes, shown, strict=True):
         edges = [w.budget for w in won] + [won[-1].budget * 1.2]
+        known_N = np.array([w.best.probability is not None for w in won])
+        parts = [(known_N, 1.0), (~known_N, _PALE)] if known_N.any() else [(~known_N, 1.0)]
         base = np.zeros(len(won))
         for model in entries:
             share = np.array([_share(w, model) for w in won])
-            ax.stairs(base + share, edges, baseline=base, fill=True, color=colours[model])
+            for part_N, alpha in (part for part in parts if part[0].any()):
+                ax.stairs(np.where(part_N, base + share, base), edges, baseline=base, fill=True,
+                          color=colours[model], alpha=alpha)
             base = base + share
         met = next((w.budget for w in won if w.complete), None)
         if met and met > won[0].budget:
             ax.axvspan(edges[0], met, fc="none", ec="white", hatch="///", lw=0, alpha=0.55)
         _name_stretches(ax, won, edges)
-        ax.set(xscale="log", xlim=(min(ends[0]), max(ends[1])), ylim=(0, 1), yticks=(0, 0.5, 1))
-        ax.set_title(labels.sampler(sampler))
+        ax.set(xscale="log", xlim=(min(ends[0]), max(ends[1])), ylim=(0, 1))
         ax.grid(False)
-        ax.set_ylabel("probability of\nbeing the best")
+        name = labels.sampler(sampler)
+        if known_N.any():
+            ax.set(yticks=(0, 0.5, 1), ylabel="probability of\nbeing the best")
+            ax.set_title(name + ("" if known_N.all() else " (pale: no replicates)"))
+        else:
+            ax.set(yticks=(), ylabel="best at\neach budget")
+            ax.set_title(f"{name} (no replicates: how sure it is is not known)")
     plot_style.log_x(axes[-1])
     axes[-1].set_xlabel("budget: the most an image may cost (normalised cost × network calls); "
                         "hatched: not every size can afford one")

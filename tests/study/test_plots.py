@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.patches import StepPatch
 from PIL import Image
 
 from ldm_scaling import files
@@ -158,6 +159,30 @@ def test_names_of_sizes_stay_within_narrow_figures(names):
     assert all(not a.overlaps(b) for k, a in enumerate(texts) for b in texts[:k])
     panel, alone = fig.axes[0].bbox.height, of_sizes(models[:1]).axes[0].bbox.height
     assert panel == pytest.approx(alone, rel=0.1)
+
+
+def test_without_replicates_no_probability_is_drawn(study):
+    """The best size stands alone: without an axis, or pale beside probabilities."""
+    def drawn(bare):
+        records = [dataclasses.replace(r, replicates={}, intervals={}) if bare(r.identity) else r
+                   for r in study]
+        with plot_style.style():
+            return plots.winner_chart(records, curves.quality_curves(records, FD), FD).axes
+
+    def alphas(ax):
+        return {patch.get_alpha() for patch in ax.patches if isinstance(patch, StepPatch)}
+
+    for ax in drawn(lambda i: False):
+        assert ax.get_ylabel().startswith("probability")
+        assert "replicates" not in ax.get_title("left")
+        assert alphas(ax) == {1.0}
+    for ax in drawn(lambda i: True):
+        assert "probability" not in ax.get_ylabel() and not len(ax.get_yticks())
+        assert "no replicates" in ax.get_title("left")
+    ddim, ddpm, _ = drawn(lambda i: i.sampler == "ddim" and i.steps > 10)
+    assert ddim.get_ylabel() == ddpm.get_ylabel() and len(ddim.get_yticks())
+    assert "pale: no replicates" in ddim.get_title("left") and ddpm.get_title("left") == "DDPM"
+    assert alphas(ddim) > {1.0}
 
 
 def test_seconds_of_several_devices_are_not_drawn(tmp_path, study):

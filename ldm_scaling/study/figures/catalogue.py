@@ -90,7 +90,8 @@ FIGURES: list[Entry] = [
           f"{_CURVE} of three networks that differ in size or training steps", "quality",
           "Quality against training compute, a line for each size through its checkpoints."),
     Entry("winners", "", "Winner by budget", text_to_image.winner, _CURVE, "winners",
-          "Probability that each size is the best, stacked, against the budget."),
+          "The best size at each budget: the probability of each, stacked, where there are "
+          "replicates."),
     Entry("fig7_guidance", "Fig. 7", "Best guidance", guidance.best_rates,
           "records of two guidance rates on the choosing seed block", "heat",
           "The best guidance rate of every size and step count, one panel per sampler."),

@@ -104,19 +104,24 @@ function drawWinners(svg, width) {
   const high = budgets[budgets.length - 1].budget * 1.2;
   const box = { left: 54, right: width - 8, top: 34, bottom: 290 };
   const edges = budgets.map((b) => b.budget).concat(high);
+  // Without replicates it is known which size is best, and not how surely.
+  const known = (b) => b.contenders.every((c) => c.probability !== null), some = budgets.some(known);
   const [sx, sy] = axes(svg, box,
     { low: edges[0], high, log: true,
       title: width > 560 ? `budget: the most an image may cost (${won.unit}, log scale)` : `budget (${won.unit})` },
-    { low: 0, high: 1, ticks: [0, 0.25, 0.5, 0.75, 1], title: "probability of being the best" });
+    { low: 0, high: 1, ticks: some ? [0, 0.25, 0.5, 0.75, 1] : [],
+      title: some ? "probability of being the best" : "best at each budget (no replicates)" });
   const hits = [];
   budgets.forEach((b, k) => {
     const x = sx(edges[k]), wide = Math.max(sx(edges[k + 1]) - x, 1);
+    const pale = some && !known(b);
     let base = 0;
     for (const c of b.contenders) {
       const share = c.probability ?? (c.model === b.best ? 1 : 0);
       if (share > 0) {
-        add(svg, "rect", { x, width: wide + 0.4, y: sy(base + share), height: sy(base) - sy(base + share),
-          style: `fill:${colour(c.model)}`, "shape-rendering": "crispEdges" });
+        add(svg, "rect", { x, width: wide + (pale ? 0 : 0.4), y: sy(base + share),
+          height: sy(base) - sy(base + share), style: `fill:${colour(c.model)}`,
+          opacity: pale ? 0.45 : 1, "shape-rendering": "crispEdges" });
       }
       base += share;
     }
