@@ -35,7 +35,7 @@ class Point:
       steps: sampling steps.
       guidance: rate chosen on the selection block.
       cost: normalised cost x network calls.
-      seconds: measured seconds per image.
+      seconds: measured seconds per image; 0 where they were not measured.
       value: the measure on the report block.
       low: lower end of its 95% interval, or None.
       high: upper end of its 95% interval, or None.

@@ -167,9 +167,9 @@ class _Part:
         drawn, theirs = ({p.replicates_R.size for p in part.points} - {0} for part in (self, other))
         if drawn and theirs and drawn != theirs:
             return f"with {_counts(drawn)} replicates and not {_counts(theirs)}"
-        here, theirs = ({r.device for r in part.found} for part in (self, other))
-        if devices and here != theirs:
-            return f"on {labels.listing(sorted(here))} and not {labels.listing(sorted(theirs))}"
+        here, theirs = (pricing.devices_of(part.found) for part in (self, other))
+        if devices and here and theirs and here != theirs:
+            return f"on {labels.listing(here)} and not {labels.listing(theirs)}"
         return ""
 
 
@@ -230,8 +230,8 @@ def of_records(
     asked = report_blocks
     parts, report_blocks, lacking = _comparable(
         found, metric, select_block, asked, devices=unit == "seconds" and prices is None)
-    points, untimed = pricing.priced_here(
-        [p for part in parts.values() for p in part.points], prices, batch)
+    cells = [p for part in parts.values() for p in part.points]
+    points, untimed = pricing.priced_here(cells, unit, prices, batch)
     weighed = [r for part in parts.values() for r in part.found]
     counted, where = pricing.counted_of(weighed, points, unit, prices, batch)
     ones = pricing.references(weighed)
@@ -273,7 +273,7 @@ def of_records(
         if not g.reported
     ]
     if gaps:
-        notes.append(f"{len(gaps)} of {len(gaps) + len(points)} cells of the grid are not measured "
+        notes.append(f"{len(gaps)} of {len(gaps) + len(cells)} cells of the grid are not measured "
                      "and take no part.")
     if any(p.low is None for p in points):
         notes.append("Some points have no bootstrap replicates, so no interval.")

@@ -6,11 +6,12 @@ for all budgets: the page looks one up and computes nothing.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from ldm_scaling.study import advice, labels
+from ldm_scaling.study import advice, labels, pricing
 from ldm_scaling.study import options as options_lib
 from ldm_scaling.study.advice import Advice
 from ldm_scaling.study.budgets import Budget
@@ -49,15 +50,23 @@ def units(
       else names them by their number there: `front`, and `best` and `runner_up` of each of
       `pieces`, which holds for budgets of its `from` (within a billionth) and more. A point's
       `name` is its network's among all that take part: `model` where that is the page's own.
-      Seconds are left out where the records were measured on several devices. `flags` are those
-      with which `ldm-scaling advise` says the same.
+      Seconds are left out where the records were measured on several devices, or hold none.
+      `flags` are those with which `ldm-scaling advise` says the same.
     """
     own = {r.task for r in records}
     every = [*records, *weighed(records, others)]
-    devices = sorted({r.device for r in records})
-    skipped = [] if len(devices) == 1 else [
-        f"Seconds of {labels.listing(devices)} do not compare, so there are no budgets in seconds."
-    ]
+
+    @functools.cache
+    def options(unit: Unit) -> Options:
+        return options_lib.of_records(
+            every, unit, metric, select_block=select, report_blocks=report
+        )
+
+    devices = pricing.devices_of(records)
+    why = f"Seconds of {labels.listing(devices)} do not compare" if len(devices) > 1 else ""
+    if not any(p.seconds for p in options("cost").points):
+        why = "The configurations have no measured seconds"
+    skipped = [f"{why}, so there are no budgets in seconds."] if why else []
     out: list[dict[str, Any]] = []
     # The folder may hold, or come to hold, records of another config's tasks, and the config name
     # blocks and a measure of its own.
@@ -69,10 +78,8 @@ def units(
     for unit in _UNITS:
         if unit == "seconds" and skipped:
             continue
-        options = options_lib.of_records(
-            every, unit, metric, select_block=select, report_blocks=report
-        )
-        out.append(_unit(options, own, [*options.notes, *skipped]) | {"flags": flags})
+        found = options(unit)
+        out.append(_unit(found, own, [*found.notes, *skipped]) | {"flags": flags})
     return out
 
 

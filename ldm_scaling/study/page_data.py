@@ -41,7 +41,7 @@ def charts(records: Sequence[Record], metric: str, select: int, report: int) -> 
 
     Returns:
       A dictionary. `incomparable` says why nothing is drawn against seconds, where they do not
-      compare; without it `winners` are by seconds too.
+      compare; without it `winners` are by seconds too, and `untimed` says what has none.
     """
     incomparable = pricing.incomparable(records)
     units = {"cost": "normalised cost × network calls"}
@@ -55,7 +55,8 @@ def charts(records: Sequence[Record], metric: str, select: int, report: int) -> 
             band = bands.of_points(curve)
             points += [
                 {"measure": m.name, "model": p.model, "sampler": p.sampler, "steps": p.steps,
-                 "guidance": p.guidance, "cost": _round(p.cost), "seconds": _round(p.seconds),
+                 "guidance": p.guidance, "cost": _round(p.cost),
+                 "seconds": _round(p.seconds or None),
                  "value": _round(p.value), "low": _round(p.low), "high": _round(p.high),
                  "band_low": band and _round(band.all_low_P[k]),
                  "band_high": band and _round(band.all_high_P[k])}
@@ -68,11 +69,13 @@ def charts(records: Sequence[Record], metric: str, select: int, report: int) -> 
         here = [m.name for m in shown if m.name in r.metrics]
         cells.append(
             {"model": i.model, "sampler": i.sampler, "steps": i.steps, "guidance": i.guidance,
-             "cost": _round(r.cost), "seconds": _round(r.seconds_per_image),
+             "cost": _round(r.cost), "seconds": _round(r.seconds_per_image or None),
              "values": {n: _round(r.metrics[n]) for n in here},
              "best": {n: best[n][i.model, i.sampler, i.steps] == i.guidance for n in here}}
         )
     main = curves_lib.quality_curves(records, metric, None, select, report)
+    by = {"cost": main, "seconds": pricing.with_seconds(main)}
+    lacking = pricing.without_seconds(p for curve in main.values() for p in curve)
     other = labels.traded(metric, [m.name for m in shown])
     return {
         "metric": metric,
@@ -83,6 +86,7 @@ def charts(records: Sequence[Record], metric: str, select: int, report: int) -> 
                      for m in shown],
         "axes": labels.AXES,
         "incomparable": incomparable,
+        "untimed": "" if incomparable else lacking,
         "ramp": [[round(255 * v) for v in matplotlib.colormaps["viridis"](k / 8)[:3]]
                  for k in range(9)],
         "points": points,
@@ -94,7 +98,7 @@ def charts(records: Sequence[Record], metric: str, select: int, report: int) -> 
             for axis, unit in units.items()
             for sampler in (*arms, None)
             if (won := winners.winner_by_budget(
-                main, metric, sizes, axis, None if sampler is None else {sampler}))
+                by[axis], metric, sizes, axis, None if sampler is None else {sampler}))
         ],
     }
 
@@ -221,7 +225,8 @@ def table(
             _cell(i.model), _cell(i.sampler, labels.sampler(i.sampler)), _cell(i.steps),
             _cell(i.guidance, f"{i.guidance:g}"), _cell(i.seed_block),
             _cell(r.cost, labels.number(r.cost)),
-            _cell(r.seconds_per_image, labels.number(r.seconds_per_image)),
+            _cell(r.seconds_per_image, labels.number(r.seconds_per_image))
+            if r.seconds_per_image else _cell("", "–"),
             *(_measured(r, m.name) for m in shown),
             _cell(i.num_images, f"{i.num_images:,}"), _cell(r.params, labels.count(r.params)),
             _cell(r.norm_cost, labels.number(r.norm_cost)), _cell(i.spacing), _cell(i.key),

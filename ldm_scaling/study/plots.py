@@ -167,13 +167,17 @@ def scale_y(ax: Axes, points: Sequence[Point]) -> None:
 
 
 def quality_by_cost(
-    records: Sequence[Record], curves: Curves, metric: str, sampler: str, axis: str = "cost"
+    records: Sequence[Record], curves: Curves, metric: str, sampler: str, axis: str = "cost",
+    note: str = "",
 ) -> Figure:
-    """Fig. 9: cost against steps (left) and best-guidance quality against it (right)."""
+    """Fig. 9: cost against steps (left) and best-guidance quality against it (right), under a
+    note."""
     entries = sized(records)
     marks = plot_style.marks(list(entries))
     mine = {m: c for (m, s), c in curves.items() if s == sampler}
-    fig = plot_style.figure(11.0, 4.9)
+    fig = plot_style.figure(11.0, 5.2 if note else 4.9)
+    if note:
+        plot_style.title(fig, note, fontsize=9, fontweight="normal", color=plot_style.SOFT)
     left, right = fig.subplots(1, 2, width_ratios=(0.85, 1.4))
     named: tuple[list[plot_style.End], list[plot_style.End]] = ([], [])
     starts: list[plot_style.End] = []

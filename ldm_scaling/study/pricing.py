@@ -12,7 +12,7 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.models import zoo
 from ldm_scaling.study import costing, labels
 from ldm_scaling.study.costing import Counted, Price, Unit
-from ldm_scaling.study.curves import Point
+from ldm_scaling.study.curves import Curves, Point
 from ldm_scaling.study.records import TEXT_TO_IMAGE, First, Record
 
 # What a budget counts, by its unit: the paper's cost as the paper has it; FLOPs and seconds as they
@@ -28,11 +28,21 @@ _APART, _SLOWER = 1.5, 1.1
 
 
 def priced_here(
-    points: Sequence[Point], prices: Mapping[str, Price] | None, batch: int
+    points: Sequence[Point], unit: Unit, prices: Mapping[str, Price] | None, batch: int
 ) -> tuple[list[Point], list[str]]:
-    """The points whose size was measured at this batch size, and a note of the others."""
+    """The points that have a price: in seconds those whose own were measured, or with `prices`
+    those whose size was at this batch size. And a note of the others."""
     if prices is None:
-        return list(points), []
+        if unit != "seconds":
+            return list(points), []
+        kept = [p for p in points if p.seconds]
+        if not kept:
+            raise UserError(
+                "no record that advice could choose holds measured seconds (seconds_per_image is "
+                "0): give a budget in cost or flops, or --device=KIND, with seconds that  "
+                "ldm-scaling cost  measured"
+            )
+        return kept, [*filter(None, [without_seconds(points)])]
     device = next((p.device for p in prices.values()), "the device")
     lacking = sorted({p.model for p in points if not timed(prices.get(p.model), batch)})
     kept = [p for p in points if p.model not in lacking]
@@ -60,7 +70,7 @@ def counted_of(
 ) -> tuple[Counted, str]:
     """What is counted of a picture, and the unit in words."""
     if unit == "seconds" and prices is None:
-        devices = sorted({r.device for r in records})
+        devices = devices_of(records)
         if len(devices) > 1:
             raise UserError(
                 f"the records were measured on {labels.listing(devices)}, so their seconds do not "
@@ -265,10 +275,34 @@ class Training:
 # --- measured seconds ---------------------------------------------------------------------------
 
 
+def devices_of(records: Iterable[Record]) -> list[str]:
+    """The devices on which seconds of records were measured."""
+    return sorted({r.device for r in records if r.seconds_per_image})
+
+
+def with_seconds(curves: Curves) -> Curves:
+    """The curves of those points whose seconds were measured."""
+    timed = {key: [p for p in curve if p.seconds] for key, curve in curves.items()}
+    return {key: curve for key, curve in timed.items() if curve}
+
+
+def without_seconds(points: Iterable[Point]) -> str:
+    """A sentence on the points whose seconds were not measured; empty where all were."""
+    points = list(points)
+    lacking = [p for p in points if not p.seconds]
+    if not lacking:
+        return ""
+    of = labels.listing(list(dict.fromkeys(p.model for p in lacking)))
+    return (f"{len(lacking):,} of {len(points):,} configurations, of {of}, have no measured "
+            "seconds and take no part in what is said in seconds.")
+
+
 def incomparable(records: Iterable[Record]) -> str:
-    """Why seconds of the records do not compare, as a sentence: several devices; empty where they
-    do."""
-    devices = sorted({r.device for r in records})
+    """Why seconds of the records do not compare, as a sentence: there are none, or of several
+    devices; empty where they do."""
+    devices = devices_of(records)
+    if not devices:
+        return "The records hold no measured seconds"
     if len(devices) < 2:
         return ""
     return f"The records' seconds were measured on {labels.listing(devices)} and do not compare"
@@ -277,6 +311,7 @@ def incomparable(records: Iterable[Record]) -> str:
 def doubts(records: Sequence[Record]) -> list[str]:
     """What speaks against the seconds of one device's records: a network whose own are not of one
     measurement, and one that is slower than a larger one of its family."""
+    records = [r for r in records if r.seconds_per_image]
     lines: dict[tuple, list[tuple[int, float]]] = defaultdict(list)
     cells: dict[tuple, list[Record]] = defaultdict(list)
     family = {r.identity.model: zoo.family_of(r.identity.model) for r in records}

@@ -132,7 +132,8 @@ class Record:
       intervals: metric name -> (low, high), 95%; only where replicates were drawn.
       replicates: metric name -> bootstrap replicates, already centred. Replicate r resamples the
         same prompts in every record of a seed block, so differences between records are paired.
-      seconds_per_image: measured seconds of network and decoder for one image in a batch.
+      seconds_per_image: measured seconds of network and decoder for one image in a batch; 0 where
+        they were not measured, which takes no part where seconds count.
       device: what it was measured on.
       round: of a race, counted from 1, see `study.raced`: its images are the first
         `identity.num_images` of the block, and its distance is foretold for all of them. 0 where it
@@ -190,7 +191,7 @@ class Record:
         row |= self.metrics
         for name, (low, high) in self.intervals.items():
             row |= {f"{name}_low": low, f"{name}_high": high}
-        return row | {"seconds_per_image": self.seconds_per_image, "device": self.device,
+        return row | {"seconds_per_image": self.seconds_per_image or None, "device": self.device,
                       "round": self.round, "task": self.task, "told": self.told,
                       "student_steps": self.student_steps, "setting": self.setting,
                       "first_cost": self.first.cost if self.first else 0.0,
@@ -227,6 +228,8 @@ def _check(record: Record) -> None:
     for name, value in numbers.items():
         if not (isinstance(value, int | float) and math.isfinite(value)):
             raise ValueError(f"{name} is {value!r}, no finite number")
+    if numbers["seconds_per_image"] < 0:
+        raise ValueError(f"seconds_per_image is {numbers['seconds_per_image']}, below 0")
     for name in ("norm_cost", "calls"):
         if not numbers[name] > 0:
             raise ValueError(f"{name} is {numbers[name]}, not above 0")

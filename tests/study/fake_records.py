@@ -203,6 +203,12 @@ CAPTIONS = ["a red circle on a pale yellow field", "a blue ball <b>& \"quotes\"<
             "a green disc", "an amber sun on a grey sky", "a violet plum", "a $grey^stone"]
 
 
+def untimed(records, lacking=lambda identity: True):
+    """Records of which some hold no measured seconds."""
+    return [dataclasses.replace(r, seconds_per_image=0.0) if lacking(r.identity) else r
+            for r in records]
+
+
 def within(records, budget, unit="cost", **kw):
     """Advice on them within a budget."""
     return advice.advise(options.of_records(records, unit, **kw), Budget(budget, unit))

@@ -251,6 +251,11 @@ def test_seconds_are_judged_where_they_compare_and_with_what_speaks_against_them
     said = " ".join(findings.findings(mixed, FD))
     assert "In measured seconds" not in said
     assert "measured on 2 CPU cores and a new one and do not compare: claim 3 is judged by" in said
+    some = " ".join(findings.findings(fake.untimed(study, lambda i: i.model == "c16"), FD))
+    assert "In measured seconds per image" in some
+    assert "s. 5 of 25 configurations, of c16, have no measured seconds" in some
+    none = " ".join(findings.findings(fake.untimed(study), FD))
+    assert "The records hold no measured seconds: claim 3 is judged by cost alone." in none
 
 
 def test_a_workdirs_choice_leads_where_records_hold_it(study, monkeypatch, tmp_path):

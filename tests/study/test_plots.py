@@ -191,6 +191,22 @@ def test_seconds_of_several_devices_are_not_drawn(tmp_path, study):
     assert written.names == () and "timed on one kind of device" in written.skipped[0]
 
 
+def test_what_was_not_timed_is_not_drawn_in_seconds(tmp_path, study):
+    written = catalogue.write(tmp_path, Source(fake.untimed(study), FD), ["fig9_seconds"])
+    assert written.names == () and "timed on one kind of device" in written.skipped[0]
+    some = fake.untimed(study, lambda i: i.model == "c16" and i.steps > 10 or i.model == "c24")
+    with plot_style.style():
+        drawn = text_to_image.seconds(Source(some, FD))[""]
+        whole = text_to_image.seconds(Source(study, FD))[""]
+    assert {(r["model"], r["steps"]) for r in drawn.rows} == {
+        (r["model"], r["steps"]) for r in whole.rows
+        if r["model"] == "c8" or r["model"] == "c16" and r["steps"] <= 10}
+    assert drawn.figure.get_suptitle().startswith("7 of 15 configurations, of c16 and c24, have")
+    assert whole.figure.get_suptitle() == ""
+    for line in drawn.figure.axes[1].lines:
+        assert (np.asarray(line.get_xdata()) > 0).all()
+
+
 def test_samplers_are_spelt_for_readers_and_for_files():
     assert labels.sampler("ddim, after 4 of ddpm, trailing") == "DDIM, after 4 of DDPM, trailing"
     assert labels.sampler("ddim:eta=0.5, leading") == "DDIM with eta 0.5, leading"

@@ -68,6 +68,21 @@ def test_seconds_of_several_measurements_are_doubted(study):
     assert "slower" not in " ".join(within(study, 100.0, "cost").notes)
 
 
+def test_what_was_not_timed_is_not_free(exact):
+    """It takes no part in budgets in seconds, its device neither; of the rest nothing changes."""
+    some = fake.untimed(exact, lambda i: i.model in ("c16", "c48"))
+    rest = [r for r in exact if r.identity.model not in ("c16", "c48")]
+    found, alone = within(some, 0.1, "seconds"), within(rest, 0.1, "seconds")
+    assert [(cell(p), p.cost) for p in found.front] == [(cell(p), p.cost) for p in alone.front]
+    assert "28 of 70 configurations, of c16 and c48, have no measured seconds" in found.notes[0]
+    elsewhere = [dataclasses.replace(r, device="" if not r.seconds_per_image else r.device)
+                 for r in some]
+    assert cell(within(elsewhere, 0.1, "seconds").best) == cell(found.best)
+    assert cell(within(some, 3.0).best) == cell(within(exact, 3.0).best)
+    with pytest.raises(UserError, match="holds measured seconds .* a budget in cost or flops"):
+        within(fake.untimed(exact), 0.1, "seconds")
+
+
 def test_of_a_guidance_interval_the_rows_within_are_paid_twice(study):
     """In FLOPs; the paper's cost is of calls. Records that do not tell have paid for all."""
     record = next(r for r in study if r.calls == 10 and r.identity.guidance != 1)

@@ -44,7 +44,7 @@ def test_records_from_before_guided_calls_were_counted_are_read(folder):
     {"norm_cost": 0}, {"calls": 0}, {"replicates": None},
     {"replicates": {"fd_effnetlite0": ["x"]}}, {"seconds_per_image": float("inf")},
     {"intervals": {"fd_effnetlite0": [1.0, None]}}, {"gflops": [1]}, {"guided_calls": 5},
-    {"guided_calls": "4"},
+    {"guided_calls": "4"}, {"seconds_per_image": -1.0},
 ], ids=str)
 def test_a_value_that_is_none_names_the_file(folder, changed):
     path = sorted(folder.glob("*.json"))[0]

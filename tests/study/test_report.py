@@ -267,6 +267,29 @@ def test_seconds_of_two_devices_give_no_budget(text):
     assert '<option value="seconds">seconds per image' not in text
 
 
+def test_what_was_not_timed_costs_the_page_nothing_else(tmp_path):
+    """Without any seconds nothing is drawn against them; with some, those points."""
+    study = fake.make(models=("c8", "c16"), samplers=("ddim",), replicates=20)
+
+    def page(records, name):
+        text = report.write(tmp_path / name, records, tmp_path / name, {"metric": FD}).read_text()
+        return text, json.loads(_script(text))
+
+    text, data = page(fake.untimed(study), "none")
+    assert [u["unit"] for u in data["advice"]] == ["cost", "gflops"]
+    assert all(any("no measured seconds" in note for note in u["notes"]) for u in data["advice"])
+    assert {w["axis"] for w in data["winners"]} == {"cost"}
+    assert "The records hold no measured seconds, so nothing is drawn against them." in text
+    assert {p["seconds"] for p in data["points"]} == {None}
+    text, data = page(fake.untimed(study, lambda i: i.model == "c16"), "some")
+    assert [u["unit"] for u in data["advice"]] == ["cost", "seconds", "gflops"]
+    (seconds,) = [u for u in data["advice"] if u["unit"] == "seconds"]
+    assert "c16" not in {p["model"] for p in seconds["points"]}
+    assert min(p["cost"] for p in seconds["points"]) > 0
+    assert all((p["seconds"] is None) == (p["model"] == "c16") for p in data["points"])
+    assert "configurations, of c16, have no measured seconds" in text
+
+
 def _images(text):
     return json.loads(re.search(
         r'<script type="application/json" id="study-images">(.*?)</script>', text, re.S).group(1))

@@ -63,6 +63,18 @@ def test_curves_hold_each_cell_once_at_its_mean(found):
     assert np.mean(narrower) == pytest.approx(len(REPORT) ** -0.5, rel=0.15)
 
 
+def test_seconds_are_the_mean_of_what_was_timed(found):
+    seconds = {cell: p.seconds for cell, p in _points(found)}
+    assert {cell: p.seconds for cell, p in _points(fake.untimed(
+        found, lambda i: i.seed_block == 2))} == pytest.approx(seconds)
+    assert {p.seconds for _, p in _points(fake.untimed(found))} == {0.0}
+
+
+def _points(found):
+    curves = Source(found, FD, report_blocks=REPORT).curves
+    return [((p.model, p.sampler, p.steps), p) for curve in curves.values() for p in curve]
+
+
 def test_one_block_is_what_it_was(found):
     first = [r for r in found if r.identity.seed_block < 2]
     for key, points in Source(found, FD).curves.items():

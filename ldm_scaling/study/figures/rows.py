@@ -15,7 +15,7 @@ def of_point(point: Point, measure: str, band: Band | None = None, place: int = 
     """One point with its interval and, at its place along the curve, the curve's band."""
     return {
         "model": point.model, "sampler": point.sampler, "steps": point.steps,
-        "guidance": point.guidance, "cost": point.cost, "seconds": point.seconds,
+        "guidance": point.guidance, "cost": point.cost, "seconds": point.seconds or None,
         "images": point.num_images, "measure": measure, "value": point.value, "low": point.low,
         "high": point.high,
         "band_low": None if band is None else float(band.all_low_P[place]),

@@ -4,36 +4,41 @@ from __future__ import annotations
 
 from ldm_scaling.study import curves as curves_lib
 from ldm_scaling.study import image_grids, labels, plots, pricing, winners
+from ldm_scaling.study.curves import Curves
 from ldm_scaling.study.figures import rows
 from ldm_scaling.study.figures.source import Drawn, Source
+from ldm_scaling.study.statistics import bands
 
 
-def _curve_rows(source: Source, samplers: list[str]) -> list[dict]:
+def _curve_rows(source: Source, curves: Curves, samplers: list[str]) -> list[dict]:
+    found = source.bands if curves is source.curves else bands.of_curves(curves)
     return [
-        row for sampler in samplers for m in source.sizes if (m, sampler) in source.curves
-        for row in rows.of_curve(source.curves[m, sampler], source.metric,
-                                 source.bands.get((m, sampler)))
+        row for sampler in samplers for m in source.sizes if (m, sampler) in curves
+        for row in rows.of_curve(curves[m, sampler], source.metric, found.get((m, sampler)))
     ]
-
-
-def _by(source: Source, axis: str) -> dict[str, Drawn]:
-    if not source.samplers:
-        return {}
-    main = source.samplers[0]
-    fig = plots.quality_by_cost(source.main, source.curves, source.metric, main, axis)
-    return {"": Drawn(fig, _curve_rows(source, [main]))}
 
 
 def cost(source: Source) -> dict[str, Drawn]:
     """Fig. 9: cost against steps, and quality against cost, of the first sampler."""
-    return _by(source, "cost")
+    if not source.samplers:
+        return {}
+    main = source.samplers[0]
+    fig = plots.quality_by_cost(source.main, source.curves, source.metric, main)
+    return {"": Drawn(fig, _curve_rows(source, source.curves, [main]))}
 
 
 def seconds(source: Source) -> dict[str, Drawn]:
-    """Fig. 9 in measured seconds, where they compare."""
-    if pricing.incomparable(source.main):
+    """Fig. 9 in measured seconds, where they compare, of the points that have some."""
+    if not source.samplers or pricing.incomparable(source.main):
         return {}
-    return _by(source, "seconds")
+    main = source.samplers[0]
+    own = {key: curve for key, curve in source.curves.items() if key[1] == main}
+    timed = pricing.with_seconds(own)
+    if not timed:
+        return {}
+    note = pricing.without_seconds(p for curve in own.values() for p in curve)
+    fig = plots.quality_by_cost(source.main, timed, source.metric, main, "seconds", note)
+    return {"": Drawn(fig, _curve_rows(source, timed, [main]))}
 
 
 def samplers(source: Source) -> dict[str, Drawn]:
@@ -41,7 +46,7 @@ def samplers(source: Source) -> dict[str, Drawn]:
     if len(source.samplers) < 2:
         return {}
     fig = plots.samplers_by_cost(source.main, source.curves, source.metric)
-    return {"": Drawn(fig, _curve_rows(source, source.samplers))}
+    return {"": Drawn(fig, _curve_rows(source, source.curves, source.samplers))}
 
 
 def winner(source: Source) -> dict[str, Drawn]:

@@ -5,11 +5,12 @@
 function drawQuality(svg, width) {
   const axis = $("quality-axis").value, name = $("quality-measure").value, m = measure(name);
   const keep = filters();
-  const points = study.points.filter((p) => p.measure === name && keep(p))
+  const placed = (p) => typeof p[axis] === "number";  // Seconds may not have been measured.
+  const points = study.points.filter((p) => p.measure === name && keep(p) && placed(p))
     .sort((a, b) => size(a.model) - size(b.model));
   if (!points.length) return empty(svg, width);
   const all = $("quality-all").checked
-    ? study.cells.filter((c) => keep(c) && c.values[name] !== undefined) : [];
+    ? study.cells.filter((c) => keep(c) && placed(c) && c.values[name] !== undefined) : [];
   const ends = points.flatMap((p) => [p.value, p.low ?? p.value, p.high ?? p.value]);
   const values = ends.concat(all.map((c) => c.values[name]));
   const log = Math.min(...values) > 0 && Math.max(...values) > 3 * Math.min(...values);
@@ -37,7 +38,6 @@ function drawQuality(svg, width) {
       "stroke-linejoin": "round", opacity: 0.5, "clip-path": `url(#${id})` });
   }
   for (const c of all) {
-    if (c[axis] === undefined) continue;
     add(svg, "circle", { cx: sx(c[axis]), cy: sy(c.values[name]), r: 2.6,
       style: `fill:${colour(c.model)}`, opacity: 0.45 });
   }
@@ -72,12 +72,12 @@ function drawQuality(svg, width) {
     names.push({ model, x: sx(end[axis]) + 9, y: sy(end.value) + 4 });
   }
   // Of one sampler names stand at the curves' ends, where they fit and cover nothing; else in a key.
-  const placed = [];
+  const shown = [];
   for (const { model, x, y } of only.length > 1 ? [] : names) {
     const text = add(svg, "text", { class: "name", x, y }, model), right = x + text.getComputedTextLength();
-    const covers = right > width || placed.some((o) => o.x < right && x < o.right && Math.abs(o.y - y) < 15)
+    const covers = right > width || shown.some((o) => o.x < right && x < o.right && Math.abs(o.y - y) < 15)
       || hits.some((h) => h.x > x - 4 && h.x < right + 4 && h.y > y - 15 && h.y < y + 7);
-    if (covers) text.remove(); else placed.push({ x, y, right });
+    if (covers) text.remove(); else shown.push({ x, y, right });
   }
   $("quality-key").replaceChildren();
   const key = (style, name, model = null) => {
@@ -89,7 +89,7 @@ function drawQuality(svg, width) {
     $("quality-key").append(item);
   };
   for (const s of only.length > 1 ? only : []) key({ "stroke-dasharray": dash(s) }, label(s));
-  for (const model of placed.length < names.length ? new Set(names.map((n) => n.model)) : []) {
+  for (const model of shown.length < names.length ? new Set(names.map((n) => n.model)) : []) {
     key({ style: `stroke:${colour(model)}` }, model, model);
   }
   return { height: 452, hits };

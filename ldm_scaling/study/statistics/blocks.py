@@ -104,10 +104,11 @@ def _mean(group: Sequence[Record], order: Sequence[int]) -> Record:
             if name in scores.SCORES:
                 intervals[name] = scores.SCORES[name].definition.within(
                     intervals[name], foretold=any(r.round for r in group))
+    timed = [r.seconds_per_image for r in group if r.seconds_per_image]
     return dataclasses.replace(
         group[0],
         metrics=metrics, replicates=replicates, intervals=intervals,
-        seconds_per_image=float(np.mean([r.seconds_per_image for r in group])),
+        seconds_per_image=float(np.mean(timed)) if timed else 0.0,
     )
 
 
