@@ -117,11 +117,12 @@ def _options(given: argparse.Namespace, budget: Budget) -> Options:
     names = {r.identity.model for r in found.records}
     prices = measured and measured.prices(_around(found, names), names)
     select_block, report_blocks = found.blocks(given.select_block, given.report_blocks)
-    return options_lib.of_records(
-        found.records, budget.unit, given.metric or found.metric, select_block=select_block,
-        report_blocks=report_blocks, settings=found.settings, training=_training(given, found),
-        prices=prices, batch=batch,
-    )
+    with found.telling():
+        return options_lib.of_records(
+            found.records, budget.unit, given.metric or found.metric, select_block=select_block,
+            report_blocks=report_blocks, settings=found.settings, training=_training(given, found),
+            prices=prices, batch=batch,
+        )
 
 
 def _around(found: Places, names: set[str]) -> dict[str, set[cost_files.Around]] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -247,8 +247,7 @@ def arms(records: Sequence[Record]) -> list[tuple[Record, Record]]:
         spacings[r.identity.sampler].add(r.identity.spacing)
         if r.first:
             firsts[r.first.sampler].add(r.first.spacing)
-    out, seen = [], {}
-    whole: dict[tuple, Identity] = {}
+    out = []
     for stored in records:
         r, i = stored, stored.identity
         name = f"{i.sampler}, {i.spacing}" if len(spacings[i.sampler]) > 1 else i.sampler
@@ -257,28 +256,51 @@ def arms(records: Sequence[Record]) -> list[tuple[Record, Record]]:
             name += f", {r.first.spacing}" * (len(firsts[r.first.sampler]) > 1)
         if name != i.sampler:
             r = dataclasses.replace(r, identity=dataclasses.replace(i, sampler=name))
-            i = r.identity
-        place = (i.model, i.sampler, i.steps, i.guidance, i.seed_block)
-        if place in seen:
-            raise UserError(_clash(seen[place], i))
-        seen[place] = i
-        if not r.round:
-            other = whole.setdefault((i.model, i.sampler, i.steps, i.seed_block), i)
-            if other.num_images != i.num_images:
-                raise UserError(_uneven(other, i))
         out.append((stored, r))
+    _check_arms(out)
     return out
 
 
-def _clash(a: Identity, b: Identity) -> str:
-    other = dataclasses.asdict(b)
-    differ = [f"{k} {v!r} and {other[k]!r}" for k, v in dataclasses.asdict(a).items()
-              if v != other[k]] or ["nothing: the record was given twice"]
-    return (
-        f"two records for {b.model}, {b.sampler}, {b.steps} steps, guidance {b.guidance}, seed "
-        f"block {b.seed_block}; they differ in {'; '.join(differ)}: keep one of {a.key}.json and "
-        f"{b.key}.json in the records folder"
-    )
+class Clash(UserError):
+    """Two records of one configuration.
+
+    Attributes:
+      keys: of the two.
+      what: the configuration, and in what the two differ.
+      count: configurations of which that holds.
+    """
+
+    def __init__(self, a: Identity, b: Identity, count: int):
+        other = dataclasses.asdict(b)
+        differ = [f"{k} {v!r} and {other[k]!r}" for k, v in dataclasses.asdict(a).items()
+                  if v != other[k]] or ["nothing: the record was given twice"]
+        self.keys, self.count = (a.key, b.key), count
+        self.what = (
+            f"two records for {b.model}, {b.sampler}, {labels.steps(b.steps)}, guidance "
+            f"{b.guidance}, seed block {b.seed_block}; they differ in {'; '.join(differ)}"
+        )
+        super().__init__(f"{self.what}: keep one of {a.key}.json and {b.key}.json in the records "
+                         "folder")
+
+
+def _check_arms(found: Sequence[tuple[Record, Record]]) -> None:
+    """Raises `UserError` where `arms` would hold a configuration twice, or rates of one cell other
+    numbers of images."""
+    places = [(i.model, i.sampler, i.steps, i.guidance, i.seed_block)
+              for i in (arm.identity for _, arm in found)]
+    seen: dict[tuple, Identity] = {}
+    whole: dict[tuple, Identity] = {}
+    for place, (stored, arm) in zip(places, found, strict=True):
+        i = stored.identity
+        if place in seen:
+            twice = sum(n > 1 for n in Counter(places).values())
+            raise Clash(seen[place], i, twice)
+        seen[place] = i
+        if not arm.round:
+            *cell, _, block = place
+            other = whole.setdefault((*cell, block), i)
+            if other.num_images != i.num_images:
+                raise UserError(_uneven(other, i))
 
 
 def _uneven(a: Identity, b: Identity) -> str:

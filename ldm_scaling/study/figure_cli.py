@@ -82,6 +82,11 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
                         " ldm-scaling figure --help")
     flag = "--workdir" if given.workdir else "--records"
     there = places.read(given.workdir or given.records, flag)
+    with there.telling():
+        _run(given, there)
+
+
+def _run(given: argparse.Namespace, there: Places) -> None:
     catalogue.chosen(given.names)  # The workdirs' plugins may have more.
     to = _to(given, there)
     found, metric, settings = there.records, _metric(given, there), there.settings

@@ -3,16 +3,18 @@ workdirs among them say of theirs."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from etils import epath
 
 from ldm_scaling.errors import UserError
+from ldm_scaling.study import curves, reported
 from ldm_scaling.study import records as records_lib
-from ldm_scaling.study import reported
 from ldm_scaling.study.records import FROM_TEXT, Record
 
 log = logging.getLogger(__name__)
@@ -26,11 +28,30 @@ class Places:
       folders: that hold the records, each once.
       settings: of the workdirs' last configs, see `curves.one_setting`.
       records: each once; of workdirs see `reported.last_measured`.
+      folder_of: a record's key -> the folder that it lies in.
     """
 
     folders: tuple[epath.Path, ...]
     settings: tuple[str, ...]
     records: list[Record]
+    folder_of: Mapping[str, epath.Path]
+
+    @contextlib.contextmanager
+    def telling(self) -> Iterator[None]:
+        """Within it `curves.Clash` names both places, where the two records are of two."""
+        try:
+            yield
+        except curves.Clash as e:
+            folders = [self.folder_of.get(key) for key in e.keys]
+            if None in folders or folders[0] == folders[1]:
+                raise
+            one, two = (os.fspath(records_lib.path_of(folder, key))
+                        for folder, key in zip(folders, e.keys, strict=True))
+            raise UserError(
+                f"{e.what}: {one} and {two}; {e.count:,} configuration{'s' * (e.count > 1)} "
+                "clash so. The places hold two networks or measurements under one name, which "
+                "nothing tells apart: ask for each place alone"
+            ) from e
 
     @property
     def homes(self) -> list[epath.Path]:
@@ -84,19 +105,22 @@ def read(places: Iterable[str], flag: str = "--records") -> Places:
     """The records of folders, of workdirs and of files.
 
     Args:
-      places: with commas, or given several times.
+      places: with commas, or given several times; a text that names a place as it stands is that
+        place, whatever commas it has.
       flag: that names them.
 
     Raises:
       UserError: where there is no such place, or no record in all of them.
     """
-    several = pieces(places)
+    several = [piece for text in places
+               for piece in ([text] if "," in text and _exists(text) else pieces([text]))]
     paths = {piece: _place(piece, flag) for piece in several}
     folders = tuple(dict.fromkeys(
         path if path.is_dir() else path.parent for path in paths.values()))
     # Configs come first: their plugins may name what records hold.
     settings = tuple(s for home in _homes(folders) for s in reported.settings_of(home))
     found: dict[str, Record] = {}
+    folder_of: dict[str, epath.Path] = {}
     references: dict[str, set[str]] = {}
     for piece, path in paths.items():
         if not path.is_dir():
@@ -108,6 +132,8 @@ def read(places: Iterable[str], flag: str = "--records") -> Places:
             for line in told:
                 log.warning("%s", line)
         found |= {r.identity.key: r for r in some}
+        folder_of |= dict.fromkeys((r.identity.key for r in some),
+                                   path if path.is_dir() else path.parent)
         if not some:
             log.warning("%s: no records there", piece)
         references[piece] = {r.identity.reference_hash for r in some if r.task in FROM_TEXT}
@@ -122,7 +148,14 @@ def read(places: Iterable[str], flag: str = "--records") -> Places:
         log.warning(
             "%s: scored against another reference than %s: distances compare where it was made "
             "of the same pictures by the same network", ", ".join(apart), told[0][0])
-    return Places(folders, settings, list(found.values()))
+    return Places(folders, settings, list(found.values()), folder_of)
+
+
+def _exists(text: str) -> bool:
+    try:
+        return epath.Path(text).expanduser().exists()
+    except OSError:  # Longer than a name may be.
+        return False
 
 
 def _place(piece: str, flag: str) -> epath.Path:
