@@ -71,15 +71,6 @@ class Schedule:
         return noise_level(self.alpha, self.sigma)
 
     @property
-    def lam(self) -> np.ndarray:
-        """Half log signal-to-noise ratio log(alpha_t / sigma_t), shape (T,); -inf without signal.
-
-        Source: Lu et al. 2022 (DPM-Solver), section 2.2.
-        """
-        with np.errstate(divide="ignore"):
-            return np.log(self.alpha) - np.log(self.sigma)
-
-    @property
     def zero_terminal_snr(self) -> bool:
         """Whether the last timestep is pure noise."""
         return bool(self.alpha[-1] == 0)

@@ -6,36 +6,11 @@ are those of any mean: `bootstrap.mean_replicates`, `compare.means`.
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Literal
-
 import numpy as np
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.metrics import arrays
 from ldm_scaling.metrics.frechet import check_widths
-
-Convention = Literal["cosine", "scaled"]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class ClipScore:
-    """A CLIP score and what decides its scale.
-
-    Attributes:
-      value: mean over images.
-      values_N: one per image.
-      convention: "cosine", in [-1, 1], or "scaled", 100 max(cosine, 0).
-      model: network and weights, e.g. "ViT-L/14 openai". Values of two networks do not compare.
-      prefix: what stood before every caption, e.g. "A photo depicts "; it alone moves the score
-        by some hundredths.
-    """
-
-    value: float
-    values_N: np.ndarray
-    convention: Convention
-    model: str
-    prefix: str
 
 
 def unit_rows(embeddings_NE: np.ndarray, what: str) -> np.ndarray:
@@ -53,6 +28,9 @@ def unit_rows(embeddings_NE: np.ndarray, what: str) -> np.ndarray:
 def pair_cosines(images_NE: np.ndarray, texts_NE: np.ndarray) -> np.ndarray:
     """Cosine (N,) of each image's embedding with its own caption's: CLIP-T, CLIP score.
 
+    CLIP score is Hessel et al.'s (2021) without their factor 2.5 and their cut at 0. Papers on
+    text-to-image models mostly give its mean (.25 to .33); torchmetrics gives max(100 x mean, 0).
+
     Raises:
       UserError: when the shapes differ, a value is not finite or a row is zero.
     """
@@ -64,39 +42,6 @@ def pair_cosines(images_NE: np.ndarray, texts_NE: np.ndarray) -> np.ndarray:
             f"{len(images_NE)} images and {len(texts_NE)} captions: a pair needs one of each"
         )
     return (images_NE * texts_NE).sum(axis=1)
-
-
-def clip_score(
-    images_NE: np.ndarray,
-    texts_NE: np.ndarray,
-    *,
-    model: str,
-    prefix: str,
-    convention: Convention = "cosine",
-) -> ClipScore:
-    """CLIP score of N images with their captions (Hessel et al. 2021, without their factor 2.5).
-
-    Papers on text-to-image models mostly give the cosine (.25 to .33); torchmetrics gives
-    100 max(cosine, 0), and clips only the mean, which is the same unless an image is below 0.
-
-    Args:
-      images_NE: CLIP embeddings of the images, of unit length or not.
-      texts_NE: of their captions, `prefix` included.
-      model: see `ClipScore`.
-      prefix: see `ClipScore`.
-      convention: see `ClipScore`.
-
-    Raises:
-      UserError: as `pair_cosines`, without images, or for an unknown convention.
-    """
-    values_N = pair_cosines(images_NE, texts_NE)
-    if convention not in ("cosine", "scaled"):
-        raise UserError(f"a CLIP score's convention is 'cosine' or 'scaled', not {convention!r}")
-    if not len(values_N):
-        raise UserError("a CLIP score needs at least 1 image, there is none")
-    if convention == "scaled":
-        values_N = 100.0 * np.maximum(values_N, 0.0)
-    return ClipScore(float(values_N.mean()), values_N, convention, model, prefix)
 
 
 def subject_cosines(

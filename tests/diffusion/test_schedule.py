@@ -18,7 +18,8 @@ def test_sd_has_the_published_constants():
     np.testing.assert_allclose(abar[[0, 1, 999]], [0.99915, 0.998296, 0.0046601], rtol=1e-5)
     ve_sigma = sd.sigma / sd.alpha
     np.testing.assert_allclose(ve_sigma[[0, -1]], [0.029167, 14.6146], rtol=1e-4)
-    np.testing.assert_allclose(sd.lam[[0, -1]], [3.5347, -2.6820], atol=5e-5)
+    log_noise = schedule.log_noise(sd.noise)  # Of sigma / alpha: half log-SNR, its sign turned.
+    np.testing.assert_allclose(log_noise[[0, -1]], [-3.5347, 2.6820], atol=5e-5)
     np.testing.assert_allclose(sd.alpha[-1], 0.0683, atol=5e-5)
 
 
@@ -26,13 +27,14 @@ def test_variance_preserving_and_half_log_snr():
     for name in ("sd", "sd_zero_snr"):
         s = schedule.get(name)
         np.testing.assert_allclose(s.alpha**2 + s.sigma**2, 1, rtol=1e-15)
-        assert np.all(np.diff(s.lam) < 0)
+        assert np.all(np.diff(schedule.log_noise(s.noise)) > 0)
     assert schedule.get("sd").alpha.dtype == np.float64
 
 
 def test_zero_terminal_snr_moves_the_end_and_keeps_the_start():
     sd, zero = schedule.get("sd"), schedule.get("sd_zero_snr")
-    assert zero.alpha[-1] == 0 and zero.lam[-1] == -np.inf and zero.zero_terminal_snr
+    assert zero.alpha[-1] == 0 and zero.zero_terminal_snr
+    assert schedule.log_noise(zero.noise)[-1] == np.inf
     assert not sd.zero_terminal_snr
     np.testing.assert_allclose(zero.alpha[0], sd.alpha[0], rtol=1e-15)
     # Affine in the signal scale: second differences shrink by one common factor.

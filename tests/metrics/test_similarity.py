@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 
 from ldm_scaling.errors import UserError
-from ldm_scaling.metrics import similarity
-
-CLIP = {"model": "ViT-L/14 openai", "prefix": ""}
+from ldm_scaling.metrics import catalog, similarity
 
 
 def _pair(seed, n=12, e=16, near=1.0):
@@ -15,23 +13,13 @@ def _pair(seed, n=12, e=16, near=1.0):
     return x, near * x + rng.normal(size=(n, e))
 
 
-def test_clip_score_in_both_conventions_equals_torchmetrics():
+def test_pair_cosines_are_what_torchmetrics_takes_the_mean_of():
     torch = pytest.importorskip("torch", reason="compares with peers: pip install -e '.[parity]'")
     functional = pytest.importorskip("torch.nn.functional")
     for near in (1.0, -1.0):  # Captions that fit, and captions that say the opposite.
         x, y = _pair(0, near=near)
         cosine_N = functional.cosine_similarity(torch.from_numpy(x), torch.from_numpy(y))
-        score = similarity.clip_score(x, y, **CLIP)
-        np.testing.assert_allclose(score.values_N, cosine_N.numpy(), rtol=1e-12)
-        assert score.value == pytest.approx(float(cosine_N.mean()))
-        # torchmetrics/functional/multimodal/clip_score.py: max(mean of 100 cos, 0).
-        theirs = max(float((100 * cosine_N).mean()), 0.0)
-        scaled = similarity.clip_score(x, y, **CLIP, convention="scaled")
-        clipped = np.maximum(100 * cosine_N.numpy(), 0)
-        np.testing.assert_allclose(scaled.values_N, clipped, rtol=1e-12)
-        if (cosine_N > 0).all():
-            assert scaled.value == pytest.approx(theirs)
-    assert (score.model, score.prefix) == ("ViT-L/14 openai", "")
+        np.testing.assert_allclose(similarity.pair_cosines(x, y), cosine_N.numpy(), rtol=1e-12)
 
 
 def test_subject_cosines_are_the_mean_over_pairs_of_the_subject():
@@ -57,10 +45,8 @@ def test_mistakes_say_what_is_wrong():
         similarity.pair_cosines(x, y[:, :9])
     with pytest.raises(UserError, match="row of zeros, row 3"):
         similarity.pair_cosines(x * (np.arange(12) != 3)[:, None], y)
-    with pytest.raises(UserError, match="'cosine' or 'scaled', not 'torchmetrics'"):
-        similarity.clip_score(x, y, **CLIP, convention="torchmetrics")
-    with pytest.raises(UserError, match="at least 1 image"):
-        similarity.clip_score(x[:0], y[:0], **CLIP)
+    with pytest.raises(UserError, match="a mean over them needs 1"):
+        catalog.METRICS["clip_score"].function(x[:0], y[:0], None, ())
     with pytest.raises(UserError, match="subject 1 has generated images and no real one"):
         similarity.subject_cosines(x, y, np.arange(12) % 2, np.zeros(12))
     with pytest.raises(UserError, match="on one side only"):
