@@ -79,26 +79,31 @@ def diffusion_loss(
 
 
 def validation_points(
-    index_B: Array, shape: tuple[int, ...], num_timesteps: int, seed: int, draws: int = 1
+    index_B: Array, shape: tuple[int, ...], num_timesteps: int, seed: int, draws: int = 1,
+    place_B: Array | None = None,
 ) -> tuple[Array, Array]:
-    """The fixed timesteps and noise of validation samples, from their dataset index alone.
+    """The fixed timesteps and noise of validation samples.
 
-    The timesteps of one sample fall one into each of `draws` equal strata of [0, T); their place
-    within the stratum follows Weyl's golden-ratio sequence over the index, so any run of
-    consecutive indices covers [0, T) evenly too.
+    The timesteps of one sample fall one into each of `draws` equal strata of [0, T); where within
+    the stratum follows Weyl's golden-ratio sequence over the samples' places, so any run of
+    consecutive places covers [0, T) evenly too. Numbers at a stride do not: every 987th, a
+    Fibonacci number, would have nearly the same timestep.
 
     Args:
-        index_B: dataset indices, integers.
+        index_B: dataset indices, integers: of the noise.
         shape: the shape of one sample.
         num_timesteps: T.
         seed: another seed gives other timesteps and noise.
         draws: timesteps per sample, K.
+        place_B: the samples' places in the validation set, integers: of the timesteps. The indices
+            if not given, which must be consecutive then.
 
     Returns:
         t_BK int32 and eps_BK... float32 of shape (B, K, *shape).
     """
     start = np.random.default_rng(seed).integers(2**32, dtype=np.uint32)
-    turns_B = start + index_B.astype(jnp.uint32) * jnp.uint32(_GOLDEN)
+    place_B = index_B if place_B is None else place_B
+    turns_B = start + place_B.astype(jnp.uint32) * jnp.uint32(_GOLDEN)
     # 24 bits: exact in float32.
     unit_B = (turns_B >> 8).astype(jnp.float32) * 2.0**-24
     strata_K = jnp.arange(draws, dtype=jnp.float32)
@@ -116,8 +121,10 @@ def validation_points(
 def validation_loss(
     denoise: Denoise, params: Any, x0_BHWC: Array, cond: Any, index_B: Array,
     schedule: Schedule, prediction: str, seed: int = 0, draws: int = 1,
+    place_B: Array | None = None,
 ) -> Array:
-    """The loss of each sample at timesteps and noise that its dataset index fixes.
+    """The loss of each sample at a noise that its dataset index fixes, and at timesteps that its
+    place in the validation set does.
 
     Comparable across models and checkpoints, whatever the batch size, the order of the samples or
     the number of hosts; see `validation_points`. The network sees a batch of B * draws.
@@ -132,6 +139,7 @@ def validation_loss(
         prediction: what the network outputs, one of `parameterization.PREDICTIONS`.
         seed: another seed gives other timesteps and noise.
         draws: stratified timesteps per sample.
+        place_B: the samples' places, see `validation_points`.
 
     Returns:
         loss_B, float32, the mean over H, W, C and draws.
@@ -147,7 +155,7 @@ def validation_loss(
         )
     batch = x0_BHWC.shape[0]
     t_BK, eps_BKHWC = validation_points(
-        index_B, x0_BHWC.shape[1:], schedule.num_timesteps, seed, draws
+        index_B, x0_BHWC.shape[1:], schedule.num_timesteps, seed, draws, place_B
     )
     loss_N = loss_at(
         denoise, params, jnp.repeat(x0_BHWC, draws, axis=0),

@@ -36,9 +36,10 @@ def validate_fn(
       diffusion: the config's part.
       frozen: latent scale, empty caption.
       mesh: that the run is on.
-      validation: of a fixed set `mean` (N, h, w, C) latents before scaling and `index` (N,);
-        `context` (N, L, D), without which all have the empty caption; `seen` (N, h, w, C') for a
-        network that sees a condition. What else there is is left out.
+      validation: of a fixed set `mean` (N, h, w, C) latents before scaling and `index` (N,), of
+        the noise; timesteps go by the order of the set. `context` (N, L, D), without which all have
+        the empty caption; `seen` (N, h, w, C') for a network that sees a condition. What else there
+        is is left out.
     """
     schedule = schedule_lib.get(diffusion.schedule)
     count = len(validation["index"])
@@ -46,6 +47,7 @@ def validate_fn(
     rows = np.arange(mesh_lib.rounded(count, mesh)) % count
     held_out = placing.put_batch(
         mesh, {name: validation[name][rows] for name in FIELDS if name in validation}
+        | {"place": rows.astype(np.int32)}
     )
     null_LD = frozen.null_ctx_LD.astype(np.float32)
 
@@ -58,7 +60,7 @@ def validate_fn(
         return jnp.mean(
             loss_lib.validation_loss(
                 denoise, params, latent_scale * found["mean"].astype(jnp.float32), cond,
-                found["index"], schedule, diffusion.prediction,
+                found["index"], schedule, diffusion.prediction, place_B=found["place"],
             )[:count]
         )
 

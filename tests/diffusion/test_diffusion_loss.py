@@ -135,6 +135,17 @@ def test_validation_timesteps_are_stratified_within_and_across_samples(seed):
     assert abs(flat.mean()) < 0.1 and abs(flat.std() - 1) < 0.06
 
 
+def test_validation_timesteps_are_even_of_any_part_of_a_data_set():
+    """Every 987th picture: at a Fibonacci number, multiples of the golden ratio stay in place."""
+    index = 987 * jnp.arange(512)
+    t_BK, eps = loss.validation_points(index, (8,), 1000, 0, place_B=jnp.arange(512))
+    counts = np.histogram(t_BK, bins=20, range=(0, 1000))[0]
+    assert counts.min() >= 24 and counts.max() <= 27  # 25.6 each
+    # Noise is the picture's own, wherever it stands.
+    _, same = loss.validation_points(index[::-1], (8,), 1000, 0, place_B=jnp.arange(512))
+    np.testing.assert_array_equal(eps, same[::-1])
+
+
 def test_validation_timesteps_stay_in_range():
     t_BK, _ = loss.validation_points(jnp.arange(100_000), (), 1000, 0, draws=1)
     assert int(t_BK.min()) == 0 and int(t_BK.max()) == 999
