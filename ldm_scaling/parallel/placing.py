@@ -7,6 +7,7 @@ all must ask for it, in the same order.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
@@ -48,6 +49,28 @@ def put_batch(mesh: Mesh, tree: Any) -> Any:
         return mesh_lib.batch_sharding(mesh) if fits else mesh_lib.replicated(mesh)
 
     return jax.tree.map(lambda leaf: _put(leaf, sharding(leaf)), tree)
+
+
+def one_copy(tree: Any) -> Any:
+    """Arrays of this process's devices without their replicas: each on the devices that hold one
+    copy of it. Nothing is moved, the buffers are the same. What lies on no mesh is left as it is.
+    """
+
+    def first(leaf: Any) -> Any:
+        own = getattr(leaf, "sharding", None)
+        if not isinstance(own, NamedSharding):
+            return leaf
+        axes = [(axis,) if isinstance(axis, str) else axis or () for axis in own.spec]
+        split = set(itertools.chain(*axes))
+        place = [slice(None) if name in split else slice(1) for name in own.mesh.axis_names]
+        devices = own.mesh.devices[tuple(place)]
+        held = {shard.device: shard.data for shard in leaf.addressable_shards}
+        return jax.make_array_from_single_device_arrays(
+            leaf.shape, NamedSharding(Mesh(devices, own.mesh.axis_names), own.spec),
+            [held[device] for device in devices.flat],
+        )
+
+    return jax.tree.map(first, tree)
 
 
 def fetch(tree: Any) -> Any:

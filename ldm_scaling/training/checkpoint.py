@@ -16,7 +16,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from ldm_scaling.errors import UserError, first_line, read_error
-from ldm_scaling.parallel import hosts, rules
+from ldm_scaling.parallel import hosts, placing, processes, rules
 from ldm_scaling.training import consensus
 from ldm_scaling.training.state import TrainState
 
@@ -169,6 +169,9 @@ class Checkpoints:
         about: dict[str, Any] | None, metrics: dict[str, float] | None = None,
     ) -> None:
         beside = beside if about is None else {**beside, "config": about}
+        if not processes.several():
+            # Orbax shares out what is replicated, and compiles a slice for each array and device.
+            trees = {name: placing.one_copy(tree) for name, tree in trees.items()}
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         items |= {name: ocp.args.JsonSave(value) for name, value in beside.items()}
         try:

@@ -135,6 +135,33 @@ def test_a_checkpoint_of_eight_devices_is_restored_by_one(tmp_path):
     assert iterator == {"count": 4}
 
 
+@pytest.mark.parametrize("data, fsdp", [(8, 1), (2, 4)])
+def test_nothing_is_compiled_to_save_what_is_replicated(tmp_path, data, fsdp):
+    config, mesh = toy.CONFIG, mesh_lib.make(data=data, fsdp=fsdp)
+
+    def init(key):  # Of a size that no other test has saved.
+        return {"layer": {"kernel": jax.random.normal(key, (8 * data, 24)), "bias": jnp.ones(24)}}
+
+    state = jax.block_until_ready(step.init_state(init, config, mesh, jax.random.key(0)))
+    compiled = []
+
+    def listen(event, duration, **unused):
+        compiled.append(event)
+
+    with checkpoint.Checkpoints(tmp_path) as found:
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            found.save(1, state, {})
+            found.poll(60)
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+        assert not [event for event in compiled if "compile" in event]
+        restored, _ = found.restore(step.abstract_state(init, config, mesh))
+    for before, after in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
+        np.testing.assert_array_equal(before, after)
+        assert after.sharding.is_equivalent_to(before.sharding, before.ndim)
+
+
 def test_processes_at_different_places_in_the_data_are_not_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(
         checkpoint.consensus, "everyone", lambda *values: np.asarray([values, [0.0]])
