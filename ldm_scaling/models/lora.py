@@ -120,8 +120,8 @@ def _at(tree: Any, name: str) -> Any:
 
 
 def _unet_name(name: str, levels: int | None) -> str:
-    """diffusers' name of a U-Net's layer. Its one GEGLU layer is two here, `[in]` and `[gate]`,
-    which diffusers does not read. Another network's, of no levels, is ours."""
+    """diffusers' name of a U-Net's layer. Its one GEGLU layer is two here, `[in]` and `[gate]`, see
+    `_join_gates`. Another network's, of no levels, is ours."""
     if levels is None:
         return "denoiser." + name.replace("/", ".")
     name = re.sub(r"^up_(\d+)_", lambda m: f"up_blocks/{levels - 1 - int(m[1])}/", name)
@@ -157,6 +157,41 @@ def _text_name(name: str) -> str:
     return "text_encoder." + name.replace("/", ".")
 
 
+def _join_gates(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Adapters of GEGLU's two layers as one of diffusers' layer, exactly: of one A with the Bs one
+    below the other; of two of twice the rank, each B on its own part of A. Of one of the two there
+    is no layer there, and it keeps its name, which diffusers does not read."""
+    out = dict(tensors)
+    for name in tensors:
+        stem = name.removesuffix("[in].lora_A.weight")
+        parts = [f"{stem}[{half}].{end}.weight" for end in ("lora_A", "lora_B")
+                 for half in ("in", "gate")]
+        if stem == name or parts[1] not in tensors:
+            continue
+        a, a_gate, b, b_gate = (out.pop(part) for part in parts)
+        if not np.array_equal(a, a_gate):
+            a = np.concatenate([a, a_gate])
+            b, b_gate = (np.pad(b, [(0, 0), (0, b_gate.shape[1])]),
+                         np.pad(b_gate, [(0, 0), (b.shape[1], 0)]))
+        out[f"{stem}.lora_A.weight"], out[f"{stem}.lora_B.weight"] = a, np.concatenate([b, b_gate])
+    return out
+
+
+def _split_gates(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Adapters of diffusers' GEGLU layer as those of its two here, values first as in
+    `convert.split_gates`: both have its A, and each a half of its B."""
+    out = {}
+    for name, tensor in tensors.items():
+        stem, gated, end = name.partition("ff.net.0.proj.lora_")
+        if gated and end in ("A.weight", "B.weight"):
+            halves = [tensor] * 2 if end[0] == "A" else np.array_split(tensor, 2)
+            for half, part in zip(("in", "gate"), halves, strict=True):
+                out[f"{stem}ff.net.0.proj[{half}].lora_{end}"] = part
+        else:
+            out[name] = tensor
+    return out
+
+
 def tensors(
     adapters: dict[str, Any], levels: int | None, alpha: float | None = None
 ) -> dict[str, np.ndarray]:
@@ -181,7 +216,7 @@ def tensors(
             # Ours are (..., in, out), torch's (out, in, ...).
             value = np.moveaxis(value, (-1, -2), (0, 1))
             out[f"{called}.{_ENDS[end]}.weight"] = np.ascontiguousarray(value)
-    return out
+    return _join_gates(out)
 
 
 def save(
@@ -210,7 +245,7 @@ def _header(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _factor(header: dict[str, Any], called: str, rank: int, path: str | os.PathLike[str]) -> float:
     """What a layer's A B is multiplied by: alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv
     2312.03732); 1 where the header does not tell alpha."""
-    network, _, layer = called.partition(".")
+    network, _, layer = re.sub(r"\[(in|gate)\]$", "", called).partition(".")
     if header.get(f"{network}.use_dora"):
         raise UserError(
             f"{path} holds DoRA adapters of {network}, which scale each kernel's columns too: give "
@@ -240,7 +275,7 @@ def load(
       UserError: for a file that cannot be read, a layer that the networks do not have, half a pair,
         sizes that do not fit, adapters of another kind (DoRA), or the names of other programs.
     """
-    found, out = pretrained.read_safetensors(path), {}
+    found, out = _split_gates(pretrained.read_safetensors(path)), {}
     header = _header(path)
     for network, tree in params.items():
         flat, own = traverse_util.flatten_dict(tree, sep="/"), {}

@@ -171,7 +171,8 @@ def test_a_file_changes_diffusers_network_as_ours(tmp_path):
     model.save_pretrained(tmp_path)
     spec, params = convert.load_unet(tmp_path)
     assert spec == unet.UNetSpec(**{**SPEC.__dict__, "context_length": 77})
-    adapters = {"unet": moved(lora.init(params, 2, KEY, (*lora.NETWORK_TARGETS, "conv[12]$")))}
+    adapters = {"unet": moved(lora.init(
+        params, 2, KEY, (*lora.NETWORK_TARGETS, "conv[12]$", "/ff_(in|gate|out)$")))}
     lora.save(tmp_path / "lora.safetensors", adapters, 2, alpha=5.0)
     from safetensors.torch import load_file
 
@@ -217,6 +218,34 @@ def test_a_file_comes_back(tmp_path):
         lora.load(tmp_path / "a.safetensors", {"unet": unet.param_shapes(other)}, 2)
     with pytest.raises(UserError, match="tensors of no layer here"):
         lora.load(tmp_path / "a.safetensors", {"unet": {"x": params["conv_in"]}}, 2)
+
+
+def test_feed_forward_layers_as_diffusers_has_them(tmp_path):
+    """GEGLU's one layer there is two here: product and factor are the halves of its own, and what
+    is read is written again as it was."""
+    rng, shapes = np.random.default_rng(0), unet.param_shapes(SPEC)
+    file, block = tmp_path / "a.safetensors", "unet.down_blocks.0.attentions.0.transformer_blocks.0"
+    layer, wide = f"{block}.ff.net.0.proj", 64
+    tensors = {
+        f"{name}.lora_{end}.weight": rng.normal(size=size).astype(np.float32)
+        for name, high, low in ((layer, wide, 8), (f"{block}.ff.net.2", 8, wide // 2))
+        for end, size in (("A", (2, low)), ("B", (high, 2)))
+    }
+    header = '{"unet.lora_alpha": 2, "unet.alpha_pattern": {"ff.net.0.proj": 6}}'
+    for metadata, factor in ({}, 1), ({"lora_adapter_metadata": header}, 3):
+        safetensors.numpy.save_file(tensors, file, metadata)
+        found = lora.load(file, {"unet": shapes}, 2)
+        zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
+        merged = lora.merge(zeros, found["unet"])["down_0_attn_0"]["block"]
+        product = tensors[f"{layer}.lora_B.weight"] @ tensors[f"{layer}.lora_A.weight"]
+        halves = convert.split_gates({"ff.net.0.proj.weight": factor * product})
+        for half in ("in", "gate"):
+            np.testing.assert_allclose(
+                merged[f"ff_{half}"]["kernel"], halves[f"ff.net.0.proj[{half}].weight"].T,
+                rtol=1e-5, atol=1e-5,
+            )
+        if factor == 1:
+            jax.tree.map(np.testing.assert_array_equal, lora.tensors(found, 2), tensors)
 
 
 @pytest.mark.parametrize("config, factors", [
