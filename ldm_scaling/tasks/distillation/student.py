@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ldm_scaling.config import Diffusion, Distill, Sample
@@ -117,6 +118,23 @@ def networks(
     )
 
 
+def _filled(denoise: Denoise, shards: int) -> Denoise:
+    """A network on batches of any size: one that does not split is filled up, and the result cut,
+    so that its devices share it all the same."""
+
+    def run(params: Any, x_BHWC: jax.Array, t_B: jax.Array, cond: Any) -> jax.Array:
+        batch = x_BHWC.shape[0]
+        rows = np.arange(-(-batch // shards) * shards) % batch
+        if len(rows) == batch:
+            return denoise(params, x_BHWC, t_B, cond)
+        x_BHWC, t_B, cond = jax.tree.map(
+            lambda leaf: jnp.take(leaf, rows, axis=0), (x_BHWC, t_B, cond)
+        )
+        return denoise(params, x_BHWC, t_B, cond)[:batch]
+
+    return run
+
+
 def examples_fn(
     stage: Stage, spec: backbone.Spec, latent_scale: float, null_ctx_LD: np.ndarray
 ) -> tuple[common.Examples, Any]:
@@ -158,12 +176,14 @@ def make(
     """
     own, its = networks(stage, spec, teacher_spec, drawer.mesh)
     examples, uncond = examples_fn(stage, spec, frozen.latent_scale, frozen.null_ctx_LD)
-    loss = loss_fn(
-        stage, distill, diffusion, own, its, teacher_predicts, examples, uncond
-    )
-    shards = mesh_lib.shards(drawer.mesh)
-    count = max(shards, len(validation["index"]) // shards * shards)
-    rows = np.arange(count) % len(validation["index"])
+
+    def loss_of(*networks: Denoise) -> common.Loss:
+        return loss_fn(stage, distill, diffusion, *networks, teacher_predicts, examples, uncond)
+
+    shards, count = mesh_lib.shards(drawer.mesh), len(validation["index"])
+    loss, exact = loss_of(own, its), loss_of(_filled(own, shards), _filled(its, shards))
+    # Over any number of devices: those that fill up the last row are left out again below.
+    rows = np.arange(mesh_lib.rounded(count, drawer.mesh)) % count
     held_out = placing.put_batch(
         drawer.mesh, {n: a[rows] for n, a in validation.items() if n != "index"}
     )
@@ -171,8 +191,9 @@ def make(
 
     @jax.jit
     def validation_loss(params: Any, batch: Any, frozen: Any) -> Any:
+        batch = jax.tree.map(lambda leaf: leaf[:count], batch)
         # The average stands for itself in the target too.
-        return loss(params, batch, jax.random.key(0), Beside(frozen, params))[0]
+        return exact(params, batch, jax.random.key(0), Beside(frozen, params))[0]
 
     def validate(params: Any, step: int) -> dict[str, float]:
         return {"loss": float(validation_loss(params, held_out, beside))}

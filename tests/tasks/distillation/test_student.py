@@ -1,6 +1,7 @@
 """A student's run: its loss by stage, its start, and a teacher that stays what and where it is."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +74,27 @@ def teacher_on(mesh, spec=SPEC, seed=1):
         0.2 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)
     ])
     return placing.put(params, rules.shardings(params, mesh))
+
+
+def test_the_validation_loss_is_of_all_pictures_on_any_number_of_devices():
+    """11 pictures: of 8 devices they fill one row, and three places of the next."""
+    distill = distil("lcm")
+    (stage,) = distill.stages("v")
+    held = jax.device_get(batch(mesh_lib.make(devices=jax.devices()[:1]), 11))
+
+    def validated(devices):
+        mesh = mesh_lib.make(devices=jax.devices()[:devices])
+        spec, teacher_spec = specs(stage, None)
+        task = student.make(
+            "", stage, distill, DIFFUSION, spec, teacher_spec, "v",
+            lambda: teacher_on(mesh, teacher_spec),
+            types.SimpleNamespace(latent_scale=1.0, null_ctx_LD=NULL_LD),
+            types.SimpleNamespace(mesh=mesh, table=lambda *args: None), Sample(),
+            held | {"index": np.arange(11)},
+        )
+        return task.validate(teacher_on(mesh, spec, seed=2), 0)["loss"]
+
+    assert validated(8) == pytest.approx(validated(1), rel=1e-4)
 
 
 @pytest.mark.parametrize("method, place, calls", [
