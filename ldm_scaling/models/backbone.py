@@ -30,7 +30,8 @@ class Spec(Protocol):
       latent_shape: (H, W, C) of the latents that are denoised, at that size.
       downsampling: what sides of latents must be a multiple of.
       heads: attention heads of its layers, one number or several; none are ().
-      context_dim, context_length: width of the text tokens, and how many FLOPs are counted at.
+      context_dim, context_length: width of the text tokens, and how many FLOPs are counted at
+        where nothing else is said.
       guidance_dim: width of the embedding of a guidance rate that it is told, 0 for none.
     """
 
@@ -147,9 +148,12 @@ def param_shapes(spec: Spec) -> Any:
     return _kind(spec).param_shapes(spec)
 
 
-def example_inputs(spec: Spec, batch: int = 1) -> tuple[jax.Array, ...]:
-    """Zeros of the shapes that a forward pass takes: x_BHWC, t_B, ctx_BLD; w_B if there is one."""
-    return functional.example_inputs(spec, batch)
+def example_inputs(
+    spec: Spec, batch: int = 1, tokens: int | None = None
+) -> tuple[jax.Array, ...]:
+    """Zeros of the shapes that a forward pass takes: x_BHWC, t_B, ctx_BLD of so many tokens or the
+    spec's own; w_B if there is one."""
+    return functional.example_inputs(spec, batch, tokens)
 
 
 def denoise_fn(

@@ -37,25 +37,26 @@ def param_count(spec: backbone.Spec) -> int:
     return of(spec).params
 
 
-def gflops(spec: backbone.Spec) -> float:
+def gflops(spec: backbone.Spec, tokens: int | None = None) -> float:
     """1e9 FLOPs of one forward pass as XLA counts them, before any optimisation.
 
-    Batch 1, float32, at `spec.sample_size` and `spec.context_length`; a multiply-add is 2 FLOPs,
-    taps on a convolution's padding are left out, additions and products of single elements are
-    counted and exponentials are not; guidance does not double it. The paper's Table 1 counts so.
-    Attention is counted in its textbook form, so that a faster one does not change the cost. What
-    is done to weights in every call is counted too, though a batch shares it: EDM2's unit norms are
-    0.4% of edm2_xs and 6.8% of edm2_c14 to edm2_c44.
+    Batch 1, float32, at `spec.sample_size` and so many text tokens, `spec.context_length` if not
+    given; a multiply-add is 2 FLOPs, taps on a convolution's padding are left out, additions and
+    products of single elements are counted and exponentials are not; guidance does not double it.
+    The paper's Table 1 counts so. Attention is counted in its textbook form, so that a faster one
+    does not change the cost. What is done to weights in every call is counted too, though a batch
+    shares it: EDM2's unit norms are 0.4% of edm2_xs and 6.8% of edm2_c14 to edm2_c44.
     """
-    return of(spec).gflops
+    return of(spec, tokens).gflops
 
 
 @functools.cache
-def of(spec: backbone.Spec) -> Cost:
-    """Both figures: of the zoo's networks as `COUNTED` has them, of others counted now, in a second
-    or two, and kept for the life of the process. Raises as `count`."""
-    known = _counted().get(key(spec))
-    return count(spec) if known is None else Cost(known["params"], known["gflops"])
+def of(spec: backbone.Spec, tokens: int | None = None) -> Cost:
+    """Both figures, see `gflops`: of the zoo's networks as `COUNTED` has them, of others, and at
+    other numbers of text tokens, counted now, in a second or two, and kept for the life of the
+    process. Raises as `count`."""
+    known = _counted().get(key(spec)) if tokens in (None, spec.context_length) else None
+    return count(spec, tokens) if known is None else Cost(known["params"], known["gflops"])
 
 
 def key(spec: backbone.Spec) -> str:
@@ -68,14 +69,15 @@ def _counted() -> dict[str, dict[str, Any]]:
     return json.loads(COUNTED.read_text("utf-8")) if COUNTED.exists() else {}
 
 
-def count(spec: backbone.Spec) -> Cost:
-    """Both figures, counted.
+def count(spec: backbone.Spec, tokens: int | None = None) -> Cost:
+    """Both figures, counted; see `gflops`.
 
     Raises:
-      UserError: where JAX may not use the CPU: other platforms' plug-ins do not count.
+      UserError: for more text tokens than the network has places for, and where JAX may not use the
+        CPU: other platforms' plug-ins do not count.
     """
     params = backbone.param_shapes(spec)
-    inputs = jax.eval_shape(functools.partial(backbone.example_inputs, spec))
+    inputs = jax.eval_shape(functools.partial(backbone.example_inputs, spec, tokens=tokens))
     denoise = backbone.denoise_fn(spec, attention=attention.textbook)
 
     def forward(params, x_BHWC, t_B, ctx_BLD, *w_B):

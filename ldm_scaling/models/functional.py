@@ -17,12 +17,15 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.models import attention as attention_lib
 
 
-def example_inputs(spec: Any, batch: int = 1) -> tuple[jax.Array, ...]:
-    """Zeros of the shapes that a forward pass takes: x_BHWC, t_B, ctx_BLD; w_B if there is one."""
+def example_inputs(
+    spec: Any, batch: int = 1, tokens: int | None = None
+) -> tuple[jax.Array, ...]:
+    """Zeros of the shapes that a forward pass takes: x_BHWC, t_B, ctx_BLD of so many tokens or the
+    spec's own; w_B if there is one."""
     return (
         jnp.zeros((batch, spec.sample_size, spec.sample_size, spec.in_channels)),
         jnp.zeros((batch,)),
-        jnp.zeros((batch, spec.context_length, spec.context_dim)),
+        jnp.zeros((batch, tokens or spec.context_length, spec.context_dim)),
         *([jnp.zeros((batch,))] if spec.guidance_dim else []),
     )
 

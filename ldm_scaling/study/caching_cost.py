@@ -254,8 +254,9 @@ def text_gflops(spec: TextSpec, length: int) -> float:
 
 
 @functools.cache
-def train_gflops(spec: backbone.Spec) -> float:
-    """1e9 FLOPs of the loss and its gradient for one example, without the optimiser."""
+def train_gflops(spec: backbone.Spec, tokens: int | None = None) -> float:
+    """1e9 FLOPs of the loss and its gradient for one example, without the optimiser; of so many
+    text tokens, the spec's own if not given."""
     denoise = backbone.denoise_fn(spec, attention=attention.textbook)
     schedule = schedule_lib.get("sd")
 
@@ -266,7 +267,8 @@ def train_gflops(spec: backbone.Spec) -> float:
         )
 
     params = backbone.param_shapes(spec)
-    x_BHWC, _, ctx_BLD = jax.eval_shape(functools.partial(backbone.example_inputs, spec))
+    x_BHWC, _, ctx_BLD = jax.eval_shape(
+        functools.partial(backbone.example_inputs, spec, tokens=tokens))
     key = jax.eval_shape(lambda: jax.random.key(0))
     return _gflops(jax.value_and_grad(loss), params, x_BHWC, ctx_BLD, key)
 

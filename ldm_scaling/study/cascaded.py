@@ -275,7 +275,7 @@ class Cascaded:
         c, study = self.config, self.materials.study
         name = solvers.canonical(c.first_sampler)
         spacing = solvers.spacing_of(name, c.first_spacing)
-        gflops = cost.of(self.base_spec(base)).gflops
+        gflops = self.materials.cost(self.base_spec(base)).gflops
         table = solvers.make(
             name, schedule_lib.get(study.diffusion.schedule), steps, study.diffusion.prediction,
             spacing,
@@ -287,7 +287,8 @@ class Cascaded:
 
     @functools.cached_property
     def _reference_cost(self) -> float:
-        return cost.of(self.materials.spec(self.materials.study.reference)).gflops
+        m = self.materials
+        return m.cost(m.spec(m.study.reference)).gflops
 
     def subject(self, base: str, member: str, steps: int) -> Subject:
         """A cascade whose first stage takes so many steps, as it is measured."""
@@ -308,10 +309,11 @@ class Cascaded:
         """What one of these is measured with."""
         m, base, member = self.materials, subject.first.model, subject.member
         spec = self.upper_spec(member)
-        both = cost.of(spec).params + cost.of(self.base_spec(base)).params
+        own = m.cost(spec)
+        both = own.params + m.cost(self.base_spec(base)).params
         return sweep.Bench(
             spec=spec, drawer=self.drawer(base, member).after(subject.first.steps),
-            params=self.params(base, member), cost=dataclasses.replace(cost.of(spec), params=both),
+            params=self.params(base, member), cost=dataclasses.replace(own, params=both),
             reference_cost=reference_cost, scorer=self.scorer, prompts=m.swept_prompts,
             directory=m.workdir / "records", strips=m.workdir / "strips",
         )

@@ -156,18 +156,20 @@ def around(study: Study | None, name: str) -> Around:
 
 def member_cost(name: str, reference: str, around: Around) -> MemberCost:
     """What is counted of a member, in a few seconds."""
-    spec = zoo.get(name).spec
-    own = cost.of(spec)
-    words = around.text
+    spec, length = zoo.get(name).spec, around.length
+    own = cost.of(spec, length)
+    words, by_hand = around.text, None
+    if isinstance(spec, UNetSpec):
+        by_hand = analytic.gflops(dataclasses.replace(spec, context_length=length))
     return MemberCost(
         name=name, base_channels=spec.base_channels, params=own.params, gflops=own.gflops,
-        analytic_gflops=analytic.gflops(spec) if isinstance(spec, UNetSpec) else None,
-        norm_cost=own.gflops / cost.gflops(zoo.get(reference).spec), reference=reference,
+        analytic_gflops=by_hand,
+        norm_cost=own.gflops / cost.gflops(zoo.get(reference).spec, length), reference=reference,
         decoder=around.decoder_name,
         decoder_gflops=caching_cost.decode_gflops(around.decoder, spec.latent_shape),
         text=around.text_name,
-        text_gflops=caching_cost.text_gflops(caching_cost.TEXTS[words], around.length)
-        if words else None,
+        text_gflops=caching_cost.text_gflops(caching_cost.TEXTS[words], length) if words else None,
+        tokens=None if length == spec.context_length else length,
     )
 
 
@@ -218,11 +220,12 @@ def measure(
         was = {m.reference for m in found.members if (m.name, m.around) == (name, beside.names)}
         for other in was - {reference}:
             say(f"{name}: its cost is counted in calls of {reference} now, it was in {other}'s")
-        found = found.plus(member_cost(name, reference, beside))
+        own = member_cost(name, reference, beside)
+        found = found.plus(own)
         cost_files.write(path, found)
         spec = zoo.get(name).spec
         groups = [
-            timing.network(name, spec, batches, device),
+            timing.network(own.timed, spec, beside.length, batches, device),
             timing.decoder(beside.decoder_name, beside.decoder, spec.latent_shape, batches),
         ]
         if beside.text:

@@ -29,7 +29,7 @@ class Timing:
 
     Attributes:
       part: see `costing.PARTS`.
-      name: the member, decoder or text encoder.
+      name: the member, see `MemberCost.timed`, decoder or text encoder.
       batch: pictures or captions of one call; a guided pair is one.
       key: hash of all that decides the program: the spec, the types, the versions.
       dtype: what it computes in.
@@ -93,6 +93,7 @@ class MemberCost:
       decoder, decoder_gflops: name of what makes pictures of its latents; FLOPs of one picture.
       text, text_gflops: name of what makes states of its captions, None where it is not known
         here; FLOPs of one caption.
+      tokens: of a caption; None where those are as many as the zoo counts the network at.
     """
 
     name: str
@@ -106,6 +107,12 @@ class MemberCost:
     decoder_gflops: float
     text: str | None
     text_gflops: float | None
+    tokens: int | None = None
+
+    @property
+    def timed(self) -> str:
+        """Name of its network's timings."""
+        return self.name if self.tokens is None else f"{self.name}-{self.tokens}"
 
     @property
     def around(self) -> Around:
@@ -143,7 +150,7 @@ class CostFile:
         for row in new:
             if not isinstance(row, MemberCost):
                 rows[row.place] = row
-        own = list(dict.fromkeys(name for name, _ in members))
+        own = list(dict.fromkeys(m.timed for m in members.values()))
         names = [*own, *sorted({name for _, name, _ in rows} - set(own))]
         order = sorted(rows, key=lambda p: (names.index(p[1]), PARTS.index(p[0]), p[2]))
         return dataclasses.replace(
@@ -179,7 +186,7 @@ class CostFile:
                     "the workdir as --records, or measure one of them "
                     "into a file of its own (ldm-scaling cost --to=FILE) and give --costs=FILE"
                 )
-            own = {"network": m.name, "guided": m.name, "decoder": m.decoder, "text": m.text}
+            own = {"network": m.timed, "guided": m.timed, "decoder": m.decoder, "text": m.text}
             seconds = {
                 (t.part, t.batch): t.seconds / t.batch for t in self.timings
                 if t.name == own[t.part]

@@ -263,7 +263,7 @@ class Distilled:
         spec = self.spec(subject.member, stage)
         return sweep.Bench(
             spec=spec, drawer=self.drawer(subject.member, stage.told),
-            params=self.params(subject.member, stage), cost=cost.of(spec),
+            params=self.params(subject.member, stage), cost=m.cost(spec),
             reference_cost=reference_cost, scorer=self.scorer, prompts=m.swept_prompts,
             directory=m.workdir / "records", strips=m.workdir / "strips",
         )

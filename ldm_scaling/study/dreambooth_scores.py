@@ -17,7 +17,6 @@ from ldm_scaling.data import image_folder
 from ldm_scaling.data.image_folder import ImageFolder
 from ldm_scaling.data.subjects import Subject
 from ldm_scaling.metrics import agreement, bootstrap, similarity
-from ldm_scaling.models import cost
 from ldm_scaling.parallel import hosts
 from ldm_scaling.sampling import solvers
 from ldm_scaling.sampling.packing import Configuration
@@ -246,7 +245,7 @@ class Scores:
 
     def _record(self, member: str, means: dict[str, Values]) -> Record:
         m = self.taught.materials
-        spent, reference = (cost.of(m.spec(n)) for n in (member, m.study.reference))
+        spent, reference = (m.cost(m.spec(n)) for n in (member, m.study.reference))
         sure = {n: v for n, v in means.items() if len(v.replicates_R)}
         centred = {n: bootstrap.centre(v.value, v.replicates_R) for n, v in sure.items()}
         sample, drawer = self.taught.config.sample, self.taught.drawer(member)

@@ -397,12 +397,12 @@ class FineTuned:
 
     def bench(self, subject: Subject, reference_cost: cost.Cost) -> sweep.Bench:
         """What one of these is measured with."""
-        spec, workdir = self.spec(subject.member), self.materials.workdir
+        m, spec = self.materials, self.spec(subject.member)
         return sweep.Bench(
             spec=spec, drawer=self.drawer(subject.member),
-            params=self.params(subject.member, subject.train_step), cost=cost.of(spec),
+            params=self.params(subject.member, subject.train_step), cost=m.cost(spec),
             reference_cost=reference_cost, scorer=self.scorer, prompts=self.prompts,
-            directory=workdir / "records", strips=workdir / "strips",
+            directory=m.workdir / "records", strips=m.workdir / "strips",
         )
 
     # Looking.

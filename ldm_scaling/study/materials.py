@@ -22,7 +22,7 @@ from ldm_scaling.data.loading.source import Source
 from ldm_scaling.errors import UserError
 from ldm_scaling.metrics import agreement, moments
 from ldm_scaling.metrics.frechet import ReferenceStats
-from ldm_scaling.models import backbone, efficientnet, pretrained, text_encoder
+from ldm_scaling.models import backbone, cost, efficientnet, pretrained, text_encoder
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.parallel import processes
 from ldm_scaling.study import (
@@ -281,6 +281,10 @@ class Materials:
             )
         fitting.tokens(spec, f"member {member}", self.study.data.text_length)
         return spec
+
+    def cost(self, spec: backbone.Spec) -> cost.Cost:
+        """Of a network, a member's or one made of it, on captions as long as it is given here."""
+        return cost.of(spec, self.networks.tokens)
 
     @functools.cache  # noqa: B019
     def drawer(self, member: str) -> Drawer:

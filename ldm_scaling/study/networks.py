@@ -30,6 +30,7 @@ class Networks:
 
     Attributes:
       spec: name of a member, or of another of the zoo -> the network.
+      tokens: of a caption's states, which networks are given.
       params: member -> its parameters.
       autoencoder: -> what makes latents of pictures. Raises `UserError` where it is not trained, or
         nothing is trained in its latents here.
@@ -45,6 +46,7 @@ class Networks:
     """
 
     spec: Callable[[str], backbone.Spec]
+    tokens: int
     params: Callable[[str], Any]
     autoencoder: Callable[[], LatentEncoder]
     decoder_spec: autoencoder.AutoencoderSpec | TinyDecoderSpec
@@ -143,6 +145,7 @@ def trained(materials: Materials) -> Networks:
 
     return Networks(
         spec=lambda member: zoo.get(member).spec,
+        tokens=study.data.text_length,
         params=params,
         autoencoder=latent_encoder,
         decoder_spec=spec,

@@ -297,7 +297,7 @@ def _of_kind(
     """What is said of training or sampling alone."""
     if part.kind == "train":
         spec = plan_parts.spec_of(study, member)
-        one = caching_cost.train_gflops(spec) * 1e9
+        one = caching_cost.train_gflops(spec, study.data.text_length) * 1e9
         analytic = one * part.examples / devices
         steps = study.train.steps - study.start.passed
         days = steps * seconds / 86400
@@ -319,7 +319,8 @@ def _of_kind(
     if part.kind.startswith(plan_parts.DISTILL):
         distill, stage = plan_parts.stage_of(study, part.kind)
         specs = plan_parts.distilled_specs(study, member, part.kind)
-        analytic = student.flops_per_example(stage, distill, *specs) * part.examples / devices
+        one = student.flops_per_example(stage, distill, *specs, study.data.text_length)
+        analytic = one * part.examples / devices
         days = study.train.steps * seconds / 86400
         return {
             "stage": stage.name, "steps": study.train.steps, "days_bound": days,
@@ -327,7 +328,8 @@ def _of_kind(
             "analytic_flops": analytic, "flops_over_analytic": work.flops / analytic,
         }
     if part.kind == plan_parts.FINETUNE:
-        network = caching_cost.train_gflops(plan_parts.spec_of(study, member))
+        network = caching_cost.train_gflops(
+            plan_parts.spec_of(study, member), study.data.text_length)
         autoencoder = plan_parts.autoencoder_of(study)
         # Of the picture, and of what is given of it.
         encoder = 2 * caching_cost.image_gflops(autoencoder, study.data.side)
@@ -341,7 +343,8 @@ def _of_kind(
         }
     if part.kind == "sample":
         spec = plan_parts.spec_of(study, member)
-        analytic = cost.gflops(spec) * 1e9 * 2 * part.examples / part.mesh.size
+        one = cost.gflops(spec, study.data.text_length) * 1e9
+        analytic = one * 2 * part.examples / part.mesh.size
         rate = part.examples * part.copies / seconds
         return {
             "analytic_flops": analytic, "flops_over_analytic": work.flops / analytic,

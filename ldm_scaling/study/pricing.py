@@ -156,7 +156,9 @@ def _check_networks(records: Iterable[Record], prices: Mapping[str, Price]) -> N
         if price is not None and abs(r.gflops / price.gflops - 1) > 0.01:
             raise UserError(
                 f"{r.identity.model} takes {r.gflops:.4g} GFLOPs a call in the records and "
-                f"{price.gflops:.4g} in the measured seconds: they are of different networks"
+                f"{price.gflops:.4g} in the measured seconds: they are of different networks, or "
+                "of captions of other lengths: measure them by  ldm-scaling cost  with the study's "
+                "--config"
             )
 
 

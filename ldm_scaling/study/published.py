@@ -104,6 +104,7 @@ def networks(study: Study, workdir: Workdir, mesh: Mesh) -> Networks:
         here = "Only its distillation was done here"
     return Networks(
         spec=lambda member: folder.unet_spec if member == name else zoo.get(member).spec,
+        tokens=folder.unet_spec.context_length,
         params=lambda member: place(folder.unet_params()),
         autoencoder=autoencoder,
         decoder_spec=folder.decoder_spec,

@@ -16,7 +16,7 @@ from ldm_scaling.data.composed import openmoji
 from ldm_scaling.data.conditions import pixels
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import autoencoder, backbone, cost, lpips
+from ldm_scaling.models import autoencoder, backbone, lpips
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.parallel import processes
 from ldm_scaling.sampling import solvers
@@ -271,7 +271,7 @@ def run_sweep(materials: Materials) -> None:
     """Every record that is missing. Several processes share out each member's configurations, and
     measure them each on its own devices."""
     study, own = materials.study, materials.own
-    reference_cost = cost.of(own.spec(study.reference))
+    reference_cost = own.cost(own.spec(study.reference))
     if not study.finetune.pretrained:  # Those are measured where they were trained.
         _prepare_together(materials)
         own.require_trained()
@@ -285,7 +285,7 @@ def run_sweep(materials: Materials) -> None:
             m = subject.member
             return sweep.Bench(
                 spec=own.spec(m), drawer=own.drawer(m), params=early.params(own, subject),
-                cost=cost.of(own.spec(m)), reference_cost=reference_cost, scorer=own.scorer,
+                cost=own.cost(own.spec(m)), reference_cost=reference_cost, scorer=own.scorer,
                 prompts=own.swept_prompts, directory=own.workdir / "records",
                 strips=own.workdir / "strips", seconds=seconds[m],
             )
@@ -311,7 +311,7 @@ def _measure(
     def outstanding() -> list[Any]:
         short, total, before = [], 0.0, 0.0
         for number, subject in enumerate(subjects):
-            size = cost.of(own.spec(subject.member))
+            size = own.cost(own.spec(subject.member))
             done = [r.identity for r in subject_lib.existing(subject, reference_hash, directory)]
             planned = subject_lib.planned(subject)
             total += sum(subject_lib.work(subject, size, i) for i in planned)

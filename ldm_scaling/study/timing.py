@@ -93,9 +93,11 @@ def _floats(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def network(name: str, spec: backbone.Spec, batches: Sequence[int], device: jax.Device) -> Group:
-    """A call of a member's network and a guided pair of calls, as sampling runs them: with
-    parameters that were converted before the first."""
+def network(
+    name: str, spec: backbone.Spec, tokens: int, batches: Sequence[int], device: jax.Device
+) -> Group:
+    """A call of a member's network and a guided pair of calls, as sampling runs them: on captions
+    of so many tokens, with parameters that were converted before the first."""
     mesh = mesh_lib.make(devices=[device])
     denoise = drawing.denoiser(spec, mesh)
     own = backbone.param_shapes(spec)
@@ -110,7 +112,7 @@ def network(name: str, spec: backbone.Spec, batches: Sequence[int], device: jax.
         both = guidance.with_unconditional({"context": ctx_BLD}, {"context": null_1LD})
         return guidance.guided(denoise, params, x_BHWC, t_B, both, w_B)
 
-    text = (spec.context_length, spec.context_dim)
+    text = (tokens, spec.context_dim)
     programs = []
     for b in batches:
         inputs = (_floats(b, *spec.latent_shape), _floats(b), _floats(b, *text))

@@ -138,7 +138,7 @@ def make(
 
     def flops_per_example() -> float:
         # Backward takes two products for each one forward; the frozen encoder is left out.
-        return 3e9 * cost.of(spec).gflops
+        return 3e9 * cost.gflops(spec, len(frozen.null_ctx_LD))
 
     return Task(
         name, backbone.initializer(spec), make_batch, loss, validate, show,

@@ -165,7 +165,7 @@ def make(
 
     def flops_per_example() -> float:
         # Backward takes two products for each one forward.
-        return 3e9 * cost.of(spec).gflops
+        return 3e9 * cost.gflops(spec, len(frozen.null_ctx_LD))
 
     return Task(
         name, drawn if transferred else init, make_batch, loss, validate,

@@ -148,6 +148,17 @@ def test_norm_costs():
     assert costs["c24"] == pytest.approx(flops["c24"] / flops["c16"])
 
 
+def test_costs_of_captions_of_any_length():
+    """Those of the network's own length are the kept ones; U-ViT has parameters for each place."""
+    spec = zoo.get("uvit_w32").spec
+    whole, half = cost.of(spec, spec.context_length), cost.of(spec, 9)
+    assert whole == cost.of(spec) and half.params == whole.params
+    # 1 + 18 + 16 tokens or 1 + 9 + 16 of 64 / 2^2.
+    assert 26 / 35 - 0.1 < half.gflops / whole.gflops < 26 / 35 + 0.02
+    with pytest.raises(UserError, match="knows no place for 19 text tokens"):
+        cost.of(spec, 19)
+
+
 def test_unknown_names():
     with pytest.raises(UserError, match="did you mean .*866m"):
         zoo.get("867m")

@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 
 from ldm_scaling import cli
+from ldm_scaling.config import Data, Study
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import attention, autoencoder, cost, narrowing, zoo
+from ldm_scaling.models import analytic, attention, autoencoder, cost, narrowing, zoo
 from ldm_scaling.parallel import hosts
 from ldm_scaling.study import caching_cost, cost_cli, cost_files, timing
 from ldm_scaling.study.cost_files import CostFile, MemberCost, Skipped, Timing
+from ldm_scaling.study.materials import Materials
 from ldm_scaling.study.timing import Group, Program
+from ldm_scaling.study.workdir import Workdir
 
 DEVICE = jax.devices()[0]
 FLOATS = jax.ShapeDtypeStruct((4, 4), jnp.float32)
@@ -112,10 +115,10 @@ def test_a_device_that_runs_out_is_no_crash(monkeypatch):
 def test_a_network_is_timed_with_its_parameters_as_sampling_has_them(monkeypatch):
     """On an accelerator: in the types that it uses them in, the others beside them in memory."""
     spec = zoo.get("c8").spec
-    here = timing.network("c8", spec, (1,), DEVICE)
+    here = timing.network("c8", spec, 18, (1,), DEVICE)
     assert here.beside == 0 and not here.programs[0].narrowed
     monkeypatch.setattr(hosts, "compute_dtype", lambda name, platform: jnp.dtype("bfloat16"))
-    there = timing.network("c8", spec, (1,), DEVICE)
+    there = timing.network("c8", spec, 18, (1,), DEVICE)
     assert jax.tree.map(lambda leaf: leaf.dtype, there.params) == narrowing.types(
         spec, jnp.dtype("bfloat16"))
     whole = sum(4 * leaf.size for leaf in jax.tree.leaves(there.params))
@@ -329,6 +332,30 @@ def test_a_second_study_leaves_the_firsts_figures(capsys, tmp_path, fast):
     # Of one and the same the last counts, and it is said.
     _, _, err = run(capsys, *flags, "--config.reference=c8")
     assert "c16: its cost is counted in calls of c8 now, it was in c16's" in err
+
+
+def test_costs_are_of_captions_as_long_as_the_studys(capsys, tmp_path, fast):
+    """Counted, timed and recorded; a file keeps those of another study's captions apart."""
+    path, longer = tmp_path / "here.json", "--config.data.text_length=77"
+    flags = ["--config=configs/demo.py:tiny", "--batch=1", f"--to={path}"]
+    run(capsys, *flags)
+    fast.clear()
+    run(capsys, *flags, longer)
+    assert [f[1] for f in fast if f[0] == "network"] == ["c8-77", "c16-77"]
+    found = cost_files.read(path)
+    for short, long in zip(found.members[:2], found.members[2:], strict=True):
+        spec = dataclasses.replace(zoo.get(short.name).spec, context_length=77)
+        assert short.gflops == cost.gflops(zoo.get(short.name).spec)
+        assert long.gflops == cost.count(spec).gflops > short.gflops
+        assert long.analytic_gflops == analytic.gflops(spec) > short.analytic_gflops
+        (price,) = found.prices({long.name: [long.around]}).values()
+        assert price.gflops == long.gflops and ("guided", 1) in price.seconds
+    assert [m.norm_cost for m in found.members[1::2]] == [1, 1]
+    # And so records have it.
+    study = Study(members=("c8", "c16"), reference="c16", data=Data(text_length=77))
+    materials = Materials(study, Workdir(tmp_path / "run"))
+    for m in found.members[2:]:
+        assert materials.cost(zoo.get(m.name).spec) == cost.Cost(m.params, m.gflops)
 
 
 @pytest.mark.parametrize("arguments, parts", [

@@ -10,7 +10,7 @@ import pytest
 
 from ldm_scaling.config import Autoencoder, Diffusion, Sample, Study, Train
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import attention, autoencoder, edm2, unet
+from ldm_scaling.models import attention, autoencoder, cost, edm2, unet
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling.packing import Configuration
 from ldm_scaling.tasks import autoencoder as autoencoder_task
@@ -224,3 +224,16 @@ def test_seconds_of_a_row_and_of_a_decoded_picture_are_measured():
     trial = Configuration(drawer.table("ddim", 2, "leading"), 2.0, [1])
     row, decode = drawer.seconds(params, trial, np.zeros((2, 3, 16)), jax.random.key(0))
     assert 0 < row < 10 and 0 < decode < 10
+
+
+def test_training_is_counted_on_captions_as_long_as_they_are():
+    null_LD = np.zeros((7, 16), np.float32)
+    task = text_to_image.make(
+        "", SPEC, Train(), Diffusion(), Sample(),
+        types.SimpleNamespace(latent_scale=1.0, null_ctx_LD=null_LD),
+        types.SimpleNamespace(mesh=mesh_lib.make(), table=lambda *args: None),
+        {"mean": np.zeros((8, 4, 4, 4), np.float32), "context": np.zeros((8, 7, 16), np.float32),
+         "index": np.arange(8)},
+    )
+    one = cost.gflops(dataclasses.replace(SPEC, context_length=7))
+    assert task.flops_per_example() == 3e9 * one > 3e9 * cost.gflops(SPEC)

@@ -145,14 +145,14 @@ def examples_fn(
 
 
 def flops_per_example(
-    stage: Stage, distill: Distill, spec: backbone.Spec, teacher_spec: backbone.Spec
+    stage: Stage, distill: Distill, spec: backbone.Spec, teacher_spec: backbone.Spec, tokens: int
 ) -> float:
-    """FLOPs of training: of the student forward and backward (three times a call's), of its
-    average, and of the teacher."""
+    """FLOPs of training on captions of so many tokens: of the student forward and backward (three
+    times a call's), of its average, and of the teacher."""
     calls = {"imitation": (0, 2 if stage.told else 1), "halving": (0, 2), "lcm": (1, 2),
              "codi": (1, 1) if has_teacher(stage, distill) else (2, 0)}
     average, teacher = calls[stage.kind]
-    own, its = cost.of(spec).gflops, cost.of(teacher_spec).gflops
+    own, its = cost.gflops(spec, tokens), cost.gflops(teacher_spec, tokens)
     return 1e9 * ((3 + average) * own + teacher * its)
 
 
@@ -210,6 +210,7 @@ def make(
     return Task(
         name, backbone.initializer(spec), text_to_image.make_batch, loss, validate,
         text_to_image.show_fn(drawer, sample, validation),
-        lambda: flops_per_example(stage, distill, spec, teacher_spec), start, beside,
+        lambda: flops_per_example(
+            stage, distill, spec, teacher_spec, len(frozen.null_ctx_LD)), start, beside,
         common.diverges, backbone.rates(spec), backbone.project(spec), ("loss",),
     )

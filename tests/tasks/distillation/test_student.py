@@ -126,7 +126,7 @@ def test_operations_are_counted_as_the_loss_calls_its_networks(method, place, ca
     mesh = toy.one_device()
     loss(params, batch(mesh), jax.random.key(0), common.Beside(params, params))
     assert (count["student"] + 2, count["teacher"]) == calls
-    flops = student.flops_per_example(stage, distill, spec, spec)
+    flops = student.flops_per_example(stage, distill, spec, spec, 3)
     assert flops == pytest.approx(1e9 * sum(calls) * student.cost.of(spec).gflops)
 
 
