@@ -15,11 +15,14 @@ Array = TypeVar("Array")
 
 
 def check(prediction: str, schedule: Schedule | None = None) -> None:
-    """Raises `UserError` for an unknown prediction, or one that `schedule` rules out."""
+    """Raises `UserError` for an unknown prediction, or one that `schedule` rules out; and for a
+    schedule that is none, such as its name."""
     if prediction not in PREDICTIONS:
         raise UserError(
             f"unknown prediction {prediction!r}: choose one of {', '.join(PREDICTIONS)}"
         )
+    if schedule is not None and not isinstance(schedule, Schedule):
+        raise UserError(f"{schedule!r} is no noise schedule: schedule.get(name) makes one")
     if prediction == "epsilon" and schedule is not None and schedule.zero_terminal_snr:
         raise UserError(_NO_SIGNAL.format(where=f"schedule {schedule.name!r}, last timestep"))
 

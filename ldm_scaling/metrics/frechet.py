@@ -116,6 +116,15 @@ def _distance(delta_D: np.ndarray, trace_a: float, trace_b: float, overlap: floa
     return max(0.0, float(delta_D @ delta_D + trace_a + trace_b - 2.0 * overlap))
 
 
+def _require(kind: type, given: object, made: str) -> None:
+    """Raises `UserError` unless a side is of a type, naming what makes it."""
+    if not isinstance(given, kind):
+        raise UserError(
+            f"a side of this Fréchet distance is a {kind.__name__}, not a {type(given).__name__}: "
+            f"{made} makes one"
+        )
+
+
 def check_widths(a: int, b: int) -> None:
     """Raises `UserError` unless two feature widths are equal."""
     if a != b:
@@ -173,8 +182,10 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     use). Symmetric; 0 for equal moments; negative rounding is clipped to 0.
 
     Raises:
-      UserError: when a side has fewer than 2 images or the widths differ.
+      UserError: when a side has fewer than 2 images, is no `Moments`, or the widths differ.
     """
+    for side in (a, b):
+        _require(Moments, side, "moments.Moments.of(features)")
     check_widths(a.d, b.d)
     # The side with fewer images first: its rank is the smaller one, and the product's.
     few, many = sorted((a, b), key=lambda moments: moments.n)
@@ -215,8 +226,10 @@ def frechet_from_features(features_ND: np.ndarray, reference: ReferenceStats) ->
     R R^T = C2, the singular values are those of X R / sqrt(N - 1), of rank N - 1 at most.
 
     Raises:
-      UserError: when there are fewer than 2 images, the widths differ or a value is not finite.
+      UserError: when there are fewer than 2 images, the widths differ, a value is not finite or
+        the reference is no `ReferenceStats`.
     """
+    _require(ReferenceStats, reference, "frechet.ReferenceStats(moments, extractor)")
     features_ND = arrays.rows(features_ND, "features")
     n, d = features_ND.shape
     check_widths(d, reference.moments.d)

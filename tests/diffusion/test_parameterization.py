@@ -41,5 +41,7 @@ def test_v_and_x0_work_at_pure_noise_and_epsilon_is_refused():
 def test_user_errors():
     with pytest.raises(UserError, match="choose one of epsilon, v, x0, flow"):
         parameterization.target("noise", 1.0, 1.0, 1.0, 0.0)
+    with pytest.raises(UserError, match=r"'linear' is no noise schedule: schedule.get\(name\)"):
+        parameterization.check("epsilon", "linear")
     with pytest.raises(UserError, match="sigma = 0"):
         parameterization.eps_coefficients("x0", [1.0], [0.0])

@@ -205,6 +205,13 @@ def test_mistakes_say_what_is_wrong():
         frechet_distance(Moments.zero(4), reference.moments)
     with pytest.raises(UserError, match="not finite"):
         frechet_from_features(np.full((9, 5), np.nan), reference)
+    features_ND = np.zeros((9, 5))
+    for sides in ((features_ND, reference.moments), (reference.moments, features_ND)):
+        with pytest.raises(UserError, match=r"a Moments, not a ndarray: moments.Moments.of\("):
+            frechet_distance(*sides)
+    for moments in (features_ND, reference.moments):
+        with pytest.raises(UserError, match=r"a ReferenceStats, not .*ReferenceStats\(moments, "):
+            frechet_from_features(features_ND, moments)
 
 
 def test_the_references_hash_tells_networks_and_values_apart():
