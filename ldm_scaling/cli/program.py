@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.metadata
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
-from ldm_scaling import machine
+from ldm_scaling import __version__, machine
 from ldm_scaling.cli import flags
 from ldm_scaling.cli.commands import COMMANDS, OWN
 from ldm_scaling.cli.flags import first_line
@@ -51,6 +52,10 @@ def _run(command: str, arguments: list[str]) -> None:
     values = flags.values_of(command, arguments)
     if rest and not values.runner:
         raise UserError("what follows  --  are options of Apache Beam: give --runner=NAME too")
+    if values.runner:  # First: its extra holds what collections need too.
+        from ldm_scaling.data.preparing import beam
+
+        beam.require()
     if command == "zoo":
         from ldm_scaling.models import zoo_table
 
@@ -112,8 +117,13 @@ def _in_workdir(command: str, arguments: list[str], rest: list[str], values: Any
         prepare_cli.to_folder(study, values.to, values.runner, rest, values.workers)
         return
     with processes.lead_first("check"):
-        trains = command in ("prepare", "train", "study")
-        materials = stages.check(study, workdir, measured=not values.dry_run, trains=trains)
+        prompted = command == "sample" and bool(values.prompt)
+        materials = stages.check(
+            study, workdir,
+            measured=command not in ("sample", "report") and not values.dry_run,
+            trains=command in ("prepare", "train", "study"),
+            pictures=command == "sample" and not prompted, text=prompted,
+        )
     if values.dry_run:
         print(prepare_cli.dry_run(materials, values.format))
         return
@@ -219,6 +229,9 @@ def _status(command: str, arguments: list[str]) -> tuple[int, str]:
     try:
         if command == "help":
             print(usage())
+            return 0, ""
+        if command == "--version":
+            print(f"ldm-scaling {__version__}, jax {importlib.metadata.version('jax')}")
             return 0, ""
         if command not in COMMANDS:
             import difflib

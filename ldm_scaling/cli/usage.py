@@ -45,7 +45,7 @@ def usage() -> str:
             *_table([("--config.KEY=VALUE", "changes a key of it, e.g. --config.train.steps=200")]),
             *flags["workdir"],
             *flags["distributed"],
-            *_table([("--help", "this text")]),
+            *_table([("--help", "this text"), ("--version", "the package's and that of jax")]),
             "",
             "prepare takes besides; with --to or --dry-run it needs no workdir:",
             "",

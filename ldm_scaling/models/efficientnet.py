@@ -215,8 +215,8 @@ class FeatureNetwork:
         return sha256_of([NAME, self.weights_hash, layer, self.side, RESIZER, MEAN, STD])
 
     def describe(self, layer: str) -> str:
-        """The features' name, for reports."""
-        return f"{NAME}, {layer} ({LAYERS[layer]} features), {self.side} px"
+        """See `describe`."""
+        return describe(layer, self.side)
 
     def features(self, images_BHWC: np.ndarray) -> dict[str, np.ndarray]:
         """uint8 pictures [B, H, W, 3] of any size to {"trunk": [B, 320], "head": [B, 1280]},
@@ -269,6 +269,11 @@ def _apply_fn(side: int, spread_: spread.Spread) -> Callable:
         return {layer: outputs[layer] for layer in LAYERS}
 
     return spread_.jit(apply)
+
+
+def describe(layer: str, side: int) -> str:
+    """The features' name, for reports."""
+    return f"{NAME}, {layer} ({LAYERS[layer]} features), {side} px"
 
 
 def load(

@@ -123,12 +123,7 @@ class Composed:
     @property
     def about(self) -> str:
         """See `Dataset`."""
-        spec = self.prepared.builder.spec
-        return (
-            f"OpenMoji pictograms composed into {spec.side} x {spec.side} pictures with captions "
-            f"that are true by construction: {spec.train:,} for training and "
-            f"{spec.validation:,} for validation, which share no concept."
-        )
+        return self.prepared.builder.spec.about
 
     def count(self, split: str) -> int:
         """See `Dataset`."""

@@ -31,6 +31,7 @@ from ldm_scaling.study import subject as subject_lib
 from ldm_scaling.study.baselines import Baselines
 from ldm_scaling.study.materials import (
     LAYER,
+    REFERENCE,
     SHOWN_EXAMPLES,
     VALIDATION_EXAMPLES,
     Materials,
@@ -318,7 +319,7 @@ class FineTuned:
         own, names = self._own_scorer(), self.config.sweep.metrics
         if not names:
             return own
-        folder = self.materials.workdir / "reference" / f"{self.config.task}{self._cut}"
+        folder = self.materials.workdir / REFERENCE / f"{self.config.task}{self._cut}"
         with processes.lead_first("published reference of restored pictures"):
             return WithPublished(own, published_scorer.load(names, folder, self._real))
 
@@ -345,7 +346,7 @@ class FineTuned:
             found = network.features(images)
             return found[LAYER], network.logits(found["head"])
 
-        path = m.workdir / "reference" / f"{self.config.task}{self._cut}_{extractor[:8]}.npz"
+        path = m.workdir / REFERENCE / f"{self.config.task}{self._cut}_{extractor[:8]}.npz"
         with processes.lead_first("reference of restored pictures"):
             if not path.exists():
                 found = np.concatenate([trunk_and_logits(some)[0] for some in self._real()])

@@ -45,7 +45,8 @@ log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation")
 LAYER = "trunk"
-SANITY = "reference/probe_sanity.json"
+REFERENCE = "reference"
+SANITY = f"{REFERENCE}/probe_sanity.json"
 LATENT_SCALE = "latent_scale.json"
 # A fixed part of the validation split: for losses along the way, and for pictures.
 VALIDATION_EXAMPLES = 512
@@ -91,6 +92,11 @@ class Materials:
             found = preparing.of(self.study.data, self.workdir / "data")
         self.study.check_counts(*(sum(d.count(split) for d in found) for split in SPLITS))
         return found
+
+    @functools.cached_property
+    def prepared(self) -> bool:
+        """Whether the pictures and captions are there, so that `datasets` makes none."""
+        return preparing.prepared(self.study.data, self.workdir / "data")
 
     def count(self, split: str) -> int:
         """Pictures of a split."""
@@ -327,7 +333,7 @@ class Materials:
             return self.own.published_metrics
         with processes.lead_first("published reference"):
             return published_scorer.load(
-                self.study.sweep.metrics, self.workdir / "reference",
+                self.study.sweep.metrics, self.workdir / REFERENCE,
                 lambda: batches(self.source("validation", "image"), "real pictures"),
             )
 
@@ -346,7 +352,7 @@ class Materials:
         def features(images):
             return network.features(images)[LAYER]
 
-        folder = self.workdir / "reference"
+        folder = self.workdir / REFERENCE
         reference_path, probe_path = folder / "validation.npz", folder / "probe.npz"
         with processes.lead_first("reference"):
             if not (reference_path.exists() and probe_path.exists()):
@@ -391,14 +397,19 @@ class Materials:
         states, parts = self.caches.first_states(split), _slices(len(index_N), 1024)
         return np.concatenate([states.batch(index_N[part])["embedding"] for part in parts])
 
-    @functools.cache  # noqa: B019
-    def prompts(self, block: int) -> Prompts:
-        """A seed block's captions."""
+    def captions(self, block: int) -> tuple[np.ndarray, tuple[str, ...]]:
+        """The validation pictures that a seed block takes, (N,), and a caption of each."""
         index = block_indices(
             block, self.study.sweep.num_images, self.count("validation"), self.study.data.seed
         )
+        found = self.source("validation", "caption").batch(index)["caption"]
+        return index, tuple(found.tolist())
+
+    @functools.cache  # noqa: B019
+    def prompts(self, block: int) -> Prompts:
+        """A seed block's captions, with what they are drawn and scored by."""
+        index, captions = self.captions(block)
         rows = self.caches.first_states("validation").batch(index)
-        captions = tuple(self.source("validation", "caption").batch(index)["caption"].tolist())
         own = self.networks.text_hash is None
         return Prompts(
             index_N=index.astype(np.int32),

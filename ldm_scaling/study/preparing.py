@@ -180,6 +180,20 @@ def prepare_into(
     return prepare.run(collection, folder, options, runner, pipeline_options)
 
 
+def composed_spec(data: Data) -> builder.ComposedSpec:
+    """The composed pictures of a config."""
+    return builder.ComposedSpec(
+        data.side, data.train_pictures, data.validation_pictures, data.seed
+    )
+
+
+def prepared(data: Data, root: epath.PathLike) -> bool:
+    """Whether all data sets of a config are there. Raises `UserError` for a damaged one."""
+    if data.composed:
+        return builder.is_prepared(root, composed_spec(data))
+    return all(_prepared(folder_of(data, source, root)) for source in data.sources)
+
+
 def of(data: Data, root: epath.PathLike) -> tuple[Dataset, ...]:
     """The data sets of a config, made below `root` if need be.
 
@@ -188,10 +202,7 @@ def of(data: Data, root: epath.PathLike) -> tuple[Dataset, ...]:
       MissingPackageError: for a package that a source needs.
     """
     if data.composed:
-        spec = builder.ComposedSpec(
-            data.side, data.train_pictures, data.validation_pictures, data.seed
-        )
-        return (Composed(builder.prepare(root, spec)),)
+        return (Composed(builder.prepare(root, composed_spec(data))),)
     most = {"train": data.train_pictures, "validation": data.validation_pictures}
     found = []
     for source in data.sources:

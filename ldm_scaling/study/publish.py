@@ -11,12 +11,14 @@ from collections.abc import Sequence
 
 from ldm_scaling import __version__
 from ldm_scaling.config import Cascade, Consistency, Distill, FineTune, Study, Sweep
-from ldm_scaling.models import zoo
+from ldm_scaling.data.composed import openmoji
+from ldm_scaling.models import efficientnet, zoo
 from ldm_scaling.sampling import solvers
 from ldm_scaling.study import (
     baselines,
     cascades,
     labels,
+    preparing,
     published_scorer,
     report,
     reported,
@@ -43,30 +45,67 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+@dataclasses.dataclass(frozen=True)
+class _Data:
+    """What a page says of a study's pictures; of collections that are not there any more nothing.
+
+    Attributes:
+      about, attribution: see `datasets.Dataset`.
+      train, validation: how many there are; 0 where that is not known.
+    """
+
+    about: Sequence[str] = ()
+    attribution: Sequence[str] = ()
+    train: int = 0
+    validation: int = 0
+
+    @classmethod
+    def of(cls, materials: Materials) -> _Data:
+        """From what is there; composed pictures are what the config says."""
+        data = materials.study.data
+        if materials.prepared:
+            return cls(
+                [d.about for d in materials.datasets],
+                [d.attribution for d in materials.datasets if d.attribution],
+                materials.count("train"), materials.count("validation"),
+            )
+        if data.composed:
+            spec = preparing.composed_spec(data)
+            return cls([spec.about], [openmoji.ATTRIBUTION], spec.train, spec.validation)
+        return cls()
+
+    @property
+    def reference(self) -> str:
+        """What is held against."""
+        return f"all {self.validation:,} validation pictures" if self.validation else (
+            "all validation pictures")
+
+
 def _context(
     materials: Materials, captions: Sequence[str], found: Sequence[Record]
 ) -> dict:
     study = materials.study
     sweep = study.sweep
-    probed = min(materials.count("train"), PROBE_PICTURES)
+    data = _Data.of(materials)
+    probed = f"{min(data.train, PROBE_PICTURES):,} " if data.train else ""
     finetune = study.finetune
     measures = {
         FRECHET: (
-            f"Features: {materials.feature_network.describe(LAYER)}, averaged over the picture. "
-            f"Reference: all {materials.count('validation'):,} validation pictures. With fewer "
-            "pictures than features the distance is biased upwards, by about the same for every "
-            "configuration: compare values, do not read them alone."
+            f"Features: {efficientnet.describe(LAYER, sweep.feature_side)}, averaged over the "
+            f"picture. Reference: {data.reference}. With fewer pictures than features the distance "
+            "is biased upwards, by about the same for every configuration: compare values, do not "
+            "read them alone."
         ),
     }
     beside = dict.fromkeys((*_sweep(materials, found).metrics, *finetune.sweep.metrics))
     for row in scores.rows(beside) if beside else ():
-        measures[row.name] = _beside(row, materials)
+        measures[row.name] = _beside(row, data)
     path = materials.workdir / SANITY
     if path.exists():
         sanity = json.loads(path.read_text())
         measures[AGREEMENT] = (
             "A ridge regression from the same network's features to MiniLM sentence embeddings, "
-            f"fitted on {probed:,} training pairs. Real validation pairs score "
+            f"fitted on {probed}training pairs. Real validation pairs score "
             f"{sanity['score']:.3f}, mismatched ones {sanity['mismatched']:.3f}; among "
             f"{sanity['pairs']:,} validation captions it ranks the right one first for "
             f"{100 * sanity['top1']:.1f}% of the pictures."
@@ -77,10 +116,7 @@ def _context(
         "metric": _sweep(materials, found).choose_by,
         "select_block": sweep.select_block,
         "report_blocks": sweep.report_blocks,
-        "dataset": [
-            *(dataset.about for dataset in materials.datasets),
-            *materials.networks.about,
-        ],
+        "dataset": [*data.about, *materials.networks.about],
         "captions": captions,
         "measures": measures,
         "protocol": [
@@ -89,7 +125,7 @@ def _context(
             *(_distilling(d, study.diffusion.prediction) for d in study.distillations),
             *([_cascading(study.cascade, study)] if study.cascade.base else []),
         ],
-        "attribution": [d.attribution for d in materials.datasets if d.attribution],
+        "attribution": [*data.attribution],
         "config": json.loads(json.dumps(dataclasses.asdict(study))),
         "versions": {"ldm_scaling": __version__} | {p: _version(p) for p in PACKAGES},
     }
@@ -104,17 +140,16 @@ def _sweep(materials: Materials, found: Sequence[Record]) -> Sweep:
     return materials.pretrained.study.sweep if of_text else study.finetune.sweep
 
 
-def _beside(row: scores.Row, materials: Materials) -> str:
+def _beside(row: scores.Row, data: _Data) -> str:
     """A sentence on a metric of a published network."""
     extractor = EXTRACTORS[row.extractor]
     said = f"{row.remark[0].upper()}{row.remark[1:]}. " if row.remark else ""
-    count = materials.count("validation")
-    some = min(count, published_scorer.MOST_REAL)
+    most = published_scorer.MOST_REAL
     against = {
-        "statistics": f" Reference: all {count:,} validation pictures.",
-        "features": " Reference: " + (
-            f"{some:,} of the validation pictures at random." if some < count else
-            f"all {count:,} validation pictures."
+        "statistics": f" Reference: {data.reference}.",
+        "features": f" Reference: {data.reference}." if 0 < data.validation <= most else (
+            f" Reference: {'' if data.validation else 'at most '}{most:,} of the validation "
+            "pictures at random."
         ),
     }.get(row.definition.against, "")
     resized = "Not resized." if extractor.resizer == "none" else f"Resized by {extractor.resizer}."
@@ -205,8 +240,8 @@ def write(materials: Materials, found: list[Record], others: Sequence[Record] = 
     report_blocks = reported.whole(found, metric, sweep.select_block, sweep.report_blocks)
     strips, captions = materials.workdir / "strips", ()
     here = not materials.study.finetune.pretrained
-    if here:
-        captions = materials.prompts(report_blocks[0]).captions[:STRIP]
+    if here and materials.prepared:
+        captions = materials.captions(report_blocks[0])[1][:STRIP]
     held = baselines.of_records(materials.workdir.path, [*found, *others])
     source = Source(
         [*found, *others], metric, sweep.select_block, report_blocks,

@@ -15,7 +15,7 @@ from ldm_scaling.config import Study
 from ldm_scaling.data.composed import openmoji
 from ldm_scaling.data.conditions import pixels
 from ldm_scaling.diffusion import schedule as schedule_lib
-from ldm_scaling.errors import UserError
+from ldm_scaling.errors import MissingPackageError, UserError
 from ldm_scaling.models import autoencoder, backbone, lpips
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.parallel import processes
@@ -42,9 +42,10 @@ from ldm_scaling.study import subject as subject_lib
 from ldm_scaling.study.cascaded import Cascaded
 from ldm_scaling.study.dreambooth import Taught
 from ldm_scaling.study.finetuned import PERCEPTUAL, FineTuned
-from ldm_scaling.study.materials import SPLITS, Materials
+from ldm_scaling.study.further import Further
+from ldm_scaling.study.materials import REFERENCE, SPLITS, Materials
 from ldm_scaling.study.progress import Progress
-from ldm_scaling.study.records import TEXT_TO_IMAGE, Record
+from ldm_scaling.study.records import TEXT_TO_IMAGE, Record, read_all
 from ldm_scaling.study.subject import Subject
 from ldm_scaling.study.workdir import Workdir
 from ldm_scaling.tasks import autoencoder as autoencoder_task
@@ -56,7 +57,8 @@ log = logging.getLogger(__name__)
 
 
 def check(
-    study: Study, workdir: Workdir, measured: bool = True, trains: bool = True
+    study: Study, workdir: Workdir, measured: bool = True, trains: bool = True,
+    pictures: bool = False, text: bool = False,
 ) -> Materials:
     """Finds a config's contradictions before anything is computed or written. The study of what is
     returned is the config with what its inputs decide, see `resolve.resolved`.
@@ -66,6 +68,8 @@ def check(
       workdir: where it will work.
       measured: whether the study's own data and the networks that score it are used.
       trains: whether its runs may begin or go on: what they have to split must do so here.
+      pictures: whether its pictures and their captions are used, where nothing is measured.
+      text: whether captions are encoded, where nothing is measured.
     Raises:
       UserError: naming what does not fit, or a package that is missing.
     """
@@ -130,14 +134,18 @@ def check(
         if study.finetune.pretrained and (materials.pretrained.workdir / "records").exists():
             if names := materials.pretrained.study.sweep.metrics:  # Its records are shown.
                 published_scorer.require(names)
+        _ = materials.own.feature_network
+        if study.finetune.task:
+            lpips.load(PERCEPTUAL)
+    if measured or pictures:
         if study.data.composed:
             openmoji.load()
         elif study.data.hash:  # Shards: their counts are known.
             _ = materials.datasets
-        _ = materials.own.text_encoder, materials.own.feature_network
         if study.finetune.task:
-            lpips.load(PERCEPTUAL)
             pixels.opencv()
+    if measured or pictures or (text and not (study.weights or study.data.text_weights)):
+        _ = materials.own.text_encoder
     return materials
 
 
@@ -373,14 +381,13 @@ def run_report(materials: Materials) -> str:
     writes them."""
     require_records(materials)
     own = materials.own
-    if not own.study.finetune.pretrained:
-        _prepare_together(materials)
 
     def write() -> str:
         found, others = _pretrained_records(own)
         others = others if found else []
         for further in further_lib.of(own):
-            others += _records(own, further.subjects(), further.scorer.hash)
+            subjects = further.subjects()
+            others += _records(own, subjects, _scored_by(own, subjects, further))
         if not (found or others):
             raise UserError(
                 f"no record in {own.workdir / 'records'} is of this config's sweep: run  "
@@ -403,7 +410,32 @@ def _pretrained_records(own: Materials) -> tuple[list[Record], list[Record]]:
     members = own.study.members  # The last command there may have been of some of them.
     ends = [subject_lib.of_member(there.study, m) for m in members]
     along = early.subjects(dataclasses.replace(there.study, members=members))
-    return tuple(_records(there, subjects, there.scorer.hash) for subjects in (ends, along))
+    scored_by = _scored_by(there, [*ends, *along], there)
+    return tuple(_records(there, subjects, scored_by) for subjects in (ends, along))
+
+
+def _scored_by(own: Materials, subjects: Sequence[Subject], whose: Materials | Further) -> str:
+    """Hash of what scored a workdir's records of these subjects: of `whose` scorer. The records say
+    it where the workdir was copied without its reference, or the scorer's packages are missing.
+
+    Raises:
+      UserError: where records of this config were scored in several ways then.
+    """
+    missing = None
+    if (own.workdir / REFERENCE).exists():
+        try:
+            return whose.scorer.hash
+        except MissingPackageError as e:
+            missing = e
+    named = {r.identity.reference_hash for r in read_all(own.workdir / "records")}
+    found = [name for name in sorted(named) if _records(own, subjects, name)]
+    if len(found) > 1:
+        raise missing or UserError(
+            f"the records in {own.workdir / 'records'} were scored in {len(found)} ways, and "
+            f"{own.workdir / REFERENCE}, which says which of them is this config's, is not there: "
+            "copy it too, or run  ldm-scaling sweep  first"
+        )
+    return found[0] if found else ""
 
 
 def _records(own: Materials, subjects: Sequence[Subject], reference_hash: str) -> list[Record]:

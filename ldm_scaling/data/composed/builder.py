@@ -59,6 +59,15 @@ class ComposedSpec:
         return {"train": self.train, "validation": self.validation}[split]
 
     @property
+    def about(self) -> str:
+        """What they are, in a sentence."""
+        return (
+            f"OpenMoji pictograms composed into {self.side} x {self.side} pictures with captions "
+            f"that are true by construction: {self.train:,} for training and "
+            f"{self.validation:,} for validation, which share no concept."
+        )
+
+    @property
     def name(self) -> str:
         """The folder's name: every field and the composer's version."""
         return (
@@ -147,6 +156,15 @@ class Prepared:
     builder: OpenmojiComposed
     path: epath.Path
     hash: str
+
+
+def is_prepared(data_dir: epath.PathLike, spec: ComposedSpec) -> bool:
+    """Whether the data set is there. Raises `UserError` where it is damaged."""
+    root = epath.Path(data_dir)
+    if not (root / OpenmojiComposed.name / spec.name).exists():
+        return False
+    with _quiet():
+        return _found(spec, root).is_prepared()
 
 
 def prepare(data_dir: epath.PathLike, spec: ComposedSpec) -> Prepared:

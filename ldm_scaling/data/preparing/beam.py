@@ -9,6 +9,7 @@ lie on a file system that all workers see under the same path.
 from __future__ import annotations
 
 import collections
+import importlib.util
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -42,16 +43,21 @@ class Drop(NamedTuple):
     keeper: tuple[int, int]
 
 
+def require() -> None:
+    """Raises `MissingPackageError` where Beam is not installed; it is not imported."""
+    if importlib.util.find_spec("apache_beam") is None:
+        raise MissingPackageError("apache-beam", "Beam's runners", extra="beam")
+
+
 def run(job: Preparation, runner: str, pipeline_options: Sequence[str] = ()) -> None:
     """Does all steps of `job` for all its parts.
 
     Raises `UserError` for an unknown runner, and what a step raises.
     """
-    try:
-        import apache_beam as beam
-        from apache_beam.options.pipeline_options import PipelineOptions
-    except ImportError as e:
-        raise MissingPackageError("apache-beam", "Beam's runners", extra="beam") from e
+    require()
+    import apache_beam as beam
+    from apache_beam.options.pipeline_options import PipelineOptions
+
     try:
         options = PipelineOptions([f"--runner={runner}", *pipeline_options])
         pipeline = beam.Pipeline(options=options)
