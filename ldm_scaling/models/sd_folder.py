@@ -151,7 +151,7 @@ def read(folder: str | os.PathLike[str]) -> StableDiffusion:
       UserError: naming what is missing and what to fetch, an option that is not supported, or parts
         that do not belong together.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     files(folder)
     index = folder / "model_index.json"
     pipeline = clip_checkpoint.read_json(index).get("_class_name") if index.is_file() else _PIPELINE

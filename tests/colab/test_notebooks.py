@@ -64,6 +64,12 @@ def test_records_of_no_text_are_counted_and_what_they_lack_is_said(tmp_path, cap
         exec(cells["cost-4"], here | {"TASK": "cascade"})
 
 
+def test_a_workdir_without_records_is_named(tmp_path):
+    cells = {cell.id: cell.source for cell in running.read("cost_quality").cells}
+    with pytest.raises(ValueError, match=f"no records in {tmp_path}/none/records: give WORKDIR"):
+        exec(cells["cost-4"], {"WORKDIR": f"{tmp_path}/none", "TASK": ""})
+
+
 def test_sliders_redraw_the_grid(tmp_path):
     notebook = running.read("sampling_sweeps")
     printed = running.run(notebook, tmp_path, """

@@ -64,6 +64,11 @@ def test_what_is_missing_is_named_with_where_to_get_it(sd, lost, says):
         assert part in str(e.value)
 
 
+def test_a_folder_at_home(sd, monkeypatch):
+    monkeypatch.setenv("HOME", str(sd.parent))
+    assert sd_folder.read(f"~/{sd.name}").folder == sd
+
+
 def change(file, **values):
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
