@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,8 +18,8 @@ from ldm_scaling.data.conditions import pixels
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import MissingPackageError, UserError
 from ldm_scaling.models import autoencoder, backbone, lpips
+from ldm_scaling.parallel import hosts, processes
 from ldm_scaling.parallel import mesh as mesh_lib
-from ldm_scaling.parallel import processes
 from ldm_scaling.sampling import solvers
 from ldm_scaling.study import (
     curves,
@@ -287,6 +288,7 @@ def run_sweep(materials: Materials) -> None:
         for block in blocks:
             own.prompts(block)  # While all processes are here.
         early.require_kept(own, own.scorer.hash)
+        _tell_other_costs(own)
         seconds: dict[str, dict] = {member: {} for member in study.members}
 
         def bench(subject: Subject) -> sweep.Bench:
@@ -307,6 +309,23 @@ def run_sweep(materials: Materials) -> None:
         )
         if isinstance(further, FineTuned):
             further.keep_baselines()
+
+
+def _tell_other_costs(own: Materials) -> None:
+    """Warns of records whose costs an earlier version counted: on captions as long as a network
+    takes them, whatever `data.text_length`."""
+    now = {member: own.cost(own.spec(member)).gflops for member in own.study.members}
+    for record in read_all(own.workdir / "records") if hosts.is_lead() else ():
+        model = record.identity.model
+        if record.task == TEXT_TO_IMAGE and model in now and not math.isclose(
+                record.gflops, now[model], rel_tol=1e-3):
+            log.warning(
+                "%s holds records that were counted otherwise, such as %s at %g GFLOPs a call, "
+                "which takes %g here: their costs do not compare with what is measured now. "
+                "Measure all in one way: with %s deleted, or in another --workdir",
+                own.workdir / "records", model, record.gflops, now[model],
+                own.workdir / "records")
+            return
 
 
 def _measure(

@@ -18,7 +18,7 @@ from ldm_scaling.models import zoo
 from ldm_scaling.models.cost import Cost
 from ldm_scaling.sampling import solvers
 from ldm_scaling.sampling.packing import Configuration, split
-from ldm_scaling.study import records, row_times, sweep
+from ldm_scaling.study import records, row_times, stages, sweep
 from ldm_scaling.study import subject as subject_lib
 from tests.study import fake_records
 
@@ -187,3 +187,21 @@ def test_of_processes_that_time_at_once_the_first_counts(tmp_path):
         return 2.0, 0.0
 
     assert row_times.kept(tmp_path, {"a": 1}, late) == (1.0, 0.0)
+
+
+def test_records_that_were_counted_otherwise_are_told(tmp_path, caplog):
+    """Once, and not those of networks that are measured as ever."""
+    made = [r for r in fake_records.make() if r.identity.model == "c8"]
+    for record in made:
+        records.write(tmp_path / "records", record)
+
+    def told(gflops):
+        caplog.clear()
+        stages._tell_other_costs(types.SimpleNamespace(
+            workdir=tmp_path, study=types.SimpleNamespace(members=("c8", "c16")),
+            spec=lambda member: member, cost=lambda spec: Cost(1, gflops)))
+        return [r.getMessage() for r in caplog.records]
+
+    assert not told(made[0].gflops * 1.0001)
+    (words,) = told(2 * made[0].gflops)
+    assert "such as c8" in words and "another --workdir" in words
