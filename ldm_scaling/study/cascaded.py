@@ -305,10 +305,14 @@ class Cascaded:
         """All that is measured."""
         return [self.subject(*pair, n) for pair in self.pairs for n in self.config.first_steps]
 
+    def network(self, subject: Subject) -> backbone.Spec:
+        """Of the second stage; `Subject.first` has the first one's cost."""
+        return self.upper_spec(subject.member)
+
     def bench(self, subject: Subject, reference_cost: cost.Cost) -> sweep.Bench:
         """What one of these is measured with."""
         m, base, member = self.materials, subject.first.model, subject.member
-        spec = self.upper_spec(member)
+        spec = self.network(subject)
         own = m.cost(spec)
         both = own.params + m.cost(self.base_spec(base)).params
         return sweep.Bench(

@@ -256,11 +256,16 @@ class Distilled:
             for member in self.materials.study.members for stage in self.measured
         ]
 
+    def _stage(self, subject: Subject) -> Stage:
+        return next(s for s in self.measured if s.trained == subject.train_step)
+
+    def network(self, subject: Subject) -> backbone.Spec:
+        """What draws what is measured."""
+        return self.spec(subject.member, self._stage(subject))
+
     def bench(self, subject: Subject, reference_cost: cost.Cost) -> sweep.Bench:
         """What one of these is measured with."""
-        m = self.materials
-        stage = next(s for s in self.measured if s.trained == subject.train_step)
-        spec = self.spec(subject.member, stage)
+        m, stage, spec = self.materials, self._stage(subject), self.network(subject)
         return sweep.Bench(
             spec=spec, drawer=self.drawer(subject.member, stage.told),
             params=self.params(subject.member, stage), cost=m.cost(spec),

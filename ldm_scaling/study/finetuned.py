@@ -396,9 +396,13 @@ class FineTuned:
         members = self.materials.study.members
         return [self.subject(m, steps) for m in members for steps in self.config.steps]
 
+    def network(self, subject: Subject) -> backbone.Spec:
+        """What draws what is measured."""
+        return self.spec(subject.member)
+
     def bench(self, subject: Subject, reference_cost: cost.Cost) -> sweep.Bench:
         """What one of these is measured with."""
-        m, spec = self.materials, self.spec(subject.member)
+        m, spec = self.materials, self.network(subject)
         return sweep.Bench(
             spec=spec, drawer=self.drawer(subject.member),
             params=self.params(subject.member, subject.train_step), cost=m.cost(spec),

@@ -158,7 +158,7 @@ def _check_networks(records: Iterable[Record], prices: Mapping[str, Price]) -> N
                 f"{r.identity.model} takes {r.gflops:.4g} GFLOPs a call in the records and "
                 f"{price.gflops:.4g} in the measured seconds: they are of different networks, or "
                 "of captions of other lengths: measure them by  ldm-scaling cost  with the study's "
-                "--config"
+                "--config; records of an earlier version are counted anew by  ldm-scaling sweep"
             )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from etils import epath
 
 from ldm_scaling import files, pictures
 from ldm_scaling.config import Study
@@ -18,8 +19,9 @@ from ldm_scaling.data.conditions import pixels
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import MissingPackageError, UserError
 from ldm_scaling.models import autoencoder, backbone, lpips
-from ldm_scaling.parallel import hosts, processes
+from ldm_scaling.models.cost import Cost
 from ldm_scaling.parallel import mesh as mesh_lib
+from ldm_scaling.parallel import processes
 from ldm_scaling.sampling import solvers
 from ldm_scaling.study import (
     curves,
@@ -46,7 +48,7 @@ from ldm_scaling.study.finetuned import PERCEPTUAL, FineTuned
 from ldm_scaling.study.further import Further
 from ldm_scaling.study.materials import REFERENCE, SPLITS, Materials
 from ldm_scaling.study.progress import Progress
-from ldm_scaling.study.records import TEXT_TO_IMAGE, Record, read_all
+from ldm_scaling.study.records import TEXT_TO_IMAGE, Record, read_all, write
 from ldm_scaling.study.subject import Subject
 from ldm_scaling.study.workdir import Workdir
 from ldm_scaling.tasks import autoencoder as autoencoder_task
@@ -288,7 +290,6 @@ def run_sweep(materials: Materials) -> None:
         for block in blocks:
             own.prompts(block)  # While all processes are here.
         early.require_kept(own, own.scorer.hash)
-        _tell_other_costs(own)
         seconds: dict[str, dict] = {member: {} for member in study.members}
 
         def bench(subject: Subject) -> sweep.Bench:
@@ -301,49 +302,64 @@ def run_sweep(materials: Materials) -> None:
             )
 
         subjects = [subject_lib.of_member(study, m) for m in study.members]
-        _measure(own, [*subjects, *early.subjects(study)], own.scorer.hash, bench)
+        _measure(
+            own, [*subjects, *early.subjects(study)], own.scorer.hash, bench,
+            lambda subject: own.spec(subject.member), reference_cost,
+        )
     for further in further_lib.of(own):
         _measure(
             own, further.subjects(), further.scorer.hash,
-            functools.partial(further.bench, reference_cost=reference_cost),
+            functools.partial(further.bench, reference_cost=reference_cost), further.network,
+            reference_cost,
         )
         if isinstance(further, FineTuned):
             further.keep_baselines()
 
 
-def _tell_other_costs(own: Materials) -> None:
-    """Warns of records whose costs an earlier version counted: on captions as long as a network
-    takes them, whatever `data.text_length`."""
-    now = {member: own.cost(own.spec(member)).gflops for member in own.study.members}
-    for record in read_all(own.workdir / "records") if hosts.is_lead() else ():
-        model = record.identity.model
-        if record.task == TEXT_TO_IMAGE and model in now and not math.isclose(
-                record.gflops, now[model], rel_tol=1e-3):
-            log.warning(
-                "%s holds records that were counted otherwise, such as %s at %g GFLOPs a call, "
-                "which takes %g here: their costs do not compare with what is measured now. "
-                "Measure all in one way: with %s deleted, or in another --workdir",
-                own.workdir / "records", model, record.gflops, now[model],
-                own.workdir / "records")
-            return
+def _recounted(
+    found: Sequence[Record], subject: Subject, size: Cost, reference: Cost, directory: epath.Path
+) -> int:
+    """Writes those of a network's records anew whose costs an earlier version counted on captions
+    as long as the network takes them, whatever `data.text_length`; how many."""
+    other = [
+        r for r in found
+        if (r.identity.model, r.identity.model_hash) == (subject.model, subject.hash)
+        and (r.first and r.first.spelling) == (subject.first and subject.first.spelling)
+        and not (math.isclose(r.gflops, size.gflops, rel_tol=1e-3) and (
+            not r.first or math.isclose(r.first.gflops, subject.first.gflops, rel_tol=1e-3)))
+    ]
+    for r in other:
+        write(directory, dataclasses.replace(
+            r, gflops=size.gflops, norm_cost=size.gflops / reference.gflops, first=subject.first))
+    return len(other)
 
 
 def _measure(
     own: Materials, subjects: Sequence[Subject], reference_hash: str,
-    bench: Callable[[Subject], sweep.Bench],
+    bench: Callable[[Subject], sweep.Bench], network: Callable[[Subject], backbone.Spec],
+    reference_cost: Cost,
 ) -> None:
     """Every record of some networks that is missing."""
     directory = own.workdir / "records"
 
     def outstanding() -> list[Any]:
-        short, total, before = [], 0.0, 0.0
+        short, total, before, recounted, there = [], 0.0, 0.0, 0, None
         for number, subject in enumerate(subjects):
             size = own.cost(own.spec(subject.member))
+            if own.networks.tokens != own.spec(subject.member).context_length:
+                there = read_all(directory) if there is None else there
+                count = own.cost(network(subject))
+                recounted += _recounted(there, subject, count, reference_cost, directory)
             done = [r.identity for r in subject_lib.existing(subject, reference_hash, directory)]
             planned = subject_lib.planned(subject)
             total += sum(subject_lib.work(subject, size, i) for i in planned)
             before += sum(subject_lib.work(subject, size, i) for i in done)
             short += [number] if len(done) < len(planned) else []
+        if recounted:
+            log.warning(
+                "%s: the FLOPs of %d records were counted on captions of another length than "
+                "data.text_length=%d, by an earlier version: counted anew, and written so",
+                directory, recounted, own.networks.tokens)
         return [short, max(total, before), before]
 
     short, total, before = processes.from_lead("outstanding", outstanding)

@@ -189,19 +189,22 @@ def test_of_processes_that_time_at_once_the_first_counts(tmp_path):
     assert row_times.kept(tmp_path, {"a": 1}, late) == (1.0, 0.0)
 
 
-def test_records_that_were_counted_otherwise_are_told(tmp_path, caplog):
-    """Once, and not those of networks that are measured as ever."""
-    made = [r for r in fake_records.make() if r.identity.model == "c8"]
-    for record in made:
-        records.write(tmp_path / "records", record)
-
-    def told(gflops):
-        caplog.clear()
-        stages._tell_other_costs(types.SimpleNamespace(
-            workdir=tmp_path, study=types.SimpleNamespace(members=("c8", "c16")),
-            spec=lambda member: member, cost=lambda spec: Cost(1, gflops)))
-        return [r.getMessage() for r in caplog.records]
-
-    assert not told(made[0].gflops * 1.0001)
-    (words,) = told(2 * made[0].gflops)
-    assert "such as c8" in words and "another --workdir" in words
+def test_records_that_were_counted_on_other_captions_are_counted_anew(tmp_path):
+    """Their costs alone, of one network, those of a cascade's first stage too; what fits is not
+    written again."""
+    record = dataclasses.replace(fake_records.make()[0], gflops=0.5, norm_cost=0.4)
+    another = dataclasses.replace(
+        record, identity=dataclasses.replace(record.identity, model_hash="another"))
+    i = record.identity
+    subject = types.SimpleNamespace(model=i.model, hash=i.model_hash, first=None)
+    args = (Cost(1, 2.0), Cost(1, 8.0), tmp_path)
+    assert stages._recounted([record, another], subject, *args) == 1
+    (made,) = records.read_all(tmp_path)
+    assert made == dataclasses.replace(record, gflops=2.0, norm_cost=0.25)
+    assert stages._recounted([made], subject, *args) == 0
+    subject.first = records.First("c8", "ddim", 2, "trailing", 1.0, 0.1, 0.25, 0.2, 2)
+    made = dataclasses.replace(
+        made, first=dataclasses.replace(subject.first, gflops=0.3, norm_cost=0.1),
+        identity=dataclasses.replace(i, first=subject.first.spelling))
+    assert stages._recounted([made, record], subject, *args) == 1
+    assert dataclasses.replace(made, first=subject.first) in records.read_all(tmp_path)
