@@ -99,24 +99,25 @@ def _trained_further(study: Study) -> dict[str, FineTune | DreamBooth]:
 
 
 def with_settings(home: epath.PathLike, records: Sequence[Record]) -> list[Record]:
-    """A workdir's records, those of its last config's fine-tuning and DreamBooth with its setting
-    where they were measured before records told it."""
-    untold = {(r.task, r.identity.model) for r in records if not r.setting}
+    """A workdir's records, those of fine-tuning and DreamBooth with their setting where they were
+    measured before records told it: that of records of the same network which tell it, or of its
+    last config's, where it is of that."""
+    settings = {(r.task, r.identity.model_hash): r.setting for r in records if r.setting}
+    untold = {
+        (r.task, r.identity.model) for r in records
+        if not r.setting and (r.task, r.identity.model_hash) not in settings
+    }
     study = config_of(home) if {task for task, _ in untold} - {TEXT_TO_IMAGE} else None
-    made = {} if study is None else _trained_further(study)
-    untold = {(task, model) for task, model in untold if task in made}
-    if study is None or not untold:
-        return list(records)
-    from ldm_scaling.study import networks  # Heavy, and seldom needed.
+    if study is not None and (made := _trained_further(study)):
+        from ldm_scaling.study import networks  # Heavy, and seldom needed.
 
-    settings = {}
-    for task, model in untold:  # The last command may have been of some members.
-        if model in study.members or model in zoo.MEMBERS:
-            key = task, networks.tuned_hash(study, model, made[task])
-            settings[key] = made[task].setting
+        for task, model in untold:  # The last command may have been of some members.
+            if task in made and (model in study.members or model in zoo.MEMBERS):
+                key = task, networks.tuned_hash(study, model, made[task])
+                settings[key] = made[task].setting
     return [
-        r if r.setting else dataclasses.replace(
-            r, setting=settings.get((r.task, r.identity.model_hash), ""))
+        r if r.setting or (r.task, r.identity.model_hash) not in settings else
+        dataclasses.replace(r, setting=settings[r.task, r.identity.model_hash])
         for r in records
     ]
 

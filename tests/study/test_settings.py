@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from ldm_scaling import cli
+from ldm_scaling import __version__, cli
 from ldm_scaling.config import DreamBooth, FineTune, Study, Train
 from ldm_scaling.study import curves, places, records
 from ldm_scaling.study.dreambooth_scores import SUBJECT
@@ -77,6 +77,21 @@ def test_one_fine_tuning_is_one_curve(tmp_path, capsys, more, told):
     said = " ".join(capsys.readouterr().out.split())
     left = other.finetune.setting if told else "one without a name"
     assert f"{last.finetune.setting} (240 steps of training) is used, and not {left}" in said
+
+
+@pytest.mark.parametrize("steps, values", [(240, {0.5, 0.4}), (120, {0.4})], ids=["more", "again"])
+def test_one_fine_tuning_is_one_setting_whatever_the_last_config(tmp_path, steps, values):
+    """Records of the same network tell it for those of earlier versions, and of cells that were
+    measured again the new ones are taken."""
+    tuned = _tuned(1e-3, 120, 240)
+    old = _of(tuned, 0.5, 120, told=False)
+    new = [dataclasses.replace(r, identity=dataclasses.replace(r.identity, version=__version__))
+           for r in _of(tuned, 0.4, steps)]
+    home = _workdir(tmp_path, tuned, [*old, *new])
+    home.bind(_study())
+    found = places.read([str(home.path)])
+    assert {r.setting for r in found.records} == {tuned.finetune.setting}
+    assert {r.metrics[LPIPS] for r in found.records} == values
 
 
 def test_a_sweep_that_an_earlier_version_began_is_one():
