@@ -112,6 +112,19 @@ def test_a_best_beside_a_rate_that_diverges_is_told():
     assert "rates tried" not in said
 
 
+def test_a_best_at_the_lowest_rate_is_not_said_to_lie_at_the_highest():
+    """Though the interval of a flat curve reaches it, and the next rate diverges."""
+    flat = [parabola(1e-3, bend=0.004, noise=0.02, seed=seed) for seed in (4, 5)]
+    for curve in flat:
+        curve.loss_N[-1] = np.nan
+    shown = figure.lines([
+        *trained("none", "c8", 8, flat[0]), *trained("none", "c16", 16, flat[1])])
+    assert np.nanargmin(shown[0].curve.loss_N) == 0
+    said = figure.verdict(shown)
+    assert "The best of c8 lies at an end of the rates tried." in said
+    assert "The interval of c8 ends at 0.016, and the next rate, 0.032, diverges" in said
+
+
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     """The tiny arm's settings with networks that compile in seconds; its config as a file."""

@@ -99,7 +99,8 @@ def verdict(shown: Sequence[Line]) -> str:
             )
         )
         beyond = {line.member: _beyond(line) for line in own}
-        if ends := [m.member for m in own if m.best.edge and not beyond[m.member]]:
+        if ends := [m.member for m in own
+                    if m.best.edge and not (beyond[m.member] and _at_highest(m))]:
             out.append(f"The best of {labels.listing(ends)} lies at an end of the rates tried.")
         if cut := [m.member for m in own
                    if m.best.cut and not m.best.edge and not beyond[m.member]]:
@@ -107,11 +108,17 @@ def verdict(shown: Sequence[Line]) -> str:
         for line in own:
             if between := beyond[line.member]:
                 low, high = map(_rate, between)
-                what = "best {} lies" if line.best.edge else "interval {} ends"
+                what = "best {} lies" if _at_highest(line) else "interval {} ends"
                 out.append(
                     f"The {what.format(f'of {line.member}')} at {low}, and the next rate, {high}, "
                     "diverges: try rates between.")
     return " ".join(out)
+
+
+def _at_highest(line: Line) -> bool:
+    """Whether the loss is lowest at the highest rate that did not diverge."""
+    known_N = np.isfinite(line.curve.loss_N)
+    return bool(np.argmin(line.curve.loss_N[known_N]) == known_N.sum() - 1)
 
 
 def _beyond(line: Line) -> tuple[float, float] | None:
