@@ -128,7 +128,7 @@ def read(places: Iterable[str], flag: str = "--records") -> Places:
         else:  # A workdir before its sweep holds other JSON.
             there = any(records_lib.NAME.fullmatch(p.name) for p in path.glob("*.json"))
             home, some = reported.home_of(path), records_lib.read_all(path) if there else []
-            some, told = reported.last_measured(home, reported.with_settings(home, some))
+            some, told = reported.last_measured(home, some)
             for line in told:
                 log.warning("%s", line)
         found |= {r.identity.key: r for r in some}

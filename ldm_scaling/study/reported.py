@@ -139,16 +139,21 @@ def last_measured(
     another average of the parameters, number of pictures, other measures, or by another version.
 
     Of each task of which that holds for a cell the records of one way are kept, the one that its
-    last config asks for or that comes nearest to it. Where several come as near, of other tasks,
-    and of a folder that is no workdir or whose config cannot be read, all are.
+    last config asks for or that comes nearest to it; where several come as near, the one whose
+    records tell their setting as they lie there, which those of earlier versions do not. Where
+    several do, of other tasks, and of a folder that is no workdir or whose config cannot be read,
+    all are.
 
     Args:
       home: a workdir, or a folder that is none.
       records: that lie there.
 
     Returns:
-      The records, and a sentence for each task of which some are left out.
+      The records, as `with_settings` has them, and a sentence for each task of which some are left
+      out.
     """
+    early = {r.identity for r in records if not r.setting}
+    records = with_settings(home, records)
     study = config_of(home)
     if study is None:
         return list(records), []
@@ -167,7 +172,7 @@ def last_measured(
         for way, some in own.items():
             held = {name for r in some for name in r.metrics}
             near[way] = (held & named == {*sweep.metrics}, way.num_images == sweep.num_images,
-                         way.version == __version__)
+                         way.version == __version__, any(r.identity not in early for r in some))
         most = max(near.values())
         best, *others = (way for way in own if near[way] == most)
         if others:
@@ -175,10 +180,13 @@ def last_measured(
             continue
         kept += own[best]
         less = sum(map(len, own.values())) - len(own[best])
+        alike = [way for way in own if near[way][:-1] == most[:-1]]
+        setting = ", that tell their setting" if alike[1:] else ""
         told.append(
             f"{os.fspath(home)}: {labels.task(task)}: cells were measured in {len(own)} ways; "
             f"taken are the {len(own[best]):,} records that fit the last config best, of "
-            f"{best.num_images:,} pictures and version {best.version}, and {less:,} are left out"
+            f"{best.num_images:,} pictures and version {best.version}{setting}, and {less:,} are "
+            "left out"
         )
     return kept, told
 

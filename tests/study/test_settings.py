@@ -6,7 +6,7 @@ import pytest
 
 from ldm_scaling import __version__, cli
 from ldm_scaling.config import DreamBooth, FineTune, Study, Train
-from ldm_scaling.study import curves, places, records
+from ldm_scaling.study import curves, places, records, reported
 from ldm_scaling.study.dreambooth_scores import SUBJECT
 from ldm_scaling.study.figures import compute, downstream
 from ldm_scaling.study.figures.source import Source
@@ -92,6 +92,23 @@ def test_one_fine_tuning_is_one_setting_whatever_the_last_config(tmp_path, steps
     found = places.read([str(home.path)])
     assert {r.setting for r in found.records} == {tuned.finetune.setting}
     assert {r.metrics[LPIPS] for r in found.records} == values
+
+
+def test_of_ways_that_fit_alike_the_one_of_earlier_records_is_left_out(tmp_path, caplog):
+    """Restored pictures of several collections, say, whose scorer's hash is another since."""
+    tuned = _tuned(1e-3, 120)
+    old = _of(tuned, 0.5, 120, told=False)
+    new = [dataclasses.replace(r, identity=dataclasses.replace(r.identity, reference_hash="s"))
+           for r in _of(tuned, 0.4, 120)]
+    for last in (tuned, _study()):
+        home = _workdir(tmp_path, tuned, [*old, *new])
+        home.bind(last)
+        found = places.read([str(home.path)])
+        assert [r.metrics[LPIPS] for r in found.records] == [0.4] * 3
+    assert "and version 1, that tell their setting, and 3 are left out" in caplog.text
+    # Two of which both tell it fit alike.
+    both = [*new, *(dataclasses.replace(r, setting=new[0].setting) for r in old)]
+    assert len(reported.last_measured(home.path, both)[0]) == 6
 
 
 def test_a_sweep_that_an_earlier_version_began_is_one():
