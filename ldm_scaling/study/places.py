@@ -80,8 +80,9 @@ class Places:
 
     @property
     def metric(self) -> str | None:
-        """The measure that all workdirs' configs choose by, where records hold it."""
-        own = {reported.metric_of(home) for home in self.homes}
+        """The measure that all workdirs' configs choose by, where records hold it, see
+        `reported.metric_of`."""
+        own = {reported.metric_of(home, self.records) for home in self.homes}
         metric = own.pop() if len(own) == 1 else None
         return metric if any(metric in r.metrics for r in self.records) else None
 

@@ -132,8 +132,11 @@ def _context(
 
 
 def _sweep(materials: Materials, found: Sequence[Record]) -> Sweep:
-    """What these records are of: of members that another study trained, its sweep."""
+    """What these records are of: fine-tuning's sweep of those of it alone, and of members that
+    another study trained its own."""
     study = materials.study
+    if {r.task for r in found} == {study.finetune.task}:
+        return study.finetune.sweep
     if not study.finetune.pretrained:
         return study.sweep
     of_text = any(r.task == TEXT_TO_IMAGE for r in found)

@@ -60,19 +60,21 @@ def of_workdir(
     )
 
 
-def metric_of(home: epath.PathLike) -> str | None:
-    """The measure that a workdir's last config chooses by; None of a folder that is no workdir or
-    whose config cannot be read."""
+def metric_of(home: epath.PathLike, records: Sequence[Record]) -> str | None:
+    """The measure that a workdir's last config chooses these records' guidance by: its
+    fine-tuning's own where they are of that alone. None of a folder that is no workdir or whose
+    config cannot be read."""
     study = config_of(home)
     if study is None:
         return None
-    return (study.finetune if study.finetune.pretrained else study).sweep.choose_by
+    tuned = study.finetune.pretrained or {r.task for r in records} == {study.finetune.task}
+    return (study.finetune if tuned else study).sweep.choose_by
 
 
 def main_metric(home: epath.PathLike, records: Sequence[Record]) -> str | None:
     """The measure that figures and advice of a workdir lead by: the one that its config chooses by,
     where records hold it, else that of `leading`."""
-    own = metric_of(home)
+    own = metric_of(home, records)
     return own if any(own in r.metrics for r in records) else leading(records)
 
 

@@ -261,7 +261,7 @@ def test_seconds_are_judged_where_they_compare_and_with_what_speaks_against_them
 def test_a_workdirs_choice_leads_where_records_hold_it(study, monkeypatch, tmp_path):
     assert reported.main_metric(tmp_path, study) == FD
     for own, leads in (("caption_agreement", "caption_agreement"), ("fid_tf2015", FD)):
-        monkeypatch.setattr(reported, "metric_of", lambda home, own=own: own)
+        monkeypatch.setattr(reported, "metric_of", lambda *_, own=own: own)
         assert reported.main_metric(tmp_path, study) == leads
 
 

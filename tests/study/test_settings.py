@@ -1,18 +1,20 @@
 """Members that were fine-tuned, or taught a subject, in two ways in a workdir are never joined."""
 
 import dataclasses
+import types
 
 import pytest
 
 from ldm_scaling import __version__, cli
 from ldm_scaling.config import DreamBooth, FineTune, Study, Train
-from ldm_scaling.study import curves, places, records, reported
+from ldm_scaling.study import curves, places, publish, records, reported
 from ldm_scaling.study.dreambooth_scores import SUBJECT
 from ldm_scaling.study.figures import compute, downstream
 from ldm_scaling.study.figures.source import Source
 from ldm_scaling.study.networks import tuned_hash
 from ldm_scaling.study.paired_scorer import LPIPS
 from ldm_scaling.study.records import Identity, Record
+from ldm_scaling.study.scorer import FRECHET
 from ldm_scaling.study.workdir import Workdir
 
 SIZES = {"c8_s16": 1.0, "c12_s16": 2.0, "c16_s16": 3.0}
@@ -92,6 +94,23 @@ def test_one_fine_tuning_is_one_setting_whatever_the_last_config(tmp_path, steps
     found = places.read([str(home.path)])
     assert {r.setting for r in found.records} == {tuned.finetune.setting}
     assert {r.metrics[LPIPS] for r in found.records} == values
+
+
+def test_a_fine_tuning_is_led_by_what_it_chooses_by(tmp_path):
+    """Alone; beside others its study's measure leads."""
+    tuned = _tuned(1e-3, 120)
+    grid = dataclasses.replace(tuned.finetune.sweep, choose_by=LPIPS)
+    last = dataclasses.replace(tuned, finetune=dataclasses.replace(tuned.finetune, sweep=grid))
+    restored = [dataclasses.replace(r, metrics={LPIPS: 0.5, FRECHET: 1.0})
+                for r in _of(last, 0.5, 120)]
+    home = _workdir(tmp_path, last, restored)
+    assert places.read([str(home.path)]).metric == LPIPS
+    text = dataclasses.replace(restored[0], task=records.TEXT_TO_IMAGE, setting="")
+    assert reported.main_metric(home.path, [*restored, text]) == FRECHET
+    assert reported.main_metric(home.path, restored) == LPIPS
+    for found, metric in ((restored, LPIPS), ([text], FRECHET)):
+        materials = types.SimpleNamespace(study=last)
+        assert publish._sweep(materials, found).choose_by == metric
 
 
 def test_of_ways_that_fit_alike_the_one_of_earlier_records_is_left_out(tmp_path, caplog):
