@@ -120,7 +120,8 @@ class Sweep:
         require(len(set(self.metrics)) == len(self.metrics), "sweep.metrics", self.metrics,
                 "has a value twice")
         require(self.choose_by in (FRECHET, *RESTORED, *self.metrics), "sweep.choose_by",
-                self.choose_by, f"{FRECHET}, or one that sweep.metrics names")
+                self.choose_by, f"{FRECHET}, or one that sweep.metrics names; of fine-tuning also "
+                f"{', '.join(RESTORED)}")
         require(self.strategy in ("grid", "racing"), "sweep.strategy", self.strategy,
                  "is grid or racing")
         require(math.isfinite(self.saving) and self.saving >= 1, "sweep.saving", self.saving,

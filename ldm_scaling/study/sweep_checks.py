@@ -17,13 +17,16 @@ def check(key: str, sweep: Sweep, restored: bool = False) -> None:
       restored: whether it is of restored pictures, see `scores.unswept`.
     """
     for name in sweep.metrics:
+        require(not restored or name not in RESTORED, f"{key}.metrics", name, "every record of "
+                f"restored pictures has it: leave it out; {key}.choose_by may name it")
         if name in scores.GROUPS:
             require(False, f"{key}.metrics", name, "is a group: name its scores, of "
                     f"{', '.join(scores.GROUPS[name])}")
         if name not in scores.SCORES:
             known = [row.name for row in scores.rows(scores.SCORES)
                      if not scores.unswept(row, restored)]
-            require(False, f"{key}.metrics", name, f"choose of {', '.join(known)}")
+            held = f"; every record has {', '.join(RESTORED)}" if restored else ""
+            require(False, f"{key}.metrics", name, f"choose of {', '.join(known)}{held}")
         (row,) = scores.rows([name])
         why = scores.unswept(row, restored)
         require(not why, f"{key}.metrics", name, why)

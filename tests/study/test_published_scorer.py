@@ -216,8 +216,7 @@ def test_guidance_of_fine_tuned_members_is_chosen_by_what_their_records_hold(nam
 
 
 @pytest.mark.parametrize("name, why", [
-    ("psnr_rgb", "by the name psnr"), ("stlpips_alex", "by the name stlpips_alex"),
-    ("clip_score_b32", "no captions"),
+    ("psnr_rgb", "by the name psnr"), ("clip_score_b32", "no captions"),
 ])
 def test_what_is_not_measured_of_restored_pictures_is_not_offered(name, why):
     with pytest.raises(UserError, match=rf"metrics.*{why}"):
@@ -225,6 +224,17 @@ def test_what_is_not_measured_of_restored_pictures_is_not_offered(name, why):
     with pytest.raises(UserError, match="psnr_y") as caught:
         sweep_checks.check("finetune.sweep", Sweep(metrics=("none",)), restored=True)
     assert f" {name}" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", RESTORED)
+def test_what_every_record_of_restored_pictures_has_is_told(name):
+    with pytest.raises(UserError, match=rf"choose_by.*psnr_y.*of fine-tuning also .*{name}"):
+        Sweep(choose_by="psnr_y")
+    sweep = Sweep(metrics=(name,))
+    with pytest.raises(UserError, match=r"every record of restored.*finetune.sweep.choose_by may"):
+        sweep_checks.check("finetune.sweep", sweep, restored=True)
+    with pytest.raises(UserError, match=rf"choose of .*psnr_y, ssim_y; every record has .*{name}"):
+        sweep_checks.check("finetune.sweep", Sweep(metrics=("none",)), restored=True)
 
 
 def test_scores_of_pairs_are_those_of_evaluate(tmp_path):
