@@ -370,10 +370,11 @@ def _comparable(
             how = f"on seed blocks {there} and not {report_blocks}"
         if how:
             one = names[name] == labels.task(name[0])
-            alone = f"--task={name[0]} is" if one else "a folder of its records has"
+            alone = f"--task={name[0]} is advice on it alone" if one else (
+                f"copy its records, whose sampler is {name[1]}, to a folder of their own for "
+                "advice on it alone")
             notes.append(_no_part(
-                names[name], f"it was measured {how}, which does not compare; {alone} advice on it "
-                "alone"))
+                names[name], f"it was measured {how}, which does not compare; {alone}"))
             continue
         kept[name], report_blocks = part, there
     if not kept:

@@ -675,7 +675,11 @@ def test_students_of_two_methods_of_one_task_are_weighed_against_each_other(exac
              for r in lcm(30.0)]
     apart = within([*exact, *codi, *other], 3.0)
     assert apart.best.sampler == "codi" and any(
-        note.startswith("Consistency distillation by LCM takes no part") for note in apart.notes)
+        note.startswith("Consistency distillation by LCM takes no part") and
+        "copy its records, whose sampler is lcm, to a folder of their own" in note
+        for note in apart.notes)
+    # As the note says.
+    assert within(other, 3.0).best.sampler == "lcm"
 
 
 def test_of_a_told_student_a_call_is_one_evaluation(exact):
