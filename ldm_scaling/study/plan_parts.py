@@ -184,7 +184,8 @@ def _train(study: Study, member: str, devices: list[jax.Device]) -> Part:
         {
             "parameters": local_bytes(state.params), "optimiser": local_bytes(state.opt_state),
             "average": local_bytes(state.ema), "batch": local_bytes(batch),
-            **({"other averages": local_bytes(state.averages)} if train.averages else {}),
+            **({"other averages": local_bytes((state.averages, state.rests))}
+               if train.averages else {}),
         },
     )
 

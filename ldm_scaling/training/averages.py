@@ -34,26 +34,34 @@ _NOTHING = 1e-8
 _TRIED = np.geomspace(*LENGTHS, 60)
 
 
-def updated(averages: Any, params: Any, step: jax.Array) -> Any:
-    """The averages after a step, beta(t) = (1 - 1/t)^(gamma + 1) of what they were (eq. 127).
+def updated(averages: Any, rests: Any, params: Any, step: jax.Array) -> tuple[Any, Any]:
+    """The averages and their rests after a step, beta(t) = (1 - 1/t)^(gamma + 1) of what they were
+    (eq. 127).
+
+    Half a million steps in a step is 1e-5 of the way, and less than float32 tells of most averages:
+    what a sum loses is kept and added at the next step (Kahan's summation), in bfloat16.
 
     Args:
-      averages: length -> average, as `TrainState` has it, or ().
+      averages, rests: length -> average, as `TrainState` has them, or ().
       params: after the step, projected.
       step: its number t, from 1.
     """
     if not averages:
-        return averages
+        return averages, rests
     t = step.astype(jnp.float32)
     # In float32 1 - beta of a long run would be all rounding, and two factors that do not sum to 1
     # would let parameters drift that do not move.
     log = jnp.log1p(-1.0 / t)
 
-    def one(length: str, average: Any) -> Any:
+    def more(length: str) -> Any:
         rate = -jnp.expm1((profiles.gamma_of(float(length)) + 1.0) * log)
-        return jax.tree.map(lambda a, p: a + rate * (p - a), average, params)
+        return jax.tree.map(lambda a, r, p: rate * (p - a) + r.astype(a.dtype), averages[length],
+                            rests[length], params)
 
-    return {length: one(length, average) for length, average in averages.items()}
+    mores = {length: more(length) for length in averages}
+    sums = jax.tree.map(jnp.add, averages, mores)
+    return sums, jax.tree.map(
+        lambda a, m, s, r: (m - (s - a)).astype(r.dtype), averages, mores, sums, rests)
 
 
 class Snapshots:

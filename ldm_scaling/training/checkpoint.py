@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
@@ -27,6 +28,7 @@ RECIPE = "recipe"
 AVERAGES = "averages"
 """Folder in a checkpoint of the averages that are tracked, beside what every run carries: who does
 not track them reads the same checkpoints."""
+_RESTS = "averages_rests"
 # What a full disk becomes on its way through tensorstore and Orbax's threads.
 _WRITE_ERRORS = (OSError, ValueError, RuntimeError)
 # What a file that is gone, cut short or of something else becomes.
@@ -154,7 +156,7 @@ class Checkpoints:
             raise ValueError(f"at step {step} processes are at different places in the data")
         trees = {"state": _carried(state)}
         if state.averages:
-            trees[AVERAGES] = state.averages
+            trees |= {AVERAGES: state.averages, _RESTS: state.rests}
         self._save(step, trees, {"iterator": iterator}, about, metrics)
 
     def save_trees(
@@ -243,10 +245,13 @@ class Checkpoints:
         if abstract.averages:
             _check_averages(folder, abstract)
             items[AVERAGES] = ocp.args.StandardRestore(abstract.averages)
+            if (folder / _RESTS).exists():
+                items[_RESTS] = ocp.args.StandardRestore(abstract.rests)
         with _reading(folder):
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         averages = restored[AVERAGES] if abstract.averages else ()
-        return TrainState(*restored.state, averages), restored.iterator
+        rests = restored[_RESTS] if _RESTS in items else _nothing(abstract.rests)
+        return TrainState(*restored.state, averages, rests), restored.iterator
 
 
 def average(
@@ -308,9 +313,17 @@ def read(place: Place, abstract: TrainState) -> tuple[TrainState, dict[str, Any]
     if abstract.averages:
         _check_averages(folder, abstract)
         averages = _read(folder, abstract.averages, AVERAGES)
-    state = TrainState(*state, averages)
+    have = abstract.averages and (folder / _RESTS).exists()
+    rests = _read(folder, abstract.rests, _RESTS) if have else _nothing(abstract.rests)
+    state = TrainState(*state, averages, rests)
     with _reading(folder), _reader(ocp.JsonCheckpointHandler()) as reader:
         return state, reader.restore(folder / "iterator")
+
+
+def _nothing(abstract: Any) -> Any:
+    """Rests of a checkpoint from before these were kept."""
+    zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract)
+    return placing.put(zeros, jax.tree.map(lambda a: a.sharding, abstract))
 
 
 def _read(folder: epath.Path, item: Any, name: str = "state") -> Any:
@@ -412,6 +425,8 @@ def _check_averages(folder: epath.Path, abstract: TrainState) -> None:
             ", or train anew in another --workdir"
         )
     _check_shapes(folder, AVERAGES, abstract.averages)
+    if (folder / _RESTS).exists():
+        _check_shapes(folder, _RESTS, abstract.rests)
 
 
 def _metadata(folder: epath.Path, name: str) -> Any:

@@ -19,6 +19,7 @@ class TrainState(NamedTuple):
       opt_state: optax's.
       ema: exponential moving average of the parameters; evaluation uses these.
       averages: length -> average of that length, see `averages`; () where none is tracked.
+      rests: length -> what its average is beyond float32, bfloat16; () where none is tracked.
     """
 
     step: jax.Array
@@ -26,6 +27,7 @@ class TrainState(NamedTuple):
     opt_state: Any
     ema: Any
     averages: Any = ()
+    rests: Any = ()
 
 
 def create(
@@ -33,10 +35,13 @@ def create(
 ) -> TrainState:
     """The state before the first step; averages, those of `lengths` too, start at the parameters.
     """
+    names = [f"{n:g}" for n in lengths]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(params),
         ema=jax.tree.map(jnp.copy, params),
-        averages={f"{n:g}": jax.tree.map(jnp.copy, params) for n in lengths} or (),
+        averages={name: jax.tree.map(jnp.copy, params) for name in names} or (),
+        rests={name: jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.bfloat16), params)
+               for name in names} or (),
     )

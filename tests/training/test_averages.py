@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -82,23 +83,33 @@ def test_other_lengths_are_close_to_their_definition(run, at, length, within):
     assert off < within * moved
 
 
+def _tracked(walk, first):
+    """A step at a time, as training does: the average of 0.05, and what it is in float64."""
+    update = jax.jit(averages.updated)
+    found = {"0.05": jnp.asarray(walk[0])}, {"0.05": jnp.zeros(walk[0].shape, jnp.bfloat16)}
+    want, power = walk[0].astype(np.float64), profiles.gamma_of(0.05) + 1
+    for t, value in enumerate(walk, first):
+        found = update(*found, value, jnp.int32(t))
+        want += -np.expm1(power * np.log1p(-1 / t)) * (value.astype(np.float64) - want)
+    return found[0]["0.05"], want
+
+
 def test_a_long_random_walk_in_float32():
     """A million steps in, where 1 - beta is 1e-5: the rate itself is not rounded away."""
-    steps, first = 3_000, 10**6
     rng = np.random.default_rng(0)
-    walk = np.cumsum(rng.normal(size=(steps, 64)), 0).astype(np.float32) + 100
+    walk = np.cumsum(rng.normal(size=(3_000, 64)), 0).astype(np.float32) + 100
+    found, want = _tracked(walk, 10**6)
+    np.testing.assert_allclose(found, want, rtol=2e-7)
 
-    def one(tree, at):
-        value, number = at
-        return averages.updated(tree, value, number), None
 
-    start = {"0.05": jnp.asarray(walk[0])}
-    numbers = first + jnp.arange(steps)
-    found, _ = jax.jit(lambda w: jax.lax.scan(one, start, (w, numbers)))(walk)
-    want, power = walk[0].astype(np.float64), profiles.gamma_of(0.05) + 1
-    for value, t in zip(walk.astype(np.float64), range(first, first + steps), strict=True):
-        want += -np.expm1(power * np.log1p(-1 / t)) * (value - want)
-    np.testing.assert_allclose(found["0.05"] - walk[0], want - walk[0], atol=0.02, rtol=0.02)
+@pytest.mark.parametrize("far", [1e-5, 1e-4, 1e-3])
+def test_steps_below_what_float32_tells_are_not_lost(far):
+    """Half a million steps in an average goes 4e-5 of the way to parameters that lie so far off."""
+    start = np.random.default_rng(0).uniform(1, 2, 64).astype(np.float32)
+    walk = np.stack([start, *[start * np.float32(1 + far)] * 3_000])
+    found, want = _tracked(walk, 500_000)
+    assert np.all(want / start - 1 > far / 20)
+    np.testing.assert_allclose(found, want, rtol=1e-7)
 
 
 def test_snapshots_are_where_they_should_be(tmp_path):
@@ -120,9 +131,11 @@ def test_off_changes_nothing(tmp_path):
     plain = loop.fit(toy.task(), off, toy.Loader, tmp_path / "off", mesh, seed=0)
     tracked = loop.fit(toy.task(), on, toy.Loader, tmp_path / "on", mesh, seed=0)
     assert plain.averages == () and not (tmp_path / "off" / "averages").exists()
-    toy.equal(plain, tracked._replace(averages=()))
+    assert plain.rests == ()
+    toy.equal(plain, tracked._replace(averages=(), rests=()))
     assert sorted(p.name for p in (tmp_path / "off" / "checkpoints" / "4").iterdir()) == sorted(
-        p.name for p in (tmp_path / "on" / "checkpoints" / "4").iterdir() if p.name != "averages")
+        p.name for p in (tmp_path / "on" / "checkpoints" / "4").iterdir()
+        if p.name not in ("averages", "averages_rests"))
     for name in ("off", "on"):  # Who does not track reads both.
         folder = tmp_path / name / "checkpoints"
         with checkpoint.Checkpoints(folder) as kept:
@@ -142,6 +155,20 @@ def test_a_workdir_is_not_bound_to_them():
         study.train, averages=(0.05, 0.1), averages_every=1_000))
     assert study.identity() == other.identity()
     assert study.training_hash("866m") == other.training_hash("866m")
+
+
+def test_a_checkpoint_from_before_rests_were_kept_is_gone_on_from(tmp_path):
+    config, mesh = dataclasses.replace(CONFIG, steps=4), toy.one_device()
+    state = loop.fit(toy.task(), config, toy.Loader, tmp_path, mesh, seed=1)
+    assert any(np.any(rest != 0) for rest in jax.tree.leaves(jax.device_get(state.rests)))
+    shutil.rmtree(tmp_path / "checkpoints" / "4" / "averages_rests")
+    place = checkpoint.Place(tmp_path / "checkpoints", 4)
+    with checkpoint.Checkpoints(place.directory) as kept:
+        restored = kept.restore(_abstract(config))[0]
+    read = checkpoint.read(place, _abstract(config))[0]
+    for found in (restored, read):
+        toy.equal(found, state._replace(rests=jax.tree.map(jnp.zeros_like, state.rests)))
+    assert loop.fit(toy.task(), CONFIG, toy.Loader, tmp_path, mesh, seed=1).step == 48
 
 
 @pytest.mark.parametrize("stop", [5, 9, 12, 13])
