@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 
 from ldm_scaling.config import named
@@ -177,6 +178,9 @@ class Train:
                 f"lengths are relative standard deviations from {low:g} to {high:g}, such as "
                 "(0.05, 0.1)")
         require(len(set(spelt)) == len(spelt), "train.averages", spelt, "has a length twice")
+        for a, b in itertools.pairwise(sorted(spelt)):
+            require(b >= 1.05 * a, "train.averages", spelt, f"{a:g} and {b:g} are nearly one: "
+                    "lengths that give others are apart by 5% at least, as 0.05 and 0.1 are")
         require(not self.averages_every or bool(spelt), "train.averages_every", self.averages_every,
                 "of which averages? name their lengths, train.averages=(0.05, 0.1)")
 

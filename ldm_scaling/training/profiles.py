@@ -49,13 +49,19 @@ def inner(
     return (gamma_a + 1) * (gamma_b + 1) * power / ((gamma_a + gamma_b + 1) * most)
 
 
+# What a float32 average is rounded by, over how far parameters move while it reaches back: they are
+# taken to move by a thousandth of their size at least.
+_ROUNDING = 2.0**-24 / 1e-3
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Mix:
     """A profile as a sum of others.
 
     Attributes:
       weight_I: of each of I profiles, in float64; they sum to 1.
-      residual: root mean square of what the sum is off the wanted profile, over the profile's own.
+      residual: root mean square of what the sum is off the wanted profile, over the profile's own,
+        and of what the rounding of float32 averages comes to in it.
     """
 
     weight_I: np.ndarray
@@ -66,6 +72,9 @@ def solve(
     step_I: Sequence[float], gamma_I: Sequence[float], step: float, gamma: float
 ) -> Mix:
     """The sum of profiles that is nearest to a wanted one, by least squares (algorithm 3).
+
+    Of profiles that are nearly alike, sums with weights of thousands would be nearest: what these
+    make of the rounding of each average counts as well, so that there are none.
 
     EDM2 leaves what the weights sum to free, for its networks take no notice of their kernels'
     size. Others do: a sum of 0.98 would shrink all parameters by 2%. So here they sum to 1, which
@@ -81,6 +90,7 @@ def solve(
     products_II = inner(step_I[:, None], gamma_I[:, None], step_I, gamma_I) / np.outer(
         norm_I, norm_I)
     wanted_I = inner(step_I, gamma_I, step, gamma) / norm_I
+    products_II += np.diag(whole * (_ROUNDING / norm_I) ** 2)
     # Lagrange's conditions, of profiles that are scaled to one norm.
     bordered = np.zeros((count + 1, count + 1))
     bordered[:count, :count] = products_II

@@ -315,6 +315,7 @@ def test_a_full_disk_is_told_as_of_checkpoints(tmp_path, monkeypatch):
 @pytest.mark.parametrize("values, told", [
     ({"averages": (0.5,)}, r"train.averages=\(0.5,\): lengths are relative .* from 0.005 to 0.285"),
     ({"averages": (0.1, 0.1)}, "train.averages=.*: has a length twice"),
+    ({"averages": (0.1, 0.05, 0.102)}, "train.averages=.*: 0.1 and 0.102 are nearly one: .* by 5%"),
     ({"averages": (), "averages_every": 5}, "train.averages_every=5: of which averages"),
     ({"averages_every": -1}, "train.averages_every=-1: not below 0"),
 ])

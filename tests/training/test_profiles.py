@@ -42,8 +42,8 @@ def _mix(length, count, tracked=TRACKED):
 
 def test_a_tracked_average_is_itself():
     mix = _mix(0.1, 8)
-    np.testing.assert_allclose(mix.weight_I, [*[0] * 15, 1], atol=1e-9)
-    assert mix.residual < 1e-6
+    np.testing.assert_allclose(mix.weight_I, [*[0] * 15, 1], atol=1e-4)
+    assert mix.residual < 1e-4
 
 
 def test_two_averages_and_few_snapshots_give_most_lengths():
@@ -54,6 +54,34 @@ def test_two_averages_and_few_snapshots_give_most_lengths():
         assert many < few / 2.5 and few < 0.025, length
     assert _mix(0.12, 16, (0.1,)).residual > 3 * _mix(0.12, 16).residual
     assert _mix(0.01, 16).residual > 0.3
+
+
+@pytest.mark.parametrize("count, tracked", [
+    (16, (0.1, 0.1001)), (16, (0.03, 0.05, 0.1, 0.15, 0.2)), (100, TRACKED),
+    (65, (0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.1, 0.12, 0.14, 0.2)),
+])
+def test_rounding_is_in_what_is_told(count, tracked):
+    """Parameters that move by 2% of their size as powers of time, of which averages are known:
+    float32 ones are summed to others, and these are off by no more than the residual says."""
+    rng = np.random.default_rng(0)
+    first_N, power_N = rng.uniform(0.5, 2, 500), rng.uniform(1, 8, 500)
+
+    def average(step, length):
+        gamma = profiles.gamma_of(length)
+        return first_N * (1 + 0.02 * step**power_N * (gamma + 1) / (gamma + 1 + power_N))
+
+    kept = [average(step, n).astype(np.float32)
+            for step in np.arange(1, count + 1) / count for n in tracked]
+    made = 0
+    for length in (0.01, 0.02, 0.03, 0.045, 0.14, 0.2, 0.25):
+        mix = _mix(length, count, tracked)
+        if mix.residual > 0.1:
+            continue
+        wanted, made = average(1.0, length), made + 1
+        moved = np.sqrt(np.mean((1.02 * first_N - wanted) ** 2))
+        off = np.sqrt(np.mean((mix.weight_I @ np.array(kept, np.float64) - wanted) ** 2))
+        assert off < mix.residual * moved, length
+    assert made > 1
 
 
 @pytest.mark.parametrize("length", [0.03, 0.07, 0.2])
