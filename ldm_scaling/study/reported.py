@@ -3,6 +3,7 @@ which settings, measure and records."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import os
@@ -196,29 +197,49 @@ def last_measured(
 def _of_one_average(
     home: epath.PathLike, study: Study, records: Sequence[Record]
 ) -> tuple[list[Record], list[str]]:
-    """The records without members' of other averages than the last config's, see
-    `config.Study.average`, where it has some of that; and a sentence where some are left out."""
-    hashes: dict[str, set[str]] = {}
+    """The records without all but one average of each member, see `config.Study.average`: the last
+    config's, or where a member has none of that its `ema`, or what it has most of; and sentences on
+    what is left out and on who is of another average than the config's."""
+    counts: dict[str, collections.Counter[str]] = {}
     for r in records:
         if r.task == TEXT_TO_IMAGE:
-            hashes.setdefault(r.identity.model, set()).add(r.identity.model_hash)
-    several = [model for model, own in hashes.items() if len(own) > 1]
-    if not several or study.weights:
+            counts.setdefault(r.identity.model, collections.Counter())[r.identity.model_hash] += 1
+    several = {model for model, own in counts.items() if len(own) > 1}
+    if study.weights or not (several or study.train.averages):
         return list(records), []
     from ldm_scaling.study.networks import model_hash
 
-    wanted = {model: model_hash(study, model) for model in several}
-    wanted = {model: hash for model, hash in wanted.items() if hash in hashes[model]}
-    kept = [r for r in records if r.task != TEXT_TO_IMAGE or wanted.get(
+    plain = dataclasses.replace(study, average="")
+    kept_of: dict[str, str] = {}
+    groups: dict[str, list[str]] = {}  # By which average is taken.
+    for model, own in sorted(counts.items()):
+        if model not in zoo.MEMBERS:
+            continue
+        wanted, ema = model_hash(study, model), model_hash(plain, model)
+        if wanted in own:
+            kept_of[model], which = wanted, "last"
+        elif not study.train.averages:  # They differ in something else.
+            continue
+        elif ema in own:
+            kept_of[model], which = ema, "their ema"
+        else:
+            kept_of[model], which = max(own, key=lambda hash, own=own: (own[hash], hash)), (
+                "another average" if model not in several else
+                "the average that they have most records of")
+        if which != "last" or model in several:
+            groups.setdefault(which, []).append(model)
+    kept = [r for r in records if r.task != TEXT_TO_IMAGE or kept_of.get(
         r.identity.model, r.identity.model_hash) == r.identity.model_hash]
-    if not (less := len(records) - len(kept)):
-        return kept, []
     used = f"average={study.average}" if study.average else "their ema"
-    return kept, [
-        f"{os.fspath(home)}: {labels.listing(sorted(wanted), 'and')}: measured with several "
-        f"averages of their parameters; taken are the records of the last config's, {used}, and "
-        f"{less:,} are left out"
-    ]
+    told = []
+    for which, models in groups.items():
+        less = sum(counts[m].total() - counts[m][kept_of[m]] for m in models)
+        out = f", and {less:,} are left out" if less else ""
+        told.append(f"{os.fspath(home)}: {labels.listing(models, 'and')}: " + (
+            "measured with several averages of their parameters; taken are the records of the last "
+            f"config's, {used}{out}" if which == "last" else
+            f"no records of the last config's average, {used}; taken are those of {which}{out}"))
+    return kept, told
 
 
 class _Way(NamedTuple):

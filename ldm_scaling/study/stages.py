@@ -54,7 +54,7 @@ from ldm_scaling.study.workdir import Workdir
 from ldm_scaling.tasks import autoencoder as autoencoder_task
 from ldm_scaling.tasks import held_out, text_to_image
 from ldm_scaling.tasks.drawing import Drawer
-from ldm_scaling.training import loop, step
+from ldm_scaling.training import averages, loop, step
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +88,9 @@ def check(
         runs.check_factors("train", study.train, map(backbone.param_shapes, [spec]))
         if not backbone.gathers(spec):  # Raises for a parameter without a sharding rule.
             step.abstract_state(backbone.initializer(spec), study.train, materials.mesh)
+        folder, length = workdir.member(member), study.average_of(member)
+        if length is not None and averages.kept(folder, study.train.steps):
+            averages.recipe(folder, study.train.steps, length)  # Raises where it cannot be.
     of_members = {"train": study.train} if pretrains else {}
     if pretrains and not study.autoencoder.weights:
         run, first = study.autoencoder.train, autoencoder_task.spec_of(study.autoencoder)

@@ -156,6 +156,11 @@ class Recipe:
     residual: float
 
 
+def kept(directory: epath.PathLike, step: int) -> bool:
+    """Whether a run has a snapshot of a step."""
+    return step in checkpoint.steps_of(epath.Path(directory) / FOLDER)
+
+
 def require(directory: epath.PathLike, step: int) -> list[int]:
     """The steps of a run's snapshots. Raises `UserError` where there is none of this one."""
     folder = epath.Path(directory) / FOLDER

@@ -18,7 +18,16 @@ from ldm_scaling.config import Early, Study, Train
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import zoo
 from ldm_scaling.models.dit import DiTSpec
-from ldm_scaling.study import averages, averages_cli, early, networks, reported, runs, stages
+from ldm_scaling.study import (
+    averages,
+    averages_cli,
+    curves,
+    early,
+    networks,
+    reported,
+    runs,
+    stages,
+)
 from ldm_scaling.study import records as records_lib
 from ldm_scaling.study import subject as subject_lib
 from ldm_scaling.study.figures import averages as figure
@@ -111,6 +120,28 @@ def test_figures_of_a_workdir_take_the_records_of_its_last_config(tmp_path):
     Workdir(tmp_path).bind(STUDY)
     found, told = reported.last_measured(tmp_path, [*ema, own[1], other])
     assert found == ema and "their ema" in told[0]
+
+    # A length that was never measured: its own, where there is none of that what there is most of.
+    Workdir(tmp_path).bind(with_average("0.25"))
+    more = record("c16", with_average("0.2"), guidance=5.0)
+    found, told = reported.last_measured(tmp_path, [*ema, own[1], other])
+    assert found == ema and told == [
+        f"{tmp_path}: c16 and c8: no records of the last config's average, average=0.25; taken are "
+        "those of their ema, and 2 are left out"]
+    found, told = reported.last_measured(tmp_path, [ema[0], own[1], other, more])
+    assert found == [ema[0], other, more] and len(told) == 2
+    assert "c16: no records of the last config's average, average=0.25; taken are those of the " \
+        "average that they have most records of, and 1 are left out" in told[0]
+    curves.arms(found)  # Raises where two claim a cell.
+
+    # A sweep of another length that was stopped after the first member.
+    Workdir(tmp_path).bind(with_average("0.1"))
+    first = record("c8", with_average("0.1"))
+    for before in (ema, ema[1:]):
+        found, told = reported.last_measured(tmp_path, [*before, first])
+        assert found == [ema[1], first]
+        assert "c16: no records of the last config's average, average=0.1; taken are those of " \
+            "their ema" in told[0]
 
 
 LENGTHS = np.array([0.03, 0.05, 0.07, 0.1, 0.14, 0.2])
@@ -258,8 +289,11 @@ def test_bad_flags(trained, flags, told):
 def test_a_sweep_of_a_length_that_cannot_be_is_refused_before_it(trained):
     config, workdir = trained
     study = dataclasses.replace(config_lib.parse(config), average="0.005")
-    with pytest.raises(UserError, match="length 0.005 at step 16: .* choose a length from"):
-        Materials(study, Workdir(workdir)).require_trained()
+    for check in (Materials(study, Workdir(workdir)).require_trained,
+                  lambda: stages.check(study, Workdir(workdir), measured=False)):
+        with pytest.raises(UserError, match="length 0.005 at step 16: .* choose a length from"):
+            check()
+    stages.check(study, Workdir(workdir / "new"), measured=False)  # There is nothing there yet.
 
 
 def test_studies_without(tmp_path, capsys):
