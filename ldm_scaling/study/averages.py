@@ -110,7 +110,7 @@ def of(
 
     Args:
       materials: of the study.
-      members: of it; all where none are named.
+      members: of it, each taken once; all where none are named.
       lengths: that are asked for; without any those of `LENGTHS` that the snapshots give.
       step: of training; 0 is the last.
     Raises:
@@ -131,7 +131,7 @@ def of(
             "averages: the config tracks none: give the config that the members were trained with, "
             "or train with --config.train.averages='(0.05,0.1)'"
         )
-    for member in members or study.members:
+    for member in dict.fromkeys(members or study.members):
         if member not in study.members:
             raise UserError(f"--member={member}: none of the config's: choose from "
                             f"{', '.join(study.members)}")

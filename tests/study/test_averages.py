@@ -245,6 +245,7 @@ def test_the_command(trained, capsys):
 
     # A step on the way, which is measured along training too.
     assert "best_length_at_8" in run("--at=8", "--lengths=0.05,0.07,0.08,0.1,0.12")
+    assert "nan" not in run("--member=small_16,small_16")
     along = dataclasses.replace(study, average="0.07")
     place = dataclasses.replace(subject_lib.of_member(along, "small_16"), train_step=8)
     own = Materials(along, Workdir(workdir))
