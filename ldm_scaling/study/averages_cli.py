@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -76,18 +77,22 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
 
     workdir = Workdir(common.workdir)
     study = config.parse(common.config) if common.config else workdir.last_config()
+    study = dataclasses.replace(study, average="")  # All lengths are asked for here.
     cell = _cell(given, study)
     materials = stages.check(study, workdir, measured=cell is not None, trains=False)
     members = [name.strip() for name in given.member.split(",") if name.strip()]
     wanted = averages.of(materials, members, given.lengths, given.at)
     lock = workdir.lock()
-    workdir.bind(materials.study)
+    # By its average go `figure` and `advise`, and no records of theirs are made here.
+    workdir.bind(materials.study, keep_last=True)
     with lock, workdir.log_to_file():
         found = averages.measure(materials, wanted, cell)
     shown = figure.lines(found)
     with style():
         drawn = figure.draw(shown, cell)
     folder, name = workdir / averages.FOLDER, "best_length"
+    some = [name for name in study.members if name in members]
+    name += f"_of_{'_'.join(some)}" if some and len(some) < len(study.members) else ""
     name += f"_at_{given.at}" if given.at else ""
     save(drawn.figure, folder, name)
     files.atomic_write_text(folder / f"{name}.csv", rows.text(drawn.rows))

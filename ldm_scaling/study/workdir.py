@@ -104,9 +104,12 @@ class Workdir:
         if self._marker() is None:
             study.require_new()
 
-    def bind(self, study: Study) -> None:
+    def bind(self, study: Study, keep_last: bool = False) -> None:
         """Ties the workdir to a config, or checks that it is tied to this one; keeps the config.
 
+        Args:
+          study: the config.
+          keep_last: where the workdir has a last config, it stays that.
         Raises:
           UserError: when the folder cannot be used, or belongs to another config; it names the
             keys that differ. Nothing is written then.
@@ -141,7 +144,7 @@ class Workdir:
             )
         if not os.access(self.path, os.W_OK):
             raise UserError(f"cannot write to the workdir {self.path}: choose another --workdir")
-        if body != want:
+        if body != want and not (keep_last and body and "config" in body):
             text = json.dumps(want, indent=1, sort_keys=True) + "\n"
             files.atomic_write_text(self.path / MARKER, text)
 

@@ -245,7 +245,18 @@ def test_the_command(trained, capsys):
 
     # A step on the way, which is measured along training too.
     assert "best_length_at_8" in run("--at=8", "--lengths=0.05,0.07,0.08,0.1,0.12")
-    assert "nan" not in run("--member=small_16,small_16")
+    drawn = {p: p.read_bytes() for p in (workdir / "averages").glob("best_length.*")}
+    assert drawn and "best_length_of_small_16.png" in run("--member=small_16,small_16")
+    assert "nan" not in (workdir / "averages" / "best_length_of_small_16.txt").read_text()
+    assert drawn == {p: p.read_bytes() for p in (workdir / "averages").glob("best_length.*")}
+
+    # The length that members were last drawn with stays what figures go by.
+    place = Workdir(workdir)
+    place.bind(dataclasses.replace(study, average="small_16=0.07"))
+    bound = (workdir / "study.json").read_bytes()
+    assert run() == told and run("--member=small_32")
+    assert (workdir / "study.json").read_bytes() == bound
+    place.bind(study)
     along = dataclasses.replace(study, average="0.07")
     place = dataclasses.replace(subject_lib.of_member(along, "small_16"), train_step=8)
     own = Materials(along, Workdir(workdir))
