@@ -57,6 +57,8 @@ def resolved(study: Study) -> Study:
                 "or train there first, with the step among train.keep_steps"
             )
         checkpoint.check_network(folder, number, runs.network(zoo.get(member).spec))
+        if start.take == "run" and study.train.averages:
+            _check_averages(study, folder, number)
     _check_alike(study, theirs, start.workdir)
     have = files.sha256_of([theirs.training_hash(""), number, start.take])
     if start.take == "run":
@@ -86,6 +88,20 @@ def _check_alike(study: Study, theirs: Study, given: str) -> None:
                 f"config: {key}={ours.get(key)!r}, but the members in {given} were trained with "
                 f"{its.get(key)!r}: give theirs"
             )
+
+
+def _check_averages(study: Study, folder: os.PathLike, number: int) -> None:
+    """Raises `UserError` where a run to go on from tracked other averages, which are of all steps.
+    """
+    have = tuple(map(float, checkpoint.averages_of(folder, number)))
+    if sorted(have) != sorted(study.train.averages):
+        raise UserError(
+            f"config: start.take='run': {folder}/{number} holds averages of "
+            f"{', '.join(f'{n:g}' for n in have) or 'no length'}, and "
+            f"train.averages={study.train.averages} cannot begin later: give "
+            f"--config.train.averages='{have}'" + (", or () for none, or" if have else ", or")
+            + " begin a run of its own with start.take=average"
+        )
 
 
 def _check_beginning(study: Study, theirs: Study, number: int) -> None:

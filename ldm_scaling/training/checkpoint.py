@@ -279,6 +279,12 @@ def average(
     return getattr(_read(folder, item._replace(**{part: getattr(carried, part)})), part)
 
 
+def averages_of(directory: epath.PathLike, step: int) -> list[str]:
+    """The lengths whose averages a checkpoint of a run carries, as `TrainState` names them."""
+    folder = epath.Path(os.path.abspath(directory)) / str(step)
+    return parts_of(folder, AVERAGES) if (folder / AVERAGES).exists() else []
+
+
 def parts_of(folder: epath.Path, name: str) -> list[str]:
     """The uppermost keys of a tree that `Checkpoints.save_trees` saved, in the folder of a step.
     Raises `UserError` for one that cannot be read."""
@@ -416,7 +422,7 @@ def _check_tree(folder: epath.Path, abstract: TrainState) -> _Carried:
 def _check_averages(folder: epath.Path, abstract: TrainState) -> None:
     """Raises `UserError` where a checkpoint does not hold averages of these lengths."""
     want = sorted(abstract.averages)
-    have = parts_of(folder, AVERAGES) if (folder / AVERAGES).exists() else []
+    have = averages_of(folder.parent, int(folder.name))
     if have != want:
         raise UserError(
             f"the checkpoint {folder} holds {'averages of ' + ', '.join(have) if have else 'none'} "

@@ -4,6 +4,7 @@ That a run which goes on from another's checkpoint is one run: `test_study`, `te
 import dataclasses
 import shutil
 
+import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
@@ -82,6 +83,25 @@ def test_a_run_that_goes_on_is_the_one_that_it_would_be_alone(tmp_path):
     trained(tmp_path / "theirs", started)
     found = resolved(tmp_path, cools, take="run", step=40)
     assert found.identity()["start"] == started.identity()["start"]
+
+
+def test_a_run_that_goes_on_tracks_the_averages_of_the_other(tmp_path):
+    trained(tmp_path / "theirs", THEIRS)
+    both, start = with_train(steps=50, keep_steps=(), averages=(0.1, 0.05)), {
+        "take": "run", "step": 40}
+    with pytest.raises(UserError, match=r"c8/checkpoints/40 holds averages of no length, .*"
+                       r"train.averages='\(\)', or begin a run of its own with"):
+        resolved(tmp_path, both, **start)
+    for member in MEMBERS:
+        with ocp.StandardCheckpointer() as saver:
+            saver.save(tmp_path / "theirs" / "models" / member / "checkpoints" / "40" / "averages",
+                       {name: {"bias": np.zeros(1)} for name in ("0.05", "0.1")})
+    assert resolved(tmp_path, both, **start).start.passed == 40
+    resolved(tmp_path, with_train(steps=50, keep_steps=()), **start)  # It may go on without.
+    one = with_train(steps=50, keep_steps=(), averages=(0.1,))
+    with pytest.raises(UserError, match=r"holds averages of 0.05, 0.1, and train.averages=\(0.1,\) "
+                       r".*give --config.train.averages='\(0.05, 0.1\)', or \(\) for none, or"):
+        resolved(tmp_path, one, **start)
 
 
 @pytest.mark.parametrize("study, start, told", [
