@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -156,14 +157,19 @@ class Recipe:
     residual: float
 
 
+def _folder(directory: epath.PathLike) -> epath.Path:
+    # Orbax reads from no relative path.
+    return epath.Path(os.path.abspath(directory)) / FOLDER
+
+
 def kept(directory: epath.PathLike, step: int) -> bool:
     """Whether a run has a snapshot of a step."""
-    return step in checkpoint.steps_of(epath.Path(directory) / FOLDER)
+    return step in checkpoint.steps_of(_folder(directory))
 
 
 def require(directory: epath.PathLike, step: int) -> list[int]:
     """The steps of a run's snapshots. Raises `UserError` where there is none of this one."""
-    folder = epath.Path(directory) / FOLDER
+    folder = _folder(directory)
     steps = checkpoint.steps_of(folder)
     if step not in steps:
         have = f"holds snapshots of steps {', '.join(map(str, steps))}" if steps else (
@@ -184,7 +190,7 @@ def recipe(directory: epath.PathLike, step: int, length: float) -> Recipe:
       UserError: for a length that is none, or that the snapshots do not give within `TOLERANCE`, a
         step without a snapshot, and a run that has none.
     """
-    folder = epath.Path(directory) / FOLDER
+    folder = _folder(directory)
     low, high = LENGTHS
     if not low <= length <= high:
         raise UserError(
@@ -238,7 +244,7 @@ def average(
     Raises:
       UserError: as `recipe` and `checkpoint.average`.
     """
-    folder = epath.Path(directory) / FOLDER
+    folder = _folder(directory)
     found = recipe(directory, step, length)
     if network is not None:
         checkpoint.check_network(folder, step, network)

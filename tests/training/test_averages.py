@@ -69,6 +69,13 @@ def test_what_is_tracked_is_the_average_by_its_definition(run):
         toy.equal(found, state.averages[f"{length:g}"])
 
 
+def test_a_folder_may_be_named_from_here(run, monkeypatch):
+    folder = run[0]
+    monkeypatch.chdir(folder.parent)
+    toy.equal(*(averages.average(place, 48, 0.07, _abstract().params)
+                for place in (folder, folder.name)))
+
+
 @pytest.mark.parametrize("at, length, within", [
     (48, 0.04, 0.02), (48, 0.07, 0.01), (48, 0.15, 0.01), (48, 0.2, 0.03),
     (24, 0.07, 0.02), (24, 0.15, 0.05),
