@@ -271,7 +271,7 @@ def _distance(
     have = subject_lib.existing(subject, own.scorer.hash, folder / "records")
     bench = sweep.Bench(
         spec=spec, drawer=own.drawer(which.member), params=None if have else params(),
-        cost=cost.of(spec), reference_cost=cost.of(own.spec(own.study.reference)),
+        cost=own.cost(spec), reference_cost=own.cost(own.spec(own.study.reference)),
         scorer=own.scorer, prompts=own.swept_prompts, directory=folder / "records",
         strips=folder / "strips", seconds=seconds,
     )
