@@ -177,6 +177,23 @@ def _join_gates(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return out
 
 
+def _one_rank(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """All layers of a network with as many rows of A and columns of B as the widest, by zeros,
+    which change no product. Where ranks differ and no alpha is told, diffusers 0.39 takes one
+    layer's rank for the alpha of all, so that the others' products get a factor."""
+    axes = {name: int(name.endswith(".lora_B.weight")) for name in tensors}
+    ranks: dict[str, int] = {}
+    for name, axis in axes.items():
+        network = name.partition(".")[0]
+        ranks[network] = max(ranks.get(network, 0), tensors[name].shape[axis])
+    out = {}
+    for name, axis in axes.items():
+        pad = [(0, 0)] * tensors[name].ndim
+        pad[axis] = (0, ranks[name.partition(".")[0]] - tensors[name].shape[axis])
+        out[name] = np.pad(tensors[name], pad)
+    return out
+
+
 def _split_gates(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Adapters of diffusers' GEGLU layer as those of its two here, values first as in
     `convert.split_gates`: both have its A, and each a half of its B."""
@@ -196,8 +213,9 @@ def tensors(
     adapters: dict[str, Any], levels: int | None, alpha: float | None = None
 ) -> dict[str, np.ndarray]:
     """Adapters as peft and diffusers keep them: A (r, in) and B (out, r) of each layer, under its
-    name there, with `.lora_A.weight` and `.lora_B.weight`. B holds the factor alpha / r, so that
-    readers need not know alpha.
+    name there, with `.lora_A.weight` and `.lora_B.weight`. B holds the factor alpha / r, and all
+    layers of a network have one rank (zeros fill the lower ones up), so that readers need not know
+    alpha.
 
     Args:
       adapters: "unet" and, where it is trained, "text", to the tree of `init`.
@@ -216,7 +234,7 @@ def tensors(
             # Ours are (..., in, out), torch's (out, in, ...).
             value = np.moveaxis(value, (-1, -2), (0, 1))
             out[f"{called}.{_ENDS[end]}.weight"] = np.ascontiguousarray(value)
-    return _join_gates(out)
+    return _one_rank(_join_gates(out))
 
 
 def save(
