@@ -112,11 +112,13 @@ def _members(given: str | None, study: Study | None, device: jax.Device) -> list
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Around:
-    """What is around a member: `decoder` and, where it is known, `text` of `length` tokens."""
+    """What is around a member: `decoder` and, where it is known, `text`; and captions of `length`
+    tokens, where the zoo counts the member at those of `zoo_length`."""
 
     decoder: autoencoder.AutoencoderSpec
     text: str | None
     length: int
+    zoo_length: int
 
     @property
     def decoder_name(self) -> str:
@@ -127,8 +129,12 @@ class Around:
         return self.text and f"{self.text}-{self.length}"
 
     @property
+    def tokens(self) -> int | None:
+        return None if self.length == self.zoo_length else self.length
+
+    @property
     def names(self) -> cost_files.Around:
-        return (self.decoder_name, self.text_name)
+        return (self.decoder_name, self.text_name, self.tokens)
 
 
 def around(study: Study | None, name: str) -> Around:
@@ -141,7 +147,8 @@ def around(study: Study | None, name: str) -> Around:
     if study:
         plan_parts.spec_of(study, name)  # Raises where latents do not fit.
         text = None if study.data.text_weights else "minilm"
-        return Around(plan_parts.autoencoder_of(study), text, study.data.text_length)
+        return Around(plan_parts.autoencoder_of(study), text, study.data.text_length,
+                      zoo.get(name).spec.context_length)
     spec = zoo.get(name).spec
     if spec.sample_size not in _DECODERS or spec.context_dim not in _TEXTS:
         raise UserError(
@@ -150,7 +157,8 @@ def around(study: Study | None, name: str) -> Around:
             "--config=FILE of a study with it"
         )
     return Around(
-        _DECODERS[spec.sample_size], _TEXTS[spec.context_dim], spec.context_length
+        _DECODERS[spec.sample_size], _TEXTS[spec.context_dim], spec.context_length,
+        spec.context_length,
     )
 
 
@@ -169,7 +177,7 @@ def member_cost(name: str, reference: str, around: Around) -> MemberCost:
         decoder_gflops=caching_cost.decode_gflops(around.decoder, spec.latent_shape),
         text=around.text_name,
         text_gflops=caching_cost.text_gflops(caching_cost.TEXTS[words], length) if words else None,
-        tokens=None if length == spec.context_length else length,
+        tokens=around.tokens,
     )
 
 

@@ -19,8 +19,9 @@ FORMAT = 2  # of 1, which held one row for each name, are read too
 FOLDER = "costs"
 
 
-Around = tuple[str, str | None]
-"""Names of a decoder and of a text encoder, None where that is not known."""
+Around = tuple[str, str | None, int | None]
+"""Names of a decoder and of a text encoder, None where that is not known, and tokens of a caption,
+as `MemberCost` has them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +117,8 @@ class MemberCost:
 
     @property
     def around(self) -> Around:
-        """Names of what is around it."""
-        return (self.decoder, self.text)
+        """What is around it."""
+        return (self.decoder, self.text, self.tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +128,7 @@ class CostFile:
     Attributes:
       device_kind: as JAX calls it; a CPU's with its model and number of cores.
       platform: `cpu`, `gpu` or `tpu`.
-      members: one for each name, decoder and text encoder.
+      members: one for each name, decoder, text encoder and length of captions.
       timings, skipped: one of either for each part, name and batch size.
     """
 
@@ -166,7 +167,8 @@ class CostFile:
         """Member -> what its parts cost, for `costing.sampling`.
 
         Args:
-          around: of each member only with these decoders and text encoders; with any if None.
+          around: of each member only with these decoders, text encoders and lengths of captions;
+            with any if None.
           names: of members; all if None.
 
         Raises:
@@ -178,12 +180,13 @@ class CostFile:
                     around is not None and m.around not in around.get(m.name, ())):
                 continue
             if m.name in out:
-                several = [f"{o.decoder} {o.text or ''}".strip() for o in self.members
-                           if o.name == m.name]
+                several = [
+                    " ".join(filter(None, [o.decoder, o.text, o.tokens and f"{o.tokens} tokens"]))
+                    for o in self.members if o.name == m.name]
                 raise UserError(
-                    f"{m.name} was measured on {self.device_kind} with several autoencoders or "
-                    f"text encoders ({', '.join(several)}), and which is meant is not known: give "
-                    "the workdir as --records, or measure one of them "
+                    f"{m.name} was measured on {self.device_kind} with several autoencoders, "
+                    f"text encoders or lengths of captions ({', '.join(several)}), and which is "
+                    "meant is not known: give the workdir as --records, or measure one of them "
                     "into a file of its own (ldm-scaling cost --to=FILE) and give --costs=FILE"
                 )
             own = {"network": m.timed, "guided": m.timed, "decoder": m.decoder, "text": m.text}

@@ -491,10 +491,11 @@ def test_the_command_takes_seconds_of_the_workdirs_own_autoencoder(capsys, tmp_p
     """Of a second study on the same device with a slow one the members' rows lie beside them."""
     (path,) = costs.iterdir()
     found, config = cost_files.read(path), Study(members=("c8", "c48"))
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, side=64))
+    config = dataclasses.replace(config, data=dataclasses.replace(
+        config.data, side=64, text_length=zoo.get("c8").spec.context_length))
     ours = cost_cli.around(config, "c8").names
     for m in found.members:
-        found = found.plus(dataclasses.replace(m, decoder=ours[0], text=ours[1]), *(
+        found = found.plus(dataclasses.replace(m, decoder=ours[0], text=ours[1], tokens=ours[2]), *(
             dataclasses.replace(t, name=name, seconds=seconds) for t in found.timings
             for part, name, seconds in (("decoder", ours[0], 0.02), ("text", ours[1], 0.001))
             if t.part == part))

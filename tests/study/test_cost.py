@@ -184,17 +184,30 @@ def test_members_of_several_studies_lie_side_by_side():
         member(), member(decoder="dear", decoder_gflops=9.0, text=None, text_gflops=None),
         member("c16"), timed(), timed("decoder", "dec", seconds=1.0),
         timed("decoder", "dear", seconds=3.0), timed("text", "txt", seconds=2.0))
-    both = [("dec", "txt"), ("dear", None)]
+    both = [("dec", "txt", None), ("dear", None, None)]
     cheap, dear = (found.prices({"c8": [place]})["c8"] for place in both)
     assert (cheap.decoder_gflops, cheap.seconds["decoder", 1]) == (1, 1)
     assert cheap.seconds["text", 1] == 2
     assert (dear.decoder_gflops, dear.seconds["decoder", 1]) == (9, 3)
     assert ("text", 1) not in dear.seconds
-    assert found.prices({"c8": [("dear", "txt")], "c16": [("dear", None)]}) == {}
+    assert found.prices({"c8": [("dear", "txt", None)], "c16": [("dear", None, None)]}) == {}
     assert set(found.prices(names={"c16"})) == {"c16"}
     for around in (None, {"c8": both}):
         with pytest.raises(UserError, match=r"c8 .* Chip .*\(dec txt, dear\).*--costs=FILE"):
             found.prices(around)
+
+
+def test_members_of_studies_whose_captions_differ_in_length_alone_lie_side_by_side():
+    """The text encoder's name does not tell lengths where a published one is not known here."""
+    here = dataclasses.replace(cost_cli.around(None, "c8"), text=None)
+    several = [dataclasses.replace(here, length=length) for length in (20, 40, here.length)]
+    found = CostFile("Chip", "tpu").plus(*(cost_cli.member_cost("c8", "c8", a) for a in several))
+    specs = [dataclasses.replace(zoo.get("c8").spec, context_length=a.length) for a in several]
+    prices = [found.prices({"c8": {a.names}})["c8"].gflops for a in several]
+    assert prices == [cost.count(spec).gflops for spec in specs]
+    assert len(set(prices)) == 3
+    with pytest.raises(UserError, match=r"\((autoencoder-\w+) 20 tokens, \1 40 tokens, \1\)"):
+        found.prices()
 
 
 def test_prices_are_for_one_picture_of_a_batch():
