@@ -270,6 +270,11 @@ class Cascaded:
         """The members' own: both are held against the same pictures."""
         return self.materials.scorer
 
+    @property
+    def has_reference(self) -> bool:
+        """See `Materials.has_reference`."""
+        return self.materials.has_reference
+
     def first(self, base: str, steps: int) -> First:
         """A first stage in so many steps, as records have it."""
         c, study = self.config, self.materials.study

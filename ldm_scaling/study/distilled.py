@@ -249,6 +249,11 @@ class Distilled:
         """The members' own: students are held against the same pictures."""
         return self.materials.scorer
 
+    @property
+    def has_reference(self) -> bool:
+        """See `Materials.has_reference`."""
+        return self.materials.has_reference
+
     def subjects(self) -> list[Subject]:
         """All that is measured, the smallest member first, the longest trained last."""
         return [

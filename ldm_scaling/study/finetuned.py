@@ -319,9 +319,31 @@ class FineTuned:
         own, names = self._own_scorer(), self.config.sweep.metrics
         if not names:
             return own
-        folder = self.materials.workdir / REFERENCE / f"{self.config.task}{self._cut}"
         with processes.lead_first("published reference of restored pictures"):
-            return WithPublished(own, published_scorer.load(names, folder, self._real))
+            return WithPublished(own, published_scorer.load(
+                names, self._published_folder, self._real))
+
+    @property
+    def has_reference(self) -> bool:
+        """See `Materials.has_reference`."""
+        return self._reference_path.exists() and published_scorer.kept(
+            self.config.sweep.metrics, self._published_folder)
+
+    @property
+    def _published_folder(self) -> epath.Path:
+        return self.materials.workdir / REFERENCE / f"{self.config.task}{self._cut}"
+
+    @property
+    def _reference_path(self) -> epath.Path:
+        extractor = self._network.layer_hash(LAYER)
+        return self._published_folder.parent / (
+            f"{self.config.task}{self._cut}_{extractor[:8]}.npz")
+
+    @functools.cached_property
+    def _network(self) -> efficientnet.FeatureNetwork:
+        config, m = self.config.sweep, self.materials
+        same = config.feature_side == m.study.sweep.feature_side
+        return m.feature_network if same else efficientnet.load(config.feature_side)
 
     @property
     def _cut(self) -> str:
@@ -336,9 +358,7 @@ class FineTuned:
         return batches(images, "features of real pictures", size=_BATCH)
 
     def _own_scorer(self) -> PairedScorer:
-        config, m = self.config.sweep, self.materials
-        same = config.feature_side == m.study.sweep.feature_side
-        network = m.feature_network if same else efficientnet.load(config.feature_side)
+        config, m, network = self.config.sweep, self.materials, self._network
         perceptual = lpips.load(PERCEPTUAL)
         extractor = network.layer_hash(LAYER)
 
@@ -346,7 +366,7 @@ class FineTuned:
             found = network.features(images)
             return found[LAYER], network.logits(found["head"])
 
-        path = m.workdir / REFERENCE / f"{self.config.task}{self._cut}_{extractor[:8]}.npz"
+        path = self._reference_path
         with processes.lead_first("reference of restored pictures"):
             if not path.exists():
                 found = np.concatenate([trunk_and_logits(some)[0] for some in self._real()])

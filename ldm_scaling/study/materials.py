@@ -343,6 +343,18 @@ class Materials:
         own, beside = self._own_scorer(), self.published_metrics
         return WithPublished(own, beside) if beside else own
 
+    @property
+    def has_reference(self) -> bool:
+        """Whether what `scorer` holds pictures against is kept, so that it makes none."""
+        names, folder = self.study.sweep.metrics, self.own.workdir / REFERENCE
+        return all(path.exists() for path in self._reference_paths) and (
+            published_scorer.kept(names, folder))
+
+    @property
+    def _reference_paths(self) -> tuple[epath.Path, epath.Path]:
+        folder = self.workdir / REFERENCE
+        return folder / "validation.npz", folder / "probe.npz"
+
     def _own_scorer(self) -> Scorer:
         """Reference statistics of all validation pictures, and the probe of the training ones.
         The lead makes them: text states must be there."""
@@ -352,8 +364,7 @@ class Materials:
         def features(images):
             return network.features(images)[LAYER]
 
-        folder = self.workdir / REFERENCE
-        reference_path, probe_path = folder / "validation.npz", folder / "probe.npz"
+        reference_path, probe_path = self._reference_paths
         with processes.lead_first("reference"):
             if not (reference_path.exists() and probe_path.exists()):
                 self._make_reference(features, extractor, reference_path, probe_path)

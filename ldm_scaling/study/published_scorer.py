@@ -195,6 +195,16 @@ def load(
     )
 
 
+def kept(names: Sequence[str], folder: epath.Path) -> bool:
+    """Whether `load` finds statistics and features of real pictures for every metric; of which
+    version of a network they are takes the network and is not asked."""
+    ends = {"statistics": "", "features": f"_{MOST_REAL}"}
+    rows = scores.rows(names) if names else ()
+    wanted = {(row.extractor, ends[row.definition.against]) for row in rows
+              if row.definition.against in ends}
+    return all(any(folder.glob(f"{name}_????????{end}.npz")) for name, end in wanted)
+
+
 def _key(row: Row) -> _Key:
     return row.extractor, row.layer
 

@@ -454,24 +454,25 @@ def _pretrained_records(own: Materials) -> tuple[list[Record], list[Record]]:
 
 def _scored_by(own: Materials, subjects: Sequence[Subject], whose: Materials | Further) -> str:
     """Hash of what scored a workdir's records of these subjects: of `whose` scorer. The records say
-    it where the workdir was copied without its reference, or the scorer's packages are missing.
+    it where the workdir was copied without its reference or a part of it, or the scorer's packages
+    are missing.
 
     Raises:
       UserError: where records of this config were scored in several ways then.
     """
     missing = None
-    if (own.workdir / REFERENCE).exists():
-        try:
+    try:
+        if (own.workdir / REFERENCE).exists() and whose.has_reference:
             return whose.scorer.hash
-        except MissingPackageError as e:
-            missing = e
+    except MissingPackageError as e:
+        missing = e
     named = {r.identity.reference_hash for r in read_all(own.workdir / "records")}
     found = [name for name in sorted(named) if _records(own, subjects, name)]
     if len(found) > 1:
         raise missing or UserError(
             f"the records in {own.workdir / 'records'} were scored in {len(found)} ways, and "
-            f"{own.workdir / REFERENCE}, which says which of them is this config's, is not there: "
-            "copy it too, or run  ldm-scaling sweep  first"
+            f"{own.workdir / REFERENCE}, which says which of them is this config's, is not there "
+            "or not whole: copy it too, or run  ldm-scaling sweep  first"
         )
     return found[0] if found else ""
 

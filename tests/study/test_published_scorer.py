@@ -114,6 +114,12 @@ def test_features_of_some_real_pictures_are_kept(tmp_path, monkeypatch):
         assert len(set(places)) == 10 and max(places) > 20
         np.testing.assert_array_equal(x_MD, whole.real[key][places])
     (path,) = tmp_path.glob("inception_tf2015_*_10.npz")
+    assert published_scorer.kept(names, tmp_path) and published_scorer.kept((), tmp_path / "none")
+    assert not published_scorer.kept(names, tmp_path / "none")
+    path.rename(tmp_path / "aside")
+    assert not published_scorer.kept(names, tmp_path)
+    assert published_scorer.kept(["fid_tf2015"], tmp_path)
+    (tmp_path / "aside").rename(path)
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(UserError, match=rf"{path}.*damaged"):
         _load(tmp_path, real, names)

@@ -311,6 +311,24 @@ def test_records_and_networks_alone_are_reported_and_sampled(unbroken, tmp_path,
     assert status == 2 and "were scored in 2 ways" in said and f"{part}/reference" in said
 
 
+@pytest.mark.parametrize("kept", [("probe.npz",), ("validation.npz", "probe_sanity.json")])
+def test_a_part_of_the_reference_does_not_have_pictures_made(unbroken, tmp_path, kept):
+    """Records say what scored them where the scorer would make the rest anew."""
+    whole, part = unbroken[0], tmp_path / "part"
+    shutil.copytree(whole / "records", part / "records")
+    shutil.copy(whole / "study.json", part)
+    (part / "reference").mkdir()
+    for name in kept:
+        shutil.copy(whole / "reference" / name, part / "reference")
+    status, said = commands.run("report", f"--workdir={part}")
+    assert status == 0, said
+    assert not (part / "data").exists()
+    assert {p.name for p in (part / "reference").iterdir()} == set(kept)
+    keys, all_keys = (set(re.findall(r"[0-9a-f]{16}", (w / "report.html").read_text()))
+                      for w in (part, whole))
+    assert keys == all_keys
+
+
 def test_damaged_record_is_named(unbroken, tmp_path):
     workdir = unbroken[0]
     victim = sorted(workdir.glob("records/*.json"))[0]
