@@ -47,10 +47,11 @@ class Places:
                 raise
             one, two = (os.fspath(records_lib.path_of(folder, key))
                         for folder, key in zip(folders, e.keys, strict=True))
+            how_many = "1 configuration clashes" if e.count == 1 else (
+                f"{e.count:,} configurations clash")
             raise UserError(
-                f"{e.what}: {one} and {two}; {e.count:,} configuration{'s' * (e.count > 1)} "
-                "clash so. The places hold two networks or measurements under one name, which "
-                "nothing tells apart: ask for each place alone"
+                f"{e.what}: {one} and {two}; {how_many} so. The places hold two networks or "
+                "measurements under one name, which nothing tells apart: ask for each place alone"
             ) from e
 
     @property

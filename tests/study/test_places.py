@@ -42,6 +42,11 @@ def test_a_member_of_two_places_is_named_with_both(tmp_path, study, capsys):
         said = capsys.readouterr().err
         assert f"{one / 'records'}/" in said and f"{two}/" in said
         assert f"{len(study)} configurations clash so" in said and "each place alone" in said
+    lone, again = tmp_path / "lone", tmp_path / "again"
+    records.write(lone, r)
+    records.write(again, other)
+    assert program.main(["advise", f"--records={lone},{again}"]) == 2
+    assert "1 configuration clashes so. The places" in capsys.readouterr().err
     # Of one place it is the files that are named.
     records.write(one / "records", other)
     assert program.main(["advise", f"--records={one}"]) == 2
