@@ -38,9 +38,9 @@ def priced_here(
         kept = [p for p in points if p.seconds]
         if not kept:
             raise UserError(
-                "no record that advice could choose holds measured seconds (seconds_per_image is "
-                "0): give a budget in cost or flops, or --device=KIND, with seconds that  "
-                "ldm-scaling cost  measured"
+                "no record of the reported seed blocks that advice could choose holds measured "
+                "seconds (seconds_per_image is 0), and no other block's count: give a budget in "
+                "cost or flops, or --device=KIND, with seconds that  ldm-scaling cost  measured"
             )
         return kept, [*filter(None, [without_seconds(points)])]
     device = next((p.device for p in prices.values()), "the device")

@@ -194,6 +194,10 @@ def test_seconds_of_several_devices_are_not_drawn(tmp_path, study):
 def test_what_was_not_timed_is_not_drawn_in_seconds(tmp_path, study):
     written = catalogue.write(tmp_path, Source(fake.untimed(study), FD), ["fig9_seconds"])
     assert written.names == () and "timed on one kind of device" in written.skipped[0]
+    chosen = fake.untimed(study, lambda i: i.seed_block == 1)
+    written = catalogue.write(tmp_path, Source(chosen, FD), ["fig9_seconds"])
+    assert written.names == () and "those of the reported block count" in written.skipped[0]
+    assert "seconds_per_image of 0" in written.skipped[0]
     some = fake.untimed(study, lambda i: i.model == "c16" and i.steps > 10 or i.model == "c24")
     with plot_style.style():
         drawn = text_to_image.seconds(Source(some, FD))[""]

@@ -81,6 +81,9 @@ def test_what_was_not_timed_is_not_free(exact):
     assert cell(within(some, 3.0).best) == cell(within(exact, 3.0).best)
     with pytest.raises(UserError, match="holds measured seconds .* a budget in cost or flops"):
         within(fake.untimed(exact), 0.1, "seconds")
+    reported = fake.untimed(exact, lambda i: i.seed_block == 1)
+    with pytest.raises(UserError, match="no record of the reported seed blocks .* seconds"):
+        within(reported, 0.1, "seconds")
 
 
 def test_of_a_guidance_interval_the_rows_within_are_paid_twice(study):

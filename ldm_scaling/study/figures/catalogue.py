@@ -80,7 +80,8 @@ FIGURES: list[Entry] = [
           "Left: sampling cost against steps for every size. Right: quality at the best guidance "
           "against sampling cost for every size, with 95% intervals."),
     Entry("fig9_seconds", "Fig. 9, measured time", "Seconds and quality", text_to_image.seconds,
-          f"{_CURVE}, timed on one kind of device", "quality",
+          f"{_CURVE}, timed on one kind of device; those of the reported block count, where "
+          "seconds_per_image of 0 is no measurement", "quality",
           "The same as figure 9 with measured seconds per image in place of cost."),
     Entry("fig11_samplers", "Fig. 11", "Other samplers", text_to_image.samplers,
           f"{_CURVE} of two samplers", "quality",
