@@ -66,7 +66,8 @@ def test_sizes_of_turned_photographs(tmp_path, monkeypatch):
     names = ("a.jpg", "b.png", "c.tif")
     for name in names:
         Image.fromarray(photograph(90, 150)).save(tmp_path / name, exif=exif)
-    monkeypatch.setattr(image_folder, "to_rgb", lambda x: seen.append(x.format) or decode(x))
+    monkeypatch.setattr(
+        image_folder, "to_rgb", lambda x, ground: seen.append(x.format) or decode(x, ground))
     given = pair_making.photographs(names, tmp_path, 64)
     assert given.sizes == ((150, 90),) * 3 and seen == ["TIFF"]
     assert all(image_folder.read_image(tmp_path / name).shape == (150, 90, 3) for name in names)
