@@ -226,9 +226,10 @@ def measure(
 
 def _work(materials: Materials, wanted: Sequence[Which], cell: Cell) -> float:
     """GFLOPs of all that is drawn."""
+    own = materials.own
     subjects = [_subject(materials.study, which, cell) for which in wanted]
     return sum(
-        subject_lib.work(s, cost.of(materials.own.spec(s.member)), identity)
+        subject_lib.work(s, own.cost(own.spec(s.member)), identity)
         for s in subjects for identity in subject_lib.selection(s, "")
     )
 

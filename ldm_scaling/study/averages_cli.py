@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ldm_scaling import config, files
+from ldm_scaling import config
 from ldm_scaling.config.measuring import FRECHET
 from ldm_scaling.errors import UserError
 from ldm_scaling.parallel import compiled, hosts
@@ -71,8 +71,7 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     compiled.keep()
     from ldm_scaling.study import averages, stages
     from ldm_scaling.study.figures import averages as figure
-    from ldm_scaling.study.figures import rows
-    from ldm_scaling.study.plot_style import save, style
+    from ldm_scaling.study.plot_style import style
     from ldm_scaling.study.workdir import Workdir
 
     workdir = Workdir(common.workdir)
@@ -94,10 +93,8 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     some = [name for name in study.members if name in members]
     name += f"_of_{'_'.join(some)}" if some and len(some) < len(study.members) else ""
     name += f"_at_{given.at}" if given.at else ""
-    save(drawn.figure, folder, name)
-    files.atomic_write_text(folder / f"{name}.csv", rows.text(drawn.rows))
     words = figure.verdict(shown, cell)
-    files.atomic_write_text(folder / f"{name}.txt", words + "\n")
+    drawn.write(folder, name, words)
     print(words)
     print(os.fspath(folder / f"{name}.png"))
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ldm_scaling import config, files
+from ldm_scaling import config
 from ldm_scaling.errors import UserError
 from ldm_scaling.parallel import compiled, hosts
 from ldm_scaling.study.arguments import Parser, above_0
@@ -67,8 +67,7 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     compiled.keep()
     from ldm_scaling.study import rates, stages
     from ldm_scaling.study.figures import rates as figure
-    from ldm_scaling.study.figures import rows
-    from ldm_scaling.study.plot_style import save, style
+    from ldm_scaling.study.plot_style import style
     from ldm_scaling.study.workdir import Workdir
 
     workdir = Workdir(common.workdir)
@@ -85,9 +84,7 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     with style():
         drawn = figure.draw(shown)
     folder = workdir / rates.FOLDER
-    save(drawn.figure, folder, "best_rate")
-    files.atomic_write_text(folder / "best_rate.csv", rows.text(drawn.rows))
     words = figure.verdict(shown)
-    files.atomic_write_text(folder / "best_rate.txt", words + "\n")
+    drawn.write(folder, "best_rate", words)
     print(words)
     print(os.fspath(folder / "best_rate.png"))

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from etils import epath
 
 from ldm_scaling import files, pictures
 from ldm_scaling.config import Study
@@ -48,7 +46,7 @@ from ldm_scaling.study.finetuned import PERCEPTUAL, FineTuned
 from ldm_scaling.study.further import Further
 from ldm_scaling.study.materials import REFERENCE, SPLITS, Materials
 from ldm_scaling.study.progress import Progress
-from ldm_scaling.study.records import TEXT_TO_IMAGE, Record, read_all, write
+from ldm_scaling.study.records import TEXT_TO_IMAGE, Record, read_all
 from ldm_scaling.study.subject import Subject
 from ldm_scaling.study.workdir import Workdir
 from ldm_scaling.tasks import autoencoder as autoencoder_task
@@ -319,24 +317,6 @@ def run_sweep(materials: Materials) -> None:
             further.keep_baselines()
 
 
-def _recounted(
-    found: Sequence[Record], subject: Subject, size: Cost, reference: Cost, directory: epath.Path
-) -> int:
-    """Writes those of a network's records anew whose costs an earlier version counted on captions
-    as long as the network takes them, whatever `data.text_length`; how many."""
-    other = [
-        r for r in found
-        if (r.identity.model, r.identity.model_hash) == (subject.model, subject.hash)
-        and (r.first and r.first.spelling) == (subject.first and subject.first.spelling)
-        and not (math.isclose(r.gflops, size.gflops, rel_tol=1e-3) and (
-            not r.first or math.isclose(r.first.gflops, subject.first.gflops, rel_tol=1e-3)))
-    ]
-    for r in other:
-        write(directory, dataclasses.replace(
-            r, gflops=size.gflops, norm_cost=size.gflops / reference.gflops, first=subject.first))
-    return len(other)
-
-
 def _measure(
     own: Materials, subjects: Sequence[Subject], reference_hash: str,
     bench: Callable[[Subject], sweep.Bench], network: Callable[[Subject], backbone.Spec],
@@ -352,7 +332,7 @@ def _measure(
             if own.networks.tokens != own.spec(subject.member).context_length:
                 there = read_all(directory) if there is None else there
                 count = own.cost(network(subject))
-                recounted += _recounted(there, subject, count, reference_cost, directory)
+                recounted += subject_lib.recount(there, subject, count, reference_cost, directory)
             done = [r.identity for r in subject_lib.existing(subject, reference_hash, directory)]
             planned = subject_lib.planned(subject)
             total += sum(subject_lib.work(subject, size, i) for i in planned)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from etils import epath
 
@@ -205,3 +205,31 @@ def existing(
     if not whole:
         return chosen
     return chosen + there(reporting(subject, reference_hash, chosen))
+
+
+def recount(
+    found: Iterable[Record], subject: Subject, size: Cost, reference: Cost, directory: epath.Path
+) -> int:
+    """Writes those of a network's records anew whose costs an earlier version counted on captions
+    as long as the network takes them, whatever `data.text_length`.
+
+    Args:
+      found: records of the folder, of whatever networks.
+      subject: the network.
+      size: its cost on captions of the study's length.
+      reference: that of the network whose cost is 1.
+      directory: of the records.
+    Returns:
+      how many were written.
+    """
+    other = [
+        r for r in found
+        if (r.identity.model, r.identity.model_hash) == (subject.model, subject.hash)
+        and (r.first and r.first.spelling) == (subject.first and subject.first.spelling)
+        and not (math.isclose(r.gflops, size.gflops, rel_tol=1e-3) and (
+            not r.first or math.isclose(r.first.gflops, subject.first.gflops, rel_tol=1e-3)))
+    ]
+    for r in other:
+        records.write(directory, dataclasses.replace(
+            r, gflops=size.gflops, norm_cost=size.gflops / reference.gflops, first=subject.first))
+    return len(other)

@@ -18,7 +18,7 @@ from ldm_scaling.models import zoo
 from ldm_scaling.models.cost import Cost
 from ldm_scaling.sampling import solvers
 from ldm_scaling.sampling.packing import Configuration, split
-from ldm_scaling.study import records, row_times, stages, sweep
+from ldm_scaling.study import records, row_times, sweep
 from ldm_scaling.study import subject as subject_lib
 from tests.study import fake_records
 
@@ -198,13 +198,13 @@ def test_records_that_were_counted_on_other_captions_are_counted_anew(tmp_path):
     i = record.identity
     subject = types.SimpleNamespace(model=i.model, hash=i.model_hash, first=None)
     args = (Cost(1, 2.0), Cost(1, 8.0), tmp_path)
-    assert stages._recounted([record, another], subject, *args) == 1
+    assert subject_lib.recount([record, another], subject, *args) == 1
     (made,) = records.read_all(tmp_path)
     assert made == dataclasses.replace(record, gflops=2.0, norm_cost=0.25)
-    assert stages._recounted([made], subject, *args) == 0
+    assert subject_lib.recount([made], subject, *args) == 0
     subject.first = records.First("c8", "ddim", 2, "trailing", 1.0, 0.1, 0.25, 0.2, 2)
     made = dataclasses.replace(
         made, first=dataclasses.replace(subject.first, gflops=0.3, norm_cost=0.1),
         identity=dataclasses.replace(i, first=subject.first.spelling))
-    assert stages._recounted([made, record], subject, *args) == 1
+    assert subject_lib.recount([made, record], subject, *args) == 1
     assert dataclasses.replace(made, first=subject.first) in records.read_all(tmp_path)

@@ -26,7 +26,6 @@ from ldm_scaling.study.figures import (
     family,
     foretold,
     guidance,
-    rows,
     scaling,
     text_to_image,
 )
@@ -247,8 +246,7 @@ def write(
             files.atomic_write_text(directory / _PARTS, text)
             parts_before = parts_now
         for name, one in drawn.items():
-            plot_style.save(one.figure, directory, name)
-            files.atomic_write_text(directory / f"{name}.csv", rows.text(one.rows))
+            one.write(directory, name)
         written += drawn
         if not drawn:
             skipped.append(why)

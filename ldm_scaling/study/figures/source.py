@@ -6,12 +6,15 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 
+from etils import epath
 from matplotlib.figure import Figure
 
+from ldm_scaling import files
 from ldm_scaling.study import curves as curves_lib
-from ldm_scaling.study import image_grids, labels
+from ldm_scaling.study import image_grids, labels, plot_style
 from ldm_scaling.study.baselines import Baselines
 from ldm_scaling.study.curves import Curves
+from ldm_scaling.study.figures import rows
 from ldm_scaling.study.records import RESTORING, Record
 from ldm_scaling.study.statistics import bands, blocks
 from ldm_scaling.study.statistics.bands import Band
@@ -31,6 +34,15 @@ class Drawn:
 
     figure: Figure
     rows: Sequence[Mapping[str, object]]
+
+    def write(self, directory: epath.PathLike, name: str, words: str = "") -> None:
+        """Writes the picture in each of `plot_style.FORMATS`, the numbers as CSV beside it, and
+        its verdict in words, where it has one, as text."""
+        directory = epath.Path(directory)
+        plot_style.save(self.figure, directory, name)
+        files.atomic_write_text(directory / f"{name}.csv", rows.text(self.rows))
+        if words:
+            files.atomic_write_text(directory / f"{name}.txt", words + "\n")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
