@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,7 +51,19 @@ def load_autoencoder(
     spec = autoencoder_spec(config, source=folder)
     tensors = pretrained.read_weights(folder, names=pretrained.DIFFUSERS)
     params = autoencoder_params(spec, tensors, source=folder)
-    return spec, params, float(config.get("scaling_factor", SCALE))
+    return spec, params, latent_scale(config, SCALE, folder)
+
+
+def latent_scale(
+    config: Mapping[str, Any], usual: float, source: str | os.PathLike[str] = "config"
+) -> float:
+    """What latents are multiplied by, a config's `scaling_factor`; the usual one where it names
+    none. Raises `UserError` for what is no number above 0."""
+    value = config.get("scaling_factor")
+    value = usual if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise UserError(f"{source}: scaling_factor={value!r} is not supported: a number above 0 is")
+    return float(value)
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -118,7 +131,9 @@ def _check(config: Mapping, fixed: Mapping, known: set[str], source) -> None:
 def _widths(config: Mapping, source) -> tuple[int, tuple[int, ...]]:
     """Base width and multipliers."""
     widths = config["block_out_channels"]
-    if not widths or any(not isinstance(w, int) or w < 1 or w % widths[0] for w in widths):
+    if not isinstance(widths, list | tuple) or not widths or any(
+        not isinstance(w, int) or w < 1 or w % widths[0] for w in widths
+    ):
         raise UserError(
             f"{source}: block_out_channels={widths} must be multiples of the first of them"
         )
@@ -127,6 +142,8 @@ def _widths(config: Mapping, source) -> tuple[int, tuple[int, ...]]:
 
 def _levels(config: Mapping, key: str, kinds: Mapping[str, bool], source) -> tuple[bool, ...]:
     """The block types of `key` as booleans."""
+    if not isinstance(config[key], list | tuple):
+        raise UserError(f"{source}: {key}={config[key]!r} is not supported: a list is")
     for kind in config[key]:
         if kind not in kinds:
             raise UserError(

@@ -118,7 +118,7 @@ def load(path: str | os.PathLike[str]) -> tuple[TinyDecoderSpec, dict, float]:
     spec, params = from_tensors(tensors(), path)
     if spec != wanted:
         raise UserError(f"{path}: config.json describes {wanted}, but the weights are {spec}")
-    return spec, params, float(config.get("scaling_factor", 1.0))
+    return spec, params, convert.latent_scale(config, 1.0, path)
 
 
 def spec_of(

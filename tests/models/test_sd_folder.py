@@ -81,6 +81,8 @@ def change(file, **values):
     ("unet/config.json", {"in_channels": 9}, "takes 9 channels and gives 4.*inpainting"),
     ("unet/config.json", {"cross_attention_dim": 32}, "width 32, but the text tower's are 24 wide"),
     ("vae/config.json", {"latents_mean": [0.0] * 4}, "latents_mean"),
+    ("vae/config.json", {"block_out_channels": 16}, "block_out_channels=16 must be"),
+    ("vae/config.json", {"down_block_types": None}, "down_block_types=None is not supported"),
     ("text_encoder/config.json", {"model_type": "t5"}, "no CLIP text tower: model_type='t5'"),
 ])
 def test_what_is_not_supported_is_named(sd, file, values, says):
@@ -88,6 +90,15 @@ def test_what_is_not_supported_is_named(sd, file, values, says):
     change(sd / file, **values)
     with pytest.raises(UserError, match=says):
         sd_folder.read(sd)
+
+
+def test_a_latent_scale_is_a_number_above_0_or_the_usual_one(sd):
+    for value in (0, -1.0, "x"):
+        change(sd / "vae/config.json", scaling_factor=value)
+        with pytest.raises(UserError, match=f"scaling_factor={value!r} is not supported: a num"):
+            convert.load_autoencoder(sd / "vae")
+    change(sd / "vae/config.json", scaling_factor=None)
+    assert convert.load_autoencoder(sd / "vae")[2] == convert.SCALE
 
 
 def test_weights_of_any_of_their_files(whole, sd):

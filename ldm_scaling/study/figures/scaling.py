@@ -4,6 +4,7 @@ sizes foretell of the largest."""
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -14,6 +15,8 @@ from ldm_scaling.study.figures.source import Drawn, Source
 from ldm_scaling.study.statistics import fits, scaling, trends
 from ldm_scaling.study.statistics.laws import Law
 from ldm_scaling.study.statistics.scaling import By, Runs
+
+log = logging.getLogger(__name__)
 
 VALIDATION_LOSS = "validation_loss"
 SETTLED = 0.1
@@ -68,7 +71,9 @@ class Measured:
 
 def measured(source: Source) -> list[Measured]:
     """Validation losses along the training runs, and the main measure of the networks; of several
-    families each by itself, for networks of different kinds follow no one law."""
+    families each by itself, for networks of different kinds follow no one law. A measure that may
+    be 0 or below, as a kernel distance without bias is of good networks, follows no power law: with
+    such a value it is left out."""
     records = [r for r in source.of_task("text_to_image") if r.identity.train_step > 0]
     size = {r.identity.model: (r.params, r.gflops) for r in records}
     losses = {
@@ -86,7 +91,12 @@ def measured(source: Source) -> list[Measured]:
         blocks = source.blocks(held)
         if trends.networks(held, source.metric, *blocks):
             runs = scaling.of_records(held, source.metric, 1, *blocks)
-            out += _by_family(source.metric, _in_steps(runs))
+            least = int(np.argmin(runs.value_N))
+            if runs.value_N[least] > 0:
+                out += _by_family(source.metric, _in_steps(runs))
+            else:
+                log.warning("%s of %s is %.3g: no power law goes through it", source.metric,
+                            runs.models[least], runs.value_N[least])
     return out
 
 

@@ -248,6 +248,16 @@ def test_losses_without_a_law_leave_the_page_whole(tmp_path, monkeypatch):
         assert len(rows) == (len(some) * 37 - 1 if losses is lost else len(some))
 
 
+def test_a_measure_at_or_below_0_has_no_law_and_the_losses_keep_theirs(tmp_path, monkeypatch):
+    """As a kernel distance without bias is of a network as good as the reference."""
+    monkeypatch.setattr(plot_style, "DPI", 30)
+    monkeypatch.setattr(plot_style, "FORMATS", {"png": {}})
+    records = _records(value=lambda n: -0.01 if n == max(SIZES.values()) else 1.0)
+    source = Source(records, FD, loss_curves=_losses())
+    assert {one.name for one in scaling.measured(source)} == {scaling.VALIDATION_LOSS}
+    assert catalogue.write(tmp_path, source, ["law_size"]).names == ("law_size",)
+
+
 def test_a_figure_that_fails_is_skipped_unless_it_is_asked_for_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(plot_style, "DPI", 30)
     monkeypatch.setattr(plot_style, "FORMATS", {"png": {}})
