@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from ldm_scaling import terminal
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import backbone_tables, cost, zoo
 
@@ -115,9 +114,8 @@ def text(family: str = "unet") -> str:
             _number(row["published_fid"], 2), _number(row["published_clip"], 3),
             end_section=row["name"] in ("5b", "sd15"),
         )
-    out = io.StringIO()
-    console = Console(file=out, width=100, highlight=False)
+    console = terminal.console()
     console.print(table)
     for note in _NOTES if family == "unet" else _TRANSFORMER_NOTES:
         console.print(note)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip()
+    return terminal.text(console)

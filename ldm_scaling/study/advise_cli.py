@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import io
 import json
 import math
 from collections import defaultdict
@@ -13,9 +12,9 @@ from typing import Any
 
 from etils import epath
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from ldm_scaling import terminal
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import zoo
 from ldm_scaling.study import advice, budgets, cost_files, labels, places, reported, table_1
@@ -215,11 +214,7 @@ def _reached(p: Point, found: Advice) -> str:
 def text(found: Advice) -> str:
     """The advice for a terminal; no line is longer than 100 characters."""
     options = found.options
-    out = io.StringIO()
-    console = Console(  # A notebook's console would show the text itself, and in colour.
-        file=out, width=100, highlight=False, markup=False, force_jupyter=False,
-        force_terminal=False,
-    )
+    console = terminal.console()
     budget = found.budget.value
 
     def spent(p: Point) -> str:
@@ -249,7 +244,7 @@ def text(found: Advice) -> str:
     console.print(f"In {options.unit_label}.")
     for note in found.notes:
         console.print(note)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip()
+    return terminal.text(console)
 
 
 def _sure(found: Advice) -> str:

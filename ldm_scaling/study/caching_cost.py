@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import io
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,9 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from ldm_scaling import terminal
 from ldm_scaling.diffusion import loss as loss_lib
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import UserError
@@ -287,8 +286,7 @@ def text(plan: Plan, found: Sequence[Row]) -> str:
             row.name, _short(row.train_gflops), _short(row.image_gflops + row.text_gflops),
             f"{row.frozen_share:.1%}", f"{row.speedup:.2f}x", _short(row.pass_in_epochs),
         )
-    out = io.StringIO()
-    console = Console(file=out, width=100, highlight=False)
+    console = terminal.console()
     for line in _head(plan, found):
         console.print(line)
     console.print(table)
@@ -296,7 +294,7 @@ def text(plan: Plan, found: Sequence[Row]) -> str:
         "share: of the frozen encoders in the FLOPs of a step without caches; one pass: encoding "
         "everything\nonce, in epochs of training from the caches."
     )
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip()
+    return terminal.text(console)
 
 
 def _head(plan: Plan, found: Sequence[Row]) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import io
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -13,11 +12,10 @@ from typing import Any
 
 import jax
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from ldm_scaling import config as config_lib
-from ldm_scaling import files
+from ldm_scaling import files, terminal
 from ldm_scaling.config import Study
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import analytic, autoencoder, cost, zoo
@@ -269,8 +267,7 @@ def text(found: CostFile) -> str:
     for name, part in rows:
         cells = [found.timing(part, name, b) for b in batches]
         timed.add_row(part, name, *("" if t is None else _cell(t) for t in cells))
-    out = io.StringIO()
-    console = Console(file=out, width=100, highlight=False)
+    console = terminal.console()
     console.print(
         f"{found.device_kind}\nGFLOPs: one call, batch 1, without guidance, by XLA; by hand: "
         "products alone; decoder, text: a picture."
@@ -280,7 +277,7 @@ def text(found: CostFile) -> str:
     console.print(timed)
     for s in found.skipped:
         console.print(f"skipped: {s.part} of {s.name}, batch size {s.batch}: {s.why}")
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip()
+    return terminal.text(console)
 
 
 def _cell(t: Timing) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ldm_scaling import terminal
 from ldm_scaling.models import zoo
 from ldm_scaling.parallel import gpus
 from ldm_scaling.study import plan as plan_lib
@@ -35,9 +35,7 @@ def text(plans: Sequence[Plan], frozen_share: float | None = None) -> str:
       plans: of one member and target.
       frozen_share: of the frozen encoders in a step without caches, by their bounds.
     """
-    out = io.StringIO()
-    width = None if sys.stdout.isatty() else 110
-    console = Console(file=out, width=width, highlight=False, markup=False)
+    console = terminal.console(None if sys.stdout.isatty() else 110)
     for one in plans:
         _one(console, one)
     if frozen_share is not None:
@@ -47,7 +45,7 @@ def text(plans: Sequence[Plan], frozen_share: float | None = None) -> str:
         )
     told = _ON_GPU if plans and _on_gpu(plans[0]) else _BOUND
     console.print(f"{told}. Capacity and counts: docs/plan.md.")
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+    return terminal.text(console)
 
 
 def _one(console: Console, one: Plan) -> None:
