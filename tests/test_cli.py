@@ -87,6 +87,14 @@ def test_commands_with_flags_of_their_own_take_what_is_said_of_them():
             assert (f"--{flag} " in taken) == (command in cli.FLAGS[flag][0]), (command, flag)
 
 
+@pytest.mark.parametrize("command", ["figure", "advise"])
+def test_seed_blocks_are_whole_numbers_by_one_name(capsys, command):
+    for flag in ("--select-block=-1", "--report-blocks=1,-1", "--report-blocks=1,"):
+        assert_error(run(capsys, command, flag), flag.split("=")[0], "is not a whole number")
+    for name in ("select_block", "report_block", "report-block"):
+        assert_error(run(capsys, command, f"--{name}=1"), command, f"--{name}=1")
+
+
 @pytest.mark.parametrize(
     "override, parts",
     [

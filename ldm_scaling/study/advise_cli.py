@@ -20,7 +20,7 @@ from ldm_scaling.models import zoo
 from ldm_scaling.study import advice, budgets, cost_files, labels, places, reported, table_1
 from ldm_scaling.study import options as options_lib
 from ldm_scaling.study.advice import Advice
-from ldm_scaling.study.arguments import Parser, above_0, several, whole
+from ldm_scaling.study.arguments import Parser, above_0, add_blocks
 from ldm_scaling.study.budgets import Budget
 from ldm_scaling.study.curves import Point
 from ldm_scaling.study.options import Options
@@ -63,10 +63,7 @@ def _parser() -> Parser:
     add("--metric", metavar="NAME", help="the measure; the one that chose the records' guidance")
     add("--task", metavar="NAME,NAME", help="of the records, where they are of several; those that "
         "draw from text are weighed together without it")
-    add("--select-block", type=whole, metavar="N", help="seed block that chooses; the workdir's "
-        f"own, {reported.SELECT} without a workdir")
-    add("--report-blocks", type=several, metavar="N,M", help="seed blocks that are reported, "
-        f"pooled; the workdir's own, {reported.REPORT[0]} without a workdir")
+    add_blocks(add, "pooled")
     add("--format", choices=("text", "json"), default="text", help="how to print")
     return parser
 

@@ -64,6 +64,21 @@ def several(text: str) -> list[int]:
     return [whole(piece.strip()) for piece in text.split(",")]
 
 
+def add_blocks(add: Callable[..., Any], together: str) -> None:
+    """Adds the flags of the seed blocks that choose and are reported.
+
+    Args:
+      add: of the parser.
+      together: what is taken of several reported blocks, in words.
+    """
+    from ldm_scaling.study import reported
+
+    add("--select-block", type=whole, metavar="N", help="seed block that chooses the guidance; the "
+        f"workdir's own, {reported.SELECT} without a workdir")
+    add("--report-blocks", type=several, metavar="N,M", help="seed blocks that are reported, "
+        f"{together}; the workdir's own, {reported.REPORT[0]} without a workdir")
+
+
 def guidance_rate(text: str) -> float:
     """A flag's guidance rate, 0 or more."""
     try:

@@ -22,7 +22,7 @@ from ldm_scaling.study import (
     reported,
     students,
 )
-from ldm_scaling.study.arguments import Parser, several
+from ldm_scaling.study.arguments import Parser, add_blocks
 from ldm_scaling.study.figures import beside, catalogue
 from ldm_scaling.study.figures.source import Source
 from ldm_scaling.study.places import Places
@@ -54,12 +54,7 @@ def _parser() -> Parser:
         "all these records")
     add("--metric", metavar="NAME", help="the main measure; the one that chose the guidance, of "
         f"{', '.join(labels.measures())}")
-    add("--select-block", "--select_block", type=int, metavar="N",
-        help="seed block that chooses the guidance; the workdir's own, "
-        f"{reported.SELECT} without a workdir")
-    add("--report-blocks", "--report-block", "--report_block", type=several,
-        metavar="N,M", help="seed blocks that are reported, their mean; the workdir's own, "
-        f"{reported.REPORT[0]} without a workdir")
+    add_blocks(add, "their mean")
     add("--list", action="store_true", help="prints the figures and what each needs")
     return parser
 
