@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 
 from ldm_scaling.cli.commands import STAGES
 from ldm_scaling.errors import UserError
+from ldm_scaling.study.arguments import pieces
 
 # Those that take a config, and a workdir; the commands with flags of their own read these here too.
 _CONFIGURED = (*STAGES, "evaluate", "plan", "cost", "rates", "averages", "upscale", "restore")
@@ -117,18 +117,6 @@ def values_of(command: str, arguments: list[str]):
     return values
 
 
-def _pieces(name: str, texts: list[str]) -> list[str]:
-    """The values of a flag that takes a list, given once or several times.
-
-    A comma parts samplers except before `option=`: `ddim:eta=0.5,final=zero,heun` are two.
-    """
-    comma = r",(?!\s*\w+=)" if name == "sampler" else ","
-    out = [piece.strip() for text in texts for piece in re.split(comma, text)]
-    if "" in out:
-        raise UserError(f"--{name}={','.join(texts)}: a value is missing")
-    return out
-
-
 def _number(name: str, piece: str, kind: type, example: str):
     try:
         return kind(piece)
@@ -140,7 +128,7 @@ def _number(name: str, piece: str, kind: type, example: str):
 def _seeds(texts: list[str]) -> list[int]:
     """`0:8` is 0 to 7, as a Python slice; a single number is that one seed."""
     example, out = "--seeds=0:8, --seeds=0,3,5 or --seeds=4", []
-    for piece in _pieces("seeds", texts):
+    for piece in pieces("--seeds", texts):
         start, *stop = (_number("seeds", part, int, example) for part in piece.split(":"))
         if len(stop) > 1 or (stop and not 0 <= start < stop[0]):
             raise UserError(f"--seeds: {piece!r} is no range of seeds; write  {example}")
@@ -153,16 +141,16 @@ def _seeds(texts: list[str]) -> list[int]:
 def sample_values(values) -> dict[str, object]:
     """The flags of `sample`, typed; those that are not given are None."""
     readers = {
-        "sampler": lambda texts: _pieces("sampler", texts),
-        "member": lambda texts: _pieces("member", texts),
+        "sampler": lambda texts: pieces("--sampler", texts),
+        "member": lambda texts: pieces("--member", texts),
         "seeds": _seeds,
         "steps": lambda texts: [
             _number("steps", piece, int, "--steps=12 or --steps=4,8,12")
-            for piece in _pieces("steps", texts)
+            for piece in pieces("--steps", texts)
         ],
         "guidance": lambda texts: [
             _number("guidance", piece, float, "--guidance=5 or --guidance=1,3,5")
-            for piece in _pieces("guidance", texts)
+            for piece in pieces("--guidance", texts)
         ],
     }
     out = {name: read(values[name].value) if values[name].present else None

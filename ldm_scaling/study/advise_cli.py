@@ -20,7 +20,7 @@ from ldm_scaling.models import zoo
 from ldm_scaling.study import advice, budgets, cost_files, labels, places, reported, table_1
 from ldm_scaling.study import options as options_lib
 from ldm_scaling.study.advice import Advice
-from ldm_scaling.study.arguments import Parser, above_0, add_blocks
+from ldm_scaling.study.arguments import Parser, above_0, add_blocks, pieces
 from ldm_scaling.study.budgets import Budget
 from ldm_scaling.study.curves import Point
 from ldm_scaling.study.options import Options
@@ -77,8 +77,8 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     given = _parser().parse_args(list(arguments))
     budget = budgets.parse(given.budget) if given.budget is not None else Budget(math.inf, "cost")
     chosen = options_lib.only(
-        _options(given, budget), places.pieces(given.member or ()),
-        places.pieces(given.sampler or (), r",(?!\s*\w+=)"), given.max_steps,
+        _options(given, budget), pieces("--member", given.member or ()),
+        pieces("--sampler", given.sampler or ()), given.max_steps,
     )
     found = advice.advise(chosen, budget)
     if given.format == "json":
@@ -159,8 +159,8 @@ def _of_task(records: list[Record], asked: str | None) -> list[Record]:
     if asked is None:
         return records
     tasks = sorted({r.task for r in records})
-    some = places.pieces([asked])
-    for task in some or [asked]:
+    some = pieces("--task", [asked])
+    for task in some:
         if task not in tasks:
             raise UserError(f"--task={task}: the records are of {', '.join(tasks)}")
     return [r for r in records if r.task in some]

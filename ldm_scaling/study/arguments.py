@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ldm_scaling.errors import UserError
@@ -50,6 +50,22 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             raise UserError(f"unknown argument {unknown[0]!r}; see  {self.prog} --help")
         return given, overrides
+
+
+def pieces(flag: str, texts: Iterable[str]) -> list[str]:
+    """What a flag lists with commas, given once or several times.
+
+    A comma parts samplers except before `option=`: `ddim:eta=0.5,final=zero,heun` are two.
+
+    Raises:
+      UserError: where nothing stands before or after a comma.
+    """
+    texts = list(texts)
+    comma = r",(?!\s*\w+=)" if flag == "--sampler" else ","
+    out = [piece.strip() for text in texts for piece in re.split(comma, text)]
+    if "" in out:
+        raise UserError(f"{flag}={','.join(texts)}: a value is missing")
+    return out
 
 
 def whole(text: str) -> int:

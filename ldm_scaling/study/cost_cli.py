@@ -22,7 +22,7 @@ from ldm_scaling.models import analytic, autoencoder, cost, zoo
 from ldm_scaling.models.unet import UNetSpec
 from ldm_scaling.parallel import compiled
 from ldm_scaling.study import caching_cost, cost_files, labels, plan_parts, timing
-from ldm_scaling.study.arguments import Parser
+from ldm_scaling.study.arguments import Parser, pieces
 from ldm_scaling.study.cost_files import CostFile, MemberCost, Skipped, Timing
 
 _USAGE = """
@@ -93,7 +93,7 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
 
 def _members(given: str | None, study: Study | None, device: jax.Device) -> list[str]:
     if given is not None:
-        names = [name.strip() for name in given.split(",")]
+        names = pieces("--members", [given])
     elif study:
         names = list(study.members)
     else:

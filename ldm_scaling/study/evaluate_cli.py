@@ -18,7 +18,7 @@ from ldm_scaling.data.image_folder import ImageFolder
 from ldm_scaling.errors import UserError
 from ldm_scaling.parallel import compiled, hosts
 from ldm_scaling.study import evaluate, evaluate_checks, evaluate_show, protocols, scores, weights
-from ldm_scaling.study.arguments import Parser, above_0, guidance_rate, whole
+from ldm_scaling.study.arguments import Parser, above_0, guidance_rate, pieces, whole
 from ldm_scaling.study.evaluate import Options, Task
 from ldm_scaling.study.features import ImageSet
 from ldm_scaling.study.workdir import Workdir
@@ -109,7 +109,7 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     if given.protocols:
         print(protocols.text())
         return
-    plugins.load(_names(given.plugins, "plugins"))
+    plugins.load(pieces("--plugins", given.plugins or ()))
     if given.protocol and common.workdir:
         with contextlib.suppress(UserError):  # What is wrong with it is said with the protocol.
             _study(common)  # Its plugins may have the scores.
@@ -127,7 +127,7 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
         raise UserError("--versus compares two folders; give  evaluate A B --versus=A2")
     about: dict[str, Any] = {}
     default = protocols.get(given.protocol).metrics if given.protocol else _DEFAULT
-    rows = scores.rows(_names(given.metrics) or default)
+    rows = scores.rows(pieces("--metrics", given.metrics or ()) or default)
     _check_used(given, rows)
     other = None
     if given.protocol:
@@ -176,13 +176,6 @@ def _check_used(given, rows: Sequence[scores.Row]) -> None:
 
 
 # --- what is scored ---------------------------------------------------------------------------
-
-
-def _names(given: list[str] | None, flag: str = "metrics") -> list[str]:
-    pieces = [piece.strip() for text in given or () for piece in text.split(",")]
-    if "" in pieces:
-        raise UserError(f"--{flag}={','.join(given)}: a name is missing")
-    return pieces
 
 
 def _cache(given: str | None) -> Path:
@@ -279,7 +272,7 @@ def _make_reference(given, options: Options) -> None:
         raise UserError(f"--make-reference={path}: give a file that ends in .npz")
     _check_writable(options, "make-reference", given.make_reference)
     about: dict[str, Any] = {}
-    rows = scores.rows(_names(given.metrics) or _DEFAULT)
+    rows = scores.rows(pieces("--metrics", given.metrics or ()) or _DEFAULT)
     images = ImageSet(_listings(given, rows, about)["a"], given.side)
     evaluate_show.warn(about)
     for written in evaluate.make_reference(rows, images, options, path):

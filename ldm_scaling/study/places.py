@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from etils import epath
@@ -15,6 +14,7 @@ from etils import epath
 from ldm_scaling.errors import UserError
 from ldm_scaling.study import curves, reported
 from ldm_scaling.study import records as records_lib
+from ldm_scaling.study.arguments import pieces
 from ldm_scaling.study.records import FROM_TEXT, Record
 
 log = logging.getLogger(__name__)
@@ -94,11 +94,6 @@ class Places:
         return own.pop() if len(own) == 1 else ""
 
 
-def pieces(texts: Iterable[str], comma: str = ",") -> list[str]:
-    """What flags list, given once or several times."""
-    return [piece.strip() for text in texts for piece in re.split(comma, text) if piece.strip()]
-
-
 def _homes(folders: Iterable[epath.Path]) -> list[epath.Path]:
     return list(dict.fromkeys(map(reported.home_of, folders)))
 
@@ -112,10 +107,10 @@ def read(places: Iterable[str], flag: str = "--records") -> Places:
       flag: that names them.
 
     Raises:
-      UserError: where there is no such place, or no record in all of them.
+      UserError: where there is no such place, none beside a comma, or no record in all of them.
     """
     several = [piece for text in places
-               for piece in ([text] if "," in text and _exists(text) else pieces([text]))]
+               for piece in ([text] if "," in text and _exists(text) else pieces(flag, [text]))]
     paths = {piece: _place(piece, flag) for piece in several}
     folders = tuple(dict.fromkeys(
         path if path.is_dir() else path.parent for path in paths.values()))
