@@ -95,10 +95,16 @@ def test_seed_blocks_are_whole_numbers_by_one_name(capsys, command):
         assert_error(run(capsys, command, f"--{name}=1"), command, f"--{name}=1")
 
 
+@pytest.mark.parametrize("command", ["averages", "evaluate", "upscale"])
+def test_a_guidance_rate_is_0_or_more(capsys, command):
+    for rate in ("-1", "nan", "high"):
+        assert_error(run(capsys, command, f"--guidance={rate}"), f"'{rate}' is no guidance rate")
+
+
 @pytest.mark.parametrize("command, flag", [
     ("advise", "--member=c8,,c16"), ("advise", "--sampler=ddim:eta=1,final=zero,"),
     ("advise", "--records=a,"), ("figure", "--workdir=a,,b"), ("averages", "--member=,c8"),
-    ("cost", "--members=39m,,83m"), ("evaluate", "--metrics=fid,,kid"), ("evaluate", "--plugins="),
+    ("cost", "--member=39m,,83m"), ("evaluate", "--metrics=fid,,kid"), ("evaluate", "--plugins="),
 ])  # fmt: skip
 def test_nothing_beside_a_comma_is_refused(capsys, tmp_path, command, flag):
     others = {"averages": [f"--workdir={tmp_path}"], "evaluate": [str(tmp_path)]}.get(command, [])

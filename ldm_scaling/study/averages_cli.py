@@ -12,7 +12,7 @@ from ldm_scaling import config
 from ldm_scaling.config.measuring import FRECHET
 from ldm_scaling.errors import UserError
 from ldm_scaling.parallel import compiled, hosts
-from ldm_scaling.study.arguments import Parser, above_0, pieces
+from ldm_scaling.study.arguments import Parser, above_0, guidance_rate, pieces
 
 COMMON = ("config", "workdir")
 _USAGE = """
@@ -42,7 +42,8 @@ def _parser() -> Parser:
     add("--workdir", metavar="DIR", help="of the trained members; where all is kept")
     add("--lengths", type=_lengths, default=(), metavar="S,S", help="relative standard deviations; "
         "0.03 to 0.25, as far as the snapshots give them, if not given")
-    add("--member", metavar="NAME,NAME", help="networks; all of the config's if not given")
+    add("--member", action="append", metavar="NAME,NAME", help="networks; all of the config's if "
+        "not given")
     add("--at", type=above_0, default=0, metavar="N", help="a training step that has a snapshot; "
         "the last if not given")
     add("--metric", metavar="NAME", help="a distance that is measured beside the loss, of pictures "
@@ -50,7 +51,7 @@ def _parser() -> Parser:
     add("--sampler", metavar="NAME", help="of these pictures; the config's sample if not given, as "
         "are the next two. Each of the three asks for pictures")
     add("--steps", type=above_0, metavar="N")
-    add("--guidance", type=float, metavar="W")
+    add("--guidance", type=guidance_rate, metavar="RATE", help="1 is none")
     return parser
 
 
@@ -66,7 +67,7 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     given, common = _parser().parse_with_common(arguments, parse, COMMON)
     if not common.workdir:
         raise UserError("averages needs --workdir=DIR; see  ldm-scaling averages --help")
-    members = [] if given.member is None else pieces("--member", [given.member])
+    members = pieces("--member", given.member or ())
     hosts.use_cpu_cores()
     compiled.keep()
     from ldm_scaling.study import averages, stages

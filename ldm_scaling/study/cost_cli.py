@@ -27,7 +27,7 @@ from ldm_scaling.study.cost_files import CostFile, MemberCost, Skipped, Timing
 
 _USAGE = """
   ldm-scaling cost                                  the family that suits the device
-  ldm-scaling cost --members=39m,866m --batch=1,8
+  ldm-scaling cost --member=39m,866m --batch=1,8
   ldm-scaling cost --config=configs/demo.py         a study's members and what is around them"""
 _BATCHES = (1, 8, 64)
 # What makes pictures of the latents of members without a config: Stable Diffusion's autoencoder, or
@@ -56,8 +56,9 @@ def _parser() -> Parser:
         "docs/advise.md.",
     )
     add = parser.add_argument
-    add("--members", metavar="NAMES", help="with commas; the config's if not given, and without "
-        "one the small members on a CPU and the paper's on an accelerator")
+    add("--member", action="append", metavar="NAME,NAME", help="networks; all of the config's if "
+        "not given, and without one the small members on a CPU and the paper's on an accelerator")
+    add("--members", action="append", dest="member", help=argparse.SUPPRESS)  # As it was called.
     add("--batch", type=_batches, default=_BATCHES, metavar="1,8,64", help="batch sizes")
     add("--config", metavar="FILE[:argument]", help="of a study, whose autoencoder and captions "
         "are taken")
@@ -81,7 +82,7 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     compiled.keep()
     device = jax.local_devices()[0]
     found = measure(
-        study, _members(given.members, study, device), given.batch, device,
+        study, _members(pieces("--member", given.member or ()), study, device), given.batch, device,
         Path(given.to).expanduser() if given.to else None,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
@@ -91,17 +92,13 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
         print(f"{text(found[1])}\n{found[0]}")
 
 
-def _members(given: str | None, study: Study | None, device: jax.Device) -> list[str]:
-    if given is not None:
-        names = pieces("--members", [given])
-    elif study:
-        names = list(study.members)
-    else:
-        names = [m.name for m in (zoo.SMALL if device.platform == "cpu" else zoo.PAPER)]
+def _members(given: list[str], study: Study | None, device: jax.Device) -> list[str]:
+    suits = zoo.SMALL if device.platform == "cpu" else zoo.PAPER
+    names = given or (list(study.members) if study else [m.name for m in suits])
     if study and study.weights:
         raise UserError(
             f"weights={study.weights!r} is a published network: measure its member of the zoo "
-            "instead, such as --members=sd15, without --config"
+            "instead, such as --member=sd15, without --config"
         )
     for name in names:
         zoo.get(name)

@@ -142,7 +142,7 @@ def _seconds(price: Price, part: Part, batch: int) -> float:
         raise UserError(
             f"{price.member}: no measured seconds of the {part} at batch size {batch}"
             f"{f' on {price.device}' if price.device else ''} (there are {have or 'none'}): run  "
-            f"ldm-scaling cost --members={price.member} --batch={batch}  there"
+            f"ldm-scaling cost --member={price.member} --batch={batch}  there"
         )
     return price.seconds[part, batch]
 

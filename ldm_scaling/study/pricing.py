@@ -49,7 +49,7 @@ def priced_here(
     if not kept:
         raise UserError(
             f"no measured seconds of {', '.join(lacking)} at batch size {batch} on {device}: run  "
-            f"ldm-scaling cost --members={','.join(lacking)} --batch={batch}  there, with the "
+            f"ldm-scaling cost --member={','.join(lacking)} --batch={batch}  there, with the "
             "study's --config if it has one"
         )
     if not lacking:

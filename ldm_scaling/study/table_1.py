@@ -67,7 +67,7 @@ def options(
     if not members:
         raise UserError(
             f"no measured seconds of the paper's sizes at batch size {batch} there: run  "
-            f"ldm-scaling cost --members={','.join(m.name for m in zoo.PAPER)} --batch={batch}  on "
+            f"ldm-scaling cost --member={','.join(m.name for m in zoo.PAPER)} --batch={batch}  on "
             "that device"
         )
     counted = dataclasses.replace(pricing.COUNTED[unit], batch=batch) if prices is None else \

@@ -189,7 +189,7 @@ def test_sizes_that_the_device_could_not_hold_take_no_part(exact):
     with pytest.raises(UserError, match="below the cheapest.* c48: no measured seconds at batch"):
         within(exact, 0.1, "seconds", prices=chip)
     with pytest.raises(UserError, match="at batch size 3 on Chip: run  ldm-scaling cost "
-                                        "--members=c16,c24,c32,c48,c8 --batch=3"):
+                                        "--member=c16,c24,c32,c48,c8 --batch=3"):
         within(exact, 1.0, "seconds", prices=chip, batch=3)
     other = {m: dataclasses.replace(p, gflops=3 * p.gflops) for m, p in chip.items()}
     with pytest.raises(UserError, match="they are of different networks"):

@@ -273,7 +273,7 @@ def run(capsys, *arguments):
 
 
 def test_what_is_measured_is_not_measured_again(capsys, tmp_path, fast):
-    flags = ["--members=c8", f"--to={tmp_path}/here.json"]
+    flags = ["--member=c8", f"--to={tmp_path}/here.json"]
     assert run(capsys, *flags, "--batch=1,2")[0] == 0
     first = cost_files.read(tmp_path / "here.json")
     assert sorted((p, b) for p, _, b in fast) == sorted(
@@ -281,7 +281,7 @@ def test_what_is_measured_is_not_measured_again(capsys, tmp_path, fast):
     fast.clear()
     assert run(capsys, *flags, "--batch=2,1")[0] == 0 and fast == []
     # Another batch size and member: only what is new; the decoder and the text encoder are shared.
-    run(capsys, "--members=c8,c12", f"--to={tmp_path}/here.json", "--batch=1,4")
+    run(capsys, "--member=c8,c12", f"--to={tmp_path}/here.json", "--batch=1,4")
     assert [f for f in fast if f[2] == 1] == [("network", "c12", 1), ("guided", "c12", 1)]
     assert {f[1] for f in fast if f[2] == 4} >= {"c8", "c12"} and len(fast) == 8
     now = cost_files.read(tmp_path / "here.json")
@@ -297,22 +297,22 @@ def test_a_run_that_is_killed_loses_what_was_under_way(capsys, tmp_path, fast, m
         whole(group, device, wanted, done, free)
 
     monkeypatch.setattr(timing, "run", killed)
-    assert run(capsys, "--members=c8", "--batch=1", f"--to={path}")[0] == 130
+    assert run(capsys, "--member=c8", "--batch=1", f"--to={path}")[0] == 130
     assert {t.part for t in cost_files.read(path).timings} == {"network", "guided"}
     monkeypatch.setattr(timing, "run", whole)
     fast.clear()
-    assert run(capsys, "--members=c8", "--batch=1", f"--to={path}")[0] == 0
+    assert run(capsys, "--member=c8", "--batch=1", f"--to={path}")[0] == 0
     assert [f[0] for f in fast] == ["decoder", "text"]
     assert [p.name for p in tmp_path.iterdir()] == ["here.json"]
 
 
 def test_a_file_for_each_kind_of_device(capsys, tmp_path, fast, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run(capsys, "--members=c8", "--batch=1")[0] == 0
+    assert run(capsys, "--member=c8", "--batch=1")[0] == 0
     kind = timing.device_kind(DEVICE)
     assert cost_files.read(f"costs/{cost_files.file_name(kind)}").device_kind == kind
     cost_files.write("other.json", CostFile("Chip", "tpu"))
-    status, _, err = run(capsys, "--members=c8", "--to=other.json")
+    status, _, err = run(capsys, "--member=c8", "--to=other.json")
     assert status == 2 and "other.json is of 'Chip'" in err and "--to" in err
 
 
@@ -372,11 +372,12 @@ def test_costs_are_of_captions_as_long_as_the_studys(capsys, tmp_path, fast):
 
 
 @pytest.mark.parametrize("arguments, parts", [
-    (["--members=c9"], ["'c9'", "c8"]),
+    (["--member=c9"], ["'c9'", "c8"]),
+    (["--member=c8", "--members=c9"], ["'c9'", "c8"]),  # The flag's first name.
     (["--batch=0"], ["'0' are no batch sizes", "--batch=1,8,64"]),
     (["--batch=1,x"], ["are no batch sizes"]),
     (["--config=nowhere.py"], ["no such file"]),
-    (["--config=configs/demo.py:tiny", "--members=39m"], ["39m", "latents"]),
+    (["--config=configs/demo.py:tiny", "--member=39m"], ["39m", "latents"]),
     (["--config.seed=3"], ["--config=FILE"]),
     (["--bacth=3"], ["--bacth=3", "cost --help"]),
 ])  # fmt: skip
@@ -389,7 +390,7 @@ def test_what_the_user_can_mend_is_one_line(capsys, tmp_path, arguments, parts):
 def test_this_machine(capsys, tmp_path):
     """The smallest member as it is: all parts are timed, and a pair needs more memory."""
     path = tmp_path / "here.json"
-    status, out, err = run(capsys, "--members=c8", "--batch=1", f"--to={path}")
+    status, out, err = run(capsys, "--member=c8", "--batch=1", f"--to={path}")
     assert status == 0 and max(map(len, out.splitlines()[:-1])) <= 100
     assert err.count("ms a call") == 4 and str(path) in out
     found = cost_files.read(path)
@@ -399,11 +400,11 @@ def test_this_machine(capsys, tmp_path):
         assert t.bytes > 4 * found.members[0].params or t.part != "network"
     once, pair = (found.timing(p, "c8", 1) for p in ("network", "guided"))
     assert pair.bytes > once.bytes
-    again = run(capsys, "--members=c8", "--batch=1", f"--to={path}")
+    again = run(capsys, "--member=c8", "--batch=1", f"--to={path}")
     assert again[1] == out and "ms a call" not in again[2]
 
 
 def test_the_default_members_suit_the_device():
     fake_tpu = dataclasses.make_dataclass("Device", ["platform"])("tpu")
-    assert cost_cli._members(None, None, fake_tpu) == [m.name for m in zoo.PAPER]
-    assert cost_cli._members(None, None, DEVICE) == [m.name for m in zoo.SMALL]
+    assert cost_cli._members([], None, fake_tpu) == [m.name for m in zoo.PAPER]
+    assert cost_cli._members([], None, DEVICE) == [m.name for m in zoo.SMALL]

@@ -86,7 +86,7 @@ def test_seconds_are_those_measured():
 
 def test_what_is_not_there():
     with pytest.raises(UserError, match=r"guided at batch size 4.*\[1, 8\].*ldm-scaling cost "
-                                        r"--members=39m --batch=4"):
+                                        r"--member=39m --batch=4"):
         costing.sampling(PRICE, 10, True, "seconds", Counted(True, batch=4))
     with pytest.raises(UserError, match="decoder and text are no network calls"):
         costing.sampling(PRICE, 10, True, "calls", costing.ALL)
