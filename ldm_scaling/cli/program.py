@@ -99,11 +99,10 @@ def _in_workdir(command: str, arguments: list[str], rest: list[str], values: Any
 
     import jax
 
-    from ldm_scaling import config, files
-    from ldm_scaling.parallel import compiled, hosts, processes
+    from ldm_scaling import files
+    from ldm_scaling.parallel import hosts, processes
 
-    hosts.use_cpu_cores()
-    compiled.keep(values.workdir if values.distributed else None)
+    hosts.begin(values.workdir if values.distributed else None)
     if values.distributed:
         processes.initialize(values.distributed)
         files.show_progress(hosts.is_lead())
@@ -111,8 +110,7 @@ def _in_workdir(command: str, arguments: list[str], rest: list[str], values: Any
     from ldm_scaling.study.workdir import Workdir
 
     workdir = Workdir(values.workdir or ".")
-    study = config.parse(values.config) if values.config else workdir.last_config()
-    study = prepare_cli.with_source(study, values.source)
+    study = prepare_cli.with_source(workdir.study(values.config), values.source)
     if values.to:
         prepare_cli.to_folder(study, values.to, values.runner, rest, values.workers)
         return

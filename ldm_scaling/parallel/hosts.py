@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ldm_scaling import machine
+from ldm_scaling.parallel import compiled
 
 
 def compute_dtype(name: str, platform: str | None = None) -> jnp.dtype:
@@ -30,6 +31,17 @@ def cudnn_width(device: jax.Device) -> int:
     found = re.fullmatch(r"(\d+)\.\d+", str(getattr(device, "compute_capability", "")))
     generation = int(found[1]) if found else 0
     return 256 if generation >= 9 else 128 if generation == 8 else 0
+
+
+def begin(shared: str | os.PathLike | None = None) -> None:
+    """What a command that computes begins with, before JAX makes its first array: it uses all CPU
+    cores, see `use_cpu_cores`, and keeps compiled programs, see `compiled.keep`.
+
+    Args:
+      shared: what several processes share, their workdir; None for one process.
+    """
+    use_cpu_cores()
+    compiled.keep(shared)
 
 
 def use_cpu_cores() -> None:

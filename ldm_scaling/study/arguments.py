@@ -11,6 +11,9 @@ from typing import Any
 
 from ldm_scaling.errors import UserError
 
+# Flags of every command that works on a study.
+COMMON = ("config", "workdir")
+
 
 class Parser(argparse.ArgumentParser):
     """argparse's, whose `prog` is the whole command; raises `UserError` and never ends the process.
@@ -20,20 +23,19 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{self.prog.split()[-1]}: {message}; see  {self.prog} --help")
 
     def parse_with_common(
-        self, arguments: Sequence[str], parse: Callable[[list[str]], Any], names: Sequence[str]
+        self, arguments: Sequence[str], parse: Callable[[list[str]], Any]
     ) -> tuple[argparse.Namespace, Any]:
-        """The flags, and those of them that are every command's, as `parse` reads these: a config
-        with its overrides, a workdir.
+        """The flags, and those of them that are `COMMON`, as `parse` reads these: a config with its
+        overrides, a workdir.
 
         Args:
           arguments: of the command.
           parse: reads flags that belong to every command.
-          names: of those that this one has.
         Raises:
           UserError: for another argument that the parser does not know, or what `parse` refuses.
         """
         given, overrides = self.parse_with_config(list(arguments))
-        values = {name: getattr(given, name) for name in names}
+        values = {name: getattr(given, name) for name in COMMON}
         flags = [f"--{name}={value}" for name, value in values.items() if value]
         return given, parse([*flags, *overrides])
 

@@ -8,13 +8,11 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ldm_scaling import config
 from ldm_scaling.config.measuring import FRECHET
 from ldm_scaling.errors import UserError
-from ldm_scaling.parallel import compiled, hosts
+from ldm_scaling.parallel import hosts
 from ldm_scaling.study.arguments import Parser, above_0, guidance_rate, pieces
 
-COMMON = ("config", "workdir")
 _USAGE = """
   ldm-scaling averages --workdir=DIR
   ldm-scaling averages --workdir=DIR --lengths=0.05,0.07,0.1,0.14,0.2 --member=c8,c16
@@ -64,27 +62,24 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     Raises:
       UserError: for what the user can mend.
     """
-    given, common = _parser().parse_with_common(arguments, parse, COMMON)
+    given, common = _parser().parse_with_common(arguments, parse)
     if not common.workdir:
         raise UserError("averages needs --workdir=DIR; see  ldm-scaling averages --help")
     members = pieces("--member", given.member or ())
-    hosts.use_cpu_cores()
-    compiled.keep()
+    hosts.begin()
     from ldm_scaling.study import averages, stages
     from ldm_scaling.study.figures import averages as figure
     from ldm_scaling.study.plot_style import style
     from ldm_scaling.study.workdir import Workdir
 
     workdir = Workdir(common.workdir)
-    study = config.parse(common.config) if common.config else workdir.last_config()
-    study = dataclasses.replace(study, average="")  # All lengths are asked for here.
+    # All lengths are asked for here.
+    study = dataclasses.replace(workdir.study(common.config), average="")
     cell = _cell(given, study)
     materials = stages.check(study, workdir, measured=cell is not None, trains=False)
     wanted = averages.of(materials, members, given.lengths, given.at)
-    lock = workdir.lock()
     # By its average go `figure` and `advise`, and no records of theirs are made here.
-    workdir.bind(materials.study, keep_last=True)
-    with lock, workdir.log_to_file():
+    with workdir.held(materials.study, keep_last=True):
         found = averages.measure(materials, wanted, cell)
     shown = figure.lines(found)
     with style():

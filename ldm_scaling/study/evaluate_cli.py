@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm_scaling import config, files
-from ldm_scaling.config import Study, plugins
+from ldm_scaling import files
+from ldm_scaling.config import plugins
 from ldm_scaling.data import image_folder, pairs
 from ldm_scaling.data.image_folder import ImageFolder
 from ldm_scaling.errors import UserError
-from ldm_scaling.parallel import compiled, hosts
+from ldm_scaling.parallel import hosts
 from ldm_scaling.study import evaluate, evaluate_checks, evaluate_show, protocols, scores, weights
-from ldm_scaling.study.arguments import Parser, above_0, guidance_rate, pieces, whole
+from ldm_scaling.study.arguments import COMMON, Parser, above_0, guidance_rate, pieces, whole
 from ldm_scaling.study.evaluate import Options, Task
 from ldm_scaling.study.features import ImageSet
 from ldm_scaling.study.workdir import Workdir
@@ -26,8 +26,6 @@ from ldm_scaling.study.workdir import Workdir
 _DEFAULT = ("fid",)
 # Replicates: an interval of fewer is chance.
 _FEWEST = 20
-# Flags that every command takes.
-_COMMON = ("config", "workdir")
 _USAGE = """
   ldm-scaling evaluate A [B]                           images in A against those in B
   ldm-scaling evaluate --make-reference=OUT.npz A      statistics of A, to be given as B
@@ -105,16 +103,15 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     Raises:
       UserError: for what the user can mend.
     """
-    given, common = _parser().parse_with_common(arguments, parse, _COMMON)
+    given, common = _parser().parse_with_common(arguments, parse)
     if given.protocols:
         print(protocols.text())
         return
     plugins.load(pieces("--plugins", given.plugins or ()))
     if given.protocol and common.workdir:
         with contextlib.suppress(UserError):  # What is wrong with it is said with the protocol.
-            _study(common)  # Its plugins may have the scores.
-    hosts.use_cpu_cores()
-    compiled.keep()
+            Workdir(common.workdir).study(common.config)  # Its plugins may have the scores.
+    hosts.begin()
     options = Options(
         weights.folder(given.weights), _cache(given.cache), given.replicates, given.seed,
         prefix=given.prefix,
@@ -231,7 +228,7 @@ _OF_PROTOCOLS = (
 
 def _folders(given, rows, about) -> tuple[Task, Task | None]:
     """A against B, and the second model's images against the same."""
-    _refuse(given, (*_OF_PROTOCOLS, *_COMMON), "belongs to --protocol=NAME")
+    _refuse(given, (*_OF_PROTOCOLS, *COMMON), "belongs to --protocol=NAME")
     if not given.a:
         raise UserError("evaluate needs a folder of images; see  ldm-scaling evaluate --help")
     if Path(given.a).suffix in (".npz", ".npy"):
@@ -263,7 +260,7 @@ def _captioned(given, task: Task, about: dict[str, Any]) -> Task:
 
 
 def _make_reference(given, options: Options) -> None:
-    _refuse(given, (*_OF_PROTOCOLS, *_COMMON, "b", "protocol", "versus", "captions", "output"),
+    _refuse(given, (*_OF_PROTOCOLS, *COMMON, "b", "protocol", "versus", "captions", "output"),
             "does not go with --make-reference")
     if not given.a:
         raise UserError(f"--make-reference={given.make_reference} needs a folder of images")
@@ -313,11 +310,6 @@ def _protocol(given, common, about, check: Callable[[], Any]) -> Task:
     return protocols.task(read, images, reference)
 
 
-def _study(common) -> Study:
-    """That of the workdir, or the config given."""
-    return config.parse(common.config) if common.config else Workdir(common.workdir).last_config()
-
-
 def _draw(given, common, read: protocols.Given, about: dict[str, Any]) -> Path:
     """Draws with a study's network; returns the folder."""
     if read.low is not None:
@@ -330,7 +322,8 @@ def _draw(given, common, read: protocols.Given, about: dict[str, Any]) -> Path:
     from ldm_scaling.sampling import solvers
     from ldm_scaling.study import protocol_images, stages
 
-    workdir, study = Workdir(common.workdir), _study(common)
+    workdir = Workdir(common.workdir)
+    study = workdir.study(common.config)
     # Pictures of the protocol's captions: of the study's own data nothing is needed.
     materials = stages.check(study, workdir, measured=False, trains=False)
     p = read.protocol
@@ -341,9 +334,7 @@ def _draw(given, common, read: protocols.Given, about: dict[str, Any]) -> Path:
         "spacing": solvers.spacing_of(drawing.sampler, drawing.spacing),
         "train_step": network.subject.train_step, "workdir": str(workdir.path),
     }
-    lock = workdir.lock()
-    workdir.bind(materials.study)
-    with lock, workdir.log_to_file():
+    with workdir.held(materials.study):
         folder = protocol_images.folder_of(materials, network, drawing, read.captions)
         protocol_images.draw(materials, network, drawing, read.captions, folder)
     return Path(os.fspath(folder))
@@ -367,8 +358,6 @@ def _upscale(given, common, read: protocols.Given, about: dict[str, Any]) -> Pat
     decides = [way.about, str(read.low.root), read.low.hashes]
     name = f"{settings.member}_{settings.sampler}_{settings.steps}steps".replace(":", "-")
     folder = workdir.path / "evaluate" / f"{name}_{files.sha256_of(decides)[:8]}"
-    lock = workdir.lock()
-    workdir.bind(study)
-    with lock, workdir.log_to_file():
+    with workdir.held(study):
         upscaling.write(way, read.low, folder)
     return Path(os.fspath(folder))

@@ -8,12 +8,10 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ldm_scaling import config
 from ldm_scaling.errors import UserError
-from ldm_scaling.parallel import compiled, hosts
+from ldm_scaling.parallel import hosts
 from ldm_scaling.study.arguments import Parser, above_0
 
-COMMON = ("config", "workdir")
 _USAGE = """
   ldm-scaling rates --config=configs/demo_width.py --workdir=runs/demo_width
   ldm-scaling rates --workdir=DIR --rates=1e-3,2e-3,4e-3,8e-3,16e-3 --seeds=3"""
@@ -60,25 +58,22 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     Raises:
       UserError: for what the user can mend.
     """
-    given, common = _parser().parse_with_common(arguments, parse, COMMON)
+    given, common = _parser().parse_with_common(arguments, parse)
     if not common.workdir:
         raise UserError("rates needs --workdir=DIR; see  ldm-scaling rates --help")
-    hosts.use_cpu_cores()
-    compiled.keep()
+    hosts.begin()
     from ldm_scaling.study import rates, stages
     from ldm_scaling.study.figures import rates as figure
     from ldm_scaling.study.plot_style import style
     from ldm_scaling.study.workdir import Workdir
 
     workdir = Workdir(common.workdir)
-    study = config.parse(common.config) if common.config else workdir.last_config()
+    study = workdir.study(common.config)
     several = given.rates or [study.train.learning_rate * times for times in _TIMES]
     planned = rates.of(study, several, given.seeds)
     materials = stages.check(study, workdir, measured=False)
     stages.check_captions(study)
-    lock = workdir.lock()
-    workdir.bind(materials.study)
-    with lock, workdir.log_to_file():
+    with workdir.held(materials.study):
         rates.train(materials, planned)
     shown = figure.lines(rates.results(materials, planned))
     with style():

@@ -13,9 +13,9 @@ from ldm_scaling.data import image_folder
 from ldm_scaling.data.conditions import masks
 from ldm_scaling.data.image_folder import ImageFolder
 from ldm_scaling.errors import UserError
-from ldm_scaling.parallel import compiled, hosts
+from ldm_scaling.parallel import hosts
 from ldm_scaling.study.arguments import Parser
-from ldm_scaling.study.upscale_cli import COMMON, add_drawing, drawing, listing
+from ldm_scaling.study.upscale_cli import add_drawing, drawing, listing
 
 _USAGE = """
   ldm-scaling restore IN --to=DIR --workdir=DIR --member=NAME              grey, blurred, ...
@@ -44,14 +44,13 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     Raises:
       UserError: for what the user can mend.
     """
-    given, common = _parser().parse_with_common(arguments, parse, COMMON)
+    given, common = _parser().parse_with_common(arguments, parse)
     if not (given.given and given.to and common.workdir):
         raise UserError(
             "restore needs a picture, --to=DIR and --workdir=DIR; see  ldm-scaling restore --help"
         )
     pictures = listing(given.given, given.to)
-    hosts.use_cpu_cores()
-    compiled.keep()
+    hosts.begin()
     from ldm_scaling.data.conditions import table
     from ldm_scaling.study import upscaling
 

@@ -11,10 +11,9 @@ from typing import Any
 from ldm_scaling.data import image_folder
 from ldm_scaling.data.image_folder import ImageFolder
 from ldm_scaling.errors import UserError
-from ldm_scaling.parallel import compiled, hosts
+from ldm_scaling.parallel import hosts
 from ldm_scaling.study.arguments import Parser, above_0, guidance_rate, whole
 
-COMMON = ("config", "workdir")
 _USAGE = """
   ldm-scaling upscale IN --to=DIR --by=bicubic               a picture, or a folder of them
   ldm-scaling upscale IN --to=DIR --by=RealESRGAN_x4plus.pth  a published network
@@ -45,7 +44,7 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     Raises:
       UserError: for what the user can mend.
     """
-    given, common = _parser().parse_with_common(arguments, parse, COMMON)
+    given, common = _parser().parse_with_common(arguments, parse)
     if not given.given or not given.to:
         raise UserError("upscale needs a picture and --to=DIR; see  ldm-scaling upscale --help")
     if bool(given.by) == bool(common.workdir):
@@ -58,8 +57,7 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
         if getattr(given, name) is not None:
             raise UserError(f"--{name} needs --workdir=DIR, not --by={given.by}")
     pictures = listing(given.given, given.to)
-    hosts.use_cpu_cores()
-    compiled.keep()
+    hosts.begin()
     from ldm_scaling.study import upscaling
 
     to = Path(given.to).expanduser()
@@ -95,22 +93,18 @@ def drawing(common: Any, given: Any, enlarges: bool) -> Iterator[Any]:
         chosen(given.member, study.members), given.sampler or study.finetune.sample.sampler,
         given.steps or 50, given.seed or 0, 1.0 if given.guidance is None else given.guidance,
     )
-    lock = workdir.lock()
-    workdir.bind(study)
-    with lock, workdir.log_to_file():
+    with workdir.held(study):
         yield upscaling.member(tuned, settings, enlarges)
 
 
 def opened(common: Any) -> tuple[Any, Any, Any]:
     """The fine-tuned members, workdir and study that --workdir and --config name."""
-    from ldm_scaling import config
     from ldm_scaling.study import stages
     from ldm_scaling.study.finetuned import FineTuned
     from ldm_scaling.study.workdir import Workdir
 
     workdir = Workdir(common.workdir)
-    study = config.parse(common.config) if common.config else workdir.last_config()
-    materials = stages.check(study, workdir, measured=False, trains=False)
+    materials = stages.check(workdir.study(common.config), workdir, measured=False, trains=False)
     return FineTuned(materials), workdir, materials.study
 
 

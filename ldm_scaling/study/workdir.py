@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 from etils import epath
@@ -98,6 +98,14 @@ class Workdir:
         except UserError as e:
             raise UserError(
                 f"{of}{self.path / MARKER}: {e}; give --config=FILE anew{where}") from e
+
+    def study(self, given: Mapping[str, Any] | None = None) -> Study:
+        """That of a config that is given, as `config.parse` takes it, or of the last one here.
+
+        Raises:
+          UserError: for a config that cannot be, or where none is given and the workdir has none.
+        """
+        return config.parse(given) if given else self.last_config()
 
     def check_new(self, study: Study) -> None:
         """Raises `UserError` where a study would begin here that is one which none begins with."""
@@ -194,6 +202,15 @@ class Workdir:
                 else:
                     leftover.unlink(missing_ok=True)
         return file
+
+    @contextlib.contextmanager
+    def held(self, study: Study, keep_last: bool = False) -> Iterator[None]:
+        """Within it this process alone works here, on this study, and logs to its file: see `lock`,
+        `bind` and `log_to_file`, which raise."""
+        with self.lock():
+            self.bind(study, keep_last)
+            with self.log_to_file():
+                yield
 
     def log_file(self, process: int = 0) -> epath.Path:
         """Where a process logs."""

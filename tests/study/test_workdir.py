@@ -33,6 +33,29 @@ def test_last_config_is_the_one_that_was_bound(name, tmp_path):
     assert (tmp_path / "study.json").stat().st_mtime_ns == before
 
 
+def test_a_study_is_that_of_the_config_given_or_the_last(tmp_path):
+    last, other = {"name": "last"}, {"name": "other"}
+    Workdir(tmp_path).bind(config.parse(last))
+    assert Workdir(tmp_path).study() == config.parse(last)
+    assert Workdir(tmp_path).study(other) == config.parse(other)
+
+
+def test_one_process_holds_a_workdir_of_its_study(tmp_path):
+    workdir, study = Workdir(tmp_path), config.parse({})
+    with workdir.held(study):
+        logging.getLogger("ldm_scaling").info("what was done")
+        assert workdir.last_config() == study
+        with pytest.raises(UserError, match="another process works in"):
+            workdir.lock()
+    assert "what was done" in workdir.log_file().read_text()
+    with workdir.held(config.parse({"sweep": {"num_images": 64}}), keep_last=True):
+        assert workdir.last_config() == study
+    other = config.parse({"seed": 7})
+    for _ in range(2):  # What is refused holds nothing.
+        with pytest.raises(UserError, match="belongs to another config"), workdir.held(other):
+            pass
+
+
 def test_a_bucket_is_no_workdir():
     for url in ("gs://bucket/x", "s3://bucket"):
         with pytest.raises(UserError, match=f"{url}.*mount it"):
