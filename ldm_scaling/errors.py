@@ -52,6 +52,12 @@ def first_line(error: BaseException, most: int = 200) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
 
 
+def with_type(error: BaseException) -> str:
+    """An error's type and what it says, in one line; the type alone where it says nothing."""
+    kind, said = type(error).__name__, first_line(error, most=300)
+    return kind if said == kind else f"{kind}: {said}"
+
+
 def read_error(error: Exception) -> BaseException:
     """What went wrong where Orbax read an array: it raises a bare `Exception` from that."""
     return error.__cause__ if type(error) is Exception and error.__cause__ else error

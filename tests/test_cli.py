@@ -312,6 +312,19 @@ def test_value_that_sample_cannot_take(capsys, bound, flag, parts):
     assert_error(run(capsys, "sample", bound, "--prompt=x", flag), *parts)
 
 
+@pytest.mark.parametrize("error, said", [
+    (RuntimeError("it broke\nand more"), "RuntimeError: it broke"), (MemoryError(), "MemoryError"),
+    (OSError("x" * 400), f"OSError: {'x' * 300}"),
+])  # fmt: skip
+def test_an_unexpected_error_is_told_with_its_type(capsys, monkeypatch, error, said):
+    def fail(*unused):
+        raise error
+
+    monkeypatch.setattr(program, "_run", fail)
+    status, _, err = run(capsys, "zoo")
+    assert (status, err) == (1, f"ldm-scaling: error: {said} (unexpected)\n")
+
+
 def test_unexpected_error_is_one_line_and_its_traceback_is_logged(capsys, tmp_path, monkeypatch):
     from ldm_scaling.study import stages
 

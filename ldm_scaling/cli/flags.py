@@ -6,7 +6,7 @@ import os
 import sys
 
 from ldm_scaling.cli.commands import STAGES
-from ldm_scaling.errors import UserError
+from ldm_scaling.errors import UserError, with_type
 from ldm_scaling.study.arguments import pieces
 
 # Those that take a config, and a workdir; the commands with flags of their own read these here too.
@@ -195,15 +195,9 @@ def _parse(arguments: list[str]):
         message = " ".join(message.split())
         raise UserError(f"{message} (see ldm-scaling --help)") from e
     except Exception as e:  # Whatever the config file raises.
-        raise UserError(f"the config file cannot be read: {first_line(e)}") from e
+        raise UserError(f"the config file cannot be read: {with_type(e)}") from e
     finally:
         sys.argv = argv
     if len(rest) > 1:
         raise UserError(f"unknown argument {rest[1]!r}; see  ldm-scaling --help")
     return values
-
-
-def first_line(error: Exception) -> str:
-    """An error in one line."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:300]}"

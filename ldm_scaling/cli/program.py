@@ -20,9 +20,17 @@ from typing import Any
 from ldm_scaling import __version__, machine
 from ldm_scaling.cli import flags
 from ldm_scaling.cli.commands import COMMANDS, OWN
-from ldm_scaling.cli.flags import first_line
 from ldm_scaling.cli.usage import usage
-from ldm_scaling.errors import AGAIN, SAVED, STALLED, UNREAD, ApartError, Interrupted, UserError
+from ldm_scaling.errors import (
+    AGAIN,
+    SAVED,
+    STALLED,
+    UNREAD,
+    ApartError,
+    Interrupted,
+    UserError,
+    with_type,
+)
 
 log = logging.getLogger("ldm_scaling")
 
@@ -146,7 +154,7 @@ def _in_workdir(command: str, arguments: list[str], rest: list[str], values: Any
         except Exception as e:
             log.error("%s stopped:\n%s", command, traceback.format_exc())
             raise InternalError(
-                f"{first_line(e)} (unexpected; the traceback is in "
+                f"{with_type(e)} (unexpected; the traceback is in "
                 f"{workdir.log_file(jax.process_index())}; what was finished is kept, the same "
                 "command goes on from it)"
             ) from e
@@ -247,7 +255,7 @@ def _status(command: str, arguments: list[str]) -> tuple[int, str]:
             return 2, f"error: cannot use {e.filename}: {e.strerror}; name another place"
         if isinstance(e, BrokenPipeError) and _unread():
             return UNREAD, ""
-        return 1, f"error: {first_line(e)} (unexpected)"
+        return 1, f"error: {with_type(e)} (unexpected)"
     except ApartError as e:
         return STALLED, f"error: {e}"
     except Interrupted as e:
