@@ -17,7 +17,7 @@ from ldm_scaling.config.measuring import FRECHET
 from ldm_scaling.errors import UserError
 from ldm_scaling.study import curves, labels
 from ldm_scaling.study.plot_style import INK, SOFT
-from ldm_scaling.study.records import Record
+from ldm_scaling.study.records import ANEW, Record
 
 GIVEN, AUTOENCODER = "as given", "autoencoder alone"
 _SAID = (FRECHET, "stlpips_alex", "psnr")  # A distance, and two to each picture's own.
@@ -83,10 +83,7 @@ def _read(path: epath.Path) -> Baselines:
         if not values or not all(map(math.isfinite, values)):
             raise ValueError("it has no values")
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as e:
-        raise UserError(
-            f"the baselines in {path} are damaged ({e}): delete the file and run the same command "
-            "again to have them measured anew"
-        ) from e
+        raise UserError(f"the baselines in {path} are damaged ({e}): {ANEW}") from e
     return found
 
 

@@ -244,6 +244,11 @@ def _check(record: Record) -> None:
             raise ValueError(f"an interval or a replicate of {name} is not finite")
 
 
+ANEW = ("restore the file, or delete it and run  ldm-scaling sweep  (or whichever command wrote "
+        "it), which measures anew what it held")
+"""What to do about a damaged file of measurements: most that reads one measures nothing."""
+
+
 def read(path: epath.PathLike) -> Record:
     """Reads one record. Raises `UserError` when the file is damaged, a value is not of its type or
     not finite, or its key does not fit."""
@@ -262,10 +267,7 @@ def read(path: epath.PathLike) -> Record:
         if not key == identity.key == path.stem:
             raise ValueError(f"its key says {key}, its contents {identity.key}")
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, IsADirectoryError) as e:
-        raise UserError(
-            f"the record {path} is damaged ({e}): delete the file and run the same command "
-            "again to have it measured anew"
-        ) from e
+        raise UserError(f"the record {path} is damaged ({e}): {ANEW}") from e
     return record
 
 
@@ -273,6 +275,7 @@ def read_all(directory: epath.PathLike) -> list[Record]:
     """All records of a folder, in a stable order. An empty or missing folder gives [].
 
     Files whose names are no record's are left alone, with a warning of those that end in .json.
+    Raises `UserError` as `read` does, with how many are damaged where several are.
     """
     directory = epath.Path(directory)
     if not directory.exists():
@@ -283,7 +286,15 @@ def read_all(directory: epath.PathLike) -> list[Record]:
         more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
         log.warning("%s holds files that are no records and are not read: %s%s", directory,
                     ", ".join(strange[:3]), more)
-    found = [read(p) for p in paths if NAME.fullmatch(p.name)]
+    found, errors = [], []
+    for path in (p for p in paths if NAME.fullmatch(p.name)):
+        try:
+            found.append(read(path))
+        except UserError as e:
+            errors.append(e)
+    if errors:
+        several = f"{len(errors)} records in {directory} are damaged. The first: "
+        raise UserError(f"{several if len(errors) > 1 else ''}{errors[0]}") from errors[0]
     return sorted(found, key=lambda r: dataclasses.astuple(r.identity))
 
 

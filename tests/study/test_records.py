@@ -38,6 +38,17 @@ def test_records_from_before_guided_calls_were_counted_are_read(folder):
     assert records.read(path).guided_calls == 3
 
 
+def test_several_damaged_records_are_counted_and_the_first_is_named(folder):
+    first, second, *_ = sorted(folder.glob("*.json"))
+    second.write_text(second.read_text()[:-40])
+    with pytest.raises(UserError, match=f"^the record .*{second.name} is damaged"):
+        records.read_all(folder)
+    first.write_text("")
+    with pytest.raises(UserError, match=f"^2 records in {folder} are damaged.*/{first.name} is "
+                       "damaged.*restore .* or delete .* ldm-scaling sweep "):
+        records.read_all(folder)
+
+
 @pytest.mark.parametrize("changed", [
     {"metrics": {"fd_effnetlite0": "x"}}, {"metrics": {"fd_effnetlite0": float("nan")}},
     {"metrics": {"fd_effnetlite0": None}}, {"metrics": [1]}, {"norm_cost": "1"},

@@ -92,7 +92,7 @@ def test_record_round_trip_and_damage(tmp_path):
     for broken in ("", "[]", text[:-40], text.replace('"steps"', '"stepz"'),
                    text.replace(record.identity.model, "c9")):
         path.write_text(broken)
-        with pytest.raises(UserError, match="is damaged.*delete the file"):
+        with pytest.raises(UserError, match="is damaged.*restore .* or delete .*sweep "):
             records.read(path)
 
 
