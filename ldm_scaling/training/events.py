@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 
 from ldm_scaling import files, pictures
-from ldm_scaling.errors import UserError
+from ldm_scaling.errors import UserError, first_line
 
 
 @contextlib.contextmanager
@@ -59,6 +59,8 @@ class Events:
     Args:
       directory: the run's folder.
       start: the step that the run goes on from; later rows of an earlier, killed run are dropped.
+    Raises:
+      UserError: for damaged curves, see `read_curves`.
     """
 
     def __init__(self, directory: epath.PathLike, start: int = 0):
@@ -150,9 +152,19 @@ def without_times(rows: list[tuple[int, str, float]]) -> list[tuple[int, str, fl
 
 
 def read_curves(directory: epath.PathLike) -> list[tuple[int, str, float]]:
-    """(step, name, value) rows of a run's `curves.csv`; [] when there is none."""
+    """(step, name, value) rows of a run's `curves.csv`; [] when there is none. Raises `UserError`
+    when the file is damaged."""
     path = epath.Path(directory) / "curves.csv"
     if not path.exists():
         return []
-    rows = list(csv.reader(io.StringIO(path.read_text())))[1:]
-    return [(int(step), name, float(value)) for step, name, value in rows]
+    try:
+        text = path.read_text()
+        rows = list(csv.reader(io.StringIO(text)))
+        if not text.endswith("\n") or tuple(rows[0]) != COLUMNS:  # The half of a number is one.
+            raise ValueError("it is cut short, or no such table")
+        return [(int(step), name, float(value)) for step, name, value in rows[1:]]
+    except (ValueError, csv.Error, IsADirectoryError) as e:
+        raise UserError(
+            f"the curves {path} are damaged ({first_line(e)}): restore the file, or delete it to "
+            "go on without the losses that it held"
+        ) from e

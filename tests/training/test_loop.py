@@ -169,6 +169,22 @@ def test_damaged_checkpoint_is_refused(tmp_path, victim):
         loop.fit(_task(), dataclasses.replace(CONFIG, steps=8), Loader, tmp_path, mesh, seed=0)
 
 
+@pytest.mark.parametrize("harm", [
+    lambda text: text[: len(text) // 2].rpartition(",")[0], lambda text: text.rstrip()[:-2],
+    lambda text: "", lambda text: text.replace("train/loss,", "train/loss,x"),
+    lambda text: text.partition("\n")[2],
+], ids=["a row short of its value", "a value cut", "empty", "no number", "no head"])
+def test_damaged_curves_stop_a_run_that_goes_on_and_a_removed_file_does_not(tmp_path, harm):
+    loop.fit(_task(), CONFIG, Loader, tmp_path, one_device(), seed=0)
+    path, longer = tmp_path / "curves.csv", dataclasses.replace(CONFIG, steps=8)
+    path.write_text(harm(path.read_text()))
+    with pytest.raises(UserError, match=f"the curves {path} are damaged.*restore .* or delete it"):
+        loop.fit(_task(), longer, Loader, tmp_path, one_device(), seed=0)
+    path.unlink()
+    loop.fit(_task(), longer, Loader, tmp_path, one_device(), seed=0)
+    assert [step for step, name, _ in _curves(tmp_path) if name == "train/loss"] == [7, 8]
+
+
 def test_pictures_that_cannot_be_shown_hold_no_run(tmp_path, caplog):
     def show(params, step):
         if step < 5:

@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 
 from ldm_scaling import pictures
+from ldm_scaling.errors import UserError
 from ldm_scaling.study import curves
 from ldm_scaling.study.figures.source import Source
 from ldm_scaling.study.image_grids import Images
@@ -24,11 +25,17 @@ TRAIN, VALIDATION = "train/loss", "validation/loss"
 
 
 def losses(workdir: Workdir, members: Iterable[str]) -> dict[str, list]:
-    """Rows [step, train loss, validation loss or None] of every member that was trained here."""
+    """Rows [step, train loss, validation loss or None] of every member that was trained here. One
+    whose curves are damaged is left out, as in `strip`."""
     out = {}
     for member in members:
         steps = defaultdict(dict)
-        for step, name, value in read_curves(workdir.member(member)):
+        try:
+            curve = read_curves(workdir.member(member))
+        except UserError as e:
+            log.warning("the losses of %s are left out: %s", member, e)
+            continue
+        for step, name, value in curve:
             steps[step][name] = value
         rows = [[step, values[TRAIN], values.get(VALIDATION)]
                 for step, values in sorted(steps.items()) if TRAIN in values]

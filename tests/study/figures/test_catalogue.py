@@ -441,6 +441,12 @@ def test_every_image_conditioned_task_has_a_picture_and_baselines_of_its_own(tmp
             tmp_path, b.task, b.reference_hash, b.seed_block, b.num_images), b)
     there = baselines.of_records(tmp_path, [*restored, *others])
     assert sorted(b.metrics[baselines.GIVEN][paper.FID] for b in there) == [11.0, 13.0]
+    torn = next((tmp_path / baselines.FOLDER).glob("*.json"))
+    whole = torn.read_text()
+    torn.write_text(whole[:-40])
+    with pytest.raises(UserError, match=f"{torn.name} are damaged.*restore .* ldm-scaling sweep "):
+        baselines.of_records(tmp_path, [*restored, *others])
+    torn.write_text(whole)
     source = Source([*restored, *others], paper.FID, baselines=there)
     assert compute.fine_tuning_score(source).keys() == {"", "deblurring"}
     parts = {"": "as given: 13.0", "deblurring": "as given: 11.0"}
@@ -460,7 +466,7 @@ def test_one_step_is_said_as_one():
     assert compute.training(source)[""].figure.get_suptitle().endswith("DDIM, 1 step")
 
 
-def test_several_workdirs_are_drawn_as_one_study(tmp_path, main, monkeypatch, capsys):
+def test_several_workdirs_are_drawn_as_one_study(tmp_path, main, monkeypatch, capsys, caplog):
     """Records, losses and pictures of one workdir a size, and a page with verdicts on all."""
     monkeypatch.setattr(plot_style, "DPI", 20)
     for size in SIZES:
@@ -482,6 +488,11 @@ def test_several_workdirs_are_drawn_as_one_study(tmp_path, main, monkeypatch, ca
     said = capsys.readouterr().out.splitlines()
     assert said[-1] == str(to / "report.html")
     assert {row["model"] for row in _rows(to, "training")} == set(SIZES)
+    curves = tmp_path / SIZES[0] / "models" / SIZES[0] / "curves.csv"
+    curves.write_text(curves.read_text()[:-4])
+    assert program.main(["figure", "training", *several, f"--to={tmp_path / 'torn'}"]) == 0
+    assert {row["model"] for row in _rows(tmp_path / "torn", "training")} == set(SIZES[1:])
+    assert f"the losses of {SIZES[0]} are left out: the curves {curves} are damaged" in caplog.text
     page = (to / "report.html").read_text("utf-8")
     assert "At a small sampling budget smaller models win" in page
     assert all(f'"{size}\\nddim\\n4"' in page for size in SIZES)  # Pictures of a point.
