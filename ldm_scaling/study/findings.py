@@ -152,20 +152,21 @@ def _guidance(records: Sequence[Record], metric: str, block: int) -> list[str]:
     for (model, sampler, steps), guidance in choice.items():
         series[model, sampler].append((steps, guidance))
     moves = [sorted(s)[-1][1] - sorted(s)[0][1] for s in series.values() if len(s) > 1]
-    if not moves:
+    rates = {r.identity.guidance for r in records if r.identity.seed_block == block}
+    if not moves or len(rates) < 2:
         return []
     falls, rises = sum(m < 0 for m in moves), sum(m > 0 for m in moves)
-    trend = "shows no common trend"
-    if max(falls, rises) > 0.75 * len(moves):
-        trend = "falls" if falls > rises else "rises"
-    rates = {r.identity.guidance for r in records if r.identity.seed_block == block}
+    stays = len(moves) - falls - rises
+    ways = {"falls": falls, "rises": rises, "does not move": stays}
+    trend = next((way for way, count in ways.items() if count > 0.75 * len(moves)),
+                 "shows no common trend")
     edge = sum(g in (min(rates), max(rates)) for g in choice.values())
     sentence = (
         f"As steps increase, the best guidance rate {trend}: from the fewest steps to the most it "
-        f"falls in {falls}, rises in {rises} and stays in {len(moves) - falls - rises} of "
-        f"{len(moves)} series (one per size and sampler)."
+        f"falls in {falls}, rises in {rises} and stays in {stays} of {len(moves)} series (one per "
+        "size and sampler)."
     )
-    if len(rates) > 1 and edge:
+    if edge:
         sentence += (
             f" In {edge} of {len(choice)} cells it lies at the edge of the rates tried "
             f"({min(rates):g} or {max(rates):g}), so the true best may lie outside them."

@@ -67,7 +67,8 @@ _PANELS = 5
 
 
 def guidance_by_steps(records: Sequence[Record], metric: str, sampler: str, block: int) -> Figure:
-    """Fig. 8: the measure over guidance x steps, one panel per size, the best rate marked."""
+    """Fig. 8: the measure over guidance x steps, one panel per size, the best of several rates
+    marked."""
     cells: dict[str, dict[tuple[int, float], float]] = defaultdict(dict)
     for r in records:
         i = r.identity
@@ -103,7 +104,7 @@ def guidance_by_steps(records: Sequence[Record], metric: str, sampler: str, bloc
         shown = ax.pcolormesh(grid, cmap=cmap, norm=norm, edgecolors="white", linewidth=1.2)
         for (s, w), value in cells[model].items():
             x, y = steps.index(s) + 0.5, rates.index(w) + 0.5
-            best = choice.get((model, sampler, s)) == w
+            best = len(rates) > 1 and choice.get((model, sampler, s)) == w
             ax.text(x, y, labels.number(value), ha="center", va="center", fontsize=7.2,
                     color=plot_style.ink_on(cmap(norm(value))),
                     fontweight="bold" if best else "normal")
@@ -125,8 +126,9 @@ def guidance_by_steps(records: Sequence[Record], metric: str, sampler: str, bloc
     if isinstance(norm, LogNorm):
         plot_style.log_ticks(bar.ax.yaxis)
     bar.set_label(f"{measure.short} ({measure.better} is better)")
-    plot_style.title(fig, f"{measure.short} over guidance and steps, {labels.sampler(sampler)} "
-                     "(framed: best rate)")
+    framed = " (framed: best rate)" if len(rates) > 1 else ""
+    plot_style.title(
+        fig, f"{measure.short} over guidance and steps, {labels.sampler(sampler)}{framed}")
     return fig
 
 

@@ -369,3 +369,18 @@ def test_the_sentences_follow_the_numbers(exact):
     assert f"is {best.model} with" in text and f"{best.steps} steps" in text
     rising = fake.make(dataclasses.replace(fake.Truth(), dish=0.0), noise=0.5, shared=0.0)
     assert "shows no common trend" in " ".join(findings.findings(rising, FD))
+
+
+def test_one_guidance_rate_has_no_trend_and_rates_that_stay_do_not_move():
+    def said(truth, *rates):
+        study = fake.make(truth, samplers=("ddim",), guidance=rates, noise=0.0, replicates=0)
+        return [s for s in findings.findings(study, FD) if s.startswith("As steps increase")]
+
+    class Same(fake.Truth):
+        def best_rate(self, steps):
+            return 3.0
+
+    assert said(fake.Truth(), 3.0) == []
+    (line,) = said(Same(), 3.0, 8.0)
+    assert "best guidance rate does not move: " in line
+    assert "falls in 0, rises in 0 and stays in 5 of 5 series" in line

@@ -313,6 +313,11 @@ def test_the_heat_map_frames_the_best_rate_of_each_step_count(study):
         frames = {(math.floor(p.get_x() + 0.5), math.floor(p.get_y() + 0.5))
                   for p in panels[model].patches}
         assert frames == {(steps.index(s), rates.index(choice[model, "ddim", s])) for s in steps}
+    assert "framed" in fig.get_suptitle()
+    one = [r for r in study if r.identity.guidance == rates[0]]
+    with plot_style.style():
+        fig = plots.guidance_by_steps(one, FD, "ddim", 0)
+    assert not any(ax.patches for ax in fig.axes[:-1]) and "framed" not in fig.get_suptitle()
 
 
 @pytest.mark.parametrize("keep", [
