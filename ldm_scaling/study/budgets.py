@@ -90,7 +90,7 @@ def amount(value: float, unit: Unit, digits: int | None = None) -> str:
     """So much of a unit: `0.400 s`, `3.00 cost`, `1000 GFLOPs`; with as many digits as are asked
     for where two amounts are held against each other, else with all up to nine."""
     text = labels.number(value)
-    if digits is not None or float(text) != value:
+    if digits is not None or float(text) != value or value >= 1e9:
         text = f"{value:.{digits or 9}g}"
     return f"{text} {_NAMES[unit]}"
 

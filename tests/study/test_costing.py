@@ -143,6 +143,7 @@ def test_a_cost_that_is_printed_pays_for_itself_and_for_nothing_dearer(value):
 def test_amounts_say_what_was_asked_for():
     assert budgets.amount(3.0, "cost") == "3.00 cost"
     assert budgets.amount(1.23397, "cost") == "1.23397 cost"
+    assert budgets.amount(1e300, "cost") == "1e+300 cost"
     assert budgets.spent(1.23397, "cost", 2.0) == "1.24 cost"
     assert budgets.spent(1.23397, "cost", 1.2345) == "1.23397 cost"
 
