@@ -180,20 +180,25 @@ def test_a_heat_map_has_three_digits_that_fit(browser, address):
 
 
 def test_long_names_leave_the_charts_their_room(browser, tmp_path, study):
-    long = {"c24": "a-very-long-name-of-a-network-that-goes-on-and-on-for-ever"}
+    """Wherever they are said: none has a place to break at."""
+    long = {"c24": "a_very_long_name_of_a_network_that_goes_on_and_on_for_ever"}
     named = [dataclasses.replace(r, identity=dataclasses.replace(
         r.identity, model=long.get(r.identity.model, r.identity.model))) for r in study]
     address = report.write(tmp_path, named, tmp_path, {}).as_uri()
     for width in (PHONE["width"], DESK["width"]):
         with _opened(browser, address, viewport={"width": width, "height": 900}) as page:
-            page.click("label:has([name=sampler][value=dpmpp_2m])")
-            assert _wide(page) == width
-            at = [mark.bounding_box()["x"]
-                  for mark in page.locator("#quality-chart path[transform]").all()]
-            assert max(at) - min(at) > 0.4 * width
-            for name in page.locator(".chart text.name").all():
+            for samplers in (1, 2):
+                if samplers == 2:
+                    page.click("label:has([name=sampler][value=dpmpp_2m])")
+                assert _wide(page) == width
+                at = [mark.bounding_box()["x"]
+                      for mark in page.locator("#quality-chart path[transform]").all()]
+                # The key has the names: none has room of its own beside the curves.
+                assert page.locator("#quality-key").inner_text().endswith(long["c24"])
+                assert max(at) - min(at) > 0.5 * width
+            for name in page.locator(".chart text:is(.name, [style*='#fff'])").all():
                 box = name.bounding_box()
-                assert box["x"] + box["width"] <= width
+                assert box["x"] >= 0 and box["x"] + box["width"] <= width
 
 
 def test_a_short_logarithmic_axis_has_ticks(page):
@@ -327,6 +332,19 @@ def test_the_keyboard_moves_the_slider(page):
         slider.press("ArrowRight")
         at.append(float(page.input_value("#advice-amount")))
     assert at == sorted(set(at))
+    for no_budget in ("0", "-3", "1e999"):
+        page.fill("#advice-amount", no_budget)
+        page.press("#advice-amount", "Enter")
+        assert float(page.input_value("#advice-amount")) == at[-1]
+    ends = {}
+    for key, beyond in (("Home", "0.001"), ("End", "1000000")):
+        slider.press(key)
+        ends[key] = page.input_value("#advice-amount")
+        page.fill("#advice-amount", beyond)
+        page.press("#advice-amount", "Enter")
+        assert page.input_value("#advice-amount") == beyond
+        slider.press(key)
+        assert page.input_value("#advice-amount") == ends[key]
     slider.press("Home")
     assert "Below range" in page.locator("#advice-range").inner_text()
     assert _told(page) == "" and page.locator("#advice-images").is_disabled()
@@ -402,6 +420,15 @@ def test_paper_shows_contents_and_no_controls(page, study):
     points = sum(map(len, curves.quality_curves(study, FD).values()))
     assert page.locator("#records-table tbody tr:visible").count() == points
     assert len(page.pdf(format="A4")) > 20_000
+
+
+def test_of_one_guidance_rate_none_is_the_best(browser, tmp_path, study):
+    for rates, framed in (({3.0}, 0), ({3.0, 5.0}, 9)):
+        some = [r for r in study if r.identity.guidance in rates]
+        address = report.write(tmp_path, some, tmp_path, {}).as_uri()
+        with _opened(browser, address) as page:
+            assert page.locator("#heat-chart rect[fill=none]").count() == framed
+            assert ("Framed" in page.inner_text("section:has(#guidance)")) == bool(framed)
 
 
 def test_a_study_without_pictures_or_reported_records_still_loads(browser, tmp_path, study):

@@ -121,8 +121,14 @@ if (study.advice.length) {
   }
 
   slider.max = TICKS;
-  slider.addEventListener("input", () => set(whole(low * (high / low) ** (slider.value / TICKS))));
-  amount.addEventListener("change", () => { if (Number(amount.value) > 0) set(Number(amount.value)); });
+  const slide = (tick) => set(whole(low * (high / low) ** (tick / TICKS)));
+  slider.addEventListener("input", () => slide(slider.value));
+  // Where a typed amount is beyond an end, the knob is at that end already and no input follows.
+  slider.addEventListener("keydown", ({ key }) => {
+    if (key === "Home" || key === "End") slide(key === "Home" ? 0 : TICKS);
+  });
+  // What is no budget gives way to the one that the advice is for.
+  amount.addEventListener("change", () => set(Number(amount.value) > 0 ? Number(amount.value) : budget));
   unit.addEventListener("change", choose);
   $("advice-images").addEventListener("click", () => {
     const points = [...new Set([...of.front, at(budget).best])].map((k) => of.points[k])

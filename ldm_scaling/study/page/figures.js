@@ -1,8 +1,9 @@
 "use strict";
 // The report's interactive figures; needs charts.js and panel.js.
 
-/** Quality against cost, seconds or steps. */
-function drawQuality(svg, width) {
+/** Quality against cost, seconds or steps; with room at the right for the longest name where all
+    names stand at their curves' ends. */
+function drawQuality(svg, width, roomy = true) {
   const axis = $("quality-axis").value, name = $("quality-measure").value, m = measure(name);
   const keep = filters();
   const placed = (p) => typeof p[axis] === "number";  // Seconds may not have been measured.
@@ -17,7 +18,7 @@ function drawQuality(svg, width) {
   const [xl, xh] = extent(points.map((p) => p[axis]), true, 0.04);
   const [yl, yh] = extent(values, log);
   const only = [...new Set(points.map((p) => p.sampler))];
-  const names = [], room = only.length > 1 ? 0
+  const names = [], room = only.length > 1 || !roomy ? 0
     : Math.min(Math.max(...points.map((p) => p.model.length)) * 8 + 6, 0.35 * width);
   const box = { left: 54, right: width - Math.max(width < 560 ? 34 : 44, room), top: 34, bottom: 400 };
   const [sx, sy] = axes(svg, box,
@@ -78,6 +79,10 @@ function drawQuality(svg, width) {
     const covers = right > width || shown.some((o) => o.x < right && x < o.right && Math.abs(o.y - y) < 15)
       || hits.some((h) => h.x > x - 4 && h.x < right + 4 && h.y > y - 15 && h.y < y + 7);
     if (covers) text.remove(); else shown.push({ x, y, right });
+  }
+  if (room && shown.length < names.length) {
+    svg.replaceChildren();
+    return drawQuality(svg, width, false);
   }
   $("quality-key").replaceChildren();
   const key = (style, name, model = null) => {
@@ -145,9 +150,10 @@ function drawWinners(svg, width) {
     while (end + 1 < budgets.length && budgets[end + 1].best === budgets[k].best) end++;
     const left = sx(edges[k]), right = sx(edges[end + 1]);
     if (right - left > 34) {
-      add(svg, "text", { x: (left + right) / 2, y: (box.top + box.bottom) / 2, "text-anchor": "middle",
+      shorten(add(svg, "text", { x: (left + right) / 2, y: (box.top + box.bottom) / 2,
+        "text-anchor": "middle",
         style: "fill:#fff;stroke:#1a212b;stroke-width:3px;paint-order:stroke;font-weight:700" },
-      budgets[k].best);
+      budgets[k].best), right - left);
     }
     k = end + 1;
   }
@@ -185,6 +191,7 @@ function drawHeat(svg, width) {
     const row = cells.filter((c) => c.sampler === sampler);
     if (!row.length) continue;
     const steps = [...new Set(row.map((c) => c.steps))].sort((a, b) => a - b);
+    const contest = new Set(row.map((c) => c.guidance)).size > 1;  // One rate is not the best of any.
     const across = Math.max(1, Math.min(models.length, Math.floor((width - 40) / (steps.length * 34))));
     const side = Math.min(46, (width - 44 - across * 12) / (across * steps.length)), tall = 30;
     add(svg, "text", { class: "name", x: 0, y: top + 14 }, title);
@@ -202,19 +209,20 @@ function drawHeat(svg, width) {
       steps.forEach((s, i) => add(svg, "text", { x: left + (i + 0.5) * side,
         y: up + rates.length * tall + 15, "text-anchor": "middle" }, String(s)));
       for (const c of row.filter((p) => p.model === model)) {
+        const best = contest && c.best[name];
         const t = shade(c.values[name]), rgb = heat(m.better === "lower" ? 1 - t : t);
         const x = left + steps.indexOf(c.steps) * side, y = up + rates.indexOf(c.guidance) * tall;
         add(svg, "rect", { x: x + 0.75, y: y + 0.75, width: side - 1.5, height: tall - 1.5, rx: 3,
           fill: `rgb(${rgb})` });
         const text = number(c.values[name]), font = Math.min(11, (1.5 * side) / text.length);
         add(svg, "text", { x: x + side / 2, y: y + tall / 2 + 4, "text-anchor": "middle",
-          style: `font-size:${font}px;fill:${inkOn(rgb)};font-weight:${c.best[name] ? 700 : 400}` }, text);
+          style: `font-size:${font}px;fill:${inkOn(rgb)};font-weight:${best ? 700 : 400}` }, text);
         const frame = { x: x + 1, y: y + 1, width: side - 2, height: tall - 2, rx: 3 };
-        if (c.best[name]) {
+        if (best) {
           add(svg, "rect", { ...frame, fill: "none", stroke: "var(--frame)", "stroke-width": 2.2 });
         }
         hits.push({ x: x + side / 2, y: y + tall / 2, box: frame, lines: [
-          `${model}, ${title}, ${inSteps(c.steps)}`, `guidance ${c.guidance}${c.best[name] ? " (best)" : ""}`,
+          `${model}, ${title}, ${inSteps(c.steps)}`, `guidance ${c.guidance}${best ? " (best)" : ""}`,
           ...study.measures.filter((q) => c.values[q.name] !== undefined)
             .map((q) => `${q.short} ${number(c.values[q.name])}`)] });
       }
