@@ -227,11 +227,15 @@ def shortened(text: str, inches: float, size: float) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
+_NAME = 1.6
+"""Inches of a curve's name, at most: what is longer takes the room of curves."""
+
+
 def _named(ax: Axes, end: End, size: float, **how: Any) -> Annotation:
-    """A curve's name; of a long one what half of the panel has room for."""
+    """A curve's name; of a long one what half of the panel has room for, or `_NAME`."""
     x, y, text, colour = end
     new = ax.annotate(
-        shortened(text, 0.5 * ax.bbox.width / ax.figure.dpi, size), (x, y),
+        shortened(text, min(0.5 * ax.bbox.width / ax.figure.dpi, _NAME), size), (x, y),
         textcoords="offset points", fontsize=size, color=ink(colour),
         fontweight="bold", annotation_clip=False, zorder=6,
         path_effects=[withStroke(linewidth=2.2, foreground="white")], **how,
@@ -318,6 +322,9 @@ def _make_room(ax: Axes, names: Sequence[Annotation], upright: bool = True) -> N
     (_, y0), (x1, y1) = back([(x0, y0), (x1, y1)])
     ax.set_xlim(right=x1)
     ax.set_ylim(y0, y1)
+    for axis in (ax.xaxis, ax.yaxis):
+        if isinstance(axis.get_major_locator(), LogLocator):  # A longer range has room for fewer.
+            log_ticks(axis)
 
 
 _TOUCH = 0.5

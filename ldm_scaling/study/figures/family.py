@@ -184,8 +184,6 @@ def _draw_cost(rows: Sequence[Mapping]) -> Figure:
     ax.set_ylabel("GFLOPs of a network call")
     ax.set_title("What a size costs")
     ax.legend(loc="upper left")
-    for r in of[RECORDS]:
-        _name(ax, r, (8, -4), "left")
     # To both sides in turn: the family's upper half is dense.
     for k, r in enumerate(r for r in of[BY_HAND] if r["model"] not in marks):
         _name(ax, r, (-8, 4) if k % 2 else (8, -10), "right" if k % 2 else "left")
@@ -198,6 +196,8 @@ def _draw_cost(rows: Sequence[Mapping]) -> Figure:
         va="center", fontsize=8, color=plot_style.INK,
         arrowprops={"arrowstyle": "->", "color": plot_style.INK, "lw": 0.9, "shrinkB": 6},
     )
+    plot_style.name_ends(ax, [
+        (r["params_M"], r["gflops"], r["model"], marks[r["model"]]["color"]) for r in of[RECORDS]])
     return fig
 
 

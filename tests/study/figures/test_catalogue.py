@@ -369,6 +369,36 @@ def test_names_lie_inside_the_picture(steep, name):
             assert box.x0 >= ax.bbox.x0 and box.y0 >= ax.bbox.y0 - 1
 
 
+def _apart(texts):
+    boxes = [t.get_window_extent() for t in texts if t.get_text()]
+    return not any(a.overlaps(b.padded(-1)) for k, a in enumerate(boxes) for b in boxes[:k])
+
+
+def test_a_long_name_takes_few_decades_and_their_ticks_stay_apart():
+    with plot_style.style():
+        fig = plot_style.figure(5.5, 4)
+        ax = fig.subplots()
+        ax.plot([0.3, 150], [3, 2], "o-")
+        plot_style.log_x(ax)
+        plot_style.name_ends(ax, [(150, 2, "a_name_that_goes_on_and_on_for_ever" * 3, "#336699")])
+        fig.draw_without_rendering()
+        low, high = ax.get_xlim()
+        shown = [t for t, at in zip(ax.get_xticklabels(), ax.get_xticks(), strict=True)
+                 if low <= at <= high]
+        assert 150 < high < 150 * 150 and len(shown) > 3 and _apart(shown)
+
+
+def test_names_of_dense_sizes_stay_apart_in_their_costs(main):
+    dense = [dataclasses.replace(r, params=int(1e6 * 1.2**k), gflops=1.5 * 1.2**k, norm_cost=1.0,
+                                 identity=dataclasses.replace(r.identity, model=f"size{k}"))
+             for k, r in enumerate(main[:9])]
+    with plot_style.style():
+        fig = family.cost(Source(dense, paper.FID))[""].figure
+        fig.draw_without_rendering()
+        texts = [t for t in fig.axes[0].texts if t.get_text().startswith("size")]
+        assert len(texts) == 9 and _apart(texts)
+
+
 @pytest.mark.parametrize("every", [2, np.int64(2), (0, 2), [0, 2, 4, 6, 8], None])
 def test_names_cover_no_marker(every):
     """Where curves go on beside the ends of others, as along training."""
@@ -388,7 +418,7 @@ def test_names_cover_no_marker(every):
                  for place in ax.transData.transform(line.get_xydata()[::2])]
     assert len(boxes) == 10
     assert not any(b.x0 < x < b.x1 and b.y0 < y < b.y1 for b in boxes for x, y in marks)
-    assert not any(a.overlaps(b.padded(-1)) for k, a in enumerate(boxes) for b in boxes[:k])
+    assert _apart(ax.texts)
 
 
 def test_figures_by_name(capsys, tmp_path, main):
