@@ -149,14 +149,13 @@ def _text_encoder(study: Study, folder: Path) -> None:
     import safetensors.numpy
     import tokenizers
 
-    from ldm_scaling.data.composed import openmoji
     from ldm_scaling.models import pretrained, text_encoder
 
     weights = pretrained.package_file(text_encoder.PACKAGE, "model/model.safetensors", "captions")
     words = weights.parent / "tokenizer.json"
     tokenizer = tokenizers.Tokenizer.from_file(str(words))
     used = {0, *(tokenizer.token_to_id(t) for t in ("[CLS]", "[SEP]", "[UNK]", "[PAD]"))}
-    for text in _texts(study, openmoji.load()):
+    for text in _texts(study):
         used.update(tokenizer.encode(text).ids)
     tensors = pretrained.read_safetensors(weights)
     for name, tensor in tensors.items():
@@ -174,7 +173,7 @@ def _text_encoder(study: Study, folder: Path) -> None:
     shutil.copy(words, target / "model")
 
 
-def _texts(study: Study, catalogue: object) -> Iterator[str]:
+def _texts(study: Study) -> Iterator[str]:
     """All captions of the study: the data set is composed for them."""
     from ldm_scaling.study import preparing
 

@@ -108,7 +108,7 @@ def load_unet(
         params = _averaged(params, _under(tensors, _EMA), path)
     levels, spec = _unet_spec(params, path, heads, sample_size)
     expected = unet.param_shapes(spec)
-    rules = _unet_rules(spec, levels)
+    rules = _unet_rules(levels)
     return spec, pretrained.fill(expected, convert.split_gates(params), rules, source=path)
 
 
@@ -168,7 +168,7 @@ def _unet_spec(
     )
 
 
-def _unet_rules(spec: unet.UNetSpec, levels: list[_Level]) -> list[Rule]:
+def _unet_rules(levels: list[_Level]) -> list[Rule]:
     """The original counts blocks through all levels, down and then up."""
     rules = rules_of(r"time_embed\.0", "time_embedding_1", one(DENSE))
     rules += rules_of(r"time_embed\.2", "time_embedding_2", one(DENSE))

@@ -17,7 +17,7 @@ from ldm_scaling.data.preparing.options import Options
 from ldm_scaling.data.preparing.preparation import Preparation, Verdict
 
 _MOST_OTHERS = 32  # A picture that says "not found" would have those of thousands.
-_COLUMNS = ("key", "group", "width", "height", "pixels", "perceptual")
+_COLUMNS = ("key", "width", "height", "pixels", "perceptual")
 
 
 def decide(job: Preparation) -> None:
@@ -46,8 +46,8 @@ def decide(job: Preparation) -> None:
 
 
 def _judge(
-    job: Preparation, place: np.ndarray, key: np.ndarray, group: np.ndarray, width: np.ndarray,
-    height: np.ndarray, pixels: np.ndarray, perceptual: np.ndarray,
+    job: Preparation, place: np.ndarray, key: np.ndarray, width: np.ndarray, height: np.ndarray,
+    pixels: np.ndarray, perceptual: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Reason int8 [N] and keeper's place int32 [N, 2] of rows that pass the filters, in order."""
     options = job.options
