@@ -7,7 +7,6 @@ the selection block, and is valued on the report block, as a size does in `winne
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Mapping, Sequence
 
 from ldm_scaling.models import zoo
@@ -15,8 +14,6 @@ from ldm_scaling.study import labels, winners
 from ldm_scaling.study.curves import Curves, Point
 from ldm_scaling.study.statistics import words
 from ldm_scaling.study.winners import Winner
-
-log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -46,8 +45,6 @@ from ldm_scaling.tasks import conditioned
 from ldm_scaling.tasks.drawing import Drawer, sampling_key
 from ldm_scaling.training import checkpoint
 from ldm_scaling.training.task import Task
-
-log = logging.getLogger(__name__)
 
 _BATCH = 64
 PERCEPTUAL = "alex_shift_tolerant"

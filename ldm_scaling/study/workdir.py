@@ -17,8 +17,6 @@ from ldm_scaling import config, files
 from ldm_scaling.config import Study
 from ldm_scaling.errors import UserError
 
-log = logging.getLogger(__name__)
-
 MARKER = "study.json"
 
 
