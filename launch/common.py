@@ -23,10 +23,8 @@ MOUNT = "/mnt/ldm"  # where launchers mount a bucket
 
 # Exit statuses of `ldm-scaling`, see docs/launch.md.
 DONE = 0
-ERROR = 1  # unexpected: start again, a bounded number of times
 USER = 2  # the user must mend something: never start again
 SAVED = 75  # saved after SIGTERM or a preemption notice: the same command goes on
-WATCHDOG = 76  # a stalled step or a lost host: start again
 INTERRUPTED = 130  # Ctrl-C
 
 # Commands of `ldm-scaling` that several processes share; each of the others is one process's.

@@ -218,8 +218,3 @@ def in_batches(
 def unit(x_ND: np.ndarray) -> np.ndarray:
     """Rows scaled to length one."""
     return x_ND / np.linalg.norm(x_ND, axis=-1, keepdims=True)
-
-
-def cosine(a_ND: np.ndarray, b_ND: np.ndarray) -> np.ndarray:
-    """The cosine of each row of `a_ND` with the same row of `b_ND`, [N]."""
-    return np.sum(unit(a_ND) * unit(b_ND), axis=-1)

@@ -32,11 +32,6 @@ class Cost:
     gflops: float
 
 
-def param_count(spec: backbone.Spec) -> int:
-    """Number of parameters."""
-    return of(spec).params
-
-
 def gflops(spec: backbone.Spec, tokens: int | None = None) -> float:
     """1e9 FLOPs of one forward pass as XLA counts them, before any optimisation.
 

@@ -26,8 +26,8 @@ from ldm_scaling.models.torch_files import FlatTensors, narrow, read_legacy_pth,
 
 __all__ = [
     "DIFFUSERS", "TRANSFORMERS", "FlatTensors", "Rule", "conv", "fill", "hash_of", "linear",
-    "package_file", "present", "read_legacy_pth", "read_safetensors", "read_safetensors_folder",
-    "read_torch", "read_weights", "same", "weights_files",
+    "package_file", "present", "read_legacy_pth", "read_safetensors", "read_torch",
+    "read_weights", "same", "weights_files",
 ]  # fmt: skip
 
 # Files of weights as transformers and diffusers name them, in the order they are looked for.
@@ -92,21 +92,6 @@ def read_torch(path: str | os.PathLike[str], ignore: Sequence[str] = ()) -> Flat
     if Path(path).suffix == ".safetensors":
         return read_safetensors(path, ignore)
     return {name: t for name, t in read_pth(path).items() if not _matches(name, ignore)}
-
-
-def read_safetensors_folder(
-    folder: str | os.PathLike[str], stem: str = "model", ignore: Sequence[str] = ()
-) -> FlatTensors:
-    """The tensors of STEM.safetensors, or of all the parts that STEM.safetensors.index.json names.
-
-    Args:
-      folder: as transformers or diffusers saved it.
-      stem: "model", or "diffusion_pytorch_model" for diffusers.
-      ignore: patterns of whole names that are not read.
-    Raises:
-      UserError: when there is neither file, or the parts are not what the index says.
-    """
-    return _read_parts(Path(folder), f"{stem}.safetensors", ignore)
 
 
 def read_weights(

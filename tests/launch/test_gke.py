@@ -17,6 +17,7 @@ import yaml
 from launch import common, gke
 from launch.common import LaunchError
 from launch.tpu import Slice
+from ldm_scaling import errors
 from tests.launch.programs import LAUNCH, call, environment, fake, until
 
 JOB = ["train", "--config=configs/t2i_866m.py", "--workdir=/mnt/ldm/x"]
@@ -149,8 +150,8 @@ def controller(jobset, end):
     (common.USER, "FailJobSet"),
     (common.SAVED, "RestartJobSetAndIgnoreMaxRestarts"),
     ("taken", "RestartJobSetAndIgnoreMaxRestarts"),
-    (common.WATCHDOG, "RestartJobSet"),
-    (common.ERROR, "RestartJobSet"),
+    (errors.STALLED, "RestartJobSet"),
+    (1, "RestartJobSet"),
     (137, "RestartJobSet"),
     (12, "RestartJobSet"),
     (175, "RestartJobSet"),

@@ -16,7 +16,7 @@ DIT = {
 def test_dit(name):
     printed, gmacs = DIT[name]
     row = PRINTED[name]
-    assert str(round(cost.param_count(row.spec) / 1e6)) == printed == f"{row.params:.0f}"
+    assert str(round(cost.of(row.spec).params / 1e6)) == printed == f"{row.params:.0f}"
     # The papers' Gflops are multiply-adds; XLA counts norms and activations too.
     assert row.gmacs == gmacs
     assert cost.gflops(row.spec) == pytest.approx(2 * gmacs, rel=0.01)
@@ -32,7 +32,7 @@ def test_dit(name):
 ])
 def test_parameters(name, printed, unit):
     row = PRINTED[name]
-    count = cost.param_count(row.spec)
+    count = cost.of(row.spec).params
     if name == "uvit_s":  # Printed of one that draws without text: less its layer and places.
         count -= (768 + 1 + 77) * 512
     assert str(round(count / unit)) == printed == f"{row.params * 1e6 / unit:.0f}"

@@ -15,7 +15,8 @@ import safetensors.numpy
 from PIL import Image
 
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import clip, clip_checkpoint, clip_image, clip_text
+from ldm_scaling.metrics import similarity
+from ldm_scaling.models import clip_checkpoint, clip_image, clip_text
 from ldm_scaling.models.clip import PUBLISHED, ImageSpec
 from ldm_scaling.models.pretrained import hash_of
 
@@ -236,7 +237,7 @@ def test_score_equals_transformers(folder):
     x = pillow_processor(32)(images, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         logits = model(torch.tensor(ids), x).logits_per_image.diagonal() / model.logit_scale.exp()
-    ours = clip.cosine(
+    ours = similarity.pair_cosines(
         clip_image.load_image(folder("openai")).features(images)["projected"],
         text(folder("openai")).outputs(TEXTS, ["projected"])["projected"],
     )

@@ -224,17 +224,17 @@ def test_parts(folder, suffix):
 
 def test_one_file_and_other_stems(folder):
     place, tensors = folder[0] / "safetensors", folder[1]
-    assert set(pretrained.read_safetensors_folder(place)) == set(tensors)
+    assert set(pretrained.read_weights(place)) == set(tensors)
     safetensors.numpy.save_file({"a": tensors["a"]}, place / "other.safetensors")
-    assert set(pretrained.read_safetensors_folder(place, "other")) == {"a"}
-    assert pretrained.read_safetensors_folder(place, "other", ignore=["a"]) == {}
+    assert set(pretrained.read_weights(place, names=("other.safetensors",))) == {"a"}
+    assert pretrained.read_weights(place, ["a"], ("other.safetensors",)) == {}
     safetensors.numpy.save_file({"x": tensors["a"]}, place / "model.safetensors")
     assert set(pretrained.read_weights(place)) == {"x"}  # the whole one goes before parts
     assert set(pretrained.read_weights(place / "other.safetensors")) == {"a"}
     with pytest.raises(UserError, match="no weights in .*: it needs one of model.saf.*fp16.bin"):
         pretrained.read_weights(folder[0])
     with pytest.raises(UserError, match="cannot read the weights .*none.safetensors"):
-        pretrained.read_safetensors_folder(place, "none")
+        pretrained.read_weights(place / "none.safetensors")
 
 
 @pytest.mark.parametrize(

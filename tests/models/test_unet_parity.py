@@ -146,7 +146,7 @@ def test_parameters_of_stable_diffusion():
     with torch.device("meta"):
         peer = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
     want = sum(p.numel() for p in peer.parameters())
-    assert cost.param_count(zoo.get("sd15").spec) == want == 859_520_964
+    assert cost.of(zoo.get("sd15").spec).params == want == 859_520_964
     assert convert.unet_spec(dict(peer.config)) == zoo.get("sd15").spec
     with torch.device("meta"):
         peer = diffusers.UNet2DConditionModel(

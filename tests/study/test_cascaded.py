@@ -67,7 +67,7 @@ def test_the_cost_is_the_sum_of_both_stages(workdir):
     for r in both:
         spent = (r.first.steps * cost.gflops(SMALL) + r.identity.steps * cost.gflops(grown))
         assert r.cost == pytest.approx(spent / cost.gflops(LARGE), rel=1e-12)
-        assert r.params == cost.param_count(SMALL) + cost.param_count(grown)
+        assert r.params == cost.of(SMALL).params + cost.of(grown).params
         assert r.flat()["cost"] - r.flat()["first_cost"] == pytest.approx(
             r.norm_cost * r.calls, rel=1e-12)
         # A second stage costs more than the single network as large, by what it sees.

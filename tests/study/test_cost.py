@@ -327,7 +327,7 @@ def test_a_studys_own_surroundings(capsys, tmp_path, fast):
     assert ours.norm_cost == 1 and ours.reference == "c16"  # The config's, not the zoo's.
     tiny = autoencoder.AutoencoderSpec(8, (1, 2, 2), 1, groups=8)
     assert ours.decoder_gflops == caching_cost.decode_gflops(tiny, (8, 8, 4))
-    assert ours.params == cost.param_count(zoo.get("c16").spec)
+    assert ours.params == cost.of(zoo.get("c16").spec).params
 
 
 def test_a_second_study_leaves_the_firsts_figures(capsys, tmp_path, fast):

@@ -27,8 +27,7 @@ from ldm_scaling.study import caching, gallery, records, stages, starting
 from ldm_scaling.study.materials import Materials
 from ldm_scaling.study.workdir import Workdir
 from ldm_scaling.training import checkpoint, step
-from ldm_scaling.training.events import read_curves, without_times
-from tests import commands, shallow
+from tests import commands, curves, shallow
 
 ROOT = pathlib.Path(__file__).parents[2]
 MEMBERS = ("c8", "c16")
@@ -181,8 +180,8 @@ def test_killed_study_ends_with_the_records_of_an_unbroken_one(unbroken, tmp_pat
     assert all(p.stat().st_mtime_ns == then for p, then in measured.items())
     _assert_same(_facts(workdir), _facts(unbroken[0]))
     for folder in ("autoencoder", "models/c8", "models/c16"):
-        curves = [without_times(read_curves(d / folder)) for d in (workdir, unbroken[0])]
-        assert curves[0] and curves[0] == curves[1]
+        mine, whole = (curves.of(d / folder) for d in (workdir, unbroken[0]))
+        assert mine and mine == whole
 
 
 def test_second_run_does_nothing_again(unbroken):
@@ -230,7 +229,7 @@ def test_members_that_go_on_from_another_study_are_its_own(unbroken, tmp_path):
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), ours, whole
     )
     folders = [d / "models" / "c8" for d in (tmp_path, workdir.path)]
-    mine, full = (without_times(read_curves(folder)) for folder in folders)
+    mine, full = map(curves.of, folders)
     full = [row for row in full if row[0] > 4]
     assert mine and [row[:2] for row in mine] == [row[:2] for row in full]
     assert [row[2] for row in mine] == pytest.approx([row[2] for row in full], rel=1e-3)

@@ -11,16 +11,13 @@ import pytest
 from ldm_scaling.errors import UserError
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.training import checkpoint, loop, step
-from ldm_scaling.training.events import read_curves, without_times
+from ldm_scaling.training.events import read_curves
+from tests import curves
 from tests.training.toy import CONFIG, Loader, one_device
 from tests.training.toy import equal as _equal
 from tests.training.toy import init as _init
 from tests.training.toy import loss as _loss
 from tests.training.toy import task as _task
-
-
-def _curves(directory):
-    return without_times(read_curves(directory))
 
 
 def test_resumed_run_equals_unbroken_run(tmp_path):
@@ -32,7 +29,7 @@ def test_resumed_run_equals_unbroken_run(tmp_path):
     _equal(whole, resumed)
     assert int(resumed.step) == 6
     # The curves too: no row twice, none missing.
-    assert _curves(tmp_path / "whole") == _curves(tmp_path / "cut")
+    assert curves.of(tmp_path / "whole") == curves.of(tmp_path / "cut")
     steps = [step for step, name, _ in read_curves(tmp_path / "cut") if name == "train/loss"]
     assert steps == list(range(1, 7))
 
@@ -57,7 +54,7 @@ def test_a_run_that_branches_off_another_equals_one_that_did_it_all(tmp_path):
         loop.fit(task, cools, lambda: Loader(stop_after=5), tmp_path / "cut", mesh, 3, after=after)
     branch = loop.fit(task, cools, Loader, tmp_path / "cut", mesh, seed=3, after=after)
     _equal(whole, branch)
-    assert _curves(tmp_path / "cut") == [r for r in _curves(tmp_path / "whole") if r[0] > 4]
+    assert curves.of(tmp_path / "cut") == [r for r in curves.of(tmp_path / "whole") if r[0] > 4]
     assert before == {p: p.stat().st_mtime_ns for p in there.rglob("*")}
     # Its own checkpoints come first.
     again = checkpoint.Place(tmp_path / "gone", 4)
@@ -81,7 +78,7 @@ def test_sigterm_saves_the_step_in_hand_and_stops(tmp_path):
     assert signal.getsignal(signal.SIGTERM) is before
     assert checkpoint.latest(tmp_path / "cut" / "checkpoints") == 3
     _equal(whole, loop.fit(_task(), config, Loader, tmp_path / "cut", mesh, seed=3))
-    assert _curves(tmp_path / "whole") == _curves(tmp_path / "cut")
+    assert curves.of(tmp_path / "whole") == curves.of(tmp_path / "cut")
 
 
 def test_what_is_logged_after_a_stop_is_of_all_steps_since_the_last_log(tmp_path):
@@ -97,8 +94,8 @@ def test_what_is_logged_after_a_stop_is_of_all_steps_since_the_last_log(tmp_path
     with pytest.raises(loop.Interrupted, match="after step 3"):
         loop.fit(task, config, Loader, tmp_path / "cut", one_device(), seed=3)
     loop.fit(quiet, config, Loader, tmp_path / "cut", one_device(), seed=3)
-    assert _curves(tmp_path / "whole") == _curves(tmp_path / "cut")
-    assert [s for s, name, _ in _curves(tmp_path / "cut") if name == "train/loss"] == [4, 6]
+    assert curves.of(tmp_path / "whole") == curves.of(tmp_path / "cut")
+    assert [s for s, name, _ in curves.of(tmp_path / "cut") if name == "train/loss"] == [4, 6]
 
 
 def test_sigterm_while_the_last_step_is_looked_at_ends_what_comes_after_too(tmp_path):

@@ -16,7 +16,8 @@ import pytest
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.training import checkpoint, loop, saver
-from ldm_scaling.training.events import Events, read_curves, without_times
+from ldm_scaling.training.events import Events
+from tests import curves
 from tests.training import toy
 
 
@@ -65,9 +66,7 @@ def test_a_store_that_recovers_costs_nothing(tmp_path, monkeypatch, caplog, wher
     toy.equal(whole, state)
     assert checkpoint.latest(tmp_path / "cut" / "checkpoints") == 6
     # The run's curves are whole, and what goes on from the checkpoint is the unbroken run.
-    assert without_times(read_curves(tmp_path / "cut")) == without_times(
-        read_curves(tmp_path / "whole")
-    )
+    assert curves.of(tmp_path / "cut") == curves.of(tmp_path / "whole")
     config = dataclasses.replace(toy.CONFIG, steps=8)
     toy.equal(
         loop.fit(toy.task(), config, toy.Loader, tmp_path / "whole", mesh, seed=3),
@@ -213,4 +212,4 @@ def test_files_that_cannot_grow(tmp_path, mended):
     whole = loop.fit(toy.task(), config, toy.Loader, tmp_path / "w", toy.one_device(), seed=3)
     cut = loop.fit(toy.task(), config, toy.Loader, where, toy.one_device(), seed=3)
     toy.equal(whole, cut)
-    assert without_times(read_curves(where)) == without_times(read_curves(tmp_path / "w"))
+    assert curves.of(where) == curves.of(tmp_path / "w")
