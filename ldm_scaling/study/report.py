@@ -55,7 +55,6 @@ class Context:
       captions: of the first pictures that a reported record keeps, for those that the page shows.
       measures: measure -> one more paragraph on how it was computed here.
       protocol: paragraphs that follow the built-in ones.
-      limits: sentences that follow the built-in ones.
       attribution: attributions that licences ask for; addresses become links.
       config: the study's configuration, shown as JSON.
       versions: package -> version.
@@ -73,21 +72,9 @@ class Context:
     captions: Sequence[str] = ()
     measures: Mapping[str, str] = dataclasses.field(default_factory=dict)
     protocol: Sequence[str] = ()
-    limits: Sequence[str] = ()
     attribution: Sequence[str] = ()
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def of(cls, payload: Mapping[str, Any]) -> Context:
-        """From a dictionary. Raises `UserError` on a key that has no place here."""
-        known = [f.name for f in dataclasses.fields(cls)]
-        strange = sorted(set(payload) - set(known))
-        if strange:
-            raise UserError(
-                f"the report's context has unknown keys {strange}: remove them; known are {known}"
-            )
-        return cls(**payload)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,9 +186,7 @@ def _protocol(records: Sequence[Record], context: Context) -> list[str]:
     return [*protocol, *context.protocol]
 
 
-def _limits(
-    records: Sequence[Record], context: Context, untested: Sequence[str]
-) -> list[str]:
+def _limits(records: Sequence[Record], untested: Sequence[str]) -> list[str]:
     trained = sorted({r.identity.train_step for r in records} - {0})  # 0 is a published model.
     steps = [labels.listing([f"{s:,}" for s in trained], "or")] if trained else []
     return [
@@ -215,7 +200,6 @@ def _limits(
         *([f"Of the paper's claims, {labels.listing(untested)} "
            f"{'is' if len(untested) == 1 else 'are'} not tested by these records."]
           if untested else []),
-        *context.limits,
     ]
 
 
@@ -275,7 +259,7 @@ def write(
       records: all records of one study, finished or not.
       figures_dir: what `figures.catalogue.write` drew; other PNG or SVG files there are shown
         too.
-      context: the keys of `Context`.
+      context: the fields of `Context` that are not left as they are.
       strips: folders of the strips of pictures that sweeps kept, `KEY.png`; the page shows them
         as thumbnails, fewer of each where it would weigh more than `MOST_BYTES`.
       others: records of the same members' other tasks, which claims are judged by too, and advice
@@ -288,10 +272,10 @@ def write(
       The page's path.
 
     Raises:
-      UserError: without any record, on an unknown context key or measure, or when two records
-        claim the same configuration.
+      UserError: without any record, on an unknown measure, or when two records claim the same
+        configuration.
     """
-    told = Context.of(context)
+    told = Context(**context)
     records = curves_lib.last_rounds(records)
     records = sorted(records, key=lambda r: (r.params, dataclasses.astuple(r.identity)))
     if not records:
@@ -358,7 +342,7 @@ def write(
         winner_rows=page_data.winner_rows(curves, told.metric, sizes, data["samplers"][0]["name"]),
         csv=_csv(records),
         protocol=[*_protocol(records, told), *lacking],
-        limits=_limits(records, told, untested),
+        limits=_limits(records, untested),
         config=json.dumps(told.config, indent=1, sort_keys=True, default=str),
         **table,
     )
