@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
@@ -245,13 +244,11 @@ class Checkpoints:
         if abstract.averages:
             _check_averages(folder, abstract)
             items[AVERAGES] = ocp.args.StandardRestore(abstract.averages)
-            if (folder / _RESTS).exists():
-                items[_RESTS] = ocp.args.StandardRestore(abstract.rests)
+            items[_RESTS] = ocp.args.StandardRestore(abstract.rests)
         with _reading(folder):
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        averages = restored[AVERAGES] if abstract.averages else ()
-        rests = restored[_RESTS] if _RESTS in items else _nothing(abstract.rests)
-        return TrainState(*restored.state, averages, rests), restored.iterator
+        averages = (restored[AVERAGES], restored[_RESTS]) if abstract.averages else ()
+        return TrainState(*restored.state, *averages), restored.iterator
 
 
 def average(
@@ -315,21 +312,15 @@ class Place(NamedTuple):
 def read(place: Place, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
     """As `Checkpoints.restore`, of another run."""
     folder = epath.Path(os.path.abspath(place.directory)) / str(place.step)
-    state, averages = _read(folder, _check_tree(folder, abstract)), ()
+    state = TrainState(*_read(folder, _check_tree(folder, abstract)))
     if abstract.averages:
         _check_averages(folder, abstract)
-        averages = _read(folder, abstract.averages, AVERAGES)
-    have = abstract.averages and (folder / _RESTS).exists()
-    rests = _read(folder, abstract.rests, _RESTS) if have else _nothing(abstract.rests)
-    state = TrainState(*state, averages, rests)
+        state = state._replace(
+            averages=_read(folder, abstract.averages, AVERAGES),
+            rests=_read(folder, abstract.rests, _RESTS),
+        )
     with _reading(folder), _reader(ocp.JsonCheckpointHandler()) as reader:
         return state, reader.restore(folder / "iterator")
-
-
-def _nothing(abstract: Any) -> Any:
-    """Rests of a checkpoint from before these were kept."""
-    zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract)
-    return placing.put(zeros, jax.tree.map(lambda a: a.sharding, abstract))
 
 
 def _read(folder: epath.Path, item: Any, name: str = "state") -> Any:
@@ -431,8 +422,7 @@ def _check_averages(folder: epath.Path, abstract: TrainState) -> None:
             ", or train anew in another --workdir"
         )
     _check_shapes(folder, AVERAGES, abstract.averages)
-    if (folder / _RESTS).exists():
-        _check_shapes(folder, _RESTS, abstract.rests)
+    _check_shapes(folder, _RESTS, abstract.rests)
 
 
 def _metadata(folder: epath.Path, name: str) -> Any:
