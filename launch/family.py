@@ -97,8 +97,8 @@ class Plan:
         return self.hours < float("inf")
 
 
-def plans_of(member: str, folder: pathlib.Path, kind: str = "train") -> list[Plan]:
-    """The member's plans for TPUs that can be asked for, the fewest chip-hours first.
+def plans_of(member: str, folder: pathlib.Path) -> list[Plan]:
+    """The plans to train the member on TPUs that can be asked for, the fewest chip-hours first.
 
     `ldm-scaling plan` knows others, and GPUs. Raises `LaunchError` for a damaged one.
     """
@@ -106,7 +106,7 @@ def plans_of(member: str, folder: pathlib.Path, kind: str = "train") -> list[Pla
     for path in sorted(folder.glob(f"{member}_*.json")):
         try:
             plan = json.loads(path.read_text())
-            if plan["member"] != member or plan.get("kind", "train") != kind:
+            if plan["member"] != member or plan.get("kind", "train") != "train":
                 continue
             if str(plan["topology"]).partition(":")[0] not in GENERATIONS:
                 continue

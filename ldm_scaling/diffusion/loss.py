@@ -120,8 +120,7 @@ def validation_points(
 
 def validation_loss(
     denoise: Denoise, params: Any, x0_BHWC: Array, cond: Any, index_B: Array,
-    schedule: Schedule, prediction: str, seed: int = 0, draws: int = 1,
-    place_B: Array | None = None,
+    schedule: Schedule, prediction: str, draws: int = 1, place_B: Array | None = None,
 ) -> Array:
     """The loss of each sample at a noise that its dataset index fixes, and at timesteps that its
     place in the validation set does.
@@ -137,7 +136,6 @@ def validation_loss(
         index_B: the samples' dataset indices, integers.
         schedule: the noise schedule.
         prediction: what the network outputs, one of `parameterization.PREDICTIONS`.
-        seed: another seed gives other timesteps and noise.
         draws: stratified timesteps per sample.
         place_B: the samples' places, see `validation_points`.
 
@@ -155,7 +153,7 @@ def validation_loss(
         )
     batch = x0_BHWC.shape[0]
     t_BK, eps_BKHWC = validation_points(
-        index_B, x0_BHWC.shape[1:], schedule.num_timesteps, seed, draws, place_B
+        index_B, x0_BHWC.shape[1:], schedule.num_timesteps, 0, draws, place_B
     )
     loss_N = loss_at(
         denoise, params, jnp.repeat(x0_BHWC, draws, axis=0),

@@ -20,7 +20,7 @@ from ldm_scaling.models import attention as attention_lib
 Dtype = Any
 
 
-def timestep_embedding(t_B: jax.Array, dim: int, max_period: float = 10_000.0) -> jax.Array:
+def timestep_embedding(t_B: jax.Array, dim: int) -> jax.Array:
     """Sinusoids of a timestep, cosines first (DDPM's, as Stable Diffusion orders them).
 
     Args:
@@ -31,7 +31,7 @@ def timestep_embedding(t_B: jax.Array, dim: int, max_period: float = 10_000.0) -
     """
     half = dim // 2
     # In float64: at t = 1000 an error of the last place in float32 moves an angle by 1e-4.
-    frequencies = (max_period ** -(np.arange(half) / half)).astype(np.float32)
+    frequencies = (10_000.0 ** -(np.arange(half) / half)).astype(np.float32)
     angles = t_B.astype(jnp.float32)[:, None] * frequencies[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 

@@ -86,17 +86,16 @@ def _lacks(path: str | os.PathLike[str], what: str, name: str) -> UserError:
 
 
 def load_unet(
-    path: str | os.PathLike[str], *, ema: bool = False, heads: int | None = None,
-    sample_size: int = 64,
+    path: str | os.PathLike[str], *, ema: bool = False, sample_size: int = 64
 ) -> tuple[unet.UNetSpec, dict]:
-    """Spec and float32 parameters of the U-Net in an original checkpoint.
+    """Spec and float32 parameters of the U-Net in an original checkpoint. No tensor tells its
+    attention heads: they are 8, or as many of width 64 as there is room for where `proj_in` is a
+    linear layer, as in versions 1 and 2.
 
     Args:
       path: the file, .safetensors, or .ckpt (read through torch).
       ema: the average over training in the place of the last parameters, where a file has both;
         "pruned" and "emaonly" files have one of them alone, under the plain names.
-      heads: attention heads, which no tensor tells; by default 8, or as many of width 64 as there
-        is room for where `proj_in` is a linear layer: versions 1 and 2.
       sample_size: see `unet.UNetSpec`; 96 for version 2's pictures of 768.
     Raises:
       UserError: for a file that cannot be read or holds something else, with a diff where tensors
@@ -106,7 +105,7 @@ def load_unet(
     params = _under(tensors, _UNET)
     if ema:
         params = _averaged(params, _under(tensors, _EMA), path)
-    levels, spec = _unet_spec(params, path, heads, sample_size)
+    levels, spec = _unet_spec(params, path, sample_size)
     expected = unet.param_shapes(spec)
     rules = _unet_rules(levels)
     return spec, pretrained.fill(expected, convert.split_gates(params), rules, source=path)
@@ -130,9 +129,7 @@ class _Level(NamedTuple):
     blocks: int
 
 
-def _unet_spec(
-    params: FlatTensors, path, heads: int | None, sample_size: int
-) -> tuple[list[_Level], unet.UNetSpec]:
+def _unet_spec(params: FlatTensors, path, sample_size: int) -> tuple[list[_Level], unet.UNetSpec]:
     """What the names and shapes say."""
 
     def shape(name: str) -> tuple[int, ...]:
@@ -151,8 +148,7 @@ def _unet_spec(
         count = levels.pop().blocks if levels else 0
         levels.append(_Level(width, attention, count + 1))
     project_in = shape("middle_block.1.proj_in.weight")
-    if heads is None:
-        heads = 8 if len(project_in) == 4 else [w // _HEAD_WIDTH for w, *_ in levels]
+    heads = 8 if len(project_in) == 4 else [w // _HEAD_WIDTH for w, *_ in levels]
     if len({level.blocks for level in levels}) != 1:
         raise UserError(f"{path}: its levels differ in their number of blocks: not supported")
     return levels, unet.UNetSpec(

@@ -40,14 +40,14 @@ DIFFUSERS = tuple(
 )
 
 
-def package_file(package: str, relative: str, needed_for: str, extra: str = "demo") -> Path:
+def package_file(package: str, relative: str, needed_for: str) -> Path:
     """Path of the file `relative` inside an installed package, which is not imported.
 
     Raises `MissingPackageError` when the package is absent, `UserError` when the file is.
     """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise MissingPackageError(package, needed_for, extra)
+        raise MissingPackageError(package, needed_for)
     folder = Path(spec.submodule_search_locations[0])
     if not (folder / relative).is_file():
         raise UserError(

@@ -258,11 +258,11 @@ class CustomCall:
     results: tuple[Shape, ...]
 
 
-def custom_calls(module: Module, target: str = "tpu_custom_call") -> list[CustomCall]:
-    """The calls of a target; Pallas's on a TPU by default."""
+def custom_calls(module: Module) -> list[CustomCall]:
+    """The calls of Pallas's kernels on a TPU."""
     out = []
     for name, i in module.instructions():
-        if i.opcode == "custom-call" and f'custom_call_target="{target}"' in i.attributes:
+        if i.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in i.attributes:
             operands = module.operand_shapes(name, i)
             kernel = re.sub(r"[.\d]+$", "", i.name)
             out.append(CustomCall(kernel, module.times[name], operands, i.shapes))

@@ -247,10 +247,8 @@ def text_states(encoder: _Encoder, name: str) -> TextStates:
     return TextStates(name, encoder.hash, encoder.max_length, encoder.width, zero, encoder)
 
 
-def text_encoder_from(
-    path: str | os.PathLike[str], length: int, *, layer: str = "", compute_dtype: str = "float32"
-) -> TextStates:
-    """A frozen text encoder.
+def text_encoder_from(path: str | os.PathLike[str], length: int) -> TextStates:
+    """A frozen text encoder, which computes in float32 whatever `train.compute_dtype` is.
 
     Args:
       path: empty for MiniLM, which comes with the package; else a folder of transformers' CLIP (its
@@ -258,9 +256,8 @@ def text_encoder_from(
         folder with `text_encoder` and `tokenizer` in it, or a text tower that `ldm-scaling convert`
         wrote. The vocabulary lies in the folder, or in one called `tokenizer` beside it.
       length: tokens of a caption, special ones among them; longer captions are cut. CLIP's states
-        up to it do not depend on it, for its attention is causal.
-      layer: of a CLIP, see `clip_text.LAYERS`; empty is what the weights say, else the last.
-      compute_dtype: see `config.Train`; MiniLM runs in float32.
+        up to it do not depend on it, for its attention is causal. They are of the layer that the
+        weights say, else of the last.
 
     Raises:
       UserError: for files that are missing, broken or of something else, or a length that the
@@ -270,7 +267,6 @@ def text_encoder_from(
         return text_states(text_encoder.load(length), text_encoder.NAME)
     path = Path(path).expanduser()
     place = path / "text_encoder" if (path / "text_encoder").is_dir() else path
-    dtype = hosts.compute_dtype(compute_dtype)
     if not place.is_dir():
         raise UserError(
             f"there is no text encoder at {place}: give the folder of a CLIP or a T5, with its "
@@ -281,21 +277,18 @@ def text_encoder_from(
             wanted = "folder of transformers" if kind == "t5" else "CLIP or a T5"
             raise UserError(f"{place} holds a converted {kind}: give the {wanted} itself")
         found = converted.load(place)
-        return _clip(path, place, found.spec, found.params, found.settings, length, layer, dtype)
+        return _clip(path, place, found.spec, found.params, found.settings, length)
     config = place / "config.json"
     if config.is_file() and clip_checkpoint.read_json(config).get("model_type") == "t5":
-        if layer:
-            raise UserError(f"{place} is a T5, whose states are those of its last layer: leave out "
-                            f"layer={layer!r}")
         own = any((place / name).is_file() for name in ("tokenizer.json", "spiece.model"))
         words = None if own else place.parent / "tokenizer"
-        encoder = t5.load(place, length, tokenizer=words, dtype=jnp.dtype(dtype).name)
+        encoder = t5.load(place, length, tokenizer=words)
         return text_states(encoder, f"T5 in {path}")
     loaded = converted.KINDS["clip_text"].load(place)
-    return _clip(path, place, *loaded, length, layer, dtype)
+    return _clip(path, place, *loaded, length)
 
 
-def _clip(path, place, spec, params, settings, length, layer, dtype) -> TextStates:
+def _clip(path, place, spec, params, settings, length) -> TextStates:
     if not 2 <= length <= spec.positions:
         raise UserError(
             f"the CLIP text tower in {place} takes 2 to {spec.positions} tokens, start and end "
@@ -306,8 +299,7 @@ def _clip(path, place, spec, params, settings, length, layer, dtype) -> TextStat
     theirs = not any((place / name).is_file() for name in ("config.json", converted.MANIFEST))
     behaviour = "open_clip" if theirs else "transformers"
     tokenizer = clip_tokenizer.load(_vocabulary(place), behaviour, length)
-    settings = {**settings, **({"layer": layer} if layer else {})}
-    encoder = clip_text.assemble(spec, params, tokenizer, dtype=dtype, **settings)
+    encoder = clip_text.assemble(spec, params, tokenizer, **settings)
     return text_states(encoder, f"CLIP in {path}")
 
 

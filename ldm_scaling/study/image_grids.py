@@ -41,12 +41,12 @@ def costs(records: Sequence[Record], wanted: Collection[Cell]) -> dict[Cell, flo
 
 
 def equal_cost(
-    cells: Mapping[Cell, float], sampler: str, sizes: Sequence[str], count: int = 4
+    cells: Mapping[Cell, float], sampler: str, sizes: Sequence[str]
 ) -> list[EqualCost]:
     """The costs at which most sizes can be compared, cheapest first.
 
     At each candidate cost every size enters with the step count nearest to it, if that is within
-    a factor of 1.35. The `count` costs with the most sizes are kept (closest match first), at
+    a factor of 1.35. The four costs with the most sizes are kept (closest match first), at
     least a factor of 1.7 apart.
     """
     candidates = []
@@ -64,7 +64,7 @@ def equal_cost(
             candidates.append((-len(row), error / len(row), target, tuple(row)))
     kept: list[EqualCost] = []
     for _, _, target, row in sorted(candidates):
-        if len(kept) < count and all(
+        if len(kept) < 4 and all(
             abs(math.log(target / k.cost)) >= math.log(_APART) for k in kept
         ):
             kept.append(EqualCost(target, row))

@@ -227,16 +227,18 @@ def shortened(text: str, inches: float, size: float) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
-_NAME = 1.6
+_NAMES = 8.0
+"""Points, of curves' names."""
+_WIDEST = 1.6
 """Inches of a curve's name, at most: what is longer takes the room of curves."""
 
 
-def _named(ax: Axes, end: End, size: float, **how: Any) -> Annotation:
-    """A curve's name; of a long one what half of the panel has room for, or `_NAME`."""
+def _named(ax: Axes, end: End, **how: Any) -> Annotation:
+    """A curve's name; of a long one what half of the panel has room for, or `_WIDEST`."""
     x, y, text, colour = end
     new = ax.annotate(
-        shortened(text, min(0.5 * ax.bbox.width / ax.figure.dpi, _NAME), size), (x, y),
-        textcoords="offset points", fontsize=size, color=ink(colour),
+        shortened(text, min(0.5 * ax.bbox.width / ax.figure.dpi, _WIDEST), _NAMES), (x, y),
+        textcoords="offset points", fontsize=_NAMES, color=ink(colour),
         fontweight="bold", annotation_clip=False, zorder=6,
         path_effects=[withStroke(linewidth=2.2, foreground="white")], **how,
     )
@@ -245,7 +247,7 @@ def _named(ax: Axes, end: End, size: float, **how: Any) -> Annotation:
 
 
 def name_curves(
-    ax: Axes, starts: Sequence[End], ends: Sequence[End], lower_is_better: bool, size: float = 8.0
+    ax: Axes, starts: Sequence[End], ends: Sequence[End], lower_is_better: bool
 ) -> None:
     """Writes each curve's name slanting away from its start, its worse end, where that is free:
     curves are steep and starts far enough apart. At its end if not. Call it last, as `name_ends`.
@@ -257,18 +259,18 @@ def name_curves(
     x_N, y_N = ax.transData.transform([(x, y) for x, y, *_ in starts]).T
     end_N = ax.transData.transform([(x, y) for x, y, *_ in ends])[:, 1]
     steep = np.median(sign * (y_N - end_N)) > 0.35 * ax.bbox.height
-    if not steep or np.diff(np.sort(x_N)).min(initial=np.inf) < 1.15 * size * ax.figure.dpi / 72:
-        _name_ends(ax, ends, size)
+    if not steep or np.diff(np.sort(x_N)).min(initial=np.inf) < 1.15 * _NAMES * ax.figure.dpi / 72:
+        _name_ends(ax, ends)
         return
     names = [
-        _named(ax, start, size, xytext=(0, sign * 8), rotation=sign * 55, rotation_mode="anchor",
+        _named(ax, start, xytext=(0, sign * 8), rotation=sign * 55, rotation_mode="anchor",
                ha="left", va="center")
         for start in starts
     ]
     _make_room(ax, names)
 
 
-def name_ends(ax: Axes, ends: Sequence[End], size: float = 8.0) -> None:
+def name_ends(ax: Axes, ends: Sequence[End]) -> None:
     """Writes each curve's name to the right of its end, moved where it would touch another or cover
     a marker.
 
@@ -276,13 +278,13 @@ def name_ends(ax: Axes, ends: Sequence[End], size: float = 8.0) -> None:
     """
     if ends:
         ax.figure.draw_without_rendering()
-        _name_ends(ax, ends, size)
+        _name_ends(ax, ends)
 
 
-def _name_ends(ax: Axes, ends: Sequence[End], size: float) -> None:
+def _name_ends(ax: Axes, ends: Sequence[End]) -> None:
     """As `name_ends`, of a figure that is laid out: it takes the most of the time."""
     point = ax.figure.dpi / 72
-    names = [_named(ax, end, size, xytext=(6, 0), va="center") for end in ends]
+    names = [_named(ax, end, xytext=(6, 0), va="center") for end in ends]
     _make_room(ax, names, upright=False)
     ax.figure.draw_without_rendering()
     boxes = [name.get_window_extent() for name in names]
@@ -292,7 +294,7 @@ def _name_ends(ax: Axes, ends: Sequence[End], size: float) -> None:
     moved_N = off_marks(left_N, right_N, bottom_N, top_N, moved_N, _marks_of(ax), within) / point
     for name, moved, (x, y, _, colour) in zip(names, moved_N, ends, strict=True):
         name.set_position((6, moved))
-        if abs(moved) > 0.6 * size:
+        if abs(moved) > 0.6 * _NAMES:
             line = ax.annotate("", (x, y), xytext=(6, moved), textcoords="offset points", zorder=5,
                                arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6,
                                            "shrinkA": 0, "shrinkB": 3})

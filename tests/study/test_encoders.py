@@ -173,7 +173,6 @@ def test_clips_of_any_of_their_files(sd, tmp_path):
     for kind in ("sd_text", "clip_text"):
         converted.write(kind, folder / "text_encoder", tmp_path / kind)
         assert encoders.text_encoder_from(tmp_path / kind, 12).hash == wanted
-    assert encoders.text_encoder_from(folder, 12, layer="penultimate").hash != wanted
 
 
 def test_open_clips_folder_is_read_as_open_clip_does(sd, tmp_path):
@@ -260,8 +259,6 @@ def test_t5s_states_equal_transformers(t5_folder, tmp_path):
     inside = shutil.copytree(folder / "text_encoder", tmp_path / "inside")
     shutil.copy(folder / "tokenizer" / "tokenizer.json", inside)
     assert encoders.text_encoder_from(inside, 9).hash == encoder.hash
-    with pytest.raises(UserError, match="T5.*leave out layer='last'"):
-        encoders.text_encoder_from(folder, 9, layer="last")
     with pytest.raises(UserError, match="no sentence embeddings"):
         encoder.states_and_embeddings(["a"])
     converted.write("t5", folder / "text_encoder", tmp_path / "converted")

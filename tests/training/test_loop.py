@@ -179,7 +179,7 @@ def test_damaged_curves_stop_a_run_that_goes_on_and_a_removed_file_does_not(tmp_
         loop.fit(_task(), longer, Loader, tmp_path, one_device(), seed=0)
     path.unlink()
     loop.fit(_task(), longer, Loader, tmp_path, one_device(), seed=0)
-    assert [step for step, name, _ in _curves(tmp_path) if name == "train/loss"] == [7, 8]
+    assert [step for step, name, _ in read_curves(tmp_path) if name == "train/loss"] == [7, 8]
 
 
 def test_pictures_that_cannot_be_shown_hold_no_run(tmp_path, caplog):

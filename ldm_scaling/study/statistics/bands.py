@@ -97,7 +97,7 @@ def of_points(points: Sequence[Point], level: float = 0.95) -> Band | None:
     )
 
 
-def of_curves(curves: Curves, level: float = 0.95) -> dict[tuple[str, str], Band]:
+def of_curves(curves: Curves) -> dict[tuple[str, str], Band]:
     """`of_points` of every curve that has replicates."""
-    found = {key: of_points(points, level) for key, points in curves.items()}
+    found = {key: of_points(points) for key, points in curves.items()}
     return {key: one for key, one in found.items() if one is not None}

@@ -267,7 +267,7 @@ def fit(
 
 def _newton(
     problem: _Problem, start_SP: np.ndarray, weight_SN: np.ndarray,
-    logy_SN: np.ndarray | None = None, *, tolerance: float, iterations: int = 200,
+    logy_SN: np.ndarray | None = None, *, tolerance: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """S weighted fits at once, by Levenberg and Marquardt's steps on reweighted least squares.
 
@@ -288,7 +288,7 @@ def _newton(
     residual, jacobian, loss = look(x, weight, logy)
     damping, calm = np.full(len(x), 1e-3), np.zeros(len(x), int)
     unit = np.eye(x.shape[1])
-    for _ in range(iterations):
+    for _ in range(200):
         size = np.maximum(np.abs(residual), 1e-300)
         weighted = jacobian * (weight * np.minimum(1.0, problem.delta / size))[..., None]
         transposed = weighted.swapaxes(1, 2)

@@ -54,8 +54,7 @@ class Runs:
         return laws.scales(np.stack(columns[by], axis=1))
 
     def fitted(
-        self, by: By, *, offset: bool = True, delta: float = fits.DELTA, replicates: int = 200,
-        seed: int = 0,
+        self, by: By, *, offset: bool = True, delta: float = fits.DELTA, replicates: int = 200
     ) -> Fit:
         """The law, with replicates that draw each run's luck and its points' noise, see
         `scatter.Scatter`; the luck only from 4 sizes on (with an offset; 3 without). Through fewer,
@@ -66,8 +65,7 @@ class Runs:
         """
         x_NK = self.scales(by)
         fit = fits.fit(x_NK, self.value_N, offset=offset, delta=delta)
-        return fits.bootstrap(fit, x_NK, self.value_N, replicates=replicates, seed=seed,
-                              runs=self.models)
+        return fits.bootstrap(fit, x_NK, self.value_N, replicates=replicates, runs=self.models)
 
     def held_out(
         self, by: By, *, offset: bool = True, delta: float = fits.DELTA, replicates: int = 200
