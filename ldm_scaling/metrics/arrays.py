@@ -101,3 +101,19 @@ def load(path: epath.PathLike, kind: str) -> tuple[dict[str, np.ndarray], dict[s
     if header["kind"] != kind:
         raise UserError(f"{path} holds {header['kind']}, not {kind}: {mend}")
     return arrays, header["meta"]
+
+
+def load_of(
+    path: epath.PathLike, kind: str, extractor: str
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """As `load`, where the meta names the feature network (`extractor`) that made the arrays.
+
+    Raises `UserError` as `load`, and where that is another.
+    """
+    values, meta = load(path, kind)
+    if meta["extractor"] != extractor:
+        raise UserError(
+            f"{path} was made with feature network {meta['extractor']}, this run uses "
+            f"{extractor}: delete the file to have it made anew, or use another workdir"
+        )
+    return values, meta

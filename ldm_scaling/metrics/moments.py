@@ -117,10 +117,5 @@ def load(path: epath.PathLike, extractor: str) -> Moments:
     Raises:
       UserError: when the file is missing, damaged, or of features of another `extractor`.
     """
-    values, meta = arrays.load(path, _KIND)
-    if meta["extractor"] != extractor:
-        raise UserError(
-            f"{path} was made with feature network {meta['extractor']}, this run uses "
-            f"{extractor}: delete the file to have it made anew, or use another workdir"
-        )
+    values, meta = arrays.load_of(path, _KIND, extractor)
     return Moments(n=meta["n"], **values)

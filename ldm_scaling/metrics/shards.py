@@ -50,12 +50,7 @@ def write(
 def _shards(folder: epath.PathLike, extractor: str):
     folder = epath.Path(folder)
     for path in sorted(folder.glob(_GLOB)) if folder.exists() else ():
-        values, meta = arrays.load(path, _KIND)
-        if meta["extractor"] != extractor:
-            raise UserError(
-                f"{path} was made with feature network {meta['extractor']}, this run uses "
-                f"{extractor}: use another folder, or delete it"
-            )
+        values, _ = arrays.load_of(path, _KIND, extractor)
         yield path, values["index_N"], values["features_ND"]
 
 

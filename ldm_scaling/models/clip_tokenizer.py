@@ -24,6 +24,7 @@ from tokenizers import models, normalizers, pre_tokenizers
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.files import sha256_of
+from ldm_scaling.models import tokenizing
 from ldm_scaling.models.clip_checkpoint import read_json
 
 BEHAVIOURS = {
@@ -67,11 +68,7 @@ class ClipTokenizer:
         Raises:
           UserError: for what is no list of Unicode texts.
         """
-        if isinstance(texts, str):
-            raise UserError(f"a list of texts is needed, not the single text {texts[:40]!r}")
-        for i, text in enumerate(texts):
-            if not isinstance(text, str) or any("\ud800" <= c <= "\udfff" for c in text):
-                raise UserError(f"text {i} of {len(texts)} is not Unicode text: {text!r:.60}")
+        tokenizing.check(texts)
         ids_BL = np.full((len(texts), self.context), self.pad, np.int32)
         mask_BL = np.zeros(ids_BL.shape, bool)
         for i, ids in enumerate(self._encode(texts)):

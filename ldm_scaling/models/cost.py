@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -68,8 +69,7 @@ def count(spec: backbone.Spec, tokens: int | None = None) -> Cost:
     """Both figures, counted; see `gflops`.
 
     Raises:
-      UserError: for more text tokens than the network has places for, and where JAX may not use the
-        CPU: other platforms' plug-ins do not count.
+      UserError: for more text tokens than the network has places for, and as `counted`.
     """
     params = backbone.param_shapes(spec)
     inputs = jax.eval_shape(functools.partial(backbone.example_inputs, spec, tokens=tokens))
@@ -79,19 +79,24 @@ def count(spec: backbone.Spec, tokens: int | None = None) -> Cost:
         told = {"guidance": w_B[0]} if w_B else {}
         return denoise(params, x_BHWC, t_B, {"context": ctx_BLD} | told)
 
-    with jax.default_device(_cpu()):
-        counted = jax.jit(forward).lower(params, *inputs).cost_analysis()
     return Cost(
         params=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)),
-        gflops=counted["flops"] / 1e9,
+        gflops=counted(forward, params, *inputs),
     )
 
 
-def _cpu() -> jax.Device:
+def counted(run: Callable, *shapes: Any) -> float:
+    """1e9 FLOPs that XLA counts of `run` on arrays of these shapes, before any optimisation.
+
+    Raises:
+      UserError: where JAX may not use the CPU: other platforms' plug-ins do not count.
+    """
     try:
-        return jax.local_devices(backend="cpu")[0]
+        cpu = jax.local_devices(backend="cpu")[0]
     except RuntimeError as e:
         raise UserError(
             f"FLOPs are counted on the CPU, which JAX_PLATFORMS={jax.config.jax_platforms} leaves "
             f"out: set JAX_PLATFORMS={jax.config.jax_platforms},cpu"
         ) from e
+    with jax.default_device(cpu):
+        return jax.jit(run).lower(*shapes).cost_analysis()["flops"] / 1e9

@@ -22,7 +22,7 @@ import tokenizers
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.files import sha256_of
-from ldm_scaling.models import pretrained, t5_tokenizer
+from ldm_scaling.models import pretrained, t5_tokenizer, tokenizing
 from ldm_scaling.models.pretrained import FlatTensors, Rule, linear
 
 # The configs' names: an activation, and whether it gates a second product. The GELU is the one by
@@ -284,16 +284,7 @@ class T5TextEncoder:
         Raises:
           UserError: for what is no list of Unicode texts.
         """
-        if isinstance(texts, str):
-            raise UserError(f"a list of texts is needed, not the single text {texts[:40]!r}")
-        for i, text in enumerate(texts):
-            if not isinstance(text, str) or any("\ud800" <= c <= "\udfff" for c in text):
-                raise UserError(f"text {i} of {len(texts)} is not Unicode text: {text!r:.60}")
-        encodings = self._tokenizer.encode_batch(list(texts))
-        shape = (len(texts), self.max_length)
-        ids_BL = np.array([e.ids for e in encodings], np.int32).reshape(shape)
-        mask_BL = np.array([e.attention_mask for e in encodings], bool).reshape(shape)
-        return ids_BL, mask_BL
+        return tokenizing.rows(self._tokenizer, texts, self.max_length)
 
     def states(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """ctx_BLD float32, the normed states of the last layer, zero at padding; and mask_BL bool.

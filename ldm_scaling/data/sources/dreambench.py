@@ -42,10 +42,7 @@ class DreamBench:
     def parts(self) -> tuple[Part, ...]:
         """As `Collection.parts`."""
         count = len(self.once.get(self._bench).images)
-        return tuple(
-            Part(f"{self.root.name}[{a}:{b}]", str(self.root), a, b)
-            for a, b in listing.cut(count, self.options.part_size)
-        )
+        return listing.parts(self.root, count, self.options)
 
     def read(self, part: Part) -> Iterator[Pair]:
         """As `Collection.read`."""

@@ -67,10 +67,7 @@ class Folder:
     def parts(self) -> tuple[Part, ...]:
         """As `Collection.parts`."""
         count = len(self._listing().names)
-        return tuple(
-            Part(f"{self.root.name}[{a}:{b}]", str(self.root), a, b)
-            for a, b in listing.cut(count, self.options.part_size)
-        )
+        return listing.parts(self.root, count, self.options)
 
     def _listing(self) -> _Listing:
         return self.once.get(self._list)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ldm_scaling.data.collection import Part
 from ldm_scaling.data.image_folder import SUFFIXES
 from ldm_scaling.data.sources import texts
 from ldm_scaling.data.sources.options import Options
@@ -125,6 +126,13 @@ def cut(count: int, most: int) -> list[tuple[int, int]]:
     """Start and stop of the fewest pieces of `count` things, of at most `most`, evenly."""
     pieces = -(-count // most)
     return [(count * i // pieces, count * (i + 1) // pieces) for i in range(pieces)]
+
+
+def parts(root: Path, count: int, options: Options) -> tuple[Part, ...]:
+    """Parts of `count` files of a folder, in order."""
+    return tuple(
+        Part(f"{root.name}[{a}:{b}]", str(root), a, b) for a, b in cut(count, options.part_size)
+    )
 
 
 def gather(groups: Sequence[int], most: int) -> list[tuple[int, int]]:

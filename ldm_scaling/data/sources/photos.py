@@ -64,11 +64,7 @@ class Photos:
 
     def parts(self) -> tuple[Part, ...]:
         """As `Collection.parts`."""
-        names = self.files()
-        return tuple(
-            Part(f"{self.root.name}[{a}:{b}]", str(self.root), a, b)
-            for a, b in listing.cut(len(names), self.options.part_size)
-        )
+        return listing.parts(self.root, len(self.files()), self.options)
 
     def _names(self) -> list[str]:
         names = listing.walk(self.root, listing.is_image)
