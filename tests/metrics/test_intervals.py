@@ -101,9 +101,10 @@ def test_equal_models_are_seldom_called_different():
     for _ in range(trials):
         prompts_ND = rng.normal(size=(N, D))
         a, b = (0.8 * prompts_ND + 0.6 * rng.normal(size=(N, D)) + 0.4 for _ in range(2))
-        drawn = [kernel.kid_replicates(x, real_MD, counts_RN) for x in (a, b)]
-        values = [kernel.kid(x, real_MD).value for x in (a, b)]
-        small["kid"] += compare.distributions(*values, *drawn).p_value < 0.05
+        wholes = [kernel.kid(x, real_MD) for x in (a, b)]
+        drawn = [kernel.kid_replicates(x, real_MD, counts_RN, whole=k)
+                 for x, k in zip((a, b), wholes)]
+        small["kid"] += compare.distributions(*(k.value for k in wholes), *drawn).p_value < 0.05
         scores = [pair_cosines(x, AGAINST["clip_score"]) for x in (a, b)]
         small["t"] += compare.means(*scores).p_value < 0.05
         small["permutation"] += compare.means(*scores, method="permutation").p_value < 0.05

@@ -39,7 +39,7 @@ def test_the_published_constants_come_back_within_intervals_of_the_published_wid
     hit, width = {n: [] for n in NAMES}, {n: [] for n in NAMES}
     for seed in range(24):
         points = _points(seed, NOISE)
-        found = fits.bootstrap(fits.fit(*points, tries=6), *points, replicates=100, seed=seed)
+        found = fits.bootstrap(fits.fit(*points, tries=2), *points, replicates=100, seed=seed)
         for name in NAMES:
             low, high = found.interval(name)
             hit[name].append(low <= fits.value(REPLICATION, name) <= high)
@@ -86,7 +86,7 @@ def test_one_scale_recovers_its_law_at_the_stated_rate(law):
     names = ("alpha", "A") if law.offset == 0 else ("alpha",)
     for seed in range(20):
         y_N = law(x_N) * np.exp(np.random.default_rng(seed).normal(0, 0.004, 12))
-        found = fits.fit(x_N, y_N, offset=law.offset > 0, delta=0.004, tries=6)
+        found = fits.fit(x_N, y_N, offset=law.offset > 0, delta=0.004, tries=2)
         found = fits.bootstrap(found, x_N, y_N, method="residuals", replicates=100, seed=seed)
         for name in names:
             low, high = found.interval(name)
@@ -145,7 +145,7 @@ def test_intervals_by_run_hold_where_runs_differ_by_luck():
         rng = np.random.default_rng(seed)
         luck = np.tile(rng.normal(0, 0.004, 6), 8)
         y_N = law(x_N2) * np.exp(luck + rng.normal(0, 0.001, 48))
-        found = fits.fit(x_N2, y_N, tries=4)
+        found = fits.fit(x_N2, y_N, tries=2)
         for told, by in ((hit, runs), (naive, None)):
             low, high = fits.bootstrap(found, x_N2, y_N, replicates=80, seed=seed,
                                        runs=by).interval("alpha")
