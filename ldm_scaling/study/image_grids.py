@@ -40,9 +40,7 @@ def costs(records: Sequence[Record], wanted: Collection[Cell]) -> dict[Cell, flo
     return {cell: known[cell] for cell in sorted(wanted) if cell in known}
 
 
-def equal_cost(
-    cells: Mapping[Cell, float], sampler: str, sizes: Sequence[str]
-) -> list[EqualCost]:
+def equal_cost(cells: Mapping[Cell, float], sampler: str, sizes: Sequence[str]) -> list[EqualCost]:
     """The costs at which most sizes can be compared, cheapest first.
 
     At each candidate cost every size enters with the step count nearest to it, if that is within
