@@ -169,7 +169,14 @@ def test_the_verdict_tells_a_length_that_moves_from_one_that_does_not():
     told = figure.verdict(stays, None)
     assert "is not seen to move with size" in told and "c32 has its lowest validation" in told
     ends = figure.verdict(figure.lines(measured("c8", 1, 0.5)), None)
-    assert "The best of c8 lies at an end of the lengths measured." in ends
+    assert "is 0.14 or above at c8." in ends and "--config.average" not in ends
+    assert "The best of c8 lies at the long end of the lengths measured: measure longer" in ends
+    one = figure.lines([*measured("c8", 1, 0.01), *measured("c32", 16, 0.1)])
+    told = figure.verdict(one, None)
+    assert "is 0.05 or below at c8, 0.1 [0.1, 0.1] at c32. It rises with size" in told
+    assert "it is at least 2.00 times that of c8." in told and "average=c32=0.1" in told
+    lows = {r["model"]: r["best_length_low"] for r in figure.draw(one, None).rows}
+    assert lows == {"c8": None, "c32": pytest.approx(0.1)}
     cell = averages.Cell("ddim", 4, 3.0, "fd_effnetlite0")
     both = figure.lines(measured("c8", 1, 0.1, distance=20.0))
     assert [line.measure for line in both] == ["loss", "distance"]

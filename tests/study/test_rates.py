@@ -34,7 +34,7 @@ def test_the_lowest_place_of_a_parabola():
     (found,) = optima([parabola(5e-3)])
     assert found.rate == pytest.approx(5e-3) and found.loss == pytest.approx(0.5)
     assert found.low == pytest.approx(5e-3) and found.high == pytest.approx(5e-3)  # no noise
-    assert not found.edge and not found.cut
+    assert not found.edge and not found.open
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
@@ -56,15 +56,18 @@ def test_few_curves_tell_their_noise_badly_and_intervals_are_as_wide(count):
 
 def test_ends_and_what_diverged():
     falling = Curve(RATES, np.linspace(2.0, 1.0, 6))
-    assert optima([falling])[0].edge and optima([falling])[0].cut
+    (end,) = optima([falling])  # The best may be anywhere beyond the last but one.
+    assert end.edge and not end.known and (end.low, end.high) == (pytest.approx(16e-3), np.inf)
     noisy = optima([parabola(1.3e-3, noise=0.2), parabola(6e-3, noise=0.2)])
-    assert noisy[0].cut and not noisy[0].edge
+    assert noisy[0].low == 0 and noisy[0].known and not noisy[0].edge
     cut = parabola(16e-3)
     cut.loss_N[5] = np.nan  # Where between the two training begins to diverge is not known.
-    assert optima([cut])[0].edge and optima([cut])[0].rate == pytest.approx(16e-3)
+    (end,) = optima([cut])
+    assert end.edge and end.known and end.rate == pytest.approx(16e-3)
+    assert (end.low, end.high) == (pytest.approx(8e-3), pytest.approx(32e-3))
     within = parabola(6e-3)
     within.loss_N[5] = np.nan
-    assert not optima([within])[0].edge and not optima([within])[0].cut
+    assert not optima([within])[0].edge and not optima([within])[0].open
     with pytest.raises(ValueError, match=r"\[2\] finite losses"):
         optima([Curve(RATES, np.array([1, 2, *[np.nan] * 4]))])
     with pytest.raises(ValueError, match="5 of some"):
@@ -108,7 +111,8 @@ def test_a_best_beside_a_rate_that_diverges_is_told():
         *trained("none", "c32", 32, wide)]))
     beside = "at 0.016, and the next rate, 0.032, diverges: try rates between."
     assert f"The best of c32 lies {beside}" in said
-    assert f"The interval of c16 ends {beside}" in said
+    assert ("The interval of c16 ends at 0.032, which diverges, and the rate before it is 0.016: "
+            "try rates between.") in said
     assert "rates tried" not in said
 
 
@@ -121,8 +125,26 @@ def test_a_best_at_the_lowest_rate_is_not_said_to_lie_at_the_highest():
         *trained("none", "c8", 8, flat[0]), *trained("none", "c16", 16, flat[1])])
     assert np.nanargmin(shown[0].curve.loss_N) == 0
     said = figure.verdict(shown)
-    assert "The best of c8 lies at an end of the rates tried." in said
-    assert "The interval of c8 ends at 0.016, and the next rate, 0.032, diverges" in said
+    assert "The best of c8 lies at an end of the rates tried: add lower ones by --rates." in said
+    assert "The interval of c8 ends at 0.032, which diverges" in said
+
+
+@pytest.mark.parametrize("narrow, wide, told", [
+    (5e-4, 14e-4, "whether the best rate moves with width is not told (0.002 or below at c8"),
+    (9e-4, 8e-3, "the best rate rises with width (0.002 or below at c8, 0.008 at c32): at c32, 4 "
+                 "times as wide as c8, it is at least 4.00 times that of c8."),
+    (8e-3, 5e-4, "it is at most 0.250 times that of c8."),
+])
+def test_where_a_best_lies_beyond_what_was_tried_only_a_bound_is_told(narrow, wide, told):
+    """Of curves without noise: nothing else is uncertain."""
+    shown = figure.lines([*trained("none", "c8", 8, parabola(narrow)),
+                          *trained("none", "c32", 32, parabola(wide))])
+    said = figure.verdict(shown)
+    assert told in said and "add lower ones by --rates" in said and "nearest to" not in said
+    rows = {r["model"]: r for r in figure.draw(shown).rows}
+    for member, best in (("c8", narrow), ("c32", wide)):
+        low, high = rows[member]["best_rate_low"], rows[member]["best_rate_high"]
+        assert (low is None) == (best < 2e-3) and (low or 0) <= best * 1.001 <= high * 1.002
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from ldm_scaling.errors import UserError
 from ldm_scaling.study import labels, plot_style
 from ldm_scaling.study.averages import LOSS, Cell, Measured
+from ldm_scaling.study.figures import best
 from ldm_scaling.study.figures.source import Drawn
 from ldm_scaling.study.statistics import optimum
 from ldm_scaling.study.statistics.optimum import Curve, Optimum
@@ -86,9 +87,7 @@ def verdict(shown: Sequence[Line], cell: Cell | None) -> str:
         own = [line for line in shown if line.measure == measure]
         title = _title(measure, cell)
         about = "" if measure == LOSS else f" ({cell.words})"
-        bests = ", ".join(
-            f"{_length(line.best.rate)} [{_length(line.best.low)}, {_length(line.best.high)}] at "
-            f"{line.member}" for line in own)
+        bests = ", ".join(f"{best.words(line.best, _length)} at {line.member}" for line in own)
         words = [f"The length with the lowest {title}{about} is {bests}."]
         if len(own) > 1:
             words += _against_size(own, title)
@@ -99,35 +98,37 @@ def verdict(shown: Sequence[Line], cell: Cell | None) -> str:
                     f"{line.member}'s lowest is {abs(100 * less):.2g}% "
                     f"{'below' if less >= 0 else 'above'} that of its ema, whose length is "
                     f"{_length(line.own[0])}.")
-        if ends := [line.member for line in own if line.best.edge]:
-            words.append(f"The best of {labels.listing(ends)} lies at an end of the lengths "
-                         "measured.")
-        if cut := [line.member for line in own if line.best.cut and not line.best.edge]:
-            words.append(f"The interval of {labels.listing(cut)} ends where the lengths measured "
-                         "end.")
+        for side, other in (("short", "shorter"), ("long", "longer")):
+            if ends := [line.member for line in own if line.best.edge and
+                        (line.curve.loss_N[0] == line.least) == (side == "short")]:
+                words.append(f"The best of {labels.listing(ends)} lies at the {side} end of the "
+                             f"lengths measured: measure {other} ones, by --lengths.")
+        if cut := [line.member for line in own if line.best.open and not line.best.edge]:
+            words.append(f"The interval of {labels.listing(cut)} is open where the lengths "
+                         "measured end.")
         out.append(" ".join(words))
-    chosen = [line for line in shown if line.measure == shown[-1].measure]
-    use = ",".join(f"{line.member}={_length(line.best.rate)}" for line in chosen)
-    out.append(
-        "Intervals are of where these curves are lowest, not of what other runs would give. These "
-        f"lengths are used with --config.average={use}")
-    return "\n".join(out)
+    told = "Intervals are of where these curves are lowest, not of what other runs would give."
+    if use := ",".join(f"{line.member}={_length(line.best.rate)}" for line in shown if
+                       line.measure == shown[-1].measure and not line.best.edge):
+        told += f" These lengths are used with --config.average={use}"
+    return "\n".join([*out, told])
 
 
 def _against_size(own: Sequence[Line], title: str) -> list[str]:
     first, last = own[0], own[-1]
-    low, high = np.percentile(last.best.rate_R / first.best.rate_R, (2.5, 97.5))
-    moved = "falls" if high < 1 else "rises" if low > 1 else "is not seen to move"
-    near = int(np.argmin(np.abs(np.log(last.curve.rate_N / first.best.rate))))
-    lost = last.curve.loss_N[near] / last.least - 1
-    return [
-        f"It {moved} with size: at {last.member}, of {last.params / first.params:.3g} times the "
-        f"parameters of {first.member}, it is {labels.number(last.best.rate / first.best.rate)} "
-        f"times that of {first.member} {labels.interval(float(low), float(high))}.",
-        f"At the length nearest to {first.member}'s best, {_length(last.curve.rate_N[near])}, "
-        f"{last.member} has " + (f"a {title} {100 * lost:.2g}% above its lowest." if lost > 0 else
-                                 f"its lowest {title}."),
-    ]
+    moved, how = best.moves(first.best, last.best, first.member)
+    if not moved:
+        return ["Whether it moves with size is not told."]
+    out = [f"It {moved} with size: at {last.member}, of {last.params / first.params:.3g} times the "
+           f"parameters of {first.member}, it is {how}."]
+    if first.best.known and last.best.known:
+        near = int(np.argmin(np.abs(np.log(last.curve.rate_N / first.best.rate))))
+        lost = last.curve.loss_N[near] / last.least - 1
+        out.append(
+            f"At the length nearest to {first.member}'s best, {_length(last.curve.rate_N[near])}, "
+            f"{last.member} has " + (f"a {title} {100 * lost:.2g}% above its lowest." if lost > 0
+                                     else f"its lowest {title}."))
+    return out
 
 
 def _length(length: float) -> str:
@@ -169,13 +170,15 @@ def _above(line: Line, value: float | np.ndarray) -> float | np.ndarray:
 
 
 def _draw(ax: Axes, line: Line, mark: Mapping[str, str]) -> None:
-    best, color = line.best, mark["color"]
-    name = f"{line.member}  {_length(best.rate)} [{_length(best.low)}, {_length(best.high)}]"
-    at = _above(line, best.loss)
+    own, color = line.best, mark["color"]
+    name = f"{line.member}  {best.words(own, _length)}"
+    at = _above(line, own.loss)
     ax.plot(line.curve.rate_N, _above(line, line.curve.loss_N), label=name, zorder=3, **mark)
-    ax.plot([best.low, best.high], [at] * 2, color=color, lw=5, alpha=0.3, zorder=2,
-            solid_capstyle="butt")
-    ax.plot([best.rate], [at], ls="", marker="*", ms=13, mfc="white", mec=color, mew=1.4, zorder=5)
+    ax.plot(best.shown(own, *line.curve.rate_N[[0, -1]]), [at] * 2, color=color, lw=5, alpha=0.3,
+            zorder=2, solid_capstyle="butt")
+    if own.known:
+        ax.plot([own.rate], [at], ls="", marker="*", ms=13, mfc="white", mec=color, mew=1.4,
+                zorder=5)
     if line.own is not None:
         length, value = line.own
         ax.plot([length], [_above(line, value)], ls="", marker="o", ms=9, mfc="none", mec=color,
@@ -191,8 +194,7 @@ def _rows(line: Line, cell: Cell | None) -> list[dict[str, object]]:
         {
             "model": line.member, "params": line.params, "measure": name,
             "length": float(length), "value": float(value), "residual": float(residual),
-            "ema": number == len(line.curve.rate_N), "best_length": line.best.rate,
-            "best_length_low": line.best.low, "best_length_high": line.best.high,
+            "ema": number == len(line.curve.rate_N), **best.columns(line.best, "best_length"),
             "best_value": line.best.loss, "at_an_end": line.best.edge,
         }
         for number, (length, value, residual) in enumerate(points)

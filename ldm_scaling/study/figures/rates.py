@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ from matplotlib.axes import Axes
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.study import labels, plot_style
+from ldm_scaling.study.figures import best
 from ldm_scaling.study.figures.source import Drawn
 from ldm_scaling.study.rates import Trained
 from ldm_scaling.study.statistics import optimum
@@ -78,41 +80,46 @@ def verdict(shown: Sequence[Line]) -> str:
         if len(own) < 2:
             continue
         first, last = own[0], own[-1]
-        factor = last.best.rate / first.best.rate
-        low, high = np.percentile(last.best.rate_R / first.best.rate_R, (2.5, 97.5))
-        moved = "falls" if high < 1 else "rises" if low > 1 else "is not seen to move"
-        bests = ", ".join(f"{_rate(line.best.rate)} at {line.member}" for line in own)
-        out.append(
-            f"{title}: the best rate {moved} with width ({bests}): at {last.member}, "
-            f"{last.width / first.width:.3g} times as wide as {first.member}, it is "
-            f"{labels.number(factor)} times that of {first.member} "
-            f"{labels.interval(float(low), float(high))}."
-        )
-        near = int(np.argmin(np.abs(np.log(last.curve.rate_N / first.best.rate))))
-        lost = last.curve.loss_N[near] / np.nanmin(last.curve.loss_N) - 1
-        out.append(
-            f"At the rate nearest to {first.member}'s best, {_rate(last.curve.rate_N[near])}, "
-            f"{last.member} " + (
-                "diverges." if np.isnan(lost) else
-                f"has a loss {100 * lost:.2g}% above its lowest." if lost > 0 else
-                "has its lowest loss."
-            )
-        )
+        moved, how = best.moves(first.best, last.best, first.member)
+        bests = ", ".join(f"{best.place(line.best, _rate)} at {line.member}" for line in own)
+        if moved:
+            out.append(
+                f"{title}: the best rate {moved} with width ({bests}): at {last.member}, "
+                f"{last.width / first.width:.3g} times as wide as {first.member}, it is {how}.")
+        else:
+            out.append(f"{title}: whether the best rate moves with width is not told ({bests}).")
+        if first.best.known and last.best.known:
+            out.append(_at_best_of(first, last))
         beyond = {line.member: _beyond(line) for line in own}
-        if ends := [m.member for m in own
-                    if m.best.edge and not (beyond[m.member] and _at_highest(m))]:
-            out.append(f"The best of {labels.listing(ends)} lies at an end of the rates tried.")
-        if cut := [m.member for m in own
-                   if m.best.cut and not m.best.edge and not beyond[m.member]]:
-            out.append(f"The interval of {labels.listing(cut)} ends where the rates tried end.")
+        for side in ("lower", "higher"):
+            if ends := [m.member for m in own if m.best.edge and _at_highest(m) ==
+                        (side == "higher") and not (beyond[m.member] and _at_highest(m))]:
+                out.append(f"The best of {labels.listing(ends)} lies at an end of the rates tried: "
+                           f"add {side} ones by --rates.")
+        if cut := [m.member for m in own if m.best.open and not m.best.edge]:
+            out.append(f"The interval of {labels.listing(cut)} is open where the rates tried end.")
         for line in own:
             if between := beyond[line.member]:
                 low, high = map(_rate, between)
-                what = "best {} lies" if _at_highest(line) else "interval {} ends"
-                out.append(
-                    f"The {what.format(f'of {line.member}')} at {low}, and the next rate, {high}, "
-                    "diverges: try rates between.")
+                what = f"best of {line.member} lies at {low}, and the next rate, {high}, diverges"
+                if not _at_highest(line):
+                    what = (f"interval of {line.member} ends at {high}, which diverges, and the "
+                            f"rate before it is {low}")
+                out.append(f"The {what}: try rates between.")
     return " ".join(out)
+
+
+def _at_best_of(first: Line, last: Line) -> str:
+    """What the last network has at the rate that is best for the first."""
+    near = int(np.argmin(np.abs(np.log(last.curve.rate_N / first.best.rate))))
+    lost = last.curve.loss_N[near] / np.nanmin(last.curve.loss_N) - 1
+    return (
+        f"At the rate nearest to {first.member}'s best, {_rate(last.curve.rate_N[near])}, "
+        f"{last.member} " + (
+            "diverges." if np.isnan(lost) else
+            f"has a loss {100 * lost:.2g}% above its lowest." if lost > 0 else
+            "has its lowest loss.")
+    )
 
 
 def _at_highest(line: Line) -> bool:
@@ -124,12 +131,10 @@ def _at_highest(line: Line) -> bool:
 def _beyond(line: Line) -> tuple[float, float] | None:
     """The highest rate that did not diverge and the next, which did, where the best of a line or
     its interval ends there; else None."""
-    known_N = np.isfinite(line.curve.loss_N)
-    last = line.curve.rate_N[known_N][-1]
-    higher = line.curve.rate_N[line.curve.rate_N > last]
-    if not len(higher) or not np.isclose(line.best.high, last):
+    high = line.curve.beyond
+    if high == math.inf or not np.isclose(line.best.high, high):
         return None
-    return float(last), float(higher[0])
+    return float(line.curve.rate_N[line.curve.rate_N < high][-1]), high
 
 
 def _rate(rate: float) -> str:
@@ -170,13 +175,14 @@ def draw(shown: Sequence[Line]) -> Drawn:
 
 
 def _draw(ax: Axes, line: Line, mark: Mapping[str, str]) -> None:
-    best, color = line.best, mark["color"]
-    name = f"{line.member}  {_rate(best.rate)} [{_rate(best.low)}, {_rate(best.high)}]"
+    own, color = line.best, mark["color"]
+    name = f"{line.member}  {best.words(own, _rate)}"
     ax.plot(line.curve.rate_N, line.curve.loss_N, label=name, zorder=3, **mark)
-    ax.plot([best.low, best.high], [best.loss] * 2, color=color, lw=5, alpha=0.3, zorder=2,
-            solid_capstyle="butt")
-    ax.plot([best.rate], [best.loss], ls="", marker="*", ms=13, mfc="white", mec=color, mew=1.4,
-            zorder=5)
+    ax.plot(best.shown(own, *line.curve.rate_N[[0, -1]]), [own.loss] * 2, color=color, lw=5,
+            alpha=0.3, zorder=2, solid_capstyle="butt")
+    if own.known:
+        ax.plot([own.rate], [own.loss], ls="", marker="*", ms=13, mfc="white", mec=color, mew=1.4,
+                zorder=5)
 
 
 def _rows(line: Line) -> list[dict[str, object]]:
@@ -185,8 +191,7 @@ def _rows(line: Line) -> list[dict[str, object]]:
         {
             "transfer": line.transfer, "model": line.member, "width": line.width,
             "rate": float(rate), "loss": None if np.isnan(loss) else float(loss),
-            "best_rate": line.best.rate, "best_rate_low": line.best.low,
-            "best_rate_high": line.best.high, "best_loss": line.best.loss,
+            **best.columns(line.best, "best_rate"), "best_loss": line.best.loss,
             "at_an_end": line.best.edge,
         }
         for rate, loss in zip(line.curve.rate_N, line.curve.loss_N, strict=True)

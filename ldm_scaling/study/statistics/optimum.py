@@ -32,6 +32,12 @@ class Curve:
         """How many losses are finite."""
         return int(np.isfinite(self.loss_N).sum())
 
+    @property
+    def beyond(self) -> float:
+        """The first rate that diverged above all that did not; infinite where none did."""
+        last = self.rate_N[np.isfinite(self.loss_N)][-1]
+        return float(min(self.rate_N[self.rate_N > last], default=math.inf))
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Optimum:
@@ -39,20 +45,38 @@ class Optimum:
 
     Attributes:
       rate, loss: the parabola's lowest point, between the neighbours.
-      low, high: 95% interval of the rate, within the rates that did not diverge.
-      rate_R: the same rate under each of R draws of noise.
-      edge: whether the lowest lies at the first or last rate that did not diverge: the best may be
-        beyond it.
-      cut: whether the interval ends there.
+      low, high: 95% interval of the rate; `low` is 0 and `high` infinite where it is open.
+      low_R, high_R: between which the rate lies under each of R draws of noise: both are the
+        parabola's lowest point, but where the lowest loss is at an end. Beyond it nothing was
+        measured, so that the rate is known to lie before its neighbour and no more; beyond the
+        highest that did not diverge also before the next.
+      edge: whether the lowest loss is at the first or last rate that did not diverge.
     """
 
     rate: float
     loss: float
     low: float
     high: float
-    rate_R: np.ndarray
+    low_R: np.ndarray
+    high_R: np.ndarray
     edge: bool
-    cut: bool
+
+    @property
+    def open(self) -> bool:
+        """Whether the interval is open at an end."""
+        return self.low == 0 or self.high == math.inf
+
+    @property
+    def known(self) -> bool:
+        """Whether there is a place: one at an edge is no more than its bound."""
+        return not (self.edge and self.open)
+
+
+def ratio(of: Optimum, to: Optimum) -> tuple[float, float]:
+    """95% interval of one best rate over another; 0 or infinite where it is open."""
+    with np.errstate(divide="ignore"):
+        low_R, high_R = of.low_R / to.high_R, of.high_R / to.low_R
+    return _percentile(low_R, 2.5), _percentile(high_R, 97.5)
 
 
 def optima(curves: Sequence[Curve], seed: int = 0) -> list[Optimum]:
@@ -77,17 +101,33 @@ def optima(curves: Sequence[Curve], seed: int = 0) -> list[Optimum]:
     rng = np.random.default_rng(seed)
     deviation_R = np.sqrt(sum(told.values()) / rng.chisquare(len(told), _REPLICATES))
     out = []
-    for x_K, y_K in parts:
+    for curve, (x_K, y_K) in zip(curves, parts, strict=True):
         noise_RK = deviation_R[:, None] * rng.standard_normal((_REPLICATES, len(x_K)))
-        (x, *x_R), (y, *_) = _lowest(x_K, np.vstack([y_K, y_K + noise_RK]))
-        low, high = np.exp(np.percentile(x_R, (2.5, 97.5)))
-        best, ends = x_K[np.argmin(y_K)], np.exp(x_K[[0, -1]])
+        y_RK = np.vstack([y_K, y_K + noise_RK])
+        x_R, (y, *_) = _lowest(x_K, y_RK)
+        low_R, high_R = _bounds(curve, x_K, x_R, np.argmin(y_RK, axis=1))[:, 1:]
         out.append(Optimum(
-            math.exp(x), math.exp(y), float(low), float(high), np.exp(x_R),
-            bool(best in (x_K[0], x_K[-1])),
-            bool(np.isclose(low, ends[0]) or np.isclose(high, ends[1])),
+            math.exp(x_R[0]), math.exp(y), math.exp(_percentile(low_R, 2.5)),
+            math.exp(_percentile(high_R, 97.5)), np.exp(low_R), np.exp(high_R),
+            int(np.argmin(y_K)) in (0, len(x_K) - 1),
         ))
     return out
+
+
+def _percentile(x_R: np.ndarray, percent: float) -> float:
+    """Where infinite numbers come to stand, NumPy's interpolation has none."""
+    with np.errstate(invalid="ignore"):
+        found = float(np.percentile(x_R, percent))
+    return found if math.isfinite(found) else math.copysign(math.inf, percent - 50)
+
+
+def _bounds(curve: Curve, x_K: np.ndarray, x_R: np.ndarray, at_R: np.ndarray) -> np.ndarray:
+    """Logarithms between which the lowest places lie, (2, R)."""
+    first_R, last_R = at_R == 0, at_R == len(x_K) - 1
+    return np.array([
+        np.where(first_R, -math.inf, np.where(last_R, x_K[-2], x_R)),
+        np.where(last_R, math.log(curve.beyond), np.where(first_R, x_K[1], x_R)),
+    ])
 
 
 def _logarithms(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
