@@ -36,18 +36,19 @@ class Meter:
       productive: seconds in steps that count so far.
       flops: of a step, over all devices; None where unknown.
       peak: FLOP/s of all devices; None where unknown.
-      clock: gives Unix time.
+      clock: gives seconds that are never set, for laps.
+      wall: gives Unix time, which survives a restart.
     """
 
     def __init__(
         self, batch_size: int, started: float | None = None, productive: float = 0.0,
         flops: float | None = None, peak: float | None = None,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time,
     ):
-        self._clock, self._batch_size = clock, batch_size
+        self._clock, self._wall, self._batch_size = clock, wall, batch_size
         self.flops, self.peak = flops, peak
         self._last = clock()
-        self.started = self._last if started is None else started
+        self.started = wall() if started is None else started
         self.productive = productive
         self._first = True
         self._clear()
@@ -96,7 +97,7 @@ class Meter:
 
     def goodput(self) -> float:
         """The share of all wall time so far that went into steps which count."""
-        total = self._clock() - self.started
+        total = self._wall() - self.started
         return self.productive / total if total > 0 else 0.0
 
 

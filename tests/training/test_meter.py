@@ -32,7 +32,7 @@ def _run(own, clock, steps, step=2.0, data=0.5):
 
 def test_planted_times_come_back():
     clock = Clock()
-    own = meter.Meter(batch_size=10, flops=5e12, peak=4e12, clock=clock)
+    own = meter.Meter(batch_size=10, flops=5e12, peak=4e12, clock=clock, wall=clock)
     _run(own, clock, 1, step=100.0)  # Compiles: no step time, nothing productive.
     _run(own, clock, 4)
     clock.now += 7.0
@@ -56,20 +56,30 @@ def test_planted_times_come_back():
 
 def test_lost_steps_and_restarts_count_against_goodput():
     clock = Clock()
-    first = meter.Meter(batch_size=1, clock=clock)
+    first = meter.Meter(batch_size=1, clock=clock, wall=clock)
     _run(first, clock, 11, step=1.0, data=0.0)  # One compiles, ten count.
     kept = first.productive  # Of the checkpoint.
     _run(first, clock, 5, step=1.0, data=0.0)  # Lost.
     clock.now += 64.0  # The machine is gone, and comes again.
-    second = meter.Meter(1, started=first.started, productive=kept, clock=clock)
+    second = meter.Meter(1, started=first.started, productive=kept, clock=clock, wall=clock)
     _run(second, clock, 21, step=1.0, data=0.0)
     # 10 + 20 of 11 + 5 + 64 + 21 seconds.
     assert second.goodput() == pytest.approx(30 / 101)
 
 
+def test_a_wall_clock_that_is_set_moves_no_lap():
+    clock, wall = Clock(), Clock()
+    own = meter.Meter(batch_size=1, clock=clock, wall=wall)
+    _run(own, clock, 3)
+    wall.now -= 3_600.0
+    _run(own, clock, 1)
+    assert own.productive == pytest.approx(6.0)
+    assert own.values()["time/step"] == pytest.approx(2.5)
+
+
 def test_unknown_flops_are_left_out():
     clock = Clock()
-    own = meter.Meter(batch_size=1, clock=clock)
+    own = meter.Meter(batch_size=1, clock=clock, wall=clock)
     _run(own, clock, 2)
     assert "time/flops_utilisation" not in own.values()
     assert meter.peak_of(toy.one_device(), toy.CONFIG) is None  # A CPU is in no table.
