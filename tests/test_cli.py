@@ -181,16 +181,18 @@ def test_distributed_that_cannot_be(capsys, monkeypatch, tmp_path, arguments, pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_sigterm_ends_any_stage_with_75(capsys, tmp_path, monkeypatch):
-    from ldm_scaling.study import stages
-
-    def told(materials):
+@pytest.mark.parametrize("command, what", [
+    ("prepare", "stages.prepare"), ("averages", "averages_cli.run"), ("rates", "rates_cli.run"),
+    ("evaluate", "evaluate_cli.run"), ("upscale", "upscale_cli.run"),
+])
+def test_sigterm_ends_any_stage_and_command_with_75(capsys, tmp_path, monkeypatch, command, what):
+    def told(*unused):
         signal.raise_signal(signal.SIGTERM)
         raise AssertionError("went on")
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(stages, "prepare", told)
-    status, out, err = run(capsys, "prepare", TINY, f"--workdir={tmp_path}/run")
+    monkeypatch.setattr(f"ldm_scaling.study.{what}", told)
+    status, out, err = run(capsys, command, TINY, f"--workdir={tmp_path}/run")
     assert status == 75 and not out and err.count("\n") == 1
     assert "SIGTERM" in err and "the same command goes on" in err
     assert signal.getsignal(signal.SIGTERM) is before

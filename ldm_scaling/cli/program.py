@@ -54,7 +54,8 @@ def _run(command: str, arguments: list[str]) -> None:
     machine.quiet_cuda()
     if command in OWN:
         module = importlib.import_module(OWN[command])
-        module.run(arguments, functools.partial(flags.values_of, command))
+        with _terminated_is_raised():
+            module.run(arguments, functools.partial(flags.values_of, command))
         return
     arguments, rest = _parted(arguments)
     values = flags.values_of(command, arguments)
