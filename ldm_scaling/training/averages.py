@@ -31,8 +31,9 @@ TOLERANCE = 0.1
 """
 # Weights below this share of the largest are left out: float32 parameters know no such part.
 _NOTHING = 1e-8
-# Lengths that are tried for the words of an error.
-_TRIED = np.geomspace(*LENGTHS, 60)
+# Lengths that are tried for the words of an error, as these say them.
+_TRIED = sorted({n for n in (float(f"{n:.2g}") for n in np.geomspace(*LENGTHS, 60))
+                 if LENGTHS[0] <= n <= LENGTHS[1]})
 
 
 def updated(averages: Any, rests: Any, params: Any, step: jax.Array) -> tuple[Any, Any]:
@@ -204,14 +205,11 @@ def recipe(directory: epath.PathLike, step: int, length: float) -> Recipe:
     pairs = [(s, name) for s in steps if s <= step for name in tracked]
     mix = _mixed(pairs, step, length)
     if mix.residual > TOLERANCE:
-        near = [n for n in _TRIED if _mixed(pairs, step, n).residual <= TOLERANCE]
-        # Lengths that are tracked are always given.
-        near += [float(name) for name in tracked]
         raise UserError(
             f"an average of length {length:g} at step {step}: the {len(pairs)} averages in "
-            f"{folder} up to there miss its profile by {mix.residual:.0%}, and {TOLERANCE:.0%} is "
-            f"allowed: choose a length from {min(near):.2g} to {max(near):.2g}, "
-            "or train with more snapshots, train.averages_every"
+            f"{folder} up to there miss its profile by {_above(mix.residual)}, and {TOLERANCE:.0%} "
+            f"is allowed: choose a length {_given(pairs, step)}, or train with more snapshots, "
+            "train.averages_every"
         )
     most = np.abs(mix.weight_I).max()
     parts = [
@@ -219,6 +217,25 @@ def recipe(directory: epath.PathLike, step: int, length: float) -> Recipe:
         if abs(weight) > _NOTHING * most
     ]
     return Recipe(step, length, parts, mix.residual)
+
+
+def _above(residual: float) -> str:
+    """A residual above `TOLERANCE` with the digits that tell it from that."""
+    texts = ((f"{residual:.{d}%}", f"{TOLERANCE:.{d}%}") for d in range(16))
+    return next((text for text, most in texts if text != most), f"more than {TOLERANCE:.0%}")
+
+
+def _given(pairs: Sequence[tuple[int, str]], step: int) -> str:
+    """The lengths that snapshots give, in words: ranges whose ends are given, and single ones."""
+    tracked = {float(name) for _, name in pairs}  # These are always.
+    runs: list[list[float]] = [[]]
+    for n in sorted({*_TRIED, *tracked}):
+        if n in tracked or _mixed(pairs, step, n).residual <= TOLERANCE:
+            runs[-1].append(n)
+        elif runs[-1]:
+            runs.append([])
+    return " or ".join(f"from {run[0]:g} to {run[-1]:g}" if run[1:] else f"of {run[0]:g}"
+                       for run in runs if run)
 
 
 def _mixed(pairs: Sequence[tuple[int, str]], step: int, length: float) -> profiles.Mix:

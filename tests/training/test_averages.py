@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import re
 import shutil
 
 import jax
@@ -287,6 +288,22 @@ def test_two_trees_are_held_at_most(run, monkeypatch):
 def test_what_cannot_be_is_refused(run, at, length, told):
     with pytest.raises(UserError, match=told):
         averages.average(run[0], at, length, _abstract().params)
+
+
+def test_lengths_that_a_refusal_names_are_given(run, tmp_path):
+    """Two lengths far apart, of one snapshot: what lies between them is not."""
+    config = dataclasses.replace(CONFIG, steps=4, averages=(0.02, 0.25))
+    loop.fit(toy.task(), config, toy.Loader, tmp_path, toy.one_device(), seed=0)
+    for folder, step, ranges in ((tmp_path, 4, 2), (run[0], 4, 1), (run[0], 48, 1)):
+        with pytest.raises(UserError) as caught:
+            averages.recipe(folder, step, 0.005)
+        named = re.search(r"choose a length (.*), or train", str(caught.value))[1]
+        numbers = [float(n) for n in re.findall(r"[\d.]+", named)]
+        assert all(averages.recipe(folder, step, n).parts for n in numbers)
+        assert len(named.split(" or ")) == ranges
+    with pytest.raises(UserError, match="miss its profile"):
+        averages.recipe(tmp_path, 4, 0.07)
+    assert [averages._above(r) for r in (0.734, 0.104, 0.1004)] == ["73%", "10.4%", "10.04%"]
 
 
 def test_a_run_without_snapshots_and_damaged_ones(run, tmp_path):
