@@ -80,7 +80,8 @@ def about(study: Study, spec: backbone.Spec) -> dict[str, Any]:
 
 
 def done(folder: epath.Path, run: Train, spec: backbone.Spec | None = None) -> bool:
-    """Whether a run is done; all processes hear the same, whenever they ask.
+    """Whether a run is done; all processes hear the same, whenever they ask. One whose last
+    snapshot is gone from among others is not: its checkpoint gives it.
 
     Raises:
       UserError: where it was of another network than `spec`, if one is given.
@@ -90,7 +91,11 @@ def done(folder: epath.Path, run: Train, spec: backbone.Spec | None = None) -> b
             return False
         if spec is not None:
             checkpoint.check_network(folder / "checkpoints", run.steps, network(spec))
-        return True
+        there = not run.averages or averages.kept(folder, run.steps)
+        if there or not (folder / averages.FOLDER).exists():
+            return True
+        tracked = checkpoint.averages_of(folder / "checkpoints", run.steps)
+        return sorted(map(float, tracked)) != sorted(run.averages)
 
     return processes.from_lead("trained", found)
 

@@ -20,7 +20,7 @@ from etils import epath
 
 from ldm_scaling.config import Train
 from ldm_scaling.config.training import LENGTHS
-from ldm_scaling.errors import UserError
+from ldm_scaling.errors import Interrupted, UserError
 from ldm_scaling.parallel import hosts
 from ldm_scaling.training import checkpoint, consensus, profiles
 from ldm_scaling.training.saver import Saver, StoreError
@@ -95,8 +95,9 @@ class Snapshots:
         consensus.everyone(0)  # No process looks before that.
         self._folder = checkpoint.Checkpoints(folder, keep=None, apart=FOLDER)
         self._averages: Any = ()
+        newest = int(consensus.everyone(self._folder.latest() or 0)[0, 0])
         self._saver = Saver(
-            f"{name}: averages", self._folder, config, start, lambda step: None, self._begin
+            name, self._folder, config, newest, lambda step: None, self._begin, "snapshot"
         )
 
     def __enter__(self) -> Snapshots:
@@ -106,26 +107,38 @@ class Snapshots:
         if self._folder is not None:
             self._folder.__exit__(*error)
 
-    def save(self, step: int, averages: Any, settle: Callable[[], int]) -> None:
-        """Writes a step's snapshot where one is due, and returns when it is on disk.
+    def trouble(self) -> str | None:
+        """See `Saver.trouble`."""
+        return None if self._folder is None else self._saver.trouble()
+
+    def save(
+        self, step: int, averages: Any, settle: Callable[[], int],
+        tell: Callable[[], None] = lambda: None, ends: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Writes a step's snapshot where one is due and not there, and returns when it is on disk.
 
         Args:
           step: which.
           averages: of `TrainState`.
           settle: where this fails for good, waits for other saves; gives the step that is on disk.
+          tell, ends: see `Saver.finish`.
         Raises:
           StoreError: it could not be written for ten minutes.
+          Interrupted: it could not, and the run is to end.
         """
         if not self._config.snapshot_due(step):
             return
         self._averages = averages
         try:
-            self._saver.finish(step)
+            self._saver.finish(step, tell, ends)
         except StoreError as e:
-            raise StoreError(
-                f"{self._name}: stopped at step {step}, whose averages cannot be written "
-                f"({self._saver.why}). The same command goes on from step {settle()}"
-            ) from e
+            what = f"at step {step}, whose averages cannot be written ({self._saver.why})"
+            saved = settle()
+            if ends():
+                raise Interrupted(
+                    f"{self._name} stopped by SIGTERM {what}; step {saved} is saved") from e
+            raise StoreError(f"{self._name}: stopped {what}. The same command goes on from step "
+                             f"{saved}") from e
         finally:
             self._averages = ()
 

@@ -485,6 +485,9 @@ def _damaged(folder: epath.Path, error: Exception) -> UserError:
     )
     if folder.parent.name == AVERAGES:
         remedy = f"delete {folder}, and averages are made of the snapshots that are left"
+        if latest(folder.parent.parent / "checkpoints") == int(folder.name):
+            remedy = (f"delete {folder}, then run  ldm-scaling train  with the same --config and "
+                      "--workdir, which writes it again from the checkpoint")
     if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
         return UserError(
             f"the checkpoint {folder} cannot be read ({first_line(error)}): where the store is at "

@@ -98,7 +98,7 @@ def fit(
         stack.enter_context(watchdog.lost_host(task.name))
         checkpoints = stack.enter_context(_checkpoints(directory, config))
         # The lead's word: a shared folder may look different elsewhere for a moment.
-        loader, start = None, int(consensus.everyone(checkpoints.latest() or 0)[0, 0])
+        start = int(consensus.everyone(checkpoints.latest() or 0)[0, 0])
         branches = after is not None and start == 0
         start = after.step if branches else start
         passed = {number for number in config.keep_steps if number <= start}
@@ -119,13 +119,16 @@ def fit(
                 checkpoint.read(after, abstract) if branches
                 else checkpoints.restore(abstract, start)
             )
-            if start >= config.steps:
-                return state
-            loader = make_loader()
+        snapshots = stack.enter_context(Snapshots(task.name, directory, config, start, about))
+        if start and not branches:  # It may have been deleted, for it was damaged.
+            with dog.patient():
+                snapshots.save(start, state.averages, lambda: start)
+        if start >= config.steps:
+            return state
+        loader = make_loader()
+        if start:
             loader.set_state(iterator)
             log.info("%s goes on from step %d in %s", task.name, start, where)
-        snapshots = stack.enter_context(Snapshots(task.name, directory, config, start, about))
-        loader = make_loader() if loader is None else loader
         feed = stack.enter_context(
             feed_lib.Feed(loader, task.make_batch, mesh_lib.batch_sharding(mesh))
         )
@@ -218,6 +221,16 @@ def _run(
         with dog.patient():
             return saver.settle()
 
+    def tell(now: bool = True) -> None:
+        troubles = list(filter(None, (saver.trouble(), snapshots.trouble())))
+        told = [f"loss {scalars.loss:.4f}", f"data {clock.wait():.1%}", *troubles]
+        bar.set_postfix_str(", ".join(told), refresh=now or bool(troubles))
+
+    def ends() -> bool:
+        nonlocal stops
+        stops = stops or interruption.due()
+        return stops
+
     def refuse(number: int, values: dict[str, float], before: dict[str, Any]) -> None:
         path = record.directory / f"nonfinite_{number}.json"
         if hosts.is_lead():
@@ -283,8 +296,7 @@ def _run(
                 continue
             if profile.ends(number):
                 profile.close()
-            told = [f"loss {scalars.loss:.4f}", f"data {clock.wait():.1%}", saver.trouble()]
-            bar.set_postfix_str(", ".join(filter(None, told)), refresh=bool(saver.trouble()))
+            tell(now=False)
             if logs:
                 averages = scalars.averages()
                 record.scalars(number, "train", averages)
@@ -310,9 +322,9 @@ def _run(
                         unshown.add(why)
                 clock.lap(meter.OTHER)
                 # Before the checkpoint: a run goes on from where all of its snapshots are there.
-                snapshots.save(number, state.averages, saver.settle)
+                snapshots.save(number, state.averages, saver.settle, tell, ends)
                 if stops or number == last or number in config.keep_steps:
-                    saver.finish(number)
+                    saver.finish(number, tell)
                 else:
                     saver.tend(number, saves)
                 clock.lap(meter.CHECKPOINT)

@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 _FIRST_PAUSE, _LONGEST_PAUSE = 5.0, 300.0  # seconds before another attempt; doubled each time
 _UNDER_WAY = 60.0  # seconds that training waits, at most, for the save before
 _AT_THE_END = 600.0  # seconds of attempts when there is nothing more to train
+_GLANCE = 1.0  # seconds between two looks at whether a run that waits is to end
 
 
 class StoreError(UserError):
@@ -36,20 +37,21 @@ class Saver:
       start: the step that is on disk, 0 where there is none.
       prepare: writes what must be on disk beside a checkpoint; raises `UserError` where it cannot.
       begin: then begins to save the step that the run is at, in all processes or in none; the same.
+      what: is saved, in messages.
     """
 
     def __init__(
         self, name: str, checkpoints: Checkpoints, config: Train, start: int,
-        prepare: Callable[[int], None], begin: Callable[[int], None],
+        prepare: Callable[[int], None], begin: Callable[[int], None], what: str = "checkpoint",
     ):
-        self._name, self._checkpoints = name, checkpoints
+        self._name, self._checkpoints, self._what = name, checkpoints, what
         self._prepare, self._begin = prepare, begin
         self._patience = config.checkpoint_patience or 2 * config.checkpoint_every
         self.safe = start
         self._under_way: int | None = None
         self._error: UserError | None = None  # of this process, in beginning
         self._failures, self._again = 0, 0.0
-        self._why = ""
+        self._why, self._waits = "", False
 
     @property
     def why(self) -> str:
@@ -58,7 +60,10 @@ class Saver:
 
     def trouble(self) -> str | None:
         """What to show while the store fails, or None."""
-        return f"NOT SAVED since step {self.safe}" if self._failures else None
+        if not self._failures:
+            return None
+        told = f"NOT SAVED since step {self.safe}"
+        return f"{self._what} {told}; training waits" if self._waits else told
 
     def tend(self, step: int, due: bool) -> None:
         """Looks after the save under way, and begins one if it is due or was missed.
@@ -93,17 +98,28 @@ class Saver:
             self._checkpoints.abandon()
         return self.safe
 
-    def finish(self, step: int) -> None:
+    def finish(
+        self, step: int, tell: Callable[[], None] = lambda: None,
+        ends: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Saves a step that cannot be made later, and returns when it is on disk; tries for ten
         minutes.
 
+        Args:
+          step: which.
+          tell: shows what `trouble` says, which has changed.
+          ends: whether to try no more once an attempt has failed; all processes hear the same, and
+            ask equally often.
         Raises:
           StoreError: it could not be written.
         """
-        began = time.monotonic()
+        began, self._waits, failed = time.monotonic(), True, False
         while True:
             self._look(_AT_THE_END)
             if self.safe >= step:
+                self._waits = False
+                if failed:
+                    tell()
                 return
             (over,) = consensus.anyone(
                 hosts.is_lead() and time.monotonic() - began >= _AT_THE_END
@@ -111,8 +127,20 @@ class Saver:
             if over or self._under_way is not None:
                 raise self._stop(step)
             if self._failures:
-                time.sleep(max(self._again - time.monotonic(), 0.0))
+                failed = True
+                tell()
+                if self._pause(ends):
+                    raise self._stop(step)
             self._attempt(step)
+
+    def _pause(self, ends: Callable[[], bool]) -> bool:
+        """Waits for the next attempt, or until the run is to end: whether it is."""
+        while not ends():
+            (again,) = consensus.anyone(hosts.is_lead() and time.monotonic() >= self._again)
+            if again:
+                return False
+            time.sleep(_GLANCE)
+        return True
 
     def _attempt(self, step: int) -> None:
         self._under_way, self._error = step, self._try(self._prepare, step)
@@ -148,20 +176,21 @@ class Saver:
             self._failures += 1
             self._again = time.monotonic() + pause
             log.warning(
-                "%s: the checkpoint of step %d was not written, attempt %d (%s). Training goes on; "
-                "next attempt in %g s; the newest checkpoint is of step %d",
-                self._name, step, self._failures, self._why, pause, self.safe,
+                "%s: the %s of step %d was not written, attempt %d (%s). Training %s; "
+                "next attempt in %g s; the newest %s is of step %d",
+                self._name, self._what, step, self._failures, self._why,
+                "waits" if self._waits else "goes on", pause, self._what, self.safe,
             )
         else:
             if self._failures:
-                log.warning("%s: checkpoints are written again, at step %d after %d failures",
-                            self._name, step, self._failures)
+                log.warning("%s: %ss are written again, at step %d after %d failures",
+                            self._name, self._what, step, self._failures)
             self.safe, self._failures, self._why = step, 0, ""
 
     def _stop(self, step: int) -> StoreError:
         self._checkpoints.abandon()
         return StoreError(
-            f"{self._name}: stopped at step {step}: no checkpoint was written since step "
+            f"{self._name}: stopped at step {step}: no {self._what} was written since step "
             f"{self.safe} ({self.why}). The same command goes on "
             f"from step {self.safe}"
         )

@@ -5,6 +5,8 @@ import functools
 import os
 import re
 import shutil
+import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +14,9 @@ import numpy as np
 import pytest
 
 from ldm_scaling.config import Study
-from ldm_scaling.errors import UserError
+from ldm_scaling.errors import Interrupted, UserError
 from ldm_scaling.parallel import mesh as mesh_lib
+from ldm_scaling.study import runs
 from ldm_scaling.training import averages, checkpoint, loop, profiles, saver, step
 from tests.training import toy
 
@@ -315,8 +318,32 @@ def test_a_run_without_snapshots_and_damaged_ones(run, tmp_path):
     with pytest.raises(UserError, match=r"not of this network .*bias is \(8,\), should be \(4,\)"):
         averages.average(tmp_path, 4, 0.1, wide)
     (tmp_path / "averages" / "4" / "averages" / "_METADATA").unlink()
-    with pytest.raises(UserError, match="4 is damaged .*delete .*snapshots that are left"):
+    with pytest.raises(UserError, match="4 is damaged .*delete .*averages/4, then run  ldm-scaling "
+                       "train .* writes it again"):
         averages.average(tmp_path, 4, 0.1, _abstract().params)
+    with pytest.raises(UserError, match="damaged .*delete .*averages/4, .*snapshots that are left"):
+        shutil.rmtree(tmp_path / "checkpoints" / "4")  # Of a run that is further by now.
+        averages.average(tmp_path, 4, 0.1, _abstract().params)
+
+
+def test_the_last_snapshot_that_is_gone_is_written_again(tmp_path):
+    config = dataclasses.replace(CONFIG, steps=8)
+
+    def fit(config=config):
+        return loop.fit(toy.task(), config, toy.Loader, tmp_path, toy.one_device(), seed=0)
+
+    fit()
+    assert runs.done(tmp_path, config)
+    found = averages.average(tmp_path, 8, 0.1, _abstract().params)
+    shutil.rmtree(tmp_path / "averages" / "8")
+    assert not runs.done(tmp_path, config)
+    assert runs.done(tmp_path, dataclasses.replace(config, averages=(), averages_every=0))
+    assert runs.done(tmp_path, dataclasses.replace(config, averages=(0.07,)))
+    fit()
+    assert _steps(tmp_path) == [4, 8] and runs.done(tmp_path, config)
+    toy.equal(found, averages.average(tmp_path, 8, 0.1, _abstract().params))
+    shutil.rmtree(tmp_path / "averages")  # Whoever wants none of them is given none.
+    assert runs.done(tmp_path, config)
 
 
 def test_a_full_disk_is_told_as_of_checkpoints(tmp_path, monkeypatch):
@@ -332,6 +359,56 @@ def test_a_full_disk_is_told_as_of_checkpoints(tmp_path, monkeypatch):
         config = dataclasses.replace(CONFIG, checkpoint_every=2)
         loop.fit(toy.task(), config, toy.Loader, tmp_path, toy.one_device(), seed=0)
     assert not os.path.exists(tmp_path / "averages" / "4")
+
+
+def _full_at(monkeypatch, at, heard=lambda: None):
+    """The snapshot of a step cannot be written until what this returns is cleared."""
+    real = checkpoint.Checkpoints.save_trees
+
+    def save(self, step, trees, about=None):
+        if step == at and broken:
+            heard()
+            raise UserError("cannot write a checkpoint in DIR: No space left on device")
+        real(self, step, trees, about)
+
+    broken = [True]
+    monkeypatch.setattr(checkpoint.Checkpoints, "save_trees", save)
+    monkeypatch.setattr(saver, "_FIRST_PAUSE", 5.0)
+    monkeypatch.setattr(saver, "_GLANCE", 0.01)
+    return broken
+
+
+def test_while_a_snapshot_cannot_be_written_that_is_what_is_told(
+        tmp_path, monkeypatch, caplog, capfd):
+    broken = _full_at(monkeypatch, 8)
+    monkeypatch.setattr(saver, "_FIRST_PAUSE", 0.0)
+    pause = saver.Saver._pause
+    monkeypatch.setattr(saver.Saver, "_pause", lambda *args: broken.clear() or pause(*args))
+    config = dataclasses.replace(CONFIG, steps=9)
+    loop.fit(toy.task(), config, toy.Loader, tmp_path, toy.one_device(), seed=0)
+    assert re.search("toy: the snapshot of step 8 was not written, attempt 1 .*Training waits; .*"
+                     "the newest snapshot is of step 4", caplog.text)
+    assert "toy: snapshots are written again, at step 8" in caplog.text
+    assert "snapshot NOT SAVED since step 4; training waits" in capfd.readouterr().err
+    assert _steps(tmp_path) == [4, 8, 9]
+
+
+def test_a_run_that_waits_for_a_snapshot_hears_sigterm(tmp_path, monkeypatch):
+    """A launcher's notice ends it as any other, and it goes on from its checkpoint."""
+    broken = _full_at(monkeypatch, 12, lambda: signal.raise_signal(signal.SIGTERM))
+    config = dataclasses.replace(CONFIG, steps=16)
+    began = time.monotonic()
+
+    def fit(folder):
+        return loop.fit(toy.task(), config, toy.Loader, folder, toy.one_device(), seed=0)
+
+    with pytest.raises(Interrupted, match="toy stopped by SIGTERM at step 12, whose averages cannot"
+                       ".*No space left.*; step 10 is saved"):
+        fit(tmp_path / "cut")
+    assert time.monotonic() - began < 60 and _steps(tmp_path / "cut") == [4, 8]
+    broken.clear()
+    toy.equal(fit(tmp_path / "cut"), fit(tmp_path / "whole"))
+    assert _steps(tmp_path / "cut") == _steps(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("values, told", [
