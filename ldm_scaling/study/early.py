@@ -61,16 +61,25 @@ def _require_average(materials: Materials, member: str, step: int, length: float
         ) from e
 
 
-def require_ahead(materials: Materials, member: str) -> None:
+def check_ahead(materials: Materials, member: str) -> None:
     """Raises `UserError` where a run that is to go on, its own or another study's, has left behind
-    a step that it would be measured at; in all processes."""
-    def passed() -> list[int]:
-        have, study = _kept(materials, member), materials.study
-        behind = max([*have, study.start.passed + 1])
-        return [n for n in steps(study) if n not in have and n < behind]
-
-    if lost := processes.from_lead("passed", passed):
+    a step that it would be measured at."""
+    if lost := _passed(materials, member):
         raise _not_kept(member, lost)
+
+
+def require_ahead(materials: Materials, member: str) -> None:
+    """As `check_ahead`, in all processes."""
+    if lost := processes.from_lead("passed", lambda: _passed(materials, member)):
+        raise _not_kept(member, lost)
+
+
+def _passed(materials: Materials, member: str) -> list[int]:
+    have, study = _kept(materials, member), materials.study
+    if study.train.steps in have:  # It may have been measured.
+        return []
+    behind = max([*have, study.start.passed + 1])
+    return [n for n in steps(study) if n not in have and n < behind]
 
 
 def require_kept(materials: Materials, reference_hash: str) -> None:

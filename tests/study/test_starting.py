@@ -11,7 +11,7 @@ import pytest
 from ldm_scaling.config import Start, Study, Train
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import zoo
-from ldm_scaling.study import early, networks, rates, resolve, runs
+from ldm_scaling.study import early, networks, rates, resolve, runs, stages
 from ldm_scaling.study.materials import Materials
 from ldm_scaling.study.workdir import Workdir
 
@@ -169,13 +169,20 @@ def test_studies_without_members_of_their_own(tmp_path):
         rates.of(dataclasses.replace(mup, start=Start("there")), (1.0, 2.0, 3.0, 4.0), 1)
 
 
-def test_checkpoints_that_the_other_study_passed_are_not_promised(tmp_path):
+def test_checkpoints_that_the_other_study_passed_are_not_promised(tmp_path, monkeypatch):
     study = with_train(steps=50, keep_steps=(30, 45))
     study = dataclasses.replace(
         study, early=dataclasses.replace(study.early, sampler="ddim"),
         start=Start("there", 40, "run"),
     )
-    with pytest.raises(UserError, match="after 30 steps of training, and no checkpoint"):
-        early.require_ahead(Materials(study, Workdir(tmp_path)), "c8")
+    for check in (early.check_ahead, early.require_ahead):
+        with pytest.raises(UserError, match="after 30 steps of training, and no checkpoint"):
+            check(Materials(study, Workdir(tmp_path)), "c8")
     own = dataclasses.replace(study, start=Start("there", 40))
     early.require_ahead(Materials(own, Workdir(tmp_path)), "c8")
+    # Before anything is made for it.
+    study = dataclasses.replace(study, data=dataclasses.replace(study.data, side=64))
+    monkeypatch.setattr(resolve, "resolved", lambda study, workdir: study)
+    with pytest.raises(UserError, match="c8 is to be measured after 30 steps"):
+        stages.check(study, Workdir(tmp_path), measured=False)
+    stages.check(study, Workdir(tmp_path), measured=False, trains=False)

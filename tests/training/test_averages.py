@@ -297,12 +297,12 @@ def test_lengths_that_a_refusal_names_are_given(run, tmp_path):
     """Two lengths far apart, of one snapshot: what lies between them is not."""
     config = dataclasses.replace(CONFIG, steps=4, averages=(0.02, 0.25))
     loop.fit(toy.task(), config, toy.Loader, tmp_path, toy.one_device(), seed=0)
-    for folder, step, ranges in ((tmp_path, 4, 2), (run[0], 4, 1), (run[0], 48, 1)):
+    for folder, at, ranges in ((tmp_path, 4, 2), (run[0], 4, 1), (run[0], 48, 1)):
         with pytest.raises(UserError) as caught:
-            averages.recipe(folder, step, 0.005)
+            averages.recipe(folder, at, 0.005)
         named = re.search(r"choose a length (.*), or train", str(caught.value))[1]
         numbers = [float(n) for n in re.findall(r"[\d.]+", named)]
-        assert all(averages.recipe(folder, step, n).parts for n in numbers)
+        assert all(averages.recipe(folder, at, n).parts for n in numbers)
         assert len(named.split(" or ")) == ranges
     with pytest.raises(UserError, match="miss its profile"):
         averages.recipe(tmp_path, 4, 0.07)
