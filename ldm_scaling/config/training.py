@@ -182,7 +182,7 @@ class Train:
             require(b >= 1.05 * a, "train.averages", spelt, f"{a:g} and {b:g} are nearly one: "
                     "lengths that give others are apart by 5% at least, as 0.05 and 0.1 are")
         require(not self.averages_every or bool(spelt), "train.averages_every", self.averages_every,
-                "of which averages? name their lengths, train.averages=(0.05, 0.1)")
+                "of which averages? name their lengths, train.averages=(0.05, 0.1), or give 0")
 
     def _check_named(self) -> None:
         for name, known in (("optimizer", named.OPTIMIZERS),

@@ -166,4 +166,5 @@ def listing() -> str:
         out.append(f"{e.name:<{wide}}  {e.heading}")
         out += textwrap.wrap(f"needs {e.needs}", 98, initial_indent=" " * (wide + 2),
                              subsequent_indent=" " * (wide + 2))
+    out.append("All are of networks that have records: ldm-scaling sweep  writes them.")
     return "\n".join(out)

@@ -99,8 +99,9 @@ def _check_averages(study: Study, folder: os.PathLike, number: int) -> None:
             f"config: start.take='run': {folder}/{number} holds averages of "
             f"{', '.join(f'{n:g}' for n in have) or 'no length'}, and "
             f"train.averages={study.train.averages} cannot begin later: give "
-            f"--config.train.averages='{have}'" + (", or () for none, or" if have else ", or")
-            + " begin a run of its own with start.take=average"
+            f"--config.train.averages='{have}'"
+            + (", or () for none," if have else " --config.train.averages_every=0,")
+            + " or begin a run of its own with start.take=average"
         )
 
 

@@ -419,7 +419,8 @@ def _check_averages(folder: epath.Path, abstract: TrainState) -> None:
             f"the checkpoint {folder} holds {'averages of ' + ', '.join(have) if have else 'none'} "
             f"of train.averages={tuple(map(float, want))}: these are of all steps of a run, and "
             f"cannot begin later: give --config.train.averages='({''.join(f'{n},' for n in have)})'"
-            ", or train anew in another --workdir"
+            f"{'' if have else ' --config.train.averages_every=0'}, or train anew in another "
+            "--workdir"
         )
     _check_shapes(folder, AVERAGES, abstract.averages)
     _check_shapes(folder, _RESTS, abstract.rests)

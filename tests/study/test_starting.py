@@ -90,7 +90,7 @@ def test_a_run_that_goes_on_tracks_the_averages_of_the_other(tmp_path):
     both, start = with_train(steps=50, keep_steps=(), averages=(0.1, 0.05)), {
         "take": "run", "step": 40}
     with pytest.raises(UserError, match=r"c8/checkpoints/40 holds averages of no length, .*"
-                       r"train.averages='\(\)', or begin a run of its own with"):
+                       r"train.averages='\(\)' --config.train.averages_every=0, or begin a run of"):
         resolved(tmp_path, both, **start)
     for member in MEMBERS:
         with ocp.StandardCheckpointer() as saver:

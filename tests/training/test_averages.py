@@ -216,7 +216,8 @@ def test_snapshots_beyond_where_a_run_goes_on_from_are_made_again(tmp_path):
 def test_they_cannot_begin_later(tmp_path):
     mesh, off = toy.one_device(), dataclasses.replace(CONFIG, averages=(), averages_every=0)
     loop.fit(toy.task(), dataclasses.replace(off, steps=4), toy.Loader, tmp_path, mesh, seed=0)
-    with pytest.raises(UserError, match=r"/4 holds none of train.averages=\(0.05, 0.1\)"):
+    with pytest.raises(UserError, match=r"/4 holds none of train.averages=\(0.05, 0.1\): .*give "
+                       r"--config.train.averages='\(\)' --config.train.averages_every=0, or train"):
         loop.fit(toy.task(), CONFIG, toy.Loader, tmp_path, mesh, seed=0)
     on = tmp_path / "on"
     loop.fit(toy.task(), dataclasses.replace(CONFIG, steps=4), toy.Loader, on, mesh, seed=0)
@@ -415,7 +416,7 @@ def test_a_run_that_waits_for_a_snapshot_hears_sigterm(tmp_path, monkeypatch):
     ({"averages": (0.5,)}, r"train.averages=\(0.5,\): lengths are relative .* from 0.005 to 0.285"),
     ({"averages": (0.1, 0.1)}, "train.averages=.*: has a length twice"),
     ({"averages": (0.1, 0.05, 0.102)}, "train.averages=.*: 0.1 and 0.102 are nearly one: .* by 5%"),
-    ({"averages": (), "averages_every": 5}, "train.averages_every=5: of which averages"),
+    ({"averages": (), "averages_every": 5}, "train.averages_every=5: of which averages.*or give 0"),
     ({"averages_every": -1}, "train.averages_every=-1: not below 0"),
 ])
 def test_contradictions_of_the_config_are_refused(values, told):

@@ -110,8 +110,8 @@ FIGURES: list[Entry] = [
           f"{_CURVE} of two families of networks", "family",
           "What each family of networks reaches within a sampling budget, at its best size, "
           "sampler and steps."),
-    Entry("training", "", "Training curves", text_to_image.losses, "the workdir's loss curves",
-          "training",
+    Entry("training", "", "Training curves", text_to_image.losses,
+          "records of text-to-image networks, and the workdir's loss curves of them", "training",
           "Training loss (thin lines) and validation loss (marked) against the step, by size."),
     Entry("law_compute", "", "A law of training compute", scaling.by_compute,
           "validation losses in the workdir, or records on both seed blocks, of three networks "

@@ -449,6 +449,7 @@ def test_figures_by_name(capsys, tmp_path, main):
     assert program.main(["figure", "--list"]) == 0
     listed = capsys.readouterr().out
     assert all(e.name in listed for e in catalogue.FIGURES)
+    assert "All are of networks that have records" in listed  # Loss curves alone draw nothing.
 
 
 def test_every_image_conditioned_task_has_a_picture_and_baselines_of_its_own(tmp_path):
