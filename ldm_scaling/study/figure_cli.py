@@ -87,8 +87,9 @@ def _run(given: argparse.Namespace, there: Places) -> None:
     found, metric, settings = there.records, _metric(given, there), there.settings
     select_block, asked = there.blocks(given.select_block, given.report_blocks)
     # Who names blocks wants the main study's; else nothing that one block allows is to be missed.
+    shown = curves.one_setting(found, settings)
     report_blocks = reported.whole(
-        _main(found) if given.report_blocks else found, metric, select_block, asked)
+        _main(shown) if given.report_blocks else shown, metric, select_block, asked)
     source = Source(
         found, metric, select_block, report_blocks, settings=settings, spacing=there.spacing)
     strips = [home / "strips" for home in there.homes] if given.workdir else []

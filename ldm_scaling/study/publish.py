@@ -82,7 +82,8 @@ class _Data:
 
 
 def _context(
-    materials: Materials, captions: Sequence[str], found: Sequence[Record]
+    materials: Materials, captions: Sequence[str], found: Sequence[Record],
+    report_blocks: Sequence[int], lacking: Sequence[str],
 ) -> dict:
     study = materials.study
     sweep = study.sweep
@@ -115,7 +116,7 @@ def _context(
         **({"summary": summary} if (summary := _summary(materials)) else {}),
         "metric": _sweep(materials, found).choose_by,
         "select_block": sweep.select_block,
-        "report_blocks": sweep.report_blocks,
+        "report_blocks": report_blocks,
         "dataset": [*data.about, *materials.networks.about],
         "captions": captions,
         "measures": measures,
@@ -124,6 +125,7 @@ def _context(
             *([_fine_tuning(finetune)] if finetune.task else []),
             *(_distilling(d, study.diffusion.prediction) for d in study.distillations),
             *([_cascading(study.cascade, study)] if study.cascade.base else []),
+            *lacking,
         ],
         "attribution": [*data.attribution],
         "config": json.loads(json.dumps(dataclasses.asdict(study))),
@@ -239,15 +241,17 @@ def write(materials: Materials, found: list[Record], others: Sequence[Record] = 
       others: of the same members' other tasks: for figures, claims and advice.
     """
     sweep, figures = materials.study.sweep, materials.workdir / "figures"
-    metric = _sweep(materials, found).choose_by
-    report_blocks = reported.whole(found, metric, sweep.select_block, sweep.report_blocks)
+    metric, every = _sweep(materials, found).choose_by, [*found, *others]
+    # What is compared is of the same blocks.
+    report_blocks = reported.whole(every, metric, sweep.select_block, sweep.report_blocks)
+    lacking = list(filter(None, [reported.left_out(sweep.report_blocks, report_blocks)]))
     strips, captions = materials.workdir / "strips", ()
     here = not materials.study.finetune.pretrained
     if here and materials.prepared:
         captions = materials.captions(report_blocks[0])[1][:STRIP]
-    held = baselines.of_records(materials.workdir.path, [*found, *others])
+    held = baselines.of_records(materials.workdir.path, every)
     source = Source(
-        [*found, *others], metric, sweep.select_block, report_blocks,
+        every, metric, sweep.select_block, report_blocks,
         loss_curves=beside.losses(materials.workdir, materials.study.members),
         captions=captions, baselines=held,
     )
@@ -256,11 +260,13 @@ def write(materials: Materials, found: list[Record], others: Sequence[Record] = 
     for line in written.skipped:
         log.info("skipped: %s", line)
     path = report.write(
-        materials.workdir.path, found, figures, _context(materials, captions, found),
-        [strips] if here else [], others,
-        [*baselines.findings(held, [*found, *others]),
+        materials.workdir.path, found, figures,
+        _context(materials, captions, found, report_blocks, lacking), [strips] if here else [],
+        others,
+        [*baselines.findings(held, every),
          *(sentence for of in (students, cascades) for sentence in of.sentences(
-             [*found, *others], metric, sweep.select_block, report_blocks))],
+             every, metric, sweep.select_block, report_blocks)),
+         *lacking],
         written.names,
     )
     return os.fspath(path)

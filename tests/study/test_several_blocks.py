@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import json
 import re
+import types
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from ldm_scaling.study import (
     page_advice,
     places,
     plot_style,
+    publish,
     records,
     report,
 )
@@ -155,6 +157,49 @@ def test_a_block_that_is_added_takes_nothing_away(tmp_path, capsys, found, monke
     assert "fig9_cost.png" in (out := capsys.readouterr().out) and "Seed block 2 is not" in out
     none = [r for r in found if r.identity.seed_block == 0]
     assert findings.findings(none, FD)[-1].endswith("none is, so there are no curves yet.")
+
+
+def test_students_are_compared_on_the_blocks_that_they_hold_too(tmp_path, monkeypatch):
+    """Of members on two and students, or cascades, on one the other is left out of the page."""
+    every = fake.make(models=("c8", "c16"), samplers=("ddim",), report_blocks=(1, 2), replicates=20)
+    for r in every:  # The second is harder, for all.
+        if r.identity.seed_block == 2:
+            r.metrics[FD] += 40.0
+    sweep = Sweep(num_images=512, more_blocks=(2,))
+    study = Study(members=("c8", "c16"), reference="c16", sweep=sweep)
+    materials = types.SimpleNamespace(
+        study=study, workdir=Workdir(tmp_path), prepared=False,
+        networks=types.SimpleNamespace(about=[], summary=None))
+    sources = []
+    monkeypatch.setattr(publish.catalogue, "write", lambda to, source: sources.append(source) or (
+        catalogue.Written((), ())))
+    alike = [r for r in fake.students(every, models=("c8",)) if r.identity.seed_block < 2]
+    page = publish.write(materials, every, alike)
+    said = re.sub(r"<[^>]+>", " ", (tmp_path / "report.html").read_text("utf-8"))
+    assert page == str(tmp_path / "report.html") and sources[-1].report_blocks == [1]
+    assert said.count("Seed block 2 is not measured in every cell") >= 2
+    pairs = re.findall(r"reaches in 4 steps FD ([0-9.]+).*? against ([0-9.]+)", said)
+    assert pairs and all(ours == theirs for ours, theirs in pairs)
+    publish.write(materials, every, fake.students(every, models=("c8",)))
+    assert sources[-1].report_blocks == [1, 2]
+    assert "Seed block 2 is not" not in (tmp_path / "report.html").read_text("utf-8")
+
+
+def test_an_older_setting_takes_no_block_away(tmp_path, capsys, monkeypatch):
+    """Its records lack the block that was added, and are not shown."""
+    monkeypatch.setattr(plot_style, "DPI", 20)
+    Workdir(tmp_path).bind(Study(sweep=Sweep(num_images=512, more_blocks=(2,))))
+    every = fake.make(models=("c8",), samplers=("ddim",), report_blocks=(1, 2), replicates=20)
+    older = [
+        dataclasses.replace(r, identity=dataclasses.replace(r.identity, model_hash="older"))
+        for r in fake.students(every, models=("c8",), setting="codi_2")
+        if r.identity.seed_block < 2
+    ]
+    for r in (*every, *older, *fake.students(every, models=("c8",))):
+        records.write(tmp_path / "records", r)
+    figure_cli.run(["fig13", f"--workdir={tmp_path}"], None)
+    said = capsys.readouterr().out
+    assert "and not codi_2" in said and "Seed block" not in said
 
 
 def _data(page):
