@@ -16,7 +16,7 @@ from ldm_scaling.data.composed import openmoji
 from ldm_scaling.data.conditions import pixels
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import MissingPackageError, UserError
-from ldm_scaling.models import autoencoder, backbone, lpips
+from ldm_scaling.models import autoencoder, backbone, lpips, zoo
 from ldm_scaling.models.cost import Cost
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.parallel import processes
@@ -331,7 +331,9 @@ def _measure(
         short, total, before, recounted, there = [], 0.0, 0.0, 0, None
         for number, subject in enumerate(subjects):
             size = own.cost(own.spec(subject.member))
-            if own.networks.tokens != own.spec(subject.member).context_length:
+            first = [zoo.get(subject.first.model).spec] if subject.first else []
+            lengths = {spec.context_length for spec in (own.spec(subject.member), *first)}
+            if lengths != {own.networks.tokens}:
                 there = read_all(directory) if there is None else there
                 count = own.cost(network(subject))
                 recounted += subject_lib.recount(there, subject, count, reference_cost, directory)

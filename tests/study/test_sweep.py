@@ -18,7 +18,7 @@ from ldm_scaling.models import zoo
 from ldm_scaling.models.cost import Cost
 from ldm_scaling.sampling import solvers
 from ldm_scaling.sampling.packing import Configuration, split
-from ldm_scaling.study import records, row_times, sweep
+from ldm_scaling.study import records, row_times, stages, sweep
 from ldm_scaling.study import subject as subject_lib
 from tests.study import fake_records
 
@@ -208,3 +208,22 @@ def test_records_that_were_counted_on_other_captions_are_counted_anew(tmp_path):
         identity=dataclasses.replace(i, first=subject.first.spelling))
     assert subject_lib.recount([made, record], subject, *args) == 1
     assert dataclasses.replace(made, first=subject.first) in records.read_all(tmp_path)
+
+
+def test_first_stages_that_were_counted_on_other_captions_are_counted_anew(tmp_path):
+    """Also where the second stage takes captions of the study's length."""
+    upper = dataclasses.replace(zoo.get("c8").spec, context_length=12)
+    first = records.First("c8", "ddim", 2, "trailing", 1.0, 0.1, 0.25, 0.2, 2)
+    subject = dataclasses.replace(
+        subject_lib.of_member(STUDY, "c8"), task=records.CASCADE, first=first)
+    own = types.SimpleNamespace(
+        workdir=tmp_path, study=STUDY, spec=lambda member: upper, cost=lambda spec: Cost(1, 2.0),
+        networks=types.SimpleNamespace(tokens=12))
+    assert zoo.get("c8").spec.context_length != 12
+    selects = subject_lib.selection(subject, "r")
+    for i in (*selects, *(dataclasses.replace(i, seed_block=1) for i in selects)):
+        records.write(tmp_path / "records", dataclasses.replace(
+            fake_records.make()[0], identity=i, gflops=2.0, norm_cost=0.25, task=records.CASCADE,
+            first=dataclasses.replace(first, gflops=0.5, norm_cost=0.4)))
+    stages._measure(own, [subject], "r", None, lambda subject: upper, Cost(1, 8.0))
+    assert {r.first for r in records.read_all(tmp_path / "records")} == {first}
