@@ -693,6 +693,24 @@ def test_of_a_told_student_a_call_is_one_evaluation(exact):
         assert points["text_to_image"] == pytest.approx(factor * points["guided_distillation"])
 
 
+def test_a_told_student_takes_its_sizes_seconds(exact):
+    """The embedding of its rate is 2% of a small network's FLOPs, and no other network."""
+    told = fake.students(exact, "guided_distillation", told=True, models=("c8",), sampler="ddim",
+                         steps=(4,))
+    chip = prices(exact, 0.1)
+    for more, weighed in ((1.02, True), (0.9, False), (1.5, False)):
+        both = [*exact, *(dataclasses.replace(r, gflops=more * r.gflops) for r in told)]
+        if not weighed:
+            with pytest.raises(UserError, match="c8 takes .* they are of different networks"):
+                options_lib.of_records(both, "seconds", prices=chip)
+            continue
+        points = {p.task: p.cost for p in options_lib.of_records(
+            both, "seconds", prices=chip).points if p.model == "c8" and p.sampler == "ddim"
+            and p.steps == 4}
+        assert points["text_to_image"] == pytest.approx(4 * 0.1 + 0.06)
+        assert points["guided_distillation"] == pytest.approx(4 * 0.05 + 0.06)
+
+
 def test_tasks_that_do_not_compare_take_no_part(exact):
     few = [dataclasses.replace(r, identity=dataclasses.replace(r.identity, num_images=64))
            for r in fake.students(exact, better=30.0)]
