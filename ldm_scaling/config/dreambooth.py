@@ -89,6 +89,11 @@ class DreamBooth:
         return f"dreambooth_{how}{self.hash[:8]}"
 
     @property
+    def folder(self) -> str:
+        """Of members that are taught so, in a workdir."""
+        return f"finetuned/dreambooth_{self.hash[:8]}"
+
+    @property
     def hash(self) -> str:
         """Of all that decides a taught network but the pretrained one and the subject."""
         run = {k: v for k, v in dataclasses.asdict(self.train).items()

@@ -129,6 +129,12 @@ def _said(kinds: Sequence[str]) -> dict[str, str]:
     return out
 
 
+def prompts(folder: str | os.PathLike[str], given: Sequence[str] = ()) -> set[tuple[str, ...]]:
+    """Each list of prompts that subjects of a folder are drawn for, be they wanted or not: those
+    given, else DreamBench's. Raises `UserError` as `read`."""
+    return {tuple(given)} if given else {*dreambench.read(folder).prompts.values()}
+
+
 def _places(root: Path) -> dict[str, Path]:
     """Name of each subject to its folder."""
     here = [p for p in sorted(root.iterdir()) if p.is_file() and _is_picture(p)]

@@ -16,6 +16,7 @@ import functools
 import itertools
 import json
 import logging
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -146,7 +147,7 @@ class Taught:
     @functools.cached_property
     def root(self) -> epath.Path:
         """Folder of all members under these settings."""
-        return self.materials.workdir / "finetuned" / f"dreambooth_{self.config.hash[:8]}"
+        return self.materials.workdir / self.config.folder
 
     def run_folder(self, member: str, subject: Subject) -> epath.Path:
         """Of a member's run on a subject."""
@@ -154,20 +155,33 @@ class Taught:
 
     @functools.cached_property
     def drawn_hash(self) -> str:
-        """Of what is drawn, and how."""
+        """Of what is drawn for all subjects, and how."""
+        return self._hash_of({s.prompts for s in self.subjects}, self.config.classes)
+
+    def _hash_of(self, prompts: Collection[tuple[str, ...]], classes: Collection[str]) -> str:
         sample = {k: v for k, v in dataclasses.asdict(self.config.sample).items()
                   if k != "num_images"}
-        decides = [sample, self.config.images_per_prompt,
-                   sorted({s.prompts for s in self.subjects})]
-        if self.config.classes:  # Those that a folder says stay as they are.
-            decides.append(sorted(self.config.classes))
+        decides = [sample, self.config.images_per_prompt, sorted(prompts)]
+        if classes:  # Those that a folder says stay as they are.
+            decides.append(sorted(classes))
         decides += versions.own_rows(
             self.materials.study.diffusion, self.config.sample.table)
         return files.sha256_of(decides)
 
-    def drawn_folder(self, member: str, taught: bool) -> epath.Path:
-        """Of what a member draws for the subjects' prompts, before or after it is taught."""
-        return self.root / member / f"{'after' if taught else 'before'}_{self.drawn_hash[:8]}"
+    @functools.cached_property
+    def _prompts(self) -> Collection[tuple[str, ...]]:
+        return subjects_lib.prompts(self.config.subjects, self.config.prompts)
+
+    def drawn_folder(self, member: str, subject: Subject, taught: bool) -> epath.Path:
+        """Of what a member draws for a subject's prompts, before or after it is taught, whichever
+        others are taught. Those whose class their folder says, DreamBench's, lie together."""
+        when, home = "after" if taught else "before", self.root / member
+        # Earlier versions named it by all that were taught at once.
+        together = home / f"{when}_{self.drawn_hash[:8]}"
+        if (together / subject.name).exists():
+            return together
+        own = self._hash_of(self._prompts, [subject.kind] if self.config.classes else ())
+        return home / f"{when}_{own[:8]}"
 
     def captions(self, subject: Subject, word: bool) -> list[str]:
         """A subject's prompts, with the identifier or without."""
@@ -286,7 +300,7 @@ class Taught:
     def drawn(self, member: str, subject: Subject, taught: bool) -> list[epath.Path]:
         """Pictures of a subject's prompts, each prompt's one after the other; the lead draws those
         that are missing. The same noise for each member, before and after."""
-        folder, each = self.drawn_folder(member, taught), self.config.images_per_prompt
+        folder, each = self.drawn_folder(member, subject, taught), self.config.images_per_prompt
         places = list(itertools.product(range(len(subject.prompts)), range(each)))
         names = [folder / subject.name / f"{p:02d}_{k}.png" for p, k in places]
         texts = self.captions(subject, word=True)

@@ -20,7 +20,7 @@ from ldm_scaling.metrics import agreement, bootstrap, similarity
 from ldm_scaling.parallel import hosts
 from ldm_scaling.sampling import solvers
 from ldm_scaling.sampling.packing import Configuration
-from ldm_scaling.study import evaluate, labels, records, scores, sheet, weights
+from ldm_scaling.study import evaluate, labels, records, reported, scores, sheet, weights
 from ldm_scaling.study.dreambooth import Taught
 from ldm_scaling.study.features import ImageSet
 from ldm_scaling.study.materials import LAYER
@@ -165,6 +165,11 @@ class Scores:
         """Where a member's scores lie."""
         folder = self.taught.root / member
         return folder / f"scores_{self.reference_hash[:8]}.json"
+
+    def remember(self) -> None:
+        """Keeps which these are of those that the folder comes to hold: figures show the last."""
+        files.atomic_write_text(
+            self.taught.root / reported.LAST_SCORED, self.reference_hash + "\n")
 
     def member(self, member: str) -> dict[str, Any]:
         """Draws and scores what is missing of a member, keeps it as JSON and, of the taught one, as

@@ -23,7 +23,7 @@ from ldm_scaling.study import (
     students,
 )
 from ldm_scaling.study.arguments import Parser, add_blocks
-from ldm_scaling.study.figures import beside, catalogue
+from ldm_scaling.study.figures import beside, catalogue, downstream
 from ldm_scaling.study.figures.source import Source
 from ldm_scaling.study.places import Places
 from ldm_scaling.study.records import TEXT_TO_IMAGE, Record
@@ -108,8 +108,9 @@ def _run(given: argparse.Namespace, there: Places) -> None:
         print(f"skipped: {line}")
     if lacking := reported.left_out(asked, report_blocks):
         print(lacking)
-    for line in curves.other_settings(found, settings):
-        print(line)
+    for of in (curves.other_settings, downstream.other_lessons):
+        for line in of(found, settings):
+            print(line)
     if given.page:
         print(os.fspath(_page(to, source, strips, written.names)))
 

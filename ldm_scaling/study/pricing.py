@@ -22,8 +22,8 @@ COUNTED: dict[Unit, Counted] = {
 }
 # How much two counts of one network's FLOPs may differ by: XLA's versions do not agree to the last.
 _SAME = 1e-3
-# How much its FLOPs may differ by from those that were timed; a student that is told its rate has an
-# embedding of it more, 2% of the smallest networks' at the usual width.
+# How much its FLOPs may differ by from those that were timed. A student that is told its rate has
+# an embedding of it more: 2% of the smallest networks' at the usual width.
 _TIMED, _TOLD = 0.01, 0.1
 # Seconds of one measurement lie on a line, calls x a row's + the rest. Beyond these factors it is
 # said that they do not, and that a network of fewer FLOPs is the slower one.

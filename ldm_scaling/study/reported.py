@@ -24,6 +24,9 @@ from ldm_scaling.study.workdir import MARKER, Workdir
 
 SELECT, REPORT = 0, (1,)
 """The seed blocks of a study that names none."""
+LAST_SCORED = "last_scored.txt"
+"""In the folder of members that DreamBooth taught: `Identity.reference_hash` of what was scored
+last."""
 
 
 def home_of(place: epath.PathLike) -> epath.Path:
@@ -81,14 +84,16 @@ def main_metric(home: epath.PathLike, records: Sequence[Record]) -> str | None:
 
 def settings_of(home: epath.PathLike) -> tuple[str, ...]:
     """Of what a workdir's last config makes of members, see `curves.one_setting`: its cascades,
-    distillations, fine-tuning and DreamBooth; none of a folder that is no workdir or whose config
-    cannot be read."""
+    distillations, fine-tuning and DreamBooth, and of that the hash in `LAST_SCORED`; none of a
+    folder that is no workdir or whose config cannot be read."""
     study = config_of(home)
     if study is None:
         return ()
     cascades = (study.cascade.setting,) if study.cascade.base else ()
     further = (*study.distillations, *_trained_further(study).values())
-    return (*cascades, *(made.setting for made in further))
+    scored = Workdir(home) / study.dreambooth.folder / LAST_SCORED
+    last = scored.read_text().split() if scored.exists() else ()
+    return (*cascades, *(made.setting for made in further), *last)
 
 
 def _trained_further(study: Study) -> dict[str, FineTune | DreamBooth]:

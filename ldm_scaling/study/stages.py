@@ -377,6 +377,7 @@ def dreambooth(materials: Materials) -> list[str]:
     _ = judged.reference_hash  # Made while all processes are here.
 
     def score() -> list[str]:
+        judged.remember()
         lines = [judged.words(member) for member in study.members]
         for subject in own.subjects:
             path = materials.workdir / "samples" / f"{judged.grid_name(subject)}.png"

@@ -3,6 +3,7 @@ scored; diffusers draws the same with the adapters' file; what is there is not m
 
 import json
 import pathlib
+import shutil
 import types
 
 import numpy as np
@@ -11,9 +12,10 @@ from PIL import Image
 
 from ldm_scaling import cli
 from ldm_scaling.config import Diffusion, DreamBooth, Train
+from ldm_scaling.data import dreambench
 from ldm_scaling.errors import UserError
 from ldm_scaling.sampling import sampler
-from ldm_scaling.study import evaluate, records
+from ldm_scaling.study import evaluate, records, reported
 from ldm_scaling.study.dreambooth import Taught
 from ldm_scaling.study.dreambooth_scores import Scores, pooled
 from ldm_scaling.tasks.drawing import sampling_key
@@ -80,15 +82,16 @@ def test_everything_is_there(booth, done):
     _, _, workdir, folder = booth
     names = [f"{p:02d}_{k}.png" for p in range(2) for k in range(2)]
     for when in ("before", "after"):
-        (drawn,) = done.glob(f"{when}_*")
         for subject in ("cup", "dog"):
-            assert sorted(p.name for p in (drawn / subject).iterdir()) == names
+            (drawn,) = done.glob(f"{when}_*/{subject}")
+            assert sorted(p.name for p in drawn.iterdir()) == names
     assert len(list(done.glob("class/cup/*.png"))) == 3
     assert len(list(workdir.glob("samples/dreambooth_*.png"))) == 2
     (record,) = records.read_all(workdir / "records")
     identity = record.identity
     assert record.task == "dreambooth" and identity.train_step == 4 and identity.num_images == 8
     assert (identity.steps, identity.guidance) == (STEPS, GUIDANCE)
+    assert identity.reference_hash in reported.settings_of(workdir)
     (scores,) = (json.loads(p.read_text()) for p in done.glob("scores_*.json"))
     (name,) = record.metrics  # No caption agreement: these captions are none of the study's.
     subjects = scores["after"]["subjects"]
@@ -174,8 +177,8 @@ def test_diffusers_draws_the_same_with_the_file(booth, done):
             part.load_state_dict(before[name])
 
     def drawn(when):
-        (folder,) = done.glob(f"{when}_*")
-        paths = sorted((folder / "dog").iterdir())
+        (folder,) = done.glob(f"{when}_*/dog")
+        paths = sorted(folder.iterdir())
         return np.stack([np.asarray(Image.open(path)) for path in paths]) / 255.0
 
     assert np.abs(drawn("after") - drawn("before")).max() > 0.05  # Something was learnt.
@@ -185,15 +188,16 @@ def test_diffusers_draws_the_same_with_the_file(booth, done):
 def test_what_is_missing_is_made_and_nothing_else(booth, done):
     _, run, workdir, _ = booth
     before = times(workdir / "finetuned")
-    (after,) = done.glob("after_*")
-    lost = after / "cup" / "01_1.png"
+    (after,) = done.glob("after_*/cup")
+    lost = after / "01_1.png"
     pixels = np.asarray(Image.open(lost)).copy()
     lost.unlink()
     assert run() == 0
     now = times(workdir / "finetuned")
     changed = {p for p in now if now[p] != before.get(p)}
     assert before.keys() == now.keys()
-    assert changed == {lost, done / "subjects" / "cup" / "lora.safetensors"}
+    assert changed == {lost, done / "subjects" / "cup" / "lora.safetensors",
+                       done.parent / reported.LAST_SCORED}
     # Another batch than before: to rounding.
     assert np.abs(np.asarray(Image.open(lost)).astype(int) - pixels).max() <= 1
 
@@ -235,18 +239,49 @@ def test_contradictions_are_told_before_anything_is_done(booth, done, capsys, ke
     assert times(workdir / "finetuned") == before
 
 
-def test_another_class_is_drawn_for_anew(booth):
-    """Under the same settings otherwise: its captions are others."""
+def _taught(workdir, folder, *classes, **keys):
+    own = DreamBooth(subjects=str(folder), classes=classes, **keys)
+    study = types.SimpleNamespace(dreambooth=own, diffusion=Diffusion())
+    return Taught(types.SimpleNamespace(study=study, workdir=workdir))
+
+
+def test_another_class_is_drawn_for_anew(booth, tmp_path):
+    """Under the same settings otherwise: its captions are others. Subjects beside it are not."""
     folder = booth[-1]
 
     def drawn(*classes, **keys):
-        own = DreamBooth(subjects=str(folder), classes=classes, prompts=PROMPTS, **keys)
-        study = types.SimpleNamespace(dreambooth=own, diffusion=Diffusion())
-        return Taught(types.SimpleNamespace(study=study)).drawn_hash
+        taught = _taught(tmp_path, folder, *classes, prompts=PROMPTS, **keys)
+        return {s.name: taught.drawn_folder("c8", s, True) for s in taught.subjects}
 
     both = drawn("cup=cup", "dog=dog")
-    assert both == drawn("dog=dog", "cup=cup") == drawn("cup=cup", "dog=dog", only=("dog",))
-    assert len({both, drawn("cup=cup", "dog=puppy"), drawn("cup=dog", "dog=cup")}) == 3
+    assert both == drawn("dog=dog", "cup=cup") == drawn("dog", "cup=cup")
+    assert drawn("dog=dog", only=("dog",)) == {"dog": both["dog"]}
+    assert drawn("cup=cup", "dog=puppy")["cup"] == both["cup"]
+    assert len({drawn("cup=cup", f"dog={kind}")["dog"] for kind in ("dog", "puppy", "cup")}) == 3
+
+
+def test_subjects_that_are_added_leave_what_is_drawn(booth, tmp_path):
+    """All of DreamBench lie in one folder, for its protocol; what an earlier version drew counts,
+    which named it by all that were taught at once."""
+    folder = booth[-1]
+    taught = _taught(tmp_path, folder, "cup=cup", "dog=dog", prompts=PROMPTS)
+    cup, dog = taught.subjects
+    own, other = (taught.drawn_folder("c8", s, False) for s in (cup, dog))
+    before = taught.root / "c8" / f"before_{taught.drawn_hash[:8]}"
+    assert len({own, other, before}) == 3
+    (before / "cup").mkdir(parents=True)
+    assert taught.drawn_folder("c8", cup, False) == before != own
+    assert taught.drawn_folder("c8", dog, False) == other
+    bench = tmp_path / "bench"
+    shutil.copytree(folder, bench)
+    lists = "".join(f"{head} Prompts\nprompt_list = [\n  'a {{0}} {{1}} {head}'.format(a, b),\n]\n"
+                    for head in ("Object", "Live Subject"))
+    (bench / dreambench.FILE).write_text(f"subject_name,class\ncup,cup\ndog,dog\n{lists}")
+    every, one = (_taught(tmp_path, bench, only=only) for only in ((), ("cup",)))
+    places = {every.drawn_folder("c8", s, True) for s in every.subjects}
+    assert places == {one.drawn_folder("c8", one.subjects[0], True)}
+    assert places == {every.root / "c8" / f"after_{every.drawn_hash[:8]}"}
+    assert one.drawn_hash != every.drawn_hash
 
 
 def test_what_decides_a_taught_network_is_in_its_hash():

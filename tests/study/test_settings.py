@@ -1,5 +1,6 @@
 """Members that were fine-tuned, or taught a subject, in two ways in a workdir are never joined."""
 
+import csv
 import dataclasses
 import types
 
@@ -8,7 +9,7 @@ import pytest
 from ldm_scaling import __version__, cli
 from ldm_scaling.config import DreamBooth, FineTune, Study, Train
 from ldm_scaling.study import curves, places, publish, records, reported
-from ldm_scaling.study.dreambooth_scores import SUBJECT
+from ldm_scaling.study.dreambooth_scores import SUBJECT, Scores
 from ldm_scaling.study.figures import compute, downstream
 from ldm_scaling.study.figures.source import Source
 from ldm_scaling.study.networks import tuned_hash
@@ -156,3 +157,27 @@ def test_members_taught_in_two_ways_are_not_joined(tmp_path):
     (drawn,) = downstream.dreambooth(
         Source(found.records, SUBJECT, settings=found.settings)).values()
     assert {row["value"] for row in drawn.rows} == {2.0}
+
+
+@pytest.mark.parametrize("hashes", ["ab", "ba"])
+def test_of_two_sets_of_subjects_the_one_that_was_scored_last_is_shown(tmp_path, capsys, hashes):
+    """Taught in one way; whichever hash is the lower. A line says what is left out."""
+    study = _taught()
+    sets = {
+        name: [dataclasses.replace(r, identity=dataclasses.replace(r.identity, reference_hash=name))
+               for r in _of(study, value, 1_000)]
+        for name, value in zip(hashes, (1.0, 2.0), strict=True)
+    }
+    home = _workdir(tmp_path, study, [r for own in sets.values() for r in own])
+    taught = types.SimpleNamespace(root=home / study.dreambooth.folder)
+    for name, other, value in ((*hashes, 1.0), (*hashes[::-1], 2.0)):
+        last = Scores(taught, None)
+        last.__dict__["reference_hash"] = name
+        last.remember()
+        assert cli.main(["figure", "fig6", f"--workdir={home.path}"]) in (None, 0)
+        assert f"that of scores_{name}.json is used, and not scores_{other}.json" in (
+            capsys.readouterr().out)
+        rows = (home / "figures" / "fig6_dreambooth.csv").read_text().splitlines()
+        assert {row["value"] for row in csv.DictReader(rows)} == {str(value)}
+    one = Source(sets["a"], SUBJECT)
+    assert downstream.dreambooth(one) and not downstream.other_lessons(one.records)

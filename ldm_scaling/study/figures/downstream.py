@@ -72,7 +72,7 @@ def _restored(source: Source, records: Sequence[Record]) -> Drawn | None:
 def dreambooth(source: Source) -> dict[str, Drawn]:
     """Fig. 6, in numbers: fidelity to subject and prompt of every size, at the most steps."""
     taught = curves_lib.one_setting(source.of_task("dreambooth"), source.settings)
-    records = source.distinct(_one_lesson(taught))
+    records = source.distinct(_one_lesson(taught, source.settings))
     measures = source.measures(records)
     sizes = curves_lib.models(records)
     panels = {}
@@ -99,20 +99,47 @@ def dreambooth(source: Source) -> dict[str, Drawn]:
     return {"": Drawn(fig, out)}
 
 
-def _one_lesson(records: Sequence[Record]) -> list[Record]:
-    """Those of one set of subjects and measures, where a workdir holds several: of the set that
-    most sizes were taught, the first by its hash."""
-    def lesson(r: Record) -> tuple[str, int]:
-        return r.identity.reference_hash, r.identity.train_step
+_Lesson = tuple[str, int]
 
-    taught: dict[tuple[str, int], dict[str, str]] = {}
+
+def _lesson(record: Record) -> _Lesson:
+    return record.identity.reference_hash, record.identity.train_step
+
+
+def _lessons(
+    records: Sequence[Record], settings: Sequence[str]
+) -> tuple[_Lesson, dict[_Lesson, dict[str, str]]]:
+    """Of some records, one at least, each set of subjects and measures with the sizes that were
+    taught it and a network of each; and the set that is shown: that of `settings`, else that of
+    most sizes, the first by its hash."""
+    taught: dict[_Lesson, dict[str, str]] = {}
     for r in sorted(records, key=lambda r: r.identity.model_hash):
-        taught.setdefault(lesson(r), {}).setdefault(r.identity.model, r.identity.model_hash)
-    if not taught:
+        taught.setdefault(_lesson(r), {}).setdefault(r.identity.model, r.identity.model_hash)
+    shown = min(taught, key=lambda k: (k[0] not in settings, -len(taught[k]), -k[1], k))
+    return shown, taught
+
+
+def _one_lesson(records: Sequence[Record], settings: Sequence[str]) -> list[Record]:
+    """Those of one set of subjects and measures, where a workdir holds several."""
+    if not records:
         return []
-    chosen = min(taught, key=lambda k: (-len(taught[k]), -k[1], k))
-    return [r for r in records if lesson(r) == chosen
-            and r.identity.model_hash == taught[chosen][r.identity.model]]
+    shown, taught = _lessons(records, settings)
+    return [r for r in records if _lesson(r) == shown
+            and r.identity.model_hash == taught[shown][r.identity.model]]
+
+
+def other_lessons(records: Sequence[Record], settings: Sequence[str] = ()) -> list[str]:
+    """What `dreambooth` leaves out of the records of one way of teaching, in a sentence."""
+    own = curves_lib.one_setting([r for r in records if r.task == "dreambooth"], settings)
+    if not own:
+        return []
+    (shown, _), taught = _lessons(own, settings)
+    others = [f"scores_{hash[:8]}.json" for hash in sorted({hash for hash, _ in taught} - {shown})]
+    return [
+        f"{labels.task('dreambooth')}: the records are of {len(others) + 1} sets of subjects, "
+        f"prompts and measures, of which that of scores_{shown[:8]}.json is used, and not "
+        f"{labels.listing(others, 'or')}."
+    ] if others else []
 
 
 def by_size(ax, sizes) -> None:
