@@ -86,8 +86,8 @@ def _run(given: argparse.Namespace, there: Places) -> None:
     to = _to(given, there)
     found, metric, settings = there.records, _metric(given, there), there.settings
     select_block, asked = there.blocks(given.select_block, given.report_blocks)
-    # Who names blocks wants the main study's; else nothing that one block allows is to be missed.
     shown = curves.one_setting(found, settings)
+    # Who names blocks wants the main study's; else nothing that one block allows is to be missed.
     report_blocks = reported.whole(
         _main(shown) if given.report_blocks else shown, metric, select_block, asked)
     source = Source(
