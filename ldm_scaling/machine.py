@@ -15,6 +15,7 @@ def cores() -> int:
 def quiet_cuda() -> None:
     """Where there is no NVIDIA driver, keeps JAX's plug-in for CUDA from complaining at length of
     libraries that it cannot load: `plan` takes its compiler, which needs none of them. Must run
-    before JAX makes its first array; every command of `ldm-scaling` begins with it."""
+    before JAX makes its first array; every command of `ldm-scaling` begins with it, and so does
+    `gallery.sample`."""
     if not any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/dxg")):
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")

@@ -167,6 +167,7 @@ class Program:
       uncounted: names of custom calls that the caller does not know.
       lower_seconds, compile_seconds: that it took.
       sorts: of a GPU's program, kind of kernel -> how many, FLOPs, bytes and seconds of all.
+      options: of the compiler that it could not do without.
     """
 
     memory: Memory
@@ -181,6 +182,7 @@ class Program:
     lower_seconds: float
     compile_seconds: float
     sorts: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def by_kind(self) -> dict[str, dict[str, float]]:
         """Collectives by kind: how many run, bytes of the whole, bytes that a device sends."""
@@ -229,9 +231,10 @@ def compile(
         with aot_gpu.as_on(devices[0]):
             lowered = jitted.trace(*args).lower(lowering_platforms=("cuda",))
         middle = time.perf_counter()
-        compiled = lowered.compile(compiler_options=dict(options or {}))
+        compiled, own = _gpu_compiled(lowered, dict(options or {}))
         end = time.perf_counter()
-        return _fitting(read(compiled, mesh, cost_of, middle - start, end - middle), devices)
+        program = read(compiled, mesh, cost_of, middle - start, end - middle)
+        return _fitting(dataclasses.replace(program, options=own), devices)
     lowered = jitted.lower(*args)
     middle = time.perf_counter()
     with _effort(_EFFORT):
@@ -243,6 +246,18 @@ def compile(
             raise
     end = time.perf_counter()
     return read(compiled, mesh, cost_of, middle - start, end - middle)
+
+
+def _gpu_compiled(lowered: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A program for a GPU, and what was added to the options: without a card to try tiles on, XLA
+    finds none for some products, as those of `jax.image.resize`, and does them without Triton."""
+    try:
+        return lowered.compile(compiler_options=options), {}
+    except jax.errors.JaxRuntimeError as e:
+        if "Couldn't find output tile sizes" not in str(e):
+            raise
+    own = {"xla_gpu_enable_triton_gemm": False}
+    return lowered.compile(compiler_options=options | own), own
 
 
 def _fitting(program: Program, devices: list[Any]) -> Program:

@@ -320,7 +320,7 @@ def _counts(task: Task, options: Options) -> tuple[np.ndarray | None, str]:
     """Of the bootstrap; and what their intervals are for, or why there are none, where that is not
     plain."""
     n, strata = len(task.generated), task.strata
-    if not options.replicates or n < 4:
+    if not options.replicates:
         return None, ""
     try:
         counts_RN = bootstrap.resample_counts(n, options.replicates, options.seed, strata)

@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from ldm_scaling import files, pictures
+from ldm_scaling import files, machine, pictures
 from ldm_scaling.errors import UserError
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling import packing
@@ -299,6 +299,7 @@ def sample(
       UserError: for a value that cannot be, before anything is computed, or a network that is
         not trained.
     """
+    machine.quiet_cuda()
     folder = Workdir(workdir)
     folder.last_config()  # Says what is wrong with it, if anything.
     materials = _open(str(folder.path), (folder / MARKER).read_text())

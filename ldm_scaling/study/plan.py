@@ -254,6 +254,7 @@ def _figures(
             zip(("flops", "bytes", "seconds"), program.counted)
         ),
         "operations_without_a_time": program.unpriced,
+        "compiler_options": program.options,
         "loop_factors": dict(zip(("flops", "bytes"), program.loop_factors)),
         "loops_counted_once": program.unknown_loops,
         "kernels": _kernels(program),

@@ -104,9 +104,7 @@ def _all(given: argparse.Namespace, overrides: list[str], study_of: Callable) ->
         raise UserError("--kind does not go with --all, which plans train and sample")
     folder = _folder(given.to or plan_family.FOLDER)
     if given.baseline and _folder(given.baseline).resolve() == folder.resolve():
-        raise UserError(
-            f"--baseline={given.baseline} is where --all writes: give another place by --to"
-        )
+        raise _overwritten(given)
     if not given.table:
         aot_tpu.require()
     plans = plan_family.run(
@@ -115,6 +113,12 @@ def _all(given: argparse.Namespace, overrides: list[str], study_of: Callable) ->
     )
     print(json.dumps(plans, indent=1) if given.format == "json" else folder / "README.md")
     return plans
+
+
+def _overwritten(given: argparse.Namespace) -> UserError:
+    return UserError(
+        f"--baseline={given.baseline} is where plans would be written: give another place by --to"
+    )
 
 
 def _one(given: argparse.Namespace, study_of: Callable) -> list[dict]:
@@ -126,6 +130,11 @@ def _one(given: argparse.Namespace, study_of: Callable) -> list[dict]:
             raise UserError(f"--{name} goes with --all")
     if given.jobs > 1:
         raise UserError("--jobs goes with --all")
+    # Before anything is built: what is written is compared afterwards.
+    if given.to and given.baseline and (
+        _folder(given.to).resolve().parent == _folder(given.baseline).resolve()
+    ):
+        raise _overwritten(given)
     from ldm_scaling.parallel import aot
     from ldm_scaling.study import plan, plan_family, plan_parts, plan_show
 

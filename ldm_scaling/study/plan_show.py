@@ -61,9 +61,9 @@ def _one(console: Console, one: Plan) -> None:
     for row in one["tried"]:
         console.print(f"  {_remedy(row)}", soft_wrap=True)
     if not one["fits"]:
-        needed = "" if one["hbm_gb"] is None else f": {one['hbm_gb']:.1f} GB"
+        needed = "" if one["hbm_gb"] is None else f": {one['hbm_gb']:.3f} GB"
         console.print(
-            f"  does not fit{needed}, of {one['hbm_capacity_gb']:.1f} GB, with any remedy: "
+            f"  does not fit{needed}, of {one['hbm_capacity_gb']:.3f} GB, with any remedy: "
             f"take more {_things(one)} or a smaller batch"
         )
         return
@@ -111,9 +111,11 @@ def _time(one: Plan) -> Table:
     table = _table("seconds of a call, at least", "s", "for")
     first = "kernels one after the other" if _on_gpu(one) else "the compiler's estimate"
     table.add_row(first, _seconds(one["compiler_seconds"]), "")
+    sent, beyond = (
+        sum(c[name] for c in one["collectives"].values()) for name in ("sent", "slice_sent"))
     work = {
         "compute": f"{one['flops'] / 1e12:.3g} TFLOP", "memory": f"{one['bytes'] / 1e9:.3g} GB",
-        "links": f"{sum(c['sent'] for c in one['collectives'].values()) / 1e9:.3g} GB",
+        "links": f"{(sent - beyond) / 1e9:.3g} GB", "network": f"{beyond / 1e9:.3g} GB",
     }
     for name, value in one["roofline_seconds"].items():
         table.add_row(f"roofline: {name}", _seconds(value), work.get(name, ""))
@@ -195,6 +197,11 @@ def _words(one: Plan) -> list[str]:
             f"{one['operations_without_a_time']} operations for which the compiler has no time are "
             "taken for 0 s in its estimate"
         )
+    for name, value in one.get("compiler_options", {}).items():
+        out.append(
+            f"compiled with {name}={value}: the compiler finds no tiles for some products without "
+            "a card to try them on"
+        )
     compiler = next(n for n in one["versions"] if n == "libtpu" or n.startswith("jax-cuda"))
     out.append(
         f"compiled in {one['compile_seconds']:.0f} s by {compiler} {one['versions'][compiler]}, "
@@ -205,9 +212,9 @@ def _words(one: Plan) -> list[str]:
 
 def _remedy(row: Plan) -> str:
     if row["remedy"] is None:
-        size = "" if row["hbm_gb"] is None else f": {row['hbm_gb']:.1f} GB"
+        size = "" if row["hbm_gb"] is None else f": {row['hbm_gb']:.3f} GB"
         return f"as the config says it does not fit{size}"
-    size = "" if row["hbm_gb"] is None else f", {row['hbm_gb']:.1f} GB"
+    size = "" if row["hbm_gb"] is None else f", {row['hbm_gb']:.3f} GB"
     end = f", {_seconds(row['seconds_per_step_bound'])} s a call" if row["fits"] else ""
     verdict = "fits" if row["fits"] else "does not fit"
     return f"with {row['remedy']} ({' '.join(row['flags'])}) it {verdict}{size}{end}"

@@ -309,7 +309,7 @@ def captions_in(path: Path, names: tuple[str, ...] | None = None) -> tuple[str, 
       UserError: for a file that cannot be read or lacks an image.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix != ".json":
             # At line feeds alone: captions of the web hold other characters that part lines.
             lines = text.removesuffix("\n").split("\n") if text else ()

@@ -436,6 +436,9 @@ def test_noise_ratio_and_similarity_of_pairs(evaluate, tmp_path):
     assert ratio["value"] == pytest.approx(db.mean() + 10 * np.log10(3), rel=1e-6)
     assert luma["value"] == pytest.approx(db.mean() + 20 * np.log10(255 / 65.481), rel=1e-6)
     assert ratio["interval"][0] < ratio["value"] < ratio["interval"][1]
+    few = evaluate(write_reds(tmp_path / "c", [10, 20, 30], 11),
+                   write_reds(tmp_path / "d", [13, 26, 42], 11), "--metrics=psnr")["scores"][0]
+    assert few["interval"] is None and "needs at least 4 images" in few["remark"]
     assert ratio["extractor"] != luma["extractor"] and "no border left out" in luma["features"]
     # Flat pictures: what is left of SSIM is its comparison of brightness.
     x, y = np.array([10, 20, 30, 40]), np.array([13, 26, 42, 64])
@@ -766,6 +769,9 @@ def test_captions_end_at_line_feeds_alone(tmp_path):
     assert texts == ("a dog", "a cat\u2028on a mat", "", "a\x0bbird")
     path.write_text("")
     assert protocols.captions_in(path) == ()
+    for name, text in (("a.txt", "a dog\n"), ("a.json", '{"0.png": "a dog"}')):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert protocols.captions_in(tmp_path / name, ("0.png",)) == ("a dog",)
 
 
 def test_super_resolution(evaluate, reds, tmp_path):

@@ -234,6 +234,23 @@ def test_every_part_is_lowered_and_has_the_keys(kind, devices):
     assert kind in plan_show.text([body])
 
 
+def test_links_and_the_network_carry_each_their_own(devices):
+    one = plan.make(_study(), "c8", TARGET, "train", devices, lambda _: _program())
+    one["collectives"] = {"all-reduce": {
+        "count": 1, "bytes": 9e9, "sent": 8e9, "slice_sent": 3e9}}
+    one["roofline_seconds"] = {"links": 0.1, "network": 0.2}
+    text = plan_show.text([one])
+    assert re.search(r"links +0\.1000 +5 GB", text) and re.search(r"network +0\.2000 +3 GB", text)
+
+
+def test_what_the_compiler_could_not_do_without_is_told(devices):
+    program = dataclasses.replace(_program(), options={"xla_gpu_enable_triton_gemm": False})
+    one = plan.make(_study(), "c8", TARGET, "train", devices, lambda _: program)
+    assert "compiled with xla_gpu_enable_triton_gemm=False" in plan_show.text([one])
+    del one["compiler_options"]  # As in plans of earlier versions.
+    assert "compiled with" not in plan_show.text([one])
+
+
 def test_time_is_the_larger_of_the_compilers_and_the_roofs(devices):
     def body(**work):
         program = dataclasses.replace(_program(), work=aot.Work(**work))
@@ -498,7 +515,10 @@ def test_a_users_mistakes_are_one_line(capsys, monkeypatch, tmp_path):
     assert "does not go with --all" in _fails(capsys, "--all", file)
     assert "unknown argument '--depth=3'" in _fails(capsys, file, "--depth=3")
     where = f"--baseline={tmp_path}"
-    assert "is where --all writes" in _fails(capsys, "--all", f"--to={tmp_path}", where)
+    told = "is where plans would be written"
+    assert told in _fails(capsys, "--all", f"--to={tmp_path}", where)
+    assert told in _fails(
+        capsys, file, "--topology=v5e:16x16", f"--to={tmp_path}/39m_v5e-16x16_train.json", where)
 
 
 def test_without_the_compiler_the_extra_is_named(capsys, monkeypatch):
