@@ -53,7 +53,7 @@ def train_step(
         params = project(params)
     decay = optimizer_lib.ema_decay(config, state.step)
     ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, state.ema, params)
-    metrics = {"loss": value, "grad_norm": optax.global_norm(grads), **metrics}
+    metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), **metrics}
     averages = averages_lib.updated(state.averages, state.rests, params, state.step + 1)
     return TrainState(state.step + 1, params, opt_state, ema, *averages), metrics
 

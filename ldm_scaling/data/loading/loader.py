@@ -57,7 +57,7 @@ class Loader(grain.DatasetIterator):
         super().__init__()
         self._reader, self._facts, self._max_corrupt = read, state, max_corrupt
         self._threads, self._workers = threads, workers
-        self._step, self._batches = 0, None
+        self._step, self._batches, self._ended = 0, None, False
         self._read = np.zeros(len(read.sources), np.int64)
         self._failed = np.zeros(len(read.sources), np.int64)
         self.corrupt: dict[tuple[int, int], str] = {}
@@ -89,8 +89,9 @@ class Loader(grain.DatasetIterator):
         return arrays
 
     def start_prefetch(self) -> None:
-        """Begins to read ahead."""
-        self._assert_not_closed()
+        """Begins to read ahead. Raises `ValueError` after `close`."""
+        if self._ended:
+            raise ValueError("this loader was closed: make another")
         if self._batches is None:
             steps = grain.MapDataset.range(self._step, _ENDLESS)
             self._batches = iter(_read_ahead(steps.map(self._reader), self._threads, self._workers))
@@ -144,7 +145,7 @@ class Loader(grain.DatasetIterator):
     def close(self) -> None:
         """Ends the threads and processes that read ahead."""
         self._stop()
-        self._closed = True
+        self._ended = True
 
     def _stop(self) -> None:
         if self._batches is not None:

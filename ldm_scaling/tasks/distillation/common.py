@@ -64,7 +64,7 @@ def watched(params: Any, beside: Beside, target: jax.Array, got: jax.Array) -> d
     """
     apart = jax.tree.map(jnp.subtract, params, beside.average)
     return jax.lax.stop_gradient({
-        "gap": optax.global_norm(apart) / optax.global_norm(beside.average),
+        "gap": optax.tree.norm(apart) / optax.tree.norm(beside.average),
         "target_rms": jnp.sqrt(jnp.mean(target**2)),
         "error_rms": jnp.sqrt(jnp.mean((got - target) ** 2)),
     })

@@ -223,6 +223,16 @@ def test_orbax_keeps_the_state(tmp_path):
     assert take(other, 9) == expected
 
 
+def test_a_closed_loader_gives_nothing_more():
+    iterator = loader.train_loader(Numbers(30), 4, 0)
+    take(iterator, 2)
+    iterator.close()
+    for more in (iterator.start_prefetch, iterator.__next__):
+        with pytest.raises(ValueError, match="was closed: make another"):
+            more()
+    iterator.close()
+
+
 def test_zipped_sources_stay_in_step(tmp_path):
     for name, factor in (("latent", 2), ("text", 3)):
         items = ({name: np.float32([i * factor])} for i in range(20))
