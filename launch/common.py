@@ -26,6 +26,7 @@ DONE = 0
 USER = 2  # the user must mend something: never start again
 SAVED = 75  # saved after SIGTERM or a preemption notice: the same command goes on
 INTERRUPTED = 130  # Ctrl-C
+UNREAD = 141  # who read the output has ended
 
 # Commands of `ldm-scaling` that several processes share; each of the others is one process's.
 SHARED = ("prepare", "cache-latents", "train", "sample", "sweep", "report", "study", "dreambooth")
@@ -39,14 +40,20 @@ class LaunchError(ValueError):
 
 
 def entry(main: Callable[[list[str]], int]) -> None:
-    """Runs a script's `main`; a `LaunchError` is one line and status 2, Ctrl-C is 130."""
+    """Runs a script's `main`; a `LaunchError` is one line and status 2, Ctrl-C is 130, output that
+    nobody reads any more 141."""
     try:
-        sys.exit(main(sys.argv[1:]))
+        status = main(sys.argv[1:])
+        sys.stdout.flush()
+        sys.exit(status)
     except LaunchError as e:
         print(f"launch/{pathlib.Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
         sys.exit(USER)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more.
+        sys.exit(UNREAD)
 
 
 def parted(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -129,7 +136,9 @@ def bucket_name(text: str) -> str:
     """`B` or `gs://B` -> `B`. Raises `LaunchError` for what is no bucket's name."""
     name = text.removeprefix("gs://").removesuffix("/")
     if text and not re.fullmatch(r"[a-z0-9][-a-z0-9_.]*", name):
-        raise LaunchError(f"--bucket={text}: give a bucket's name, without a folder in it")
+        raise LaunchError(
+            f"--bucket={text}: give a bucket's name, of small letters, digits, -_., without a folder"
+        )
     return name
 
 

@@ -1,6 +1,7 @@
 """The family: one job for each size, by one command.
 
-    python3 launch/family.py --on=gke --workdir=/mnt/ldm/family --image=IMAGE --bucket=B [--dry-run]
+    python3 launch/family.py --on=gke --workdir=/mnt/ldm/family --image=IMAGE --bucket=my-bucket
+        [--dry-run]
 
     --on          tpu-vm, gke, slurm or local
     --members     39m,83m,... ; the whole family if not given
@@ -252,8 +253,9 @@ def start_in_turn(commands: dict[str, list[str]], dry: bool) -> int:
             if process is None:
                 break
             status = local.status_of(process.wait())
-            if status:
+            if status and status != common.UNREAD:
                 print(f"launch/family.py: {member} ended with {status}", file=sys.stderr)
+            if status:
                 return status
     return launchers.status
 

@@ -1,7 +1,7 @@
 """A job on GKE's TPUs as a JobSet: one Job for each slice, one pod for each host.
 
     python3 launch/gke.py COMMAND --name=NAME --topology=v5e:16x16 --image=IMAGE
-        [--num-slices=2] [--bucket=B | --claim=C] [--dry-run] [-- train --config=... ]
+        [--num-slices=2] [--bucket=my-bucket | --claim=C] [--dry-run] [-- train --config=... ]
 
     nodes      creates the node pools, one for each slice: --cluster=C --location=L [--spot]
                [--node-locations=ZONE], which a region needs: each of its zones would get a slice

@@ -7,6 +7,7 @@ Source: Cloud TPU's "TPU configurations" and GKE's "Plan TPUs" pages.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 import pathlib
@@ -166,9 +167,10 @@ def _cube(chips: int) -> str:
 
 def main(arguments: list[str]) -> int:
     """Prints four lines: the request's flags, the image, chips, hosts."""
-    if len(arguments) != 1:
-        raise LaunchError("give one topology, for example  python3 launch/tpu.py v5e:16x16")
-    tpu = Slice.parse(arguments[0])
+    p = argparse.ArgumentParser("launch/tpu.py", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("topology", help="KIND:SHAPE")
+    tpu = Slice.parse(p.parse_args(arguments).topology)
     print(" ".join(tpu.request()), tpu.kind.runtime, tpu.chips, tpu.hosts, sep="\n")
     return 0
 

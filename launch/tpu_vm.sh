@@ -11,7 +11,7 @@
 #                                  [--project=P] [--runtime-version=V] [--service-account=A]
 #                                  [--network=N] [--internal-ips]
 #   wait     until the slices are there
-#   setup    copies the committed tree to all hosts, installs it    [--bucket=B: at /mnt/ldm]
+#   setup    copies the committed tree to all hosts, installs it    [--bucket=my-bucket: at /mnt/ldm]
 #   run      starts the job on all hosts    [--env=NAME=VALUE] [--secret=VARIABLE=NAME] -- JOB
 #   logs     follows one host's output      [--worker=0] [--node=0]
 #   status   of the request, and of the job on all hosts
@@ -73,7 +73,7 @@ done
 where=("--zone=$zone")
 bucket=${bucket#gs://} bucket=${bucket%/}
 [[ $bucket =~ ^([a-z0-9][-a-z0-9_.]*)?$ ]] ||
-  fail "--bucket=$bucket: give a bucket's name, without a folder in it"
+  fail "--bucket=$bucket: give a bucket's name, of small letters, digits, -_., without a folder"
 [[ -z $project ]] || where+=("--project=$project")
 queued=(gcloud compute tpus queued-resources)
 # With internal addresses only, hosts are reached through Google's proxy.

@@ -273,6 +273,24 @@ def test_a_signal_while_watches_are_started_starts_no_more(tmp_path, monkeypatch
     assert (tmp_path / "log").read_text() == 2 * "started\n" and len(opened) == 2
 
 
+@pytest.mark.parametrize("command", [
+    ["local.py", "--dry-run", "--", "train", "--workdir=runs/x"],
+    ["family.py", "--on=local", "--workdir=runs/x", "--members=39m,83m", "--dry-run"],
+])  # fmt: skip
+def test_output_that_nobody_reads_any_more_ends_it_quietly(command):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as unread:
+        ran = subprocess.run([sys.executable, LAUNCH / command[0], *command[1:]], stdout=unread,
+                             stderr=subprocess.PIPE, timeout=60)
+    assert ran.returncode == common.UNREAD and not ran.stderr
+
+
+def test_a_job_whose_output_is_not_read_any_more_ends_it_quietly(capfd):
+    assert family.start_in_turn({"39m": ["sh", "-c", "exit 141"]}, dry=False) == common.UNREAD
+    assert not capfd.readouterr().err
+
+
 def test_logs_are_where_they_are_asked_for(tmp_path):
     ran = dry("--on=slurm", *ON["slurm"], "--members=39m", "--logs=out", cwd=tmp_path)
     assert f"--output={tmp_path}/out/t2i-39m-%j.log" in ran.stdout

@@ -305,6 +305,8 @@ def test_dry_runs_print_and_call_nothing(cluster, command, job, part):
      "us-west4 is a region: give --node-locations=ZONE"),
     (["status", "--name=x"], "kubectl is not installed"),
     (["apply", *FLAGS, "--bucket=gs://b/folder", "--", *JOB], "without a folder"),
+    (["apply", *FLAGS, "--bucket=BUCKET", "--", *JOB],
+     "--bucket=BUCKET: give a bucket's name, of small letters"),
     (["apply", *FLAGS, "--", "train", "--workdir=gs://b/x"], "gs://b/x"),
     (["apply", *FLAGS, "--", "train", "--workdir=/shared/x"], "give /mnt/ldm/NAME, with --bucket"),
     (["manifest", *FLAGS[:-1], "--", *JOB], "give --bucket=B or --claim=C"),

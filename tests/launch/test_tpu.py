@@ -4,6 +4,7 @@ import pytest
 
 from launch.common import LaunchError
 from launch.tpu import Slice
+from tests.launch.programs import call
 
 
 @pytest.mark.parametrize("text, chips, hosts, request_flag, machine", [
@@ -42,6 +43,12 @@ def test_slices_as_published(text, chips, hosts, request_flag, machine):
 def test_what_is_no_slice_is_refused(text, part):
     with pytest.raises(LaunchError, match=part):
         Slice.parse(text)
+
+
+def test_its_help_says_what_it_takes():
+    ran = call("tpu.py", "--help")
+    assert ran.returncode == 0 and not ran.stderr
+    assert "prints what launch/tpu_vm.sh needs to know" in ran.stdout
 
 
 def test_a_shape_that_the_tpu_api_would_not_give_is_refused():

@@ -273,6 +273,7 @@ def test_dry_runs_print_and_call_nothing(cloud, command, parts):
     ("create", ["--topology=v5e:4x4", "--num-slices=0"], "--num-slices=0"),
     ("create", ["--topolgy=v5e:4x4"], "unknown argument --topolgy"),
     ("setup", ["--bucket=gs://b/folder"], "without a folder"),
+    ("setup", ["--bucket=BUCKET"], "--bucket=BUCKET: give a bucket's name, of small letters"),
 ])  # fmt: skip
 def test_mistakes_are_one_line_and_status_2(cloud, command, flags, part):
     if "unknown command" in part:
