@@ -137,7 +137,8 @@ def bucket_name(text: str) -> str:
     name = text.removeprefix("gs://").removesuffix("/")
     if text and not re.fullmatch(r"[a-z0-9][-a-z0-9_.]*", name):
         raise LaunchError(
-            f"--bucket={text}: give a bucket's name, of small letters, digits, -_., without a folder"
+            f"--bucket={text}: give a bucket's name, of small letters, digits, -_., without a "
+            "folder"
         )
     return name
 

@@ -62,7 +62,7 @@ def test_missing_flags(capsys, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.chdir(tmp_path)
         result = run(capsys, "study", TINY, "--workdir=x")
-    assert_error(result, "configs/demo.py: there is no such file; configs/ comes with the repository")
+    assert_error(result, "configs/demo.py: there is no such file; configs/ comes with the repo")
     new = tmp_path / "new"
     for command in ("study", "sample"):
         result = run(capsys, command, f"--workdir={new}")
