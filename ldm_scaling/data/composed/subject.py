@@ -44,17 +44,25 @@ def write(text: str, side: int, folder: epath.PathLike) -> tuple[epath.Path, str
             "mushroom with its hues turned by 200 degrees"
         )
     stem, turn = match[1], int(match[2] or 0) % 360
-    found = [p for p in openmoji.load().pictograms if p.stem == stem]
+    drawn = openmoji.load().pictograms
+    found = [p for p in drawn if p.stem == stem]
     if not found:
         raise UserError(f"subject {text!r}: OpenMoji's pictograms here have none of {stem}")
     kind = found[0].noun.text
-    place = epath.Path(folder) / f"{re.sub(r'[^a-z0-9]+', '_', kind.lower())}_{turn}"
+    name = _spelt(kind)
+    if sum(_spelt(p.noun.text) == name for p in drawn) > 1:  # Keycaps of signs.
+        name += stem.lower()
+    place = epath.Path(folder) / f"{name}_{turn}"
     if not place.exists():
         rgba = turned(openmoji.render(found[0], 4 * side), turn)
         with files.atomic_folder(place) as temporary:
             for i, view in enumerate(_VIEWS):
                 pictures.save_png(temporary / f"{i:02d}.png", _seen(rgba, side, *view))
     return place, kind
+
+
+def _spelt(kind: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", kind.lower())
 
 
 def turned(rgba_HWC: np.ndarray, degrees: int) -> np.ndarray:

@@ -27,6 +27,14 @@ def test_pictures_of_a_subject(tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in pathlib.Path(folder).iterdir()}
 
 
+def test_subjects_whose_names_differ_in_a_sign_have_folders_of_their_own(tmp_path):
+    places = [subject.write(f"openmoji:{stem}-FE0F-20E3:200", 32, tmp_path)
+              for stem in ("0023", "002A", "0031")]
+    assert [kind for _, kind in places] == ["keycap #", "keycap *", "keycap 1"]
+    assert len({(place / "00.png").read_bytes() for place, _ in places}) == 3
+    assert places[2][0].name == "keycap_1_200"  # What is unlike the others is called as ever.
+
+
 def test_hues_are_turned_and_nothing_else():
     (drawn,) = [p for p in openmoji.load().pictograms if p.stem == "1F344"]
     rgba = openmoji.render(drawn, 64)
