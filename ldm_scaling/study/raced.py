@@ -167,11 +167,27 @@ def planned(sweep: Sweep, grid: Sequence[Identity]) -> list[Identity]:
     return out
 
 
-def forget(directory: epath.PathLike, sweep: Sweep, grid: Sequence[Identity]) -> None:
-    """Removes the features that lie between rounds; for races that are over."""
-    for i in grid:
-        for images in rounds(sweep):
-            before(directory, _at(i, images), images).unlink(missing_ok=True)
+def forget(
+    directory: epath.PathLike, record_folder: epath.PathLike, grid: Sequence[Identity]
+) -> None:
+    """Removes the features that lie between rounds of the grid's cells, of whatever rates, rounds
+    and config; for races that are over. What has no record goes too: no race takes it up.
+
+    Args:
+      directory: of the features.
+      record_folder: where records lie.
+      grid: what has been measured on the selection block.
+    """
+    over = {_cell_of(i) for i in grid}
+    for path in epath.Path(directory).glob("*.npz"):
+        record = records.path_of(record_folder, path.stem)
+        if not record.exists() or _cell_of(records.read(record).identity) in over:
+            path.unlink(missing_ok=True)
+
+
+def _cell_of(identity: Identity) -> Identity:
+    return dataclasses.replace(
+        identity, guidance=0.0, num_images=0, reference_hash="", version="")
 
 
 def before(directory: epath.PathLike, identity: Identity, images: int) -> epath.Path:

@@ -129,6 +129,8 @@ def run(subject: Subject, bench: Bench, progress: Progress) -> list[Record]:
         chosen = _race(subject, first, bench, progress)
     else:
         chosen = select(subject, bench, progress)
+    if hosts.is_lead():
+        raced.forget(bench.features, bench.directory, first)
     last = subject_lib.reporting(subject, bench.scorer.hash, chosen)
     for block in subject.sweep.report_blocks:
         _complete(subject, [i for i in last if i.seed_block == block], bench, progress)
@@ -163,8 +165,6 @@ def _race(
             some = [i for i in now.identities if (i.key in lost) == part]
             _complete(subject, some, bench, progress, stretch)
         processes.barrier(f"round {now.number}")
-    if hosts.is_lead():
-        raced.forget(bench.features, subject.sweep, grid)
     return raced.last_rounds(subject.sweep, grid, bench.directory, by)[0]
 
 

@@ -215,6 +215,22 @@ def test_killed_again_and_again_it_ends_with_the_same_records(unbroken, tmp_path
     assert again == found
 
 
+@pytest.mark.parametrize("change", [{"guidance": (*RATES, 16.0)}, {"strategy": "grid"}],
+                         ids=["more rates", "a grid"])
+def test_no_features_stay_of_a_race_that_was_changed_on_its_way(tmp_path, change):
+    """Those of another network's race do: it may go on."""
+    with pytest.raises(_Killed):
+        _run(tmp_path, most=400)
+    one = next(r for r in records.read_all(tmp_path / "records") if r.round)
+    other = dataclasses.replace(one, identity=dataclasses.replace(one.identity, model="c16"))
+    records.write(tmp_path / "records", other)
+    path = raced.before(tmp_path / "features", other.identity, other.identity.num_images)
+    raced.keep(path, np.zeros((2, D)))
+    changed = dataclasses.replace(STUDY.sweep, **change)
+    _run(tmp_path, dataclasses.replace(STUDY, sweep=changed))
+    assert [p.name for p in (tmp_path / "features").iterdir()] == [path.name]
+
+
 def test_what_is_there_is_what_was_planned_once_the_sweep_is_whole(unbroken, tmp_path):
     workdir, found, drawn = unbroken
     there = subject_lib.existing(subject_lib.of_member(STUDY, "c8"), "planted", workdir / "records")
