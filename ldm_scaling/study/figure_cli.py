@@ -84,7 +84,9 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
 def _run(given: argparse.Namespace, there: Places) -> None:
     catalogue.chosen(given.names)  # The workdirs' plugins may have more.
     to = _to(given, there)
-    found, metric, settings = there.records, _metric(given, there), there.settings
+    found, uneven = reported.comparable(there.records)
+    there = dataclasses.replace(there, records=found)
+    metric, settings = _metric(given, there), there.settings
     select_block, asked = there.blocks(given.select_block, given.report_blocks)
     shown = curves.one_setting(found, settings)
     # Who names blocks wants the main study's; else nothing that one block allows is to be missed.
@@ -111,8 +113,10 @@ def _run(given: argparse.Namespace, there: Places) -> None:
     for of in (curves.other_settings, downstream.other_lessons):
         for line in of(found, settings):
             print(line)
+    for line in uneven:
+        print(line)
     if given.page:
-        print(os.fspath(_page(to, source, strips, written.names)))
+        print(os.fspath(_page(to, source, strips, written.names, uneven)))
 
 
 def _to(given: argparse.Namespace, there: Places) -> epath.Path:
@@ -125,9 +129,11 @@ def _to(given: argparse.Namespace, there: Places) -> epath.Path:
 
 
 def _page(
-    to: epath.Path, source: Source, strips: Sequence[epath.Path], drawn: Sequence[str]
+    to: epath.Path, source: Source, strips: Sequence[epath.Path], drawn: Sequence[str],
+    uneven: Sequence[str],
 ) -> epath.Path:
-    """Writes the page of the source's records beside its figures; it has no config to tell of."""
+    """Writes the page of the source's records beside its figures, with the sentences on what is not
+    among them; it has no config to tell of."""
     found = curves.one_setting(source.records, source.settings)
     main = curves.longest(_main(found))  # A page is of networks of one length of training.
     kept = {r.identity.key for r in main}
@@ -136,6 +142,7 @@ def _page(
         *baselines.findings(source.baselines, found),
         *students.sentences(found, source.metric, *blocks, source.spacing),
         *cascades.sentences(found, source.metric, *blocks),
+        *uneven,
     ]
     context = {"metric": source.metric, "select_block": blocks[0], "report_blocks": blocks[1],
                "captions": source.captions}

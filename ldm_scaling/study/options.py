@@ -4,7 +4,7 @@ Pure functions on records."""
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -224,7 +224,7 @@ def of_records(
     longest = {name: curves_lib.longest(own, settings) for name, own in held.items()}
     found = {}
     for name, own in longest.items():
-        found[name], fewer = _of_one_number(curves_lib.distinct(own))
+        found[name], fewer = reported.of_one_number(curves_lib.distinct(own))
         left_out += fewer
     metric = metric_of([r for own in found.values() for r in own], metric)
     asked = report_blocks
@@ -315,30 +315,6 @@ def _names(kinds: Collection[Kind]) -> dict[Kind, str]:
             f" by {labels.sampler(method)}" if methods[task] > 1 else "")
         for task, method in kinds
     }
-
-
-def _of_one_number(records: Sequence[Record]) -> tuple[list[Record], list[str]]:
-    """The records of one task whose seed block has one number of pictures, or that hold as many as
-    most cells of all blocks do, of equally many the larger number; and a note of the others. Those
-    of races tell what is foretold for all pictures, and stay."""
-    cells: dict[int, dict[int, set[tuple]]] = defaultdict(lambda: defaultdict(set))
-    for i in (r.identity for r in records if not r.round):
-        cells[i.seed_block][i.num_images].add((i.model, i.sampler, i.steps))
-    total = Counter[int]()
-    for own in cells.values():
-        total.update({n: len(some) for n, some in own.items()})
-    kept = {block: max(own, key=lambda n: (total[n], n)) for block, own in cells.items()}
-    notes = []
-    for block, own in sorted(cells.items()):
-        for n in sorted(own.keys() - {kept[block]}):
-            of = labels.listing(sorted({model for model, *_ in own[n]}))
-            notes.append(
-                f"{len(own[n])} {'cell' if len(own[n]) == 1 else 'cells'} of {of} "
-                f"{'was' if len(own[n]) == 1 else 'were'} measured on {n:,} pictures of seed block "
-                f"{block} and not {kept[block]:,}, which does not compare, and left out."
-            )
-    return [r for r in records
-            if r.round or r.identity.num_images == kept[r.identity.seed_block]], notes
 
 
 def _comparable(

@@ -19,7 +19,16 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.models import zoo
 from ldm_scaling.sampling import solvers
 from ldm_scaling.study import curves, labels, scores
-from ldm_scaling.study.records import NAME, TEXT_TO_IMAGE, Record, raced_reference
+from ldm_scaling.study.records import (
+    FROM_TEXT,
+    NAME,
+    RESTORING,
+    TASKS,
+    TEXT_TO_IMAGE,
+    Identity,
+    Record,
+    raced_reference,
+)
 from ldm_scaling.study.workdir import MARKER, Workdir
 
 SELECT, REPORT = 0, (1,)
@@ -271,11 +280,74 @@ def _by_way(records: Sequence[Record], num_images: int) -> dict[_Way, list[Recor
     return out
 
 
-def _cell(r: Record) -> tuple:
-    """What `curves.arms` has once."""
+def _cell(r: Record, **same: float) -> tuple:
+    """What `curves.arms` has once, whatever its `same`."""
     i = dataclasses.replace(
-        r.identity, model_hash="", num_images=0, reference_hash="", version="")
+        r.identity, model_hash="", num_images=0, reference_hash="", version="", **same)
     return i, r.setting, r.student_steps
+
+
+def comparable(records: Sequence[Record]) -> tuple[list[Record], list[str]]:
+    """The records of which those that are drawn beside each other are `of_one_number`: of all
+    networks that draw from text together, of those that restore pictures by fine-tuning. What
+    DreamBooth taught is scored without a distance, and stays."""
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for r in records:
+        if r.task in (*FROM_TEXT, *RESTORING):
+            group = ("", "") if r.task in FROM_TEXT else (r.task, r.setting)
+            groups.setdefault(group, []).append(r)
+    out: set[Identity] = set()
+    told = []
+    for own in groups.values():
+        kept, said = of_one_number(own)
+        out |= {r.identity for r in own} - {r.identity for r in kept}
+        told += said
+    return [r for r in records if r.identity not in out], told
+
+
+def of_one_number(records: Sequence[Record]) -> tuple[list[Record], list[str]]:
+    """The records without those of cells that were measured on another number of pictures than the
+    rest: with fewer a distance is larger.
+
+    A seed block keeps the number that most cells of all blocks have, of equally many the larger;
+    where there are several tasks the first of `records.TASKS` decides, which is the members'.
+    Rounds of a race count by what they foretell for, and stay where nothing tells it. So does a
+    cell that has the number at some rates and not at others, for `curves.arms` to refuse.
+
+    Args:
+      records: that are compared.
+
+    Returns:
+      The records, and a sentence for each task, number and seed block of which some are left out.
+    """
+    numbers = {
+        r.identity: way.num_images for way, some in _by_way(records, 0).items() for r in some}
+    cell_of = {r.identity: (r.task, *_cell(r, guidance=0.0)) for r in records}
+    cells: dict[int, dict[int, set[tuple]]] = {}
+    for i, n in numbers.items():
+        if n:
+            cells.setdefault(i.seed_block, {}).setdefault(n, set()).add(cell_of[i])
+    first = min((r.task for r in records), key=TASKS.index, default="")
+    total = collections.Counter[int]()
+    for own in cells.values():
+        total.update({n: sum(task == first for task, *_ in some) for n, some in own.items()})
+    out: set[tuple] = set()
+    told = []
+    for block, own in sorted(cells.items()):
+        kept = max(own, key=lambda n: (total[n], n))
+        for n, task in itertools.product(sorted(own.keys() - {kept}), TASKS):
+            less = {cell for cell in own[n] - own[kept] if cell[0] == task}
+            if not less:
+                continue
+            out |= less
+            of = labels.listing(sorted({i.model for _, i, *_ in less}))
+            told.append(
+                f"{'' if task == TEXT_TO_IMAGE else f'{labels.task(task)}: '}{len(less)} "
+                f"{'cell' if len(less) == 1 else 'cells'} of {of} "
+                f"{'was' if len(less) == 1 else 'were'} measured on {n:,} pictures of seed block "
+                f"{block} and not {kept:,}, which does not compare, and left out."
+            )
+    return [r for r in records if not (numbers[r.identity] and cell_of[r.identity] in out)], told
 
 
 def config_of(home: epath.PathLike) -> Study | None:

@@ -281,21 +281,38 @@ def test_of_cells_measured_again_in_another_way_the_last_configs_are_taken(
     assert "two records for c8" in capsys.readouterr().err
 
 
-def test_a_race_for_another_number_of_pictures_is_another_way(tmp_path):
-    one = [r for r in fake.make(models=("c8",), samplers=("ddim",), replicates=20)
+def _raced(model, total):
+    """Each rate's first round for so many pictures, and what is reported."""
+    one = [r for r in fake.make(models=(model,), samplers=("ddim",), replicates=20)
            if r.identity.steps < 10]
+    full = [dataclasses.replace(r.identity, num_images=total) for r in one]
+    return [
+        dataclasses.replace(r, identity=i) if i.seed_block else dataclasses.replace(
+            r, round=1, identity=dataclasses.replace(
+                i, num_images=total // 2, reference_hash=records.raced_reference(i)))
+        for r, i in zip(one, full, strict=True)
+    ]
 
-    def raced(total):
-        full = [dataclasses.replace(r.identity, num_images=total) for r in one]
-        return [
-            dataclasses.replace(r, identity=i) if i.seed_block else dataclasses.replace(
-                r, round=1, identity=dataclasses.replace(
-                    i, num_images=total // 2, reference_hash=records.raced_reference(i)))
-            for r, i in zip(one, full, strict=True)
-        ]
 
+def test_a_race_for_another_number_of_pictures_is_another_way(tmp_path):
     study = Study(members=("c8",), reference="c8", sweep=Sweep(num_images=40))
     Workdir(tmp_path).bind(study)
-    found, told = reported_lib.last_measured(tmp_path, [*raced(64), *raced(40)])
-    assert {r.identity.key for r in found} == {r.identity.key for r in raced(40)}
+    found, told = reported_lib.last_measured(tmp_path, [*_raced("c8", 64), *_raced("c8", 40)])
+    assert {r.identity.key for r in found} == {r.identity.key for r in _raced("c8", 40)}
     assert "of 40 pictures" in told[0]
+
+
+def test_what_raced_for_another_number_is_left_out_with_what_it_reports():
+    """A round's distance is foretold for all pictures; where nothing tells for how many it stays,
+    and so does a cell that is uneven in itself, which curves refuse."""
+    whole = [*_raced("c8", 40), *_raced("c16", 40)]
+    found, told = reported_lib.comparable([*whole, *_raced("c24", 80)])
+    assert found == whole and told == [
+        f"2 cells of c24 were measured on 80 pictures of seed block {b} and not 40, which does not "
+        "compare, and left out." for b in (0, 1)]
+    rounds = [r for r in _raced("c24", 80) if r.round]
+    assert reported_lib.comparable([*whole, *rounds]) == ([*whole, *rounds], [])
+    grid = [r for r in whole if not r.round]
+    uneven = dataclasses.replace(grid[0], identity=dataclasses.replace(
+        grid[0].identity, num_images=80, guidance=9.0))
+    assert reported_lib.comparable([*grid, uneven]) == ([*grid, uneven], [])

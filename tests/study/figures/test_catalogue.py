@@ -452,6 +452,39 @@ def test_figures_by_name(capsys, tmp_path, main):
     assert "All are of networks that have records" in listed  # Loss curves alone draw nothing.
 
 
+def test_distances_of_other_numbers_of_pictures_are_not_drawn_together(
+    capsys, tmp_path, main, monkeypatch
+):
+    """What does not compare with members is left out, of members what fewer have, and a line says
+    so, beside the figures and on the page. Restored pictures have numbers of their own."""
+    def put(found, number):
+        for r in found:
+            i = dataclasses.replace(r.identity, num_images=number)
+            records.write(tmp_path / "records", dataclasses.replace(r, identity=i))
+
+    monkeypatch.setattr(plot_style, "DPI", 20)
+    ddim = [r for r in main if r.identity.sampler == "ddim"]
+    put([r for r in ddim if r.identity.model != SIZES[2]], 16)
+    put([r for r in ddim if r.identity.model == SIZES[2]], 64)
+    put(paper.distilled(SIZES), 64)
+    put(paper.super_resolution(SIZES), 128)
+    names = ("fig8", "fig12", "fig13")
+    assert program.main(["figure", *names, f"--records={tmp_path}", "--page"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    lines = [line for line in said if "does not compare, and left out" in line]
+    assert [line.partition(" cells of ")[2].partition(", which")[0] for line in lines] == [
+        *(f"866m were measured on 64 pictures of seed block {b} and not 16" for b in (0, 1)),
+        "223m, 39m and 866m were measured on 64 pictures of seed block 1 and not 16",
+    ]
+    assert lines[2].startswith("Consistency distillation: ")
+    assert any(line.startswith("skipped: fig13") for line in said)
+    folder = tmp_path / "figures"
+    page = (folder / "report.html").read_text("utf-8")
+    assert all(line in page for line in lines)
+    assert {r["model"] for r in _rows(folder, "fig8_guidance_ddim")} == set(SIZES[:2])
+    assert {r["model"] for r in _rows(folder, "fig12_super")} == set(SIZES)
+
+
 def test_every_image_conditioned_task_has_a_picture_and_baselines_of_its_own(tmp_path):
     """And of a task that of the pictures and networks that scored the records."""
     restored = paper.super_resolution(SIZES, replicates=0)
