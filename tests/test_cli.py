@@ -202,6 +202,43 @@ def test_sigterm_ends_any_stage_and_command_with_75(capsys, tmp_path, monkeypatc
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_sigterm_that_python_drops_ends_the_process_all_the_same(capsys, tmp_path, monkeypatch):
+    """As of one that comes while JAX's callback of garbage collection runs."""
+    ends, dropped, heard = [], [], threading.Event()
+
+    class Dropped:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    def told(*unused):
+        Dropped()
+        assert heard.wait(10)
+
+    monkeypatch.setattr(program, "_UNHEARD_S", 0.05)
+    monkeypatch.setattr(os, "_exit", lambda status: (ends.append(status), heard.set()))
+    monkeypatch.setattr("ldm_scaling.study.evaluate_cli.run", told)
+    monkeypatch.setattr(sys, "unraisablehook", lambda it: dropped.append(it.exc_type))
+    status, _, err = run(capsys, "evaluate", "a", "b")
+    assert (status, ends, dropped) == (0, [75], [errors.Interrupted])
+    assert "stopped by SIGTERM; the same command goes on" in err
+
+
+def test_what_was_stopped_is_not_taken_down(monkeypatch):
+    """Where it stopped within JAX's tracing that crashed."""
+    ended = []
+
+    def told(*unused):
+        raise errors.Interrupted("stopped by SIGTERM")
+
+    monkeypatch.setattr(program, "_STOPPED", [])
+    monkeypatch.setattr(program, "_run", told)
+    monkeypatch.setattr(program, "main", lambda: program._status("advise", [])[0])
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with pytest.raises(SystemExit):
+        program.entry()
+    assert ended == [75] and len(program._STOPPED) == 1
+
+
 def test_stages_say_what_must_come_first(capsys, tmp_path):
     result = run(capsys, "sample", TINY, f"--workdir={tmp_path}/run")
     assert_error(result, "not trained", "ldm-scaling train")
@@ -383,6 +420,7 @@ def test_no_thread_holds_a_process_that_ends_with_an_error(monkeypatch, status):
     ended, fired = [], threading.Event()
     monkeypatch.setattr(program, "main", lambda: status)
     monkeypatch.setattr(program, "_ENDING_S", 0.05)
+    monkeypatch.setattr(program, "_STOPPED", [])
     monkeypatch.setattr(program.os, "_exit", lambda code: (ended.append(code), fired.set()))
     if status:  # Nor does what waits to be written, where the reader hangs.
         monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(flush=lambda: fired.wait(30)))

@@ -36,6 +36,11 @@ log = logging.getLogger("ldm_scaling")
 
 # Python waits for threads at its end, and one that writes to a store which hangs never ends.
 _ENDING_S = 30.0
+# After so long a SIGTERM that was not heard ends the process where it is.
+_UNHEARD_S = 20.0
+# What stopped the process. Where it came into JAX's tracing or compiling, some of what its frames
+# hold cannot be taken down, and would crash.
+_STOPPED: list[BaseException] = []
 # What the system says of a path that is another kind of thing, or another user's.
 _PLACES = (NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
 
@@ -53,8 +58,8 @@ def _parted(arguments: list[str]) -> tuple[list[str], list[str]]:
 def _run(command: str, arguments: list[str]) -> None:
     machine.quiet_cuda()
     if command in OWN:
-        module = importlib.import_module(OWN[command])
         with _terminated_is_raised():
+            module = importlib.import_module(OWN[command])
             module.run(arguments, functools.partial(flags.values_of, command))
         return
     arguments, rest = _parted(arguments)
@@ -196,18 +201,30 @@ def _stage(
 def _terminated_is_raised() -> Iterator[None]:
     """SIGTERM raises `Interrupted` inside, where this thread gets signals. All files are written
     whole or not at all, so nothing is lost but what is under way; training's own loop saves that.
+
+    Python drops what is raised while garbage is collected, where JAX has a callback: what is still
+    inside after `_UNHEARD_S` is ended there.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
+    why, left = "stopped by SIGTERM", threading.Event()
+
+    def end() -> None:
+        if not left.wait(_UNHEARD_S):
+            print(f"ldm-scaling: {why}{AGAIN}", file=sys.stderr, flush=True)
+            os._exit(SAVED)
+
     def stop(*unused) -> None:
-        raise Interrupted("stopped by SIGTERM")
+        threading.Thread(target=end, daemon=True).start()
+        raise Interrupted(why)
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
+        left.set()
         signal.signal(signal.SIGTERM, before)
 
 
@@ -260,8 +277,10 @@ def _status(command: str, arguments: list[str]) -> tuple[int, str]:
     except ApartError as e:
         return STALLED, f"error: {e}"
     except Interrupted as e:
+        _STOPPED.append(e)
         return SAVED, f"{e}{AGAIN}"
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
+        _STOPPED.append(e)
         return 130, f"stopped{AGAIN}"
     return 0, ""
 
@@ -289,4 +308,7 @@ def entry() -> None:
             print(f"ldm-scaling: error: cannot write the output: {e.strerror}", file=sys.stderr)
         status = status or (UNREAD if isinstance(e, BrokenPipeError) else 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more.
+    if _STOPPED:
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
