@@ -104,16 +104,17 @@ def load(path: epath.PathLike, kind: str) -> tuple[dict[str, np.ndarray], dict[s
 
 
 def load_of(
-    path: epath.PathLike, kind: str, extractor: str
+    path: epath.PathLike, kind: str, extractor: str,
+    remedy: str = "delete the file to have it made anew, or use another workdir",
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """As `load`, where the meta names the feature network (`extractor`) that made the arrays.
 
-    Raises `UserError` as `load`, and where that is another.
+    Raises `UserError` as `load`, and with the remedy where that is another.
     """
     values, meta = load(path, kind)
     if meta["extractor"] != extractor:
         raise UserError(
             f"{path} was made with feature network {meta['extractor']}, this run uses "
-            f"{extractor}: delete the file to have it made anew, or use another workdir"
+            f"{extractor}: {remedy}"
         )
     return values, meta

@@ -50,7 +50,8 @@ def write(
 def _shards(folder: epath.PathLike, extractor: str):
     folder = epath.Path(folder)
     for path in sorted(folder.glob(_GLOB)) if folder.exists() else ():
-        values, _ = arrays.load_of(path, _KIND, extractor)
+        values, _ = arrays.load_of(
+            path, _KIND, extractor, "use another folder, or delete this one")
         yield path, values["index_N"], values["features_ND"]
 
 

@@ -270,21 +270,21 @@ def name_curves(
     _make_room(ax, names)
 
 
-def name_ends(ax: Axes, ends: Sequence[End]) -> None:
-    """Writes each curve's name to the right of its end, moved where it would touch another or cover
-    a marker.
+def name_ends(ax: Axes, ends: Sequence[End], below: float = 0.0) -> None:
+    """Writes each curve's name to the right of its end, so many points below it, moved where it
+    would touch another or cover a marker.
 
     Call it last: the axes make room on the right, and places depend on the final limits.
     """
     if ends:
         ax.figure.draw_without_rendering()
-        _name_ends(ax, ends)
+        _name_ends(ax, ends, below)
 
 
-def _name_ends(ax: Axes, ends: Sequence[End]) -> None:
+def _name_ends(ax: Axes, ends: Sequence[End], below: float = 0.0) -> None:
     """As `name_ends`, of a figure that is laid out: it takes the most of the time."""
     point = ax.figure.dpi / 72
-    names = [_named(ax, end, xytext=(6, 0), va="center") for end in ends]
+    names = [_named(ax, end, xytext=(6, -below), va="center") for end in ends]
     _make_room(ax, names, upright=False)
     ax.figure.draw_without_rendering()
     boxes = [name.get_window_extent() for name in names]
@@ -293,10 +293,10 @@ def _name_ends(ax: Axes, ends: Sequence[End]) -> None:
     moved_N = apart(left_N, right_N, bottom_N, top_N, within)
     moved_N = off_marks(left_N, right_N, bottom_N, top_N, moved_N, _marks_of(ax), within) / point
     for name, moved, (x, y, _, colour) in zip(names, moved_N, ends, strict=True):
-        name.set_position((6, moved))
+        name.set_position((6, moved - below))
         if abs(moved) > 0.6 * _NAMES:
-            line = ax.annotate("", (x, y), xytext=(6, moved), textcoords="offset points", zorder=5,
-                               arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6,
+            line = ax.annotate("", (x, y), xytext=(6, moved - below), textcoords="offset points",
+                               zorder=5, arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6,
                                            "shrinkA": 0, "shrinkB": 3})
             line.set_in_layout(False)
 

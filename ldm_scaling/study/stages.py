@@ -89,7 +89,7 @@ def check(
         folder, length = workdir.member(member), study.average_of(member)
         if length is not None and averages.kept(folder, study.train.steps):
             averages.recipe(folder, study.train.steps, length)  # Raises where it cannot be.
-        if trains:
+        if trains and measured:
             early.check_ahead(materials, member)
     of_members = {"train": study.train} if pretrains else {}
     if pretrains and not study.autoencoder.weights:

@@ -189,7 +189,10 @@ def require(directory: epath.PathLike, step: int) -> list[int]:
         have = f"holds snapshots of steps {', '.join(map(str, steps))}" if steps else (
             "holds no snapshots: averages of other lengths are made of those that a run leaves "
             "with train.averages=(0.05, 0.1), which is to be set before it begins")
-        raise UserError(f"averages at step {step}: {folder} {have}")
+        again = checkpoint.latest(folder.parent / "checkpoints") == step and bool(steps)
+        raise UserError(f"averages at step {step}: {folder} {have}" + (
+            ": run  ldm-scaling train  with the same --config and --workdir, which writes that of "
+            f"step {step} again from the checkpoint" if again else ""))
     return steps
 
 

@@ -81,7 +81,8 @@ def fit(
       NonFiniteLossError: naming the step and a file with the batch's examples; the last good
         checkpoint stays.
       StoreError: checkpoints could not be written for `checkpoint_patience` steps.
-      Interrupted: after SIGTERM or a preemption notice, when the step in hand is done and saved.
+      Interrupted: after SIGTERM or a preemption notice, when the step in hand is done and saved;
+        where its averages cannot be written, without it.
       UserError: for a batch that does not split over the mesh, a metric to keep the best by that
         validation does not give, or a checkpoint that does not fit.
     Where no step finishes for `stall_seconds`, or another process is gone, the process ends with

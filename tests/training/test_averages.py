@@ -282,6 +282,15 @@ def test_two_trees_are_held_at_most(run, monkeypatch):
     assert len(most) == 24 and max(most) <= 3 * nbytes
 
 
+def test_a_last_snapshot_that_is_gone_is_said_to_be_written_again(run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    for step, told in ((48, r"steps 4, .*: run  ldm-scaling train .* step 48 again"), (44, "40$")):
+        shutil.rmtree(folder / "averages" / str(step))
+        with pytest.raises(UserError, match=told):
+            averages.require(folder, step)
+
+
 @pytest.mark.parametrize("at, length, told", [
     (48, 0.4, r"length 0.4: give a relative standard deviation from 0.005 to 0.285"),
     (48, 0.0, r"length 0: give"),

@@ -102,7 +102,8 @@ def verdict(shown: Sequence[Line], cell: Cell | None) -> str:
             if ends := [line.member for line in own if line.best.edge and
                         (line.curve.loss_N[0] == line.least) == (side == "short")]:
                 words.append(f"The best of {labels.listing(ends)} lies at the {side} end of the "
-                             f"lengths measured: measure {other} ones, by --lengths.")
+                             f"lengths measured: measure {other} ones by --lengths, where the "
+                             "snapshots give any.")
         if cut := [line.member for line in own if line.best.open and not line.best.edge]:
             words.append(f"The interval of {labels.listing(cut)} is open where the lengths "
                          "measured end.")

@@ -97,7 +97,7 @@ FIGURES: list[Entry] = [
           "The best guidance rate of every size and step count, one panel per sampler."),
     Entry("fig8_guidance", "Fig. 8", "Guidance and steps", text_to_image.heat,
           "records on the choosing seed block", "heat",
-          "Quality over guidance and steps, one panel per size, best rates framed."),
+          "Quality over guidance and steps, one panel per size, the best of several rates framed."),
     Entry("tradeoff", "", "Both measures along guidance", text_to_image.trade,
           "records of two measures on the choosing seed block", "trade",
           "The two measures against each other as guidance rises."),

@@ -196,8 +196,10 @@ def _draw_cost(rows: Sequence[Mapping]) -> Figure:
         va="center", fontsize=8, color=plot_style.INK,
         arrowprops={"arrowstyle": "->", "color": plot_style.INK, "lw": 0.9, "shrinkB": 6},
     )
+    # Below: the family's line rises through each of its sizes.
     plot_style.name_ends(ax, [
-        (r["params_M"], r["gflops"], r["model"], marks[r["model"]]["color"]) for r in of[RECORDS]])
+        (r["params_M"], r["gflops"], r["model"], marks[r["model"]]["color"]) for r in of[RECORDS]
+    ], below=7)
     return fig
 
 

@@ -1,9 +1,9 @@
 "use strict";
 // The report's interactive figures; needs charts.js and panel.js.
 
-/** Quality against cost, seconds or steps; with room at the right for the longest name where all
-    names stand at their curves' ends. */
-function drawQuality(svg, width, roomy = true) {
+/** Quality against cost, seconds or steps; with room at the right for the longest of the names that
+    find a place at their curves' ends. */
+function drawQuality(svg, width, placedNames = null) {
   const axis = $("quality-axis").value, name = $("quality-measure").value, m = measure(name);
   const keep = filters();
   const placed = (p) => typeof p[axis] === "number";  // Seconds may not have been measured.
@@ -18,8 +18,9 @@ function drawQuality(svg, width, roomy = true) {
   const [xl, xh] = extent(points.map((p) => p[axis]), true, 0.04);
   const [yl, yh] = extent(values, log);
   const only = [...new Set(points.map((p) => p.sampler))];
-  const names = [], room = only.length > 1 || !roomy ? 0
-    : Math.min(Math.max(...points.map((p) => p.model.length)) * 8 + 6, 0.35 * width);
+  const names = [], room = only.length > 1 ? 0
+    : Math.min(Math.max(0, ...(placedNames ?? points.map((p) => p.model)).map((n) => n.length * 8 + 6)),
+      0.35 * width);
   const box = { left: 54, right: width - Math.max(width < 560 ? 34 : 44, room), top: 34, bottom: 400 };
   const [sx, sy] = axes(svg, box,
     { low: xl, high: xh, log: true, title: width > 560 ? `${study.axes[axis]} (log scale)` : study.axes[axis].split(" = ")[0],
@@ -78,11 +79,11 @@ function drawQuality(svg, width, roomy = true) {
     const text = add(svg, "text", { class: "name", x, y }, model), right = x + text.getComputedTextLength();
     const covers = right > width || shown.some((o) => o.x < right && x < o.right && Math.abs(o.y - y) < 15)
       || hits.some((h) => h.x > x - 4 && h.x < right + 4 && h.y > y - 15 && h.y < y + 7);
-    if (covers) text.remove(); else shown.push({ x, y, right });
+    if (covers) text.remove(); else shown.push({ model, x, y, right });
   }
-  if (room && shown.length < names.length) {
+  if (!placedNames && only.length === 1 && shown.length < names.length) {
     svg.replaceChildren();
-    return drawQuality(svg, width, false);
+    return drawQuality(svg, width, shown.map((s) => s.model));
   }
   $("quality-key").replaceChildren();
   const key = (style, name, model = null) => {

@@ -117,9 +117,9 @@ def profiles(
       UserError: when the columns differ in length or hold a value that is not above 0.
     """
     loss_N = np.asarray(loss, np.float64)
-    if not (np.isfinite(loss_N).all() and (loss_N > 0).all()):
-        raise UserError(f"losses from {loss_N.min():.3g} to {loss_N.max():.3g}: a profile is of "
-                        "their logarithm, so they are finite and above 0")
+    if len(bad_N := loss_N[~(np.isfinite(loss_N) & (loss_N > 0))]):
+        raise UserError(f"a loss of {bad_N[0]:.3g}: a profile is of logarithms of losses, which "
+                        "are finite and above 0")
     logf_N, logn_N = (np.log(laws.scales(v)[:, 0]) for v in (flops, size))
     logy_N = np.log(loss_N)
     if not len(logf_N) == len(logn_N) == len(logy_N):
