@@ -285,10 +285,10 @@ def test_two_trees_are_held_at_most(run, monkeypatch):
 def test_a_last_snapshot_that_is_gone_is_said_to_be_written_again(run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run[0], folder)
-    for step, told in ((48, r"steps 4, .*: run  ldm-scaling train .* step 48 again"), (44, "40$")):
-        shutil.rmtree(folder / "averages" / str(step))
+    for at, told in ((48, r"steps 4, .*: run  ldm-scaling train .* step 48 again"), (44, "40$")):
+        shutil.rmtree(folder / "averages" / str(at))
         with pytest.raises(UserError, match=told):
-            averages.require(folder, step)
+            averages.require(folder, at)
 
 
 @pytest.mark.parametrize("at, length, told", [
