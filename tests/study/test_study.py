@@ -337,7 +337,8 @@ def test_damaged_record_is_named(unbroken, tmp_path):
         status, said = commands.run("report", f"--workdir={workdir}")
         assert status == 2
         last = said.strip().splitlines()[-1]
-        assert str(victim) in last and "delete the file" in last and "Traceback" not in said
+        assert str(victim) in last and "delete it and run  ldm-scaling sweep" in last
+        assert "Traceback" not in said
         assert victim.read_text() == whole[: len(whole) // 2]
     finally:
         victim.write_text(whole)
