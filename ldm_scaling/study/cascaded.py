@@ -125,6 +125,7 @@ class Cascaded:
                 "another cascade.factor"
             )
         fitting.tokens(spec, f"cascade.base: {base}", self.materials.study.data.text_length)
+        fitting.heads(spec, f"cascade.base: {base}", self.materials.study.mesh)
         return spec
 
     def upper_spec(self, member: str) -> backbone.Spec:

@@ -226,7 +226,7 @@ class TextStates:
           mesh: of this process's devices.
           batch: captions a pass, rounded up to a multiple of the devices.
         """
-        batch = -(-batch // mesh_lib.shards(mesh)) * mesh_lib.shards(mesh)
+        batch = -(-batch // mesh.devices.size) * mesh.devices.size
         encoder = self._encoder
         if isinstance(encoder, clip_text.ClipText):
             over = spread.over(list(mesh.devices.flat), batch, cpu=1, accelerator=1)

@@ -1,16 +1,17 @@
-"""Whether a network fits a study's text, noise and samplers. Of latents, who asks knows more to
-say."""
+"""Whether a network fits a study's text, mesh, noise and samplers. Of latents, who asks knows more
+to say."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ldm_scaling.config import Consistency, Diffusion, Study
+from ldm_scaling.config import Consistency, Diffusion, Mesh, Study
 from ldm_scaling.config.check import require
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import backbone, zoo
 from ldm_scaling.sampling import solvers
+from ldm_scaling.tasks import drawing
 
 
 def tokens(spec: backbone.Spec, whose: str, length: int) -> None:
@@ -21,6 +22,13 @@ def tokens(spec: backbone.Spec, whose: str, length: int) -> None:
             f"config: data.text_length={length}: {whose} has places for {most} text tokens: lower "
             f"it to {most}"
         )
+
+
+def heads(spec: backbone.Spec, whose: str, mesh: Mesh) -> None:
+    """Raises `UserError` for attention heads that do not divide as `mesh.tensor` says; what is left
+    of the devices (-1) is known where the network is placed on them."""
+    if mesh.tensor > 0:
+        drawing.check_heads(spec, mesh.tensor, whose)
 
 
 def width(spec: backbone.Spec, whose: str, width: int) -> None:

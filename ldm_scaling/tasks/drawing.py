@@ -57,6 +57,15 @@ def pad_context(ctx: Any, width: int) -> Any:
     return xp.pad(ctx, [(0, 0)] * (ctx.ndim - 1) + [(0, width - have)])
 
 
+def check_heads(spec: backbone.Spec, tensor: int, whose: str = "this network") -> None:
+    """Raises `UserError` for attention heads that do not divide over `tensor` shards."""
+    if wrong := sorted(h for h in backbone.heads(spec) if h % tensor):
+        raise UserError(
+            f"config: mesh.tensor={tensor} does not divide the {wrong[0]} attention heads of "
+            f"{whose}: give another, or mesh.fsdp instead"
+        )
+
+
 def denoiser(
     spec: backbone.Spec, mesh: jax.sharding.Mesh, compute_dtype: str = "auto", remat: str = "none",
     attention: str = "auto",
@@ -67,15 +76,13 @@ def denoiser(
       spec: the network.
       mesh: what it runs on; its platform decides what `auto` is.
       compute_dtype, remat, attention: see `config.Train`.
+    Raises:
+      UserError: of `check_heads`.
     """
     platform = mesh_lib.platform(mesh)
     dtype = hosts.compute_dtype(compute_dtype, platform)
     tensor = "tensor" if mesh.shape["tensor"] > 1 else ""
-    if wrong := sorted(h for h in backbone.heads(spec) if h % mesh.shape["tensor"]):
-        raise UserError(
-            f"mesh.tensor={mesh.shape['tensor']} does not divide the {wrong[0]} attention heads of "
-            "this network: give another, or mesh.fsdp instead"
-        )
+    check_heads(spec, mesh.shape["tensor"])
     form = attention_lib.Attention(
         attention, platform, tensor, hosts.cudnn_width(mesh.devices.flat[0])
     )

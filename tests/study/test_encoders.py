@@ -274,12 +274,13 @@ def test_minilm_is_there_without_a_path():
     np.testing.assert_allclose(np.linalg.norm(e_BE, axis=1), 1, rtol=1e-5)
 
 
+@pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("which", ["clip", "t5"])
-def test_a_mesh_gives_the_same_states(sd, t5_folder, which):
+def test_a_mesh_gives_the_same_states(sd, t5_folder, which, tensor):
     folder = sd[1] if which == "clip" else t5_folder[2]
     encoder = encoders.text_encoder_from(folder, 9)
     texts = [*TEXTS, *TEXTS[:3]] * 2
-    spread = encoder.on(mesh_lib.make(jax.device_count()), 3)
+    spread = encoder.on(mesh_lib.make(jax.device_count() // tensor, tensor=tensor), 3)
     batches = spread._encoder.spread if which == "clip" else spread._encoder
     assert spread.hash == encoder.hash and batches.batch == jax.device_count()
     assert encoder.longest == (12 if which == "clip" else None)

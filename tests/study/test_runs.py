@@ -70,6 +70,7 @@ _NO_METRIC = {"keep_best": 1, "keep_metric": "nosuch"}
      r"autoencoder.train.keep_metric='psnr' .*\['l1'\]"),
     ({"mesh": {"data": 8}, "train": {"batch_size": 16, "micro_batches": 4}},
      "train.batch_size / micro_batches=4 does not split over 8 devices"),
+    ({"mesh": {"tensor": 8}}, "mesh.tensor=8 does not divide the 4 attention heads of member c8"),
 ])  # fmt: skip
 def test_what_no_run_could_do_is_told_before_anything_is_computed(tmp_path, tree, told):
     study = config.parse({
