@@ -49,28 +49,10 @@ def get_config(arg: str = ""):
         config.sweep.samplers = ("ddim", "dpmpp_2m")
 
     if rest == "tiny":
-        config.members = MEMBERS[family][:2] if family else ("c8", "c16")
+        recipes.tiny(config, *config.members[:2], pictures=128, steps=8, sample_every=8)
         config.reference = "c16"
-        config.data.train_pictures = 128
-        config.data.validation_pictures = 32
-        config.autoencoder.base_channels = 8
-        for run in (config.autoencoder.train, config.train):
-            run.steps = 8
-            run.batch_size = 16
-            run.warmup_steps = 2
-            run.log_every = 2
-            run.validate_every = 4
-            run.checkpoint_every = 4
-            run.sample_every = 8
         config.train.keep_steps = (4,)
         config.early.sampler, config.early.steps = "ddim", 2
-        config.sample.steps = 2
         config.sample.num_images = 8
         config.sweep.samplers = ("ddim", "dpmpp_2m")
-        config.sweep.steps = (1, 2)
-        config.sweep.guidance = (1.5, 3.0)
-        config.sweep.num_images = 16
-        config.sweep.batch_size = 16
-        config.sweep.replicates = 20
-        config.sweep.feature_side = 32
     return config

@@ -5,37 +5,30 @@ whose first stage draws them at 32 px; all trained for as long, compared at equa
 
 Hours: about 14 minutes on two free cores, reckoned. Expected: docs/cascades.md has what it found.
 
+What it shares with other demos is in ldm_scaling/recipes.py.
+
 `configs/demo_cascade.py:tiny` is one cascade in a minute, for tests: its pictures are noise.
 """
 
-from ldm_scaling import config as config_lib
+from ldm_scaling import recipes
 
 
 def get_config(arg: str = ""):
     if arg not in ("", "tiny"):
         raise ValueError(f"configs/demo_cascade.py:{arg}: the argument is one of: (none), tiny")
-    config = config_lib.default()
-    config.name = "demo_cascade"
+    config = recipes.demo("demo_cascade")
     config.members = ("c8_s16", "c16_s16")
     config.reference = "c16_s16"
 
     config.data.side = 64
     config.data.train_pictures = 5_000
     config.data.validation_pictures = 1_000
-    config.data.text_length = 18
-
-    config.autoencoder.base_channels = 16
-    config.autoencoder.channel_mults = (1, 2, 2)
-    config.autoencoder.blocks_per_level = 1
-    config.autoencoder.groups = 8
     config.autoencoder.mid_attention = False
     run = config.autoencoder.train
     run.steps = 500
     run.batch_size = 16
-    run.learning_rate = 2e-3
     run.warmup_steps = 30
 
-    config.diffusion.prediction = "v"
     cascade = config.cascade
     cascade.base = ("c8", "c16")
     cascade.start = "nothing"
@@ -70,30 +63,11 @@ def get_config(arg: str = ""):
     cascade.sweep.steps = (2, 8)
 
     if arg == "tiny":
-        config.members = ("c8_s16",)
-        config.reference = "c8_s16"
-        config.data.train_pictures = 64
-        config.data.validation_pictures = 32
-        config.autoencoder.base_channels = 8
+        recipes.tiny(
+            config, "c8_s16", runs=(cascade.base_train, cascade.train), samples=[cascade.sample],
+            sweeps=[cascade.sweep],
+        )
         cascade.base = ("c8",)
-        for run in (config.autoencoder.train, config.train, cascade.base_train, cascade.train):
-            run.steps = 4
-            run.batch_size = 16
-            run.warmup_steps = 2
-            run.log_every = 2
-            run.validate_every = 4
-            run.checkpoint_every = 4
-            run.sample_every = 4
-        config.sweep.steps = (1, 2, 3)
         cascade.first_steps = (1, 2)
-        cascade.sweep.steps = (1, 2)
-        for sweep in (config.sweep, cascade.sweep):
-            sweep.guidance = (1.5, 3.0)
-            sweep.num_images = 16
-            sweep.batch_size = 16
-            sweep.replicates = 20
-            sweep.feature_side = 32
-        for sample in (config.sample, cascade.sample):
-            sample.steps = 2
-            sample.num_images = 4
+        config.sweep.steps = (1, 2, 3)
     return config

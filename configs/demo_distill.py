@@ -58,31 +58,10 @@ def get_config(arg: str = ""):
         part.sweep.feature_side = config.sweep.feature_side
 
     if arg == "tiny":
-        config.members = ("c8",)
-        config.reference = "c8"
-        config.data.train_pictures = 64
-        config.data.validation_pictures = 32
-        config.autoencoder.base_channels = 8
+        recipes.tiny(
+            config, "c8", runs=(codi.train, guided.imitation, guided.train),
+            samples=(codi.sample, guided.sample), sweeps=(codi.sweep, guided.sweep),
+        )
         guided.steps = (2, 1)
-        runs = (config.autoencoder.train, config.train, codi.train, guided.imitation, guided.train)
-        for run in runs:
-            run.steps = 4
-            run.batch_size = 16
-            run.warmup_steps = 2
-            run.log_every = 2
-            run.validate_every = 4
-            run.checkpoint_every = 4
-            run.sample_every = 4
-        config.sweep.steps = (1, 2)
         guided.sweep.steps = (1,)
-        codi.sweep.steps = (1, 2)
-        for sweep in (config.sweep, codi.sweep, guided.sweep):
-            sweep.guidance = (1.5, 3.0)
-            sweep.num_images = 16
-            sweep.batch_size = 16
-            sweep.replicates = 20
-            sweep.feature_side = 32
-        for sample in (config.sample, codi.sample, guided.sample):
-            sample.steps = 2
-            sample.num_images = 4
     return config

@@ -27,7 +27,6 @@ def get_config(arg: str = ""):
 
     booth = config.dreambooth
     booth.subjects = "openmoji:1F344:200"
-    booth.prior_weight = 1.0
     booth.class_images = 64
     booth.prompts = (
         "a {0} {1} on a white background", "a {0} {1} on a black background",
@@ -40,7 +39,6 @@ def get_config(arg: str = ""):
     run.batch_size = 8
     run.learning_rate = 3e-4
     run.checkpoint_every = 100
-    run.log_every = 10
     booth.sample.steps = 20
     booth.sample.spacing = "trailing"
     booth.sample.guidance = 4.0

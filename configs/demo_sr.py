@@ -5,39 +5,31 @@ four times and measured after three lengths of fine-tuning.
 
 Hours: about 24 minutes on two free cores. Expected: docs/finetuning.md has what it found.
 
+What it shares with other demos is in ldm_scaling/recipes.py.
+
 `configs/demo_sr.py:tiny` is one width in a minute or two, for tests: its pictures are noise.
 """
 
-from ldm_scaling import config as config_lib
+from ldm_scaling import recipes
 
 
 def get_config(arg: str = ""):
     if arg not in ("", "tiny"):
         raise ValueError(f"configs/demo_sr.py:{arg}: the argument is one of: (none), tiny")
-    config = config_lib.default()
-    config.name = "demo_sr"
+    config = recipes.demo("demo_sr")
     config.members = ("c8_s16", "c12_s16", "c16_s16", "c24_s16")
     config.reference = "c24_s16"
 
     config.data.side = 64
     config.data.train_pictures = 5_000
     config.data.validation_pictures = 1_000
-    config.data.text_length = 18
-
-    config.autoencoder.base_channels = 16
-    config.autoencoder.channel_mults = (1, 2, 2)
-    config.autoencoder.blocks_per_level = 1
-    config.autoencoder.groups = 8
     config.autoencoder.mid_attention = False
     run = config.autoencoder.train
     run.steps = 500
     run.batch_size = 16
-    run.learning_rate = 2e-3
 
-    config.diffusion.prediction = "v"
     config.train.steps = 400
     config.train.batch_size = 16
-    config.train.learning_rate = 2e-3
 
     tune = config.finetune
     tune.task = "super_resolution"
@@ -54,16 +46,9 @@ def get_config(arg: str = ""):
         run.checkpoint_every = 240
         run.sample_every = 0
 
-    config.sample.steps = 20
-    config.sample.spacing = "trailing"
-    config.sample.guidance = 2.0
     config.sweep.samplers = ("ddim",)
     config.sweep.steps = (4, 16)
     config.sweep.guidance = (1.0, 3.0)
-    config.sweep.num_images = 128
-    config.sweep.batch_size = 64
-    config.sweep.feature_side = 96
-    config.sweep.spacing = "trailing"
 
     tune.sample.steps = 20
     tune.sample.spacing = "trailing"
@@ -74,27 +59,11 @@ def get_config(arg: str = ""):
     tune.sweep.spacing = "trailing"
 
     if arg == "tiny":
-        config.members = ("c8_s16",)
-        config.reference = "c8_s16"
-        config.data.train_pictures = 64
-        config.data.validation_pictures = 32
-        config.autoencoder.base_channels = 8
+        unguided = tune.sweep.guidance
+        recipes.tiny(
+            config, "c8_s16", runs=[tune.train], samples=[tune.sample], sweeps=[tune.sweep],
+            sample_every=0,
+        )
         tune.budgets = (1, 2, 4)
-        for run in (config.autoencoder.train, config.train, tune.train):
-            run.steps = 4
-            run.batch_size = 16
-            run.warmup_steps = 2
-            run.log_every = 2
-            run.validate_every = 4
-            run.checkpoint_every = 4
-        for sweep in (config.sweep, tune.sweep):
-            sweep.steps = (1, 2)
-            sweep.num_images = 16
-            sweep.batch_size = 16
-            sweep.replicates = 20
-            sweep.feature_side = 32
-        config.sweep.guidance = (1.5, 3.0)
-        config.sample.num_images = 4
-        config.sample.steps = tune.sample.steps = 2
-        tune.sample.num_images = 4
+        tune.sweep.guidance = unguided
     return config

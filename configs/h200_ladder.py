@@ -42,6 +42,7 @@ for each member. `c192_s16` and `c256_s16` would take five and seven minutes mor
 """
 
 from ldm_scaling import config as config_lib
+from ldm_scaling import recipes
 
 MEMBERS = ("c16_s16", "c24_s16", "c32_s16", "c48_s16", "c64_s16", "c96_s16", "c128_s16")
 
@@ -102,27 +103,11 @@ def get_config(arg: str = ""):
     config.sweep.feature_side = 96
 
     if arg == "tiny":
-        config.members = ("c8_s16", "c12_s16")
-        config.reference = "c12_s16"
-        config.data.train_pictures = 64
+        recipes.tiny(config, "c8_s16", "c12_s16", warmup_steps=1, sample_every=0)
         config.data.validation_pictures = 128
-        config.autoencoder.base_channels = 8
-        for run in (config.autoencoder.train, config.train):
-            run.steps = 4
-            run.batch_size = 16
-            run.warmup_steps = 1
-            run.log_every = 2
-            run.validate_every = 4
-            run.checkpoint_every = 4
         config.train.keep_steps = (2,)
-        config.sample.num_images = 4
-        config.sample.steps = 2
         config.sweep.samplers = ("ddim", "dpmpp_2m")
-        config.sweep.steps = (1, 2)
-        config.sweep.guidance = (1.5, 3.0)
         config.sweep.num_images = 64
         config.sweep.saving = 2.0
         config.sweep.batch_size = 32
-        config.sweep.replicates = 20
-        config.sweep.feature_side = 32
     return config

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import ml_collections
 
 from ldm_scaling import config as config_lib
@@ -112,8 +114,8 @@ def _kl_weight(side: int) -> float:
 
 
 def demo(name: str) -> ml_collections.ConfigDict:
-    """What configs/demo.py and others that go on from its networks share: all that decides these,
-    so that one workdir may serve several of them.
+    """What the demos share: all that decides the networks of configs/demo.py, so that one workdir
+    may serve those that go on from them. Others set what they have otherwise.
 
     Pictures of 32 px composed of pictograms, an autoencoder and U-Nets that two CPU cores train in
     a minute or two each, and a sweep of a few hundred configurations.
@@ -164,6 +166,42 @@ def demo(name: str) -> ml_collections.ConfigDict:
     config.sweep.feature_side = 96
     config.sweep.spacing = "trailing"
     return config
+
+
+def tiny(
+    config: ml_collections.ConfigDict, *members: str, pictures: int = 64,
+    runs: Iterable[ml_collections.ConfigDict] = (),
+    samples: Iterable[ml_collections.ConfigDict] = (),
+    sweeps: Iterable[ml_collections.ConfigDict] = (), **training: int,
+) -> None:
+    """Makes of a demo what goes the same ways in a minute, for tests: its pictures are noise.
+
+    Args:
+      config: to be changed.
+      members: that it has; the last is of cost 1.
+      pictures: to train on.
+      runs, samples, sweeps: parts of the config, beside its own `train`, `sample` and `sweep`.
+      training: keys of all runs that are other here, such as `sample_every=0`.
+    """
+    config.members = members
+    config.reference = members[-1]
+    config.data.train_pictures = pictures
+    config.data.validation_pictures = 32
+    config.autoencoder.base_channels = 8
+    short = {"steps": 4, "batch_size": 16, "warmup_steps": 2, "log_every": 2, "validate_every": 4,
+             "checkpoint_every": 4, "sample_every": 4, **training}
+    for run in (config.autoencoder.train, config.train, *runs):
+        run.update(short)
+    for sample in (config.sample, *samples):
+        sample.steps = 2
+        sample.num_images = 4
+    for sweep in (config.sweep, *sweeps):
+        sweep.steps = (1, 2)
+        sweep.guidance = (1.5, 3.0)
+        sweep.num_images = 16
+        sweep.batch_size = 16
+        sweep.replicates = 20
+        sweep.feature_side = 32
 
 
 def conditioned(task: str, arg: str = "") -> ml_collections.ConfigDict:
