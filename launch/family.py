@@ -15,7 +15,7 @@ config is configs/t2i_MEMBER.py, its workdir WORKDIR/t2i_MEMBER, its name t2i-ME
 --logs is a folder for what they print: of each job on slurm, LOGS/t2i-MEMBER/K.log on local.
 
 Chips: --topology where given; else the plan in launch/plans/ that fits at the fewest chip-hours
-(of `ldm-scaling plan`); else the table below. It says which it used. Slurm and local take what
+(of `ldm-scaling plan`). It says which it used. Slurm and local take what
 their own flags say: --nodes and --gpus, --processes.
 
 On tpu-vm every member has a `launch/tpu_vm.sh watch` of its own, all at the same time, until all
@@ -46,16 +46,8 @@ from launch.tpu import GENERATIONS, Slice
 PLANS = ROOT / "launch" / "plans"
 CONFIGS = ROOT / "configs"
 LOGS = pathlib.Path("runs/family_logs")
-FROM_256 = "batch 2048 over 256 chips, 8 examples each, as the config says"
-# Where there is no plan. The figures are the TPU compiler's, none is measured.
-SMALLER = ("39m", "83m", "145m", "223m", "318m", "430m", "558m", "704m")
-TABLE = {
-    **dict.fromkeys(SMALLER, ("v5e:16x16", FROM_256)),
-    "866m": ("v5e:16x16", "8.6 of 16 GB a chip with fused attention, without recomputing blocks"),
-    "2b": ("v5e:16x16", "5.8 of 16 GB a chip with recomputed blocks"),
-    "5b": ("v5p:4x8x8", "18.0 of 95 GB a chip, nothing recomputed; v5e has 1.6 GB to spare and "
-                        "takes 2.2 times as long"),
-}  # fmt: skip
+# The paper's, the smallest first: those that run unless others are named.
+PAPER = ("39m", "83m", "145m", "223m", "318m", "430m", "558m", "704m", "866m", "2b", "5b")
 LAUNCHERS = ("tpu-vm", "gke", "slurm", "local")
 
 
@@ -70,10 +62,9 @@ class Chips:
 
 
 def members_known() -> list[str]:
-    """Members with a config: the paper's smallest first, as the table has them, which are those
-    that run unless others are named; then others by name."""
+    """Members with a config: the paper's smallest first, then others by name."""
     found = {path.stem.removeprefix("t2i_") for path in CONFIGS.glob("t2i_*.py")}
-    return [*(m for m in TABLE if m in found), *sorted(found - set(TABLE))]
+    return [*(m for m in PAPER if m in found), *sorted(found - set(PAPER))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +117,7 @@ def chips_for(member: str, topology: str, num_slices: int, folder: pathlib.Path 
     """What the member runs on.
 
     Raises:
-      LaunchError: when plans are there and none fits, one is damaged, or nothing says.
+      LaunchError: when there is no plan, none fits, or one is damaged.
     """
     plans = plans_of(member, folder)
     if topology:
@@ -136,20 +127,15 @@ def chips_for(member: str, topology: str, num_slices: int, folder: pathlib.Path 
             return Chips(tpu, num_slices, "--topology")
         why = f"--topology, {here[0].path.name}" + ("" if here[0].fits else " says: does not fit")
         return Chips(tpu, num_slices, _with(why, here[0].flags), here[0].flags)
-    if plans and not plans[0].fits:
+    if not plans:
+        raise LaunchError(f"{member} has no plan in {folder}: give --topology=KIND:SHAPE")
+    if not plans[0].fits:
         raise LaunchError(
             f"{member} fits none of the {len(plans)} plans in {folder}: give --topology=KIND:SHAPE"
         )
-    if plans:
-        best = plans[0]
-        why = f"plan {best.path.name}: {best.hours:,.0f} chip-hours, a bound"
-        return Chips(best.tpu, best.num_slices, _with(why, best.flags), best.flags)
-    if member not in TABLE:
-        raise LaunchError(
-            f"{member} has no plan in {folder} and no row in launch/family.py: give --topology"
-        )
-    text, why = TABLE[member]
-    return Chips(Slice.parse(text), 1, f"table, no plan: {why}")
+    best = plans[0]
+    why = f"plan {best.path.name}: {best.hours:,.0f} chip-hours, a bound"
+    return Chips(best.tpu, best.num_slices, _with(why, best.flags), best.flags)
 
 
 def _with(why: str, flags: Sequence[str]) -> str:
@@ -281,7 +267,7 @@ def main(arguments: list[str]) -> int:
             f"--logs={given.logs}: on gke the cluster keeps what pods print: launch/gke.py logs"
         )
     known = members_known()
-    members = [m for m in known if m in TABLE]
+    members = [m for m in known if m in PAPER]
     if given.members:
         members = [m.strip() for m in given.members.split(",")]
     for member in members:

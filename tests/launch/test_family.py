@@ -11,7 +11,6 @@ import pytest
 
 from launch import common, family
 from launch.common import LaunchError
-from launch.tpu import Slice
 from tests.launch.programs import LAUNCH, ROOT, call, environment, fake, until
 
 ON = {
@@ -41,11 +40,11 @@ def plan(folder, member, topology, days, fits=True, **more):
 def test_one_job_for_each_size(on):
     ran = dry(f"--on={on}", *ON[on], *(["--topology=v5e:16x16"] if on in ("tpu-vm", "gke") else []))
     assert ran.returncode == 0, ran.stderr
-    for member in family.TABLE:
+    for member in family.PAPER:
         assert f"configs/t2i_{member}.py" in ran.stdout
         assert f"/mnt/ldm/family/t2i_{member}" in ran.stdout
     if on != "local":
-        assert all(f"t2i-{member}" in ran.stdout for member in family.TABLE)
+        assert all(f"t2i-{member}" in ran.stdout for member in family.PAPER)
 
 
 @pytest.mark.parametrize("on", ON)
@@ -68,17 +67,18 @@ def test_every_name_is_one_before_the_first_job_is_started(tmp_path, monkeypatch
         family.main(["--on=slurm", *ON["slurm"], f"--members=39m,{long}", f"--workdir={tmp_path}"])
 
 
-def test_every_member_of_the_paper_is_in_the_table_and_has_a_config():
+def test_every_member_of_the_paper_has_a_config_and_a_plan():
     from ldm_scaling.models import zoo
 
-    assert set(family.TABLE) == {member.name for member in zoo.PAPER}
+    assert family.PAPER == tuple(member.name for member in zoo.PAPER)
     known = family.members_known()
-    assert known[: len(family.TABLE)] == [member.name for member in zoo.PAPER]
+    assert tuple(known[: len(family.PAPER)]) == family.PAPER
     # Other backbones run where they are named.
     assert set(known) <= set(zoo.MEMBERS) and "dit_xl2" in known
-    for text, why in family.TABLE.values():
+    for member in family.PAPER:
         # The paper's batch splits evenly.
-        assert 2048 % Slice.parse(text).chips == 0 and why
+        chips = family.chips_for(member, "", 1)
+        assert 2048 % (chips.tpu.chips * chips.num_slices) == 0 and chips.why.startswith("plan ")
 
 
 def test_the_plan_of_fewest_chip_hours_that_fits_decides(tmp_path):
@@ -97,7 +97,8 @@ def test_the_plan_of_fewest_chip_hours_that_fits_decides(tmp_path):
     plan(folder, "5b", "v6e:8x8", days=5.0, num_slices=2)
     assert family.chips_for("5b", "", 1, folder).num_slices == 1
     # A plan is of one member; --topology goes before all.
-    assert "table" in family.chips_for("39m", "", 1, folder).why
+    with pytest.raises(LaunchError, match="39m has no plan in .*: give --topology=KIND:SHAPE"):
+        family.chips_for("39m", "", 1, folder)
     asked = family.chips_for("5b", "v5e:16x16", 2, folder)
     assert (str(asked.tpu), asked.num_slices, asked.why) == ("v5e:16x16", 2, "--topology")
 
@@ -137,7 +138,8 @@ def test_plans_of_ldm_scaling_plan_are_found(tmp_path):
 def test_plans_for_what_is_not_launched_here_are_passed_over(tmp_path):
     for topology in ("h100:8", "tpu7x:4x4x4"):
         plan(tmp_path, "39m", topology, days=0.1)
-    assert "table, no plan" in family.chips_for("39m", "", 1, tmp_path).why
+    with pytest.raises(LaunchError, match="39m has no plan"):
+        family.chips_for("39m", "", 1, tmp_path)
     plan(tmp_path, "39m", "v5e:16x16", days=1.0)
     assert str(family.chips_for("39m", "", 1, tmp_path).tpu) == "v5e:16x16"
 
