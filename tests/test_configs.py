@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -55,6 +56,27 @@ def test_recipe(name, tmp_path):
     for said in (f"--config=configs/t2i_{name}.py", "Hardware:", "Hours:",
                  f"FID {published.fid:.2f}", f"CLIP {published.clip:.3f}".replace("0.", ".")):
         assert said in module.__doc__
+
+
+def test_every_key_is_on_a_page():
+    """As code, by its last part: `train.clip_norm` may be `clip_norm` in a table of such keys."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    code = re.findall(
+        r"```.*?```|^ {4}.*?$|`[^`\n]+`", "\n".join(p.read_text() for p in pages), re.M | re.DOTALL
+    )
+    told = set(re.findall(r"\w+", "\n".join(code)))
+
+    def keys(part, where=""):
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
+            if dataclasses.is_dataclass(value):
+                yield from keys(value, f"{where}{field.name}.")
+            else:
+                yield where + field.name
+
+    known = [*keys(config_lib.Study())]
+    assert "data.prepare.min_side" in known
+    assert not [key for key in known if key.rpartition(".")[2] not in told]
 
 
 def test_every_size_has_a_config():
