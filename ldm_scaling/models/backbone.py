@@ -1,6 +1,6 @@
 """Every network that denoises, behind one set of functions: what kind it is, its spec says.
 
-One's own kinds are added by `register`, see docs/backbones.md.
+Kinds are added by `register`, one's own as the package's, see docs/backbones.md.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Kind:
     init: Callable
     param_shapes: Callable
     denoise_fn: Callable
-    gathers: bool = True
+    gathers: bool = False
     grow_input: Callable | None = None
     grow_guidance: Callable | None = None
     project: Callable[[Any], Any] | None = None
@@ -78,39 +78,36 @@ class Kind:
     recipe: Callable[[Any], tuple[str, ...]] = lambda spec: ()
 
 
-def _own(module: Any, **kw: Any) -> Kind:
-    return Kind(
-        module.init, module.param_shapes, module.denoise_fn, grow_input=module.grow_input,
-        grow_guidance=module.grow_guidance, **kw,
-    )
+_KINDS: dict[type, Kind] = {}
 
 
-_KINDS: dict[type, Kind] = {
-    unet.UNetSpec: _own(unet, recipe=unet.recipe), dit.DiTSpec: _own(dit),
-    uvit.UViTSpec: _own(uvit), mmdit.MMDiTSpec: _own(mmdit),
-    edm2.EDM2Spec: _own(
-        edm2, project=edm2.project, rates=edm2.rates, recipe=lambda spec: edm2.RECIPE
-    ),
-}
-
-
-def register(
-    spec: type, network: type[nn.Module], *, gathers: bool = False,
-    grow_input: Callable | None = None, grow_guidance: Callable | None = None,
-) -> None:
+def register(spec: type, network: type[nn.Module], **how: Any) -> None:
     """Adds a kind of network, made as `network(spec, dtype, remat, attention, gather)` and called
     as `unet.UNet` is.
 
     Args:
       spec: the class of its specs, see `Spec`.
       network: the module.
-      gathers, grow_input, grow_guidance: see `Kind`.
+      how: `gathers`, `grow_input` and the rest of `Kind`.
     Raises:
       UserError: for a class that has a network.
     """
     if spec in _KINDS:
         raise UserError(f"{spec.__name__} has a network already: give the new one another spec")
-    _KINDS[spec] = Kind(*functional.of(network), gathers, grow_input, grow_guidance)
+    _KINDS[spec] = Kind(*functional.of(network), **how)
+
+
+def _takes_on(module: Any) -> dict[str, Any]:
+    """What all of the package's have."""
+    return {"gathers": True, "grow_input": module.grow_input, "grow_guidance": module.grow_guidance}
+
+
+register(unet.UNetSpec, unet.UNet, recipe=unet.recipe, **_takes_on(unet))
+register(dit.DiTSpec, dit.DiT, **_takes_on(dit))
+register(uvit.UViTSpec, uvit.UViT, **_takes_on(uvit))
+register(mmdit.MMDiTSpec, mmdit.MMDiT, **_takes_on(mmdit))
+register(edm2.EDM2Spec, edm2.EDM2, project=edm2.project, rates=edm2.rates,
+         recipe=lambda spec: edm2.RECIPE, **_takes_on(edm2))
 
 
 def check(spec: Any) -> None:

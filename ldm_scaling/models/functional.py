@@ -30,6 +30,7 @@ def example_inputs(
     )
 
 
+@functools.cache
 def of(network: type[nn.Module]) -> tuple[Callable, Callable, Callable]:
     """`init`, `param_shapes` and `denoise_fn` of a module."""
 

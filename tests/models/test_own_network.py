@@ -94,6 +94,14 @@ def test_it_is_a_member_of_a_family(mine):
         backbone.grow_guidance(zoo.get("mine_8").spec, {}, 4)
 
 
+def test_its_steps_may_be_its_own(mine):
+    """As EDM2's are."""
+    held = dataclasses.make_dataclass("HeldSpec", [], bases=(mine.MineSpec,), frozen=True)
+    backbone.register(held, mine.Mine, project=lambda params: 2 * params, rates=lambda spec: 3.0)
+    assert (backbone.project(held(8))(4), backbone.rates(held(8))) == (8, 3.0)
+    assert backbone.project(mine.MineSpec(8)) is None and not backbone.gathers(held(8))
+
+
 def test_more_sizes_of_a_known_family(tables):
     zoo.register(zoo.Member("c8_mine", zoo.get("c8").spec, "c64"), family="unet")
     assert zoo.family_of("c8_mine") == "unet" and zoo.LABELS["unet"] == "U-Net"
