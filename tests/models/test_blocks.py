@@ -12,15 +12,12 @@ from flax.traverse_util import flatten_dict
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import autoencoder, blocks, unet
+from tests.models.peers import FAST
 
 TINY = unet.UNetSpec(
     8, context_dim=6, channel_mults=(1, 2), attention_levels=(True, False), blocks_per_level=1,
     heads=2, groups=4, sample_size=4, context_length=3,
 )
-
-
-# Compilation outweighs these small passes; the arithmetic stays the same.
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def run(f, *args):

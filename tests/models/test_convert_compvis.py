@@ -3,13 +3,13 @@
 import functools
 import re
 
-import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import autoencoder, clip_text, convert, convert_compvis, converted, unet
+from tests.models.peers import run, shake
 
 WHY = "compares with diffusers and transformers: pip install -e '.[parity]'"
 diffusers = pytest.importorskip("diffusers", reason=WHY)
@@ -17,8 +17,6 @@ transformers = pytest.importorskip("transformers", reason=WHY)
 torch = pytest.importorskip("torch", reason=WHY)
 single_file = pytest.importorskip("diffusers.loaders.single_file_utils", reason=WHY)
 
-# Compilation outweighs these small passes; the arithmetic stays the same.
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 LAYERS = 1  # blocks a level
 
 
@@ -27,22 +25,8 @@ def _threads():
     torch.set_num_threads(1)
 
 
-def shake(model, seed=0):
-    """Random weights, biases and norms: nothing is left at 0 or 1."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            p.copy_(noise / p[0].numel() ** 0.5 if p.ndim > 1 else p + 0.3 * noise)
-    return model.eval()
-
-
 def arrays(model):
     return {name: t.numpy() for name, t in model.state_dict().items()}
-
-
-def run(f, *args):
-    return np.asarray(jax.jit(f).lower(*args).compile(compiler_options=FAST)(*args))
 
 
 @functools.cache

@@ -27,13 +27,13 @@ from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.training import optimizer
 from ldm_scaling.training import state as state_lib
 from ldm_scaling.training import step as step_lib
+from tests.models.peers import FAST
 
 WHY = "compares with torch: pip install -e '.[parity]'"
 SPEC = edm2.EDM2Spec(
     8, context_dim=6, channel_mults=(1, 2), attention_levels=(False, True), blocks_per_level=1,
     head_channels=4, sample_size=8, context_length=3,
 )
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def run(f, *args):

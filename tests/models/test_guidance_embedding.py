@@ -7,6 +7,7 @@ import pytest
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import blocks, convert, unet
+from tests.models.peers import run
 
 SPEC = unet.UNetSpec(
     8, 12, (1,), (True,), 1, heads=2, groups=4, sample_size=4, context_length=3,
@@ -15,14 +16,6 @@ SPEC = unet.UNetSpec(
 PLAIN = unet.UNetSpec(
     8, 12, (1,), (True,), 1, heads=2, groups=4, sample_size=4, context_length=3
 )
-
-
-# Compilation outweighs these small passes; the arithmetic stays the same.
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
-def run(f, *args):
-    return np.asarray(jax.jit(f).lower(*args).compile(compiler_options=FAST)(*args))
 
 
 def parameters(spec, seed=0):

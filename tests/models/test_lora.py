@@ -11,6 +11,7 @@ from flax import traverse_util
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import clip, clip_text, convert, lora, text_encoder, unet
+from tests.models.peers import FAST
 
 WHY = "compares with a peer: pip install -e '.[parity]'"
 SPEC = unet.UNetSpec(
@@ -19,10 +20,6 @@ SPEC = unet.UNetSpec(
 SD1 = unet.UNetSpec(320, 768)
 KEY = jax.random.key(0)
 EVERY = (".",)
-
-
-# Compilation outweighs these small passes; the arithmetic stays the same.
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def run(f, *args):

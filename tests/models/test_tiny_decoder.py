@@ -10,13 +10,11 @@ import safetensors.numpy
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import tiny_decoder
 from ldm_scaling.models.tiny_decoder import TinyDecoderSpec
+from tests.models.peers import FAST
 
 WHY = "compares with diffusers: pip install -e '.[parity]'"
 diffusers = pytest.importorskip("diffusers", reason=WHY)
 torch = pytest.importorskip("torch", reason=WHY)
-
-# Compilation outweighs these small passes; the arithmetic stays the same.
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def autoencoder(**kw):

@@ -12,6 +12,7 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.models import attention, blocks, dit, lora, mmdit, tokens, uvit
 from ldm_scaling.parallel import gathering, rules
 from ldm_scaling.parallel import mesh as mesh_lib
+from tests.models.peers import FAST
 
 SIZES = {"context_dim": 6, "context_length": 3, "sample_size": 8}
 SPECS = {
@@ -25,9 +26,6 @@ each = pytest.mark.parametrize("module, spec", SPECS.values(), ids=SPECS)
 each_module = pytest.mark.parametrize(
     "module, spec", [SPECS[name] for name in ("dit", "uvit", "mmdit")], ids=["dit", "uvit", "mmdit"]
 )
-
-# Compilation outweighs these small passes; the arithmetic stays the same.
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def compiled(f, *args):

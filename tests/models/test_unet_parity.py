@@ -11,31 +11,16 @@ import pytest
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import autoencoder, convert, unet, zoo
+from tests.models.peers import run, shake
 
 WHY = "compares with diffusers: pip install -e '.[parity]'"
 diffusers = pytest.importorskip("diffusers", reason=WHY)
 torch = pytest.importorskip("torch", reason=WHY)
 
-# Compilation outweighs these small passes; the arithmetic stays the same.
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
 
 @pytest.fixture(autouse=True, scope="module")
 def _threads():
     torch.set_num_threads(1)
-
-
-def shake(model, seed):
-    """Random biases, norms and weights: nothing is left at 0 or 1."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            if p.ndim > 1:
-                p.copy_(noise / p[0].numel() ** 0.5)
-            else:
-                p.copy_(p + 0.3 * noise)
-    return model.eval()
 
 
 def diffusers_unet(c, context_dim, seed, **kw):
@@ -47,10 +32,6 @@ def diffusers_unet(c, context_dim, seed, **kw):
         ),
         seed,
     )
-
-
-def run(f, *args):
-    return np.asarray(jax.jit(f).lower(*args).compile(compiler_options=FAST)(*args))
 
 
 def unet_inputs(context_dim, seed):

@@ -18,10 +18,9 @@ from ldm_scaling.diffusion import parameterization
 from ldm_scaling.training import optimizer as optimizer_lib
 from ldm_scaling.training import state as state_lib
 from ldm_scaling.training import step
+from tests.models.peers import FAST
 
 SHAPE = (1, 1, 3)
-# Compilation outweighs these small programs; the arithmetic stays the same.
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 MEAN, SPREAD = np.array([1.5, -0.7, 0.2]), np.array([0.3, 0.8, 1.3])
 SHIFT = np.array([0.8, 0.6, -0.9])
 UNCOND = {"shift": np.zeros((1, 3), np.float32)}
