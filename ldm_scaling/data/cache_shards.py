@@ -64,7 +64,6 @@ def write_shards(
     process_index: int = 0,
     process_count: int = 1,
     patience_s: float = 1800.0,
-    formerly: str = "",
 ) -> cache.CacheSource:
     """Writes what is missing of a cache and opens it; a whole one is only opened.
 
@@ -84,7 +83,6 @@ def write_shards(
       what, unit: of the progress bar; none is shown without `what`.
       process_index, process_count: which of how many processes this is.
       patience_s: seconds without a new shard after which the others are taken for dead.
-      formerly: the hash that earlier versions gave the same records; a whole cache may have it.
 
     Raises:
       UserError: the folder holds shards of something else, cannot be written, or the other
@@ -100,8 +98,6 @@ def write_shards(
     paths = [folder / name for name in names(count, shard_size)]
     manifest = folder / cache.MANIFEST
     if manifest.exists():
-        if formerly and cache.CacheSource(folder).hash == formerly:
-            hash = formerly
         found = _open(folder, hash, count)
         if all(map(os.path.exists, found.paths)):
             return found

@@ -99,7 +99,6 @@ class Caches:
             ),
             captions, self.text(), self.mesh, embedder=self.embedder(), dtype=dtype,
             what=f"text states, {self._what(number, split)}", **self._share(),
-            formerly=captions.formerly,
         )
         if self.data.flip and split == "train":
             together = self.process_count > 1
@@ -122,7 +121,6 @@ class Caches:
             dataset.images(split, ("image",)), encoder, self.mesh, dataset.hash_of(split),
             mirrored=mirrored, dtype=self.data.latent_dtype,
             what=f"latents, {self._what(number, split, mirrored)}", **self._share(),
-            formerly=dataset.hash,
         )
 
     @functools.cache  # noqa: B019
@@ -143,7 +141,6 @@ class Caches:
             files.sha256_of([dataset.hash_of("train"), images.sizes]), parts,
             mirrored=mirrored, dtype=self.data.latent_dtype,
             what=f"latents, {self._what(number, 'train', mirrored)}", **self._share(),
-            formerly=files.sha256_of([dataset.hash, images.sizes]),
         )
 
     def _folder(

@@ -112,7 +112,6 @@ def cache_latents(
     what: str = "latents",
     process_index: int = 0,
     process_count: int = 1,
-    formerly: str = "",
 ) -> cache.CacheSource:
     """Latents of images of one shape: `mean` and `logvar` (h, w, C) of the posterior, sharded.
 
@@ -135,7 +134,6 @@ def cache_latents(
       what: of the progress bar.
       process_index, process_count: of the hosts that make the cache together, each with images and
         a mesh of its own.
-      formerly: what earlier versions said in place of `data_hash`; a whole cache may be of that.
 
     Raises:
       UserError: for images that do not halve as often as the encoder halves them, that are damaged
@@ -153,10 +151,7 @@ def cache_latents(
         raise UserError(f"there are no images to encode into {os.fspath(folder)}")
     height, width = _read(images, indices[:1]).shape[1:3]
     shape = encoder.latent_shape(height, width)
-    hash, old = (
-        sha256_of([encoder.hash, of, list(shape), mirrored, dtype, chosen, count])
-        for of in (data_hash, formerly or data_hash)
-    )
+    hash = sha256_of([encoder.hash, data_hash, list(shape), mirrored, dtype, chosen, count])
     size = -(-batch_size // mesh_lib.shards(mesh)) * mesh_lib.shards(mesh)
     encode, params = jitted(encoder), functools.cache(lambda: encoder.half(mesh))
 
@@ -197,7 +192,7 @@ def cache_latents(
     }
     return cache_shards.write_shards(
         folder, count, per, make, meta, hash, statistics=_measured, what=what, unit="picture",
-        process_index=process_index, process_count=process_count, formerly=old,
+        process_index=process_index, process_count=process_count,
     )
 
 
@@ -279,7 +274,6 @@ def cache_text(
     what: str = "text states",
     process_index: int = 0,
     process_count: int = 1,
-    formerly: str = "",
 ) -> cache.CacheSource:
     """Text states of captions: `context` (L, D), sharded; with an embedder `embedding` (E,) too.
 
@@ -297,7 +291,6 @@ def cache_text(
       batch_size: captions a pass.
       what: of the progress bar.
       process_index, process_count: of the hosts that make the cache together.
-      formerly: what earlier versions said in place of the captions' hash.
 
     Raises:
       UserError: for captions that are no texts, states that are not finite in `dtype`, or a folder
@@ -309,10 +302,7 @@ def cache_text(
         raise UserError(f"there are no captions to encode into {os.fspath(folder)}")
     same = embedder is not None and embedder.hash == encoder.hash
     texts = getattr(captions, "hash", None) or sha256_of(list(captions))
-    hash, old = (
-        sha256_of([encoder.hash, of, embedder and embedder.hash, dtype])
-        for of in (texts, formerly or texts)
-    )
+    hash = sha256_of([encoder.hash, texts, embedder and embedder.hash, dtype])
     runner = functools.cache(lambda: encoder if mesh is None else encoder.on(mesh, batch_size))
 
     seen: collections.Counter[str] = collections.Counter()
@@ -340,7 +330,7 @@ def cache_text(
     made = cache_shards.write_shards(
         folder, len(captions), per, make, {"encoder": encoder.hash}, hash,
         compress=encoder.zero_padding, what=what, unit="caption",
-        process_index=process_index, process_count=process_count, formerly=old,
+        process_index=process_index, process_count=process_count,
     )
     if seen["cut"]:
         more = "set --config.data.text_length to more, in a new workdir"

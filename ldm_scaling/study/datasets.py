@@ -65,13 +65,11 @@ class Captions(Sequence):
       starts_N: those of picture i are starts_N[i] .. starts_N[i + 1] - 1; each has at least one.
       hash: of all of them.
       read: pictures' numbers -> the captions of each.
-      formerly: the hash that earlier versions gave them; empty if that is the same.
     """
 
     starts_N: np.ndarray
     hash: str
     read: Callable[[Sequence[int]], list[Sequence[str]]] = dataclasses.field(repr=False)
-    formerly: str = ""
 
     def __len__(self) -> int:
         return int(self.starts_N[-1])
@@ -264,8 +262,7 @@ class Collected:
                 ) from e
 
         return Captions(
-            np.concatenate([[0], np.cumsum(counts_N)]), f"{self.hash_of(split)}/{split}", read,
-            formerly=f"{self.hash}/{split}",
+            np.concatenate([[0], np.cumsum(counts_N)]), f"{self.hash_of(split)}/{split}", read
         )
 
 

@@ -298,11 +298,3 @@ def test_the_manifest_is_plain_json(unbroken):
     manifest = json.loads((unbroken / cache.MANIFEST).read_text())
     assert manifest["shards"]["shard-00006-of-00007.array_record"] == 2
     assert manifest["schema"][0] == {"name": "mean", "dtype": "float32", "shape": [2, 2, 4]}
-
-
-def test_a_whole_cache_may_have_the_hash_of_earlier_versions(unbroken):
-    options = {"make": None, "meta": {}, "count": COUNT, "shard_size": 8}
-    found = cache_shards.write_shards(unbroken, hash="new", formerly="abc", **options)
-    assert found.hash == "abc" and len(found) == COUNT
-    with pytest.raises(UserError, match="made from something else"):
-        cache_shards.write_shards(unbroken, hash="new", formerly="older", **options)
