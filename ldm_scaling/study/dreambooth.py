@@ -175,13 +175,9 @@ class Taught:
     def drawn_folder(self, member: str, subject: Subject, taught: bool) -> epath.Path:
         """Of what a member draws for a subject's prompts, before or after it is taught, whichever
         others are taught. Those whose class their folder says, DreamBench's, lie together."""
-        when, home = "after" if taught else "before", self.root / member
-        # Earlier versions named it by all that were taught at once.
-        together = home / f"{when}_{self.drawn_hash[:8]}"
-        if (together / subject.name).exists():
-            return together
+        when = "after" if taught else "before"
         own = self._hash_of(self._prompts, [subject.kind] if self.config.classes else ())
-        return home / f"{when}_{own[:8]}"
+        return self.root / member / f"{when}_{own[:8]}"
 
     def captions(self, subject: Subject, word: bool) -> list[str]:
         """A subject's prompts, with the identifier or without."""
