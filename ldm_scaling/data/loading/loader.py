@@ -109,20 +109,13 @@ class Loader(grain.DatasetIterator):
           UserError: naming both values where the batch size, the seed, the sources or their weights
             are others than the state's: the order of examples would be another.
         """
-        if state.keys() == {"next_index"}:  # of a grain iterator, which knew no more
-            if not self._reader.order.is_grains:
+        for name, value in self._facts.items():
+            if state.get(name) != value:
                 raise UserError(
-                    "the checkpoint's data order is of an earlier version, which this one does not "
-                    "go on from for data sets as small as this: start anew in another --workdir"
+                    f"the checkpoint's data order has {name}={state.get(name)}, this run's has "
+                    f"{name}={value}: set it back, or start anew in another --workdir"
                 )
-        else:
-            for name, value in self._facts.items():
-                if state.get(name) != value:
-                    raise UserError(
-                        f"the checkpoint's data order has {name}={state.get(name)}, this run's has "
-                        f"{name}={value}: set it back, or start anew in another --workdir"
-                    )
-        step = state.get("step", state.get("next_index"))
+        step = state.get("step")
         if not isinstance(step, int) or step < 0:
             raise UserError(f"the checkpoint's data order is at step {step!r}: it is damaged")
         self._stop()

@@ -119,9 +119,6 @@ class Order:
 
     Raises:
       UserError: a batch that is larger than what there is to fill it.
-
-    Attributes:
-      is_grains: whether it is that of grain's `MapDataset.shuffle`.
     """
 
     def __init__(
@@ -165,8 +162,6 @@ class Order:
                 )
         self._buckets = _falling({b: sum(of.values()) for b, of in parts.items()})
         self._shares = {b: _falling(of) for b, of in parts.items()}
-        # The order that grain's own shuffle of the one source gives.
-        self.is_grains = len(counts) == 1 and _WHOLE in parts and counts[0] >= SMALL
 
     def counts(self) -> dict[int, list[int]]:
         """Examples of each source in each bucket; bucket -1 is that of sources without buckets."""
