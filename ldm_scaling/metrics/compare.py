@@ -7,7 +7,6 @@ two-sided, for "no difference"; it says nothing of how large the difference is: 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 import numpy as np
 import scipy
@@ -35,54 +34,6 @@ class Comparison:
     p_value: float
     level: float
     method: str
-
-
-def means(
-    a_N: np.ndarray,
-    b_N: np.ndarray,
-    *,
-    level: float = 0.95,
-    method: Literal["t", "permutation"] = "t",
-    seed: int = 0,
-) -> Comparison:
-    """Compares metrics that are means over images: CLIP score, LPIPS, caption agreement.
-
-    Args:
-      a_N: model a's value for each prompt and noise.
-      b_N: model b's, in the same order.
-      level: of the interval.
-      method: the p-value is of the paired t-test, or of random changes of sign; the interval is
-        Student's in both.
-      seed: of the changes of sign.
-
-    Raises:
-      UserError: when the numbers of values differ, there are fewer than 2, or one is not finite.
-    """
-    a_N, b_N = (arrays.rows(np.asarray(v)[:, None], "scores")[:, 0] for v in (a_N, b_N))
-    if len(a_N) != len(b_N) or len(a_N) < 2:
-        raise UserError(
-            f"{len(a_N)} and {len(b_N)} scores: a paired comparison needs as many of both models, "
-            "at least 2, on the same prompts and noise"
-        )
-    if not 0.0 < level < 1.0 or method not in ("t", "permutation"):
-        raise UserError(
-            f"level {level} and method {method!r}: a level is between 0 and 1, a method is 't' or "
-            "'permutation'"
-        )
-    d_N = a_N - b_N
-    value = float(d_N.mean())
-    if np.ptp(d_N) == 0:
-        # Student's t has no spread to judge by: certain, whichever way.
-        low, high, p_value = value, value, 1.0 if value == 0 else 0.0
-    else:
-        test = scipy.stats.ttest_1samp(d_N, 0.0)
-        low, high = test.confidence_interval(level)
-        p_value = test.pvalue
-    if method == "permutation":
-        p_value = scipy.stats.permutation_test(
-            (d_N,), np.mean, permutation_type="samples", rng=np.random.default_rng(seed)
-        ).pvalue
-    return Comparison(value, float(low), float(high), float(p_value), level, method)
 
 
 def distributions(

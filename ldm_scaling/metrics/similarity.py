@@ -1,7 +1,7 @@
 """Cosines between embeddings: CLIP score, and DreamBench's CLIP-I, CLIP-T and DINO.
 
-All give one number per generated image, so that their mean, its interval and paired differences
-are those of any mean: `bootstrap.mean_replicates`, `compare.means`.
+All give one number per generated image, so that their mean and its interval are those of any mean:
+`bootstrap.mean_replicates`.
 """
 
 from __future__ import annotations
