@@ -281,7 +281,7 @@ def test_a_damaged_record_stops_the_loader_with_the_files_name(tmp_path):
 
 
 def test_a_state_of_another_kind_is_refused():
-    with pytest.raises(errors.UserError, match="batch_size=None.*start anew in another --workdir"):
+    with pytest.raises(errors.UserError, match="version=None.*start anew in another --workdir"):
         loader.train_loader(Numbers(30), 4, 0).set_state({"next_index": 11})
 
 
