@@ -13,7 +13,7 @@ import pytest
 from ldm_scaling import config as config_lib
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import backbone_tables, zoo
-from ldm_scaling.study import early, materials, stages, subject, workdir
+from ldm_scaling.study import early, materials, study_checks, subject, workdir
 from ldm_scaling.tasks import autoencoder
 from tests import commands, shallow
 
@@ -123,7 +123,7 @@ def test_the_local_arm_fits_and_trains(tmp_path):
     if not os.environ.get("LDM_SCALING_LONG"):
         place = workdir.Workdir(tmp_path)
         with commands.one_device(), shallow.members():
-            checked = stages.check(arms["5b"], place, measured=False)
+            checked = study_checks.check(arms["5b"], place, measured=False)
         first = autoencoder.spec_of(checked.study.autoencoder)
         side = checked.study.data.side // first.downsampling
         assert checked.spec("c8").latent_shape == (side, side, first.latent_channels)
@@ -175,10 +175,10 @@ def test_the_demo_takes_a_family(family):
 
 def test_a_sit_is_a_dit_by_flow_matching_alone(tmp_path):
     study = config_lib.parse(load("demo").get_config("sit"))
-    stages.check(study, workdir.Workdir(tmp_path), measured=False)
+    study_checks.check(study, workdir.Workdir(tmp_path), measured=False)
     other = dataclasses.replace(study, diffusion=config_lib.Diffusion("sd", "v"))
     with pytest.raises(UserError, match="SiT is a DiT on the linear.*or name dit_w40"):
-        stages.check(other, workdir.Workdir(tmp_path), measured=False)
+        study_checks.check(other, workdir.Workdir(tmp_path), measured=False)
 
 
 @pytest.mark.parametrize("tree, told", [

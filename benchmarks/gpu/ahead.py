@@ -38,7 +38,7 @@ from ldm_scaling.models import autoencoder
 from ldm_scaling.parallel import compiled, hosts
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling.packing import Configuration
-from ldm_scaling.study import caching, encoders, stages
+from ldm_scaling.study import caching, encoders, stages, study_checks
 from ldm_scaling.study.materials import SHOWN_EXAMPLES, SPLITS, VALIDATION_EXAMPLES, Materials
 from ldm_scaling.study.sweep import TIMED_CALLS
 from ldm_scaling.study.workdir import Workdir
@@ -199,7 +199,7 @@ class _Zeros:
 def prepare(what: str, study: Study, workdir: Path) -> None:
     """What all members need, into the study's workdir."""
     place = Workdir(workdir)
-    materials = stages.check(study, place)
+    materials = study_checks.check(study, place)
     place.bind(materials.study)
     if what == "data":
         _ = materials.datasets

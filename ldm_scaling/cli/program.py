@@ -120,7 +120,7 @@ def _in_workdir(command: str, arguments: list[str], rest: list[str], values: Any
     if values.distributed:
         processes.initialize(values.distributed)
         files.show_progress(hosts.is_lead())
-    from ldm_scaling.study import prepare_cli, stages
+    from ldm_scaling.study import prepare_cli, stages, study_checks
     from ldm_scaling.study.workdir import Workdir
 
     workdir = Workdir(values.workdir or ".")
@@ -130,7 +130,7 @@ def _in_workdir(command: str, arguments: list[str], rest: list[str], values: Any
         return
     with processes.lead_first("check"):
         prompted = command == "sample" and bool(values.prompt)
-        materials = stages.check(
+        materials = study_checks.check(
             study, workdir,
             measured=command not in ("sample", "report") and not values.dry_run,
             trains=command in ("prepare", "train", "study"),

@@ -153,6 +153,11 @@ class Study:
                 "it is made of train.averages: name those that the members were trained with, such "
                 "as train.averages=(0.05, 0.1)")
 
+    @property
+    def trains_members(self) -> bool:
+        """Whether members are trained here: neither published, nor another study's."""
+        return not (self.weights or self.finetune.pretrained)
+
     def average_of(self, member: str) -> float | None:
         """The length of the average that a member is measured with; None is its `ema`."""
         named = averaging.parse(self.average, self.members)
@@ -214,7 +219,7 @@ class Study:
         """
         runs = [("autoencoder.train", self.autoencoder.train), ("train", self.train)]
         sweeps = [("sweep", self.sweep, (self.sweep.select_block, *self.sweep.report_blocks))]
-        if self.weights or self.finetune.pretrained:
+        if not self.trains_members:
             runs = []
         elif self.autoencoder.weights:
             del runs[0]

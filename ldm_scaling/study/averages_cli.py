@@ -67,7 +67,7 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
         raise UserError("averages needs --workdir=DIR; see  ldm-scaling averages --help")
     members = pieces("--member", given.member or ())
     hosts.begin()
-    from ldm_scaling.study import averages, stages
+    from ldm_scaling.study import averages, study_checks
     from ldm_scaling.study.figures import averages as figure
     from ldm_scaling.study.plot_style import style
     from ldm_scaling.study.workdir import Workdir
@@ -76,7 +76,7 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     # All lengths are asked for here.
     study = dataclasses.replace(workdir.study(common.config), average="")
     cell = _cell(given, study)
-    materials = stages.check(study, workdir, measured=cell is not None, trains=False)
+    materials = study_checks.check(study, workdir, measured=cell is not None, trains=False)
     wanted = averages.of(materials, members, given.lengths, given.at)
     # By its average go `figure` and `advise`, and no records of theirs are made here.
     with workdir.held(materials.study, keep_last=True):

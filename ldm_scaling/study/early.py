@@ -17,7 +17,7 @@ from ldm_scaling.training import averages, checkpoint
 
 def steps(study: Study) -> list[int]:
     """Training steps before the end that members are measured after, rising."""
-    if study.weights or study.finetune.pretrained or not study.early.sampler:
+    if not (study.trains_members and study.early.sampler):
         return []
     return sorted({n for n in study.train.keep_steps if n < study.train.steps})
 

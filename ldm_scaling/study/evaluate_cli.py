@@ -320,12 +320,12 @@ def _draw(given, common, read: protocols.Given, about: dict[str, Any]) -> Path:
         )
     from ldm_scaling.config import Sample
     from ldm_scaling.sampling import solvers
-    from ldm_scaling.study import protocol_images, stages
+    from ldm_scaling.study import protocol_images, study_checks
 
     workdir = Workdir(common.workdir)
     study = workdir.study(common.config)
     # Pictures of the protocol's captions: of the study's own data nothing is needed.
-    materials = stages.check(study, workdir, measured=False, trains=False)
+    materials = study_checks.check(study, workdir, measured=False, trains=False)
     p = read.protocol
     network = protocol_images.network_of(
         materials, given.member, given.stage, Sample(p.sampler, p.steps, "", p.guidance))

@@ -94,7 +94,7 @@ def of(study: Study, rates: Sequence[float], seeds: int) -> list[Run]:
         that are not several.
     """
     train = study.train
-    if study.weights or study.finetune.pretrained or train.width_transfer == "none":
+    if not study.trains_members or train.width_transfer == "none":
         raise UserError(
             "rates compares width transfer with the standard parametrisation: give a config of "
             "members that are trained, with train.width_transfer=mup and train.base_member, such "

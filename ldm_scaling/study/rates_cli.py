@@ -62,7 +62,7 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     if not common.workdir:
         raise UserError("rates needs --workdir=DIR; see  ldm-scaling rates --help")
     hosts.begin()
-    from ldm_scaling.study import rates, stages
+    from ldm_scaling.study import rates, study_checks
     from ldm_scaling.study.figures import rates as figure
     from ldm_scaling.study.plot_style import style
     from ldm_scaling.study.workdir import Workdir
@@ -71,8 +71,8 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     study = workdir.study(common.config)
     several = given.rates or [study.train.learning_rate * times for times in _TIMES]
     planned = rates.of(study, several, given.seeds)
-    materials = stages.check(study, workdir, measured=False)
-    stages.check_captions(study)
+    materials = study_checks.check(study, workdir, measured=False)
+    study_checks.captions(study)
     with workdir.held(materials.study):
         rates.train(materials, planned)
     shown = figure.lines(rates.results(materials, planned))

@@ -11,148 +11,39 @@ from typing import Any
 import jax
 
 from ldm_scaling import files, pictures
-from ldm_scaling.config import Study
-from ldm_scaling.data.composed import openmoji
-from ldm_scaling.data.conditions import pixels
-from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import MissingPackageError, UserError
-from ldm_scaling.models import autoencoder, backbone, lpips, zoo
+from ldm_scaling.models import backbone, zoo
 from ldm_scaling.models.cost import Cost
-from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.parallel import processes
-from ldm_scaling.sampling import solvers
 from ldm_scaling.study import (
     curves,
     dreambooth_scores,
     early,
-    fitting,
     gallery,
     grids,
     publish,
-    published_scorer,
-    resolve,
     runs,
     starting,
+    study_checks,
     sweep,
-    sweep_checks,
     weights,
 )
 from ldm_scaling.study import further as further_lib
 from ldm_scaling.study import request as request_lib
 from ldm_scaling.study import subject as subject_lib
-from ldm_scaling.study.cascaded import Cascaded
 from ldm_scaling.study.dreambooth import Taught
-from ldm_scaling.study.finetuned import PERCEPTUAL, FineTuned
+from ldm_scaling.study.finetuned import FineTuned
 from ldm_scaling.study.further import Further
 from ldm_scaling.study.materials import REFERENCE, SPLITS, Materials
 from ldm_scaling.study.progress import Progress
 from ldm_scaling.study.records import TEXT_TO_IMAGE, Record, read_all
 from ldm_scaling.study.subject import Subject
-from ldm_scaling.study.workdir import Workdir
 from ldm_scaling.tasks import autoencoder as autoencoder_task
-from ldm_scaling.tasks import held_out, text_to_image
+from ldm_scaling.tasks import text_to_image
 from ldm_scaling.tasks.drawing import Drawer
-from ldm_scaling.training import averages, loop, step
+from ldm_scaling.training import loop
 
 log = logging.getLogger(__name__)
-
-
-def check(
-    study: Study, workdir: Workdir, measured: bool = True, trains: bool = True,
-    pictures: bool = False, text: bool = False,
-) -> Materials:
-    """Finds a config's contradictions before anything is computed or written. The study of what is
-    returned is the config with what its inputs decide, see `resolve.resolved`.
-
-    Args:
-      study: the config.
-      workdir: where it will work.
-      measured: whether the study's own data and the networks that score it are used.
-      trains: whether its runs may begin or go on: what they have to split must do so here.
-      pictures: whether its pictures and their captions are used, where nothing is measured.
-      text: whether captions are encoded, where nothing is measured.
-    Raises:
-      UserError: naming what does not fit, or a package that is missing.
-    """
-    workdir.check_new(study)
-    study = resolve.resolved(study, workdir)
-    materials = Materials(study, workdir)
-    for member in (*study.members, study.reference):
-        materials.spec(member)
-    pretrains = not (study.weights or study.finetune.pretrained)
-    for member in study.members if pretrains else ():
-        spec = materials.spec(member)
-        text_to_image.transfer(spec, study.train)  # Raises where there is none.
-        runs.check_factors("train", study.train, map(backbone.param_shapes, [spec]))
-        if not backbone.gathers(spec):  # Raises for a parameter without a sharding rule.
-            step.abstract_state(backbone.initializer(spec), study.train, materials.mesh)
-        folder, length = workdir.member(member), study.average_of(member)
-        if length is not None and averages.kept(folder, study.train.steps):
-            averages.recipe(folder, study.train.steps, length)  # Raises where it cannot be.
-        if trains and measured:
-            early.check_ahead(materials, member)
-    of_members = {"train": study.train} if pretrains else {}
-    if pretrains and not study.autoencoder.weights:
-        run, first = study.autoencoder.train, autoencoder_task.spec_of(study.autoencoder)
-        if trains:
-            runs.check("autoencoder.train", run, materials.mesh, autoencoder_task.RANKS)
-        runs.check_factors("autoencoder.train", run, map(autoencoder.param_shapes, [first]))
-    several = further_lib.of(materials)
-    for further in several:
-        further.check()
-        of_members |= further.runs
-    for name, run in of_members.items() if trains else ():
-        runs.check(name, run, materials.mesh, held_out.RANKS)
-    schedule = schedule_lib.get(study.diffusion.schedule)
-    for member in study.members if pretrains else ():
-        fitting.noise(member, f"members={member!r}", study.diffusion)
-    fitting.samplers(study)
-    tables = [study.sample.table]
-    grids = {"sweep": study.sweep} if pretrains or study.weights else {}
-    tables += [table for grid in grids.values() for table in subject_lib.tables(grid)]
-    for further in several:
-        tables += further.tables
-        grids[further.name] = further.config.sweep
-    for key, grid in grids.items():
-        # Of each process.
-        mesh_lib.check_batch(materials.own.mesh, grid.batch_size, f"config: {key}.batch_size")
-        names = [solvers.canonical(name) for name in grid.samplers]
-        if len(set(names)) < len(names):
-            raise UserError(f"config: {key}.samplers={grid.samplers} names one of them twice")
-        own = key in ("sweep", "finetune")
-        sweep_checks.check(
-            key if key == "sweep" else f"{key}.sweep",
-            grid if own else grid.judged_as(study.sweep), restored=key == "finetune",
-        )
-        if measured and grid.metrics:
-            published_scorer.require(grid.metrics)
-    for name, steps, spacing in tables:
-        table = solvers.make(name, schedule, steps, study.diffusion.prediction, spacing)
-        solvers.warn(table)
-    if measured:
-        early.subjects(study)  # Raises where the end is not measured alike.
-        if study.early.sampler and not early.steps(study):
-            log.warning(
-                "early.sampler=%r measures nothing: train.keep_steps=%s names no step below "
-                "train.steps, or nothing is trained here", study.early.sampler,
-                study.train.keep_steps,
-            )
-        if study.finetune.pretrained and (materials.pretrained.workdir / "records").exists():
-            if names := materials.pretrained.study.sweep.metrics:  # Its records are shown.
-                published_scorer.require(names)
-        _ = materials.own.feature_network
-        if study.finetune.task:
-            lpips.load(PERCEPTUAL)
-    if measured or pictures:
-        if study.data.composed:
-            openmoji.load()
-        elif study.data.hash:  # Shards: their counts are known.
-            _ = materials.datasets
-        if study.finetune.task:
-            pixels.opencv()
-    if measured or pictures or (text and not (study.weights or study.data.text_weights)):
-        _ = materials.own.text_encoder
-    return materials
 
 
 def prepare(materials: Materials) -> None:
@@ -183,9 +74,9 @@ def train(materials: Materials) -> list[str]:
     study, several = materials.study, further_lib.of(materials)
     if study.weights and not several:
         return [f"nothing to train: {study.members[0]} is the published model in {study.weights}"]
-    check_captions(study)
-    if not (study.weights or study.finetune.pretrained):
-        _check_width(materials)
+    study_checks.captions(study)
+    if study.trains_members:
+        study_checks.width(materials)
         prepare(materials)
         train_autoencoder(materials)
         cache_latents(materials)
@@ -194,31 +85,6 @@ def train(materials: Materials) -> list[str]:
     for further in several:
         further_lib.train(further)
     return []
-
-
-def check_captions(study: Study) -> None:
-    """Raises `UserError` where members would be trained from the captions of photographs, which
-    have none."""
-    photos = [source for source in study.data.sources if source.startswith("photos:")]
-    trains = not (study.weights or study.finetune.pretrained)
-    if photos and trains and study.data.prepare.captions:
-        raise UserError(
-            f"config: data.source={study.data.source!r}: photographs have no captions, and members "
-            "are trained from text here: give those of another study by "
-            "--config.finetune.pretrained=WORKDIR, or say --config.data.prepare.captions=False"
-        )
-
-
-def _check_width(materials: Materials) -> None:
-    """Raises `UserError` for a network that the text states are too wide for; `check` leaves this
-    to who needs the text encoder anyway."""
-    width = materials.text_states.width
-    for member in materials.study.members:
-        fitting.width(materials.spec(member), f"member {member}", width)
-    for further in further_lib.of(materials):
-        if isinstance(further, Cascaded):
-            for base in further.config.base:
-                fitting.width(further.base_spec(base), f"cascade.base: {base}", width)
 
 
 def train_autoencoder(materials: Materials) -> None:
@@ -471,7 +337,7 @@ def _records(own: Materials, subjects: Sequence[Subject], reference_hash: str) -
 
 def study_all(materials: Materials) -> str:
     """All stages, in order."""
-    check_captions(materials.study)
+    study_checks.captions(materials.study)
     if not materials.study.finetune.pretrained:  # Whose members see no captions here.
         prepare(materials)
     train(materials)

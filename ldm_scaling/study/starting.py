@@ -46,7 +46,7 @@ def resolved(study: Study) -> Study:
     path = os.fspath(Path(start.workdir).expanduser().absolute())
     there = Workdir(path)
     theirs = there.last_config("start.workdir")
-    if theirs.weights or theirs.finetune.pretrained:
+    if not theirs.trains_members:
         raise UserError(f"config: start.workdir={start.workdir!r} has trained no members itself")
     number = start.step or theirs.train.steps
     for member in study.members:

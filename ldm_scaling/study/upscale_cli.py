@@ -99,12 +99,14 @@ def drawing(common: Any, given: Any, enlarges: bool) -> Iterator[Any]:
 
 def opened(common: Any) -> tuple[Any, Any, Any]:
     """The fine-tuned members, workdir and study that --workdir and --config name."""
-    from ldm_scaling.study import stages
+    from ldm_scaling.study import study_checks
     from ldm_scaling.study.finetuned import FineTuned
     from ldm_scaling.study.workdir import Workdir
 
     workdir = Workdir(common.workdir)
-    materials = stages.check(workdir.study(common.config), workdir, measured=False, trains=False)
+    materials = study_checks.check(
+        workdir.study(common.config), workdir, measured=False, trains=False
+    )
     return FineTuned(materials), workdir, materials.study
 
 

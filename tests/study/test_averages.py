@@ -27,6 +27,7 @@ from ldm_scaling.study import (
     reported,
     runs,
     stages,
+    study_checks,
 )
 from ldm_scaling.study import records as records_lib
 from ldm_scaling.study import subject as subject_lib
@@ -210,7 +211,7 @@ def trained(tmp_path_factory):
             patched.setitem(zoo.MEMBERS, name, zoo.Member(name, spec, "small_32"))
         study = config_lib.parse(config)
         Workdir(workdir).bind(study)
-        stages.train(stages.check(study, Workdir(workdir), measured=False))
+        stages.train(study_checks.check(study, Workdir(workdir), measured=False))
         yield config, workdir
 
 
@@ -225,7 +226,7 @@ def test_the_command(trained, capsys):
     told = run()
     kept = {p: p.read_bytes() for p in (workdir / "averages").glob("*.json")}
     study = config_lib.parse(config)
-    materials = stages.check(study, Workdir(workdir), measured=False)
+    materials = study_checks.check(study, Workdir(workdir), measured=False)
     bodies = {(b["which"]["member"], b["which"]["length"]): b
               for b in map(json.loads, kept.values())}
     lengths = sorted({n for _, n in bodies if n is not None})
@@ -309,10 +310,11 @@ def test_a_sweep_of_a_length_that_cannot_be_is_refused_before_it(trained):
     config, workdir = trained
     study = dataclasses.replace(config_lib.parse(config), average="0.005")
     for check in (Materials(study, Workdir(workdir)).require_trained,
-                  lambda: stages.check(study, Workdir(workdir), measured=False)):
+                  lambda: study_checks.check(study, Workdir(workdir), measured=False)):
         with pytest.raises(UserError, match="length 0.005 at step 16: .* choose a length from"):
             check()
-    stages.check(study, Workdir(workdir / "new"), measured=False)  # There is nothing there yet.
+    # There is nothing there yet.
+    study_checks.check(study, Workdir(workdir / "new"), measured=False)
 
 
 def test_studies_without(tmp_path, capsys):

@@ -16,7 +16,7 @@ from ldm_scaling.data.cache import Field
 from ldm_scaling.data.cached_pairs import CachedPairs
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import zoo
-from ldm_scaling.study import further, grids, stages
+from ldm_scaling.study import further, grids, stages, study_checks
 from ldm_scaling.study.cascaded import Cascaded
 from ldm_scaling.study.workdir import Workdir
 from ldm_scaling.tasks import autoencoder as autoencoder_task
@@ -35,7 +35,7 @@ def checked(tmp_path, name="demo_cascade", arg="", **cascade):
     for key, value in cascade.items():
         part, _, last = key.rpartition("__")
         setattr(getattr(config.cascade, part) if part else config.cascade, last, value)
-    return stages.check(config_lib.parse(config), Workdir(tmp_path), measured=False)
+    return study_checks.check(config_lib.parse(config), Workdir(tmp_path), measured=False)
 
 
 def test_pictures_are_named_by_all_that_draws_the_first_stage(tmp_path, monkeypatch):

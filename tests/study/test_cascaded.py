@@ -15,7 +15,7 @@ from ldm_scaling.config import Cascade, Consistency, FineTune, Sample, Study, Sw
 from ldm_scaling.data import coco
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import cost, unet, zoo
-from ldm_scaling.study import cascades, curves, protocol_images, records, stages
+from ldm_scaling.study import cascades, curves, protocol_images, records, study_checks
 from ldm_scaling.study import options as options_lib
 from ldm_scaling.study.figures import catalogue
 from ldm_scaling.study.figures.source import Source
@@ -152,7 +152,7 @@ def test_cascades_draw_a_protocols_images(workdir):
     theirs = Sample(steps=2, guidance=7.5)
     with commands.one_device():
         study = Workdir(workdir).last_config()
-        materials = stages.check(study, Workdir(workdir), measured=False)
+        materials = study_checks.check(study, Workdir(workdir), measured=False)
         with pytest.raises(UserError, match="--member: name the network that draws: c8_s16, c8"):
             protocol_images.network_of(materials, None, None, theirs)
         member = protocol_images.network_of(materials, "c8_s16", None, theirs)

@@ -19,7 +19,7 @@ from ldm_scaling.data import shards
 from ldm_scaling.data.loading import loader, sides
 from ldm_scaling.data.record import Record
 from ldm_scaling.errors import UserError
-from ldm_scaling.study import datasets, prepare_cli, preparing, resolve, small, stages
+from ldm_scaling.study import datasets, prepare_cli, preparing, resolve, small, stages, study_checks
 from ldm_scaling.study.materials import Materials
 from ldm_scaling.study.workdir import Workdir
 from tests import published as mini
@@ -67,7 +67,7 @@ def _study(workdir, **overrides):
         "sweep.samplers": ("ddim",), "sweep.steps": (1,), "sweep.guidance": (2.0,),
         **overrides,
     })
-    return stages.check(config.parse(tree), Workdir(workdir))
+    return study_checks.check(config.parse(tree), Workdir(workdir))
 
 
 def test_shards_stand_in_the_identity_by_their_hash_wherever_they_lie(tmp_path):

@@ -27,6 +27,7 @@ from ldm_scaling.study import (
     reported,
     stages,
     students,
+    study_checks,
 )
 from ldm_scaling.study.distilled import Distilled
 from ldm_scaling.study.figures import distilled
@@ -139,7 +140,7 @@ def test_a_protocols_images_are_drawn_by_the_network_that_is_named(workdir):
     theirs = Sample(steps=50, guidance=7.5)
     with commands.one_device():
         study = Workdir(workdir).last_config()
-        materials = stages.check(study, Workdir(workdir), measured=False)
+        materials = study_checks.check(study, Workdir(workdir), measured=False)
         named = {
             stage: protocol_images.network_of(materials, None, stage, theirs)
             for stage in ("consistency/student", "halving/s2", "halving/s1", "member")
@@ -317,7 +318,7 @@ def test_a_config_for_every_method_and_size(name, tmp_path):
         assert study.members == (member,) and study.distillations[0].method == name
         assert study.identity() == config_lib.parse(_t2i(member)).identity()
     small = config_lib.parse(namespace["get_config"]("866m,local"))
-    stages.check(small, Workdir(tmp_path), measured=False)
+    study_checks.check(small, Workdir(tmp_path), measured=False)
     assert Distilled(stages.Materials(small, Workdir(tmp_path)), small.distillations[0].NAME).runs
     with pytest.raises(UserError, match="'900m': choose one of"):
         namespace["get_config"]("900m")

@@ -15,7 +15,7 @@ from ldm_scaling import config as config_lib
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import zoo
 from ldm_scaling.models.dit import DiTSpec
-from ldm_scaling.study import rates_cli, stages
+from ldm_scaling.study import rates_cli, stages, study_checks
 from ldm_scaling.study.figures import rates as figure
 from ldm_scaling.study.rates import Run, Trained
 from ldm_scaling.study.statistics.optimum import Curve, optima
@@ -195,7 +195,7 @@ def test_the_command(small, tmp_path, capsys):
     # It is what `ldm-scaling train` does at that rate, and its checkpoint gives the same network.
     small.train.learning_rate = 4e-3
     study = config_lib.parse(small)
-    materials = stages.check(study, Workdir(workdir), measured=False)
+    materials = study_checks.check(study, Workdir(workdir), measured=False)
     stages.train_member(materials, "small_32")
     task = stages.text_to_image.make(
         "small_32", materials.spec("small_32"), study.train, study.diffusion, study.sample,

@@ -9,7 +9,7 @@ from ldm_scaling import config
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import zoo
 from ldm_scaling.parallel import mesh as mesh_lib
-from ldm_scaling.study import runs, stages
+from ldm_scaling.study import runs, study_checks
 from ldm_scaling.study.workdir import Workdir
 from ldm_scaling.tasks import autoencoder
 from ldm_scaling.training import checkpoint, loop, step
@@ -78,7 +78,7 @@ def test_what_no_run_could_do_is_told_before_anything_is_computed(tmp_path, tree
         "autoencoder": {"base_channels": 32, "blocks_per_level": 1} | tree.pop("autoencoder", {}),
     } | tree)
     with pytest.raises(UserError, match=f"config: {told}"):
-        stages.check(study, Workdir(tmp_path), measured=False)
+        study_checks.check(study, Workdir(tmp_path), measured=False)
     assert not list(tmp_path.iterdir())
 
 
@@ -88,9 +88,9 @@ def test_what_was_trained_can_be_used_where_its_batches_do_not_split(tmp_path):
         "autoencoder": {"base_channels": 32, "blocks_per_level": 1},
         "train": {"batch_size": 12, "micro_batches": 2},
     })
-    stages.check(study, Workdir(tmp_path), measured=False, trains=False)
+    study_checks.check(study, Workdir(tmp_path), measured=False, trains=False)
     with pytest.raises(UserError, match="train.batch_size=12 does not split over 8 devices"):
-        stages.check(study, Workdir(tmp_path), measured=False)
+        study_checks.check(study, Workdir(tmp_path), measured=False)
 
 
 def test_the_best_autoencoders_are_told_by_a_scalar_that_there_is():

@@ -11,7 +11,7 @@ import pytest
 from ldm_scaling.config import Start, Study, Train
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import zoo
-from ldm_scaling.study import early, networks, rates, resolve, runs, stages
+from ldm_scaling.study import early, networks, rates, resolve, runs, study_checks
 from ldm_scaling.study.materials import Materials
 from ldm_scaling.study.workdir import Workdir
 
@@ -184,7 +184,7 @@ def test_checkpoints_that_the_other_study_passed_are_not_promised(tmp_path, monk
     study = dataclasses.replace(study, data=dataclasses.replace(study.data, side=64))
     monkeypatch.setattr(resolve, "resolved", lambda study, workdir: study)
     with pytest.raises(UserError, match="c8 is to be measured after 30 steps"):
-        stages.check(study, Workdir(tmp_path))
+        study_checks.check(study, Workdir(tmp_path))
     # Where members are not trained, or runs of another kind, as those of `rates`.
-    stages.check(study, Workdir(tmp_path), measured=False)
-    stages.check(study, Workdir(tmp_path), measured=False, trains=False)
+    study_checks.check(study, Workdir(tmp_path), measured=False)
+    study_checks.check(study, Workdir(tmp_path), measured=False, trains=False)

@@ -23,7 +23,7 @@ from ldm_scaling.data import cache
 from ldm_scaling.data.composed import openmoji
 from ldm_scaling.errors import MissingPackageError
 from ldm_scaling.models import backbone, efficientnet
-from ldm_scaling.study import caching, gallery, records, stages, starting
+from ldm_scaling.study import caching, gallery, records, stages, starting, study_checks
 from ldm_scaling.study.materials import Materials
 from ldm_scaling.study.workdir import Workdir
 from ldm_scaling.training import checkpoint, step
@@ -222,7 +222,7 @@ def test_members_that_go_on_from_another_study_are_its_own(unbroken, tmp_path):
     )
     for name in ("data", "text", "latents"):  # They take long to make.
         shutil.copytree(unbroken[0] / name, tmp_path / name)
-    materials = stages.check(study, Workdir(tmp_path), measured=False)
+    materials = study_checks.check(study, Workdir(tmp_path), measured=False)
     stages.train(materials)
     ours, whole = materials.member_params("c8"), Materials(theirs, workdir).member_params("c8")
     jax.tree.map(
