@@ -32,7 +32,6 @@ from ldm_scaling.tasks import cascade as cascade_task
 from ldm_scaling.tasks import text_to_image
 from ldm_scaling.tasks.cascade_drawing import CascadeDrawer
 from ldm_scaling.tasks.drawing import Drawer, Frozen, sampling_key
-from ldm_scaling.training import loop
 from ldm_scaling.training.task import Task
 
 
@@ -252,17 +251,15 @@ class Cascaded:
 
     def train(self) -> None:
         """Every base network and second stage that is missing."""
-        study, config = self.materials.study, self.config
-        jobs = [(self.base_task, b, self.base_spec(b), self.base_folder(b), config.base_train,
-                 self.caches.training) for b in config.base]
-        jobs += [(self.upper_task, m, self.upper_spec(m), self.upper_folder(m), config.train,
-                  self.caches.both) for m in study.upper]
-        for task, name, spec, folder, run, source in jobs:
-            if not runs.done(folder, run, spec):
-                loop.fit(
-                    task(name), run, runs.loader_of(study, source(), run), folder,
-                    self.materials.mesh, study.seed, about=runs.about(study, spec),
-                )
+        m, config = self.materials, self.config
+        for base in config.base:
+            runs.fit(m.study, m.mesh, self.base_folder(base), config.base_train,
+                     self.base_spec(base), functools.partial(self.base_task, base),
+                     self.caches.training)
+        for member in m.study.upper:
+            runs.fit(m.study, m.mesh, self.upper_folder(member), config.train,
+                     self.upper_spec(member), functools.partial(self.upper_task, member),
+                     self.caches.both)
 
     # Measuring.
 

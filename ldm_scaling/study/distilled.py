@@ -26,7 +26,6 @@ from ldm_scaling.study.scorer import Scorer
 from ldm_scaling.study.subject import Subject
 from ldm_scaling.tasks.distillation import student
 from ldm_scaling.tasks.drawing import Drawer, sampling_key
-from ldm_scaling.training import loop
 from ldm_scaling.training.task import Task
 
 
@@ -229,18 +228,12 @@ class Distilled:
 
     def train(self) -> None:
         """Every student that is missing, one member after the other."""
-        study = self.materials.study
-        for member in study.members:
+        m = self.materials
+        for member in m.study.members:
             for stage in self.stages:
-                folder, run = self.folder(member, stage), stage.train
-                spec = self.spec(member, stage)
-                if runs.done(folder, run, spec):
-                    continue
-                loop.fit(
-                    self.task(member, stage), run,
-                    runs.loader_of(study, self.caches.training(), run), folder,
-                    self.materials.mesh, study.seed, about=runs.about(study, spec),
-                )
+                runs.fit(m.study, m.mesh, self.folder(member, stage), stage.train,
+                         self.spec(member, stage), functools.partial(self.task, member, stage),
+                         lambda: self.caches.training())
 
     # Measuring.
 

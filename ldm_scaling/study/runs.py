@@ -1,5 +1,5 @@
 """What all training runs of a study share: what they are checked for, their data loaders, whether
-they are done, and what they leave."""
+they are done, their training where they are not, and what they leave."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.models import backbone
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.parallel import processes
-from ldm_scaling.training import averages, checkpoint, optimizer, step
-from ldm_scaling.training.task import check_metric
+from ldm_scaling.training import averages, checkpoint, loop, optimizer, step
+from ldm_scaling.training.task import Task, check_metric
 
 
 def check(name: str, run: Train, mesh: jax.sharding.Mesh, ranks: Sequence[str]) -> None:
@@ -98,6 +98,27 @@ def done(folder: epath.Path, run: Train, spec: backbone.Spec | None = None) -> b
         return sorted(map(float, tracked)) != sorted(run.averages)
 
     return processes.from_lead("trained", found)
+
+
+def fit(
+    study: Study, mesh: jax.sharding.Mesh, folder: epath.Path, run: Train, spec: backbone.Spec,
+    task: Callable[[], Task], source: Callable[[], Source | Mixture],
+) -> None:
+    """A network's run, unless it is done.
+
+    Args:
+      study: whose run it is.
+      mesh: that it is on.
+      folder: of the run.
+      run: its settings.
+      spec: the network.
+      task, source: make what is trained, and on what; called where the run is not done.
+    Raises:
+      UserError: as `done` and `loop.fit`.
+    """
+    if not done(folder, run, spec):
+        loop.fit(task(), run, loader_of(study, source(), run), folder, mesh, study.seed,
+                 about=about(study, spec))
 
 
 def average(
