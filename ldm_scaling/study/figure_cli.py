@@ -144,8 +144,10 @@ def _page(
         *cascades.sentences(found, source.metric, *blocks),
         *uneven,
     ]
-    context = {"metric": source.metric, "select_block": blocks[0], "report_blocks": blocks[1],
-               "captions": source.captions}
+    context = report.Context(
+        metric=source.metric, select_block=blocks[0], report_blocks=blocks[1],
+        captions=source.captions,
+    )
     others = [r for r in found if r.identity.key not in kept]
     return report.write(to, main, to, context, strips, others, further, drawn)
 

@@ -84,7 +84,7 @@ class _Data:
 def _context(
     materials: Materials, captions: Sequence[str], found: Sequence[Record],
     report_blocks: Sequence[int], lacking: Sequence[str],
-) -> dict:
+) -> report.Context:
     study = materials.study
     sweep = study.sweep
     data = _Data.of(materials)
@@ -111,26 +111,26 @@ def _context(
             f"{sanity['pairs']:,} validation captions it ranks the right one first for "
             f"{100 * sanity['top1']:.1f}% of the pictures."
         )
-    return {
-        "title": f"{study.name}: quality against sampling cost",
+    return report.Context(
+        title=f"{study.name}: quality against sampling cost",
         **({"summary": summary} if (summary := _summary(materials)) else {}),
-        "metric": _sweep(materials, found).choose_by,
-        "select_block": sweep.select_block,
-        "report_blocks": report_blocks,
-        "dataset": [*data.about, *materials.networks.about],
-        "captions": captions,
-        "measures": measures,
-        "protocol": [
+        metric=_sweep(materials, found).choose_by,
+        select_block=sweep.select_block,
+        report_blocks=report_blocks,
+        dataset=[*data.about, *materials.networks.about],
+        captions=captions,
+        measures=measures,
+        protocol=[
             f"Timestep spacing: {sweep.spacing or 'that of each sampler'}.",
             *([_fine_tuning(finetune)] if finetune.task else []),
             *(_distilling(d, study.diffusion.prediction) for d in study.distillations),
             *([_cascading(study.cascade, study)] if study.cascade.base else []),
             *lacking,
         ],
-        "attribution": [*data.attribution],
-        "config": json.loads(json.dumps(dataclasses.asdict(study))),
-        "versions": {"ldm_scaling": __version__} | {p: _version(p) for p in PACKAGES},
-    }
+        attribution=[*data.attribution],
+        config=json.loads(json.dumps(dataclasses.asdict(study))),
+        versions={"ldm_scaling": __version__} | {p: _version(p) for p in PACKAGES},
+    )
 
 
 def _sweep(materials: Materials, found: Sequence[Record]) -> Sweep:

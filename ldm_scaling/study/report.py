@@ -246,7 +246,7 @@ def write(
     workdir: epath.PathLike,
     records: Sequence[Record],
     figures_dir: epath.PathLike,
-    context: Mapping[str, Any],
+    told: Context,
     strips: Sequence[epath.PathLike] = (),
     others: Sequence[Record] = (),
     further: Sequence[str] = (),
@@ -259,7 +259,7 @@ def write(
       records: all records of one study, finished or not.
       figures_dir: what `figures.catalogue.write` drew; other PNG or SVG files there are shown
         too.
-      context: the fields of `Context` that are not left as they are.
+      told: what records do not say.
       strips: folders of the strips of pictures that sweeps kept, `KEY.png`; the page shows them
         as thumbnails, fewer of each where it would weigh more than `MOST_BYTES`.
       others: records of the same members' other tasks, which claims are judged by too, and advice
@@ -275,7 +275,6 @@ def write(
       UserError: without any record, on an unknown measure, or when two records claim the same
         configuration.
     """
-    told = Context(**context)
     records = curves_lib.last_rounds(records)
     records = sorted(records, key=lambda r: (r.params, dataclasses.astuple(r.identity)))
     if not records:

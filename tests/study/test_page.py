@@ -57,7 +57,9 @@ def address(tmp_path_factory, study, kept):
         if cell in kept:
             strip = np.concatenate(kept[cell], axis=1)
             pictures.save_png(work / "strips" / f"{i.key}.png", strip)
-    told = {"captions": fake.CAPTIONS[:3], "attribution": ["https://example.org/" + "x" * 60]}
+    told = report.Context(
+        captions=fake.CAPTIONS[:3], attribution=["https://example.org/" + "x" * 60]
+    )
     return report.write(work, study, work / "figures", told, [work / "strips"]).as_uri()
 
 
@@ -184,7 +186,7 @@ def test_long_names_leave_the_charts_their_room(browser, tmp_path, study):
     long = {"c24": "a_very_long_name_of_a_network_that_goes_on_and_on_for_ever"}
     named = [dataclasses.replace(r, identity=dataclasses.replace(
         r.identity, model=long.get(r.identity.model, r.identity.model))) for r in study]
-    address = report.write(tmp_path, named, tmp_path, {}).as_uri()
+    address = report.write(tmp_path, named, tmp_path, report.Context()).as_uri()
     for width in (PHONE["width"], DESK["width"]):
         with _opened(browser, address, viewport={"width": width, "height": 900}) as page:
             for samplers in (1, 2):
@@ -209,7 +211,7 @@ def test_a_short_logarithmic_axis_has_ticks(page):
 
 def test_names_of_many_sizes_cover_nothing(browser, tmp_path):
     many = paper.grid(("ddim",), steps=(4, 10, 20, 50), rates=(2.0, 3.0), replicates=0)
-    address = report.write(tmp_path, many, tmp_path, {"metric": paper.FID}).as_uri()
+    address = report.write(tmp_path, many, tmp_path, report.Context(metric=paper.FID)).as_uri()
     for width in (PHONE["width"], 1100):
         with _opened(browser, address, viewport={"width": width, "height": 900}) as page:
             names = page.locator("#quality-chart text.name")
@@ -287,7 +289,9 @@ def test_the_slider_weighs_students_with_their_own_pictures(browser, tmp_path, s
     for r in [*study, *others]:
         strip = np.full((16, 16, 3), shades[r.task], np.uint8)
         pictures.save_png(tmp_path / "strips" / f"{r.identity.key}.png", strip)
-    page = report.write(tmp_path, study, tmp_path, {}, [tmp_path / "strips"], others).as_uri()
+    page = report.write(
+        tmp_path, study, tmp_path, report.Context(), [tmp_path / "strips"], others
+    ).as_uri()
     with _opened(browser, page) as page:
         for unit, written in (("cost", "cost"), ("gflops", "gflops")):
             page.select_option("#advice-unit", unit)
@@ -307,7 +311,7 @@ def test_the_slider_weighs_students_with_their_own_pictures(browser, tmp_path, s
 def test_it_opens_on_something_and_the_least_that_it_names_can_be_typed(browser, tmp_path):
     one = fake.make(models=("c16",), samplers=("ddim",), steps={"ddim": (4,)}, guidance=(3.0,),
                     replicates=0, report_blocks=(1, 2))
-    address = report.write(tmp_path, one, tmp_path, {"report_blocks": (1, 2)}).as_uri()
+    address = report.write(tmp_path, one, tmp_path, report.Context(report_blocks=(1, 2))).as_uri()
     page = browser.new_page()
     page.goto(address)
     for unit in ("cost", "seconds", "gflops"):
@@ -425,7 +429,7 @@ def test_paper_shows_contents_and_no_controls(page, study):
 def test_of_one_guidance_rate_none_is_the_best(browser, tmp_path, study):
     for rates, framed in (({3.0}, 0), ({3.0, 5.0}, 9)):
         some = [r for r in study if r.identity.guidance in rates]
-        address = report.write(tmp_path, some, tmp_path, {}).as_uri()
+        address = report.write(tmp_path, some, tmp_path, report.Context()).as_uri()
         with _opened(browser, address) as page:
             assert page.locator("#heat-chart rect[fill=none]").count() == framed
             assert ("Framed" in page.inner_text("section:has(#guidance)")) == bool(framed)
@@ -434,7 +438,7 @@ def test_of_one_guidance_rate_none_is_the_best(browser, tmp_path, study):
 def test_a_study_without_pictures_or_reported_records_still_loads(browser, tmp_path, study):
     for keep, has in ((lambda r: r.identity.seed_block == 0, 0), (lambda r: True, 1)):
         some = [dataclasses.replace(r, replicates={}, intervals={}) for r in study if keep(r)]
-        address = report.write(tmp_path, some, tmp_path, {}).as_uri()
+        address = report.write(tmp_path, some, tmp_path, report.Context()).as_uri()
         with _opened(browser, address) as page:
             assert page.locator("#advice").count() == has
             if has:

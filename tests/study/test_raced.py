@@ -244,11 +244,12 @@ def test_what_is_there_is_what_was_planned_once_the_sweep_is_whole(unbroken, tmp
 
 def test_the_report_shows_a_raced_sweep(unbroken, tmp_path):
     workdir, found, _ = unbroken
-    text = report.write(tmp_path, found, tmp_path / "none", {}).read_text("utf-8")
-    whole = report.write(tmp_path, records.read_all(workdir / "records"), tmp_path / "none", {})
+    told = report.Context()
+    text = report.write(tmp_path, found, tmp_path / "none", told).read_text("utf-8")
+    whole = report.write(tmp_path, records.read_all(workdir / "records"), tmp_path / "none", told)
     assert "raced" in text and "raced" in whole.read_text("utf-8")
     # Each point of the curves has the pictures that its record drew.
-    page = report.write(tmp_path, found, tmp_path / "none", {}, [workdir / "strips"])
+    page = report.write(tmp_path, found, tmp_path / "none", told, [workdir / "strips"])
     images = re.search(r'id="study-images">(.*?)</script>', page.read_text("utf-8"), re.S).group(1)
     points = [p for c in curves.quality_curves(found, FRECHET).values() for p in c]
     assert json.loads(images)["points"].keys() == {

@@ -30,14 +30,14 @@ CREDIT = (
     "All emojis designed by OpenMoji – the open-source emoji and icon project "
     "(https://openmoji.org). License: CC BY-SA 4.0"
 )
-CONTEXT = {
-    "title": f"Title {NASTY}",
-    "dataset": [f"Data {NASTY}"],
-    "measures": {"caption_agreement": f"Measured {NASTY}"},
-    "attribution": [CREDIT],
-    "config": {"note": NASTY},
-    "versions": {"jax": NASTY},
-}
+CONTEXT = report.Context(
+    title=f"Title {NASTY}",
+    dataset=[f"Data {NASTY}"],
+    measures={"caption_agreement": f"Measured {NASTY}"},
+    attribution=[CREDIT],
+    config={"note": NASTY},
+    versions={"jax": NASTY},
+)
 _VOID = {"meta", "link", "img", "input", "br", "hr", "path", "rect"}
 
 
@@ -223,7 +223,7 @@ def test_the_page_carries_the_advice_at_every_budget(tmp_path, study, blocks):
         values = {name: 1.01 * v for name, v in r.metrics.items()}
         other = dataclasses.replace(r.identity, seed_block=2)
         study.append(dataclasses.replace(r, identity=other, metrics=values))
-    context = {"report_blocks": blocks}
+    context = report.Context(report_blocks=blocks)
     data = json.loads(_script(report.write(tmp_path, study, tmp_path, context).read_text("utf-8")))
     assert [u["unit"] for u in data["advice"]] == ["cost", "seconds", "gflops"]
     for told in data["advice"]:
@@ -271,7 +271,8 @@ def test_what_was_not_timed_costs_the_page_nothing_else(tmp_path):
     study = fake.make(models=("c8", "c16"), samplers=("ddim",), replicates=20)
 
     def page(records, name):
-        text = report.write(tmp_path / name, records, tmp_path / name, {"metric": FD}).read_text()
+        told = report.Context(metric=FD)
+        text = report.write(tmp_path / name, records, tmp_path / name, told).read_text()
         return text, json.loads(_script(text))
 
     text, data = page(fake.untimed(study), "none")
@@ -305,7 +306,7 @@ def test_points_carry_their_own_pictures_as_many_as_the_page_holds(tmp_path, stu
     damaged.write_bytes(damaged.read_bytes()[:200])
 
     def write():
-        path = report.write(tmp_path, study, tmp_path / "none", {"captions": [NASTY]},
+        path = report.write(tmp_path, study, tmp_path / "none", report.Context(captions=[NASTY]),
                             [tmp_path / "strips"])
         return path.read_text("utf-8")
 
@@ -345,7 +346,7 @@ def test_the_same_input_gives_the_same_bytes(tmp_path, study, figures, text):
 ], ids=["no report", "one size", "one step count", "one rate", "a curve missing"])
 def test_an_unfinished_study_still_gives_a_page(tmp_path, study, keep):
     some = [r for r in study if keep(r.identity)]
-    path = report.write(tmp_path, some, tmp_path / "no figures", {})
+    path = report.write(tmp_path, some, tmp_path / "no figures", report.Context())
     found = _Page(path.read_text("utf-8"))
     assert found.broken == [] and found.open == []
     assert len([a for a in found.all("tr") if "data-model" in a]) == len(some)
@@ -361,7 +362,8 @@ def test_a_measure_that_rounds_of_a_race_lack_is_reported(tmp_path, study):
         else:
             r = dataclasses.replace(r, round=1)
         some.append(r)
-    found = _Page(report.write(tmp_path, some, tmp_path / "none", {}).read_text("utf-8"))
+    path = report.write(tmp_path, some, tmp_path / "none", report.Context())
+    found = _Page(path.read_text("utf-8"))
     assert found.broken == [] and f"{1 / some[-1].metrics[FD]:.4f}" in found.text()
     _, drawn = curves.chosen_curves(curves.distinct(some), "recall", FD)
     best = curves.quality_curves(curves.distinct(some), FD)
@@ -373,7 +375,7 @@ def test_a_measure_that_rounds_of_a_race_lack_is_reported(tmp_path, study):
 
 def test_mistakes_are_named(tmp_path, study):
     with pytest.raises(UserError, match="no records.*run the sweep"):
-        report.write(tmp_path, [], tmp_path, {})
+        report.write(tmp_path, [], tmp_path, report.Context())
     with pytest.raises(UserError, match="no measure is called 'fid'"):
-        report.write(tmp_path, study, tmp_path, {"metric": "fid"})
+        report.write(tmp_path, study, tmp_path, report.Context(metric="fid"))
     assert list(tmp_path.iterdir()) == []

@@ -96,7 +96,8 @@ def test_figures_and_page_show_the_means(tmp_path, found, monkeypatch):
         rows = list(csv.DictReader(file))
     shown = {(r["model"], r["sampler"], int(r["steps"])): float(r["value"]) for r in rows}
     assert len(rows) == len(means) and shown == pytest.approx(means)
-    page = report.write(tmp_path, found, tmp_path, {"report_blocks": REPORT}).read_text("utf-8")
+    told = report.Context(report_blocks=REPORT)
+    page = report.write(tmp_path, found, tmp_path, told).read_text("utf-8")
     assert "anew on blocks 1, 2 and 3, with" in page
     data = _data(page)
     shown = {(p["model"], p["sampler"], p["steps"]): p["value"] for p in data["points"]
@@ -145,8 +146,9 @@ def test_a_block_that_is_added_takes_nothing_away(tmp_path, capsys, found, monke
     ):
         assert reported_lib.whole(there, FD, 0, (1, 2)) == kept
     assert reported_lib.left_out((1, 2), [1, 2]) == ""
-    lone = report.write(tmp_path, first, tmp_path, {"report_blocks": (1,)}).read_text("utf-8")
-    page = report.write(tmp_path, some, tmp_path, {"report_blocks": (1, 2)}).read_text("utf-8")
+    one, two = (report.Context(report_blocks=blocks) for blocks in ((1,), (1, 2)))
+    lone = report.write(tmp_path, first, tmp_path, one).read_text("utf-8")
+    page = report.write(tmp_path, some, tmp_path, two).read_text("utf-8")
     assert _data(page)["points"] == _data(lone)["points"] != []
     assert page.count("Seed block 2 is not measured in every cell") >= 2 and (
         "anew on block 1, with" in page)

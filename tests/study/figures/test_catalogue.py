@@ -317,7 +317,7 @@ def test_a_page_shows_what_was_drawn_with_it_and_what_is_not_ours(tmp_path, main
 
 def test_the_report_shows_every_figure_in_its_section(tmp_path, drawn, main):
     folder, written = drawn
-    text = report.write(tmp_path, main, folder, {"metric": paper.FID}).read_text("utf-8")
+    text = report.write(tmp_path, main, folder, report.Context(metric=paper.FID)).read_text("utf-8")
     assert text.count("data:image/") == len(written.names)
     assert 'id="downstream"' in text and 'id="other"' not in text
     for entry in catalogue.FIGURES:
