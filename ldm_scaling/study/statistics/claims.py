@@ -15,7 +15,7 @@ from ldm_scaling.study import labels, winners
 from ldm_scaling.study.curves import Curves
 from ldm_scaling.study.records import DISTILLED, RESTORING, TEXT_TO_IMAGE, Record
 from ldm_scaling.study.statistics import trends, words
-from ldm_scaling.study.statistics.trends import FineTuned
+from ldm_scaling.study.statistics.trends import Tuned
 
 CLAIMS = (
     "Quality scales with training compute.",
@@ -89,7 +89,7 @@ class Evidence:
     records: Sequence[Record]
     distilled: Sequence[Record] = ()
     super_resolution: Sequence[Record] = ()
-    fine_tuned: Sequence[FineTuned] | None = None
+    fine_tuned: Sequence[Tuned] | None = None
 
     @classmethod
     def of(cls, records: Sequence[Record], **more) -> Evidence:
@@ -166,7 +166,7 @@ def _compute(records: Sequence[Record], metric: str, blocks: tuple[int, int]) ->
     )
 
 
-def _downstream(rows: Sequence[FineTuned]) -> Verdict:
+def _downstream(rows: Sequence[Tuned]) -> Verdict:
     test = (
         "Shares of the variance of downstream quality that pretraining quality (a straight line) "
         "and fine-tuning length (any shape) explain, told from what is left without each size in "

@@ -198,7 +198,7 @@ def _error(x_P: np.ndarray, y_P: np.ndarray, size_P: np.ndarray) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class FineTuned:
+class Tuned:
     """One fine-tuned network.
 
     Attributes:
@@ -216,7 +216,7 @@ class FineTuned:
 
 def fine_tuned(
     pretrained: Sequence[Record], records: Sequence[Record], metric: str, blocks: tuple[int, int]
-) -> list[FineTuned]:
+) -> list[Tuned]:
     """What each member reached before and after fine-tuning of several lengths, as losses, each at
     the sampler and steps that `networks` compares.
 
@@ -233,7 +233,7 @@ def fine_tuned(
     before = {n.model: sign * n.point.value for n in networks(pretrained, metric, *blocks)}
     after = networks(records, metric, *curves_lib.own_blocks(records, *blocks))
     return [
-        FineTuned(n.model, before[n.model], n.train_step, sign * n.point.value)
+        Tuned(n.model, before[n.model], n.train_step, sign * n.point.value)
         for n in after if n.model in before
     ]
 
@@ -260,7 +260,7 @@ class Shares:
     lengths: int
 
 
-def downstream(rows: Sequence[FineTuned]) -> Shares | None:
+def downstream(rows: Sequence[Tuned]) -> Shares | None:
     """Shares of variance, averaged over both orders of entering (Lindeman, Merenda, Gold 1980).
 
     Interval and probability leave out one size after the other (jackknife, Student's t with sizes
@@ -268,7 +268,7 @@ def downstream(rows: Sequence[FineTuned]) -> Shares | None:
     decides either call is made in 0 to 8% of cases; drawing so few sizes with replacement instead
     contradicts in a quarter to a half. None below 4 sizes or where not each has 2 lengths.
     """
-    by_model: dict[str, list[FineTuned]] = defaultdict(list)
+    by_model: dict[str, list[Tuned]] = defaultdict(list)
     for row in rows:
         by_model[row.model].append(row)
     if len(by_model) < 4 or min(len({r.length for r in g}) for g in by_model.values()) < 2:
@@ -293,7 +293,7 @@ def _jackknife(value: float, without_M: np.ndarray) -> Any:
     return scipy.stats.t(len(without_M) - 2, value, max(error, np.finfo(float).tiny))
 
 
-def _shares(rows: Sequence[FineTuned], weight_RN: np.ndarray) -> tuple[np.ndarray, ...]:
+def _shares(rows: Sequence[Tuned], weight_RN: np.ndarray) -> tuple[np.ndarray, ...]:
     """Both shares and the slope over pretraining, for R weightings of the rows."""
     y_N = np.array([r.downstream for r in rows])
     y_N = y_N - y_N.mean()

@@ -8,7 +8,7 @@ import scipy.stats
 
 from ldm_scaling.study.statistics import claims, trends
 from ldm_scaling.study.statistics.claims import Evidence
-from ldm_scaling.study.statistics.trends import FineTuned
+from ldm_scaling.study.statistics.trends import Tuned
 from tests.study import fake_records as fake
 from tests.study import paper_records as paper
 
@@ -38,7 +38,7 @@ def _fine_tuned(pretraining, length, noise, seed=0):
         before = 30.0 - k
         for n in (1e3, 4e3, 1.6e4, 6.4e4):
             after = 20 + pretraining * before - length * np.log(n) + noise * rng.normal()
-            out.append(FineTuned(f"m{k}", before, n, after))
+            out.append(Tuned(f"m{k}", before, n, after))
     return out
 
 
