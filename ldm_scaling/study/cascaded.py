@@ -17,7 +17,6 @@ from ldm_scaling.config.cascade import TASK
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import backbone, cost, zoo
-from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling import sampler as sampler_lib
 from ldm_scaling.sampling import solvers
 from ldm_scaling.sampling.packing import Configuration
@@ -175,10 +174,7 @@ class Cascaded:
         return self._drawer(self.upper_spec(member), self.materials.frozen, self.config.train)
 
     def _drawer(self, spec: backbone.Spec, frozen: Frozen, run: Train) -> Drawer:
-        m = self.materials
-        lanes = mesh_lib.rounded(self.config.sweep.batch_size, m.mesh)
-        return Drawer(spec, frozen, m.study.diffusion, lanes, m.decode, m.mesh, run.compute_dtype,
-                      run.attention)
+        return self.materials.drawer_of(spec, run, self.config.sweep.batch_size, frozen)
 
     @functools.cache  # noqa: B019
     def drawer(self, base: str, member: str) -> CascadeDrawer:

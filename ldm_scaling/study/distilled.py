@@ -15,7 +15,6 @@ from ldm_scaling.config import Diffusion, Distill, Sample, Train
 from ldm_scaling.config.distill import Stage
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import backbone, cost, sd_folder
-from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling.packing import Configuration
 from ldm_scaling.study import encoders, labels, runs, sheet, sweep
 from ldm_scaling.study import subject as subject_lib
@@ -181,12 +180,10 @@ class Distilled:
     @functools.cache  # noqa: B019  One object a run.
     def drawer(self, member: str, told: bool) -> Drawer:
         """What draws pictures with a member's students; compiled once for all that are alike."""
-        m, run = self.materials, self.config.train
         stage = next(s for s in self.stages if s.told == told)
-        lanes = mesh_lib.rounded(self.config.sweep.batch_size, m.mesh)
-        return Drawer(
-            self.spec(member, stage), m.frozen, self.diffusion, lanes, m.decode, m.mesh,
-            run.compute_dtype, run.attention,
+        return self.materials.drawer_of(
+            self.spec(member, stage), self.config.train, self.config.sweep.batch_size,
+            diffusion=self.diffusion,
         )
 
     # Training.

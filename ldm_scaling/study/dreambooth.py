@@ -230,12 +230,8 @@ class Taught:
     @functools.cache  # noqa: B019
     def drawer(self, member: str) -> Drawer:
         """What draws with a member's network, whatever it was taught."""
-        m, run = self.materials, self.config.train
-        lanes = mesh_lib.rounded(self.config.sample.num_images, m.mesh)
-        return Drawer(
-            m.spec(member), m.frozen, m.study.diffusion, lanes, m.decode, m.mesh,
-            run.compute_dtype, run.attention,
-        )
+        m, config = self.materials, self.config
+        return m.drawer_of(m.spec(member), config.train, config.sample.num_images)
 
     # Drawing.
 

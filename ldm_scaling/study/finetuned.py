@@ -171,12 +171,8 @@ class FineTuned:
     @functools.cache  # noqa: B019  One object a run.
     def drawer(self, member: str) -> Drawer:
         """What draws pictures with a member's network."""
-        m, run = self.materials, self.config.train
-        lanes = mesh_lib.rounded(self.config.sweep.batch_size, m.mesh)
-        return Drawer(
-            self.spec(member), m.frozen, m.study.diffusion, lanes, m.decode, m.mesh,
-            run.compute_dtype, run.attention,
-        )
+        config = self.config
+        return self.materials.drawer_of(self.spec(member), config.train, config.sweep.batch_size)
 
     # Data.
 

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from ldm_scaling import files
-from ldm_scaling.config import Study
+from ldm_scaling.config import Diffusion, Study, Train
 from ldm_scaling.data import cache
 from ldm_scaling.data.loading.mixture import Mixture
 from ldm_scaling.data.loading.source import Source
@@ -297,11 +297,25 @@ class Materials:
     @functools.cache  # noqa: B019
     def drawer(self, member: str) -> Drawer:
         """What draws pictures with a member's network; compiled once for every stage."""
+        return self.drawer_of(self.spec(member), self.study.train, self.study.sweep.batch_size)
+
+    def drawer_of(
+        self, spec: backbone.Spec, run: Train, count: int, frozen: Frozen | None = None,
+        diffusion: Diffusion | None = None,
+    ) -> Drawer:
+        """What draws with a network, compiled as its run says.
+
+        Args:
+          spec: the network.
+          run: its settings.
+          count: pictures at a time, or a few more: these are split over all devices.
+          frozen, diffusion: the study's own, if not given.
+        """
         # Pictures along the way are drawn by all processes together: lanes for all their devices.
-        lanes = mesh_lib.rounded(self.study.sweep.batch_size, self.mesh)
         return Drawer(
-            self.spec(member), self.frozen, self.study.diffusion, lanes, self.decode, self.mesh,
-            self.study.train.compute_dtype, self.study.train.attention,
+            spec, frozen or self.frozen, diffusion or self.study.diffusion,
+            mesh_lib.rounded(count, self.mesh), self.decode, self.mesh, run.compute_dtype,
+            run.attention,
         )
 
     def member_params(self, member: str) -> Any:
