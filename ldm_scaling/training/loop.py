@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
@@ -100,12 +100,9 @@ def fit(
         checkpoints = stack.enter_context(_checkpoints(directory, config))
         # The lead's word: a shared folder may look different elsewhere for a moment.
         start = int(consensus.everyone(checkpoints.latest() or 0)[0, 0])
-        branches = after is not None and start == 0
-        start = after.step if branches else start
-        passed = {number for number in config.keep_steps if number <= start}
-        if lost := sorted(passed - set(checkpoint.steps_of(checkpoints.directory))):
-            log.warning("%s: of train.keep_steps %s are not on disk, and the run is at step %d: "
-                        "they will not be made", task.name, lost, start)
+        branch = after if start == 0 else None
+        start = branch.step if branch else start
+        _tell_lost(task.name, config, checkpoints, start)
         dog = stack.enter_context(Watchdog(task.name, config.stall_seconds, start))
         stack.enter_context(watchdog.lost_host(task.name))
         if start == 0:
@@ -113,15 +110,9 @@ def fit(
                 task.init, config, mesh, jax.random.fold_in(root, 0), task.start
             )
         else:
-            where = after.directory if branches else checkpoints.directory
-            if about and checkpoint.NETWORK in about:
-                checkpoint.check_network(where, start, about[checkpoint.NETWORK])
-            state, iterator = (
-                checkpoint.read(after, abstract) if branches
-                else checkpoints.restore(abstract, start)
-            )
+            state, iterator = _restored(checkpoints, start, branch, abstract, about)
         snapshots = stack.enter_context(Snapshots(task.name, directory, config, start, about))
-        if start and not branches:  # It may have been deleted, for it was damaged.
+        if start and not branch:  # It may have been deleted, for it was damaged.
             with dog.patient():
                 snapshots.save(start, state.averages, lambda: start)
         if start >= config.steps:
@@ -129,17 +120,38 @@ def fit(
         loader = make_loader()
         if start:
             loader.set_state(iterator)
-            log.info("%s goes on from step %d in %s", task.name, start, where)
+            log.info("%s goes on from step %d in %s", task.name, start,
+                     branch.directory if branch else checkpoints.directory)
         feed = stack.enter_context(
             feed_lib.Feed(loader, task.make_batch, mesh_lib.batch_sharding(mesh))
         )
         interruption = stack.enter_context(Interruption())
         record = _Record(directory, start, config, mesh)
         stack.callback(record.close)
-        return _run(
+        return _Run(
             task, config, feed, record, root, abstract, state, checkpoints, snapshots, about, dog,
             interruption,
-        )
+        ).finish()
+
+
+def _tell_lost(
+    name: str, config: Train, checkpoints: checkpoint.Checkpoints, start: int
+) -> None:
+    passed = {number for number in config.keep_steps if number <= start}
+    if lost := sorted(passed - set(checkpoint.steps_of(checkpoints.directory))):
+        log.warning("%s: of train.keep_steps %s are not on disk, and the run is at step %d: "
+                    "they will not be made", name, lost, start)
+
+
+def _restored(
+    checkpoints: checkpoint.Checkpoints, start: int, branch: checkpoint.Place | None,
+    abstract: TrainState, about: dict[str, Any] | None,
+) -> tuple[TrainState, dict[str, Any]]:
+    """State and iterator of the run's own checkpoint, or of the one that it branches off."""
+    where = branch.directory if branch else checkpoints.directory
+    if about and checkpoint.NETWORK in about:
+        checkpoint.check_network(where, start, about[checkpoint.NETWORK])
+    return checkpoint.read(branch, abstract) if branch else checkpoints.restore(abstract, start)
 
 
 class _Record:
@@ -201,137 +213,185 @@ def _form(batch: Any) -> Hashable:
     return structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
 
 
-def _run(
-    task, config, feed, record, root, abstract, state, checkpoints, snapshots, about, dog,
-    interruption,
-) -> TrainState:
-    frozen = () if task.frozen is None else (task.frozen,)
-    train = step.make(
-        task.loss, config, feed.sharding.mesh, abstract, task.frozen, task.rates, task.project
-    )
-    # By a program: `device_put` knows no keys on devices of other processes.
-    key = jax.jit(
-        jax.random.fold_in, out_shardings=mesh_lib.replicated(feed.sharding.mesh)
-    )(root, 1)
-    start, last, clock = record.start, config.steps, record.meter
-    validation: dict[int, dict[str, float]] = {}  # of the last step that had one
-    unshown: set[str] = set()  # why pictures were not
-    forms: set[Hashable] = set()  # of batches that the step is compiled for: one of each bucket
+class _Due(NamedTuple):
+    """What is done after a step."""
 
-    def settled() -> int:
-        with dog.patient():
-            return saver.settle()
+    logs: bool
+    validates: bool
+    saves: bool
+    shows: bool
+    keeps: bool  # A snapshot.
+    traced: bool  # The profile's last step.
+    stops: bool
 
-    def tell(now: bool = True) -> None:
-        troubles = list(filter(None, (saver.trouble(), snapshots.trouble())))
-        told = [f"loss {scalars.loss:.4f}", f"data {clock.wait():.1%}", *troubles]
-        bar.set_postfix_str(", ".join(told), refresh=now or bool(troubles))
 
-    def ends() -> bool:
-        nonlocal stops
-        stops = stops or interruption.due()
-        return stops
+class _Run:
+    """The steps of a run, from the one after `record.start`, and what is done after them."""
 
-    def refuse(number: int, values: dict[str, float], before: dict[str, Any]) -> None:
-        path = record.directory / f"nonfinite_{number}.json"
+    def __init__(
+        self, task, config, feed, record, root, abstract, state, checkpoints, snapshots, about, dog,
+        interruption,
+    ):
+        self.task, self.config, self.feed, self.record = task, config, feed, record
+        self.state, self.checkpoints, self.snapshots = state, checkpoints, snapshots
+        self.about, self.dog, self.interruption = about, dog, interruption
+        self.clock, self.last = record.meter, config.steps
+        mesh = feed.sharding.mesh
+        self.frozen = () if task.frozen is None else (task.frozen,)
+        self.train = step.make(
+            task.loss, config, mesh, abstract, task.frozen, task.rates, task.project
+        )
+        # By a program: `device_put` knows no keys on devices of other processes.
+        fold_in = jax.jit(jax.random.fold_in, out_shardings=mesh_lib.replicated(mesh))
+        self.key = fold_in(root, 1)
+        self.validation: dict[int, dict[str, float]] = {}  # of the last step that had one
+        self.unshown: set[str] = set()  # why pictures were not
+        # Of batches that the step is compiled for: one of each bucket.
+        self.forms: set[Hashable] = set()
+        self.stops = False
+        self.scalars = Scalars(self._refuse)
+        self.saver = Saver(
+            task.name, checkpoints, config, record.start,
+            lambda number: record.flush(number, self.scalars.totals()), self._begin_save,
+        )
+        self.profile = Profile(record.directory / "profile", config.profile_steps, record.start)
+
+    def finish(self) -> TrainState:
+        """Trains to the last step; returns its state."""
+        start, name = self.record.start, self.task.name
+        with (
+            contextlib.closing(self.profile),
+            files.progress(self.last, f"train {name}", "step", initial=start) as self.bar,
+        ):
+            self.clock.lap(meter.OTHER)
+            for number in range(start + 1, self.last + 1):
+                self._step(number)
+                self.stops = self.interruption.due()
+                due = self._due(number)
+                if any(due):  # Here all processes wait for the step, and decide together.
+                    self._read()
+                self.clock.lap(meter.STEP)
+                self.clock.step()
+                self.bar.update()
+                if any(due):
+                    self._look_after(number, due)
+        # Told while the last step was looked at and saved: one process has nobody else to ask.
+        if self.interruption.told:
+            raise Interrupted(f"{name} stopped by SIGTERM after step {self.last}")
+        return self.state
+
+    def _step(self, number: int) -> None:
+        """Takes a step, and reads the metrics of the one before."""
+        self.profile.before(number)
+        self.clock.lap(meter.OTHER)
+        before, first = self.feed.state, number == self.record.start + 1
+        batch = next(self.feed)
+        self.clock.lap(meter.DATA)
+        if first and self.clock.peak:
+            self.clock.flops = meter.flops_of(
+                self.task, self.config, self.train, self.state, batch, self.key, *self.frozen
+            )
+        if compiles := (form := _form(batch)) not in self.forms:
+            self.forms.add(form)
+            self.dog.compiles(number)
+        # Tracing and compiling may move constants, such as a kernel's masks.
+        with jax.transfer_guard("allow" if compiles else "disallow"):
+            self.state, values = self.train(self.state, batch, self.key, *self.frozen)
+        self._read()  # The metrics of the step before: the device never waits for the host.
+        self.scalars.push(number, values, before)
+        if first and self.record.start:
+            self._read()
+            self.record.add_open(self.scalars)
+
+    def _read(self) -> None:
+        number = self.scalars.read()
+        if number is not None:
+            self.dog.finished(number)
+
+    def _refuse(self, number: int, values: dict[str, float], before: dict[str, Any]) -> None:
+        path = self.record.directory / f"nonfinite_{number}.json"
         if hosts.is_lead():
-            nonfinite.write(path, number, values, before, feed.examples(before))
+            nonfinite.write(path, number, values, before, self.feed.examples(before))
         raise NonFiniteLossError(
-            f"{task.name}: {', '.join(nonfinite.names(values))} is not finite at step {number}, "
-            f"whose examples are named in {path}; the checkpoint of step {settled()} is kept "
-            f"in {checkpoints.directory}. Lower learning_rate or clip_norm, or raise warmup_steps, "
-            "in a fresh --workdir"
+            f"{self.task.name}: {', '.join(nonfinite.names(values))} is not finite at step "
+            f"{number}, whose examples are named in {path}; {self._kept()}. Lower learning_rate or "
+            "clip_norm, or raise warmup_steps, in a fresh --workdir"
         )
 
-    def begin(number: int) -> None:
-        checkpoints.save(number, state, feed.state, about, validation.get(number))
+    def _kept(self) -> str:
+        """What is left of a run that ends early, in words."""
+        with self.dog.patient():
+            safe = self.saver.settle()
+        return f"the checkpoint of step {safe} is kept in {self.checkpoints.directory}"
 
-    def read() -> None:
-        number = scalars.read()
-        if number is not None:
-            dog.finished(number)
+    def _due(self, number: int) -> _Due:
+        config, last = self.config, self.last
+        return _Due(
+            logs=_due(number, config.log_every, last),
+            validates=_due(number, config.validate_every, last),
+            saves=_due(number, config.checkpoint_every, last) or number in config.keep_steps,
+            shows=_due(number, config.sample_every, last),
+            keeps=config.snapshot_due(number),
+            traced=self.profile.ends(number),
+            stops=self.stops,
+        )
 
-    scalars = Scalars(refuse)
-    saver = Saver(
-        task.name, checkpoints, config, start,
-        lambda number: record.flush(number, scalars.totals()), begin,
-    )
-    profile = Profile(record.directory / "profile", config.profile_steps, start)
-    with (
-        contextlib.closing(profile),
-        files.progress(last, f"train {task.name}", "step", initial=start) as bar,
-    ):
-        clock.lap(meter.OTHER)
-        for number in range(start + 1, last + 1):
-            profile.before(number)
-            clock.lap(meter.OTHER)
-            before = feed.state
-            batch = next(feed)
-            clock.lap(meter.DATA)
-            if number == start + 1 and clock.peak:
-                clock.flops = meter.flops_of(task, config, train, state, batch, key, *frozen)
-            if compiles := (form := _form(batch)) not in forms:
-                forms.add(form)
-                dog.compiles(number)
-            # Tracing and compiling may move constants, such as a kernel's masks.
-            with jax.transfer_guard("allow" if compiles else "disallow"):
-                state, values = train(state, batch, key, *frozen)
-            read()  # The metrics of the step before: the device never waits for the host.
-            scalars.push(number, values, before)
-            if number == start + 1 and start:
-                read()
-                record.add_open(scalars)
-            stops = interruption.due()
-            logs = _due(number, config.log_every, last)
-            validates = _due(number, config.validate_every, last)
-            saves = _due(number, config.checkpoint_every, last) or number in config.keep_steps
-            shows = _due(number, config.sample_every, last)
-            keeps = config.snapshot_due(number)
-            meets = logs or validates or saves or keeps or shows or stops or profile.ends(number)
-            if meets:  # Here all processes wait for the step, and decide together.
-                read()
-            clock.lap(meter.STEP)
-            clock.step()
-            bar.update()
-            if not meets:
-                continue
-            if profile.ends(number):
-                profile.close()
-            tell(now=False)
-            if logs:
-                averages = scalars.averages()
-                record.scalars(number, "train", averages)
-                record.timings(number)
-                if why := task.diverges(averages):
-                    raise DivergedError(
-                        f"{task.name} diverges at step {number}: {why}; the checkpoint of step "
-                        f"{settled()} is kept in {checkpoints.directory}"
-                    )
-            with dog.patient():
-                if validates:
-                    scores = task.validate(state.ema, number)
-                    check_metric(f"{task.name}: train", config, scores)
-                    record.scalars(number, "validation", scores)
-                    validation = {number: scores}
-                if shows:
-                    try:
-                        record.images(number, task.show(state.ema, number))
-                    except UserError as e:  # Such as pictures that are not finite, early in a run.
-                        if (why := str(e)) not in unshown:
-                            log.warning("%s: nothing is shown at step %d: %s; training goes on",
-                                        task.name, number, why)
-                        unshown.add(why)
-                clock.lap(meter.OTHER)
-                # Before the checkpoint: a run goes on from where all of its snapshots are there.
-                snapshots.save(number, state.averages, saver.settle, tell, ends)
-                if stops or number == last or number in config.keep_steps:
-                    saver.finish(number, tell)
-                else:
-                    saver.tend(number, saves)
-                clock.lap(meter.CHECKPOINT)
-            if stops:
-                raise Interrupted(f"{task.name} stopped by SIGTERM after step {number}")
-    # Told while the last step was looked at and saved: one process has nobody else to ask.
-    if interruption.told:
-        raise Interrupted(f"{task.name} stopped by SIGTERM after step {last}")
-    return state
+    def _look_after(self, number: int, due: _Due) -> None:
+        """What is due after a step whose metrics are read; the same in all processes."""
+        if due.traced:
+            self.profile.close()
+        self._tell(now=False)
+        if due.logs:
+            self._log(number)
+        with self.dog.patient():
+            if due.validates:
+                scores = self.task.validate(self.state.ema, number)
+                check_metric(f"{self.task.name}: train", self.config, scores)
+                self.record.scalars(number, "validation", scores)
+                self.validation = {number: scores}
+            if due.shows:
+                self._show(number)
+            self.clock.lap(meter.OTHER)
+            # Before the checkpoint: a run goes on from where all of its snapshots are there.
+            self.snapshots.save(
+                number, self.state.averages, self.saver.settle, self._tell, self._ends
+            )
+            if self.stops or number == self.last or number in self.config.keep_steps:
+                self.saver.finish(number, self._tell)
+            else:
+                self.saver.tend(number, due.saves)
+            self.clock.lap(meter.CHECKPOINT)
+        if self.stops:
+            raise Interrupted(f"{self.task.name} stopped by SIGTERM after step {number}")
+
+    def _tell(self, now: bool = True) -> None:
+        troubles = list(filter(None, (self.saver.trouble(), self.snapshots.trouble())))
+        told = [f"loss {self.scalars.loss:.4f}", f"data {self.clock.wait():.1%}", *troubles]
+        self.bar.set_postfix_str(", ".join(told), refresh=now or bool(troubles))
+
+    def _log(self, number: int) -> None:
+        averages = self.scalars.averages()
+        self.record.scalars(number, "train", averages)
+        self.record.timings(number)
+        if why := self.task.diverges(averages):
+            raise DivergedError(
+                f"{self.task.name} diverges at step {number}: {why}; {self._kept()}"
+            )
+
+    def _show(self, number: int) -> None:
+        try:
+            self.record.images(number, self.task.show(self.state.ema, number))
+        except UserError as e:  # Such as pictures that are not finite, early in a run.
+            if (why := str(e)) not in self.unshown:
+                log.warning("%s: nothing is shown at step %d: %s; training goes on",
+                            self.task.name, number, why)
+            self.unshown.add(why)
+
+    def _ends(self) -> bool:
+        self.stops = self.stops or self.interruption.due()
+        return self.stops
+
+    def _begin_save(self, number: int) -> None:
+        self.checkpoints.save(
+            number, self.state, self.feed.state, self.about, self.validation.get(number)
+        )
