@@ -246,11 +246,7 @@ def draw(
 
 @functools.lru_cache(maxsize=8)
 def _drawer(materials: Materials, count: int, member: str) -> Drawer:
-    study = materials.study
-    return Drawer(
-        materials.spec(member), materials.frozen, study.diffusion, count, materials.decode,
-        materials.mesh, study.train.compute_dtype, study.train.attention,
-    )
+    return materials.drawer_of(materials.spec(member), materials.study.train, count)
 
 
 def text_states(materials: Materials, prompts: Iterable[str]) -> np.ndarray:

@@ -117,18 +117,16 @@ def _grids(materials: Materials, measured: bool) -> None:
     """What each sweep names."""
     study = materials.study
     grids = {} if study.finetune.pretrained else {"sweep": study.sweep}
-    grids |= {further.name: further.config.sweep for further in further_lib.of(materials)}
+    for further in further_lib.of(materials):
+        sweep, own = further.config.sweep, further.name == "finetune"
+        grids[f"{further.name}.sweep"] = sweep if own else sweep.judged_as(study.sweep)
     for key, grid in grids.items():
         # Of each process.
         mesh_lib.check_batch(materials.own.mesh, grid.batch_size, f"config: {key}.batch_size")
         names = [solvers.canonical(name) for name in grid.samplers]
         if len(set(names)) < len(names):
             raise UserError(f"config: {key}.samplers={grid.samplers} names one of them twice")
-        own = key in ("sweep", "finetune")
-        sweep_checks.check(
-            key if key == "sweep" else f"{key}.sweep",
-            grid if own else grid.judged_as(study.sweep), restored=key == "finetune",
-        )
+        sweep_checks.check(key, grid, restored=key == "finetune.sweep")
         if measured and grid.metrics:
             published_scorer.require(grid.metrics)
 
