@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 COLUMNS = ("step", "name", "value")
 # What is timed: all that may differ between two runs of one config and seed.
 TIMED = "time/"
+TRAIN, VALIDATION = "train/loss", "validation/loss"
 _FLUSH_SECONDS = 60.0  # at most, until TensorBoard sees a scalar
 
 

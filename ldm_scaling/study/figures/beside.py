@@ -17,11 +17,9 @@ from ldm_scaling.study.figures.source import Source
 from ldm_scaling.study.image_grids import Images
 from ldm_scaling.study.records import TEXT_TO_IMAGE
 from ldm_scaling.study.workdir import Workdir
-from ldm_scaling.training.events import read_curves
+from ldm_scaling.training.events import TRAIN, VALIDATION, read_curves
 
 log = logging.getLogger(__name__)
-
-TRAIN, VALIDATION = "train/loss", "validation/loss"
 
 
 def losses(workdir: Workdir, members: Iterable[str]) -> dict[str, list]:

@@ -12,7 +12,7 @@ from ldm_scaling.study import labels, plot_style, plots
 from ldm_scaling.study.figures import scaling
 from ldm_scaling.study.figures.source import Drawn, Source
 from ldm_scaling.study.statistics.fits import HeldOut
-from ldm_scaling.study.statistics.scaling import By, Runs
+from ldm_scaling.study.statistics.scaling import LEAST, REPLICATES, By, Runs
 
 
 def largest(source: Source) -> dict[str, Drawn]:
@@ -46,13 +46,13 @@ def _foretold(one: scaling.Measured) -> tuple[scaling.Measured, By, HeldOut] | N
         return runs.some(runs.params_N < runs.params_N.max())
 
     by: By = "size and images"
-    if not scaling.several_lengths(rest(one.runs)):
+    if not rest(one.runs).several_lengths:
         by, one = "compute", dataclasses.replace(one, runs=one.runs.ends())
-        if len(np.unique(rest(one.runs).gflops_N)) < scaling.LEAST:
+        if len(np.unique(rest(one.runs).gflops_N)) < LEAST:
             return None
     return one, by, one.runs.held_out(
         by, offset=len(rest(one.runs).models) >= scaling.LEAST_WITH_OFFSET, delta=one.noise,
-        replicates=scaling.REPLICATES)
+        replicates=REPLICATES)
 
 
 def _draw_held_out(

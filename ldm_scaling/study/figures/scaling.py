@@ -19,20 +19,11 @@ from ldm_scaling.study.statistics.scaling import By, Runs
 log = logging.getLogger(__name__)
 
 VALIDATION_LOSS = "validation_loss"
-SETTLED = 0.1
-"""Share of a training run, at its beginning, that enters no law: the learning rate warms up."""
-
 _NOISE = {VALIDATION_LOSS: fits.DELTA}
 _QUALITY_NOISE = 0.01
 """Where Huber's loss turns linear: distances of networks that were trained once scatter by 1%."""
 
-LEAST = 3
 LEAST_WITH_OFFSET = 5
-_LEAST_RUNS = 4
-"""Sizes for a law of size and training: factor, exponent and level fit any three sizes' luck."""
-REPLICATES = 200
-_WITHOUT_BEST = 0.05
-"""Share of replicates without a best size above which the others' interval would be another's."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,7 +75,7 @@ def measured(source: Source) -> list[Measured]:
     if any(losses.values()):
         runs = scaling.of_losses(
             losses, {m: n for m, (n, _) in size.items()}, {m: g for m, (_, g) in size.items()},
-            batch_size=1, settled=SETTLED)
+            batch_size=1, settled=scaling.SETTLED)
         out += _by_family(VALIDATION_LOSS, _in_steps(runs))
     if labels.measure(source.metric).better == "lower":
         held = [r for r in records if source.metric in r.metrics]
@@ -151,10 +142,10 @@ def _or_nothing(offset: float) -> str:
 def _direct(one: Measured, by: By, about: str = "") -> _Line | None:
     """The law through the ends of the runs; without an offset where they are few."""
     runs = one.runs.ends()
-    if len(np.unique(runs.scales(by))) < LEAST:
+    if len(np.unique(runs.scales(by))) < scaling.LEAST:
         return None
     offset = len(runs.models) >= LEAST_WITH_OFFSET
-    fit = runs.fitted(by, offset=offset, delta=one.noise, replicates=REPLICATES)
+    fit = runs.fitted(by, offset=offset, delta=one.noise, replicates=scaling.REPLICATES)
     names = ("E", "A", "alpha") if offset else ("A", "alpha")
     return _Line(runs, by, {n: (fits.value(fit.law, n), *fit.interval(n)) for n in names},
                  lambda x: (fit.law(x), *fit.predict(x)), about)
@@ -165,10 +156,10 @@ def _optimal(one: Measured) -> _Line | None:
     it needs no run to be the best at any compute. None where that law, or more of its replicates
     than chance explains, has no best size."""
     runs = one.runs
-    fit = runs.fitted("call and images", delta=one.noise, replicates=REPLICATES)
+    fit = runs.fitted("call and images", delta=one.noise, replicates=scaling.REPLICATES)
     laws = [law for law in fit.replicates if law.has_best(runs.gflops_N, 1.0)]
     if not fit.law.has_best(runs.gflops_N, 1.0) or (
-            len(laws) < (1 - _WITHOUT_BEST) * len(fit.replicates)):
+            len(laws) < (1 - scaling.WITHOUT_BEST) * len(fit.replicates)):
         return None
 
     def factor(law: Law) -> float:
@@ -190,18 +181,13 @@ def by_compute(source: Source) -> dict[str, Drawn]:
     """A saturating power law of training compute: of the best size at each where runs were
     measured at several lengths, else through the networks."""
     def line(one: Measured) -> _Line | None:
-        if not several_lengths(one.runs):
+        if not one.runs.several_lengths:
             return _direct(one, "compute")
         return _optimal(one) or _direct(
             one, "compute", "through the runs' ends: all runs do not tell a best size")
 
     return _laws(source, line, labels.AXES["compute"],
                  "Scaling with training compute (shaded: 95%, of the law)")
-
-
-def several_lengths(runs: Runs) -> bool:
-    sizes, lengths = (len(np.unique(v)) for v in (runs.params_N, runs.images_N))
-    return sizes >= _LEAST_RUNS and lengths >= LEAST and len(runs.models) >= LEAST * sizes
 
 
 def by_size(source: Source) -> dict[str, Drawn]:

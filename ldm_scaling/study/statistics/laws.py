@@ -66,6 +66,22 @@ class Law:
         the same offset and `least_exponent`. Arguments and errors are those of `best_split`."""
         return self._at(self._log_split(np.atleast_1d(flops), per).T)
 
+    def off_best(self, n: np.ndarray, flops: np.ndarray, per: float = 6.0) -> np.ndarray:
+        """What a size away from the best costs: how many times `flops` it takes for the L that
+        `best_split` has on them; infinite where no D gives it that (eq. 2 of Hoffmann et al. 2022,
+        solved for D).
+
+        Args:
+          n: sizes.
+          flops, per: those of `best_split`, which raises as this does.
+        """
+        log_n, log_d = self._log_split(flops, per)
+        (a, b), (alpha, beta) = np.log(self.factors), self.exponents
+        left = np.exp(a - alpha * log_n) + np.exp(b - beta * log_d) - self.factors[0] / n**alpha
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            d = np.where(left > 0, np.exp((b - np.log(left)) / beta), np.inf)
+        return per * n * d / flops
+
     def has_best(self, flops: np.ndarray, per: float = 6.0) -> bool:
         """Whether `best_split` of all these budgets exists and is a finite number above 0: more of
         either scale must help, and visibly. That of a flat law, its exponents all but 0, is not."""

@@ -18,6 +18,14 @@ By = Literal["size", "images", "compute", "size and images", "call and images"]
 
 BACKWARD = 3.0
 """FLOPs of a training step over those of its forward pass: the gradient takes twice as many."""
+SETTLED = 0.1
+"""Share of a training run, at its beginning, that enters no law: the learning rate warms up."""
+LEAST = 3
+LEAST_SIZES = 4
+"""Sizes for a law of size and training: factor, exponent and level fit any three sizes' luck."""
+REPLICATES = 200
+WITHOUT_BEST = 0.05
+"""Share of replicates without a best size above which the others' interval would be another's."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,6 +60,12 @@ class Runs:
         if by not in columns:
             raise UserError(f"a law is fitted by {', '.join(columns)}; not by {by!r}")
         return laws.scales(np.stack(columns[by], axis=1))
+
+    @property
+    def several_lengths(self) -> bool:
+        """Whether they are enough, in sizes and lengths of training, for a law of both."""
+        sizes, lengths = (len(np.unique(v)) for v in (self.params_N, self.images_N))
+        return sizes >= LEAST_SIZES and lengths >= LEAST and len(self.models) >= LEAST * sizes
 
     def fitted(
         self, by: By, *, offset: bool = True, delta: float = fits.DELTA, replicates: int = 200

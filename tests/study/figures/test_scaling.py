@@ -180,7 +180,7 @@ def test_each_family_has_a_law_of_its_own(tmp_path, monkeypatch):
     """U-Nets and DiTs by one law, DiTs at twice its distance: neither's law bends to the other."""
     monkeypatch.setattr(plot_style, "DPI", 30)
     monkeypatch.setattr(plot_style, "FORMATS", {"png": {}})
-    monkeypatch.setattr(scaling, "REPLICATES", 40)
+    monkeypatch.setattr("ldm_scaling.study.statistics.scaling.REPLICATES", 40)
     unets = dict(zip(("c8", "c12", "c16", "c24", "c32"), SIZES.values()))
     dits = dict(zip(("dit_w40", "dit_w56", "dit_w72", "dit_w104"), SIZES.values()))
     twice = Law(0.2, (800.0, 40.0), (0.5, 0.5))
