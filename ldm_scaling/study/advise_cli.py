@@ -17,7 +17,17 @@ from rich.table import Table
 from ldm_scaling import terminal
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import zoo
-from ldm_scaling.study import advice, budgets, cost_files, labels, places, reported, table_1
+from ldm_scaling.study import (
+    advice,
+    budgets,
+    cost_files,
+    labels,
+    places,
+    reported,
+    table_1,
+    train_advise_cli,
+    train_budgets,
+)
 from ldm_scaling.study import options as options_lib
 from ldm_scaling.study.advice import Advice
 from ldm_scaling.study.arguments import Parser, above_0, add_blocks, pieces
@@ -33,6 +43,7 @@ _USAGE = """
   ldm-scaling advise --records=runs/demo --budget="3 cost"
   ldm-scaling advise --records=runs/demo --budget="20ms" --device=h100
   ldm-scaling advise --records=runs/demo --budget="1 gflops" --pictures=1000000
+  ldm-scaling advise --records=runs/demo --train-budget="300 h"     what to train
   ldm-scaling advise --budget="40 tflops"                 from the paper's Table 1"""
 
 
@@ -40,8 +51,8 @@ def _parser() -> Parser:
     parser = Parser(
         "ldm-scaling advise", _USAGE, allow_abbrev=False,
         description="Which size, sampler, steps and guidance to take for a budget of drawing one "
-        "picture, what to expect, how sure that is, and the best for every smaller budget. "
-        "docs/advise.md says how.",
+        "picture, what to expect, how sure that is, and the best for every smaller budget; or how "
+        "large a network to train for a budget of training. docs/advise.md says how.",
     )
     add = parser.add_argument
     add("--records", "--workdir", action="append", metavar="PLACE", help="a folder of records, a "
@@ -50,6 +61,8 @@ def _parser() -> Parser:
         "--records")
     add("--budget", metavar="TEXT", help=f"what a picture may cost: {budgets.FORMS}; without it, "
         "the best of all, in cost")
+    add("--train-budget", metavar="TEXT", help="the size to train instead, for what training may "
+        f"take: {train_budgets.FORMS}; by the losses along a workdir's runs")
     add("--pictures", type=above_0, metavar="N", help="counts training too, spread over so many "
         "pictures: of a budget in flops, and of members of a workdir")
     add("--member", action="append", metavar="NAME,NAME", help="chooses among these networks alone")
@@ -58,6 +71,8 @@ def _parser() -> Parser:
     add("--max-steps", type=above_0, metavar="N", help="among so many steps and fewer alone")
     add("--device", metavar="KIND", help="seconds are those of this device, such as h100, as "
         "ldm-scaling cost  measured them; without it the records' own")
+    add("--utilisation", type=_share, metavar="SHARE", help="with --train-budget and --device: the "
+        f"share of its peak that training comes to ({train_budgets.UTILISATION})")
     add("--costs", metavar="PLACE", help=f"where those lie, a folder or file ({cost_files.FOLDER})")
     add("--batch", type=above_0, metavar="N", help="pictures drawn at a time on the device (1)")
     add("--metric", metavar="NAME", help="the measure; the one that chose the records' guidance")
@@ -68,6 +83,16 @@ def _parser() -> Parser:
     return parser
 
 
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share: give one above 0, up to 1")
+    return value
+
+
 def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     """Runs the command; `plan_cli.run` has the arguments.
 
@@ -75,6 +100,11 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
       UserError: for what the user can mend.
     """
     given = _parser().parse_args(list(arguments))
+    if given.train_budget is not None:
+        train_advise_cli.run(given)
+        return
+    if given.utilisation is not None:
+        raise UserError("--utilisation goes with --train-budget, and --device")
     budget = budgets.parse(given.budget) if given.budget is not None else Budget(math.inf, "cost")
     chosen = options_lib.only(
         _options(given, budget), pieces("--member", given.member or ()),

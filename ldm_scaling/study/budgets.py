@@ -6,22 +6,28 @@ import dataclasses
 import decimal
 import math
 import re
+from collections.abc import Mapping
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.study import labels
 from ldm_scaling.study.costing import Unit
 
 FORMS = '"3 cost", "20ms", "2 s", "1 gflops" or "40 tflops"'
-WHAT = "a budget is of drawing one picture, training counts with --pictures alone: docs/advise.md"
+WHAT = ('a budget is of drawing one picture, that of training is --train-budget="300 h" (both '
+        "together: --pictures): docs/advise.md")
 
-# Spelling -> the unit and how many of it.
-_SPELLINGS: dict[str, tuple[Unit, float]] = {
+_PREFIXES = {
+    "": 1e-9, "m": 1e-3, "mega": 1e-3, "g": 1.0, "giga": 1.0, "t": 1e3, "tera": 1e3, "p": 1e6,
+    "peta": 1e6, "e": 1e9, "exa": 1e9, "z": 1e12, "zetta": 1e12,
+}
+SPELLINGS: dict[str, tuple[Unit, float]] = {
     "us": ("seconds", 1e-6), "ms": ("seconds", 1e-3), "s": ("seconds", 1.0),
     "sec": ("seconds", 1.0), "second": ("seconds", 1.0), "seconds": ("seconds", 1.0),
     "min": ("seconds", 60.0), "cost": ("cost", 1.0),
-    **{f"{prefix}flop{plural}": ("gflops", scale) for plural in ("", "s") for prefix, scale in (
-        ("", 1e-9), ("m", 1e-3), ("g", 1.0), ("t", 1e3), ("p", 1e6))},
+    **{f"{prefix}flop{plural}": ("gflops", scale) for prefix, scale in _PREFIXES.items()
+       for plural in ("", "s")},
 }
+"""Spelling -> the unit and how many of it."""
 _NAMES: dict[Unit, str] = {"seconds": "s", "gflops": "GFLOPs", "cost": "cost", "calls": "calls"}
 
 
@@ -46,15 +52,22 @@ class Budget:
 
 def parse(text: str) -> Budget:
     """A budget from its text. Raises `UserError` that shows the forms."""
+    found = read(text, SPELLINGS)
+    if found is None:
+        raise UserError(f"--budget={text!r} is no budget; write one as {FORMS}; {WHAT}")
+    return found
+
+
+def read(text: str, spellings: Mapping[str, tuple[Unit, float]]) -> Budget | None:
+    """A number and a unit of these; None where it is none, or not above 0."""
     found = re.fullmatch(r"\s*([-+]?[\d.]+(?:e[-+]?\d+)?)\s*([a-z]+)\s*", text.lower())
     try:
         value = float(found[1]) if found else math.nan
     except ValueError:
         value = math.nan
-    unit, scale = _SPELLINGS.get(found[2] if found else "", ("cost", math.nan))
-    if not 0 < value * scale < math.inf:  # What overflows, or is too small to be told from 0, too.
-        raise UserError(f"--budget={text!r} is no budget; write one as {FORMS}; {WHAT}")
-    return Budget(value * scale, unit)
+    unit, scale = spellings.get(found[2] if found else "", ("cost", math.nan))
+    # What overflows, or is too small to be told from 0, is none too.
+    return Budget(value * scale, unit) if 0 < value * scale < math.inf else None
 
 
 def enough(value: float, digits: int = 5) -> float:

@@ -1,0 +1,139 @@
+"""Advice on training: the size and the pictures for a budget of training, by the law of a study's
+own losses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from ldm_scaling.errors import UserError
+from ldm_scaling.models.cost import Cost
+from ldm_scaling.study.statistics import scaling
+from ldm_scaling.study.statistics.laws import Law
+from ldm_scaling.study.statistics.scaling import BACKWARD, Runs
+
+Estimate = tuple[float, float, float]
+"""A number, and the low and high end of its 95% interval."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A network that there is, trained for the budget.
+
+    Attributes:
+      name, params, gflops: of it, the last of a call.
+      images: that the budget trains it on.
+      loss: that the law foretells.
+      times: how many times the budget it takes for the best size's loss; infinite where it never
+        has that.
+    """
+
+    name: str
+    params: int
+    gflops: float
+    images: float
+    loss: float
+    times: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainAdvice:
+    """What to train.
+
+    Attributes:
+      gflops: the budget, in GFLOPs of training.
+      law: of GFLOPs of a call and images.
+      points, models: what it is fitted to: so many losses of these sizes.
+      measured: the least and the most compute, GFLOPs of a call and images among them.
+      with_best, replicates: of so many replicates of the law so many have a best size; intervals
+        are of these.
+      size: GFLOPs of a call of the best network.
+      images: that it is trained on.
+      loss: that it comes to.
+      half: how many times the budget a network of half these FLOPs takes for the same loss.
+      sizes: networks that there are, rising.
+    """
+
+    gflops: float
+    law: Law
+    points: int
+    models: tuple[str, ...]
+    measured: Mapping[str, tuple[float, float]]
+    with_best: int
+    replicates: int
+    size: Estimate
+    images: Estimate
+    loss: Estimate
+    half: Estimate
+    sizes: tuple[Size, ...]
+
+    @property
+    def nearest(self) -> Size:
+        """Of `sizes` the one whose FLOPs are nearest to the best's."""
+        return min(self.sizes, key=lambda s: abs(np.log(s.gflops / self.size[0])))
+
+
+def advise(runs: Runs, gflops: float, sizes: Mapping[str, Cost]) -> TrainAdvice:
+    """The best size for a budget of training, by Hoffmann et al.'s approach 3 (2022): the law of
+    all runs, its least at this compute, and replicates of both.
+
+    Args:
+      runs: losses along training, compute with the backward pass.
+      gflops: the budget, in GFLOPs of training: `BACKWARD` x GFLOPs of a call x images.
+      sizes: networks to name, by name.
+
+    Raises:
+      UserError: where the runs are too few for the law, or it has no best size.
+    """
+    names = tuple(dict.fromkeys(runs.models))
+    if not runs.several_lengths:
+        lengths = len(np.unique(runs.images_N))
+        raise UserError(
+            f"a budget of training needs losses of {scaling.LEAST_SIZES} sizes at {scaling.LEAST} "
+            f"lengths of training each, beyond the first {scaling.SETTLED:.0%} of a run; there are "
+            f"{len(runs.models)} losses of {len(names)} sizes ({', '.join(names)}) at {lengths} "
+            "lengths: train more sizes, or set train.validate_every"
+        )
+    # Of a call, where `Runs` has what training on a picture takes.
+    forward = dataclasses.replace(runs, gflops_N=runs.gflops_N / BACKWARD)
+    fit = forward.fitted("call and images", replicates=scaling.REPLICATES)
+    budget = np.array(gflops)
+    laws = [law for law in fit.replicates if law.has_best(budget, BACKWARD)]
+    if not fit.law.has_best(budget, BACKWARD) or not laws:
+        a, b = fit.law.exponents
+        raise UserError(
+            f"the losses of {', '.join(names)} tell no best size: by their law they fall with size "
+            f"to the power {-a:.2g} and with pictures to the power {-b:.2g}, and both must help: "
+            "train sizes that lie further apart, or longer"
+        )
+
+    def estimate(of) -> Estimate:
+        # Of ends that may be infinite no mean is taken.
+        ends = np.percentile([of(law) for law in laws], (2.5, 97.5), method="nearest")
+        return float(of(fit.law)), float(ends[0]), float(ends[1])
+
+    def best(law: Law) -> float:
+        return law.best_split(budget, BACKWARD)[0]
+
+    named = sorted(sizes.items(), key=lambda item: item[1].gflops)
+    call_S = np.array([cost.gflops for _, cost in named])
+    images_S = gflops / BACKWARD / call_S
+    loss_S = fit.law(np.stack([call_S, images_S], axis=1))
+    times_S = fit.law.off_best(call_S, budget, BACKWARD)
+    columns = {"compute": runs.gflops_N, **dict(zip(
+        ("size", "images"), forward.scales("call and images").T, strict=True))}
+    return TrainAdvice(
+        gflops, fit.law, len(runs.models), names,
+        {name: (float(x_N.min()), float(x_N.max())) for name, x_N in columns.items()},
+        len(laws), len(fit.replicates), estimate(best),
+        estimate(lambda law: law.best_split(budget, BACKWARD)[1]),
+        estimate(lambda law: law.least(budget, BACKWARD)[0]),
+        estimate(lambda law: law.off_best(best(law) / 2, budget, BACKWARD)),
+        tuple(
+            Size(name, cost.params, cost.gflops, float(images), float(loss), float(times))
+            for (name, cost), images, loss, times in zip(
+                named, images_S, loss_S, times_S, strict=True)
+        ),
+    )

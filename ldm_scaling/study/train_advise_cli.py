@@ -1,0 +1,316 @@
+"""`ldm-scaling advise --train-budget`: what it is asked of, and the advice in words or JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from etils import epath
+from rich import box
+from rich.table import Table
+
+from ldm_scaling import terminal
+from ldm_scaling.config import Study
+from ldm_scaling.errors import UserError
+from ldm_scaling.models import cost, zoo
+from ldm_scaling.models.cost import Cost
+from ldm_scaling.study import families, labels, places, train_advice, train_budgets
+from ldm_scaling.study.arguments import pieces
+from ldm_scaling.study.places import Places
+from ldm_scaling.study.records import TEXT_TO_IMAGE
+from ldm_scaling.study.statistics import scaling
+from ldm_scaling.study.train_advice import Estimate, TrainAdvice
+from ldm_scaling.study.train_budgets import Rate, TrainBudget
+from ldm_scaling.study.workdir import Workdir
+from ldm_scaling.training.events import VALIDATION, read_curves
+
+_PASSES = 4
+"""Passes over the pictures that teach about as much as new ones: of language models, by Muennighoff
+et al. 2023 (arXiv 2305.16264)."""
+# Where the nearest network has so many times the best one's FLOPs, or less, it is near none.
+_APART = 2.0
+_BEYOND = ("smaller than any here: the smallest", "larger than any here: the largest")
+# Flags of advice on drawing, which say nothing of training.
+_OTHERS = ("pictures", "sampler", "max_steps", "costs", "batch", "metric", "task", "select_block",
+           "report_blocks")
+
+
+def run(given: argparse.Namespace) -> None:
+    """Prints the advice for `--train-budget`.
+
+    Args:
+      given: the flags of `advise`.
+
+    Raises:
+      UserError: for what the user can mend.
+    """
+    budget = train_budgets.parse(given.train_budget)
+    _check(given, budget)
+    home, study, found = _place(given.records)
+    costs = _costs(found, pieces("--member", given.member or ()))
+    curves = {m: read_curves(Workdir(home).member(m)) for m in costs}
+    params, calls = ({m: getattr(c, name) for m, c in costs.items()}
+                     for name in ("params", "gflops"))
+    batch = study.train.batch_size
+    rate = None
+    if given.device is not None:
+        rate = train_budgets.of_chip(given.device, given.utilisation)
+    elif budget.unit == "seconds":
+        rate = train_budgets.of_curves(curves, calls, batch)
+        if rate is None:
+            raise UserError(f"--train-budget={budget.text!r}: the curves in {home / 'models'} keep "
+                            "no seconds of training: give --device=h100, or a budget in flops")
+    losses = {
+        m: [(step, value) for step, name, value in rows
+            if name == VALIDATION and 0 < value < math.inf] for m, rows in curves.items()
+    }
+    runs = scaling.of_losses(losses, params, calls, batch, scaling.SETTLED)
+    gflops = budget.value * (rate.gflops if rate else 1.0)
+    advice = train_advice.advise(runs, gflops, _sizes(costs))
+    pictures = _pictures(study, home)
+    notes = _notes(advice, study, pictures)
+    if given.format == "json":
+        print(json.dumps(plain(advice, budget, rate, batch, pictures, notes), indent=1,
+                         allow_nan=False))
+    else:
+        print(text(advice, budget, rate, batch, pictures, notes))
+
+
+def _check(given: argparse.Namespace, budget: TrainBudget) -> None:
+    if given.budget is not None:
+        raise UserError(
+            "--train-budget chooses what to train and --budget how to draw: give one; then  advise "
+            "--budget=... --member=SIZE  is of the size that was chosen")
+    if given.published or not given.records:
+        raise UserError(
+            "--train-budget needs --records=WORKDIR, a study of your own: it goes by the losses "
+            "along its training, and the paper publishes none")
+    for name in _OTHERS:
+        if getattr(given, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} is of drawing pictures, and does not go "
+                            "with --train-budget")
+    if given.utilisation is not None and given.device is None:
+        raise UserError("--utilisation is of a device's peak: it goes with --device=KIND")
+    if given.device is not None and budget.unit != "seconds":
+        raise UserError(f"--device says what a time is in FLOPs, and --train-budget={budget.text!r}"
+                        ' is in FLOPs: leave it out, or give a time such as "300 h"')
+    if budget.of_chips and given.device is None:
+        raise UserError(
+            f"--train-budget={budget.text!r}: curves do not say how many chips trained a study: "
+            'give --device=h100, or the hours of all that trained this one, such as "300 h"')
+
+
+def _place(texts: Sequence[str]) -> tuple[epath.Path, Study, Places]:
+    """The one workdir, its last config and its records."""
+    found = places.read(texts)
+    if len(found.homes) > 1:
+        raise UserError(f"--train-budget: {labels.listing([str(h) for h in found.homes])} are "
+                        "several workdirs, and a law is of the runs of one: name one of them")
+    (home,) = found.homes
+    study = Workdir(home).last_config()
+    if study.start.hash:
+        raise UserError(f"--train-budget: members in {home} began with those of another study, "
+                        "whose training their losses do not count")
+    return home, study, found
+
+
+def _costs(found: Places, asked: Collection[str]) -> dict[str, Cost]:
+    """The sizes that were trained, of one family, in FLOPs rising."""
+    costs = {
+        r.identity.model: Cost(r.params, r.gflops)
+        for r in sorted(found.records, key=lambda r: r.gflops)
+        if r.task == TEXT_TO_IMAGE and r.identity.train_step > 0
+    }
+    if not costs:
+        raise UserError("--train-budget: the records are of no members that were trained here")
+    if lacking := [name for name in asked if name not in costs]:
+        raise UserError(f"--member={lacking[0]}: there are {', '.join(sorted(costs))}")
+    costs = {m: c for m, c in costs.items() if not asked or m in asked}
+    if len(parts := families.parted(list(costs))) > 1:
+        raise UserError(
+            f"--train-budget: networks of {labels.listing(list(parts))} follow no one law: name "
+            f"those of one by --member={','.join(max(parts.values(), key=len))}")
+    return costs
+
+
+def _sizes(costs: dict[str, Cost]) -> dict[str, Cost]:
+    """These, and the zoo's of their family for the same latents and captions."""
+    own = [zoo.MEMBERS[m].spec for m in costs if m in zoo.MEMBERS]
+    alike = {(type(s), s.latent_shape, s.context_dim) for s in own}
+    family = zoo.FAMILIES.get(zoo.family_of(next(iter(costs))), ())
+    return costs | {
+        m.name: cost.of(m.spec) for m in family if m.name not in costs
+        and (type(m.spec), m.spec.latent_shape, m.spec.context_dim) in alike
+    }
+
+
+def _pictures(study: Study, home: epath.Path) -> int | None:
+    """Of the training split; None where the data are not here to be counted."""
+    from ldm_scaling.study import preparing
+
+    root = Workdir(home) / "data"
+    if study.data.composed:
+        return study.data.train_pictures
+    if not preparing.prepared(study.data, root):
+        return None
+    return sum(d.count("train") for d in preparing.of(study.data, root))
+
+
+# --- what is printed ----------------------------------------------------------------------------
+
+
+def _notes(advice: TrainAdvice, study: Study, pictures: int | None) -> list[str]:
+    """What it goes by, and what it cannot know."""
+    law, share = advice.law, advice.with_best / advice.replicates
+    (a, b), (alpha, beta) = law.factors, law.exponents
+    out = [
+        f"Training is counted as {scaling.BACKWARD:.0f} x the FLOPs of a call x pictures (forward, "
+        "and backward twice that), as in law_isoflop; work of the autoencoder, of captions and of "
+        "validation is not in it.",
+        f"By the law E + A / F^a + B / D^b of F GFLOPs a call and D pictures, through "
+        f"{advice.points} validation losses of {labels.listing(advice.models)}: E = "
+        f"{law.offset if law.offset > 1e-6 else 0:.3g}, A = {a:.3g}, a = {alpha:.3g}, B = {b:.3g}, "
+        f"b = {beta:.3g}. "
+        f"{advice.with_best} of {advice.replicates} replicates of it have a best size; intervals "
+        "are theirs, 95%" + (
+            "." if share >= 1 - scaling.WITHOUT_BEST else
+            ", and too narrow for want of the others: these runs hardly tell one."),
+        _reach(advice),
+    ]
+    if not pictures:
+        out.append("How many passes over the training pictures that is, is not known: they are not "
+                   "here to be counted.")
+    elif (passes := advice.images[0] / pictures) > max(
+            done := advice.measured["images"][1] / pictures, _PASSES):
+        out.append(
+            f"That is beyond what the data hold: {_number(passes)} passes over {pictures:,} "
+            f"training pictures, where the runs made up to {_number(done)}. Pictures seen again "
+            "teach less than new ones, of which the law knows nothing: take more pictures, or a "
+            "smaller budget.")
+    if study.train.decay[0] != "none":
+        out.append(
+            f"The learning rate falls along these runs ({study.train.learning_rate_decay}): their "
+            "middles are worse than the ends of shorter runs would be, so the law is too fond of "
+            "long training.")
+    out.append("A validation loss is not the pictures' quality, and what drawing them costs is not "
+               "in it: --budget weighs both for the sizes that were trained.")
+    return out
+
+
+def _reach(advice: TrainAdvice) -> str:
+    """How far the budget, and what it is spent on, lie from what was measured."""
+    (least, most), (_, largest), (_, longest) = (
+        advice.measured[name] for name in ("compute", "size", "images"))
+    measured = f"{least * 1e9:.3g} to {_flops(most)}"
+    if advice.gflops < least:
+        return (f"The budget is {_times(least / advice.gflops)} below what was measured, "
+                f"{measured}: the law is followed back there.")
+    if advice.gflops <= most:
+        return f"The budget lies within what was measured, {measured}."
+    beyond = [f"{_times(x)} {what}" for x, what in (
+        (advice.size[0] / largest, "the largest network's FLOPs"),
+        (advice.images[0] / longest, "the pictures of the longest run")) if x > 1]
+    spent = f" It goes into {labels.listing(beyond)}." if beyond else ""
+    return (f"The budget is {_times(advice.gflops / most)} the most that was measured ({measured})."
+            f"{spent} Intervals suppose that the law goes on so far; whether it does, and which "
+            "learning rate such a network wants, no run here tells.")
+
+
+def _flops(gflops: float) -> str:
+    return f"{gflops * 1e9:.3g} FLOPs"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 999.5 else labels.number(value)
+
+
+def _ends(estimate: Estimate, say) -> str:
+    """An estimate with its interval."""
+    value, low, high = map(say, estimate)
+    return f"{value} [{low}, {high}]"
+
+
+def _times(value: float) -> str:
+    return f"{_number(value)} times" if math.isfinite(value) else "never"
+
+
+def text(
+    advice: TrainAdvice, budget: TrainBudget, rate: Rate | None, batch: int, pictures: int | None,
+    notes: Sequence[str],
+) -> str:
+    """The advice for a terminal; no line is longer than 100 characters."""
+    console = terminal.console()
+    near = advice.nearest
+    console.print(f"For {budget.text} of training" + (
+        f", {_flops(advice.gflops)}" if rate else "") + ": a network of "
+        f"{_ends(advice.size, _number)} GFLOPs a call")
+    apart = advice.size[0] / near.gflops
+    console.print(
+        f"  {'nearest' if 1 / _APART < apart < _APART else _BEYOND[apart > 1]} is {near.name}: "
+        f"{labels.number(near.gflops)} GFLOPs, {labels.count(near.params)} parameters")
+    passes = f", {_number(advice.images[0] / pictures)} passes" if pictures else ""
+    console.print(f"  trained on {_ends(advice.images, labels.count)} pictures: "
+                  f"{labels.count(advice.images[0] / batch)} steps of {batch}{passes}")
+    console.print(f"  expect validation loss {_ends(advice.loss, labels.number)}")
+    half, *ends = advice.half
+    console.print(
+        "A network of half the FLOPs never comes to that loss" if math.isinf(half) else
+        f"A network of half the FLOPs comes to that loss by {_number(half)} "
+        f"[{', '.join(_number(x) if math.isfinite(x) else 'never' for x in ends)}] times the "
+        "training")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for head in ("size", "parameters", "GFLOPs a call", "pictures", "steps", "loss",
+                 "training for the best's loss"):
+        table.add_column(head, justify="left" if head == "size" else "right")
+    for s in advice.sizes:
+        table.add_row(
+            s.name, labels.count(s.params), labels.number(s.gflops), labels.count(s.images),
+            labels.count(s.images / batch), labels.number(s.loss), _times(s.times))
+    console.print("\nThe same training spent on each size:")
+    console.print(table)
+    if rate:
+        console.print(f"Hours are counted at {train_budgets.per_second(rate.gflops)}: {rate.words}"
+                      ".")
+    for note in notes:
+        console.print(note)
+    return terminal.text(console)
+
+
+def plain(
+    advice: TrainAdvice, budget: TrainBudget, rate: Rate | None, batch: int, pictures: int | None,
+    notes: Sequence[str],
+) -> dict[str, Any]:
+    """The advice ready for JSON; what is not known, or infinite, is None."""
+    def finite(value: float) -> float | None:
+        return value if math.isfinite(value) else None
+
+    def estimate(found: Estimate) -> dict[str, float | None]:
+        return dict(zip(("value", "low", "high"), map(finite, found), strict=True))
+
+    law = advice.law
+    return {
+        "budget": budget.text, "training_flops": advice.gflops * 1e9,
+        "seconds": budget.value if budget.unit == "seconds" else None,
+        "flops_per_second": rate and {
+            "value": rate.gflops * 1e9, "low": rate.low * 1e9, "high": rate.high * 1e9,
+            "of": rate.words},
+        "best": {
+            "gflops": estimate(advice.size), "images": estimate(advice.images),
+            "steps": advice.images[0] / batch, "batch_size": batch,
+            "passes": pictures and advice.images[0] / pictures, "loss": estimate(advice.loss)},
+        "nearest": advice.nearest.name,
+        "half_size_times_training": estimate(advice.half),
+        "sizes": [{
+            "model": s.name, "params": s.params, "gflops": s.gflops, "images": s.images,
+            "steps": s.images / batch, "loss": s.loss, "times_training": finite(s.times)}
+            for s in advice.sizes],
+        "law": {"E": law.offset, "A": law.factors[0], "alpha": law.exponents[0],
+                "B": law.factors[1], "beta": law.exponents[1], "points": advice.points,
+                "models": list(advice.models)},
+        "replicates": advice.replicates, "replicates_with_best": advice.with_best,
+        "times_beyond_measured": advice.gflops / advice.measured["compute"][1],
+        "train_pictures": pictures, "notes": list(notes),
+    }
