@@ -154,9 +154,11 @@ def _pictures(study: Study, home: epath.Path) -> int | None:
     root = Workdir(home) / "data"
     if study.data.composed:
         return study.data.train_pictures
-    if not preparing.prepared(study.data, root):
-        return None
-    return sum(d.count("train") for d in preparing.of(study.data, root))
+    try:
+        found = preparing.of(study.data, root) if preparing.prepared(study.data, root) else ()
+    except UserError:  # They are damaged, which is no matter of this.
+        found = ()
+    return sum(d.count("train") for d in found) or None
 
 
 # --- what is printed ----------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def test_the_price_of_another_size(law):
 def test_intervals_hold_the_truth_beyond_what_was_measured():
     """Ten times beyond, each size with its own luck: the size, the loss and the price of half."""
     held = []
-    for seed in range(24):
+    for seed in range(16):
         runs = _runs(luck=0.005, noise=0.002, seed=seed)
         budget = 10 * runs.gflops_N.max()
         found = train_advice.advise(runs, budget, COSTS)
