@@ -190,10 +190,29 @@ def measure(
       path: of the file; `costs/DEVICE.json` if None.
       say: told what is done.
     Raises:
-      UserError: where the file is of another device.
+      UserError: where the file is of another device, cannot be written, or another process measures
+        into it.
     """
+    path = path or Path(cost_files.FOLDER) / cost_files.file_name(timing.device_kind(device))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held = files.lock(
+            path.with_name(f".{path.name}.lock"),
+            f"another process measures into {path}: wait for it, and the same command measures "
+            "what is missing then; two at once on a device spoil each other's seconds",
+        )
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror or e}") from e
+    with held:
+        return path, _measure(study, members, batches, device, path, say)
+
+
+def _measure(
+    study: Study | None, members: Sequence[str], batches: Sequence[int], device: jax.Device,
+    path: Path, say: Callable[[str], None],
+) -> CostFile:
+    """See `measure`; the file is this process's."""
     kind = timing.device_kind(device)
-    path = path or Path(cost_files.FOLDER) / cost_files.file_name(kind)
     found = CostFile(kind, device.platform)
     if path.exists():
         found = cost_files.read(path)
@@ -239,7 +258,7 @@ def measure(
             say(f"the text encoder of data.text_weights={study.data.text_weights!r} is not timed")
         for group in groups:
             timing.run(group, device, wanted, done)
-    return path, found
+    return found
 
 
 def text(found: CostFile) -> str:

@@ -303,7 +303,26 @@ def test_a_run_that_is_killed_loses_what_was_under_way(capsys, tmp_path, fast, m
     fast.clear()
     assert run(capsys, "--member=c8", "--batch=1", f"--to={path}")[0] == 0
     assert [f[0] for f in fast] == ["decoder", "text"]
-    assert [p.name for p in tmp_path.iterdir()] == ["here.json"]
+    assert {p.name for p in tmp_path.iterdir()} == {"here.json", ".here.json.lock"}
+
+
+def test_two_at_once_do_not_lose_each_others_seconds(capsys, tmp_path, fast, monkeypatch):
+    whole, path, beside = timing.run, tmp_path / "here.json", []
+
+    def meanwhile(*args, **kwargs):
+        if not beside:
+            beside.append(None)
+            beside[0] = run(capsys, "--member=c16", "--batch=1", f"--to={path}")
+        whole(*args, **kwargs)
+
+    monkeypatch.setattr(timing, "run", meanwhile)
+    assert run(capsys, "--member=c8", "--batch=1", f"--to={path}")[0] == 0
+    ((status, _, err),) = beside
+    assert status == 2 and f"another process measures into {path}: wait for it" in err
+    assert [m.name for m in cost_files.read(path).members] == ["c8"]
+    assert run(capsys, "--member=c16", "--batch=1", f"--to={path}")[0] == 0
+    assert [m.name for m in cost_files.read(path).members] == ["c8", "c16"]
+    assert run(capsys, "--member=c8", "--to=/proc/nowhere/here.json")[0] == 2
 
 
 def test_a_file_for_each_kind_of_device(capsys, tmp_path, fast, monkeypatch):
