@@ -11,8 +11,9 @@ import json
 import logging
 import os
 import sys
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
 import numpy as np
@@ -23,19 +24,24 @@ from ldm_scaling.errors import UserError
 
 log = logging.getLogger(__name__)
 
+_OLD_S = 3600.0
+
 
 @contextlib.contextmanager
 def atomic_path(path: epath.PathLike) -> Iterator[epath.Path]:
     """Yields a temporary sibling of `path`; a clean exit renames it into place.
 
     A process that is killed in between leaves `path` as it was (and a `.tmp-` file that nothing
-    reads). Raises `UserError` when the folder cannot be written.
+    reads, see `remove_leftovers`), and so does a machine that crashes: the file is on disk before
+    it has its name. Raises `UserError` when the folder cannot be written.
     """
     path = epath.Path(path)
     temporary = path.parent / f".tmp-{uuid.uuid4().hex[:8]}-{path.name}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        with open(os.fspath(temporary), "rb") as file:
+            os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as e:
         with contextlib.suppress(OSError):
@@ -70,6 +76,15 @@ def atomic_folder(path: epath.PathLike) -> Iterator[epath.Path]:
         with contextlib.suppress(OSError):
             if temporary.exists():
                 temporary.rmtree()
+
+
+def remove_leftovers(found: Iterable[epath.Path]) -> None:
+    """Removes those of some temporary files and folders that killed writers left: of
+    what is younger than an hour the writer may be at work."""
+    for path in found:
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().mtime > _OLD_S:
+                path.rmtree() if path.is_dir() else path.unlink()
 
 
 def atomic_write_bytes(path: epath.PathLike, data: bytes) -> None:

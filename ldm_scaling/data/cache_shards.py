@@ -22,8 +22,6 @@ from ldm_scaling import files
 from ldm_scaling.data import cache
 from ldm_scaling.errors import UserError
 
-# A temporary file that nobody has written to for so long is a killed writer's.
-_OLD_S = 3600.0
 # JSON values by name: lists of numbers, or numbers.
 Statistics = dict[str, Any]
 
@@ -215,9 +213,5 @@ def _finish(folder: epath.Path, paths, spans, meta, hash) -> None:
         "shards": counts,
     }
     files.atomic_write_text(folder / cache.MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    # What killed writers left behind. Another study may be writing the same shards: what is young
-    # may be its.
-    for path in folder.glob(".tmp-*-shard-*"):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().mtime > _OLD_S:
-                path.unlink(missing_ok=True)
+    # Another study may be writing the same shards.
+    files.remove_leftovers(folder.glob(".tmp-*-shard-*"))

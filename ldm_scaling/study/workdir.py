@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
@@ -18,6 +19,7 @@ from ldm_scaling.config import Study
 from ldm_scaling.errors import UserError
 
 MARKER = "study.json"
+_LOOKING_S = 5.0
 
 
 class Workdir:
@@ -177,7 +179,8 @@ class Workdir:
     def lock(self) -> IO[str]:
         """Holds the workdir for this process while the returned file is open.
 
-        Then removes what killed runs left half-written. A lock ends with its process, however.
+        Then removes what killed runs left half-written, see `files.remove_leftovers`. A lock ends
+        with its process, however.
 
         Raises:
           UserError: when another process holds it.
@@ -190,16 +193,22 @@ class Workdir:
             )
         except OSError as e:
             raise self._unusable(e) from e
-        for folder in (
-            ".", "data", "reference", "records", "rates", "averages", "averages/records",
-            "averages/strips", "averages/seconds", "features", "strips", "figures",
-        ):
-            for leftover in (self.path / folder).glob(".tmp-*"):
-                if leftover.is_dir():  # of `files.atomic_folder`
-                    leftover.rmtree(missing_ok=True)
-                else:
-                    leftover.unlink(missing_ok=True)
+        # `figure` and `averages` draw without the lock.
+        files.remove_leftovers(self._temporary())
         return file
+
+    def _temporary(self) -> Iterator[epath.Path]:
+        """Temporary files and folders of `files`, as far as some seconds of looking go; none within
+        checkpoints, which are Orbax's."""
+        until = time.monotonic() + _LOOKING_S
+        for folder, below, inside in os.walk(self.path):
+            if time.monotonic() > until:
+                return
+            for name in (*below, *inside):
+                if name.startswith(".tmp-"):
+                    yield epath.Path(folder) / name
+            kept = "_CHECKPOINT_METADATA" in inside
+            below[:] = [] if kept else [name for name in below if not name.startswith(".tmp-")]
 
     @contextlib.contextmanager
     def held(self, study: Study, keep_last: bool = False) -> Iterator[None]:

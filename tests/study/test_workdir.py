@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 
-from ldm_scaling import config
+from ldm_scaling import config, files
 from ldm_scaling.errors import Interrupted, UserError
 from ldm_scaling.study.workdir import Workdir
 
@@ -79,10 +79,32 @@ def test_config_that_cannot_be_read_again(tmp_path):
 def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
     (tmp_path / ".tmp-autoencoder/checkpoints").mkdir(parents=True)  # of `files.atomic_folder`
     (tmp_path / ".tmp-autoencoder/checkpoints/half").touch()
-    (tmp_path / "records").mkdir()
-    (tmp_path / "records/.tmp-12345678-key.json").touch()
+    checkpoint = "models/c8/checkpoints/4"
+    for folder in ("records", "seconds", "finetuned/hash/c8/after/cup", f"{checkpoint}/state"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / ".tmp-12345678-key.json").touch()
+    (tmp_path / checkpoint / "_CHECKPOINT_METADATA").touch()
+    for path in [*tmp_path.rglob(".tmp-*")]:
+        os.utime(path, (0, 0))
     with Workdir(tmp_path).lock():
-        assert list(tmp_path.rglob(".tmp-*")) == []
+        (left,) = tmp_path.rglob(".tmp-*")
+        assert left.parent.name == "state"
+
+
+def test_what_is_being_written_without_the_lock_is_left_alone(tmp_path):
+    path = tmp_path / "figures" / "scaling.png"
+    with files.atomic_path(path) as temporary:
+        temporary.write_bytes(b"of a figure")
+        with Workdir(tmp_path).lock():
+            pass
+    assert path.read_bytes() == b"of a figure"
+
+
+def test_what_has_a_name_is_on_disk(tmp_path, monkeypatch):
+    held = []
+    monkeypatch.setattr(os, "fsync", lambda number: held.append(os.fstat(number).st_ino))
+    files.atomic_write_text(tmp_path / "a.json", "{}")
+    assert held == [(tmp_path / "a.json").stat().st_ino]
 
 
 @pytest.mark.parametrize("change", [{"seed": -1}, {"seed": 2**32}, {"sweep": {"replicates": 1}}])
