@@ -257,8 +257,14 @@ def _mark(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns]
 
 
+def why_broken(e: Exception) -> str:
+    """What one of `BROKEN` says of a file."""
+    unknown = isinstance(e, UnidentifiedImageError)
+    return "it is no image that Pillow knows" if unknown else str(e)
+
+
 def _broken(path: str | os.PathLike[str], e: Exception) -> UserError:
-    why = "it is no image that Pillow knows" if isinstance(e, UnidentifiedImageError) else e
     return UserError(
-        f"cannot read the image {os.fspath(path)} ({why}): fetch or draw it again, or leave it out"
+        f"cannot read the image {os.fspath(path)} ({why_broken(e)}): fetch or draw it again, or "
+        "leave it out"
     )

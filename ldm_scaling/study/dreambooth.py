@@ -25,13 +25,14 @@ from etils import epath
 
 from ldm_scaling import files, pictures
 from ldm_scaling.config import DreamBooth
+from ldm_scaling.data import image_folder
 from ldm_scaling.data import subjects as subjects_lib
 from ldm_scaling.data.composed import subject as composed
 from ldm_scaling.data.dreambench import caption
 from ldm_scaling.data.loading import loader
 from ldm_scaling.data.subjects import Lesson, Subject
 from ldm_scaling.diffusion import schedule as schedule_lib
-from ldm_scaling.errors import UserError
+from ldm_scaling.errors import UserError, first_line
 from ldm_scaling.models import (
     backbone,
     clip_text,
@@ -59,6 +60,17 @@ _MARKER = "subject.json"
 _ENCODED = 8  # pictures at a time
 # Numbers of the class's samples, out of the way of those that are scored.
 _CLASS_SAMPLES = 1_000_000
+
+
+def load(path: epath.Path) -> np.ndarray:
+    """A picture that a member drew, uint8 (H, W, 3). Raises `UserError` for a damaged one."""
+    try:
+        return pictures.load_png(path)
+    except image_folder.BROKEN as e:
+        raise UserError(
+            f"the picture {path} is damaged ({image_folder.why_broken(e)}): delete it, and the "
+            "same command draws it again"
+        ) from e
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -350,7 +362,7 @@ class Taught:
         )
         others = None
         if c.prior_weight:
-            drawn = [pictures.load_png(path) for path in self.class_pictures(member, subject)]
+            drawn = [load(path) for path in self.class_pictures(member, subject)]
             others = self._captioned(np.stack(drawn), caption(c.caption, "", subject.kind))
         return Lesson(own, others, c.train.batch_size, task_lib.CLASS, self._mark(subject))
 
@@ -386,9 +398,16 @@ class Taught:
     def _check_pictures(self, member: str, subject: Subject) -> None:
         """Raises `UserError` where a member was taught a subject by other pictures."""
         folder = self.run_folder(member, subject)
-        marker = folder / _MARKER
-        if marker.exists() and json.loads(marker.read_text())["hash"] != self._mark(subject):
-            drawn = self.root / member / "after_*" / subject.name
+        marker, drawn = folder / _MARKER, self.root / member / "after_*" / subject.name
+        try:
+            other = marker.exists() and json.loads(marker.read_text())["hash"]
+        except (ValueError, TypeError, KeyError) as e:
+            raise UserError(
+                f"{marker}, which tells the pictures that {member} was taught {subject.name} by, "
+                f"is damaged ({first_line(e)}): delete it where {subject.images.root} still holds "
+                f"them, else remove {folder} and {drawn}"
+            ) from e
+        if other and other != self._mark(subject):
             raise UserError(
                 f"{member} was taught {subject.name} by other pictures, or as another class, than "
                 f"{subject.images.root} holds now: restore them, or remove {folder} and {drawn}"

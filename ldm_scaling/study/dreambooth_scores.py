@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,22 +13,25 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from ldm_scaling import __version__, files, pictures
+from ldm_scaling import __version__, files
 from ldm_scaling.data import image_folder
 from ldm_scaling.data.image_folder import ImageFolder
 from ldm_scaling.data.subjects import Subject
+from ldm_scaling.errors import first_line
 from ldm_scaling.metrics import agreement, bootstrap, similarity
 from ldm_scaling.parallel import hosts
 from ldm_scaling.sampling import solvers
 from ldm_scaling.sampling.packing import Configuration
 from ldm_scaling.study import evaluate, labels, records, reported, scores, sheet, weights
-from ldm_scaling.study.dreambooth import Taught
+from ldm_scaling.study.dreambooth import Taught, load
 from ldm_scaling.study.features import ImageSet
 from ldm_scaling.study.materials import LAYER
 from ldm_scaling.study.networks import tuned_hash
 from ldm_scaling.study.records import Identity, Record
 from ldm_scaling.study.scorer import AGREEMENT
 from ldm_scaling.tasks.drawing import sampling_key
+
+log = logging.getLogger(__name__)
 
 PUBLISHED = ("dino", "clip_i", "clip_t")
 SUBJECT = "subject_effnetlite0"
@@ -134,7 +138,7 @@ class Scores:
         def features(images: np.ndarray) -> np.ndarray:
             return m.feature_network.features(images)[LAYER]
 
-        x_ND = features(np.stack([pictures.load_png(path) for path in drawn]))
+        x_ND = features(np.stack([load(path) for path in drawn]))
         real_MD = features(subject.pictures(m.study.data.side))
         out = {SUBJECT: self._replicates(similarity.subject_cosines(x_ND, real_MD), texts)}
         if not m.study.weights:  # The probe knows the study's own pictures and captions.
@@ -177,8 +181,8 @@ class Scores:
         process."""
         path = self.path(member)
         record = records.path_of(self._records, self.identity(member).key)
-        if path.exists() and record.exists():
-            return json.loads(path.read_text())
+        if record.exists() and (kept := _kept(path)) is not None:
+            return kept
         found: dict[str, dict[str, dict[str, Values]]] = {}
         subjects = self.taught.subjects
         with files.progress(2 * len(subjects), f"{member}, scores", "subject") as bar:
@@ -278,6 +282,19 @@ class Scores:
         )
 
 
+def _kept(path: epath.Path) -> dict[str, Any] | None:
+    """The scores that a file holds; None where there is none, or it is damaged."""
+    try:
+        kept = json.loads(path.read_text())
+        _ = [dict(kept[when]["mean"]) for when in ("before", "after")]
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError) as e:
+        log.warning("%s is damaged (%s): the pictures are scored anew", path, first_line(e))
+        return None
+    return kept
+
+
 # --- grids ------------------------------------------------------------------------------------
 
 
@@ -294,7 +311,7 @@ def grid(taught: Taught, members: Sequence[str], subject: Subject) -> np.ndarray
     for p in range(min(len(texts), _SHOWN_PROMPTS)):
         cells = [real[p % len(real)][None]]
         cells += [
-            image_folder.square(pictures.load_png(paths[p * each]), side)[None]
+            image_folder.square(load(paths[p * each]), side)[None]
             for paths in columns.values()
         ]
         heads = () if rows else ("the subject", *columns)

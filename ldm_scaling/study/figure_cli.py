@@ -94,13 +94,14 @@ def _run(given: argparse.Namespace, there: Places) -> None:
         _main(shown) if given.report_blocks else shown, metric, select_block, asked)
     source = Source(
         found, metric, select_block, report_blocks, settings=settings, spacing=there.spacing)
-    strips = [home / "strips" for home in there.homes] if given.workdir else []
+    strips, lost = [home / "strips" for home in there.homes] if given.workdir else [], []
     if given.workdir:
-        losses = [beside.losses(Workdir(home), curves.models(found)) for home in there.homes]
+        read = [beside.losses(Workdir(home), curves.models(found)) for home in there.homes]
+        lost = [line for _, lines in read for line in lines]
         source = dataclasses.replace(
             source, images=beside.strips(strips, source),
             # Of a member that several trained, the first's.
-            loss_curves={name: rows for own in reversed(losses) for name, rows in own.items()},
+            loss_curves={name: rows for own, _ in reversed(read) for name, rows in own.items()},
             baselines=[b for home in there.homes for b in baselines.of_records(home, found)],
         )
     written = catalogue.write(to, source, given.names)
@@ -116,7 +117,7 @@ def _run(given: argparse.Namespace, there: Places) -> None:
     for line in uneven:
         print(line)
     if given.page:
-        print(os.fspath(_page(to, source, strips, written.names, uneven)))
+        print(os.fspath(_page(to, source, strips, written.names, uneven, lost)))
 
 
 def _to(given: argparse.Namespace, there: Places) -> epath.Path:
@@ -130,10 +131,10 @@ def _to(given: argparse.Namespace, there: Places) -> epath.Path:
 
 def _page(
     to: epath.Path, source: Source, strips: Sequence[epath.Path], drawn: Sequence[str],
-    uneven: Sequence[str],
+    uneven: Sequence[str], lost: Sequence[str],
 ) -> epath.Path:
     """Writes the page of the source's records beside its figures, with the sentences on what is not
-    among them; it has no config to tell of."""
+    among them and what is lost; it has no config to tell of."""
     found = curves.one_setting(source.records, source.settings)
     main = curves.longest(_main(found))  # A page is of networks of one length of training.
     kept = {r.identity.key for r in main}
@@ -146,7 +147,7 @@ def _page(
     ]
     context = report.Context(
         metric=source.metric, select_block=blocks[0], report_blocks=blocks[1],
-        captions=source.captions,
+        captions=source.captions, limits=lost,
     )
     others = [r for r in found if r.identity.key not in kept]
     return report.write(to, main, to, context, strips, others, further, drawn)

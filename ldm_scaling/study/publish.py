@@ -7,11 +7,13 @@ import importlib.metadata
 import json
 import logging
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 
 from ldm_scaling import __version__
 from ldm_scaling.config import Cascade, Consistency, Distill, FineTune, Study, Sweep
 from ldm_scaling.data.composed import openmoji
+from ldm_scaling.errors import first_line
 from ldm_scaling.models import efficientnet, zoo
 from ldm_scaling.sampling import solvers
 from ldm_scaling.study import (
@@ -83,7 +85,8 @@ class _Data:
 
 def _context(
     materials: Materials, captions: Sequence[str], found: Sequence[Record],
-    report_blocks: Sequence[int], lacking: Sequence[str],
+    report_blocks: Sequence[int], lacking: Sequence[str], lost: Sequence[str],
+    sanity: Mapping[str, float],
 ) -> report.Context:
     study = materials.study
     sweep = study.sweep
@@ -101,14 +104,12 @@ def _context(
     beside = dict.fromkeys((*_sweep(materials, found).metrics, *finetune.sweep.metrics))
     for row in scores.rows(beside) if beside else ():
         measures[row.name] = _beside(row, data)
-    path = materials.workdir / SANITY
-    if path.exists():
-        sanity = json.loads(path.read_text())
+    if sanity:
         measures[AGREEMENT] = (
             "A ridge regression from the same network's features to MiniLM sentence embeddings, "
             f"fitted on {probed}training pairs. Real validation pairs score "
             f"{sanity['score']:.3f}, mismatched ones {sanity['mismatched']:.3f}; among "
-            f"{sanity['pairs']:,} validation captions it ranks the right one first for "
+            f"{sanity['pairs']:,.0f} validation captions it ranks the right one first for "
             f"{100 * sanity['top1']:.1f}% of the pictures."
         )
     return report.Context(
@@ -127,10 +128,27 @@ def _context(
             *([_cascading(study.cascade, study)] if study.cascade.base else []),
             *lacking,
         ],
+        limits=lost,
         attribution=[*data.attribution],
         config=json.loads(json.dumps(dataclasses.asdict(study))),
         versions={"ldm_scaling": __version__} | {p: _version(p) for p in PACKAGES},
     )
+
+
+def _sanity(materials: Materials) -> tuple[dict[str, float], list[str]]:
+    """What the caption probe says of real pairs, of `agreement.Sanity`, where that is kept; and a
+    sentence where it is damaged."""
+    path = materials.workdir / SANITY
+    if not path.exists():
+        return {}, []
+    try:
+        kept = json.loads(path.read_text())
+        return {name: float(kept[name]) for name in ("score", "mismatched", "pairs", "top1")}, []
+    except (ValueError, TypeError, KeyError) as e:
+        return {}, [
+            f"how well real pictures and captions agree is left out: {path} is damaged "
+            f"({first_line(e)}): restore the file, or delete it to go on without what it held"
+        ]
 
 
 def _sweep(materials: Materials, found: Sequence[Record]) -> Sweep:
@@ -250,9 +268,14 @@ def write(materials: Materials, found: list[Record], others: Sequence[Record] = 
     if here and materials.prepared:
         captions = materials.captions(report_blocks[0])[1][:STRIP]
     held = baselines.of_records(materials.workdir.path, every)
+    losses, lost = beside.losses(materials.workdir, materials.study.members)
+    sanity, damaged = _sanity(materials)
+    lost += damaged
+    for line in lost:
+        print(f"ldm-scaling: {line}", file=sys.stderr, flush=True)
     source = Source(
         every, metric, sweep.select_block, report_blocks,
-        loss_curves=beside.losses(materials.workdir, materials.study.members),
+        loss_curves=losses,
         captions=captions, baselines=held,
     )
     images = beside.strips([strips], source) if here else {}
@@ -261,7 +284,8 @@ def write(materials: Materials, found: list[Record], others: Sequence[Record] = 
         log.info("skipped: %s", line)
     path = report.write(
         materials.workdir.path, found, figures,
-        _context(materials, captions, found, report_blocks, lacking), [strips] if here else [],
+        _context(materials, captions, found, report_blocks, lacking, lost, sanity),
+        [strips] if here else [],
         others,
         [*baselines.findings(held, every),
          *(sentence for of in (students, cascades) for sentence in of.sentences(

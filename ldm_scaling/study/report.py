@@ -55,6 +55,7 @@ class Context:
       captions: of the first pictures that a reported record keeps, for those that the page shows.
       measures: measure -> one more paragraph on how it was computed here.
       protocol: paragraphs that follow the built-in ones.
+      limits: sentences on what is left out because a file is damaged.
       attribution: attributions that licences ask for; addresses become links.
       config: the study's configuration, shown as JSON.
       versions: package -> version.
@@ -72,6 +73,7 @@ class Context:
     captions: Sequence[str] = ()
     measures: Mapping[str, str] = dataclasses.field(default_factory=dict)
     protocol: Sequence[str] = ()
+    limits: Sequence[str] = ()
     attribution: Sequence[str] = ()
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -186,7 +188,9 @@ def _protocol(records: Sequence[Record], context: Context) -> list[str]:
     return [*protocol, *context.protocol]
 
 
-def _limits(records: Sequence[Record], untested: Sequence[str]) -> list[str]:
+def _limits(
+    records: Sequence[Record], untested: Sequence[str], lost: Sequence[str]
+) -> list[str]:
     trained = sorted({r.identity.train_step for r in records} - {0})  # 0 is a published model.
     steps = [labels.listing([f"{s:,}" for s in trained], "or")] if trained else []
     return [
@@ -200,6 +204,7 @@ def _limits(records: Sequence[Record], untested: Sequence[str]) -> list[str]:
         *([f"Of the paper's claims, {labels.listing(untested)} "
            f"{'is' if len(untested) == 1 else 'are'} not tested by these records."]
           if untested else []),
+        *(f"{line[0].upper()}{line[1:]}." for line in lost),
     ]
 
 
@@ -341,7 +346,7 @@ def write(
         winner_rows=page_data.winner_rows(curves, told.metric, sizes, data["samplers"][0]["name"]),
         csv=_csv(records),
         protocol=[*_protocol(records, told), *lacking],
-        limits=_limits(records, untested),
+        limits=_limits(records, untested, told.limits),
         config=json.dumps(told.config, indent=1, sort_keys=True, default=str),
         **table,
     )

@@ -193,8 +193,10 @@ class Workdir:
             )
         except OSError as e:
             raise self._unusable(e) from e
-        # `figure` and `averages` draw without the lock.
-        files.remove_leftovers(self._temporary())
+        # `figure` and `averages` draw without the lock. Of a folder that is no workdir, a home
+        # given by mistake, nothing is ours.
+        if (self.path / MARKER).exists():
+            files.remove_leftovers(self._temporary())
         return file
 
     def _temporary(self) -> Iterator[epath.Path]:

@@ -202,6 +202,22 @@ def test_what_is_missing_is_made_and_nothing_else(booth, done):
     assert np.abs(np.asarray(Image.open(lost)).astype(int) - pixels).max() <= 1
 
 
+def test_damaged_files_are_made_anew_or_named(booth, done, capsys):
+    _, run, _, folder = booth
+    (drawn,), (scores,) = done.glob("after_*/cup/00_1.png"), done.glob("scores_*.json")
+    marker = done / "subjects" / "cup" / "subject.json"
+    whole = {path: path.read_bytes() for path in (drawn, scores, marker)}
+    for path, data in whole.items():
+        path.write_bytes(data[: len(data) // 2])
+    for path in (marker, drawn):
+        assert run() == 2
+        assert f"{path}" in (said := capsys.readouterr().err) and "is damaged" in said
+        path.unlink()  # As it says.
+    assert run() == 0
+    assert json.loads(scores.read_text()).keys() == {"before", "after"} and drawn.exists()
+    marker.write_bytes(whole[marker])
+
+
 def test_other_pictures_are_another_subject(booth, done, capsys):
     _, run, _, folder = booth
     path = folder / "cup" / "0.png"

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import html
 import os
 import pathlib
 import re
@@ -319,8 +320,18 @@ def test_a_part_of_the_reference_does_not_have_pictures_made(unbroken, tmp_path,
     (part / "reference").mkdir()
     for name in kept:
         shutil.copy(whole / "reference" / name, part / "reference")
+    torn = [name for name in ("models/c8/curves.csv", "reference/probe_sanity.json")
+            if "probe_sanity.json" in kept]
+    for name in torn:
+        (part / name).parent.mkdir(parents=True, exist_ok=True)
+        (part / name).write_text((whole / name).read_text()[:-9])
     status, said = commands.run("report", f"--workdir={part}")
     assert status == 0, said
+    for name in torn:  # What is damaged is left out, and said.
+        page = html.unescape((part / "report.html").read_text())
+        (told,) = (line for line in said.splitlines() if f"{part / name} " in line)
+        told = told.removeprefix("ldm-scaling: ")
+        assert " left out: " in told and f"{told[0].upper()}{told[1:]}.</li>" in page
     assert not (part / "data").exists()
     assert {p.name for p in (part / "reference").iterdir()} == set(kept)
     keys, all_keys = (set(re.findall(r"[0-9a-f]{16}", (w / "report.html").read_text()))

@@ -86,6 +86,9 @@ def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
     (tmp_path / checkpoint / "_CHECKPOINT_METADATA").touch()
     for path in [*tmp_path.rglob(".tmp-*")]:
         os.utime(path, (0, 0))
+    with Workdir(tmp_path).lock():  # Of no study.
+        assert len([*tmp_path.rglob(".tmp-*")]) == 5
+    (tmp_path / "study.json").touch()
     with Workdir(tmp_path).lock():
         (left,) = tmp_path.rglob(".tmp-*")
         assert left.parent.name == "state"
@@ -93,6 +96,7 @@ def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
 
 def test_what_is_being_written_without_the_lock_is_left_alone(tmp_path):
     path = tmp_path / "figures" / "scaling.png"
+    (tmp_path / "study.json").touch()
     with files.atomic_path(path) as temporary:
         temporary.write_bytes(b"of a figure")
         with Workdir(tmp_path).lock():

@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 
 from ldm_scaling import pictures
+from ldm_scaling.data import image_folder
 from ldm_scaling.errors import UserError
 from ldm_scaling.study import curves
 from ldm_scaling.study.figures.source import Source
@@ -22,16 +23,17 @@ from ldm_scaling.training.events import TRAIN, VALIDATION, read_curves
 log = logging.getLogger(__name__)
 
 
-def losses(workdir: Workdir, members: Iterable[str]) -> dict[str, list]:
-    """Rows [step, train loss, validation loss or None] of every member that was trained here. One
-    whose curves are damaged is left out, as in `strip`."""
-    out = {}
+def losses(workdir: Workdir, members: Iterable[str]) -> tuple[dict[str, list], list[str]]:
+    """Rows [step, train loss, validation loss or None] of every member that was trained here, and a
+    sentence on each whose curves are damaged: it is left out, as in `strip`."""
+    out, lost = {}, []
     for member in members:
         steps = defaultdict(dict)
         try:
             curve = read_curves(workdir.member(member))
         except UserError as e:
-            log.warning("the losses of %s are left out: %s", member, e)
+            lost.append(f"the losses of {member} are left out: {e}")
+            log.warning("%s", lost[-1])
             continue
         for step, name, value in curve:
             steps[step][name] = value
@@ -39,7 +41,7 @@ def losses(workdir: Workdir, members: Iterable[str]) -> dict[str, list]:
                 for step, values in sorted(steps.items()) if TRAIN in values]
         if rows:
             out[member] = rows
-    return out
+    return out, lost
 
 
 def strip(path: epath.PathLike) -> np.ndarray | None:
@@ -52,7 +54,7 @@ def strip(path: epath.PathLike) -> np.ndarray | None:
         whole_HWC = pictures.load_png(path)
         side = whole_HWC.shape[0]
         return whole_HWC.reshape(side, -1, side, 3).swapaxes(0, 1)
-    except (OSError, ValueError) as e:
+    except image_folder.BROKEN as e:
         log.warning("the pictures in %s are left out: the file is damaged (%s)", os.fspath(path), e)
         return None
 

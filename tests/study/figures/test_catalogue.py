@@ -554,9 +554,12 @@ def test_several_workdirs_are_drawn_as_one_study(tmp_path, main, monkeypatch, ca
     assert {row["model"] for row in _rows(to, "training")} == set(SIZES)
     curves = tmp_path / SIZES[0] / "models" / SIZES[0] / "curves.csv"
     curves.write_text(curves.read_text()[:-4])
-    assert program.main(["figure", "training", *several, f"--to={tmp_path / 'torn'}"]) == 0
+    torn = [f"--to={tmp_path / 'torn'}", "--page"]
+    assert program.main(["figure", "training", *several, *torn]) == 0
     assert {row["model"] for row in _rows(tmp_path / "torn", "training")} == set(SIZES[1:])
     assert f"the losses of {SIZES[0]} are left out: the curves {curves} are damaged" in caplog.text
+    assert f"<li>The losses of {SIZES[0]} are left out: " in (
+        tmp_path / "torn" / "report.html").read_text("utf-8")
     page = (to / "report.html").read_text("utf-8")
     assert "At a small sampling budget smaller models win" in page
     assert all(f'"{size}\\nddim\\n4"' in page for size in SIZES)  # Pictures of a point.
