@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import io
 import json
 import os
 import pathlib
@@ -16,7 +17,7 @@ import pytest
 
 import ldm_scaling
 from ldm_scaling import cli, errors
-from ldm_scaling.cli import commands, program
+from ldm_scaling.cli import commands, flags, program
 from ldm_scaling.data.composed import openmoji
 from ldm_scaling.models import pretrained, text_encoder, zoo
 
@@ -162,11 +163,12 @@ def test_workdir_of_another_config(capsys, tmp_path):
 
     study = parse({"members": ["c8"], "reference": "c8"})
     Workdir(tmp_path).bind(study)
+    (tmp_path / "autoencoder").mkdir()
     before = (tmp_path / "study.json").read_bytes()
     result = run(capsys, "prepare", TINY, f"--workdir={tmp_path}")
     assert_error(result, "belongs to another config", " is 32 there, 8 here", "--workdir")
     assert (tmp_path / "study.json").read_bytes() == before
-    assert set(os.listdir(tmp_path)) <= {"study.json", ".lock"}
+    assert set(os.listdir(tmp_path)) <= {"study.json", ".lock", "autoencoder"}
     (tmp_path / "study.json").write_text("{")
     assert_error(run(capsys, "prepare", TINY, f"--workdir={tmp_path}"), "study.json is damaged")
 
@@ -443,6 +445,29 @@ def test_no_command_lets_the_plug_in_for_cuda_complain_where_there_is_no_driver(
         monkeypatch.setattr(importlib.import_module(name), "run", run)
     assert [cli.main([command]) for command in commands.OWN] == [0] * len(commands.OWN)
     assert told == ["1"] * len(commands.OWN)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_any_output_takes_any_sign(monkeypatch, encoding):
+    """What it lacks is told by others; bytes of a file's name stay what they are."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+    said = "── ±1 \N{SNOWMAN} \udcff"
+    monkeypatch.setattr(program, "_run", lambda *unused: print(said, flush=True))
+    assert program.main(["zoo"]) == 0
+    dash, sign = ("──", "\N{SNOWMAN}") if encoding == "utf-8" else ("--", "?")
+    about = "+-1" if encoding == "ascii" else "±1"
+    assert written.getvalue() == f"{dash} {about} {sign} ".encode(encoding) + b"\xff\n"
+
+
+def test_a_config_file_in_the_home_folder(monkeypatch, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from ldm_scaling import config\n\n"
+        "def get_config(name):\n"
+        "    tree = config.default()\n    tree.name = name\n    return tree\n"
+    )
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert flags.values_of("study", ["--config=~/mine.py:ours"]).config.name == "ours"
 
 
 def test_zoo_json(capsys, monkeypatch):

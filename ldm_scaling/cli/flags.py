@@ -161,12 +161,18 @@ def sample_values(values) -> dict[str, object]:
 _SHORT = {"--dry-run": "--dry_run", "--distributed": "--distributed=auto"}
 
 
+def _home(argument: str) -> str:
+    """A flag that names a config file, with its `~` expanded: few shells do so behind a `=`."""
+    name, sign, value = argument.partition("=")
+    return name + sign + os.path.expanduser(value) if name.lstrip("-") == "config" else argument
+
+
 def _parse(arguments: list[str]):
     """Flags of a command line. Raises `UserError` in one line, with the nearest name."""
     from absl import flags
 
     values = _define_flags()
-    arguments = [_SHORT.get(argument, argument) for argument in arguments]
+    arguments = [_home(_SHORT.get(argument, argument)) for argument in arguments]
     names = [argument.lstrip("-").split("=", 1)[0] for argument in arguments]
     overrides = [name for name in names if name.startswith("config.")]
     if overrides and "config" not in names:

@@ -238,6 +238,7 @@ def main(argv: list[str] | None = None) -> int:
     word, where whoever read the output, `head` say, has ended. One of several processes ends at
     once instead of returning, unless all is done.
     """
+    machine.print_any_sign()
     argv = sys.argv[1:] if argv is None else argv
     asked = not argv or argv[0] in ("-h", "-help") or ("--help" in argv and argv[0] not in OWN)
     status, why = _status("help" if asked else argv[0], argv[1:])

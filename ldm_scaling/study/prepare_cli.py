@@ -35,7 +35,7 @@ def show(prepared: shards_lib.Shards) -> None:
     report = prepared.path / "report.md"
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     if report.exists():
-        console.print(Markdown(report.read_text()))
+        console.print(Markdown(report.read_text(encoding="utf-8")))
     print(f"{os.fspath(prepared.path)}: {prepared.count('train'):,} pairs for training, "
           f"{prepared.count('validation'):,} for validation, hash {prepared.hash}")
 
