@@ -104,6 +104,7 @@ def _run(given: argparse.Namespace, there: Places) -> None:
             loss_curves={name: rows for own, _ in reversed(read) for name, rows in own.items()},
             baselines=[b for home in there.homes for b in baselines.of_records(home, found)],
         )
+    _require_writable(to)
     written = catalogue.write(to, source, given.names)
     for name in written.names:
         print(os.fspath(to / f"{name}.png"))
@@ -127,6 +128,19 @@ def _to(given: argparse.Namespace, there: Places) -> epath.Path:
     if len(there.folders) > 1:
         raise UserError("the records are in several places: say where the files go by --to=DIR")
     return there.folders[0].parent / "figures"
+
+
+def _require_writable(to: epath.Path) -> None:
+    """Raises `UserError` for a folder that cannot be written, before anything is drawn."""
+    why = ""
+    try:
+        to.mkdir(parents=True, exist_ok=True)
+        if not os.access(to, os.W_OK):
+            why = "it cannot be written"
+    except OSError as e:
+        why = e.strerror or str(e)
+    if why:
+        raise UserError(f"cannot write into {os.fspath(to)}: {why}; name another place by --to=DIR")
 
 
 def _page(

@@ -434,7 +434,9 @@ def test_figures_by_name(capsys, tmp_path, main):
     assert program.main(["figure", "fig7", f"--workdir={tmp_path}", f"--to={tmp_path / 'x'}"]) == 0
     assert (tmp_path / "x" / "fig7_guidance.pdf").exists()
     capsys.readouterr()
+    (tmp_path / "file").touch()
     for arguments, message in (
+        (["tab1", where, f"--to={tmp_path / 'file'}"], "exists; name another place by --to=DIR"),
         (["fig99", where], "no figure is called 'fig99'"),
         (["fig9_cots", where], "did you mean fig9_cost?"),
         ([], "needs --workdir=DIR or --records=DIR"),
