@@ -68,9 +68,10 @@ class Part:
 class Collection(Protocol):
     """A collection of pairs; picklable, so that workers may read its parts.
 
-    Two methods more are used where there are such: `share(part)` gives a collection that reads that
-    part alone, for a process that would list everything to do so; `left_out()` how many files are
-    not read, by suffix.
+    Four methods more are used where there are such: `share(part)` gives a collection that reads
+    that part alone, for a process that would list everything to do so; `left_out()` how many files
+    are not read, by suffix; `holds(place)` whether what is written in a folder would be taken for
+    its own; `groups()` the groups of all pairs that it may have, where names alone tell them.
     """
 
     name: str

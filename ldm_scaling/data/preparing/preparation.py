@@ -19,13 +19,14 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from ldm_scaling import files
-from ldm_scaling.data import shards
+from ldm_scaling.data import shards, sources
 from ldm_scaling.data.collection import Collection, Pair, Part
 from ldm_scaling.data.preparing import facts as facts_lib
 from ldm_scaling.data.preparing import stored
@@ -281,11 +282,13 @@ def begin(
 ) -> tuple[Preparation, bool]:
     """A preparation that starts or goes on, and whether it is finished already.
 
-    Raises `UserError` where the destination holds other files, or a preparation of other files or
-    with other options, and `MissingPackageError` for what is not installed.
+    Raises `UserError` where the destination lies in the collection or holds other files, or a
+    preparation of other files or with other options, and `MissingPackageError` for what is not
+    installed.
     """
     path = epath.Path(destination).expanduser()
     files.on_disk("shards", destination)
+    check_outside(collection, path)
     facts_lib.check_packages(options.duplicates.perceptual is not None)
     parts = tuple(collection.parts())
     if not parts:
@@ -313,6 +316,18 @@ def begin(
     return job, False
 
 
+def check_outside(collection: Collection, path: epath.Path) -> None:
+    """Raises `UserError` for a destination that is not finished and lies in the collection: what is
+    written there would be taken for its files, which then change while they are prepared.
+    """
+    holds = getattr(collection, "holds", None)
+    if holds and not (path / shards.MANIFEST).exists() and holds(Path(path)):
+        raise UserError(
+            f"{os.fspath(path)} lies in {collection.name}, and what is prepared there would be "
+            "taken for its files: choose another --to or --workdir, outside of that folder"
+        )
+
+
 _REMEDY = "remove it, or choose another folder"
 
 
@@ -330,8 +345,10 @@ def _check_finished(job: Preparation, found: Mapping[str, Any]) -> None:
 
 def _compare(job: Preparation, found: Mapping[str, Any], held: Sequence[str]) -> None:
     where, name = os.fspath(job.path), job.collection.name
+    same = found.get("fingerprint") == job.fingerprint or (
+        sources.canonical(str(found.get("source"))) == sources.canonical(name))
     for what in held:
-        if found.get(what) != job.identity[what]:
+        if found.get(what) != job.identity[what] and not (what == "source" and same):
             how = {
                 "format": f"was begun by another version ({found.get('format')})",
                 "source": f"is of {found.get('source')}, not of {name}",

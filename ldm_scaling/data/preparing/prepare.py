@@ -23,16 +23,16 @@ from etils import epath
 
 from ldm_scaling import files, machine
 from ldm_scaling.data import shards
-from ldm_scaling.data.collection import Collection
+from ldm_scaling.data.collection import SCORES, Collection
 from ldm_scaling.data.preparing import report as prepare_report
 from ldm_scaling.data.preparing.decide import decide
 from ldm_scaling.data.preparing.duplicates import Duplicates
 from ldm_scaling.data.preparing.filters import Filters
 from ldm_scaling.data.preparing.options import Options
-from ldm_scaling.data.preparing.preparation import Preparation, begin
+from ldm_scaling.data.preparing.preparation import Preparation, begin, check_outside
 from ldm_scaling.errors import UserError
 
-__all__ = ["Duplicates", "Filters", "Options", "run"]
+__all__ = ["Duplicates", "Filters", "Options", "check_outside", "run"]
 
 _LOCK = ".lock"
 _AHEAD = 4  # parts for each process that wait or are under way
@@ -237,6 +237,10 @@ def _nothing(job: Preparation, report: dict[str, Any]) -> str:
     shown = ", ".join(f"{count} {name}" for name, count in reasons.items())
     why = f" ({shown})" if shown else ""
     remedy = "loosen the filters"
+    scores = [score for score in SCORES if f"no {score} score" in reasons]
+    if scores:
+        keys = " and ".join(f"data.prepare.{score}_column" for score in scores)
+        remedy = f"name the column of the scores by {keys}, or loosen the filters"
     if "no caption" in reasons:  # they come after what is broken, or of another size
         remedy = "keep them without by data.prepare.captions=False, or loosen the filters"
     return (

@@ -18,6 +18,7 @@ see docs/data.md.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from ldm_scaling.data.sources import (
 from ldm_scaling.data.sources.options import Options
 from ldm_scaling.errors import UserError
 
-__all__ = ["KINDS", "NOT_FILES", "Options", "collection"]
+__all__ = ["KINDS", "NOT_FILES", "Options", "canonical", "collection"]
 
 # Kind to what makes it of its name, its path and the options.
 KINDS: dict[str, Callable[..., Collection]] = {
@@ -52,6 +53,7 @@ KINDS: dict[str, Callable[..., Collection]] = {
 }
 # Those whose PATH is no file or folder: they are made of it as it is written, a text.
 NOT_FILES = {"tfds"}
+_WITHOUT_SCORES = ("photos", "coco", "dreambench")
 _WITH_SPLIT = ("huggingface", "arrayrecord", "coco")
 
 
@@ -70,14 +72,32 @@ def collection(text: str, options: Options = Options()) -> Collection:  # noqa: 
             f"{', '.join(KINDS)}; what  ldm-scaling prepare --to=PATH  made is "
             "data.source=shards:PATH"
         )
+    if kind in _WITHOUT_SCORES and options.score_columns:
+        score = next(iter(options.score_columns))
+        raise UserError(f"{text} has no scores: leave out data.prepare.{score}_column")
     if kind in NOT_FILES:
         return KINDS[kind](text, place, options)
     files.on_disk(text, place)
-    path, split = Path(place).expanduser(), []
-    if kind in _WITH_SPLIT and "#" in place and not path.exists():
-        place, _, part = place.rpartition("#")
-        path, split = Path(place).expanduser(), [part]
+    path, split = _found(kind, place)
     pattern = kind == "webdataset" and "{" in place
     if not path.exists() and not pattern:
         raise UserError(f"{text}: there is no {path}")
     return KINDS[kind](text, path.absolute(), options, *split)
+
+
+def canonical(text: str) -> str:
+    """One spelling of every `KIND:PATH` that names the same files; of other texts themselves."""
+    kind, colon, place = text.partition(":")
+    if kind in NOT_FILES or not place or "://" in text:
+        return text
+    path, split = _found(kind, place)
+    return "#".join([f"{kind}:{os.path.realpath(path)}", *split])
+
+
+def _found(kind: str, place: str) -> tuple[Path, list[str]]:
+    """The path in a place, and the split that some kinds have after it."""
+    path = Path(os.path.expanduser(place))
+    if kind not in _WITH_SPLIT or "#" not in place or path.exists():
+        return path, []
+    place, _, split = place.rpartition("#")
+    return Path(os.path.expanduser(place)), [split]

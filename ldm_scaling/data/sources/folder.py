@@ -94,6 +94,14 @@ class Folder:
         splits = ((name, *posixpath.splitext(name)) for name in names)
         sidecars = {stem + end.lower(): name for name, stem, end in splits
                     if end.lower() in SIDECARS}  # fmt: skip
+        if self.options.score_columns and not tables and not any(
+            name.endswith(".json") for name in sidecars
+        ):
+            score, column = next(iter(self.options.score_columns.items()))
+            raise UserError(
+                f"{self.root} holds no column of scores {column!r}: there is neither a metadata "
+                f"table nor a .json beside an image; leave out data.prepare.{score}_column"
+            )
         return _Listing(sorted(images | rows.keys()), rows, sidecars)
 
     def read(self, part: Part) -> Iterator[Pair]:
@@ -111,6 +119,10 @@ class Folder:
         sidecars = {name: found.sidecars[name] for name in beside if name in found.sidecars}
         held = Held(_Listing(names, rows, sidecars, part.start))
         return dataclasses.replace(self, once=held)
+
+    def groups(self) -> Iterator[str]:
+        """The groups of all pairs, sound or not; each is its own."""
+        return map(listing.key, self._listing().names)
 
     def left_out(self) -> dict[str, int]:
         """Files that are neither images nor captions, by suffix."""
@@ -152,6 +164,10 @@ class Folder:
                 text = texts.decode(data, str(path), self.options)
                 captions = texts.captions_of(texts.lines(text), str(path), self.options)
         return captions, scores
+
+    def holds(self, place: Path) -> bool:
+        """Whether what is written in a folder would be taken for the collection's."""
+        return listing.holds(self.root, place)
 
     def fingerprint(self) -> str:
         """As `Collection.fingerprint`: of images, sidecars and tables."""

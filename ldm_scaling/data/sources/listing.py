@@ -87,6 +87,18 @@ def walk(root: Path, keep: Callable[[str], bool]) -> list[str]:
     return sorted(names)
 
 
+def holds(root: Path, place: Path) -> bool:
+    """Whether `walk` would find what is written in a folder: it is not hidden, and lies in `root`
+    as it is spelt or where its links lead."""
+    spelt = Path(os.path.abspath(root)), Path(os.path.abspath(place))
+    led = Path(os.path.realpath(root)), Path(os.path.realpath(place))
+    return any(
+        inner.is_relative_to(outer)
+        and not any(name.startswith(".") for name in inner.relative_to(outer).parts)
+        for outer, inner in (spelt, led)
+    )
+
+
 def is_image(name: str) -> bool:
     """Whether a file is an image by the end of its name."""
     return posixpath.splitext(name)[1].lower() in SUFFIXES

@@ -91,9 +91,17 @@ class Photos:
             group = listing.key(photograph(name))
             yield Pair(listing.key(name), data, group=group, error=error)
 
+    def groups(self) -> Iterator[str]:
+        """The groups of all pairs, sound or not: photographs."""
+        return (listing.key(photograph(name)) for name in self.files())
+
     def left_out(self) -> dict[str, int]:
         """Files that are no images, by suffix."""
         return listing.left_out(self.root, listing.is_image)
+
+    def holds(self, place: Path) -> bool:
+        """Whether what is written in a folder would be taken for the collection's."""
+        return listing.holds(self.root, place)
 
     def fingerprint(self) -> str:
         """As `Collection.fingerprint`."""

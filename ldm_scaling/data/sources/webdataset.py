@@ -202,6 +202,10 @@ class Files:
         ends = (*(f".{s}" for s in (*_TEXTS, "json")), ".parquet")
         return listing.left_out(self.root, lambda n: listing.is_image(n) or n.endswith(ends))
 
+    def holds(self, place: Path) -> bool:
+        """Whether what is written in a folder would be taken for the collection's."""
+        return listing.holds(self.root, place)
+
     def fingerprint(self) -> str:
         """As `Collection.fingerprint`."""
         return listing.fingerprint(self.root, listing.walk(self.root, bool), self.options)

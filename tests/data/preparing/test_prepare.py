@@ -475,6 +475,9 @@ def test_with_nothing_left_it_says_why(tmp_path):
     wanted = r"\(1 no caption\): keep them without by data.prepare.captions=False"
     with pytest.raises(errors.UserError, match=wanted):
         prepare.run(bare, tmp_path / "of_bare", Options(workers=1))
+    scored = Options(filters=Filters(min_aesthetic=5.0, captions=False), workers=1)
+    with pytest.raises(errors.UserError, match=r"\(1 no aesthetic score\): .*aesthetic_column"):
+        prepare.run(bare, tmp_path / "scored", scored)
     (tmp_path / "empty").mkdir()
     with pytest.raises(errors.UserError, match="there is nothing in test:"):
         prepare.run(FolderOfPairs(str(tmp_path / "empty")), tmp_path / "nothing", ALL)

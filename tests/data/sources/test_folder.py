@@ -160,6 +160,18 @@ def test_columns_that_are_named_must_be_there(tmp_path):
         made.read(f"folder:{tmp_path}", caption_columns=("alt", "title"))
 
 
+@pytest.mark.parametrize("kind", ["folder", "photos", "coco"])
+def test_scores_that_are_named_where_there_can_be_none(tmp_path, kind):
+    put(tmp_path, ["a.png"])
+    (tmp_path / "a.txt").write_text("a thing")
+    with pytest.raises(UserError, match="leave out data.prepare.aesthetic_column"):
+        made.read(f"{kind}:{tmp_path}", score_columns={"aesthetic": "beauty"})
+    if kind == "folder":
+        (tmp_path / "a.JSON").write_text('{"beauty": 6.5}')
+        (pair,) = made.read(f"{kind}:{tmp_path}", score_columns={"aesthetic": "beauty"})
+        assert pair.scores == {"aesthetic": 6.5}
+
+
 def test_files_that_are_no_images(tmp_path):
     put(tmp_path, ["a.png"])
     (tmp_path / "empty.jpg").write_bytes(b"")
