@@ -6,7 +6,7 @@ ConfigDict. The dataclasses are the reference of every key.
 """
 
 from ldm_scaling.config.cascade import Cascade
-from ldm_scaling.config.data import OPENMOJI, Data, Prepare
+from ldm_scaling.config.data import OPENMOJI, SHARDS, Data, Prepare
 from ldm_scaling.config.distill import Consistency, Distill, Halving
 from ldm_scaling.config.dreambooth import DreamBooth
 from ldm_scaling.config.early import Early
@@ -14,11 +14,11 @@ from ldm_scaling.config.edge import default, parse
 from ldm_scaling.config.finetune import FineTune
 from ldm_scaling.config.measuring import Sample, Sweep
 from ldm_scaling.config.start import Start
-from ldm_scaling.config.study import Study
+from ldm_scaling.config.study import LEFT_OUT, Study
 from ldm_scaling.config.training import AUTO, Autoencoder, Diffusion, Mesh, Train
 
 __all__ = [
-    "AUTO", "OPENMOJI", "Autoencoder", "Cascade", "Consistency", "Data", "Diffusion", "Distill",
-    "DreamBooth", "Early", "FineTune", "Halving", "Mesh", "Prepare", "Sample", "Start", "Study",
-    "Sweep", "Train", "default", "parse",
+    "AUTO", "LEFT_OUT", "OPENMOJI", "Autoencoder", "Cascade", "Consistency", "Data", "Diffusion",
+    "Distill", "DreamBooth", "Early", "FineTune", "Halving", "Mesh", "Prepare", "SHARDS", "Sample",
+    "Start", "Study", "Sweep", "Train", "default", "parse",
 ]

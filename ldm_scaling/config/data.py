@@ -9,6 +9,8 @@ from typing import Any
 from ldm_scaling.config.check import positive, require
 
 OPENMOJI = "openmoji"
+SHARDS = "shards"
+"""A source of this kind is prepared already, and used where it lies."""
 _KIND = r"[a-z][a-z0-9_]*:"
 # Bookkeeping: what may change between two runs of one study.
 _FREE = ("workers", "max_corrupt", "cache")
@@ -179,9 +181,15 @@ class Data:
             del tree["source"], tree["prepare"]
         if self.text_hash:
             del tree["text_weights"]
-        default = Data()
-        for name in ("weights", "hash", "text_weights", "text_hash", "flip", "max_aspect",
-                     "latent_dtype", "text_dtype", "prepare"):
-            if name in tree and getattr(self, name) == getattr(default, name):
+        for name, value in NEUTRAL_DATA.items():
+            if tree.get(name) == value:
                 del tree[name]
         return tree
+
+
+# Keys of which `Data.identity` says nothing at these values.
+NEUTRAL_DATA = {
+    name: value for name, value in dataclasses.asdict(Data()).items()
+    if name in ("weights", "hash", "text_weights", "text_hash", "flip", "max_aspect",
+                "latent_dtype", "text_dtype", "prepare")
+}

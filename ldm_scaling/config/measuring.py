@@ -7,6 +7,8 @@ import math
 
 from ldm_scaling.config.check import positive, require
 
+LEAST_IMAGES = 4
+"""Pictures below which nothing is measured: there is no interval."""
 LEAST_RACED = 16
 """Pictures below which a Fréchet distance and its spread say too little to drop a rate by."""
 
@@ -115,8 +117,8 @@ class Sweep:
                  "must be at least 1")
         positive(self, "num_images", "batch_size", "feature_side", "replicates")
         require(self.feature_side >= 32, "sweep.feature_side", self.feature_side, "at least 32")
-        require(self.num_images >= 4, "sweep.num_images", self.num_images,
-                 "at least 4, or there is no interval")
+        require(self.num_images >= LEAST_IMAGES, "sweep.num_images", self.num_images,
+                 f"at least {LEAST_IMAGES}, or there is no interval")
         require(len(set(self.metrics)) == len(self.metrics), "sweep.metrics", self.metrics,
                 "has a value twice")
         require(self.choose_by in (FRECHET, *RESTORED, *self.metrics), "sweep.choose_by",

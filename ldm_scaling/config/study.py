@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from ldm_scaling import files
 from ldm_scaling.config import averaging
 from ldm_scaling.config.cascade import Cascade
 from ldm_scaling.config.check import require
-from ldm_scaling.config.data import Data
+from ldm_scaling.config.data import NEUTRAL_DATA, SHARDS, Data
 from ldm_scaling.config.distill import Consistency, Distill, Halving
 from ldm_scaling.config.dreambooth import DreamBooth
 from ldm_scaling.config.early import Early
 from ldm_scaling.config.finetune import FineTune
-from ldm_scaling.config.measuring import Sample, Sweep
+from ldm_scaling.config.measuring import LEAST_IMAGES, Sample, Sweep
 from ldm_scaling.config.start import Start
 from ldm_scaling.config.training import (
     AUTO,
@@ -26,6 +27,12 @@ from ldm_scaling.config.training import (
     Mesh,
     Train,
 )
+
+LEFT_OUT = {
+    "data": NEUTRAL_DATA, "train": NEUTRAL, "autoencoder": {"train": NEUTRAL},
+    "diffusion": NEUTRAL_DIFFUSION,
+}
+"""Keys of which `Study.identity` says nothing at these values."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,11 +218,12 @@ class Study:
         require(self.data.max_aspect == 1, "data.max_aspect", self.data.max_aspect,
                 "cascades take square pictures: 1")
 
-    def check_counts(self, train: int, validation: int) -> None:
+    def check_counts(self, train: int, validation: int, total: int = 0) -> None:
         """Raises `UserError` where there are too few pictures for the batches or the sweep.
 
         Args:
-          train, validation: how many there are.
+          train, validation: how many are taken.
+          total: how many there are, of both splits; those if not given.
         """
         runs = [("autoencoder.train", self.autoencoder.train), ("train", self.train)]
         sweeps = [("sweep", self.sweep, (self.sweep.select_block, *self.sweep.report_blocks))]
@@ -240,10 +248,25 @@ class Study:
         for name, sweep, used in sweeps:
             blocks = max(used) + 1
             need = sweep.num_images * blocks
+            fits = validation // blocks
+            lower = f"lower it to {fits}, or " if fits >= LEAST_IMAGES else ""
             require(need <= validation, f"{name}.num_images", sweep.num_images,
                     f"{blocks} blocks of as many prompts need at least {need} pictures for "
-                    f"validation, there are {validation}: lower it, or hold back more for "
-                    "validation")
+                    f"validation, there are {validation}: {lower}"
+                    f"{self._more(total or train + validation, validation, need)}")
+
+    def _more(self, total: int, validation: int, need: int) -> str:
+        """How so many of a total are there for validation."""
+        data, several = self.data, len(self.data.sources)
+        if 0 < validation == several * data.validation_pictures:
+            return f"raise data.validation_pictures to {-(-need // several)}"
+        # Which pictures they are is drawn by lot: by three deviations more than are needed.
+        wanted = (1.5 + math.sqrt(2.25 + need)) ** 2
+        if wanted > 0.99 * total:
+            return f"take a larger collection than this of {total} pictures"
+        share = f"data.prepare.validation_share={math.ceil(100 * wanted / total) / 100}"
+        anew = all(source.startswith(f"{SHARDS}:") for source in data.sources)
+        return f"prepare the shards anew by {share}" if anew else f"hold back more by {share}"
 
     def require_new(self) -> None:
         """Raises `UserError` for what no study begins with; workdirs from before may have it."""

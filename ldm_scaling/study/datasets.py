@@ -29,11 +29,13 @@ class Dataset(Protocol):
       hash: of all pictures and captions.
       about: what it is, in a sentence of a report.
       attribution: what its licence wants said; empty where that is not known.
+      total: pictures of both splits, those too that are not taken.
     """
 
     hash: str
     about: str
     attribution: str
+    total: int
 
     def hash_of(self, split: str) -> str:
         """The same of one split, whatever the other holds."""
@@ -122,6 +124,11 @@ class Composed:
     def about(self) -> str:
         """See `Dataset`."""
         return self.prepared.builder.spec.about
+
+    @property
+    def total(self) -> int:
+        """See `Dataset`."""
+        return sum(map(self.count, shards.SPLITS))
 
     def count(self, split: str) -> int:
         """See `Dataset`."""
@@ -212,6 +219,11 @@ class Collected:
             f"{self.shards.manifest.get('source', self.shards.name)}: {self.count('train'):,} "
             f"pictures for training and {self.count('validation'):,} for validation."
         )
+
+    @property
+    def total(self) -> int:
+        """See `Dataset`."""
+        return sum(map(self.shards.count, shards.SPLITS))
 
     def count(self, split: str) -> int:
         """See `Dataset`."""

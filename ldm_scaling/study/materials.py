@@ -23,8 +23,8 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.metrics import agreement, moments
 from ldm_scaling.metrics.frechet import ReferenceStats
 from ldm_scaling.models import backbone, cost, efficientnet, pretrained, text_encoder
+from ldm_scaling.parallel import hosts, processes
 from ldm_scaling.parallel import mesh as mesh_lib
-from ldm_scaling.parallel import processes
 from ldm_scaling.study import (
     caches,
     datasets,
@@ -90,13 +90,23 @@ class Materials:
             return self.own.datasets
         with processes.lead_first("data"):
             found = preparing.of(self.study.data, self.workdir / "data")
-        self.study.check_counts(*(sum(d.count(split) for d in found) for split in SPLITS))
+        counts = (sum(d.count(split) for d in found) for split in SPLITS)
+        self.study.check_counts(*counts, total=sum(d.total for d in found))
         return found
 
     @functools.cached_property
     def prepared(self) -> bool:
         """Whether the pictures and captions are there, so that `datasets` makes none."""
         return preparing.prepared(self.study.data, self.workdir / "data")
+
+    def check_names(self) -> None:
+        """Raises `UserError` where a collection that is not prepared has too few pictures for the
+        config's batches and its sweep by the names of its files alone."""
+        if self.prepared or not hosts.is_lead():
+            return
+        most = preparing.at_most(self.study.data, self.workdir / "data")
+        if most is not None:
+            self.study.check_counts(*most)
 
     def count(self, split: str) -> int:
         """Pictures of a split."""

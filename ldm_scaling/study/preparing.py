@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import logging
@@ -9,10 +10,11 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from ldm_scaling import files
-from ldm_scaling.config import Data, Prepare
+from ldm_scaling.config import SHARDS, Data, Prepare
 from ldm_scaling.data import shards, sources
 from ldm_scaling.data.composed import builder
 from ldm_scaling.data.preparing import prepare
@@ -21,9 +23,6 @@ from ldm_scaling.parallel import hosts
 from ldm_scaling.study.datasets import Collected, Composed, Dataset
 
 log = logging.getLogger(__name__)
-
-# A source of this kind is prepared already, and used where it lies.
-SHARDS = "shards"
 
 
 def _is_shards(source: str) -> bool:
@@ -46,7 +45,7 @@ def resolved(data: Data, root: epath.PathLike) -> Data:
       root: where collections are prepared; those that are need no longer be there themselves.
     Raises:
       UserError: for shards that are missing or damaged, or of another hash than is wanted, and for
-        a collection that is not there.
+        a collection that is not there, or that `root` lies in.
     """
     if data.composed:
         return data
@@ -54,7 +53,7 @@ def resolved(data: Data, root: epath.PathLike) -> Data:
     for source in raw:
         folder = folder_of(data, source, root)
         if not _prepared(folder):
-            sources.collection(source, source_options(data))
+            prepare.check_outside(sources.collection(source, source_options(data)), folder)
         elif hosts.is_lead() and (changed := _changed(data, source, folder, _MOST_COMPARED)):
             log.warning("%s", changed)
     if raw and data.hash:
@@ -192,6 +191,37 @@ def prepared(data: Data, root: epath.PathLike) -> bool:
     if data.composed:
         return builder.is_prepared(root, composed_spec(data))
     return all(_prepared(folder_of(data, source, root)) for source in data.sources)
+
+
+def at_most(data: Data, root: epath.PathLike) -> tuple[int, int, int] | None:
+    """How many pictures a config can take at most, found out without reading one.
+
+    Args:
+      data: the settings.
+      root: see `resolved`.
+    Returns:
+      Of training and of validation, and how many there are; None where the names of a collection's
+      files do not tell.
+    Raises:
+      UserError: for a collection that cannot be listed, and damaged shards.
+    """
+    split_of = prepare_options(data).split
+    taken, total = np.zeros(2, int), 0
+    for source in data.sources:
+        folder = folder_of(data, source, root)
+        if _prepared(folder):
+            held = shards.open(folder)
+            counts = {split: held.count(split) for split in shards.SPLITS}
+        else:
+            collection = sources.collection(source, source_options(data))
+            if data.prepare.tile or not hasattr(collection, "groups"):
+                return None
+            counts = collections.Counter(map(split_of, collection.groups()))
+        have = [counts["train"], counts["validation"]]
+        most = [data.train_pictures, data.validation_pictures]
+        taken += [min(n, m) if m else n for n, m in zip(have, most)]
+        total += sum(have)
+    return *map(int, taken), total
 
 
 def of(data: Data, root: epath.PathLike) -> tuple[Dataset, ...]:

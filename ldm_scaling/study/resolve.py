@@ -6,7 +6,8 @@ import dataclasses
 import os
 from pathlib import Path
 
-from ldm_scaling.config import Study
+from ldm_scaling.config import Data, Study
+from ldm_scaling.data import sources
 from ldm_scaling.errors import UserError
 from ldm_scaling.study import preparing, published, starting, weight_files
 from ldm_scaling.study.workdir import Workdir
@@ -20,7 +21,7 @@ def resolved(study: Study, workdir: Workdir) -> Study:
         and for those that do not have the hash that the config gives.
     """
     study = _with_pretrained(published.resolved(study, workdir))
-    data = preparing.resolved(study.data, workdir / "data")
+    data = preparing.resolved(_as_bound(study.data, workdir), workdir / "data")
     if data.cache:  # The workdir may be used from elsewhere.
         path = os.fspath(Path(data.cache).expanduser().absolute())
         data = dataclasses.replace(data, cache=path)
@@ -33,6 +34,14 @@ def resolved(study: Study, workdir: Workdir) -> Study:
         hash = _hash("autoencoder.weights", given, autoencoder.weights_hash, workdir)
         autoencoder = dataclasses.replace(autoencoder, weights_hash=hash)
     return starting.resolved(dataclasses.replace(study, data=data, autoencoder=autoencoder))
+
+
+def _as_bound(data: Data, workdir: Workdir) -> Data:
+    """The settings with their source spelt as the workdir has it, where both name the same files:
+    hashes are of what is written."""
+    there = Data(source=workdir.bound_source or data.source)
+    same = [*map(sources.canonical, there.sources)] == [*map(sources.canonical, data.sources)]
+    return dataclasses.replace(data, source=there.source) if same else data
 
 
 def _with_pretrained(study: Study) -> Study:

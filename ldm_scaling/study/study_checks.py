@@ -167,6 +167,8 @@ def _pictures(materials: Materials) -> None:
         openmoji.load()
     elif data.hash:  # Shards: their counts are known.
         _ = materials.datasets
+    else:
+        materials.check_names()
     if materials.study.finetune.task:
         pixels.opencv()
 

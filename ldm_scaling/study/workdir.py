@@ -15,11 +15,16 @@ from typing import IO, Any
 from etils import epath
 
 from ldm_scaling import config, files
-from ldm_scaling.config import Study
+from ldm_scaling.config import LEFT_OUT, Study
 from ldm_scaling.errors import UserError
+
+log = logging.getLogger(__name__)
 
 MARKER = "study.json"
 _LOOKING_S = 5.0
+# What a workdir may hold whose config has decided nothing: data sets lie in folders of their own,
+# and weights are known by their files.
+_UNDECIDED = {MARKER, ".lock", "log.txt", "logs", "data", "weights.json"}
 
 
 class Workdir:
@@ -107,6 +112,12 @@ class Workdir:
         """
         return config.parse(given) if given else self.last_config()
 
+    @property
+    def bound_source(self) -> str:
+        """`data.source` of the config that this is bound to; empty where that says none."""
+        body = self._marker() or {"identity": {}}
+        return body["identity"].get("data", {}).get("source", "")
+
     def check_new(self, study: Study) -> None:
         """Raises `UserError` where a study would begin here that is one which none begins with."""
         if self._marker() is None:
@@ -114,6 +125,8 @@ class Workdir:
 
     def bind(self, study: Study, keep_last: bool = False) -> None:
         """Ties the workdir to a config, or checks that it is tied to this one; keeps the config.
+
+        One that holds nothing yet that its config decided is tied anew, with a warning.
 
         Args:
           study: the config.
@@ -138,18 +151,18 @@ class Workdir:
                         f"{self.path / MARKER} is missing but {self.path / name} is there, of an "
                         "unknown config: restore the file, or choose another --workdir"
                     )
-        elif body["identity"] != want["identity"]:
-            a, b = _flat(body["identity"]), _flat(want["identity"])
-            changed = [
-                f"{k} is {a.get(k, 'absent')!r} there, {b.get(k, 'absent')!r} here"
-                for k in sorted(a.keys() | b.keys()) if a.get(k, "absent") != b.get(k, "absent")
-            ]
+        elif changed := _differences(body["identity"], want["identity"]):
             more = f"; and {len(changed) - 4} more" if changed[4:] else ""
             shown = "; ".join(changed[:4]) + more
-            raise UserError(
-                f"the workdir {self.path} belongs to another config ({shown}): choose another "
-                "--workdir, or give the config it was made with"
-            )
+            if {p.name for p in self.path.iterdir()} - _UNDECIDED:
+                raise UserError(
+                    f"the workdir {self.path} belongs to another config ({shown}): choose another "
+                    "--workdir, or give the config it was made with"
+                )
+            study.require_new()
+            log.warning("the workdir %s, in which nothing is made yet but pictures, is of this "
+                        "config from now on (%s)", self.path, shown)
+            body = None
         if not os.access(self.path, os.W_OK):
             raise UserError(f"cannot write to the workdir {self.path}: choose another --workdir")
         if body != want and not (keep_last and body and "config" in body):
@@ -236,7 +249,7 @@ class Workdir:
         path = self.log_file(process)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handler = _LogFile(os.fspath(path))
+            handler = _LogFile(os.fspath(path), encoding="utf-8", errors="backslashreplace")
         except OSError as e:
             raise self._unusable(e) from e
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -273,6 +286,13 @@ class _LogFile(logging.FileHandler):
     def close(self) -> None:
         with contextlib.suppress(OSError):
             super().close()
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """Which keys of two identities differ, and how; what one leaves out is at its default."""
+    usual, a, b = (_flat(json.loads(json.dumps(tree))) for tree in (LEFT_OUT, there, here))
+    a, b = ({k: of.get(k, usual.get(k, "absent")) for k in a.keys() | b.keys()} for of in (a, b))
+    return [f"{k} is {a[k]!r} there, {b[k]!r} here" for k in sorted(a) if a[k] != b[k]]
 
 
 def _flat(tree, prefix: str = "") -> dict[str, object]:

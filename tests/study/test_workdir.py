@@ -1,5 +1,6 @@
 """The workdir keeps its config whole."""
 
+import io
 import json
 import logging
 import os
@@ -51,9 +52,48 @@ def test_one_process_holds_a_workdir_of_its_study(tmp_path):
     with workdir.held(config.parse({"sweep": {"num_images": 64}}), keep_last=True):
         assert workdir.last_config() == study
     other = config.parse({"seed": 7})
+    (tmp_path / "records").mkdir()
     for _ in range(2):  # What is refused holds nothing.
         with pytest.raises(UserError, match="belongs to another config"), workdir.held(other):
             pass
+
+
+def test_what_is_at_its_default_differs_in_what_changed_alone(tmp_path):
+    def of(**keys):
+        return config.parse({"data": {"source": "folder:pics", **keys}})
+
+    Workdir(tmp_path).bind(of())
+    (tmp_path / "text").mkdir()
+    for changed, said in (
+        ({"prepare": {"validation_share": 0.3}}, "prepare.validation_share is 0.05 there, 0.3"),
+        ({"flip": True}, "flip is False there, True"),
+    ):
+        with pytest.raises(UserError, match=rf"another config \(data.{said} here\): choose"):
+            Workdir(tmp_path).bind(of(**changed))
+
+
+def test_a_workdir_without_anything_made_by_its_config_takes_another(tmp_path, caplog):
+    first, second = config.parse({"seed": 1}), config.parse({"seed": 2})
+    with Workdir(tmp_path).held(first):
+        (tmp_path / "data").mkdir()
+    with Workdir(tmp_path).held(second, keep_last=True):
+        assert Workdir(tmp_path).last_config() == second
+    assert "is of this config from now on (seed is 1 there, 2 here)" in caplog.text
+    with pytest.raises(UserError, match="seed=-1: from 0"):
+        Workdir(tmp_path).bind(config.parse({"seed": -1}))
+    for made in ("autoencoder", "models", "latents", "text", "records", "finetuned"):
+        (tmp_path / made).mkdir()
+        with pytest.raises(UserError, match="belongs to another config"):
+            Workdir(tmp_path).bind(first)
+        (tmp_path / made).rmdir()
+    Workdir(tmp_path).bind(first)
+
+
+def test_a_log_holds_every_sign_whatever_the_locale(tmp_path, monkeypatch):
+    monkeypatch.setattr(io, "text_encoding", lambda encoding, *unused: encoding or "ascii")
+    with Workdir(tmp_path).log_to_file():
+        logging.getLogger("ldm_scaling").info("Größe \udcff")
+    assert "Größe \\udcff" in (tmp_path / "log.txt").read_text(encoding="utf-8")
 
 
 def test_a_bucket_is_no_workdir():
