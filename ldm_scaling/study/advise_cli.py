@@ -252,6 +252,8 @@ def text(found: Advice) -> str:
     )
     console.print(f"{limit}: {_how(found.best)}")
     console.print(f"  expect {_reached(found.best, found)} at {spent(found.best)}")
+    if options.doubt:
+        console.print(f"  {options.doubt}")
     if found.runner_up is not None:
         console.print(f"Runner-up: {_how(found.runner_up)}")
         console.print(
@@ -270,7 +272,8 @@ def text(found: Advice) -> str:
     console.print(table)
     console.print(f"In {options.unit_label}.")
     for note in found.notes:
-        console.print(note)
+        if note != options.doubt:
+            console.print(note)
     return terminal.text(console)
 
 

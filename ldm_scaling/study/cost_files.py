@@ -270,6 +270,6 @@ def of_device(place: epath.PathLike, device: str) -> CostFile:
     have = ", ".join(repr(f.device_kind) for f in there) or "nothing"
     raise UserError(
         f"--device={device}: there are no measured seconds of it in {place} (there is {have}): run "
-        "ldm-scaling cost  on such a machine and bring the file here, or say by --costs= where it "
+        "ldm-scaling cost on such a machine and bring the file here, or say by --costs= where it "
         "lies"
     )

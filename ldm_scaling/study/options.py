@@ -52,6 +52,7 @@ class Options:
       steps_alone: the only number of steps that a published table has; 0 of records.
       places: decimals of published values; None of records.
       blocks: seed blocks that report, whose mean the points' values are.
+      doubt: of the notes what speaks against the seconds, in short; empty where nothing does.
     """
 
     points: tuple[Point, ...]
@@ -66,6 +67,7 @@ class Options:
     steps_alone: int = 0
     places: int | None = None
     blocks: int = 1
+    doubt: str = ""
 
     def value(self, value: float) -> str:
         """A value of the measure for readers."""
@@ -251,8 +253,8 @@ def of_records(
     ]
     if unit == "cost":
         notes += [ones[-1].note, *pricing.mixed(ones)]
-    if unit == "seconds" and prices is None:
-        notes += pricing.doubts(weighed)
+    doubts = pricing.doubts(weighed) if unit == "seconds" and prices is None else []
+    notes += doubts
     if training is not None:
         notes += training.notes(weighed)
     if len(parts) > 1:
@@ -281,6 +283,7 @@ def of_records(
         tuple(dataclasses.replace(p, cost=price[kind(p.task, p.sampler)](p)) for p in points), unit,
         where, measure.short, measure.sign, metric, tuple(notes),
         ones[-1] if unit == "cost" else None, " ".join(untimed), blocks=len(report_blocks),
+        doubt=next(iter(doubts), ""),
     )
 
 

@@ -170,16 +170,17 @@ def scale_y(ax: Axes, points: Sequence[Point]) -> None:
 
 def quality_by_cost(
     records: Sequence[Record], curves: Curves, metric: str, sampler: str, axis: str = "cost",
-    note: str = "",
+    notes: Sequence[str] = (),
 ) -> Figure:
-    """Fig. 9: cost against steps (left) and best-guidance quality against it (right), under a
-    note."""
+    """Fig. 9: cost against steps (left) and best-guidance quality against it (right), under
+    notes."""
     entries = sized(records)
     marks = plot_style.marks(list(entries))
     mine = {m: c for (m, s), c in curves.items() if s == sampler}
-    fig = plot_style.figure(11.0, 5.2 if note else 4.9)
-    if note:
-        plot_style.title(fig, note, fontsize=9, fontweight="normal", color=plot_style.SOFT)
+    fig = plot_style.figure(11.0, 4.9 + 0.3 * len(notes))
+    if notes:
+        plot_style.title(fig, "\n".join(notes), fontsize=9, fontweight="normal",
+                         color=plot_style.SOFT)
     left, right = fig.subplots(1, 2, width_ratios=(0.85, 1.4))
     named: tuple[list[plot_style.End], list[plot_style.End]] = ([], [])
     starts: list[plot_style.End] = []

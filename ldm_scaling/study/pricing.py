@@ -317,8 +317,9 @@ def incomparable(records: Iterable[Record]) -> str:
 
 
 def doubts(records: Sequence[Record]) -> list[str]:
-    """What speaks against the seconds of one device's records: a network whose own are not of one
-    measurement, and one that is slower than a larger one of its family."""
+    """What speaks against the seconds of one device's records, the first sentence in short: a
+    network whose own are not of one measurement, and one that is slower than a larger one of its
+    family."""
     records = [r for r in records if r.seconds_per_image]
     lines: dict[tuple, list[tuple[int, float]]] = defaultdict(list)
     cells: dict[tuple, list[Record]] = defaultdict(list)
@@ -339,24 +340,30 @@ def doubts(records: Sequence[Record]) -> list[str]:
         for own in cells.values() for a in own for b in own
         if b.gflops > 1.1 * a.gflops and a.seconds_per_image > _SLOWER * b.seconds_per_image
     }
-    out = []
+    why = []
     if uneven:
-        out.append(
-            f"Seconds of {labels.listing(uneven)} are not of one measurement each: for a call they "
-            f"differ by up to {max(apart.values()):.1f} times between records of one network."
+        why.append(
+            f"those of {labels.listing(uneven)} are not of one measurement each, for a call they "
+            f"differ by up to {max(apart.values()):.1f} times"
         )
     if slower:
         times, flops, small, large = max(slower)
-        out.append(
-            f"By its records {small} is up to {times:.1f} times slower than {large}, which takes "
-            f"{flops:.1f} times its FLOPs."
+        why.append(
+            f"{small} is up to {times:.1f} times slower than {large}, which takes {flops:.1f} "
+            "times its FLOPs"
         )
-    if out:
-        out.append(
-            "So sizes may change places in seconds that were measured anew: ldm-scaling cost  "
-            "measures them one after the other, for --device=KIND."
-        )
-    return out
+    if not why:
+        return []
+    return [
+        f"In seconds that are measured anew sizes may change places: {why[0]}.",
+        *(f"By its records {other}." for other in why[1:]),
+        "ldm-scaling cost  measures sizes one after the other, for --device=KIND.",
+    ]
+
+
+def doubt(records: Sequence[Record]) -> str:
+    """The first of `doubts`; empty where there are none."""
+    return next(iter(doubts(records)), "")
 
 
 def _spread(points_N2: np.ndarray) -> float:

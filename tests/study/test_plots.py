@@ -13,7 +13,7 @@ from matplotlib.patches import StepPatch
 from PIL import Image
 
 from ldm_scaling import files
-from ldm_scaling.study import curves, image_grids, labels, plot_style, plots
+from ldm_scaling.study import curves, image_grids, labels, plot_style, plots, pricing
 from ldm_scaling.study.figures import catalogue, text_to_image
 from ldm_scaling.study.figures.source import Source
 from tests import shallow
@@ -207,6 +207,13 @@ def test_what_was_not_timed_is_not_drawn_in_seconds(tmp_path, study):
         if r["model"] == "c8" or r["model"] == "c16" and r["steps"] <= 10}
     assert drawn.figure.get_suptitle().startswith("7 of 15 configurations, of c16 and c24, have")
     assert whole.figure.get_suptitle() == ""
+    slow = [dataclasses.replace(r, seconds_per_image=9 * r.seconds_per_image)
+            if r.identity.model == "c8" else r for r in some]
+    with plot_style.style():
+        both = text_to_image.seconds(Source(slow, FD))[""].figure
+    lacking, doubt = both.get_suptitle().split("\n")
+    assert lacking == drawn.figure.get_suptitle() and doubt == pricing.doubt(slow)
+    assert "c8 is up to" in doubt
     for line in drawn.figure.axes[1].lines:
         assert (np.asarray(line.get_xdata()) > 0).all()
 

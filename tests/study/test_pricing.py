@@ -54,17 +54,18 @@ def test_seconds_of_several_measurements_are_doubted(study):
         return dataclasses.replace(
             r, seconds_per_image=r.seconds_per_image * (factor if there else 1))
 
-    assert "Seconds of" not in notes(lambda r: r) and "slower" not in notes(lambda r: r)
+    assert "one measurement" not in notes(lambda r: r) and "slower" not in notes(lambda r: r)
     more = notes(lambda r: dataclasses.replace(r, seconds_per_image=r.seconds_per_image + 1.0))
-    assert "Seconds of" not in more
-    assert "Seconds of" not in notes(lambda r: slow(r, 1.3, "c16", 50))
+    assert "one measurement" not in more
+    assert "one measurement" not in notes(lambda r: slow(r, 1.3, "c16", 50))
     told = notes(lambda r: slow(r, 3.0, "c16", 50))
-    assert "Seconds of c16 are not of one measurement" in told
+    assert "places: those of c16 are not of one measurement" in told
     # What is not of calls may be any share: at least so many times.
     assert 1.5 < float(told.split("differ by up to ")[1].split()[0]) <= 3.0
     assert "--device=KIND" in told
     told = notes(lambda r: slow(r, 5.0, "c8", 0))
-    assert "Seconds of" not in told and "c8 is up to" in told and "slower than c16" in told
+    assert "one measurement" not in told
+    assert "places: c8 is up to" in told and "slower than c16" in told
     assert "slower" not in " ".join(within(study, 100.0, "cost").notes)
 
 

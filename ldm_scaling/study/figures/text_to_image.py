@@ -36,8 +36,9 @@ def seconds(source: Source) -> dict[str, Drawn]:
     timed = pricing.with_seconds(own)
     if not timed:
         return {}
-    note = pricing.without_seconds(p for curve in own.values() for p in curve)
-    fig = plots.quality_by_cost(source.main, timed, source.metric, main, "seconds", note)
+    lacking = pricing.without_seconds(p for curve in own.values() for p in curve)
+    notes = [*filter(None, [lacking, pricing.doubt(source.main)])]
+    fig = plots.quality_by_cost(source.main, timed, source.metric, main, "seconds", notes)
     return {"": Drawn(fig, _curve_rows(source, timed, [main]))}
 
 
