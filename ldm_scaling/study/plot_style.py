@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import matplotlib
@@ -174,17 +174,29 @@ def log_y(ax: Axes) -> None:
 
 def step_ticks(ax: Axes, steps: Sequence[int]) -> None:
     """Ticks at exactly the step counts that were measured."""
-    ax.xaxis.set_major_locator(FixedLocator(list(steps)))
+    _ticks_at(ax, steps, "{:g}".format)
+
+
+def size_ticks(ax: Axes, params: Sequence[int]) -> None:
+    """Ticks at exactly the numbers of parameters that there are."""
+    _ticks_at(ax, params, labels.count)
+
+
+def _ticks_at(ax: Axes, values: Sequence[float], text: Callable[[float], str]) -> None:
+    ax.xaxis.set_major_locator(FixedLocator(list(values)))
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(_Apart())
+    ax.xaxis.set_major_formatter(_Apart(text))
 
 
 class _Apart(Formatter):
-    """Plain numbers; none where it would touch another. The last has the first say, then the first,
-    then the others from the last on."""
+    """Values as text; none where it would touch another. The last has the first say, then the
+    first, then the others from the last on."""
+
+    def __init__(self, text: Callable[[float], str]):
+        self.text = text
 
     def __call__(self, value: float, place: int | None = None) -> str:
-        return f"{value:g}"
+        return self.text(value)
 
     def format_ticks(self, values: Sequence[float]) -> list[str]:
         """The labels of all ticks, as the axis lies."""

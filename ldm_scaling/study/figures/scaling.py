@@ -218,6 +218,9 @@ def _laws(
             rows += _law_rows(one, law)
         one, law = shown[0]
         ax.set(ylabel=one.axis, xlabel=f"{axis} (log scale)")
+        if law.by == "size":
+            sizes = np.concatenate([law.runs.params_N for _, law in shown])
+            plot_style.size_ticks(ax, np.unique(sizes))
         if several:
             about = dict.fromkeys(law.about for _, law in shown if law.about)
             entitle(ax, dataclasses.replace(one, family=""), *about, *[""] * len(shown))

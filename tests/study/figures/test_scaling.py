@@ -107,6 +107,16 @@ def test_the_law_of_size_is_that_of_the_ends(drawn):
         assert float(row["loss"]) == pytest.approx(100 * _loss(int(row["params"]), LAST))
 
 
+def test_the_law_of_size_has_its_sizes_as_ticks():
+    with plot_style.style():
+        fig = scaling.by_size(Source(_records(), FD))[""].figure
+        fig.draw_without_rendering()
+    for ax in fig.axes:
+        assert ax.get_xticks().tolist() == list(SIZES.values())
+        named = [t.get_text() for t in ax.get_xticklabels()]
+        assert [named[0], named[-1]] == ["1M", "13.9M"]
+
+
 def test_the_line_goes_through_the_best_sizes(drawn):
     """In the numbers beside the figure, and as it is drawn."""
     rows = [r for r in _rows(drawn[0], "law_isoflop", "validation_loss") if r["best_size"]]
