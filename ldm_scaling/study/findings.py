@@ -35,7 +35,7 @@ def findings(
         out += _best_of_all(curves, metric)
     out += _guidance(records, metric, select_block)
     out += _trade_off(records, metric, select_block)
-    return out + _incomplete(records, metric, *both)
+    return out + incomplete(records, metric, *both)
 
 
 def _budgets(curves: Curves, metric: str, sizes: Sequence[str], sampler: str) -> list[str]:
@@ -228,7 +228,8 @@ def between_blocks(
     ]
 
 
-def _incomplete(records: Sequence[Record], metric: str, select: int, report: int) -> list[str]:
+def incomplete(records: Sequence[Record], metric: str, select: int, report: int) -> list[str]:
+    """What is missing, in sentences: the last of `findings`."""
     gaps = curves_lib.gaps(records, metric, select, report)
     curves = curves_lib.quality_curves(records, metric, None, select, report)
     silent = [g for g in gaps if not g.reported]

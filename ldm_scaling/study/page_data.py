@@ -41,7 +41,8 @@ def charts(records: Sequence[Record], metric: str, select: int, report: int) -> 
 
     Returns:
       A dictionary. `incomparable` says why nothing is drawn against seconds, where they do not
-      compare; without it `winners` are by seconds too, and `untimed` says what has none.
+      compare; without it `winners` are by seconds too, and `untimed` says what has none and what
+      speaks against the others'.
     """
     incomparable = pricing.incomparable(records)
     units = {"cost": "normalised cost × network calls"}
@@ -86,7 +87,8 @@ def charts(records: Sequence[Record], metric: str, select: int, report: int) -> 
                      for m in shown],
         "axes": labels.AXES,
         "incomparable": incomparable,
-        "untimed": "" if incomparable else lacking,
+        "untimed": "" if incomparable else " ".join(
+            filter(None, [lacking, pricing.doubt(records)])),
         "ramp": [[round(255 * v) for v in matplotlib.colormaps["viridis"](k / 8)[:3]]
                  for k in range(9)],
         "points": points,
@@ -119,31 +121,28 @@ def _budget(won: winners.Winner) -> dict[str, Any]:
 def winner_rows(
     curves: Curves, metric: str, sizes: Sequence[str], sampler: str
 ) -> list[dict[str, Any]]:
-    """The winner at each budget as a row of texts; budgets with one outcome share a row."""
+    """The winner at each budget as a row of texts; budgets that read alike share one."""
     won = winners.winner_by_budget(curves, metric, sizes, samplers={sampler})
     rows = []
-    for _, same in itertools.groupby(won, _outcome):
-        run = list(same)
-        w, last = run[0], labels.number(run[-1].budget)
-        point, sure, first = w.best.point, w.best.probability, labels.number(w.budget)
-        rows.append({
-            "budget": first if first == last else f"{first} to {last}",
-            "best": w.best.model, "complete": w.complete,
-            "sizes": len(w.contenders), "steps": point.steps, "guidance": f"{point.guidance:g}",
-            "value": labels.number(point.value),
-            "ends": "" if point.low is None else labels.interval(point.low, point.high),
-            "probability": labels.probability(sure) if w.runner_up and sure is not None else "–",
-            "next": w.runner_up.model if w.runner_up else "–",
-            "advantage": "–" if w.advantage is None else labels.number(w.advantage),
-            "advantage_ends": labels.interval(*w.advantage_interval)
-            if w.advantage_interval else "",
-        })
+    for row, same in itertools.groupby(won, _winner_row):
+        budgets = [labels.number(w.budget) for w in same]
+        ends = dict.fromkeys((budgets[0], budgets[-1]))
+        rows.append(row | {"budget": " to ".join(ends)})
     return rows
 
 
-def _outcome(w: winners.Winner) -> tuple[Any, ...]:
-    ahead = (w.best, w.runner_up) if w.runner_up else (w.best,)
-    return (len(w.contenders), w.best.probability, *((c.model, c.point.steps) for c in ahead))
+def _winner_row(w: winners.Winner) -> dict[str, Any]:
+    point, sure = w.best.point, w.best.probability
+    return {
+        "best": w.best.model, "complete": w.complete,
+        "sizes": len(w.contenders), "steps": point.steps, "guidance": f"{point.guidance:g}",
+        "value": labels.number(point.value),
+        "ends": "" if point.low is None else labels.interval(point.low, point.high),
+        "probability": labels.probability(sure) if w.runner_up and sure is not None else "–",
+        "next": w.runner_up.model if w.runner_up else "–",
+        "advantage": "–" if w.advantage is None else labels.number(w.advantage),
+        "advantage_ends": labels.interval(*w.advantage_interval) if w.advantage_interval else "",
+    }
 
 
 def facts(records: Sequence[Record]) -> list[tuple[str, str]]:

@@ -38,6 +38,7 @@ _SCRIPTS = ("charts.js", "panel.js", "figures.js", "advice.js", "table.js")
 MOST_BYTES = 16 * 2**20
 """What the page may weigh before it shows fewer pictures of each point; other parts stay whole."""
 _NOTE_BYTES = 256  # Room for the sentence that says so.
+_FIRST = 3  # Findings that are read at once.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,9 +189,7 @@ def _protocol(records: Sequence[Record], context: Context) -> list[str]:
     return [*protocol, *context.protocol]
 
 
-def _limits(
-    records: Sequence[Record], untested: Sequence[str], lost: Sequence[str]
-) -> list[str]:
+def _limits(records: Sequence[Record], untested: str, lost: Sequence[str]) -> list[str]:
     trained = sorted({r.identity.train_step for r in records} - {0})  # 0 is a published model.
     steps = [labels.listing([f"{s:,}" for s in trained], "or")] if trained else []
     return [
@@ -201,9 +200,7 @@ def _limits(
           "prompts, not the chance of another training run." for s in steps),
         "A Fréchet distance depends on the number of images; compare only values with the same "
         "number, network and reference pictures.",
-        *([f"Of the paper's claims, {labels.listing(untested)} "
-           f"{'is' if len(untested) == 1 else 'are'} not tested by these records."]
-          if untested else []),
+        *([f"Not tested by these records: {untested} of the paper."] if untested else []),
         *(f"{line[0].upper()}{line[1:]}." for line in lost),
     ]
 
@@ -301,6 +298,8 @@ def write(
     if all(r.task == TEXT_TO_IMAGE for r in records):
         sentences += families.sentences(curves, told.metric)
     sentences += [*further, *lacking]
+    missing = findings.incomplete(pooled, told.metric, *blocks)
+    said = [s for s in sentences if s not in missing]
     # Sizes of one family alone are a ladder, smaller to larger.
     name, ladder = families.ladder(sizes)
     evidence = claims.Evidence.of([
@@ -313,7 +312,8 @@ def write(
             f"({labels.listing(ladder)}): sizes of several families are no ladder."
         )
     verdicts = claims.verdicts(evidence, told.metric, *blocks)
-    untested = [f"claim {v.number}" for v in verdicts if not v.tested]
+    numbers = [str(v.number) for v in verdicts if not v.tested]
+    untested = f"claim{'s' * (len(numbers) > 1)} {labels.listing(numbers)}" if numbers else ""
     advice = page_advice.units(
         arms, told.metric, told.select_block, told.report_blocks, others) if curves else []
     table = page_data.table(records, arms, curves, told.report_blocks)
@@ -331,7 +331,9 @@ def write(
         marks=page_data.MARKS,
         facts=page_data.facts(arms),
         verdicts=verdicts,
-        findings=sentences,
+        untested=untested,
+        findings=[*said[:_FIRST], *missing],
+        more=said[_FIRST:],
         confidence=f"{words.CONFIDENCE:g}",
         doubt=f"{1 - words.CONFIDENCE:.2g}",
         data=data | {"advice": advice},

@@ -415,10 +415,31 @@ def test_a_phone_needs_no_sideways_scrolling_and_a_tap_opens_pictures(browser, a
         assert box["x"] >= 0 and box["x"] + box["width"] <= PHONE["width"] == _wide(page)
 
 
+def test_wide_pictures_and_tables_scroll_within_their_frames(browser, tmp_path, study):
+    for name in ("tab1_family", "law_size", "mine"):
+        svg = '<svg xmlns="http://www.w3.org/2000/svg" width="1000" height="300"/>'
+        (tmp_path / f"{name}.svg").write_text(svg)
+    address = report.write(tmp_path, study, tmp_path, {}).as_uri()
+    for at in (PHONE, DESK):
+        with _opened(browser, address, viewport=at) as page:
+            assert _wide(page) == at["width"]
+            images = page.locator(".picture img").all()
+            widths = [image.bounding_box()["width"] for image in images]
+            assert len(widths) == 3 and set(widths) == {720 if at == PHONE else 1000}
+            for frame in page.locator(".picture, .scroll").all():
+                box = frame.bounding_box()
+                assert 0 < box["x"] and box["x"] + box["width"] < at["width"]
+                assert frame.evaluate("(f) => getComputedStyle(f).borderRightStyle") == "solid"
+            page.emulate_media(media="print")
+            for image in images:
+                assert image.bounding_box()["width"] < at["width"]
+
+
 def test_paper_shows_contents_and_no_controls(page, study):
     page.emulate_media(media="print")
     for control in (".filters", "nav", "#advice-slider", "#quality-measure", "#records-search"):
         assert not page.locator(control).first.is_visible()
+    assert page.locator(".more li").last.is_visible()
     for content in ("#found", "#advice-result", "#advice-front", "#quality-chart > svg", "#about"):
         assert page.locator(content).is_visible()
     points = sum(map(len, curves.quality_curves(study, FD).values()))

@@ -16,7 +16,17 @@ import pytest
 
 from ldm_scaling import pictures
 from ldm_scaling.errors import UserError
-from ldm_scaling.study import advice, advise_cli, curves, findings, report, thumbnails
+from ldm_scaling.study import (
+    advice,
+    advise_cli,
+    curves,
+    findings,
+    labels,
+    page_data,
+    report,
+    thumbnails,
+    winners,
+)
 from ldm_scaling.study import options as options_lib
 from ldm_scaling.study.budgets import Budget
 from ldm_scaling.study.figures import catalogue
@@ -163,19 +173,44 @@ def test_bold_rows_are_the_reported_ones(page, study):
     assert {a["data-block"] for a in chosen} == {"1"}
 
 
-def test_it_opens_with_what_was_found(page, study):
+def test_it_opens_with_advice_and_a_chart_and_says_then_what_was_found(page, study):
+    ids = [a["id"] for _, a in page.elements if "id" in a]
+    order = [i for i in ids if f"#{i}" in {a["href"] for a in page.all("a")} and i != "main"]
+    assert order[:4] == ["advice", "quality", "found", "winners"]
+    assert order[-2:] == ["records", "about"]
     said = page.text()
-    place = [said.index(s) for s in ("What was found", "Quality against sampling cost",
-                                     "All records", "What was measured")]
-    place_of_heading = said.rindex("What was measured, and what was not")
-    assert place[0] < place[1] and said.rindex("All records") < place_of_heading
     for sentence in findings.findings(study, FD):
         assert sentence in said
     found = claims.verdicts(claims.Evidence.of(study), FD)
     assert [v.number for v in found] == [1, 2, 3, 4, 5, 6]
     for verdict in found:
-        assert verdict.headline in said and verdict.outcome.capitalize() in said
-        assert verdict.test in said
+        assert verdict.headline in said and verdict.test in said
+        assert not verdict.tested or verdict.outcome.capitalize() in said
+    # Those without records share one line.
+    untested = [str(v.number) for v in found if not v.tested]
+    assert len(page.all("article")) == 6 - len(untested)
+    assert f"Not tested here: claims {labels.listing(untested)}" in page.inside("summary")
+
+
+def test_what_is_missing_is_not_folded_away(tmp_path, study):
+    some = [r for r in study if r.identity.seed_block == 0 or r.identity.steps > 4]
+    missing = findings.incomplete(some, FD, 0, 1)
+    text = report.write(tmp_path, some, tmp_path / "none", {}).read_text("utf-8")
+    shown, folded = text.split('<details class="more">')
+    assert missing and all(sentence in shown for sentence in missing)
+    all_of = findings.findings(some, FD)
+    assert all_of[2] in shown and all_of[3] in folded.split("</details>")[0]
+
+
+def test_budgets_that_read_alike_share_a_row(study, monkeypatch):
+    """Whatever the digits that are not shown."""
+    found = curves.quality_curves(study, FD)
+    one = winners.winner_by_budget(found, FD, ("c8", "c16", "c24"), samplers={"ddim"})[-1]
+    likely = [dataclasses.replace(one, budget=at, best=dataclasses.replace(one.best, probability=p))
+              for at, p in ((2.0, 0.7501), (3.0, 0.7502), (4.0, 0.62), (5.0, 0.7501))]
+    monkeypatch.setattr(winners, "winner_by_budget", lambda *a, **k: likely)
+    rows = page_data.winner_rows(found, FD, (), "ddim")
+    assert [row["budget"] for row in rows] == ["2.00 to 3.00", "4.00", "5.00"]
 
 
 def test_it_says_what_the_measure_is_and_credits_the_pictures(page):
