@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import pathlib
+import re
 import shutil
+import tarfile
+import textwrap
 
 import numpy as np
 import pytest
@@ -20,6 +24,7 @@ from ldm_scaling.study.workdir import Workdir
 from tests.study import fake_records as fake
 from tests.study.fake_records import cell, within
 
+ROOT = pathlib.Path(__file__).parents[2]
 FD = "fd_effnetlite0"
 TRUTH = fake.Truth()
 CELLS = {
@@ -411,6 +416,29 @@ def test_the_command_names_everything(capsys, folder):
     for places in ([f"{folder}/records"], [files], [f"{folder},{files}"], [files, str(folder)]):
         flags = [f"--records={place}" for place in places]
         assert run(capsys, *flags, "--budget=5 cost") == (0, out, "")
+
+
+def test_the_readme_shows_what_the_shipped_demo_says(capsys, tmp_path):
+    with tarfile.open(ROOT / "colab" / "data" / "demo.tar.xz") as packed:
+        packed.extractall(tmp_path, filter="data")
+    readme = (ROOT / "README.md").read_text("utf-8")
+    (budget,) = re.findall(r'    ldm-scaling advise --records=runs/shipped/demo --(.*)"\n', readme)
+    name, value = budget.split('="')
+    out = run(capsys, f"--records={tmp_path}/demo", f"--{name}={value}")[1]
+    said, _ = out.split("\n\n", 1)
+    assert len(said.splitlines()) >= 4 and f"\n\n{textwrap.indent(said, ' ' * 4)}\n\n" in readme
+
+
+def test_a_doubt_of_seconds_stands_beneath_the_first_line_and_there_alone(capsys, tmp_path, study):
+    uneven = [dataclasses.replace(r, seconds_per_image=3 * r.seconds_per_image)
+              if r.identity.model == "c8" and r.identity.steps > 6 else r for r in study]
+    for r in uneven:
+        records.write(tmp_path / "records", r)
+    out = run(capsys, f"--records={tmp_path}", "--budget=1s")[1]
+    said = " ".join(out.split())
+    (doubt,) = (n for n in within(uneven, 1.0, "seconds").notes if "change places" in n)
+    assert said.count(doubt) == 1 and said.index(doubt) < said.index("Runner-up")
+    assert "In seconds that are" not in run(capsys, f"--records={tmp_path}", "--budget=1 cost")[1]
 
 
 def test_every_printed_cost_can_be_typed(capsys, folder):
