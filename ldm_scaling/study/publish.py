@@ -24,6 +24,7 @@ from ldm_scaling.study import (
     published_scorer,
     report,
     reported,
+    runs,
     scores,
     students,
 )
@@ -53,12 +54,13 @@ class _Data:
 
     Attributes:
       about, attribution: see `datasets.Dataset`.
-      train, validation: how many there are; 0 where that is not known.
+      train: how many there are for training, of each source; none where that is not known.
+      validation: how many there are for validation; 0 where that is not known.
     """
 
     about: Sequence[str] = ()
     attribution: Sequence[str] = ()
-    train: int = 0
+    train: Sequence[int] = ()
     validation: int = 0
 
     @classmethod
@@ -69,11 +71,11 @@ class _Data:
             return cls(
                 [d.about for d in materials.datasets],
                 [d.attribution for d in materials.datasets if d.attribution],
-                materials.count("train"), materials.count("validation"),
+                [d.count("train") for d in materials.datasets], materials.count("validation"),
             )
         if data.composed:
             spec = preparing.composed_spec(data)
-            return cls([spec.about], [openmoji.ATTRIBUTION], spec.train, spec.validation)
+            return cls([spec.about], [openmoji.ATTRIBUTION], [spec.train], spec.validation)
         return cls()
 
     @property
@@ -91,7 +93,9 @@ def _context(
     study = materials.study
     sweep = study.sweep
     data = _Data.of(materials)
-    probed = f"{min(data.train, PROBE_PICTURES):,} " if data.train else ""
+    probed = f"{min(sum(data.train), PROBE_PICTURES):,} " if data.train else ""
+    trains = data.train and not (study.weights or study.finetune.pretrained)
+    seen = [f"Training: {runs.passes(study, study.train, data.train)[1]}."] if trains else []
     finetune = study.finetune
     measures = {
         FRECHET: (
@@ -118,7 +122,7 @@ def _context(
         metric=_sweep(materials, found).choose_by,
         select_block=sweep.select_block,
         report_blocks=report_blocks,
-        dataset=[*data.about, *materials.networks.about],
+        dataset=[*data.about, *seen, *materials.networks.about],
         captions=captions,
         measures=measures,
         protocol=[

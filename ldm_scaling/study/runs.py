@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -22,6 +23,12 @@ from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.parallel import processes
 from ldm_scaling.training import averages, checkpoint, loop, optimizer, step
 from ldm_scaling.training.task import Task, check_metric
+
+log = logging.getLogger(__name__)
+
+MANY_PASSES = 100
+"""Passes over its pictures from which on a run may draw them again. What Carlini et al. (arXiv
+2301.13188, Fig. 5) got out of Stable Diffusion was mostly what its data held 100 times or more."""
 
 
 def check(name: str, run: Train, mesh: jax.sharding.Mesh, ranks: Sequence[str]) -> None:
@@ -55,6 +62,35 @@ def check_factors(name: str, run: Train, networks: Iterable[Any]) -> None:
     for shapes in networks if run.rate_factors else ():
         with placed("train.", f"{name}."):
             jax.eval_shape(optimizer.make(run).init, shapes)
+
+
+def passes(study: Study, train: Train, counts: Sequence[int]) -> tuple[float, str]:
+    """How often a run sees a picture on average, of several sources by weights one of the source
+    that it sees most often; and a sentence on it.
+
+    Args:
+      study: whose data it is.
+      train: the run's settings.
+      counts: training pictures of each source.
+    """
+    examples, weights = train.steps * train.batch_size, study.data.weights
+    shares = zip((w / sum(weights) for w in weights), counts, strict=True) if weights else [
+        (1.0, sum(counts))]
+    most, among = max((share * examples / count, count) for share, count in shares)
+    where = f"the {among:,} pictures of the source that is seen most often" if weights else (
+        f"{among:,} pictures")
+    return most, f"{examples:,} examples are {most:,.2f} passes over {where}"
+
+
+def tell_passes(name: str, study: Study, train: Train, counts: Sequence[int]) -> None:
+    """Logs the `passes` of a member's run, and warns of `MANY_PASSES`."""
+    number, words = passes(study, train, counts)
+    log.info("%s: %s", name, words)
+    if number >= MANY_PASSES:
+        log.warning(
+            "%s: after %d passes or more a network may draw its pictures again: see whether "
+            "validation/loss in curves.csv rises, and take fewer steps or more pictures if it "
+            "does (docs/training.md)", name, MANY_PASSES)
 
 
 def loader_of(study: Study, source: Source | Mixture, train: Train) -> Callable:

@@ -110,6 +110,7 @@ def train_member(materials: Materials, member: str) -> None:
     if runs.done(folder, run, spec):
         return
     early.require_ahead(materials, member)
+    runs.tell_passes(member, study, run, [d.count("train") for d in materials.datasets])
     task = text_to_image.make(
         member, spec, run, study.diffusion, study.sample, materials.frozen,
         materials.drawer(member), materials.validation,

@@ -100,3 +100,21 @@ def test_the_best_autoencoders_are_told_by_a_scalar_that_there_is():
     given.autoencoder.train.keep_best = 1
     study = config.parse(given)
     runs.check("autoencoder.train", study.autoencoder.train, toy.one_device(), autoencoder.RANKS)
+
+
+@pytest.mark.parametrize("weights, counts, passes, words", [
+    ((), [10_000], 0.512, "5,120 examples are 0.51 passes over 10,000 pictures"),
+    ((), [10, 30], 128.0, "5,120 examples are 128.00 passes over 40 pictures"),
+    # A quarter of the examples is of 1,000 pictures, the rest of 10.
+    ((0.25, 0.75), [1_000, 10], 384.0,
+     "384.00 passes over the 10 pictures of the source that is seen most often"),
+])  # fmt: skip
+def test_a_run_says_how_often_it_sees_its_pictures(caplog, weights, counts, passes, words):
+    data = config.Data(source=",".join(f"shards:{n}" for n in counts), weights=weights)
+    study, run = config.Study(data=data), config.Train(steps=320, batch_size=16, warmup_steps=1)
+    assert runs.passes(study, run, counts)[0] == pytest.approx(passes)
+    caplog.set_level("INFO")
+    runs.tell_passes("c8", study, run, counts)
+    assert words in caplog.messages[0]
+    warned = any("may draw its pictures again" in m for m in caplog.messages)
+    assert warned == (passes > 100)
