@@ -167,7 +167,7 @@ def test_a_figure_of_ones_own_is_one_of_them(tmp_path, fresh, monkeypatch, capsy
 
 def test_the_pages_config_names_a_file_beside_it(tmp_path, fresh):
     page = (DOCS / "extending.md").read_text()
-    _, example, _ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    *_, example, _ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (tmp_path / "mine.py").write_text(SOLVER.replace("mine_own", "my_solver"))
     (tmp_path / "my_study.py").write_text(example)
     try:

@@ -120,7 +120,7 @@ def _in_workdir(command: str, arguments: list[str], rest: list[str], values: Any
     if values.distributed:
         processes.initialize(values.distributed)
         files.show_progress(hosts.is_lead())
-    from ldm_scaling.study import prepare_cli, stages, study_checks
+    from ldm_scaling.study import api, prepare_cli, stages
     from ldm_scaling.study.workdir import Workdir
 
     workdir = Workdir(values.workdir or ".")
@@ -130,12 +130,7 @@ def _in_workdir(command: str, arguments: list[str], rest: list[str], values: Any
         return
     with processes.lead_first("check"):
         prompted = command == "sample" and bool(values.prompt)
-        materials = study_checks.check(
-            study, workdir,
-            measured=command not in ("sample", "report") and not values.dry_run,
-            trains=command in ("prepare", "train", "study"),
-            pictures=command == "sample" and not prompted, text=prompted,
-        )
+        materials = api.check(command, study, workdir, prompted, dry=values.dry_run)
     if values.dry_run:
         print(prepare_cli.dry_run(materials, values.format))
         return
@@ -174,27 +169,14 @@ def _stage(
 ) -> list[str]:
     """Runs a command; returns what it prints."""
     from ldm_scaling.parallel import processes
-    from ldm_scaling.study import prepare_cli, stages
+    from ldm_scaling.study import api, prepare_cli
 
     if command == "prepare":
         processes.from_lead(
             "prepare",
             lambda: prepare_cli.in_workdir(materials, values.runner, rest, values.workers),
         )
-        stages.prepare(materials)
-        return []
-    if command == "cache-latents":
-        return stages.cache_latents(materials)
-    if command == "train":
-        return stages.train(materials)
-    if command == "sample":
-        return stages.sample(materials, **sample_values)
-    if command == "dreambooth":
-        return stages.dreambooth(materials)
-    if command == "sweep":
-        stages.run_sweep(materials)
-        return []
-    return [stages.run_report(materials) if command == "report" else stages.study_all(materials)]
+    return api.do(command, materials, **(sample_values if command == "sample" else {}))
 
 
 @contextlib.contextmanager

