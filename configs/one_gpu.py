@@ -15,8 +15,8 @@ paper's loss and learning rate. 40,000 steps of 256 are 10 million examples: 56 
 184,000 pictures of 200,000 that are not held back. The rate is constant after the warm-up, so that
 the middle of a run is the end of a shorter one: its checkpoints are measured by 20-step DDIM, and
 from 13,000 steps of the narrowest to its end all four have the same training compute somewhere
-(`law_isoflop`). A fifth size makes laws surer, and may be added when the others are trained, by
---config.members="('39m_s32','83m_s32','145m_s32','223m_s32','318m_s32')".
+(`law_isoflop`, `advise --train-budget`). A fifth size makes laws surer: 318m_s32 may
+be added to `members` when the others are trained.
 
 Guidance is raced for. Two blocks of 5,000 prompts fit in the pictures that are held back where
 125,000 pairs or more are left by prepare; of fewer, lower `sweep.num_images` or raise
@@ -24,13 +24,14 @@ Guidance is raced for. Two blocks of 5,000 prompts fit in the pictures that are 
 
 Hardware: a GPU of 24 GB. The step of 223m_s32, of 64 pictures at a time (`train.micro_batches`),
 takes 12.8 GB of the 18.9 that JAX has of an RTX 4090, and 0.41 s at least: by `ldm-scaling plan
---config=configs/one_gpu.py --topology=rtx4090:1 --member=223m_s32 --kind=train`, not run. With more
-memory, or on a v5e-8, --config.train.micro_batches=1. Caches take 20 GB of disk, twice that with
-text states of width 1024, and checkpoints 50 GB.
-Hours: estimated, not run. Training takes 3.2e18 operations, the sweep with its decoding 1.2e18. At
-35% of the peak, which the 866M network reached on an H200, that is 21 on an RTX 4090 (7 of them for
-training 223m_s32, of which the plan's bound is 4.6), 4 on an H100, 2 on a v5e-8. Narrow networks
-may well reach less.
+--config=configs/one_gpu.py --topology=rtx4090:1 --member=223m_s32 --kind=train`, not run. Stable
+Diffusion's decoder takes 11 GB for the 64 pictures of `sweep.batch_size`. With more memory, or on a
+v5e-8, --config.train.micro_batches=1. Caches take 20 GB of disk, twice that with text states of
+width 1024, and checkpoints 50 GB.
+Hours: estimated, not run. Training takes 3.2e18 operations, the sweep 0.7e18 and its decoding, in
+float32, 0.5e18. At 35% of the peaks, which the 866M network reached on an H200, that is 24 on an
+RTX 4090 (7 of them for training 223m_s32, of which the plan's bound is 4.6), 4 on an H100, 2 to 3
+on a v5e-8. Narrow networks may well reach less.
 
 `configs/one_gpu.py:tiny` is two small networks on a CPU for a few steps, for tests.
 """
@@ -78,6 +79,7 @@ def get_config(arg: str = ""):
     run.validate_every = 1_000
 
     config.sweep.steps = (4, 6, 8, 10, 20, 50)
+    config.sweep.batch_size = 64
     config.sweep.num_images = 5_000
     config.sweep.saving = 8.0
     config.early.steps = 20
