@@ -11,6 +11,8 @@ STALLED = 76
 UNREAD = 141
 # Said after what ended a process that was told to end.
 AGAIN = "; the same command goes on from here"
+# The same, of one that keeps nothing before its end.
+ANEW = "; the same command begins anew"
 
 # There where the package is used from the repository that it lies in.
 _CHECKOUT = pathlib.Path(__file__).parents[1] / "pyproject.toml"
@@ -42,7 +44,7 @@ class ApartError(BaseException):
 
 
 class Interrupted(KeyboardInterrupt):
-    """The process was asked to end (SIGTERM): what it was at is saved, the same command goes on."""
+    """The process was asked to end (SIGTERM): what it keeps is saved, the same command goes on."""
 
 
 def first_line(error: BaseException, most: int = 200) -> str:

@@ -225,6 +225,59 @@ def test_sigterm_that_python_drops_ends_the_process_all_the_same(capsys, tmp_pat
     assert "stopped by SIGTERM; the same command goes on" in err
 
 
+_DEAF = """
+import hashlib, multiprocessing, os, signal, sys, threading, time, types
+from ldm_scaling.cli import commands, program
+
+def compiles(*unused):
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 100_000_000)
+
+def forks(*unused):
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+    child.start()
+    child.terminate()
+    child.join()
+    time.sleep(1)
+
+program._UNHEARD_S = 0.3
+sys.modules["own"] = types.SimpleNamespace(run=globals()[sys.argv[1]])
+commands.OWN[sys.argv[2]] = "own"
+sys.exit(program.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("does, words, status, said", [
+    ("compiles", ["evaluate"], 75, "the same command goes on from here"),
+    ("compiles", ["plan", "--all"], 75, "the same command goes on from here"),
+    ("compiles", ["plan"], 75, "the same command begins anew"),
+    ("forks", ["evaluate"], 0, ""),
+])  # fmt: skip
+def test_sigterm_is_heard_while_a_call_keeps_the_main_thread(does, words, status, said):
+    """For a minute, here. What a forked process hears is its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", _DEAF, does, *words], capture_output=True, text=True, timeout=30)
+    told = [line for line in done.stderr.splitlines() if line.startswith("ldm-scaling:")]
+    assert (done.returncode, told) == (
+        status, [f"ldm-scaling: stopped by SIGTERM; {said}"] if said else [])
+
+
+def test_others_hear_of_their_signals_inside_and_afterwards():
+    ear, mouth = os.pipe()
+    os.set_blocking(mouth, False)
+    before, handler = signal.set_wakeup_fd(mouth), signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        with program._terminated_is_raised(), program._terminated_is_raised():
+            signal.raise_signal(signal.SIGUSR1)
+            assert os.read(ear, 1) == bytes([signal.SIGUSR1])
+        assert signal.set_wakeup_fd(-1) == mouth
+    finally:
+        signal.set_wakeup_fd(before)
+        signal.signal(signal.SIGUSR1, handler)
+        os.close(mouth)
+        os.close(ear)
+
+
 def test_what_was_stopped_is_not_taken_down(monkeypatch):
     """Where it stopped within JAX's tracing that crashed."""
     ended = []

@@ -34,5 +34,7 @@ OWN = {
     "rates": "ldm_scaling.study.rates_cli", "averages": "ldm_scaling.study.averages_cli",
     "upscale": "ldm_scaling.study.upscale_cli", "restore": "ldm_scaling.study.restore_cli",
 }
+# Those that keep nothing before they end; `plan --all` does.
+KEEP_NOTHING = ("plan", "advise", "figure", "zoo", "convert")
 # Commands that work in a workdir, in this order; they may run as several processes.
 STAGES = tuple(c for c in COMMANDS if c not in ("zoo", "convert", *OWN))

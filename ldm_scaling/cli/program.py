@@ -19,10 +19,11 @@ from typing import Any
 
 from ldm_scaling import __version__, machine
 from ldm_scaling.cli import flags
-from ldm_scaling.cli.commands import COMMANDS, OWN
+from ldm_scaling.cli.commands import COMMANDS, KEEP_NOTHING, OWN
 from ldm_scaling.cli.usage import usage
 from ldm_scaling.errors import (
     AGAIN,
+    ANEW,
     SAVED,
     STALLED,
     UNREAD,
@@ -41,6 +42,8 @@ _UNHEARD_S = 20.0
 # What stopped the process. Where it came into JAX's tracing or compiling, some of what its frames
 # hold cannot be taken down, and would crash.
 _STOPPED: list[BaseException] = []
+# What signals are written to, see `_terminated_is_raised`.
+_MOUTHS: set[int] = set()
 # What the system says of a path that is another kind of thing, or another user's.
 _PLACES = (NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
 
@@ -58,7 +61,7 @@ def _parted(arguments: list[str]) -> tuple[list[str], list[str]]:
 def _run(command: str, arguments: list[str]) -> None:
     machine.quiet_cuda()
     if command in OWN:
-        with _terminated_is_raised():
+        with _terminated_is_raised(_after(command, arguments)):
             module = importlib.import_module(OWN[command])
             module.run(arguments, functools.partial(flags.values_of, command))
         return
@@ -179,35 +182,69 @@ def _stage(
     return api.do(command, materials, **(sample_values if command == "sample" else {}))
 
 
+def _after(command: str, arguments: list[str]) -> str:
+    """What follows on a command that was told to end."""
+    keeps = command not in KEEP_NOTHING or (command == "plan" and "--all" in arguments)
+    return AGAIN if keeps else ANEW
+
+
 @contextlib.contextmanager
-def _terminated_is_raised() -> Iterator[None]:
+def _terminated_is_raised(after: str = AGAIN) -> Iterator[None]:
     """SIGTERM raises `Interrupted` inside, where this thread gets signals. All files are written
     whole or not at all, so nothing is lost but what is under way; training's own loop saves that.
 
-    Python drops what is raised while garbage is collected, where JAX has a callback: what is still
-    inside after `_UNHEARD_S` is ended there.
+    Python raises once this thread is back from what it calls, which XLA's compiling keeps for
+    minutes, and drops what is raised while garbage is collected, where JAX has a callback. A thread
+    hears of the signal as it comes, and ends the process where it is if it is still inside after
+    `_UNHEARD_S`; not where another handler, such as training's, has taken this one's place.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     why, left = "stopped by SIGTERM", threading.Event()
-
-    def end() -> None:
-        if not left.wait(_UNHEARD_S):
-            print(f"ldm-scaling: {why}{AGAIN}", file=sys.stderr, flush=True)
-            os._exit(SAVED)
+    ear, mouth = os.pipe()
+    os.set_blocking(mouth, False)
 
     def stop(*unused) -> None:
-        threading.Thread(target=end, daemon=True).start()
         raise Interrupted(why)
 
+    def listen() -> None:
+        while (number := os.read(ear, 1)) and not left.is_set():
+            if others != -1:
+                with contextlib.suppress(OSError):
+                    os.write(others, number)
+            told = ord(number) == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is stop
+            if told and not left.wait(_UNHEARD_S):
+                print(f"ldm-scaling: {why}{after}", file=sys.stderr, flush=True)
+                os._exit(SAVED)
+
+    others = signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
+    _MOUTHS.add(mouth)
     before = signal.signal(signal.SIGTERM, stop)
+    listener = threading.Thread(target=listen, daemon=True, name="sigterm")
+    listener.start()
     try:
         yield
     finally:
         left.set()
         signal.signal(signal.SIGTERM, before)
+        signal.set_wakeup_fd(others)
+        _MOUTHS.remove(mouth)
+        with contextlib.suppress(BlockingIOError):  # Full: it wakes all the same.
+            os.write(mouth, b"\0")
+        listener.join()
+        os.close(mouth)
+        os.close(ear)
+
+
+def _forked() -> None:
+    """What a forked process hears is not its parent's, whose pipe it has too."""
+    if (mouth := signal.set_wakeup_fd(-1)) not in {-1, *_MOUTHS}:
+        signal.set_wakeup_fd(mouth)
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -215,10 +252,10 @@ def main(argv: list[str] | None = None) -> int:
 
     0; 2 after a one-line error that the user can mend; 1 after one that is not the user's doing;
     130 after Ctrl-C; 75 after SIGTERM, when what is done is saved: the same command goes on from
-    there. 76 where processes do not come together or lose each other, and, by training's
-    watchdog, when a step stalls: the same command goes on from the last checkpoint. 141, without a
-    word, where whoever read the output, `head` say, has ended. One of several processes ends at
-    once instead of returning, unless all is done.
+    there, or begins anew where it keeps nothing. 76 where processes do not come together or lose
+    each other, and, by training's watchdog, when a step stalls: the same command goes on from the
+    last checkpoint. 141, without a word, where whoever read the output, `head` say, has ended. One
+    of several processes ends at once instead of returning, unless all is done.
     """
     machine.print_any_sign()
     argv = sys.argv[1:] if argv is None else argv
@@ -261,10 +298,10 @@ def _status(command: str, arguments: list[str]) -> tuple[int, str]:
         return STALLED, f"error: {e}"
     except Interrupted as e:
         _STOPPED.append(e)
-        return SAVED, f"{e}{AGAIN}"
+        return SAVED, f"{e}{_after(command, arguments)}"
     except KeyboardInterrupt as e:
         _STOPPED.append(e)
-        return 130, f"stopped{AGAIN}"
+        return 130, f"stopped{_after(command, arguments)}"
     return 0, ""
 
 

@@ -18,12 +18,13 @@ _CALLS = itertools.count(1)
 class Interruption:
     """Whether the run should save and end, asked after every step.
 
-    One process hears SIGTERM itself, where this thread gets signals, and only inside the context.
+    One process hears SIGTERM itself, where this thread gets signals, and only inside the context,
+    from the first answer on; then the step in hand is saved, however long it takes.
     Several are told at different moments and must save one checkpoint together: JAX's preemption
     service, which `jax.distributed.initialize` starts and which hears SIGTERM from then on, picks
     the step after the furthest one that any of them has reached. A handler of SIGTERM that is set
     in Python after that would silence it. Before the first answer, and outside, there is no step to
-    save, and `processes` ends them.
+    save: `processes` ends several, and the handler of before one.
     """
 
     def __init__(self):
@@ -31,9 +32,6 @@ class Interruption:
         self._before = None
 
     def __enter__(self) -> Interruption:
-        alone = jax.process_count() == 1
-        if alone and threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, lambda *unused: self._told.set())
         return self
 
     def __exit__(self, kind, *unused) -> None:
@@ -54,6 +52,8 @@ class Interruption:
         on from one run to the next, where steps begin again.
         """
         if jax.process_count() == 1:
+            if self._before is None and threading.current_thread() is threading.main_thread():
+                self._before = signal.signal(signal.SIGTERM, lambda *unused: self._told.set())
             return self.told
         processes.saves(True)
         return multihost_utils.reached_preemption_sync_point(next(_CALLS))
