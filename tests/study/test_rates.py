@@ -54,6 +54,23 @@ def test_few_curves_tell_their_noise_badly_and_intervals_are_as_wide(count):
     assert (twice.low, twice.high) == (alone.low, alone.high)  # It tells no more.
 
 
+@pytest.mark.parametrize("apart", [2.0, 10**0.5])
+def test_intervals_hold_the_truth_of_curves_steeper_on_one_side(apart):
+    """With little noise: parabolas through three points are off by more than that."""
+    rng, rates, held, off = np.random.default_rng(0), 1e-3 * apart ** np.arange(-2, 3), [], []
+    for trial in range(15):
+        best_C = 1e-3 * np.exp(rng.uniform(-0.5, 0.5, 4))
+        losses = []
+        for best in best_C:
+            x = 0.45 * np.log(rates / best)
+            losses.append(np.exp(0.6 * (np.exp(x) - x - 1) + 0.001 * rng.normal(size=5)))
+        found = optima([Curve(rates, loss) for loss in losses], trial)
+        held += [o.low <= best <= o.high for o, best in zip(found, best_C, strict=True)]
+        off += [np.log(o.rate / best) for o, best in zip(found, best_C, strict=True)]
+    assert np.mean(held) >= 0.9  # Those of parabolas hold 0.7 and 0.6.
+    assert abs(np.mean(off)) < 0.02
+
+
 def test_ends_and_what_diverged():
     falling = Curve(RATES, np.linspace(2.0, 1.0, 6))
     (end,) = optima([falling])  # The best may be anywhere beyond the last but one.

@@ -1,5 +1,5 @@
-"""Where a curve of losses is lowest: a parabola in logarithms through the lowest point and its two
-neighbours, and how far noise moves that place."""
+"""Where a curve of losses is lowest: a cubic in logarithms of the five points about the lowest, and
+how far noise moves that place."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 
 LEAST, NOISE_FROM = 3, 5
-"""Points that a parabola needs, and those that tell noise: what a cubic through them leaves. Curves
-are steeper on one side of the lowest point than on the other, which a cubic allows for."""
+"""Points that a place needs, and those that tell it by a cubic, whose rest is noise. Curves are
+steeper on one side of the lowest point than on the other: a parabola through three of them is off,
+by more than its noise where that is small or points are far apart."""
 _REPLICATES = 4000
 
 
@@ -44,10 +45,10 @@ class Optimum:
     """Where a curve is lowest.
 
     Attributes:
-      rate, loss: the parabola's lowest point, between the neighbours.
+      rate, loss: the lowest point between the neighbours of the lowest loss.
       low, high: 95% interval of the rate; `low` is 0 and `high` infinite where it is open.
       low_R, high_R: between which the rate lies under each of R draws of noise: both are the
-        parabola's lowest point, but where the lowest loss is at an end. Beyond it nothing was
+        lowest point, but where the lowest loss is at an end. Beyond it nothing was
         measured, so that the rate is known to lie before its neighbour and no more; beyond the
         highest that did not diverge also before the next.
       edge: whether the lowest loss is at the first or last rate that did not diverge.
@@ -104,10 +105,10 @@ def optima(curves: Sequence[Curve], seed: int = 0) -> list[Optimum]:
     for curve, (x_K, y_K) in zip(curves, parts, strict=True):
         noise_RK = deviation_R[:, None] * rng.standard_normal((_REPLICATES, len(x_K)))
         y_RK = np.vstack([y_K, y_K + noise_RK])
-        x_R, (y, *_) = _lowest(x_K, y_RK)
+        x_R, y_R = _lowest(x_K, y_RK)
         low_R, high_R = _bounds(curve, x_K, x_R, np.argmin(y_RK, axis=1))[:, 1:]
         out.append(Optimum(
-            math.exp(x_R[0]), math.exp(y), math.exp(_percentile(low_R, 2.5)),
+            math.exp(x_R[0]), math.exp(y_R[0]), math.exp(_percentile(low_R, 2.5)),
             math.exp(_percentile(high_R, 97.5)), np.exp(low_R), np.exp(high_R),
             int(np.argmin(y_K)) in (0, len(x_K) - 1),
         ))
@@ -137,14 +138,42 @@ def _logarithms(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
 
 def _left(x_K: np.ndarray, y_K: np.ndarray) -> float:
     """Sum of squares that a cubic leaves of five points: of one degree of freedom."""
-    start = int(np.clip(np.argmin(y_K) - NOISE_FROM // 2, 0, len(x_K) - NOISE_FROM))
-    about = slice(start, start + NOISE_FROM)
+    about = _about(np.argmin(y_K), len(x_K))
     x, y = x_K[about] - x_K[about].mean(), y_K[about]
     return float(np.sum((y - np.polyval(np.polyfit(x, y, 3), x)) ** 2))
 
 
+def _about(at: np.ndarray, count: int) -> np.ndarray:
+    """Which five of so many points are about the one at a place, (..., 5)."""
+    start = np.clip(at - NOISE_FROM // 2, 0, count - NOISE_FROM)
+    return start[..., None] + np.arange(NOISE_FROM)
+
+
 def _lowest(x_K: np.ndarray, y_RK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Parabolas' lowest places between the neighbours of the lowest points, and their values."""
+    """Lowest places between the neighbours of the lowest points, and their values: of cubics,
+    where there are five points and it has one there, else of parabolas."""
+    place_R, value_R = _parabolas(x_K, y_RK)
+    if len(x_K) < NOISE_FROM:
+        return place_R, value_R
+    at_R = np.argmin(y_RK, axis=1)
+    about_RM = _about(at_R, len(x_K))
+    first_R, middle_R = about_RM[:, 0], x_K[about_RM].mean(axis=1)
+    fit_SCM = np.array([
+        np.linalg.pinv(np.vander(x_M - x_M.mean(), 4))
+        for x_M in np.lib.stride_tricks.sliding_window_view(x_K, NOISE_FROM)
+    ])
+    y_RM = np.take_along_axis(y_RK, about_RM, axis=1)
+    a, b, c, d = np.einsum("rcm,rm->cr", fit_SCM[first_R], y_RM)
+    with np.errstate(invalid="ignore", divide="ignore"):  # One that only falls, or rises.
+        x = -c / (b + np.sqrt(b**2 - 3 * a * c))
+        place, value = x + middle_R, ((a * x + b) * x + c) * x + d
+    low, high = x_K[np.maximum(at_R - 1, 0)], x_K[np.minimum(at_R + 1, len(x_K) - 1)]
+    inside = (low <= place) & (place <= high)
+    return np.where(inside, place, place_R), np.where(inside, value, value_R)
+
+
+def _parabolas(x_K: np.ndarray, y_RK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Through the lowest points and their neighbours: lowest places between these, and values."""
     rows = np.arange(len(y_RK))
     at_R = np.clip(np.argmin(y_RK, axis=1), 1, len(x_K) - 2)
     (x0, x1, x2), (y0, y1, y2) = (
