@@ -172,7 +172,7 @@ class Saver:
         step, self._under_way = self._under_way, None
         if failed:
             self._checkpoints.clean()
-            pause = min(_FIRST_PAUSE * 2**self._failures, _LONGEST_PAUSE)
+            pause = min(_FIRST_PAUSE * 2 ** min(self._failures, 30), _LONGEST_PAUSE)
             self._failures += 1
             self._again = time.monotonic() + pause
             log.warning(

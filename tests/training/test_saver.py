@@ -74,6 +74,25 @@ def test_a_store_that_recovers_costs_nothing(tmp_path, monkeypatch, caplog, wher
     )
 
 
+def test_however_often_it_failed_there_is_a_next_attempt(monkeypatch):
+    class Full:
+        def poll(self, seconds):
+            return False, None
+
+        def clean(self):
+            pass
+
+    def prepare(step):
+        raise UserError("No space left on device")
+
+    monkeypatch.setattr(saver, "_FIRST_PAUSE", 5.0)
+    config = dataclasses.replace(toy.CONFIG, checkpoint_patience=10)
+    own = saver.Saver("toy", Full(), config, 0, prepare, lambda step: None)
+    own._failures = 5_000
+    own.tend(2, due=True)
+    assert own._failures == 5_001 and 290 < own._again - time.monotonic() <= saver._LONGEST_PAUSE
+
+
 @pytest.mark.parametrize("patience, stopped", [(0, 6), (3, 5)])
 def test_a_store_that_stays_broken_stops_the_run(tmp_path, monkeypatch, capfd, patience, stopped):
     """Steps 2 is on disk; from then on nothing can be written."""

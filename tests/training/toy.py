@@ -53,6 +53,14 @@ def task(loss=loss, **kwargs):
     return Task("toy", init, lambda b: b, loss, **kwargs)
 
 
+def new_bytes(before):
+    """Of arrays that are there besides those of before, each buffer once: it may have views."""
+    old = {id(x) for x in before}
+    return sum({
+        x.unsafe_buffer_pointer(): x.nbytes for x in jax.live_arrays() if id(x) not in old
+    }.values())
+
+
 def one_device():
     return mesh_lib.make(devices=jax.devices()[:1])
 
