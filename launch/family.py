@@ -7,6 +7,7 @@
     --members     39m,83m,... ; the whole family if not given
     --topology    the same slice for all, for example v5e:16x16
     --num-slices  with it
+    --unplanned   starts a size on a slice for which it has no plan, where it has others
     --job         what is run: train (default), sweep, study, ...
     --arm         argument of every config: local is the small arm for a CPU
 
@@ -15,8 +16,9 @@ config is configs/t2i_MEMBER.py, its workdir WORKDIR/t2i_MEMBER, its name t2i-ME
 --logs is a folder for what they print: of each job on slurm, LOGS/t2i-MEMBER/K.log on local.
 
 Chips: --topology where given; else the plan in launch/plans/ that fits at the fewest chip-hours
-(of `ldm-scaling plan`). It says which it used. Slurm and local take what
-their own flags say: --nodes and --gpus, --processes.
+(of `ldm-scaling plan`). It says which it used. A size that has plans, but none for --topology, is
+refused without --unplanned. Slurm and local take what their own flags say: --nodes and --gpus,
+--processes.
 
 On tpu-vm every member has a `launch/tpu_vm.sh watch` of its own, all at the same time, until all
 are done; their output is in --logs (runs/family_logs). The others are started in turn. SIGTERM and
@@ -29,6 +31,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import signal
@@ -75,6 +78,7 @@ class Plan:
       path: of the file.
       tpu, num_slices: where it would run.
       hours: chip-hours, a bound; infinite where it does not fit.
+      takes: memory of a chip, in words.
       flags: with which it fits.
     """
 
@@ -82,7 +86,12 @@ class Plan:
     tpu: Slice
     num_slices: int
     hours: float
+    takes: str
     flags: tuple[str, ...]
+
+    @property
+    def chips(self) -> int:
+        return self.tpu.chips * self.num_slices
 
     @property
     def fits(self) -> bool:
@@ -105,26 +114,33 @@ def plans_of(member: str, folder: pathlib.Path) -> list[Plan]:
             tpu, slices = Slice.parse(plan["topology"]), int(plan.get("num_slices") or 1)
             days = float(plan["days_bound"]) if plan["fits"] else float("inf")
             flags = tuple(plan.get("remedies") or ())
+            takes = "fits" if plan["fits"] else "does not fit"
+            if plan["fits"] and plan.get("hbm_capacity_gb"):
+                takes = f"takes {plan['hbm_gb']:.1f} of {plan['hbm_capacity_gb']:.1f} GB a chip"
         except (KeyError, TypeError, ValueError) as e:
             raise LaunchError(
                 f"{path} is no plan ({type(e).__name__}: {e}): make it again by  ldm-scaling plan"
             ) from e
-        plans.append(Plan(path, tpu, slices, 24 * days * tpu.chips * slices, flags))
+        plans.append(Plan(path, tpu, slices, 24 * days * tpu.chips * slices, takes, flags))
     return sorted(plans, key=lambda plan: plan.hours)
 
 
-def chips_for(member: str, topology: str, num_slices: int, folder: pathlib.Path = PLANS) -> Chips:
+def chips_for(member: str, topology: str, num_slices: int, folder: pathlib.Path = PLANS,
+              unplanned: bool = False) -> Chips:
     """What the member runs on.
 
     Raises:
-      LaunchError: when there is no plan, none fits, or one is damaged.
+      LaunchError: when there is no plan, none fits, one is damaged, or there are plans but none of
+        the topology that is asked for (unless it may be unplanned).
     """
     plans = plans_of(member, folder)
     if topology:
         tpu = Slice.parse(topology)
         here = [plan for plan in plans if (plan.tpu, plan.num_slices) == (tpu, num_slices)]
+        if not here and plans and not unplanned:
+            raise LaunchError(_not_planned(member, tpu, num_slices, plans, folder))
         if not here:
-            return Chips(tpu, num_slices, "--topology")
+            return Chips(tpu, num_slices, "--topology, no plan")
         why = f"--topology, {here[0].path.name}" + ("" if here[0].fits else " says: does not fit")
         return Chips(tpu, num_slices, _with(why, here[0].flags), here[0].flags)
     if not plans:
@@ -136,6 +152,24 @@ def chips_for(member: str, topology: str, num_slices: int, folder: pathlib.Path 
     best = plans[0]
     why = f"plan {best.path.name}: {best.hours:,.0f} chip-hours, a bound"
     return Chips(best.tpu, best.num_slices, _with(why, best.flags), best.flags)
+
+
+def _not_planned(
+    member: str, tpu: Slice, num_slices: int, plans: Sequence[Plan], folder: pathlib.Path
+) -> str:
+    """Of a slice that no plan is of, but some are of others."""
+    chips = tpu.chips * num_slices
+    near = min(plans, key=lambda plan: (
+        plan.tpu.generation != tpu.generation, abs(math.log(plan.chips / chips))))
+    slices, flag = (f"{num_slices}x", f"--num-slices={num_slices} ") if num_slices > 1 else ("", "")
+    to = folder / f"{member}_{slices}{tpu}_train.json".replace(":", "-")
+    return (
+        f"--topology={tpu}: {member} has no plan for {num_slices} x {tpu}, {chips} chips; on "
+        f"{near.num_slices} x {near.tpu}, {near.chips} chips, it {near.takes} "
+        f"({near.path.name}). See what it takes here by  ldm-scaling plan "
+        f"--config=configs/t2i_{member}.py --topology={tpu} {flag}--kind=train --to={to}  , or "
+        "give --unplanned"
+    )
 
 
 def _with(why: str, flags: Sequence[str]) -> str:
@@ -255,6 +289,7 @@ def main(arguments: list[str]) -> int:
     p.add_argument("--members", default="")
     p.add_argument("--topology", default="")
     p.add_argument("--num-slices", type=int)
+    p.add_argument("--unplanned", action="store_true")
     p.add_argument("--job", default="train")
     p.add_argument("--arm", default="")
     p.add_argument("--logs", type=pathlib.Path)
@@ -290,7 +325,10 @@ def main(arguments: list[str]) -> int:
     for member in members:
         chips = None
         if given.on in ("tpu-vm", "gke"):
-            chips = chips_for(member, given.topology, given.num_slices if counted else 1)
+            chips = chips_for(
+                member, given.topology, given.num_slices if counted else 1,
+                unplanned=given.unplanned or bool(given.arm),  # Plans are of no small arm.
+            )
             total = chips.tpu.chips * chips.num_slices
             print(f"# {member}: {chips.num_slices} x {chips.tpu}, {total} chips ({chips.why})")
         passed = [*flags, "--dry-run"] if given.dry_run else flags

@@ -93,7 +93,12 @@ class Slice:
 
     @classmethod
     def parse(cls, text: str) -> Slice:
-        """`v5e:16x16` -> the slice."""
+        """`v5e:16x16` -> the slice; so `v5e-256` and `v5litepod-256`, whose number is the TPU
+        API's: chips, or cores of v4 and v5p, whose shape is then what it gives them."""
+        name, _, number = text.partition("-")
+        for generation, kind in GENERATIONS.items():
+            if number.isdecimal() and name in (generation, kind.accelerator):
+                return cls(generation, _shape(text, kind, int(number)))
         generation, colon, shape = text.partition(":")
         if not colon:
             raise LaunchError(f"topology {text!r}: write KIND:SHAPE, for example v5e:16x16")
@@ -149,6 +154,16 @@ class Slice:
         return [f"--accelerator-type={self.kind.accelerator}-{self.chips * self.kind.per_chip}"]
 
 
+def _shape(text: str, kind: Generation, number: int) -> str:
+    """Of the slice that the TPU API names by a number."""
+    chips, odd = divmod(number, kind.per_chip)
+    flat = {math.prod(int(n) for n in shape.split("x")): shape for shape in FLAT}
+    if odd or (kind.axes == 2 and chips not in flat):
+        what = "cores, 2 a chip" if kind.per_chip == 2 else f"chips: {', '.join(map(str, flat))}"
+        raise LaunchError(f"{text} is no slice: its number counts {what}; or write KIND:SHAPE")
+    return flat[chips] if kind.axes == 2 else _cube(chips)
+
+
 def _cube(chips: int) -> str:
     """The shape that the TPU API gives a three-axis slice: of all there are, nearest a cube."""
     small = {math.prod(int(n) for n in shape.split("x")): shape for shape in SMALL}
@@ -169,7 +184,7 @@ def main(arguments: list[str]) -> int:
     """Prints four lines: the request's flags, the image, chips, hosts."""
     p = argparse.ArgumentParser("launch/tpu.py", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("topology", help="KIND:SHAPE")
+    p.add_argument("topology", help="KIND:SHAPE, or as the TPU API has it, v5litepod-256")
     tpu = Slice.parse(p.parse_args(arguments).topology)
     print(" ".join(tpu.request()), tpu.kind.runtime, tpu.chips, tpu.hosts, sep="\n")
     return 0

@@ -36,6 +36,18 @@ _ENVIRONMENT = {
 }  # fmt: skip
 
 
+def named(name: str) -> str:
+    """`v5e:16x16` of `v5e-256` or `v5litepod-256`: the usual slice of so many chips, or of v4 and
+    v5p cores, two a chip, as the TPU API counts; another name as it is."""
+    kind, _, number = name.lower().partition("-")
+    kind = {"v5litepod": "v5e"}.get(kind, kind)
+    if kind in ("v4", "v5e", "v5p", "v6e") and number.isdecimal():
+        cores = int(number) * (1 if kind in ("v4", "v5p") else 2)
+        found = [t for t in TOPOLOGIES if t.startswith(f"{kind}:") and 2 * _chips(t) == cores]
+        return found[0] if found else name
+    return name
+
+
 def require() -> None:
     """Raises `MissingPackageError` where the TPU's compiler is not installed."""
     if importlib.util.find_spec("libtpu") is None:
@@ -88,6 +100,8 @@ def topology(name: str, num_slices: int = 1) -> list[jax.Device]:
 
 
 def _nearest(name: str) -> str:
+    if (near := named(name)) != name:
+        return f"did you mean {near}?"
     kind, _, shape = name.lower().replace("-", ":").partition(":")
     kind = {"v5litepod": "v5e", "v5lite": "v5e", "v7x": "tpu7x", "v7": "tpu7x", "v6": "v6e"}.get(
         kind, kind

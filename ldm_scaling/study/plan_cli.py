@@ -31,7 +31,8 @@ def _parser() -> Parser:
     add("--config", metavar="FILE[:argument]", help="of the study, with --config.KEY=VALUE to "
         "change its keys")
     add("--topology", metavar="NAME", help="of TPUs, chips along each side: v5e:16x16, "
-        "v5p:4x8x8, v6e:16x16; of GPUs, how many: h100:8, h200:1, a100-80gb:64")
+        "v5p:4x8x8, v6e:16x16 (or v5e-256, as Google names it); of GPUs, how many: h100:8, h200:1, "
+        "a100-80gb:64; with --all, in place of its own")
     add("--num-slices", "--num_slices", type=above_0, default=1, metavar="N",
         help="how many such slices of TPUs, joined by the data-centre network")
     add("--member", metavar="NAME", help="the network, where the config has several")
@@ -94,10 +95,11 @@ def _folder(path: str) -> Path:
 
 
 def _all(given: argparse.Namespace, overrides: list[str], study_of: Callable) -> list[dict]:
-    from ldm_scaling.parallel import aot_tpu
+    from ldm_scaling.parallel import aot, aot_tpu
     from ldm_scaling.study import plan_family
 
-    for name in ("config", "topology", "member"):
+    own = (aot_tpu.named(given.topology).lower(),) if given.topology else ()
+    for name in ("config", "member"):
         if getattr(given, name):
             raise UserError(f"--{name} does not go with --all, which plans the whole family")
     if given.kind:
@@ -106,10 +108,11 @@ def _all(given: argparse.Namespace, overrides: list[str], study_of: Callable) ->
     if given.baseline and _folder(given.baseline).resolve() == folder.resolve():
         raise _overwritten(given)
     if not given.table:
-        aot_tpu.require()
+        aot.check((own or plan_family.TOPOLOGIES)[0])
     plans = plan_family.run(
         study_of, Path("configs"), folder, overrides, given.num_slices, given.batch, given.again,
         given.jobs, say=lambda line: print(line, file=sys.stderr, flush=True), table=given.table,
+        topologies=own,
     )
     print(json.dumps(plans, indent=1) if given.format == "json" else folder / "README.md")
     return plans
@@ -135,9 +138,10 @@ def _one(given: argparse.Namespace, study_of: Callable) -> list[dict]:
         _folder(given.to).resolve().parent == _folder(given.baseline).resolve()
     ):
         raise _overwritten(given)
-    from ldm_scaling.parallel import aot
+    from ldm_scaling.parallel import aot, aot_tpu
     from ldm_scaling.study import plan, plan_family, plan_parts, plan_show
 
+    given.topology = aot_tpu.named(given.topology)
     # What is wrong with it, or not installed, is told before anything is built.
     aot.check(given.topology)
     study = study_of(f"--config={given.config}")

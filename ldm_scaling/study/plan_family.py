@@ -4,13 +4,14 @@ with earlier ones."""
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import datetime
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,7 @@ def run(
     study_of: Callable[[str], Study], configs: Path, folder: Path, overrides: Sequence[str],
     num_slices: int = 1, batch: int | None = None, again: bool = False, jobs: int = 1,
     say: Callable[[str], None] = print, command: Sequence[str] = (), table: bool = False,
+    topologies: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Makes what is missing of the family's plans, each in a process of its own, which gives its
     memory back; and the table `README.md` beside them.
@@ -111,30 +113,37 @@ def run(
       say: told what is done.
       command: what a plan is made by; this program if not given.
       table: makes no plan, only the table of those that are there.
+      topologies: that plans are made for, other backbones on the first alone; `TOPOLOGIES` if not
+        given. The table has those of others too that are there.
 
     Raises:
       UserError: for a config that is missing; at the end, naming the plans that could not be made.
     """
     command = command or (sys.executable, "-m", "ldm_scaling")
-    wanted = [
-        _job(study_of, configs, folder, overrides, Target(topology, num_slices), member, kind,
-             batch if kind == "train" else None)
-        for topology, members in (
-            *((one, tuple(m.name for m in zoo.PAPER)) for one in TOPOLOGIES),
-            (TOPOLOGIES[0], OTHERS),
-        )
-        for member in members for kind in KINDS
-    ]
+
+    def jobs_of(topologies: Iterable[str], others: Iterable[str]) -> list[_Job]:
+        return [
+            _job(study_of, configs, folder, overrides, Target(topology, num_slices), member, kind,
+                 batch if kind == "train" else None)
+            for places, members in ((topologies, [m.name for m in zoo.PAPER]), (others, OTHERS))
+            for topology in places for member in members for kind in KINDS
+        ]
 
     def show() -> list[dict[str, Any]]:
-        there = [(plan, job) for job in wanted if (plan := read(job.path)) is not None]
+        places = dict.fromkeys((*TOPOLOGIES, *_topologies(folder)))
+        there = [
+            (plan, job) for job in jobs_of(places, places)
+            if (plan := read(job.path)) is not None
+        ]
         page = plan_show.markdown(
             [plan if "made" in plan else plan | {"made": _came(job.path)} for plan, job in there],
             stale=sum(plan["key"] != job.key for plan, job in there),
         )
         files.atomic_write_text(folder / "README.md", page)
-        return [plan for plan, _ in there]
+        return [plan for plan, job in there if job in wanted]
 
+    topologies = topologies or TOPOLOGIES
+    wanted = jobs_of(topologies, topologies[:1])
     if table:
         return show()
 
@@ -156,6 +165,13 @@ def run(
     if failed:
         raise UserError(f"{len(failed)} plans could not be made: {', '.join(failed)}; see above")
     return found
+
+
+def _topologies(folder: Path) -> Iterator[str]:
+    for path in sorted(folder.glob("*.json")):
+        with contextlib.suppress(UserError):
+            if (plan := read(path)) is not None:
+                yield plan["topology"]
 
 
 def _job(

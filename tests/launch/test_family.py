@@ -99,8 +99,8 @@ def test_the_plan_of_fewest_chip_hours_that_fits_decides(tmp_path):
     # A plan is of one member; --topology goes before all.
     with pytest.raises(LaunchError, match="39m has no plan in .*: give --topology=KIND:SHAPE"):
         family.chips_for("39m", "", 1, folder)
-    asked = family.chips_for("5b", "v5e:16x16", 2, folder)
-    assert (str(asked.tpu), asked.num_slices, asked.why) == ("v5e:16x16", 2, "--topology")
+    asked = family.chips_for("5b", "v5e:16x16", 2, folder, unplanned=True)
+    assert (str(asked.tpu), asked.num_slices, asked.why) == ("v5e:16x16", 2, "--topology, no plan")
 
 
 def test_what_makes_it_fit_goes_with_it(tmp_path):
@@ -120,8 +120,28 @@ def test_a_topology_that_is_asked_for_gets_its_own_plans_flags(tmp_path):
     plan(tmp_path, "5b", "v5p:4x8x8", days=1.0)
     plan(tmp_path, "5b", "v6e:8x8", days=1.0, fits=False)
     assert family.chips_for("5b", "v5e:16x16", 1, tmp_path).flags == ("--config.train.remat=block",)
-    assert family.chips_for("5b", "v5e:16x16", 2, tmp_path).flags == ()
+    assert family.chips_for("5b", "v5e:16x16", 2, tmp_path, unplanned=True).flags == ()
     assert "does not fit" in family.chips_for("5b", "v6e:8x8", 1, tmp_path).why
+
+
+def test_a_topology_without_a_plan_is_refused_where_there_are_others(tmp_path):
+    plan(tmp_path, "5b", "v5e:16x16", days=5.0, hbm_capacity_gb=16.9)
+    plan(tmp_path, "5b", "v6e:8x8", days=1.0)
+    with pytest.raises(LaunchError) as caught:
+        family.chips_for("5b", "v5e-64", 2, tmp_path)
+    told = str(caught.value)
+    assert "5b has no plan for 2 x v5e:8x8, 128 chips; on 1 x v5e:16x16, 256 chips, it takes 8.0 " \
+           "of 16.9 GB a chip (5b_v5e-16x16_train_1.json)" in told
+    assert "ldm-scaling plan --config=configs/t2i_5b.py --topology=v5e:8x8 --num-slices=2 " \
+           f"--kind=train --to={tmp_path}/5b_2xv5e-8x8_train.json" in told
+    assert str(family.chips_for("5b", "v5e-64", 1, tmp_path, unplanned=True).tpu) == "v5e:8x8"
+    assert family.chips_for("39m", "v5e:8x8", 1, tmp_path).why == "--topology, no plan"
+    # Of what is launched: by default, and of small arms, which no plan is of.
+    ran = dry("--on=gke", *ON["gke"], "--members=5b", "--topology=v5e:8x8")
+    assert ran.returncode == 2 and "or give --unplanned" in ran.stderr
+    for flag in ("--unplanned", "--arm=local"):
+        ran = dry("--on=gke", *ON["gke"], "--members=5b", "--topology=v5e:8x8", flag)
+        assert ran.returncode == 0 and "64 chips (--topology, no plan)" in ran.stdout
 
 
 def test_plans_of_ldm_scaling_plan_are_found(tmp_path):
@@ -154,7 +174,8 @@ def test_plans_that_do_not_help_stop_it(tmp_path):
 
 
 def test_it_says_what_it_used():
-    ran = dry("--on=gke", *ON["gke"], "--members=39m,5b", "--topology=v5p:4x8x8", "--num-slices=2")
+    ran = dry("--on=gke", *ON["gke"], "--members=39m,5b", "--topology=v5p:4x8x8", "--num-slices=2",
+              "--unplanned")
     said = [line for line in ran.stdout.splitlines() if "chips" in line and line.startswith("#")]
     for member, line in zip(("39m", "5b"), said, strict=True):
         assert line.startswith(f"# {member}: 2 x v5p:4x8x8, 512 chips (--topology")

@@ -30,8 +30,23 @@ def test_slices_as_published(text, chips, hosts, request_flag, machine):
     assert str(tpu) == text
 
 
+@pytest.mark.parametrize("google, text", [
+    ("v5e-64", "v5e:8x8"), ("v5litepod-256", "v5e:16x16"), ("v6e-8", "v6e:2x4"),
+    ("v5p-8", "v5p:2x2x1"), ("v5p-512", "v5p:4x8x8"), ("v4-64", "v4:2x4x4"),
+])  # fmt: skip
+def test_googles_own_names(google, text):
+    from ldm_scaling.parallel import aot_tpu
+
+    tpu = Slice.parse(google)
+    assert str(tpu) == text == aot_tpu.named(google) == aot_tpu.named(text)
+    asked = tpu.request()[-1].partition("=")[2]
+    assert asked in (google.replace("v5e", "v5litepod"), tpu.shape)
+
+
 @pytest.mark.parametrize("text, part", [
     ("v5e", "KIND:SHAPE"),
+    ("v5e-63", "chips: 1, 4, 8, 16"),
+    ("v5p-7", "cores, 2 a chip"),
     ("v7:4x4", "no TPU is called 'v7'"),
     ("v5e:3x3", "16x16"),
     ("v5e:32x32", "at most 256"),

@@ -355,6 +355,7 @@ def test_the_family_goes_on_where_it_was(tmp_path, monkeypatch, devices):
     monkeypatch.setattr(plan_family.zoo, "PAPER", tuple(family))
     jobs = [(m.name, where) for m in family for where in plan_family.TOPOLOGIES]
     jobs.append(("dit_xl2", "v5e:16x16"))  # Of other backbones the first topology alone.
+    jobs += [("39m", "v5e:8x8"), ("145m", "v5e:8x8"), ("dit_xl2", "v5e:8x8")]  # Where asked for.
     for member, _ in jobs:
         (configs / f"t2i_{member}.py").touch()
     body, _ = _make(_study(), devices, fits_at=1)
@@ -373,11 +374,12 @@ def test_the_family_goes_on_where_it_was(tmp_path, monkeypatch, devices):
     monkeypatch.setenv("BODY", str(tmp_path / "body.json"))
     monkeypatch.setenv("LOG", str(tmp_path / "log"))
 
-    def run():
+    def run(**topologies):
         (tmp_path / "log").write_text("")
         command = (sys.executable, str(tmp_path / "tool.py"))
         try:
-            plan_family.run(study_of, configs, folder, [], command=command, say=lambda line: None)
+            plan_family.run(study_of, configs, folder, [], command=command,
+                            say=lambda line: None, **topologies)
         finally:
             made = (tmp_path / "log").read_text().splitlines()
         return made
@@ -409,6 +411,12 @@ def test_the_family_goes_on_where_it_was(tmp_path, monkeypatch, devices):
     assert [line.rsplit("/", 1)[1] for line in made] == [
         "39m_v5e-16x16_train.json", "145m_v6e-16x16_train.json"
     ]
+    made = run(topologies=("v5e:8x8",))
+    assert [line.rsplit("/", 1)[1] for line in made] == [
+        "39m_v5e-8x8_train.json", "145m_v5e-8x8_train.json", "dit_xl2_v5e-8x8_train.json"]
+    plan_family.run(study_of, configs, folder, [], command=("false",), table=True)
+    table = (folder / "README.md").read_text()
+    assert "| 39m | v5e:8x8 |" in table and "| 39m | v6e:16x16 |" in table
 
 
 def test_the_readme_shows_what_the_plans_say():
@@ -507,7 +515,8 @@ def test_a_users_mistakes_are_one_line(capsys, monkeypatch, tmp_path):
     file = "--config=configs/t2i_39m.py"
     assert "needs --config" in _fails(capsys)
     assert "needs --topology" in _fails(capsys, file)
-    assert "did you mean v5e:16x16" in _fails(capsys, file, "--topology=v5e-256")
+    assert "did you mean v5e:16x16" in _fails(capsys, file, "--topology=v5e:256")
+    assert "did you mean v5e:16x16" in _fails(capsys, "--all", "--topology=v5e:256")
     assert "did you mean h100:8" in _fails(capsys, file, "--topology=h10:8")
     assert "how many: h100:1, h100:8" in _fails(capsys, file, "--topology=H100")
     assert "'12' GPUs: give 1 to 8, or a multiple" in _fails(capsys, file, "--topology=h100:12")
