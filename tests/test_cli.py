@@ -16,7 +16,7 @@ import jax
 import pytest
 
 import ldm_scaling
-from ldm_scaling import cli, errors
+from ldm_scaling import cli, errors, files
 from ldm_scaling.cli import commands, flags, program
 from ldm_scaling.data.composed import openmoji
 from ldm_scaling.models import pretrained, text_encoder, zoo
@@ -190,9 +190,10 @@ def test_distributed_that_cannot_be(capsys, monkeypatch, tmp_path, arguments, pa
 @pytest.mark.parametrize("command, what", [
     ("prepare", "stages.prepare"), ("averages", "averages_cli.run"), ("rates", "rates_cli.run"),
     ("evaluate", "evaluate_cli.run"), ("upscale", "upscale_cli.run"),
+    ("sweep", "study_checks.check"),
 ])
 def test_sigterm_ends_any_stage_and_command_with_75(capsys, tmp_path, monkeypatch, command, what):
-    def told(*unused):
+    def told(*unused, **named):
         signal.raise_signal(signal.SIGTERM)
         raise AssertionError("went on")
 
@@ -225,6 +226,23 @@ def test_sigterm_that_python_drops_ends_the_process_all_the_same(capsys, tmp_pat
     assert "stopped by SIGTERM; the same command goes on" in err
 
 
+def test_sigterm_that_c_code_makes_another_error_of_ends_with_75(capsys, monkeypatch):
+    """And its line stands below a bar that is still open."""
+    bars = []
+
+    def told(*unused):
+        bars.append(files.progress(10, "pictures"))
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except errors.Interrupted as e:
+            raise SystemError("<function> returned a result with an exception set") from e
+
+    monkeypatch.setattr("ldm_scaling.study.evaluate_cli.run", told)
+    status, _, err = run(capsys, "evaluate", "a", "b")
+    assert status == 75 and bars[0].disable
+    assert err.splitlines()[-1].startswith("ldm-scaling: stopped by SIGTERM; the same command goes")
+
+
 _DEAF = """
 import hashlib, multiprocessing, os, signal, sys, threading, time, types
 from ldm_scaling.cli import commands, program
@@ -236,6 +254,7 @@ def compiles(*unused):
 def forks(*unused):
     child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
     child.start()
+    time.sleep(0.2)
     child.terminate()
     child.join()
     time.sleep(1)

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ldm_scaling import __version__, machine
@@ -42,8 +42,8 @@ _UNHEARD_S = 20.0
 # What stopped the process. Where it came into JAX's tracing or compiling, some of what its frames
 # hold cannot be taken down, and would crash.
 _STOPPED: list[BaseException] = []
-# What signals are written to, see `_terminated_is_raised`.
-_MOUTHS: set[int] = set()
+# What signals are written to, and what handles SIGTERM then: see `_terminated_is_raised`.
+_MOUTHS: dict[int, Callable[..., None]] = {}
 # What the system says of a path that is another kind of thing, or another user's.
 _PLACES = (NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
 
@@ -60,11 +60,23 @@ def _parted(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def _run(command: str, arguments: list[str]) -> None:
     machine.quiet_cuda()
-    if command in OWN:
-        with _terminated_is_raised(_after(command, arguments)):
+    # Several processes leave SIGTERM to jax's service, which training's loop and `processes` ask.
+    several = any(a.lstrip("-").split("=", 1)[0] == "distributed" for a in arguments)
+    with _told(several, _after(command, arguments)):
+        if command in OWN:
             module = importlib.import_module(OWN[command])
             module.run(arguments, functools.partial(flags.values_of, command))
-        return
+        else:
+            _by_flags(command, arguments)
+
+
+def _told(several: bool, after: str = AGAIN) -> contextlib.AbstractContextManager[None]:
+    """What hears of SIGTERM in one process; of several nothing here."""
+    return contextlib.nullcontext() if several else _terminated_is_raised(after)
+
+
+def _by_flags(command: str, arguments: list[str]) -> None:
+    """A command whose flags are `flags`' own."""
     arguments, rest = _parted(arguments)
     values = flags.values_of(command, arguments)
     if rest and not values.runner:
@@ -144,9 +156,7 @@ def _in_workdir(command: str, arguments: list[str], rest: list[str], values: Any
         if hosts.is_lead():
             lock = workdir.lock()
             workdir.bind(materials.study)
-    # Several leave SIGTERM to jax's service, which training's loop and `processes` ask.
-    told = contextlib.nullcontext() if processes.several() else _terminated_is_raised()
-    with lock, workdir.log_to_file(jax.process_index()), told:
+    with lock, workdir.log_to_file(jax.process_index()), _told(processes.several()):
         started = time.perf_counter()
         log.info("ldm-scaling %s %s", command, " ".join(arguments))
         try:
@@ -202,11 +212,12 @@ def _terminated_is_raised(after: str = AGAIN) -> Iterator[None]:
         yield
         return
 
-    why, left = "stopped by SIGTERM", threading.Event()
+    why, came, left = "stopped by SIGTERM", threading.Event(), threading.Event()
     ear, mouth = os.pipe()
     os.set_blocking(mouth, False)
 
     def stop(*unused) -> None:
+        came.set()
         raise Interrupted(why)
 
     def listen() -> None:
@@ -216,21 +227,25 @@ def _terminated_is_raised(after: str = AGAIN) -> Iterator[None]:
                     os.write(others, number)
             told = ord(number) == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is stop
             if told and not left.wait(_UNHEARD_S):
-                print(f"ldm-scaling: {why}{after}", file=sys.stderr, flush=True)
+                _say(f"{why}{after}")
                 os._exit(SAVED)
 
     others = signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
-    _MOUTHS.add(mouth)
+    _MOUTHS[mouth] = stop
     before = signal.signal(signal.SIGTERM, stop)
     listener = threading.Thread(target=listen, daemon=True, name="sigterm")
     listener.start()
     try:
         yield
+    except Exception as e:
+        if came.is_set():  # C code that the signal's exception passes may make another of it.
+            raise Interrupted(why) from e
+        raise
     finally:
         left.set()
         signal.signal(signal.SIGTERM, before)
         signal.set_wakeup_fd(others)
-        _MOUTHS.remove(mouth)
+        del _MOUTHS[mouth]
         with contextlib.suppress(BlockingIOError):  # Full: it wakes all the same.
             os.write(mouth, b"\0")
         listener.join()
@@ -239,7 +254,9 @@ def _terminated_is_raised(after: str = AGAIN) -> Iterator[None]:
 
 
 def _forked() -> None:
-    """What a forked process hears is not its parent's, whose pipe it has too."""
+    """What a forked process hears is not its parent's, whose pipe it has too, and ends it."""
+    if signal.getsignal(signal.SIGTERM) in _MOUTHS.values():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if (mouth := signal.set_wakeup_fd(-1)) not in {-1, *_MOUTHS}:
         signal.set_wakeup_fd(mouth)
 
@@ -262,10 +279,18 @@ def main(argv: list[str] | None = None) -> int:
     asked = not argv or argv[0] in ("-h", "-help") or ("--help" in argv and argv[0] not in OWN)
     status, why = _status("help" if asked else argv[0], argv[1:])
     if why:
-        print(f"ldm-scaling: {why}", file=sys.stderr)
+        _say(why)
         if (processes := sys.modules.get("ldm_scaling.parallel.processes")) is not None:
             processes.leave(status, why.removesuffix(AGAIN))  # Each process says it once.
     return status if argv else status or 2
+
+
+def _say(why: str) -> None:
+    """Writes a line to standard error, below progress bars that nobody has closed."""
+    if (bars := sys.modules.get("tqdm")) is not None:
+        for bar in list(getattr(bars.tqdm, "_instances", ())):
+            bar.close()
+    print(f"ldm-scaling: {why}", file=sys.stderr, flush=True)
 
 
 def _status(command: str, arguments: list[str]) -> tuple[int, str]:
