@@ -14,9 +14,9 @@ Pictures of 256 px in latents of 32x32x4, and of the paper's family the four sma
 paper's loss and learning rate. 40,000 steps of 256 are 10 million examples: 56 passes over the
 184,000 pictures of 200,000 that are not held back. The rate is constant after the warm-up, so that
 the middle of a run is the end of a shorter one: its checkpoints are measured by 20-step DDIM, and
-from 13,000 steps of the narrowest to its end all four have the same training compute somewhere
-(`law_isoflop`, `advise --train-budget`). A fifth size makes laws surer: 318m_s32 may
-be added to `members` when the others are trained.
+from 13,000 steps of the narrowest to its end all four have the same training compute at some
+checkpoint, from 20,000 on with losses past the first tenth of a run (`law_isoflop`). A fifth size
+makes laws surer: 318m_s32 may be added to `members` when the others are trained.
 
 Guidance is raced for. Two blocks of 5,000 prompts fit in the pictures that are held back where
 125,000 pairs or more are left by prepare; of fewer, lower `sweep.num_images` or raise

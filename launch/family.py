@@ -51,6 +51,7 @@ CONFIGS = ROOT / "configs"
 LOGS = pathlib.Path("runs/family_logs")
 # The paper's, the smallest first: those that run unless others are named.
 PAPER = ("39m", "83m", "145m", "223m", "318m", "430m", "558m", "704m", "866m", "2b", "5b")
+TRAINING = ("train", "study")
 LAUNCHERS = ("tpu-vm", "gke", "slurm", "local")
 
 
@@ -327,7 +328,8 @@ def main(arguments: list[str]) -> int:
         if given.on in ("tpu-vm", "gke"):
             chips = chips_for(
                 member, given.topology, given.num_slices if counted else 1,
-                unplanned=given.unplanned or bool(given.arm),  # Plans are of no small arm.
+                # Plans are of training, and of no small arm.
+                unplanned=given.unplanned or bool(given.arm) or given.job not in TRAINING,
             )
             total = chips.tpu.chips * chips.num_slices
             print(f"# {member}: {chips.num_slices} x {chips.tpu}, {total} chips ({chips.why})")

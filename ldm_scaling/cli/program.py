@@ -237,6 +237,8 @@ def _terminated_is_raised(after: str = AGAIN) -> Iterator[None]:
     listener.start()
     try:
         yield
+    except UserError:
+        raise
     except Exception as e:
         if came.is_set():  # C code that the signal's exception passes may make another of it.
             raise Interrupted(why) from e

@@ -258,15 +258,18 @@ class Study:
     def _more(self, total: int, validation: int, need: int) -> str:
         """How so many of a total are there for validation."""
         data, several = self.data, len(self.data.sources)
-        if 0 < validation == several * data.validation_pictures:
-            return f"raise data.validation_pictures to {-(-need // several)}"
+        cap = several * data.validation_pictures
+        raised = f"raise data.validation_pictures to {-(-need // several)}"
+        if 0 < validation == cap:
+            return raised
         # Which pictures they are is drawn by lot: by three deviations more than are needed.
         wanted = (1.5 + math.sqrt(2.25 + need)) ** 2
         if wanted > 0.99 * total:
             return f"take a larger collection than this of {total} pictures"
         share = f"data.prepare.validation_share={math.ceil(100 * wanted / total) / 100}"
         anew = all(source.startswith(f"{SHARDS}:") for source in data.sources)
-        return f"prepare the shards anew by {share}" if anew else f"hold back more by {share}"
+        more = f"prepare the shards anew by {share}" if anew else f"hold back more by {share}"
+        return f"{raised} and {more}" if 0 < cap < need else more
 
     def require_new(self) -> None:
         """Raises `UserError` for what no study begins with; workdirs from before may have it."""

@@ -287,8 +287,7 @@ class Materials:
     # Members.
 
     def spec(self, member: str) -> backbone.Spec:
-        """A member's network. Raises `UserError` when it does not take these latents, or does not
-        divide as `mesh.tensor` says."""
+        """A member's network. Raises `UserError` when it does not take these latents."""
         spec = self.networks.spec(member)
         if spec.latent_shape != self.latent_shape:
             raise UserError(
@@ -297,7 +296,6 @@ class Materials:
                 "data.side, the autoencoder's levels or the members"
             )
         fitting.tokens(spec, f"member {member}", self.study.data.text_length)
-        fitting.heads(spec, f"member {member}", self.study.mesh)
         return spec
 
     def cost(self, spec: backbone.Spec) -> cost.Cost:

@@ -40,8 +40,18 @@ def _as_bound(data: Data, workdir: Workdir) -> Data:
     """The settings with their source spelt as the workdir has it, where both name the same files:
     hashes are of what is written."""
     there = Data(source=workdir.bound_source or data.source)
-    same = [*map(sources.canonical, there.sources)] == [*map(sources.canonical, data.sources)]
+    same = len(there.sources) == len(data.sources) and all(
+        map(_same, there.sources, data.sources))
     return dataclasses.replace(data, source=there.source) if same else data
+
+
+def _same(bound: str, given: str) -> bool:
+    """Whether a source is what a workdir is bound to. Of a relative path it is not known which
+    folder it was relative to."""
+    if bound.rstrip("/") == given.rstrip("/"):
+        return True
+    path = Path(bound.partition(":")[2]).expanduser()
+    return path.is_absolute() and sources.canonical(bound) == sources.canonical(given)
 
 
 def _with_pretrained(study: Study) -> Study:

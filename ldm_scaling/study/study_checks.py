@@ -49,6 +49,8 @@ def check(
     materials = Materials(study, workdir)
     for member in (*study.members, study.reference):
         materials.spec(member)
+    for member in study.members:  # A reference that is none is neither trained nor drawn.
+        fitting.heads(materials.spec(member), f"member {member}", study.mesh)
     for member in study.members if study.trains_members else ():
         _member(materials, member)
         if trains and measured:

@@ -14,6 +14,9 @@ from ldm_scaling.study.statistics import scaling
 from ldm_scaling.study.statistics.laws import Law
 from ldm_scaling.study.statistics.scaling import BACKWARD, Runs
 
+# How many times the least and the most compute that was measured the law is followed.
+_BELOW, _BEYOND = 100.0, 1e10
+
 Estimate = tuple[float, float, float]
 """A number, and the low and high end of its 95% interval."""
 
@@ -85,7 +88,8 @@ def advise(runs: Runs, gflops: float, sizes: Mapping[str, Cost]) -> TrainAdvice:
       sizes: networks to name, by name.
 
     Raises:
-      UserError: where the runs are too few for the law, or it has no best size.
+      UserError: where the runs are too few for the law, it has no best size, or the budget lies far
+        from all of them.
     """
     names = tuple(dict.fromkeys(runs.models))
     if not runs.several_lengths:
@@ -96,6 +100,12 @@ def advise(runs: Runs, gflops: float, sizes: Mapping[str, Cost]) -> TrainAdvice:
             f"{len(runs.models)} losses of {len(names)} sizes ({', '.join(names)}) at {lengths} "
             "lengths: train more sizes, or set train.validate_every"
         )
+    least, most = float(runs.gflops_N.min()), float(runs.gflops_N.max())
+    if not least / _BELOW <= gflops <= most * _BEYOND:
+        raise UserError(
+            f"the budget comes to {gflops * 1e9:.3g} FLOPs of training, and the runs to "
+            f"{least * 1e9:.3g} to {most * 1e9:.3g}: their law says nothing of what lies so far "
+            "away; give another")
     # Of a call, where `Runs` has what training on a picture takes.
     forward = dataclasses.replace(runs, gflops_N=runs.gflops_N / BACKWARD)
     fit = forward.fitted("call and images", replicates=scaling.REPLICATES)

@@ -52,6 +52,11 @@ def run(given: argparse.Namespace) -> None:
     home, study, found = _place(given.records)
     costs = _costs(found, pieces("--member", given.member or ()))
     curves = {m: read_curves(Workdir(home).member(m)) for m in costs}
+    if bare := [m for m, rows in curves.items() if not rows]:
+        path = Workdir(home).member(bare[0]) / "curves.csv"
+        raise UserError(
+            f"--train-budget goes by losses along training, and {path} is not there or holds none: "
+            "put it back, or name other sizes by --member")
     params, calls = ({m: getattr(c, name) for m, c in costs.items()}
                      for name in ("params", "gflops"))
     batch = study.train.batch_size

@@ -24,7 +24,7 @@ MARKER = "study.json"
 _LOOKING_S = 5.0
 # What a workdir may hold whose config has decided nothing: data sets lie in folders of their own,
 # and weights are known by their files.
-_UNDECIDED = {MARKER, ".lock", "log.txt", "logs", "data", "weights.json"}
+_UNDECIDED = {MARKER, "log.txt", "logs", "data", "weights.json", "compiled"}
 
 
 class Workdir:
@@ -154,7 +154,7 @@ class Workdir:
         elif changed := _differences(body["identity"], want["identity"]):
             more = f"; and {len(changed) - 4} more" if changed[4:] else ""
             shown = "; ".join(changed[:4]) + more
-            if {p.name for p in self.path.iterdir()} - _UNDECIDED:
+            if {p.name for p in self.path.glob("[!.]*")} - _UNDECIDED:
                 raise UserError(
                     f"the workdir {self.path} belongs to another config ({shown}): choose another "
                     "--workdir, or give the config it was made with"
@@ -214,15 +214,16 @@ class Workdir:
 
     def _temporary(self) -> Iterator[epath.Path]:
         """Temporary files and folders of `files`, as far as some seconds of looking go; none within
-        checkpoints, which are Orbax's."""
+        checkpoints, which are Orbax's, nor in another workdir below this one."""
         until = time.monotonic() + _LOOKING_S
         for folder, below, inside in os.walk(self.path):
             if time.monotonic() > until:
                 return
-            for name in (*below, *inside):
+            other = MARKER in inside and epath.Path(folder) != self.path
+            for name in (*below, *inside) if not other else ():
                 if name.startswith(".tmp-"):
                     yield epath.Path(folder) / name
-            kept = "_CHECKPOINT_METADATA" in inside
+            kept = other or "_CHECKPOINT_METADATA" in inside
             below[:] = [] if kept else [name for name in below if not name.startswith(".tmp-")]
 
     @contextlib.contextmanager

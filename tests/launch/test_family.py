@@ -139,7 +139,7 @@ def test_a_topology_without_a_plan_is_refused_where_there_are_others(tmp_path):
     # Of what is launched: by default, and of small arms, which no plan is of.
     ran = dry("--on=gke", *ON["gke"], "--members=5b", "--topology=v5e:8x8")
     assert ran.returncode == 2 and "or give --unplanned" in ran.stderr
-    for flag in ("--unplanned", "--arm=local"):
+    for flag in ("--unplanned", "--arm=local", "--job=sweep"):
         ran = dry("--on=gke", *ON["gke"], "--members=5b", "--topology=v5e:8x8", flag)
         assert ran.returncode == 0 and "64 chips (--topology, no plan)" in ran.stdout
 

@@ -313,6 +313,13 @@ def test_a_folder_that_is_spelt_otherwise_is_the_same(tmp_path, monkeypatch):
         again.workdir.bind(again.study)
         assert again.study == first.study  # Hashes and all.
         preparing.prepare_into(first.study.data, source, made.shards.path)
+    # What a relative one was relative to is not known.
+    relative = _study(tmp_path / "relative", **{**values, "data.source": "folder:pairs"})
+    relative.workdir.bind(relative.study)
+    (tmp_path / "relative" / "text").mkdir()
+    for source, bound in (("folder:pairs/", True), (spelt[0], False)):
+        again = _study(tmp_path / "relative", **{**values, "data.source": source})
+        assert (again.study == relative.study) is bound
     _folder_of_pairs(tmp_path / "others")
     other = _study(tmp_path / "w", **{**values, "data.source": "folder:others"})
     with pytest.raises(UserError, match=r"\(data.source is 'folder:~/pairs' there, 'folder:oth"):
@@ -350,6 +357,8 @@ def test_too_few_pictures_are_told_before_one_is_read(tmp_path, monkeypatch):
     ({}, (90, 10, 200), "hold back more by data.prepare.validation_share=0.28"),
     ({"source": "shards:x,shards:y"}, (190, 10), "prepare the shards anew by data.prepare.valid"),
     ({"validation_pictures": 10}, (190, 10), "raise data.validation_pictures to 32"),
+    ({"validation_pictures": 20}, (190, 10),
+     "raise data.validation_pictures to 32 and hold back more by data.prepare.validation_shar"),
     ({}, (200, 0), "there are 0: hold back more by data.prepare.validation_share=0.28"),
     ({}, (30, 2), "there are 2: take a larger collection than this of 32 pictures"),
 ])

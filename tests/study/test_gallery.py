@@ -80,6 +80,10 @@ def materials(tmp_path_factory):
         spec=lambda member: SPEC, frozen=frozen, decode=frozen.decoder(),
         states=lambda prompts: states(prompts).astype(np.float16),
         member_params=member_params,
+        drawer_of=lambda spec, run, count: Drawer(
+            spec, frozen, STUDY.diffusion, count, frozen.decoder(), mesh, run.compute_dtype,
+            run.attention,
+        ),
         drawer=functools.cache(lambda member: Drawer(
             SPEC, frozen, STUDY.diffusion, 6, frozen.decoder(), mesh
         )),

@@ -419,7 +419,7 @@ def test_wide_pictures_and_tables_scroll_within_their_frames(browser, tmp_path, 
     for name in ("tab1_family", "law_size", "mine"):
         svg = '<svg xmlns="http://www.w3.org/2000/svg" width="1000" height="300"/>'
         (tmp_path / f"{name}.svg").write_text(svg)
-    address = report.write(tmp_path, study, tmp_path, {}).as_uri()
+    address = report.write(tmp_path, study, tmp_path, report.Context()).as_uri()
     for at in (PHONE, DESK):
         with _opened(browser, address, viewport=at) as page:
             assert _wide(page) == at["width"]

@@ -195,7 +195,7 @@ def test_it_opens_with_advice_and_a_chart_and_says_then_what_was_found(page, stu
 def test_what_is_missing_is_not_folded_away(tmp_path, study):
     some = [r for r in study if r.identity.seed_block == 0 or r.identity.steps > 4]
     missing = findings.incomplete(some, FD, 0, 1)
-    text = report.write(tmp_path, some, tmp_path / "none", {}).read_text("utf-8")
+    text = report.write(tmp_path, some, tmp_path / "none", report.Context()).read_text("utf-8")
     shown, folded = text.split('<details class="more">')
     assert missing and all(sentence in shown for sentence in missing)
     all_of = findings.findings(some, FD)

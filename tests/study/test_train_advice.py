@@ -109,6 +109,9 @@ def test_what_no_law_can_tell_is_refused():
     worse = Law(0.1, (0.05, 12.0), (-0.5, 0.45))  # Larger networks are worse.
     with pytest.raises(UserError, match="tell no best size: .*both must help"):
         train_advice.advise(_runs(law=worse), 1e6, COSTS)
+    for far in (1e-3, 1e20, 1e300, np.inf):
+        with pytest.raises(UserError, match="law says nothing of what lies so far"):
+            train_advice.advise(_runs(), far, COSTS)
 
 
 @pytest.mark.parametrize("text, value, unit, chips_", [
@@ -239,7 +242,7 @@ def test_what_is_said_of_the_reach(capsys, tmp_path):
     assert "The budget is 10.0 times the most" in out and "the law goes on" in out
     out = said(places["steady"], "1e20 flops")
     assert "beyond what the data hold" in out and "the largest is s4" in out
-    assert "below what was measured" in said(places["steady"], "10 gflops")
+    assert "below what was measured" in said(places["steady"], "1 tflops")
     assert "learning rate falls along these runs (cosine)" in said(places["falls"], "300 tflops")
     assert "is not known: they are not here" in said(places["away"], "300 tflops")
     hardly = _home(tmp_path / "hardly", steady, law=Law(0.1, (0.002, 12.0), (0.5, 0.45)), luck=0.04,
@@ -252,6 +255,10 @@ def test_what_is_said_of_the_reach(capsys, tmp_path):
     status, _, err = run(capsys, f"--records={places['steady']}", "--train-budget=1e18 flops",
                          "--member=s0,s1,s2")
     assert status == 2 and "of 3 sizes (s0, s1, s2)" in err
+    lost = places["steady"] / "models" / "s1" / "curves.csv"
+    lost.unlink()
+    status, _, err = run(capsys, f"--records={places['steady']}", "--train-budget=1e18 flops")
+    assert status == 2 and f"{lost} is not there" in err
 
 
 @pytest.mark.parametrize("arguments, part", [
