@@ -60,9 +60,9 @@ def _parted(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def _run(command: str, arguments: list[str]) -> None:
     machine.quiet_cuda()
-    # Several processes leave SIGTERM to jax's service, which training's loop and `processes` ask.
+    # Whether there are others, `processes` says later.
     several = any(a.lstrip("-").split("=", 1)[0] == "distributed" for a in arguments)
-    with _told(several, _after(command, arguments)):
+    with _told(not several, _after(command, arguments)):
         if command in OWN:
             module = importlib.import_module(OWN[command])
             module.run(arguments, functools.partial(flags.values_of, command))
@@ -70,9 +70,10 @@ def _run(command: str, arguments: list[str]) -> None:
             _by_flags(command, arguments)
 
 
-def _told(several: bool, after: str = AGAIN) -> contextlib.AbstractContextManager[None]:
-    """What hears of SIGTERM in one process; of several nothing here."""
-    return contextlib.nullcontext() if several else _terminated_is_raised(after)
+def _told(alone: bool, after: str = AGAIN) -> contextlib.AbstractContextManager[None]:
+    """What hears of SIGTERM in one process. Several leave it to jax's service, which training's
+    loop and `processes` ask."""
+    return _terminated_is_raised(after) if alone else contextlib.nullcontext()
 
 
 def _by_flags(command: str, arguments: list[str]) -> None:
@@ -156,7 +157,8 @@ def _in_workdir(command: str, arguments: list[str], rest: list[str], values: Any
         if hosts.is_lead():
             lock = workdir.lock()
             workdir.bind(materials.study)
-    with lock, workdir.log_to_file(jax.process_index()), _told(processes.several()):
+    told = _told(bool(values.distributed) and not processes.several())  # Else it hears already.
+    with lock, workdir.log_to_file(jax.process_index()), told:
         started = time.perf_counter()
         log.info("ldm-scaling %s %s", command, " ".join(arguments))
         try:

@@ -94,8 +94,8 @@ def _context(
     sweep = study.sweep
     data = _Data.of(materials)
     probed = f"{min(sum(data.train), PROBE_PICTURES):,} " if data.train else ""
-    trains = data.train and not (study.weights or study.finetune.pretrained)
-    seen = [f"Training: {runs.passes(study, study.train, data.train)[1]}."] if trains else []
+    trained = data.train and study.trains_members
+    seen = [f"Training: {runs.passes(study, study.train, data.train)[1]}."] if trained else []
     finetune = study.finetune
     measures = {
         FRECHET: (

@@ -219,11 +219,13 @@ class Workdir:
         for folder, below, inside in os.walk(self.path):
             if time.monotonic() > until:
                 return
-            other = MARKER in inside and epath.Path(folder) != self.path
-            for name in (*below, *inside) if not other else ():
+            if MARKER in inside and epath.Path(folder) != self.path:
+                below.clear()
+                continue
+            for name in (*below, *inside):
                 if name.startswith(".tmp-"):
                     yield epath.Path(folder) / name
-            kept = other or "_CHECKPOINT_METADATA" in inside
+            kept = "_CHECKPOINT_METADATA" in inside
             below[:] = [] if kept else [name for name in below if not name.startswith(".tmp-")]
 
     @contextlib.contextmanager
