@@ -44,6 +44,7 @@ _USAGE = """
   ldm-scaling advise --records=runs/demo --budget="20ms" --device=h100
   ldm-scaling advise --records=runs/demo --budget="1 gflops" --pictures=1000000
   ldm-scaling advise --records=runs/demo --train-budget="300 h"     what to train
+  ldm-scaling advise --records=runs/demo --train-budget="1e18 flops" --pictures=1000000 --calls=40
   ldm-scaling advise --budget="40 tflops"                 from the paper's Table 1"""
 
 
@@ -64,7 +65,10 @@ def _parser() -> Parser:
     add("--train-budget", metavar="TEXT", help="the size to train instead, for what training may "
         f"take: {train_budgets.FORMS}; by the losses along a workdir's runs")
     add("--pictures", type=above_0, metavar="N", help="counts training too, spread over so many "
-        "pictures: of a budget in flops, and of members of a workdir")
+        "pictures: of a budget in flops, and of members of a workdir; with --train-budget, drawing "
+        "so many is paid from it too")
+    add("--calls", type=above_0, metavar="K", help="of the network, that each of these takes: 20 "
+        "guided steps are 40; with --train-budget")
     add("--member", action="append", metavar="NAME,NAME", help="chooses among these networks alone")
     add("--sampler", action="append", metavar="NAME,NAME", help="among these samplers alone, with "
         "their options: ddim:eta=1,dpmpp_2m")
@@ -105,6 +109,9 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
         return
     if given.utilisation is not None:
         raise UserError("--utilisation goes with --train-budget, and --device")
+    if given.calls is not None:
+        raise UserError("--calls goes with --train-budget, and --pictures; a budget of drawing "
+                        "weighs all steps that were measured")
     budget = budgets.parse(given.budget) if given.budget is not None else Budget(math.inf, "cost")
     chosen = options_lib.only(
         _options(given, budget), pieces("--member", given.member or ()),

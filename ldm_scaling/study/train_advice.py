@@ -1,5 +1,5 @@
-"""Advice on training: the size and the pictures for a budget of training, by the law of a study's
-own losses."""
+"""Advice on training: the size and the pictures for a budget of training, or of training and then
+drawing, by the law of a study's own losses."""
 
 from __future__ import annotations
 
@@ -14,11 +14,28 @@ from ldm_scaling.study.statistics import scaling
 from ldm_scaling.study.statistics.laws import Law
 from ldm_scaling.study.statistics.scaling import BACKWARD, Runs
 
-# How many times the least and the most compute that was measured the law is followed.
+# How many times the least and the most that was measured the law is followed.
 _BELOW, _BEYOND = 100.0, 1e10
 
 Estimate = tuple[float, float, float]
 """A number, and the low and high end of its 95% interval."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """What is drawn with a network once it is trained.
+
+    Attributes:
+      pictures: so many.
+      calls: of the network, for each: twice the steps, where they are guided.
+    """
+
+    pictures: int
+    calls: int
+
+    @property
+    def all_calls(self) -> int:
+        return self.pictures * self.calls
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +44,8 @@ class Size:
 
     Attributes:
       name, params, gflops: of it, the last of a call.
-      images: that the budget trains it on.
-      loss: that the law foretells.
+      images: that the budget trains it on; 0 where drawing alone takes all of it.
+      loss: that the law foretells; infinite without training.
       times: how many times the budget it takes for the best size's loss; infinite where it never
         has that.
     """
@@ -46,7 +63,8 @@ class TrainAdvice:
     """What to train.
 
     Attributes:
-      gflops: the budget, in GFLOPs of training.
+      gflops: the budget, in GFLOPs of training and of drawing.
+      drawing: what else is paid from it; None where it is training's alone.
       law: of GFLOPs of a call and images.
       points, models: what it is fitted to: so many losses of these sizes.
       measured: the least and the most compute, GFLOPs of a call and images among them.
@@ -60,6 +78,7 @@ class TrainAdvice:
     """
 
     gflops: float
+    drawing: Drawing | None
     law: Law
     points: int
     models: tuple[str, ...]
@@ -77,19 +96,28 @@ class TrainAdvice:
         """Of `sizes` the one whose FLOPs are nearest to the best's."""
         return min(self.sizes, key=lambda s: abs(np.log(s.gflops / self.size[0])))
 
+    @property
+    def training(self) -> float:
+        """GFLOPs of training alone."""
+        return BACKWARD * self.size[0] * self.images[0]
 
-def advise(runs: Runs, gflops: float, sizes: Mapping[str, Cost]) -> TrainAdvice:
+
+def advise(
+    runs: Runs, gflops: float, sizes: Mapping[str, Cost], drawing: Drawing | None = None
+) -> TrainAdvice:
     """The best size for a budget of training, by Hoffmann et al.'s approach 3 (2022): the law of
-    all runs, its least at this compute, and replicates of both.
+    all runs, its least at this compute, and replicates of both. With drawing in the same budget it
+    is smaller and trained for longer, as Sardana et al. (2024) have it.
 
     Args:
       runs: losses along training, compute with the backward pass.
-      gflops: the budget, in GFLOPs of training: `BACKWARD` x GFLOPs of a call x images.
+      gflops: the budget, in GFLOPs: of a call x (`BACKWARD` x images + calls of drawing).
       sizes: networks to name, by name.
+      drawing: what else is paid from it.
 
     Raises:
       UserError: where the runs are too few for the law, it has no best size, or the budget lies far
-        from all of them.
+        from all of them, or drawing leaves nothing of it.
     """
     names = tuple(dict.fromkeys(runs.models))
     if not runs.several_lengths:
@@ -109,9 +137,10 @@ def advise(runs: Runs, gflops: float, sizes: Mapping[str, Cost]) -> TrainAdvice:
     # Of a call, where `Runs` has what training on a picture takes.
     forward = dataclasses.replace(runs, gflops_N=runs.gflops_N / BACKWARD)
     fit = forward.fitted("call and images", replicates=scaling.REPLICATES)
-    budget = np.array(gflops)
-    laws = [law for law in fit.replicates if law.has_best(budget, BACKWARD)]
-    if not fit.law.has_best(budget, BACKWARD) or not laws:
+    calls = drawing.all_calls if drawing else 0
+    spent = np.array(gflops), BACKWARD, calls / BACKWARD
+    laws = [law for law in fit.replicates if law.has_best(*spent)]
+    if not fit.law.has_best(*spent) or not laws:
         a, b = fit.law.exponents
         raise UserError(
             f"the losses of {', '.join(names)} tell no best size: by their law they fall with size "
@@ -125,22 +154,30 @@ def advise(runs: Runs, gflops: float, sizes: Mapping[str, Cost]) -> TrainAdvice:
         return float(of(fit.law)), float(ends[0]), float(ends[1])
 
     def best(law: Law) -> float:
-        return law.best_split(budget, BACKWARD)[0]
+        return law.best_split(*spent)[0]
 
-    named = sorted(sizes.items(), key=lambda item: item[1].gflops)
-    call_S = np.array([cost.gflops for _, cost in named])
-    images_S = gflops / BACKWARD / call_S
-    loss_S = fit.law(np.stack([call_S, images_S], axis=1))
-    times_S = fit.law.off_best(call_S, budget, BACKWARD)
     columns = {"compute": runs.gflops_N, **dict(zip(
         ("size", "images"), forward.scales("call and images").T, strict=True))}
+    measured = {name: (float(x_N.min()), float(x_N.max())) for name, x_N in columns.items()}
+    if best(fit.law) < measured["size"][0] / _BELOW:
+        name, cost = min(sizes.items(), key=lambda item: item[1].gflops)
+        raise UserError(
+            f"drawing takes all of the budget: {calls:,} calls of {name}, the smallest, are "
+            f"{calls * cost.gflops * 1e9:.3g} FLOPs, and the budget is {gflops * 1e9:.3g}: give a "
+            "larger one, or fewer pictures or calls")
+    named = sorted(sizes.items(), key=lambda item: item[1].gflops)
+    call_S = np.array([cost.gflops for _, cost in named])
+    images_S = np.maximum(gflops / call_S - calls, 0) / BACKWARD
+    loss_S = np.full(len(named), np.inf)
+    trained_S = images_S > 0
+    loss_S[trained_S] = fit.law(np.stack([call_S, images_S], axis=1)[trained_S])
+    times_S = fit.law.off_best(call_S, *spent)
     return TrainAdvice(
-        gflops, fit.law, len(runs.models), names,
-        {name: (float(x_N.min()), float(x_N.max())) for name, x_N in columns.items()},
-        len(laws), len(fit.replicates), estimate(best),
-        estimate(lambda law: law.best_split(budget, BACKWARD)[1]),
-        estimate(lambda law: law.least(budget, BACKWARD)[0]),
-        estimate(lambda law: law.off_best(best(law) / 2, budget, BACKWARD)),
+        gflops, drawing, fit.law, len(runs.models), names,
+        measured, len(laws), len(fit.replicates), estimate(best),
+        estimate(lambda law: law.best_split(*spent)[1]),
+        estimate(lambda law: law.least(*spent)[0]),
+        estimate(lambda law: law.off_best(best(law) / 2, *spent)),
         tuple(
             Size(name, cost.params, cost.gflops, float(images), float(loss), float(times))
             for (name, cost), images, loss, times in zip(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 from collections.abc import Collection, Sequence
@@ -22,7 +23,7 @@ from ldm_scaling.study.arguments import pieces
 from ldm_scaling.study.places import Places
 from ldm_scaling.study.records import TEXT_TO_IMAGE
 from ldm_scaling.study.statistics import scaling
-from ldm_scaling.study.train_advice import Estimate, TrainAdvice
+from ldm_scaling.study.train_advice import Drawing, Estimate, TrainAdvice
 from ldm_scaling.study.train_budgets import Rate, TrainBudget
 from ldm_scaling.study.workdir import Workdir
 from ldm_scaling.training.events import VALIDATION, read_curves
@@ -34,7 +35,7 @@ et al. 2023 (arXiv 2305.16264)."""
 _APART = 2.0
 _BEYOND = ("smaller than any here: the smallest", "larger than any here: the largest")
 # Flags of advice on drawing, which say nothing of training.
-_OTHERS = ("pictures", "sampler", "max_steps", "costs", "batch", "metric", "task", "select_block",
+_OTHERS = ("sampler", "max_steps", "costs", "batch", "metric", "task", "select_block",
            "report_blocks")
 
 
@@ -74,7 +75,8 @@ def run(given: argparse.Namespace) -> None:
     }
     runs = scaling.of_losses(losses, params, calls, batch, scaling.SETTLED)
     gflops = budget.value * (rate.gflops if rate else 1.0)
-    advice = train_advice.advise(runs, gflops, _sizes(costs))
+    drawing = Drawing(given.pictures, given.calls) if given.pictures else None
+    advice = train_advice.advise(runs, gflops, _sizes(costs), drawing)
     pictures = _pictures(study, home)
     notes = _notes(advice, study, pictures)
     if given.format == "json":
@@ -97,6 +99,10 @@ def _check(given: argparse.Namespace, budget: TrainBudget) -> None:
         if getattr(given, name) is not None:
             raise UserError(f"--{name.replace('_', '-')} is of drawing pictures, and does not go "
                             "with --train-budget")
+    if (given.pictures is None) != (given.calls is None):
+        raise UserError(
+            "--pictures=N and --calls=K go together here: so many are drawn from the budget too, "
+            "each by K calls of the network (20 guided steps are 40)")
     if given.utilisation is not None and given.device is None:
         raise UserError("--utilisation is of a device's peak: it goes with --device=KIND")
     if given.device is not None and budget.unit != "seconds":
@@ -175,8 +181,10 @@ def _notes(advice: TrainAdvice, study: Study, pictures: int | None) -> list[str]
     (a, b), (alpha, beta) = law.factors, law.exponents
     out = [
         f"Training is counted as {scaling.BACKWARD:.0f} x the FLOPs of a call x pictures (forward, "
-        "and backward twice that), as in law_isoflop; work of the autoencoder, of captions and of "
-        "validation is not in it.",
+        "and backward twice that), as in law_isoflop" + (
+            ", drawing as the FLOPs of its calls, at the same rate where the budget is a time"
+            if advice.drawing else "") + "; work of the autoencoder, of captions and of validation "
+        "is not in it.",
         f"By the law E + A / F^a + B / D^b of F GFLOPs a call and D pictures, through "
         f"{advice.points} validation losses of {labels.listing(advice.models)}: E = "
         f"{law.offset if law.offset > 1e-6 else 0:.3g}, A = {a:.3g}, a = {alpha:.3g}, B = {b:.3g}, "
@@ -202,26 +210,31 @@ def _notes(advice: TrainAdvice, study: Study, pictures: int | None) -> list[str]
             f"The learning rate falls along these runs ({study.train.learning_rate_decay}): their "
             "middles are worse than the ends of shorter runs would be, so the law is too fond of "
             "long training.")
-    out.append("A validation loss is not the pictures' quality, and what drawing them costs is not "
-               "in it: --budget weighs both for the sizes that were trained.")
+    out.append("A validation loss is not the pictures' quality" + (
+        f", and knows nothing of what {advice.drawing.calls} calls make of it: --budget weighs "
+        "that for the sizes that were trained." if advice.drawing else
+        ", and what drawing them costs is not in it: --budget weighs both for the sizes that were "
+        "trained."))
     return out
 
 
 def _reach(advice: TrainAdvice) -> str:
     """How far the budget, and what it is spent on, lie from what was measured."""
-    (least, most), (_, largest), (_, longest) = (
+    (least, most), (smallest, largest), (_, longest) = (
         advice.measured[name] for name in ("compute", "size", "images"))
     measured = f"{least * 1e9:.3g} to {_flops(most)}"
-    if advice.gflops < least:
-        return (f"The budget is {_times(least / advice.gflops)} below what was measured, "
-                f"{measured}: the law is followed back there.")
-    if advice.gflops <= most:
-        return f"The budget lies within what was measured, {measured}."
-    beyond = [f"{_times(x)} {what}" for x, what in (
+    what = f"Its training, {_flops(advice.training)}," if advice.drawing else "The budget"
+    if advice.training < least:
+        return (f"{what} is {_times(least / advice.training)} below what was measured, {measured}: "
+                "the law is followed back there.")
+    beyond = [f"{_times(x)} {where}" for x, where in (
         (advice.size[0] / largest, "the largest network's FLOPs"),
+        (smallest / advice.size[0], "fewer FLOPs than the smallest network's"),
         (advice.images[0] / longest, "the pictures of the longest run")) if x > 1]
     spent = f" It goes into {labels.listing(beyond)}." if beyond else ""
-    return (f"The budget is {_times(advice.gflops / most)} the most that was measured ({measured})."
+    if advice.training <= most * (1 + 1e-9):
+        return f"{what} lies within what was measured, {measured}.{spent}"
+    return (f"{what} is {_times(advice.training / most)} the most that was measured ({measured})."
             f"{spent} Intervals suppose that the law goes on so far; whether it does, and which "
             "learning rate such a network wants, no run here tells.")
 
@@ -251,7 +264,11 @@ def text(
     """The advice for a terminal; no line is longer than 100 characters."""
     console = terminal.console()
     near = advice.nearest
-    console.print(f"For {budget.text} of training" + (
+    drawing, of = advice.drawing, "training"
+    paid = "budget" if drawing else "training"
+    if drawing:
+        of += f" and {drawing.pictures:,} pictures of {drawing.calls} calls"
+    console.print(f"For {budget.text} of {of}" + (
         f", {_flops(advice.gflops)}" if rate else "") + ": a network of "
         f"{_ends(advice.size, _number)} GFLOPs a call")
     apart = advice.size[0] / near.gflops
@@ -262,21 +279,25 @@ def text(
     console.print(f"  trained on {_ends(advice.images, labels.count)} pictures: "
                   f"{labels.count(advice.images[0] / batch)} steps of {batch}{passes}")
     console.print(f"  expect validation loss {_ends(advice.loss, labels.number)}")
+    if drawing:
+        console.print(f"  of the budget {advice.training / advice.gflops:.0%} trains and "
+                      f"{1 - advice.training / advice.gflops:.0%} draws")
     half, *ends = advice.half
     console.print(
         "A network of half the FLOPs never comes to that loss" if math.isinf(half) else
         f"A network of half the FLOPs comes to that loss by {_number(half)} "
         f"[{', '.join(_number(x) if math.isfinite(x) else 'never' for x in ends)}] times the "
-        "training")
+        f"{paid}")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for head in ("size", "parameters", "GFLOPs a call", "pictures", "steps", "loss",
-                 "training for the best's loss"):
+                 f"{paid} for the best's loss"):
         table.add_column(head, justify="left" if head == "size" else "right")
     for s in advice.sizes:
         table.add_row(
-            s.name, labels.count(s.params), labels.number(s.gflops), labels.count(s.images),
-            labels.count(s.images / batch), labels.number(s.loss), _times(s.times))
-    console.print("\nThe same training spent on each size:")
+            s.name, labels.count(s.params), labels.number(s.gflops), *(
+                (labels.count(s.images), labels.count(s.images / batch), labels.number(s.loss))
+                if s.images else ("none", "none", "")), _times(s.times))
+    console.print(f"\nThe same {paid} spent on each size:")
     console.print(table)
     if rate:
         console.print(f"Hours are counted at {train_budgets.per_second(rate.gflops)}: {rate.words}"
@@ -299,7 +320,8 @@ def plain(
 
     law = advice.law
     return {
-        "budget": budget.text, "training_flops": advice.gflops * 1e9,
+        "budget": budget.text, "flops": advice.gflops * 1e9,
+        "training_flops": advice.training * 1e9,
         "seconds": budget.value if budget.unit == "seconds" else None,
         "flops_per_second": rate and {
             "value": rate.gflops * 1e9, "low": rate.low * 1e9, "high": rate.high * 1e9,
@@ -308,11 +330,13 @@ def plain(
             "gflops": estimate(advice.size), "images": estimate(advice.images),
             "steps": advice.images[0] / batch, "batch_size": batch,
             "passes": pictures and advice.images[0] / pictures, "loss": estimate(advice.loss)},
+        "drawing": advice.drawing and {
+            **dataclasses.asdict(advice.drawing), "share": 1 - advice.training / advice.gflops},
         "nearest": advice.nearest.name,
         "half_size_times_training": estimate(advice.half),
         "sizes": [{
             "model": s.name, "params": s.params, "gflops": s.gflops, "images": s.images,
-            "steps": s.images / batch, "loss": s.loss, "times_training": finite(s.times)}
+            "steps": s.images / batch, "loss": finite(s.loss), "times_training": finite(s.times)}
             for s in advice.sizes],
         "law": {"E": law.offset, "A": law.factors[0], "alpha": law.exponents[0],
                 "B": law.factors[1], "beta": law.exponents[1], "points": advice.points,

@@ -84,6 +84,48 @@ def test_the_price_of_another_size(law):
         assert half == pytest.approx(0.5 * rest ** (-1 / b)) and double > 1
 
 
+@pytest.mark.parametrize("share", [1e-6, 0.3, 3.0, 1e3])
+def test_drawing_from_the_same_budget(share):
+    """The least of the law on F x (3 D + calls), found by SciPy; smaller, and trained for longer
+    for its size, than without drawing; with all but none of that the same."""
+    runs = _runs()
+    budget = 10 * runs.gflops_N.max()
+    alone, images = LAW.best_split(budget, 3.0)
+    drawing = train_advice.Drawing(max(int(share * images / 8), 1), 24)
+    calls = drawing.all_calls
+    found = train_advice.advise(runs, budget, COSTS, drawing)
+
+    def loss(log_images):
+        pictures = np.exp(log_images)
+        return LAW(np.array([[budget / (3 * pictures + calls), pictures]]))[0]
+
+    least = optimize.minimize_scalar(loss, bounds=(0, 20), method="bounded",
+                                     options={"xatol": 1e-10})
+    assert found.images[0] == pytest.approx(np.exp(least.x), rel=5e-3)
+    assert found.loss[0] == pytest.approx(least.fun, rel=1e-4)
+    assert found.size[0] * (3 * found.images[0] + calls) == pytest.approx(budget)
+    assert found.training == pytest.approx(budget - found.size[0] * calls)
+    if share < 1e-5:
+        assert found.size[0] == pytest.approx(alone, rel=1e-3)
+    else:
+        assert found.size[0] < alone
+        assert found.images[0] / found.size[0] > images / alone
+    for s in found.sizes:
+        left = budget - s.gflops * calls
+        assert s.images == pytest.approx(max(left, 0) / 3 / s.gflops)
+        assert np.isinf(s.loss) if left < 0 else s.loss >= found.loss[0]
+        if np.isfinite(s.times):
+            pictures = (s.times * budget / s.gflops - calls) / 3
+            assert LAW(np.array([[s.gflops, pictures]]))[0] == pytest.approx(least.fun, rel=1e-3)
+
+
+def test_where_drawing_leaves_nothing():
+    runs = _runs()
+    with pytest.raises(UserError, match="drawing takes all.*100,000,000,000 calls of s0, the "):
+        train_advice.advise(
+            runs, runs.gflops_N.max(), COSTS, train_advice.Drawing(1_000_000_000, 100))
+
+
 def test_intervals_hold_the_truth_beyond_what_was_measured():
     """Ten times beyond, each size with its own luck: the size, the loss and the price of half."""
     held = []
@@ -216,6 +258,28 @@ def test_the_answer_for_programs(capsys, demo):
     half = json.loads(run(capsys, *flags, "--train-budget=20 gpu hours", "--device=v5e",
                           "--utilisation=0.5")[1])
     assert half["training_flops"] == pytest.approx(72_000 * 197e12 / 2)
+    assert half["drawing"] is None
+    both = json.loads(run(capsys, *flags, "--train-budget=2 h", "--pictures=10000",
+                          "--calls=40")[1])
+    share, best = both["drawing"].pop("share"), both["best"]
+    assert both["drawing"] == {"pictures": 10_000, "calls": 40}
+    assert both["flops"] == pytest.approx(flops)
+    assert share * flops == pytest.approx(4e14 * best["gflops"]["value"])
+    assert both["training_flops"] == pytest.approx((1 - share) * flops)
+    assert best["gflops"]["value"] < found["best"]["gflops"]["value"]
+
+
+def test_training_and_drawing_in_words(capsys, demo):
+    flags = (f"--records={demo}", "--train-budget=2 h", "--calls=40")
+    status, out, err = run(capsys, *flags, "--pictures=1000000")
+    said = " ".join(out.split())
+    assert status == 0, err
+    assert said.startswith("For 2 h of training and 1,000,000 pictures of 40 calls, ")
+    assert "of the budget 9% trains and 91% draws" in said and "none none" in said
+    assert "fewer FLOPs than the smallest network's" in said
+    assert all(len(line) <= 100 for line in out.splitlines())
+    status, _, err = run(capsys, f"--records={demo}", "--budget=3 cost", "--calls=40")
+    assert status == 2 and "--calls goes with --train-budget" in err
 
 
 def test_what_is_said_of_the_reach(capsys, tmp_path):
@@ -263,7 +327,10 @@ def test_what_is_said_of_the_reach(capsys, tmp_path):
 
 @pytest.mark.parametrize("arguments, part", [
     (["--budget=3 cost"], "--train-budget chooses what to train and --budget how to draw"),
-    (["--pictures=5"], "--pictures is of drawing"), (["--sampler=ddim"], "--sampler is of drawing"),
+    (["--pictures=5"], "--pictures=N and --calls=K go together"),
+    (["--calls=5"], "--pictures=N and --calls=K go together"),
+    (["--pictures=1000000000000", "--calls=99"], "drawing takes all of the budget"),
+    (["--sampler=ddim"], "--sampler is of drawing"),
     (["--max-steps=5"], "--max-steps is of drawing"), (["--metric=psnr"], "--metric is of drawing"),
     (["--device=h100"], "--device says what a time is in FLOPs"),
     (["--utilisation=0.5"], "it goes with --device"), (["--utilisation=2"], "is no share"),

@@ -10,6 +10,8 @@ from ldm_scaling.errors import UserError
 
 _LARGEST_LOG = 700.0
 """Beyond it exp of a float is infinite, or 0."""
+_STEPS = 50
+"""Of Newton's method; about five are enough."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,53 +49,59 @@ class Law:
             terms_NK = np.exp(np.log(self.factors) - np.array(self.exponents) * logx_NK)
         return self.offset + terms_NK.sum(axis=1)
 
-    def best_split(self, flops: np.ndarray, per: float = 6.0) -> tuple[np.ndarray, np.ndarray]:
-        """(N, D) with the least L on flops = per x N x D (Hoffmann et al. 2022, eq. 4).
+    def best_split(
+        self, flops: np.ndarray, per: float = 6.0, besides: float = 0.0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(N, D) with the least L on flops = per x N x (D + besides): Hoffmann et al. 2022, eq. 4,
+        and with `besides` the problem of Sardana et al. 2024 (arXiv 2401.00448, eq. 2).
 
         Args:
-          flops: of training.
+          flops: of training, and of what is `besides`.
           per: FLOPs for one parameter and one sample.
+          besides: samples that take as much and teach nothing, such as those that a network draws.
 
         Raises:
           UserError: unless the law has two scales with positive factors and exponents.
         """
         with np.errstate(over="ignore"):
-            n, d = np.exp(self._log_split(flops, per))
+            n, d = np.exp(self._log_split(flops, per, besides))
         return n, d
 
-    def least(self, flops: np.ndarray, per: float = 6.0) -> np.ndarray:
-        """The least L on flops = per x N x D, at `best_split`: itself a saturating power law, with
+    def least(self, flops: np.ndarray, per: float = 6.0, besides: float = 0.0) -> np.ndarray:
+        """The least L, at `best_split`: with nothing `besides` itself a saturating power law, with
         the same offset and `least_exponent`. Arguments and errors are those of `best_split`."""
-        return self._at(self._log_split(np.atleast_1d(flops), per).T)
+        return self._at(self._log_split(np.atleast_1d(flops), per, besides).T)
 
-    def off_best(self, n: np.ndarray, flops: np.ndarray, per: float = 6.0) -> np.ndarray:
+    def off_best(
+        self, n: np.ndarray, flops: np.ndarray, per: float = 6.0, besides: float = 0.0
+    ) -> np.ndarray:
         """What a size away from the best costs: how many times `flops` it takes for the L that
         `best_split` has on them; infinite where no D gives it that (eq. 2 of Hoffmann et al. 2022,
         solved for D).
 
         Args:
           n: sizes.
-          flops, per: those of `best_split`, which raises as this does.
+          flops, per, besides: those of `best_split`, which raises as this does.
         """
-        log_n, log_d = self._log_split(flops, per)
+        log_n, log_d = self._log_split(flops, per, besides)
         (a, b), (alpha, beta) = np.log(self.factors), self.exponents
         left = np.exp(a - alpha * log_n) + np.exp(b - beta * log_d) - self.factors[0] / n**alpha
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             d = np.where(left > 0, np.exp((b - np.log(left)) / beta), np.inf)
-        return per * n * d / flops
+        return per * n * (d + besides) / flops
 
-    def has_best(self, flops: np.ndarray, per: float = 6.0) -> bool:
+    def has_best(self, flops: np.ndarray, per: float = 6.0, besides: float = 0.0) -> bool:
         """Whether `best_split` of all these budgets exists and is a finite number above 0: more of
         either scale must help, and visibly. That of a flat law, its exponents all but 0, is not."""
         if not self._splits:
             return False
-        return bool((np.abs(self._log_split(flops, per)) < _LARGEST_LOG).all())
+        return bool((np.abs(self._log_split(flops, per, besides)) < _LARGEST_LOG).all())
 
     @property
     def _splits(self) -> bool:
         return len(self.factors) == 2 and min(*self.factors, *self.exponents) > 0
 
-    def _log_split(self, flops: np.ndarray, per: float) -> np.ndarray:
+    def _log_split(self, flops: np.ndarray, per: float, besides: float) -> np.ndarray:
         """Log (N, D) of `best_split`, first axis."""
         if not self._splits:
             raise UserError(
@@ -104,7 +112,18 @@ class Law:
         product = np.log(np.asarray(flops, np.float64) / per)
         with np.errstate(over="ignore", invalid="ignore"):
             n = (np.log(alpha) + a - np.log(beta) - b + beta * product) / (alpha + beta)
-        return np.stack([n, product - n])
+        d = product - n
+        if besides:
+            # Where more of N and of D are worth the same, in log D: all but straight, so that
+            # Newton's steps meet it from anywhere.
+            log_besides = np.log(besides)
+            for _ in range(_STEPS):
+                both = np.logaddexp(d, log_besides)
+                off = (beta + 1) * d + (alpha - 1) * both - alpha * product + (
+                    np.log(alpha) + a - np.log(beta) - b)
+                d = d - off / (beta + 1 + (alpha - 1) * np.exp(d - both))
+            n = product - np.logaddexp(d, log_besides)
+        return np.stack([n, d])
 
     @property
     def least_exponent(self) -> float:
