@@ -60,7 +60,8 @@ def _draw_profiles(
             ax.plot(p.best_size, p.best_loss, marker="*", ms=15, color=colour, mec="white",
                     mew=0.8, zorder=5)
         ends.append((float(size[-1]), float(p.at(size[-1])), name, colour))
-    plot_style.log_x(ax)
+    ax.set_xscale("log")
+    plot_style.size_ticks(ax, np.unique(one.runs.params_N))
     plot_style.log_y(ax)
     ax.set(xlabel="parameters (log scale)", ylabel=one.axis)
     ax.set_title(f"{one.title}: a curve for each compute, ★ its least")

@@ -117,6 +117,12 @@ def test_the_law_of_size_has_its_sizes_as_ticks():
         assert [named[0], named[-1]] == ["1M", "13.9M"]
 
 
+def test_profiles_have_their_sizes_as_ticks():
+    left, _ = equal_compute.profiles(Source(_records(), FD, loss_curves=_losses()))[
+        ""].figure.axes
+    assert left.get_xticks().tolist() == list(SIZES.values())
+
+
 def test_the_line_goes_through_the_best_sizes(drawn):
     """In the numbers beside the figure, and as it is drawn."""
     rows = [r for r in _rows(drawn[0], "law_isoflop", "validation_loss") if r["best_size"]]
