@@ -125,7 +125,10 @@ def spread(
       gathers: whether the layers multiply through `gather`. Where they do not, shards are left to
         the compiler.
     """
-    if mesh.size == 1:
+    # By hand over axes of one device beside `tensor`, XLA compiles no backward pass but for TPUs,
+    # where attention's kernel needs it.
+    alone = mesh_lib.shards(mesh) == 1 and mesh_lib.platform(mesh) != "tpu"
+    if mesh.size == 1 or alone:
         return make(None, True)
     whole = make(None, False)
     specs = _manual(rules.shardings(shapes, mesh))

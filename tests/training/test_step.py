@@ -69,12 +69,12 @@ def alone():
     [pytest.param(1, 8, 1, 16, marks=pytest.mark.skipif(
         "LDM_SCALING_LONG" not in os.environ, reason="the others shard by it too: "
         "LDM_SCALING_LONG=1 pytest")),
-     (2, 4, 1, 2), (2, 2, 2, 16)],
-    ids=["fsdp", "data-fsdp-on-two-sides", "all-three"],
+     (2, 4, 1, 2), (2, 2, 2, 16), (1, 1, 2, 16)],
+    ids=["fsdp", "data-fsdp-on-two-sides", "all-three", "tensor-alone"],
 )
 def test_every_mesh_trains_as_one_device(data, fsdp, tensor, ring, monkeypatch):
     monkeypatch.setattr(mesh_lib, "_RING", ring)
-    mesh = mesh_lib.make(data, fsdp, tensor)
+    mesh = mesh_lib.make(data, fsdp, tensor, devices=jax.devices()[: data * fsdp * tensor])
     want, params = alone()
     got, state = trained(mesh)
     np.testing.assert_allclose(got[:, 0], want[:, 0], rtol=1e-5)
