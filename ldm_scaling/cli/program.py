@@ -140,7 +140,7 @@ def _in_workdir(command: str, arguments: list[str], rest: list[str], values: Any
     from ldm_scaling.study.workdir import Workdir
 
     workdir = Workdir(values.workdir or ".")
-    study = prepare_cli.with_source(workdir.study(values.config), values.source)
+    study = workdir.study(values.config, values.source or "")
     if values.to:
         prepare_cli.to_folder(study, values.to, values.runner, rest, values.workers)
         return

@@ -13,12 +13,12 @@ from ldm_scaling.config.early import Early
 from ldm_scaling.config.edge import default, parse
 from ldm_scaling.config.finetune import FineTune
 from ldm_scaling.config.measuring import Sample, Sweep
-from ldm_scaling.config.start import Start
+from ldm_scaling.config.start import LENGTH, Start
 from ldm_scaling.config.study import LEFT_OUT, Study
 from ldm_scaling.config.training import AUTO, Autoencoder, Diffusion, Mesh, Train
 
 __all__ = [
-    "AUTO", "LEFT_OUT", "OPENMOJI", "Autoencoder", "Cascade", "Consistency", "Data", "Diffusion",
-    "Distill", "DreamBooth", "Early", "FineTune", "Halving", "Mesh", "Prepare", "SHARDS", "Sample",
-    "Start", "Study", "Sweep", "Train", "default", "parse",
+    "AUTO", "LEFT_OUT", "LENGTH", "OPENMOJI", "Autoencoder", "Cascade", "Consistency", "Data",
+    "Diffusion", "Distill", "DreamBooth", "Early", "FineTune", "Halving", "Mesh", "Prepare", "SHARDS",
+    "Sample", "Start", "Study", "Sweep", "Train", "default", "parse",
 ]

@@ -132,11 +132,12 @@ class Data:
     prepare: Prepare = dataclasses.field(default_factory=Prepare)
 
     def __post_init__(self):
-        least = 1 if self.composed else 0
+        least, why = (1, "; 0 is all of a collection, and data.source names none") if (
+            self.composed) else (0, "")
         positive(self, "side")
         for name in ("train_pictures", "validation_pictures"):
             require(getattr(self, name) >= least, f"data.{name}", getattr(self, name),
-                    f"at least {least}")
+                    f"at least {least}{why}")
         wrong = [s for s in self.sources if s != OPENMOJI and not re.match(f"{_KIND}.", s)]
         require(not wrong, "data.source", self.source, "openmoji, or KIND:PATH, e.g. "
                 "folder:photos; a kind is lower-case letters, digits and _")

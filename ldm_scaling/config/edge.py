@@ -77,15 +77,20 @@ def _build(base: Any, tree: Any, where: str) -> Any:
         return dataclasses.replace(base, **values)
 
 
-def parse(config: ml_collections.ConfigDict | dict[str, Any]) -> Study:
+def parse(config: ml_collections.ConfigDict | dict[str, Any], source: str = "") -> Study:
     """Validates a ConfigDict (or a plain dict) into a `Study`; imports its plugins first, which may
     register what it names.
 
+    Args:
+      config: its keys.
+      source: takes the place of its `data.source`, which decides what other keys may be.
     Raises:
       UserError: naming the key, its value and what it may be; for an unknown key the nearest name;
         for a plugin that cannot be imported.
     """
     tree = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+    if source:
+        tree = {**tree, "data": {**tree.get("data", {}), "source": source, "hash": ""}}
     if tree.get("plugins"):
         named = _coerce("plugins", tuple[str, ...], tree["plugins"])
         tree = {**tree, "plugins": plugins.load(named)}

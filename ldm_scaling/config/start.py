@@ -6,6 +6,9 @@ import dataclasses
 
 from ldm_scaling.config.check import require
 
+LENGTH = ("steps", "learning_rate_decay")
+"""What of `train` may differ between a run and another that goes on from it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Start:

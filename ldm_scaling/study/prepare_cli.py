@@ -22,14 +22,6 @@ from ldm_scaling.study import caching_cost, datasets, encoders, preparing
 from ldm_scaling.study.materials import Materials
 
 
-def with_source(study: Study, source: str | None) -> Study:
-    """The study with another source of data, where one is given."""
-    if not source:
-        return study
-    data = dataclasses.replace(study.data, source=source, hash="")
-    return dataclasses.replace(study, data=data)
-
-
 def show(prepared: shards_lib.Shards) -> None:
     """Prints where a prepared data set lies, and what was kept and dropped."""
     report = prepared.path / "report.md"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ldm_scaling import files
-from ldm_scaling.config import Study
+from ldm_scaling.config import LENGTH, Study
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import backbone, zoo
 from ldm_scaling.parallel import processes
@@ -24,10 +24,8 @@ from ldm_scaling.training.checkpoint import Place
 if TYPE_CHECKING:
     from ldm_scaling.study.materials import Materials
 
-# What decides the numbers of members' runs, as `Study.identity` has it, and what of it may differ
-# between a run and another that goes on from it.
+# What decides the numbers of members' runs, as `Study.identity` has it.
 _DECIDES = ("seed", "data", "autoencoder", "diffusion", "train", "start")
-_FREE = ("steps", "learning_rate_decay")
 _PARTS = {"average": "ema", "weights": "params"}
 
 
@@ -113,7 +111,7 @@ def _check_beginning(study: Study, theirs: Study, number: int) -> None:
             value = tree.get(key)
             flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {
                 key: value}
-        return {k: v for k, v in flat.items() if k not in {f"train.{name}" for name in _FREE}}
+        return {k: v for k, v in flat.items() if k not in {f"train.{name}" for name in LENGTH}}
 
     def rates(s: Study) -> np.ndarray:
         taken = np.arange(number)

@@ -15,7 +15,7 @@ from typing import IO, Any
 from etils import epath
 
 from ldm_scaling import config, files
-from ldm_scaling.config import LEFT_OUT, Study
+from ldm_scaling.config import LEFT_OUT, LENGTH, Study
 from ldm_scaling.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -104,13 +104,16 @@ class Workdir:
             raise UserError(
                 f"{of}{self.path / MARKER}: {e}; give --config=FILE anew{where}") from e
 
-    def study(self, given: Mapping[str, Any] | None = None) -> Study:
-        """That of a config that is given, as `config.parse` takes it, or of the last one here.
+    def study(self, given: Mapping[str, Any] | None = None, source: str = "") -> Study:
+        """That of a config that is given, as `config.parse` takes it, or of the last one here; of
+        another source of data, where that is given.
 
         Raises:
           UserError: for a config that cannot be, or where none is given and the workdir has none.
         """
-        return config.parse(given) if given else self.last_config()
+        if source and not given:
+            given = dataclasses.asdict(self.last_config())
+        return config.parse(given, source) if given else self.last_config()
 
     @property
     def bound_source(self) -> str:
@@ -155,9 +158,14 @@ class Workdir:
             more = f"; and {len(changed) - 4} more" if changed[4:] else ""
             shown = "; ".join(changed[:4]) + more
             if {p.name for p in self.path.glob("[!.]*")} - _UNDECIDED:
+                only = {key.split(" ")[0] for key in changed} <= {f"train.{k}" for k in LENGTH}
+                longer = (
+                    "; members go on from its checkpoints in another, with "
+                    f"--config.start.workdir={self.path} --config.start.take=run: docs/training.md"
+                    if only else "")
                 raise UserError(
                     f"the workdir {self.path} belongs to another config ({shown}): choose another "
-                    "--workdir, or give the config it was made with"
+                    f"--workdir, or give the config it was made with{longer}"
                 )
             study.require_new()
             log.warning("the workdir %s, in which nothing is made yet but pictures, is of this "

@@ -89,6 +89,17 @@ def test_a_workdir_without_anything_made_by_its_config_takes_another(tmp_path, c
     Workdir(tmp_path).bind(first)
 
 
+def test_longer_training_is_told_its_way(tmp_path):
+    first = config.parse({"train": {"steps": 40, "warmup_steps": 4}})
+    Workdir(tmp_path).bind(first)
+    (tmp_path / "models").mkdir()
+    longer = {"steps": 80, "warmup_steps": 4, "learning_rate_decay": "wsd"}
+    with pytest.raises(UserError, match=f"start.workdir={tmp_path} --config.start.take=run"):
+        Workdir(tmp_path).bind(config.parse({"train": longer}))
+    with pytest.raises(UserError, match="config it was made with$"):
+        Workdir(tmp_path).bind(config.parse({"train": {**longer, "batch_size": 3}}))
+
+
 def test_a_log_holds_every_sign_whatever_the_locale(tmp_path, monkeypatch):
     monkeypatch.setattr(io, "text_encoding", lambda encoding, *unused: encoding or "ascii")
     with Workdir(tmp_path).log_to_file():
