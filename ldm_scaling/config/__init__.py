@@ -19,6 +19,6 @@ from ldm_scaling.config.training import AUTO, Autoencoder, Diffusion, Mesh, Trai
 
 __all__ = [
     "AUTO", "LEFT_OUT", "LENGTH", "OPENMOJI", "Autoencoder", "Cascade", "Consistency", "Data",
-    "Diffusion", "Distill", "DreamBooth", "Early", "FineTune", "Halving", "Mesh", "Prepare", "SHARDS",
-    "Sample", "Start", "Study", "Sweep", "Train", "default", "parse",
+    "Diffusion", "Distill", "DreamBooth", "Early", "FineTune", "Halving", "Mesh", "Prepare",
+    "SHARDS", "Sample", "Start", "Study", "Sweep", "Train", "default", "parse",
 ]
