@@ -161,15 +161,20 @@ class _Problem:
                 f"{len(x_NK)} scales and values of shape {y_N.shape}: a law is fitted to one "
                 "finite value above 0 per point"
             )
-        distinct = [len(np.unique(column)) for column in x_NK.T]
-        if len(y_N) < need or min(distinct) < 2 + (offset and x_NK.shape[1] == 1):
+        logx_NK = np.log(x_NK)
+        near_NK = np.round(logx_NK, 9)  # Equal up to rounding counts once.
+        places, distinct = len(np.unique(near_NK, axis=0)), [len(set(one)) for one in near_NK.T]
+        # A constant may move from one scale's term to another's: each but one tells a value less.
+        told = min(places, sum(distinct) - len(distinct) + 1)
+        if told < need or min(distinct) < 2 + offset:
             raise UserError(
-                f"{len(y_N)} points at {distinct} distinct scales: a law of {need} parameters "
-                "needs as many points, and at least 2 scales (3 where one scale has an offset)"
+                f"{len(y_N)} points at {places} places, of {distinct} distinct values of their "
+                f"scales, do not tell a law of {need} parameters: it needs as many places, and "
+                "3 values of each scale with an offset, 2 without (of one of two scales 3): "
+                "measure at more, or fit fewer parameters"
             )
         if not delta > 0:
             raise UserError(f"delta is a size of log residuals, above 0; got {delta}")
-        logx_NK = np.log(x_NK)
         centre_K = logx_NK.mean(axis=0)
         return cls(logx_NK - centre_K, centre_K, np.log(y_N), offset, delta)
 
@@ -242,7 +247,9 @@ def fit(
       tries: starts, of the grid's best, that L-BFGS goes on from.
 
     Raises:
-      UserError: on values that are not positive, or fewer points or scales than parameters need.
+      UserError: on values that are not positive, fewer points than parameters, and fewer distinct
+        values of the scales than tell the law: 3 of each with an offset; without one 2, and of one
+        of two scales 3.
     """
     problem = _Problem.of(x, y, offset, delta)
     starts = problem.starts()

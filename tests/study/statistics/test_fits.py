@@ -201,6 +201,26 @@ def test_the_papers_table():
     assert held.low[0] < 20.14 < held.high[0] and held.error < 0.03
 
 
+@pytest.mark.parametrize(
+    ("sizes", "lengths", "offset", "told"),
+    [(6, 2, True, False), (2, 6, True, False), (3, 3, True, True),
+     (2, 2, False, False), (2, 3, False, True)],
+)
+def test_a_law_is_fitted_where_its_points_tell_it(sizes, lengths, offset, told):
+    """At two lengths B, beta and E trade without end, and at 2 x 2 points A and B do: another law
+    has the same values there. Equal up to rounding is one length."""
+    law = Law(0.3 * offset, (8.0, 5.0), (0.3, 0.35))
+    size, images = np.meshgrid(np.geomspace(1e5, 3e6, sizes), np.geomspace(2e2, 2e4, lengths))
+    x_N2 = np.stack([size.ravel(), images.ravel()], axis=1)
+    x_N2[:, 1] *= 1 + 1e-15 * np.arange(len(x_N2))
+    if told:
+        found = fits.fit(x_N2, law(x_N2), offset=offset)
+        assert found.law.exponents == pytest.approx(law.exponents, rel=1e-3)
+    else:
+        with pytest.raises(UserError, match=rf"values.*{2 * 2 + offset} parameters"):
+            fits.fit(x_N2, law(x_N2), offset=offset)
+
+
 def test_mistakes_are_named():
     x_N, y_N = np.geomspace(1, 10, 5), np.ones(5)
     with pytest.raises(UserError, match="above 0"):
@@ -209,6 +229,8 @@ def test_mistakes_are_named():
         fits.fit(x_N - 1, y_N)
     with pytest.raises(UserError, match="2 points.*law of 3 parameters"):
         fits.fit(x_N[:2], y_N[:2])
+    with pytest.raises(UserError, match="5 points at 2 places.*law of 3 parameters"):
+        fits.fit(np.array([1.0, 1.0, 1.0, 2.0, 2.0]), y_N)
     with pytest.raises(UserError, match="not 'jackknife'"):
         fits.bootstrap(fits.fit(x_N, 2 + 1 / x_N), x_N, 2 + 1 / x_N, method="jackknife")
     with pytest.raises(UserError, match="3 parameters goes through any 3 points.* to 4 or more"):
