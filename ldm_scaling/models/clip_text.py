@@ -210,11 +210,18 @@ def assemble(
     """A text tower of its parts; the other arguments are `load_text`'s.
 
     Raises:
-      UserError: for a layer that is none of `LAYERS`, and a batch that does not divide.
+      UserError: for a layer that is none of `LAYERS`, a batch that does not divide, and a tokenizer
+        of more tokens than the tower has embeddings.
     """
     spread_ = spread.over(devices, batch, cpu=4, accelerator=32)
     if layer not in LAYERS:
         raise UserError(f"a text's states are those of layer {' or '.join(LAYERS)}, not {layer!r}")
+    if tokenizer.size > spec.vocabulary:
+        raise UserError(
+            f"the CLIP tokenizer has ids up to {tokenizer.size - 1}, and its text tower embeddings "
+            f"of {spec.vocabulary} tokens only: put weights and vocabulary of one model together "
+            "(tokens that were added to the vocabulary have theirs in the weights saved with it)"
+        )
     tower = TextTower(spec, dtype)
 
     def apply(params, ids_BL, names):

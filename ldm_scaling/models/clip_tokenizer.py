@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ftfy
 import numpy as np
@@ -40,10 +40,11 @@ _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 class Vocabulary(NamedTuple):
-    """Ids by token, merges in order of rank, the four special tokens, and those that a text may
-    hold as such."""
+    """Ids by token, those of tokens added beyond them, merges in order of rank, the four special
+    tokens, and those that a text may hold as such."""
 
     ids: dict[str, int]
+    beyond: dict[str, int]
     merges: list[tuple[str, str]]
     special: dict[str, str]
     added: list[tokenizers.AddedToken]
@@ -51,7 +52,8 @@ class Vocabulary(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClipTokenizer:
-    """Texts to rows of `context` token ids; make one with `load`. Equal hashes, equal tokens."""
+    """Texts to rows of `context` token ids, which are below `size`; make one with `load`. Equal
+    hashes, equal tokens."""
 
     behaviour: str
     context: int
@@ -59,6 +61,7 @@ class ClipTokenizer:
     bos: int
     eos: int
     pad: int
+    size: int
     _encode: Callable[[Sequence[str]], list[Sequence[int]]] = dataclasses.field(repr=False)
 
     def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -86,12 +89,14 @@ def load(path: str | os.PathLike[str], behaviour: str, context: int = 77) -> Cli
 
     Args:
       path: OpenAI's bpe_simple_vocab_16e6.txt.gz, a tokenizer.json, or a folder with that or with
-        vocab.json and merges.txt, e.g. the `tokenizer` of a Stable Diffusion.
+        vocab.json and merges.txt, e.g. the `tokenizer` of a Stable Diffusion. Tokens added to it,
+        as textual inversion does, have the ids that its tables give them.
       behaviour: one of `BEHAVIOURS`.
       context: tokens of a row, start and end among them.
 
     Raises:
-      UserError: for an unknown behaviour, a file that is missing or broken, a context below 2.
+      UserError: for an unknown behaviour, a file that is missing or broken, a special token without
+        an id, two of one id, a context below 2.
     """
     if behaviour not in BEHAVIOURS:
         raise UserError(f"CLIP's texts are read as by {' or '.join(BEHAVIOURS)}, not {behaviour!r}")
@@ -99,19 +104,21 @@ def load(path: str | os.PathLike[str], behaviour: str, context: int = 77) -> Cli
         raise UserError(f"a row holds start and end at least: context = {context}, give 2 or more")
     path = Path(path)
     vocabulary = _of_openai(path) if path.suffix == ".gz" else _of_transformers(path)
-    ids, merges, special, added = vocabulary
+    ids, beyond, merges, special, added = vocabulary
+    every = ids | beyond
     try:
-        bpe = models.BPE(ids, merges, end_of_word_suffix="</w>", unk_token=special["unk_token"])
-        bos, eos, pad = (ids[special[f"{name}_token"]] for name in ("bos", "eos", "pad"))
+        bpe = models.BPE(every, merges, end_of_word_suffix="</w>", unk_token=special["unk_token"])
+        bos, eos, pad = (every[special[f"{name}_token"]] for name in ("bos", "eos", "pad"))
     except Exception as e:  # the library has no class of its own for a merge of unknown tokens
         raise UserError(f"{path} does not hold together ({e}): fetch it again") from e
     if behaviour == "transformers":
-        encode = _transformers(bpe, added)
+        encode, ids = _transformers(bpe, added), every
         flags = [(t.content, t.single_word, t.lstrip, t.rstrip, t.normalized) for t in added]
     else:
         encode, pad, flags = _open_clip(bpe, bos, eos), 0, []
     decides = [behaviour, context, ids, merges, bos, eos, pad, flags]
-    return ClipTokenizer(behaviour, context, sha256_of(decides), bos, eos, pad, encode)
+    size = max(ids.values()) + 1
+    return ClipTokenizer(behaviour, context, sha256_of(decides), bos, eos, pad, size, encode)
 
 
 def _transformers(bpe: models.BPE, added: Sequence[tokenizers.AddedToken]) -> Callable:
@@ -190,7 +197,8 @@ def _of_openai(file: Path) -> Vocabulary:
     letters = sorted(_byte_letters())
     tokens = [*letters, *(c + "</w>" for c in letters), *("".join(m) for m in merges), BOS, EOS]
     ids = {token: i for i, token in enumerate(tokens)}
-    return Vocabulary(ids, merges, _SPECIAL, [_added(BOS), _added(EOS)])
+    added = [tokenizing.added_token(token) for token in (BOS, EOS)]
+    return Vocabulary(ids, {}, merges, _SPECIAL, added)
 
 
 def _of_transformers(path: Path) -> Vocabulary:
@@ -212,30 +220,20 @@ def _of_transformers(path: Path) -> Vocabulary:
             "merges.txt, which lie beside the weights on https://huggingface.co (in a repository "
             f"of Stable Diffusion in the folder tokenizer), or OpenAI's {FILE}"
         ) from e
-    config = _SPECIAL | _optional(folder / "tokenizer_config.json")
-    if "added_tokens_decoder" in config:
-        stored = list(config["added_tokens_decoder"].values())
-    else:  # as transformers wrote it before 4.34: the map has the last word
-        config |= _optional(folder / "special_tokens_map.json")
-        stored = table.get("added_tokens", [])
-    named = {name: _added(config[name]) for name in _SPECIAL}
-    others = [_added(t) for t in config.get("additional_special_tokens") or ()]
-    added = {token.content: token for token in map(_added, stored)}
+    config, stored = tokenizing.tables(folder, table)
+    config = _SPECIAL | config
+    named = {name: tokenizing.added_token(config[name]) for name in _SPECIAL}
+    others = map(tokenizing.added_token, config.get("additional_special_tokens") or ())
     # Where two names share a text the last counts, and what is stored counts more.
-    added = {t.content: t for t in (*named.values(), *others)} | added
-    if unknown := [token for token in added if token not in ids]:
-        raise UserError(f"{folder}: the tokens {unknown} are not in the vocabulary beside them")
+    added = {t.content: t for t in (*named.values(), *others)}
+    added |= {text: token for text, (_, token) in stored.items()}
+    beyond = {text: i for text, (i, _) in stored.items() if text not in ids}
+    if unknown := [text for text in added if text not in ids and text not in beyond]:
+        raise UserError(
+            f"{folder}: the tokens {unknown} are not in the vocabulary beside them, nor among the "
+            "tokens added to it with an id: fetch all its tables"
+        )
+    if len({*ids.values(), *beyond.values()}) < len(ids) + len(beyond):
+        raise UserError(f"{folder}: two tokens have one id; added are {beyond}: fetch it again")
     special = {name: token.content for name, token in named.items()}
-    return Vocabulary(ids, merges, special, list(added.values()))
-
-
-def _added(token: str | dict[str, Any]) -> tokenizers.AddedToken:
-    """A special token as JSON has it. A bare text is looked for before lower case."""
-    if isinstance(token, str):
-        return tokenizers.AddedToken(token, special=True)
-    flags = {k: token[k] for k in ("single_word", "lstrip", "rstrip", "normalized") if k in token}
-    return tokenizers.AddedToken(token["content"], special=True, **flags)
-
-
-def _optional(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.is_file() else {}
+    return Vocabulary(ids, beyond, merges, special, list(added.values()))

@@ -39,7 +39,7 @@ _NETWORKS = {
 }
 _VOCABULARY = (
     "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json",
-    "special_tokens_map.json",
+    "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
 _SCHEDULER = "scheduler_config.json"
 

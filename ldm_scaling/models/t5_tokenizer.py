@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 from pathlib import Path
 
@@ -11,13 +10,15 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from ldm_scaling.errors import UserError
+from ldm_scaling.models import tokenizing
 
 
 def load(folder: str | os.PathLike[str]) -> tokenizers.Tokenizer:
     """The tokenizer in a folder of transformers: its tokenizer.json, else its spiece.model.
 
     Both give transformers' tokens (those of SentencePiece itself but for U+0085, combining marks
-    beside what is normalised, and texts that spell out a special token). Each text ends in </s>.
+    beside what is normalised, and texts that spell out a special token), added ones among them.
+    Each text ends in </s>.
 
     Raises:
       UserError: when there is no such file, it holds something else, or spiece.model is there and
@@ -27,6 +28,8 @@ def load(folder: str | os.PathLike[str]) -> tokenizers.Tokenizer:
     if (file := folder / "tokenizer.json").is_file():
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(file))
+            tokenizer.no_padding()  # of the last call before it was saved, as the next
+            tokenizer.no_truncation()
         except Exception as e:  # the library raises Exception itself
             raise UserError(f"{file} is not a whole tokenizer ({e}): fetch it again") from e
     elif (file := folder / "spiece.model").is_file():
@@ -52,10 +55,10 @@ def _of_sentencepiece(file: Path) -> tokenizers.Tokenizer:
             "  or put tokenizer.json beside it (that of google-t5/t5-base on "
             "https://huggingface.co is of the same vocabulary)"
         ) from e
-    config = file.parent / "tokenizer_config.json"
+    config, stored = tokenizing.tables(file.parent, {})
     try:
         model = format.ModelProto.FromString(file.read_bytes())
-        extra = json.loads(config.read_text()).get("extra_ids", 100) if config.is_file() else 100
+        extra = config.get("extra_ids", 100)
         pieces = [(piece.piece, piece.score) for piece in model.pieces]
         pieces += [(f"<extra_id_{i}>", 0.0) for i in range(extra - 1, -1, -1)]
         if model.trainer_spec.model_type != model.trainer_spec.UNIGRAM:
@@ -75,6 +78,15 @@ def _of_sentencepiece(file: Path) -> tokenizers.Tokenizer:
     )
     special = ["<pad>", "</s>", "<unk>", *(f"<extra_id_{i}>" for i in range(extra))]
     tokenizer.add_special_tokens([tokenizers.AddedToken(t, normalized=False) for t in special])
+    known = {piece for piece, _ in pieces}
+    beyond = sorted((i, text) for text, (i, _) in stored.items() if text not in known)
+    tokenizer.add_tokens([stored[text][1] for _, text in beyond])
+    for i, text in beyond:
+        if tokenizer.token_to_id(text) != i:
+            raise UserError(
+                f"{file.parent}: the added token {text!r} has the id {i}, and what follows its "
+                f"vocabulary is {tokenizer.token_to_id(text)}: fetch it again"
+            )
     tokenizer.post_processor = processors.TemplateProcessing(
         single=["$A", "</s>"], pair=["$A", "</s>", "$B", "</s>"], special_tokens=[("</s>", end)]
     )

@@ -196,6 +196,13 @@ def test_penultimate_is_a_config_of_one_layer_less(folder, tmp_path):
     np.testing.assert_allclose(ours, text(tmp_path / "text_encoder").states(TEXTS)[0], atol=1e-6)
 
 
+def test_an_added_token_needs_its_embedding(folder, tmp_path):
+    write_vocabulary(tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<cat-toy>": VOCABULARY}))
+    with pytest.raises(UserError, match=f"ids up to {VOCABULARY}, .* of {VOCABULARY} tokens only"):
+        text(folder("openai"), vocabulary=tmp_path)
+
+
 def test_bfloat16(folder):
     """A narrow type changes little, and says so in the hash."""
     wide, narrow = text(folder("openai")), text(folder("openai"), dtype=jnp.bfloat16)

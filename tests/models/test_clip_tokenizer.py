@@ -42,6 +42,8 @@ PIECES = [
     # special tokens, whole, in capitals, broken
     BOS, EOS, "<|ENDOFTEXT|>", "<|end", "<start_of_text>", "<END_of_text>", "a<|endoftext|>b",
     "!", "!!", "hi! you !", "<ſtart_of_text>",
+    # tokens that some folders add
+    "a <cat-toy>s", "<CAT-TOY>", "x<cat-toy>", "< Dog >", "< dog >", " <pad> ", "<PAD>",
     # unassigned, private, beyond the first plane
     "\u0378", "\ue000", "\U000f0000", "\uffff", "\U0010ffff",
 ]  # fmt: skip
@@ -126,12 +128,35 @@ def decoder(pad, n):
     return {"tokenizer_config": {"added_tokens_decoder": stored, **names}}
 
 
+ADDED = ("<cat-toy>", "< Dog >", "<pad>")
+
+
+def textual_inversion(n):
+    """As transformers wrote it before 4.34: three tokens beyond the vocabulary, one of them the
+    padding, and one of it."""
+    tables = published("<pad>", n)
+    tables["tokenizer_config"]["additional_special_tokens"] = ["< Dog >"]
+    ids = {text: n + i for i, text in enumerate(ADDED)}
+    return tables | {"added_tokens": ids | {EOS: n - 1}}
+
+
+def added_later(n):
+    """The same as 4.34 and later write it, and of other flags."""
+    tables = decoder("<pad>", n)
+    flags = [{"lstrip": True, "normalized": False}, {"single_word": True}, {"special": True}]
+    for i, (text, own) in enumerate(zip(ADDED, flags, strict=True)):
+        tables["tokenizer_config"]["added_tokens_decoder"][str(n + i)] = token(text, **own)
+    return tables
+
+
 FOLDERS = {
     "bare": lambda n: {},
     "sd1": functools.partial(published, EOS),
     "sd2": functools.partial(published, "!"),
     "sd1, newer": functools.partial(decoder, EOS),
     "sd2, newer": functools.partial(decoder, "!"),
+    "textual inversion": textual_inversion,
+    "textual inversion, newer": added_later,
 }
 
 
@@ -151,6 +176,8 @@ def test_equals_transformers(save, kind, tmp_path):
     peer, ids_BL = equals_transformers(save(FOLDERS[kind]), awkward())
     end = peer.eos_token_id
     assert (ids_BL == end).any(1).all() and (ids_BL[:, -1] == end).any()
+    if "inversion" in kind:
+        assert {peer.vocab[text] for text in ADDED} <= {*ids_BL.flat}
     if "sd2" in kind:  # its padding is a token of its own in texts too
         assert peer.pad_token_id == 0 and 0 in ids_BL[awkward().index("hi! you !"), 1:4]
     peer.save_pretrained(tmp_path)
@@ -158,6 +185,17 @@ def test_equals_transformers(save, kind, tmp_path):
     equals_transformers(tmp_path, awkward())
     (tmp_path / "tokenizer_config.json").unlink()
     equals_transformers(tmp_path, awkward())
+
+
+def test_added_tokens_have_the_ids_that_their_folder_gives_them(save):
+    """Where ids are left out too, as those of the weights beside; only transformers knows them."""
+    path, plain = save(lambda n: {"added_tokens": {"<a>": n + 2, "<b>": n, EOS: 5}}), save()
+    ours, bare = (clip_tokenizer.load(p, "transformers") for p in (path, plain))
+    ids = ours(["<a> <b>"])[0][0, 1:3]
+    np.testing.assert_array_equal(ids, [bare.size + 2, bare.size])
+    assert ours.size == bare.size + 3 and ours.hash != bare.hash and ours.eos == bare.eos
+    ours, bare = (clip_tokenizer.load(p, "open_clip") for p in (path, plain))
+    assert ours.hash == bare.hash and ours.size == bare.size
 
 
 @pytest.mark.parametrize("vocabulary", ["OpenAI's"], indirect=True)
@@ -221,6 +259,11 @@ def test_mistakes(vocabulary, save, tmp_path):
     path = save(lambda n: {"special_tokens_map": {"pad_token": "<pad>"}})
     with pytest.raises(UserError, match=r"the tokens \['<pad>'\] are not in the vocabulary"):
         load(path, "transformers")
+    for ids in ({"<a>": 5}, {"<a>": 10**6, "<b>": 10**6}):
+        with pytest.raises(UserError, match="two tokens have one id; added are .*'<a>'"):
+            load(save(lambda n, ids=ids: {"added_tokens": ids}), "transformers")
+    with pytest.raises(UserError, match="cannot read its added tokens .*invalid literal"):
+        load(save(lambda n: {"added_tokens": {"<a>": "first"}}), "transformers")
     path = save()
     (path / "merges.txt").write_text("#version: 0.2\nzz\u1234 yy\n")
     with pytest.raises(UserError, match="does not hold together"):

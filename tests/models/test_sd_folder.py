@@ -126,10 +126,12 @@ def test_weights_of_any_of_their_files(whole, sd):
         lambda t: t.astype(np.float16).astype(np.float32), before.decoder()[0]
     )
     same(found.decoder()[0], halved)
+    (sd / "tokenizer/added_tokens.json").write_text("{}")
     hashed = {file.relative_to(sd).as_posix() for file in sd_folder.files(sd)}
     assert {"unet/part-0.safetensors", "unet/part-1.safetensors", "text_encoder/pytorch_model.bin",
             "vae/diffusion_pytorch_model.fp16.safetensors", "unet/config.json",
-            "tokenizer/tokenizer.json", "scheduler/scheduler_config.json"} <= hashed
+            "tokenizer/tokenizer.json", "tokenizer/added_tokens.json",
+            "scheduler/scheduler_config.json"} <= hashed
 
 
 @pytest.mark.parametrize("size", ["1KB", "5GB"])

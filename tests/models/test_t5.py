@@ -115,7 +115,10 @@ def test_tokens_equal_transformers(vocabulary, peer_tokenizer, tmp_path, file):
     peer, folder = peer_tokenizer, vocabulary
     if file == "tokenizer.json":
         folder = tmp_path
-        peer_tokenizer.save_pretrained(folder)
+        padded = transformers.T5Tokenizer.from_pretrained(vocabulary)
+        padded("a", padding="max_length", truncation=True, max_length=3)  # and saves that too
+        padded.save_pretrained(folder)
+        assert json.loads((folder / file).read_text())["padding"]["strategy"] == {"Fixed": 3}
         peer = transformers.T5Tokenizer.from_pretrained(folder)
     assert (folder / file).is_file()
     texts = awkward(1000)
@@ -123,6 +126,38 @@ def test_tokens_equal_transformers(vocabulary, peer_tokenizer, tmp_path, file):
     theirs = peer(texts).input_ids
     assert [e.ids for e in ours.encode_batch(texts)] == theirs
     assert len({i for ids in theirs for i in ids}) > 500 and min(map(len, theirs)) == 1
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_added_tokens_equal_transformers(vocabulary, tmp_path, newer):
+    """Beside spiece.model, as transformers wrote them before 4.34 and later, some of them twice."""
+    shutil.copy(vocabulary / "spiece.model", tmp_path)
+    ids = {"<extra_id_0>": 1099, "<New>": 1101, "<cat-toy>": 1100}
+    if newer:
+        own = {"lstrip": False, "rstrip": True, "normalized": False, "single_word": False}
+        stored = {str(i): {"content": text, "special": False, **own} for text, i in ids.items()}
+        table, name = {"added_tokens_decoder": stored}, "tokenizer_config.json"
+    else:
+        table, name = ids, "added_tokens.json"
+    (tmp_path / name).write_text(json.dumps(table))
+    peer = transformers.T5Tokenizer.from_pretrained(tmp_path)
+    texts = ["a <cat-toy> b", "<New><cat-toy>", "<new> x", "x<New> y", *awkward(100)]
+    theirs = peer(texts).input_ids
+    assert [e.ids for e in t5_tokenizer.load(tmp_path).encode_batch(texts)] == theirs
+    assert {1100, 1101} <= {i for row in theirs for i in row}
+
+
+def test_added_tokens_follow_the_vocabulary(vocabulary, saved, tmp_path):
+    """An id that a model of pieces cannot give, and one that has no embedding."""
+    shutil.copy(vocabulary / "spiece.model", tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<new>": 1200}))
+    with pytest.raises(UserError, match="'<new>' has the id 1200, and what follows .* is 1100"):
+        t5_tokenizer.load(tmp_path)
+    (tmp_path / "added_tokens.json").write_text(
+        json.dumps({f"<new-{i}>": 1100 + i for i in range(101)})
+    )
+    with pytest.raises(UserError, match="has 1201 tokens, but .* only 1200"):
+        t5.load(saved[1], LENGTH, tokenizer=tmp_path)
 
 
 def test_cut_and_padded_tokens_equal_transformers(saved, peer_tokenizer):
