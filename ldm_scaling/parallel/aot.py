@@ -23,7 +23,10 @@ from ldm_scaling.parallel import aot_gpu, aot_tpu, chips, gpu_program, gpus, hlo
 from ldm_scaling.parallel import collectives as collectives_lib
 
 # At the usual effort a network of 866M compiles for 13 minutes instead of 2 to 3.
-_EFFORT = -1.0
+_EFFORT = (
+    ("jax_exec_time_optimization_effort", -1.0),
+    ("jax_optimization_level", "O1"),  # Since jax 0.12.
+)
 CostOf = Callable[[hlo.CustomCall], tuple[float, float] | None]
 
 
@@ -199,13 +202,14 @@ class Program:
 
 
 @contextlib.contextmanager
-def _effort(value: float) -> Iterator[None]:
-    before = jax.config.jax_exec_time_optimization_effort
-    jax.config.update("jax_exec_time_optimization_effort", value)
+def _reduced_effort() -> Iterator[None]:
+    name, value = next((name, value) for name, value in _EFFORT if hasattr(jax.config, name))
+    before = getattr(jax.config, name)
+    jax.config.update(name, value)
     try:
         yield
     finally:
-        jax.config.update("jax_exec_time_optimization_effort", before)
+        jax.config.update(name, before)
 
 
 def compile(
@@ -237,7 +241,7 @@ def compile(
         return _fitting(dataclasses.replace(program, options=own), devices)
     lowered = jitted.lower(*args)
     middle = time.perf_counter()
-    with _effort(_EFFORT):
+    with _reduced_effort():
         try:
             compiled = lowered.compile(compiler_options=dict(options or {}))
         except jax.errors.JaxRuntimeError as e:

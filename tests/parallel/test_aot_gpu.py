@@ -234,12 +234,13 @@ def test_what_does_not_fit_says_how_much_it_needs():
 
 
 def test_products_without_tiles_are_compiled_without_triton():
-    """As those of a resize, for which a card would be tried."""
+    """As those of a resize, for which a card would be tried; since jax 0.12 XLA has their tiles."""
     mesh = _gpus("h100:1")
     x = _shape(mesh, (16, 16, 16, 3), dtype=jnp.float32)
     grown = jax.jit(lambda x: jax.image.resize(x, (16, 64, 64, 3), "cubic", antialias=False))
     program = aot.compile(grown, x, mesh=mesh)
-    assert program.options == {"xla_gpu_enable_triton_gemm": False}
+    own = {"xla_gpu_enable_triton_gemm": False}
+    assert program.options == ({} if jax.__version_info__ >= (0, 12) else own)
     assert program.work.flops >= 2 * 16 * 3 * 16 * 64 * (16 + 64)
     plain = aot.compile(jax.jit(lambda x: x + 1), x, mesh=mesh)
     assert plain.options == {}
