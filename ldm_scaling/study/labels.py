@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from typing import Literal
@@ -119,21 +120,21 @@ _MEASURES = (
     ),
     *(
         Measure(
-            f"clip_score_{short}", f"CLIP score ({model})", "CLIP", "higher",
+            f"clip_score_{short}", f"CLIP score ({model})", f"CLIP ({model[4:]})", "higher",
             "The cosine between CLIP's states of each picture and of its own caption, averaged.",
         )
         for short, model in (("l14", "ViT-L/14"), ("b32", "ViT-B/32"), ("g14", "ViT-g/14"))
     ),
     *(
         Measure(
-            f"lpips_{net}", f"LPIPS ({net})", "LPIPS", "lower",
+            f"lpips_{net}", f"LPIPS ({net})", f"LPIPS ({net})", "lower",
             "A learned distance between each picture and the real one that it should be.",
         )
         for net in ("alex", "vgg")
     ),
     *(
         Measure(
-            f"stlpips_{net}", f"ST-LPIPS ({net})", "ST-LPIPS", "lower",
+            f"stlpips_{net}", f"ST-LPIPS ({net})", f"ST-LPIPS ({net})", "lower",
             "A learned distance between each picture and the real one that it should be: the "
             "shift-tolerant variant of LPIPS, whose values compare with no published LPIPS.",
         )
@@ -243,6 +244,12 @@ def of_captions(metric: str) -> bool:
     return metric in _OF_CAPTIONS or (own and scores.SCORES[metric].captioned)
 
 
+def frechet(metric: str) -> bool:
+    """Whether it is a Fréchet distance, which depends on the number of images."""
+    own = metric in scores.SCORES and scores.SCORES[metric].definition.count == "frechet"
+    return own or metric.startswith(("fd_", "fid_"))
+
+
 def traded(metric: str, held: Sequence[str]) -> str | None:
     """What a measure is seen against as guidance rises, of those that records hold: how pictures
     agree with their captions, by CLIP where it is there; else the next, None where there is none.
@@ -300,18 +307,31 @@ def file_name(sampler: str) -> str:
     return re.sub(r"[^\w+-]+", "-", sampler.replace(", ", "_"))
 
 
-def number(value: float) -> str:
-    """Three digits or so: 1234, 56.7, 3.21, 0.0456; an exponent only below 0.00005."""
+def number(value: float, beside: float = 0.0) -> str:
+    """Three digits, or all of a whole number: 1234, 56.7, 3.21, 0.000456; an exponent only below
+    0.000001 and from 1e9 on, as it or what it stands beside is."""
+    if not value or not math.isfinite(value):
+        return f"{abs(value) if not value else value:g}"
+    (digits, place), (_, most) = (
+        f"{v:.2e}".split("e") for v in (value, max(abs(value), abs(beside))))
+    if not -6 <= int(most) < 9:
+        return f"{digits}e{int(place)}"
+    text = f"{value:.{max(0, 2 - max(int(place), int(most) - 4))}f}"
+    return text if float(text) else "0"
+
+
+def brief(value: float) -> str:
+    """The same in few letters, for small cells: 242k, 2.4e-5."""
     size = abs(value)
-    for least, digits in ((99.95, 0), (9.995, 1), (0.9995, 2), (0.09995, 3)):
-        if size >= least:
-            return f"{value:.{digits}f}"
-    return f"{value:.4f}" if size >= 0.00005 else f"{value:.2g}" if value else "0"
+    if size >= 9_999.5:
+        return f"{'-' if value < 0 else ''}{count(size)}"
+    digits, _, place = f"{value:.1e}".partition("e")
+    return number(value) if size >= 0.001 or not value else f"{digits}e{int(place)}"
 
 
 def interval(low: float, high: float) -> str:
     """A 95% interval in brackets."""
-    return f"[{number(low)}, {number(high)}]"
+    return f"[{number(low, high)}, {number(high, low)}]"
 
 
 def probability(value: float) -> str:
@@ -330,6 +350,11 @@ def count(value: float) -> str:
 def steps(count: int) -> str:
     """`1 step`, `4 steps`, `2,000 steps`."""
     return f"{count:,} step{'s' * (count != 1)}"
+
+
+def counted(number: int, what: str) -> str:
+    """`1 cell`, `4 cells`."""
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def listing(items: Sequence[str], word: str = "and") -> str:

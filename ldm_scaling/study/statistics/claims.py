@@ -7,12 +7,11 @@ are not corrected for there being six.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from ldm_scaling.metrics import bootstrap
 from ldm_scaling.study import curves as curves_lib
 from ldm_scaling.study import labels, winners
-from ldm_scaling.study.curves import Curves
 from ldm_scaling.study.records import DISTILLED, RESTORING, TEXT_TO_IMAGE, Record
 from ldm_scaling.study.statistics import trends, words
 from ldm_scaling.study.statistics.trends import Tuned
@@ -118,8 +117,7 @@ def verdicts(
     """
     blocks = (select_block, report_block)
     last = curves_lib.longest(evidence.records)
-    curves = _curves(last, metric, blocks)
-    third, fourth = _crossing(curves, metric, curves_lib.models(last))
+    third, fourth = _crossing(curves_lib.distinct(last), metric, blocks)
     fine_tuned = evidence.fine_tuned
     if fine_tuned is None:
         fine_tuned = trends.fine_tuned(last, evidence.super_resolution, metric, blocks)
@@ -128,10 +126,6 @@ def verdicts(
         _super_resolution(evidence.super_resolution, metric, blocks),
         _distilled(evidence.distilled, metric, blocks),
     ]
-
-
-def _curves(records: Sequence[Record], metric: str, blocks: tuple[int, int]) -> Curves:
-    return curves_lib.quality_curves(curves_lib.distinct(records), metric, None, *blocks)
 
 
 def _blank(number: int, test: str, headline: str) -> Verdict:
@@ -150,20 +144,38 @@ def _compute(records: Sequence[Record], metric: str, blocks: tuple[int, int]) ->
         return _blank(
             1, test, "No records of three or more sizes and training computes, sampled alike."
         )
-    measure = labels.measure(metric)
-    effect = f"{100 * found.change:+.2g}% {measure.short} for ten times the training compute"
+    said, effect, ends = _change(found, labels.measure(metric).short)
     varied = " and ".join(w for w, n in (("size", found.sizes), ("training length", found.lengths))
                           if n > 1)
     return Verdict(
         1, CLAIMS[0], test, words.judge(found.probability),
-        f"Ten times the training compute changes {measure.short} by {100 * found.change:+.2g}%: "
-        f"{words.sure(found.probability)} that quality rises with compute.",
+        f"Ten times the training compute {said}: {words.sure(found.probability)} that quality "
+        "rises with compute.",
         f"{found.points} networks that differ in {varied}, with {labels.sampler(found.sampler)} "
         f"and {labels.steps(found.steps)}; compute spans a factor of {labels.number(found.span)}."
         + ("" if found.lengths > 1 else " All were trained equally long, so that compute and size "
-           "cannot be told apart."),
-        effect, (100 * found.low, 100 * found.high), found.probability,
+           "cannot be told apart.")
+        + (f" Judged without {labels.counted(found.without, 'network')} of these records, not "
+           "measured like that." if found.without else ""),
+        f"{effect} for ten times the training compute", ends, found.probability,
     )
+
+
+def _change(found: trends.Trend, short: str) -> tuple[str, str, tuple[float, float]]:
+    """What compute does, the effect and its interval: in percent, as a factor where it may double
+    the measure, or in the measure's own unit."""
+    change, low, high = found.change, found.low, found.high
+    if found.relative and high >= 1:
+        factor = labels.number(1 + change)
+        return f"makes {short} {factor} times what it was", f"{factor} times the {short}", (
+            1 + low, 1 + high)
+    scale, unit = (100, "%") if found.relative else (1, "")
+    by = f"{'+' if change > 0 else ''}{labels.number(scale * change)}{unit}"
+    return f"changes {short} by {by}", f"{by} {short}", (scale * low, scale * high)
+
+
+def _all(number: int) -> str:
+    return "both" if number == 2 else f"all {number}"
 
 
 def _downstream(rows: Sequence[Tuned]) -> Verdict:
@@ -176,24 +188,33 @@ def _downstream(rows: Sequence[Tuned]) -> Verdict:
     if found is None:
         return _blank(2, test, "No records of fine-tuned members (at least 4 sizes, "
                       "each at 2 or more lengths of fine-tuning).")
+    lacking = found.sizes * found.lengths - len(rows)
+    more = round(100 * (found.pretraining - found.length))
     return Verdict(
         2, CLAIMS[1], test, words.judge(found.probability),
         f"Pretraining quality explains {100 * found.pretraining:.0f}% of downstream variance, "
         f"fine-tuning length {100 * found.length:.0f}%: {words.sure(found.probability)} that "
         "pretraining explains more.",
-        f"{found.sizes} sizes, {found.lengths} lengths of fine-tuning.",
-        f"{100 * (found.pretraining - found.length):+.0f} percentage points of variance more",
+        f"{found.sizes} sizes, {found.lengths} lengths of fine-tuning"
+        + (f", {labels.counted(lacking, 'cell')} of which not measured." if lacking else "."),
+        f"{more:+.0f} percentage point{'s' * (abs(more) != 1)} of variance, pretraining less "
+        "length",
         (100 * found.low, 100 * found.high), found.probability,
     )
 
 
-def _crossing(curves: Curves, metric: str, sizes: Sequence[str]) -> tuple[Verdict, Verdict]:
+def _crossing(
+    arms: Sequence[Record], metric: str, blocks: tuple[int, int]
+) -> tuple[Verdict, Verdict]:
     """Claims 3 and 4, judged from paired replicates.
 
     Claim 3 holds in a replicate when, between the smallest budget that every size can afford and
     the largest one measured, the winner becomes larger. Claim 4 asks the same of every sampler,
-    in the same replicates. They are supported by single sizes, see `winners.Crossover.alone`.
+    in the same replicates, and needs every size with each. They are supported by single sizes,
+    see `winners.Crossover.alone`.
     """
+    curves = curves_lib.quality_curves(arms, metric, None, *blocks)
+    sizes = curves_lib.models(arms)
     tests = (
         "The share of paired replicates in which the size that wins the largest budget measured "
         "is larger than the one that wins the smallest budget that every size can afford. To "
@@ -201,7 +222,7 @@ def _crossing(curves: Curves, metric: str, sizes: Sequence[str]) -> tuple[Verdic
         "and one larger size alone its winner at the largest, each surely enough for as many as "
         "try.",
         "The share of paired replicates in which that is so for every sampler at once; to support "
-        "the claim, each of them must support claim 3.",
+        "the claim, each of them must support claim 3; to contradict it, one of them must too.",
     )
     names = sorted({s for _, s in curves}, key=lambda s: (s.partition(", ")[0] != "ddim", s))
     found, together = winners.crossovers(curves, metric, sizes, names)
@@ -213,9 +234,11 @@ def _crossing(curves: Curves, metric: str, sizes: Sequence[str]) -> tuple[Verdic
         first = dataclasses.replace(
             first, outcome=outcome, headline=f"{_where(sampler, cross)}: {words.sure(sure)} that "
             "a larger size wins the larger budget.",
-            because=_cross(metric, cross), probability=sure, **_lead(metric, cross),
+            because=_cross(metric, cross) + _without(arms, metric, blocks, {sampler}),
+            probability=sure, **_lead(metric, cross),
         )
-    lacking = [labels.sampler(s) for s in names if s not in found]
+    lacking = [labels.sampler(s) for s in names
+               if s not in found or any((m, s) not in curves for m in sizes)]
     lacking += [family for family, members in _FAMILIES.items()
                 if not any(_solver(s) in members for s in names)]
     if lacking:
@@ -229,14 +252,29 @@ def _crossing(curves: Curves, metric: str, sizes: Sequence[str]) -> tuple[Verdic
     ]
     held = sum(outcome == "supported" for outcome, _ in judged.values())
     alone = None if together is None else min(c.alone for c in found.values())
-    outcome, sure = words.judge_alone(together, alone)
+    # Of several that may be so not all are at once: that contradicts none of them.
+    against = any(outcome == "contradicted" for outcome, _ in judged.values())
+    outcome, sure = words.judge_alone(together if against else None, alone)
     headline = (
         f"The pattern is clear for {held} of {len(found)} samplers; for all of them at once: "
         f"{words.sure(sure)}."
     )
     return first, Verdict(
-        4, CLAIMS[3], tests[1], outcome, headline, f"{'; '.join(parts)}.",
+        4, CLAIMS[3], tests[1], outcome, headline,
+        f"{'; '.join(parts)}.{_without(arms, metric, blocks, found)}",
         f"{held} of {len(found)} samplers", None, sure,
+    )
+
+
+def _without(
+    arms: Sequence[Record], metric: str, blocks: tuple[int, int], samplers: Collection[str]
+) -> str:
+    """A sentence on the cells of these samplers' grid that there are not; may be empty."""
+    gaps = [g for g in curves_lib.gaps(arms, metric, *blocks)
+            if not g.reported and g.cell[1] in samplers]
+    return "" if not gaps else (
+        f" Judged without {labels.counted(len(gaps), 'cell')} of the grid of sizes and steps, not "
+        "reported yet."
     )
 
 
@@ -310,7 +348,8 @@ def _pattern(number, test, records, metric, blocks, judge) -> Verdict:
     outcome, sure = judge(cross)
     return Verdict(
         number, CLAIMS[number - 1], test, outcome,
-        f"{_where(sampler, cross)}: {words.sure(sure)}.", _cross(metric, cross),
+        f"{_where(sampler, cross)}: {words.sure(sure)}.",
+        _cross(metric, cross) + _without(arms, metric, blocks, {sampler}),
         probability=sure, **_lead(metric, cross),
     )
 
@@ -328,7 +367,7 @@ def _where(sampler: str, cross: winners.Crossover) -> str:
 def _cross(metric: str, cross: winners.Crossover) -> str:
     low, high = cross.low, cross.high
     return (
-        f"The smallest budget that all {len(low.contenders)} sizes can afford is "
+        f"The smallest budget that {_all(len(low.contenders))} sizes can afford is "
         f"{labels.number(low.budget)}: {low.best.model} takes {words.how(low.best)} there and "
         f"reaches {words.reached(metric, low.best)} ({words.sure(low.best.probability)} that it is "
         f"the best size, {words.sure(cross.small_wins)} that some size below the largest is). At "

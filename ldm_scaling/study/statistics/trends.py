@@ -28,17 +28,21 @@ class Trend:
     """Quality against training compute.
 
     Attributes:
-      change: of the measure for ten times the compute, relative: -0.1 is 10% less.
+      change: of the measure for ten times the compute: relative, -0.1 is 10% less, or in the
+        measure's own unit.
       low, high: its 95% interval.
+      relative: which of the two it is.
       probability: that more compute is better.
       points, sizes, lengths: networks, different sizes, different training lengths.
       sampler, steps: how they were sampled.
       span: largest compute over the smallest.
+      without: networks of the records that were not sampled like that.
     """
 
     change: float
     low: float
     high: float
+    relative: bool
     probability: float
     points: int
     sizes: int
@@ -46,6 +50,7 @@ class Trend:
     sampler: str
     steps: int
     span: float
+    without: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -104,10 +109,10 @@ def training(
     """The straight line of the measure over log training compute; None below 3 sizes or computes.
 
     A measure that is smaller the better, and above 0, is fitted in its logarithm: the slope is
-    the exponent of a power law. Its error adds up two parts: the scatter about the line and the
-    paired replicates' spread. Each size was trained once, and its luck moves all of its points, at
-    whatever length: the line is told from as many runs as there are sizes (t with sizes - 2
-    degrees).
+    the exponent of a power law. Another is fitted as it is. The slope's error adds up two parts:
+    the scatter about the line and the paired replicates' spread. Each size was trained once, and
+    its luck moves all of its points, at whatever length: the line is told from as many runs as
+    there are sizes (t with sizes - 2 degrees).
     """
     found = networks(records, metric, select_block, report_block)
     points, compute = [n.point for n in found], [n.compute for n in found]
@@ -126,9 +131,10 @@ def training(
     certain = 1.0 if slope < 0 else 0.0 if slope > 0 else 0.5
     probability = float(scipy.stats.t.cdf(-slope / error, degrees)) if error > 0 else certain
     return Trend(
-        change, low, high, probability, len(found), len(models),
+        change, low, high, logs, probability, len(found), len(models),
         len({n.train_step for n in found}), points[0].sampler, points[0].steps,
         float(max(compute) / min(compute)),
+        len({(r.identity.model, r.identity.train_step) for r in records}) - len(found),
     )
 
 
@@ -155,19 +161,16 @@ def _in_logs(points: Sequence[Point], sign: int) -> bool:
 def _slope(
     logc_P: np.ndarray, points: Sequence[Point], sign: int, size_P: np.ndarray
 ) -> tuple[float, float]:
-    """Slope of the loss per decade, in log10 or relative to the mean, and its standard error, of
-    points that are of runs numbered `size_P`."""
+    """Slope of the loss per decade, in log10 or in its own unit, and its standard error, of points
+    that are of runs numbered `size_P`."""
     loss_P = sign * np.array([p.value for p in points])
     sizes = {p.replicates_R.size for p in points}
     loss_PR = sign * np.stack([p.replicates_R for p in points]) if sizes != {0} and len(
         sizes) == 1 else loss_P[:, None]
     if _in_logs(points, sign):
         loss_P, loss_PR = np.log10(loss_P), np.log10(loss_PR)
-    else:
-        scale = np.abs(loss_P).mean() or 1.0
-        loss_P, loss_PR = loss_P / scale, loss_PR / scale
     slope = float(np.polyfit(logc_P, loss_P, 1)[0])
-    slope = slope if abs(slope) > _ROUNDING else 0.0
+    slope = slope if abs(slope) > _ROUNDING * np.abs(loss_P).max() else 0.0
     slopes_R = np.polyfit(logc_P, loss_PR, 1)[0]
     spread = float(slopes_R.std(ddof=1)) if slopes_R.size > 1 else 0.0
     return slope, float(np.hypot(_error(logc_P, loss_P, size_P), spread))

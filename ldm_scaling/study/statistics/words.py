@@ -37,7 +37,7 @@ def judge_alone(
 def sure(probability: float | None) -> str:
     """`probability 0.97`."""
     if probability is None:
-        return "unknown probability (no replicates)"
+        return "unknown probability without replicates"
     return f"probability {labels.probability(probability)}"
 
 

@@ -1,12 +1,14 @@
 """The six claims: supported where planted, contradicted where the contrary is, else undecided."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
 import scipy.stats
 
-from ldm_scaling.study.statistics import claims, trends
+from ldm_scaling.study import curves, winners
+from ldm_scaling.study.statistics import claims, trends, words
 from ldm_scaling.study.statistics.claims import Evidence
 from ldm_scaling.study.statistics.trends import Tuned
 from tests.study import fake_records as fake
@@ -86,6 +88,35 @@ def test_claim_4_needs_every_sampler_to_agree(study):
     assert (found[3].outcome, found[4].outcome) == ("supported", "contradicted")
     found = _judged(Evidence.of([r for r in study if r.identity.sampler != "dpmpp_2m"]))
     assert found[4].outcome == "undecided" and "DPM-Solver++" in found[4].headline
+
+
+def test_what_is_measured_in_part_is_said_with_the_verdict(study):
+    """As of a sweep whose sizes finish one by one."""
+    running = [r for r in study if r.identity.model != "c48" or (
+        r.identity.sampler == "ddim" and r.identity.steps < 20)]
+    found = _judged(Evidence.of(running, super_resolution=running))
+    assert not found[4].tested and found[4].headline == (
+        "Not measured fully yet: DDPM and DPM-Solver++ (2M).")
+    assert "Judged without 2 cells of the grid" in found[3].because
+    apart = [r for r in study if r.identity.model != "c48" or r.identity.sampler == "ddpm"]
+    assert "Judged without 1 network of these records" in _judged(Evidence.of(apart))[1].because
+    assert "Judged without 1 cell of the grid" in found[5].because
+    assert "without" not in "".join(v.because for v in _judged(Evidence.of(study)).values())
+    rows = _fine_tuned(1.0, 0.2, 0.3)
+    assert "8 sizes, 4 lengths of fine-tuning, 1 cell of which not measured." == _judged(
+        Evidence.of(study, fine_tuned=rows[1:]))[2].because
+
+
+def test_parts_that_are_undecided_contradict_nothing_together():
+    for seed in range(20):
+        records = fake.make(fake.flat_truth(SIZES), guidance=(3.0,), seed=seed)
+        parts, together = winners.crossovers(
+            curves.quality_curves(records, FD), FD, SIZES, fake.STEPS)
+        alone = {words.judge_alone(c.probability, c.alone)[0] for c in parts.values()}
+        if alone == {"undecided"} and together <= 0.05:
+            break
+    assert alone == {"undecided"} and together <= 0.05
+    assert _judged(Evidence.of(records))[4].outcome == "undecided"
 
 
 def test_claim_4_is_about_solvers_by_their_whole_names(study):
@@ -224,6 +255,35 @@ def test_two_sizes_are_no_trend():
 def test_the_trend_follows_a_measure_where_higher_is_better():
     found = trends.training(fake.make(guidance=(3.0,)), "caption_agreement")
     assert found.low > 0 and found.probability > 0.95
+
+
+def test_a_measure_about_0_changes_in_its_own_unit():
+    """By 0.004 for ten times the compute, as planted: no share of a mean near 0, no exponents."""
+    def moved(r):
+        def kid(value):
+            return 1e-6 * (value - 40.0) - 0.004 * np.log10(r.gflops)
+
+        return dataclasses.replace(
+            r, metrics={"kid_clean": kid(r.metrics[FD])}, intervals={},
+            replicates={"kid_clean": [kid(v) for v in r.replicates.get(FD, ())]})
+
+    records = [moved(r) for r in fake.make(fake.flat_truth(SIZES), guidance=(3.0,))]
+    found = trends.training(records, "kid_clean")
+    assert not found.relative and found.low < -0.004 < found.high
+    assert found.change == pytest.approx(-0.004, rel=0.01)
+    said = _judged(Evidence.of(records), "kid_clean")[1]
+    assert re.fullmatch(r"-0\.0040\d|-0\.0039\d", said.effect.split()[0])
+    assert "%" not in said.effect and "changes KID (clean) by -0.00" in said.headline
+
+
+def test_a_large_change_is_a_factor():
+    records = fake.make(REVERSED, guidance=(3.0,))
+    grown = [dataclasses.replace(r, metrics={FD: r.metrics[FD] * r.gflops**2}, intervals={},
+                                 replicates={}) for r in records]
+    said = _judged(Evidence.of(grown))[1]
+    factor = float(said.effect.split(" times the FD")[0])
+    low, high = said.interval
+    assert 100 < low < factor < high and "makes FD" in said.headline
 
 
 @pytest.mark.parametrize("pretraining, length, larger", [(1.0, 0.2, True), (0.1, 3.0, False)])
