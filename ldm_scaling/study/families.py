@@ -10,8 +10,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from ldm_scaling.models import zoo
+from ldm_scaling.study import curves as curves_lib
 from ldm_scaling.study import labels, winners
 from ldm_scaling.study.curves import Curves, Point
+from ldm_scaling.study.records import Record
 from ldm_scaling.study.statistics import words
 from ldm_scaling.study.winners import Winner
 
@@ -82,9 +84,6 @@ def sentences(curves: Curves, metric: str) -> list[str]:
             sizes.setdefault(family, set()).add(model)
             cells[family] = cells.get(family, 0) + len(points)
 
-    def count(n: int, what: str) -> str:
-        return f"{n} {what}" if n == 1 else f"{n} {what}s"
-
     def one(w: Winner) -> str:
         point = at[w.best.model][w.budget]
         return (
@@ -96,7 +95,8 @@ def sentences(curves: Curves, metric: str) -> list[str]:
 
     ends = [met[0]] if met[0].budget == met[-1].budget else [met[0], met[-1]]
     of = [
-        f"{f.name} ({count(len(sizes[f.name]), 'size')}, {count(cells[f.name], 'cell')})"
+        f"{f.name} ({labels.counted(len(sizes[f.name]), 'size')}, "
+        f"{labels.counted(cells[f.name], 'cell')})"
         for f in families
     ]
     return [
@@ -114,6 +114,22 @@ def ladder(models: Sequence[str]) -> tuple[str, list[str]]:
         return "", list(models)
     best = max(of, key=lambda name: len(of[name]))
     return best, of[best]
+
+
+def summary(records: Sequence[Record]) -> str:
+    """What these networks are, in a sentence: of those that the zoo knows whether they differ only
+    in width, and whether all were trained for as long."""
+    models, compared = curves_lib.models(records), "compared at equal sampling cost."
+    if len(models) == 1:
+        return f"One latent diffusion model, its samplers {compared}"
+    steps = {r.identity.train_step for r in records}
+    compared = ("trained alike and " if len(steps) == 1 and steps != {0} else "") + compared
+    of = parted(models)
+    others = [
+        vars(zoo.MEMBERS[m].spec) | {"base_channels": 0, "groups": 0} for m in of.get("U-Net", ())]
+    if list(of) == ["U-Net"] and all(one == others[0] for one in others):
+        return f"A family of latent diffusion models that differ only in width, {compared}"
+    return f"Latent diffusion models ({labels.listing(list(of))}) in several sizes, {compared}"
 
 
 def parted(models: Sequence[str]) -> dict[str, list[str]]:

@@ -23,7 +23,7 @@ from ldm_scaling.study import (
     students,
 )
 from ldm_scaling.study.arguments import Parser, add_blocks
-from ldm_scaling.study.figures import beside, catalogue, downstream
+from ldm_scaling.study.figures import beside, catalogue, downstream, scaling
 from ldm_scaling.study.figures.source import Source
 from ldm_scaling.study.places import Places
 from ldm_scaling.study.records import TEXT_TO_IMAGE, Record
@@ -104,6 +104,8 @@ def _run(given: argparse.Namespace, there: Places) -> None:
             loss_curves={name: rows for own, _ in reversed(read) for name, rows in own.items()},
             baselines=[b for home in there.homes for b in baselines.of_records(home, found)],
         )
+    laws = any(e.name.startswith("law_") for e in catalogue.chosen(given.names))
+    without_law = scaling.left_out(source) if laws else []
     _require_writable(to)
     written = catalogue.write(to, source, given.names)
     for name in written.names:
@@ -115,9 +117,10 @@ def _run(given: argparse.Namespace, there: Places) -> None:
     for of in (curves.other_settings, downstream.other_lessons):
         for line in of(found, settings):
             print(line)
-    for line in uneven:
+    for line in (*uneven, *without_law):
         print(line)
     if given.page:
+        lost += without_law
         print(os.fspath(_page(to, source, strips, written.names, uneven, lost)))
 
 

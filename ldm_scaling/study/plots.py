@@ -105,7 +105,7 @@ def guidance_by_steps(records: Sequence[Record], metric: str, sampler: str, bloc
         for (s, w), value in cells[model].items():
             x, y = steps.index(s) + 0.5, rates.index(w) + 0.5
             best = len(rates) > 1 and choice.get((model, sampler, s)) == w
-            ax.text(x, y, labels.number(value), ha="center", va="center", fontsize=7.2,
+            ax.text(x, y, labels.brief(value), ha="center", va="center", fontsize=7.2,
                     color=plot_style.ink_on(cmap(norm(value))),
                     fontweight="bold" if best else "normal")
             if best:

@@ -14,7 +14,7 @@ from ldm_scaling import __version__
 from ldm_scaling.config import Cascade, Consistency, Distill, FineTune, Study, Sweep
 from ldm_scaling.data.composed import openmoji
 from ldm_scaling.errors import first_line
-from ldm_scaling.models import efficientnet, zoo
+from ldm_scaling.models import efficientnet
 from ldm_scaling.sampling import solvers
 from ldm_scaling.study import (
     baselines,
@@ -29,7 +29,7 @@ from ldm_scaling.study import (
     students,
 )
 from ldm_scaling.study.extractors import EXTRACTORS
-from ldm_scaling.study.figures import beside, catalogue
+from ldm_scaling.study.figures import beside, catalogue, scaling
 from ldm_scaling.study.figures.source import Source
 from ldm_scaling.study.materials import LAYER, PROBE_PICTURES, SANITY, Materials
 from ldm_scaling.study.records import TEXT_TO_IMAGE, Record
@@ -118,7 +118,7 @@ def _context(
         )
     return report.Context(
         title=f"{study.name}: quality against sampling cost",
-        **({"summary": summary} if (summary := _summary(materials)) else {}),
+        summary=materials.networks.summary or "",
         metric=_sweep(materials, found).choose_by,
         select_block=sweep.select_block,
         report_blocks=report_blocks,
@@ -242,18 +242,6 @@ def _cascading(cascade: Cascade, study: Study) -> str:
     )
 
 
-def _summary(materials: Materials) -> str | None:
-    """Of networks that do not differ in width alone; None where the page's own holds."""
-    names = sorted({zoo.family_of(m) for m in materials.study.members} - {""})
-    if materials.networks.summary or names in ([], ["unet"]):
-        return materials.networks.summary
-    several = labels.listing([zoo.LABELS[name] for name in names])
-    return (
-        f"Latent diffusion models of {'the families ' if names[1:] else ''}{several} in several "
-        "sizes, trained alike and compared at equal sampling cost."
-    )
-
-
 def write(materials: Materials, found: list[Record], others: Sequence[Record] = ()) -> str:
     """Writes `figures/` and `report.html`; returns the page's path.
 
@@ -275,13 +263,14 @@ def write(materials: Materials, found: list[Record], others: Sequence[Record] = 
     losses, lost = beside.losses(materials.workdir, materials.study.members)
     sanity, damaged = _sanity(materials)
     lost += damaged
-    for line in lost:
-        print(f"ldm-scaling: {line}", file=sys.stderr, flush=True)
     source = Source(
         every, metric, sweep.select_block, report_blocks,
         loss_curves=losses,
         captions=captions, baselines=held,
     )
+    lost += scaling.left_out(source)
+    for line in lost:
+        print(f"ldm-scaling: {line}", file=sys.stderr, flush=True)
     images = beside.strips([strips], source) if here else {}
     written = catalogue.write(figures, dataclasses.replace(source, images=images))
     for line in written.skipped:

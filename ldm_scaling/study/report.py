@@ -47,7 +47,7 @@ class Context:
 
     Attributes:
       title: heading of the page.
-      summary: one or two sentences under it.
+      summary: one or two sentences under it; by default made of the records' networks.
       metric: the main measure.
       select_block: seed block that chose the guidance.
       report_blocks: seed blocks that are reported; the mean over several, of those that hold all
@@ -63,10 +63,7 @@ class Context:
     """
 
     title: str = "Quality against sampling cost"
-    summary: str = (
-        "A family of latent diffusion models that differ only in width, trained alike and compared "
-        "at equal sampling cost."
-    )
+    summary: str = ""
     metric: str = "fd_effnetlite0"
     select_block: int = 0
     report_blocks: Sequence[int] = (1,)
@@ -157,14 +154,18 @@ def _protocol(records: Sequence[Record], context: Context) -> list[str]:
         for block in sorted(images)
     )
     draws = {len(v) for r in records for v in r.replicates.values()}
+    frechet = any(map(labels.frechet, curves_lib.measures(records)))
     several = len(context.report_blocks) > 1
     where = labels.listing([str(block) for block in context.report_blocks])
+    within = "step count that a size takes within a budget"
+    rates = {r.identity.guidance for r in records}
+    chosen, too = ("best guidance rate of each size, sampler and step count", (
+        f" The {within} is chosen in the same way.")) if len(rates) > 1 else (within, "")
     protocol = [
         f"Every configuration draws images for the same prompts from the same noise ({counts}). "
-        f"The best guidance rate of each size, sampler and step count is chosen on seed block "
+        f"The {chosen} is chosen on seed block "
         f"{context.select_block}; what is reported was sampled anew on block{'s' * several} "
-        f"{where}, with other prompts and noise, so the choice does not flatter "
-        "the result. The step count that a size takes within a budget is chosen in the same way.",
+        f"{where}, with other prompts and noise, so the choice does not flatter the result.{too}",
     ]
     if any(r.round for r in records):
         protocol.append(
@@ -176,9 +177,10 @@ def _protocol(records: Sequence[Record], context: Context) -> list[str]:
         number = labels.listing([str(d) for d in sorted(draws)], "or")
         protocol.append(
             f"Intervals and probabilities come from {number} bootstrap replicates, each a random "
-            "half of the prompts, centred because fewer images give a larger Fréchet distance. A "
-            "replicate takes the same prompts for every configuration, so differences between "
-            "sizes are paired."
+            "half of the prompts, centred"
+            + (" because fewer images give a larger Fréchet distance" if frechet else "")
+            + ". A replicate takes the same prompts for every configuration, so differences "
+            "between sizes are paired."
         )
     if several:
         protocol.append(
@@ -192,14 +194,15 @@ def _protocol(records: Sequence[Record], context: Context) -> list[str]:
 def _limits(records: Sequence[Record], untested: str, lost: Sequence[str]) -> list[str]:
     trained = sorted({r.identity.train_step for r in records} - {0})  # 0 is a published model.
     steps = [labels.listing([f"{s:,}" for s in trained], "or")] if trained else []
+    frechet = any(map(labels.frechet, curves_lib.measures(records)))
     return [
         "Sampling cost counts the denoising network alone, one call per step; the text encoder, "
         "the image decoder and the second call that guidance makes are left out, as in the paper. "
         "Measured seconds include the second call and the decoder.",
         *(f"Each size was trained once, for {s} steps: the intervals cover the choice of "
           "prompts, not the chance of another training run." for s in steps),
-        "A Fréchet distance depends on the number of images; compare only values with the same "
-        "number, network and reference pictures.",
+        f"{'A Fréchet distance depends on the number of images; compare' if frechet else 'Compare'}"
+        " only values with the same number, network and reference pictures.",
         *([f"Not tested by these records: {untested} of the paper."] if untested else []),
         *(f"{line[0].upper()}{line[1:]}." for line in lost),
     ]
@@ -286,7 +289,8 @@ def write(
     report_blocks = reported_lib.whole(
         arms, told.metric, told.select_block, told.report_blocks)
     lacking = list(filter(None, [reported_lib.left_out(told.report_blocks, report_blocks)]))
-    told = dataclasses.replace(told, report_blocks=report_blocks)
+    told = dataclasses.replace(
+        told, report_blocks=report_blocks, summary=told.summary or families.summary(records))
     blocks = (told.select_block, told.report_blocks[0])
     pooled = blocks_lib.pooled(arms, told.select_block, told.report_blocks)
     sizes = curves_lib.models(arms)

@@ -1,5 +1,7 @@
 """Families at equal cost: of planted numbers, which family is best at which budget."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,7 @@ from ldm_scaling.study import families
 from ldm_scaling.study.curves import Point
 from ldm_scaling.study.figures import families as figure
 from ldm_scaling.study.statistics import words
-from tests.study import paper_records
+from tests.study import fake_records, paper_records
 
 FID = paper_records.FID
 
@@ -87,3 +89,21 @@ def test_the_figure_shows_every_budget():
     assert {(r["family"], r["budget"], r["model"]) for r in drawn.rows} == {
         (f.name, b, p.model) for f in families.compared(CURVES, FID)[0] for b, p in f.frontier}
     assert {r["probability_best"] for r in drawn.rows} == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("models, said", [
+    (("c8",), "One latent diffusion model, its samplers compared"),
+    (("c8", "c24"), "A family of latent diffusion models that differ only in width, trained alike"),
+    (("c8", "c24_s16"), "Latent diffusion models (U-Net) in several sizes, trained alike"),
+    (("c8", "dit_w40"), "Latent diffusion models (U-Net and DiT) in several sizes"),
+    (("mine", "yours"), "Latent diffusion models (other networks) in several sizes"),
+])
+def test_the_summary_says_what_the_networks_are(models, said):
+    (first,) = fake_records.make(models=("c8",), samplers=("ddim",), steps={"ddim": (4,)},
+                                 guidance=(3.0,), report_blocks=())
+    found = [dataclasses.replace(first, params=k, identity=dataclasses.replace(
+        first.identity, model=m)) for k, m in enumerate(models)]
+    assert families.summary(found).startswith(said)
+    longer = dataclasses.replace(first.identity, model="c8", train_step=9)
+    assert "trained alike" not in families.summary(
+        [*found, dataclasses.replace(found[0], identity=longer)])

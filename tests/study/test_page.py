@@ -181,6 +181,28 @@ def test_a_heat_map_has_three_digits_that_fit(browser, address):
         assert inks == ["#fff", "#1a212b"]
 
 
+def test_scripts_write_numbers_as_the_page_does(page):
+    for value in (0.0, 1234.4, 99.96, 3.214, -0.00614, 6.14e-5, 4.1e-8, 2.5e12, 242_134.0):
+        assert page.evaluate("number", value) == labels.number(value)
+        assert page.evaluate("brief", value) == labels.brief(value) or value > 1e12
+    for ends in ((8.5e-7, 2.2e-6), (-1e-12, 0.5)):
+        assert page.evaluate("(ends) => range(...ends)", ends) == f" {labels.interval(*ends)}"
+    assert page.evaluate("tickTexts", [0, 9e-7, 1e-6]) == ["0", "9e-7", "1e-6"]
+
+
+def test_paper_is_wide_enough_for_many_measures(browser, tmp_path, study):
+    names = ("fid_clean", "kid_clean", "cmmd", "precision", "recall", "density", "coverage",
+             "lpips_vgg")
+    some = [dataclasses.replace(
+        r, metrics=dict.fromkeys(names, r.metrics[FD]), replicates={},
+        intervals=dict.fromkeys(names, (0.00123, 0.00234))) for r in study]
+    told = report.Context(metric=names[0])
+    address = report.write(tmp_path, some, tmp_path, told).as_uri()
+    with _opened(browser, address, viewport={"width": 718, "height": 1000}) as page:
+        page.emulate_media(media="print")
+        assert page.locator("#records-table").bounding_box()["width"] <= 718 - 40
+
+
 def test_long_names_leave_the_charts_their_room(browser, tmp_path, study):
     """Wherever they are said: none has a place to break at."""
     long = {"c24": "a_very_long_name_of_a_network_that_goes_on_and_on_for_ever"}
@@ -437,7 +459,8 @@ def test_wide_pictures_and_tables_scroll_within_their_frames(browser, tmp_path, 
 
 def test_paper_shows_contents_and_no_controls(page, study):
     page.emulate_media(media="print")
-    for control in (".filters", "nav", "#advice-slider", "#quality-measure", "#records-search"):
+    for control in (".filters", "nav", "#advice-slider", "#quality-measure", "#records-search",
+                    ".button", "#records-table th:last-child"):
         assert not page.locator(control).first.is_visible()
     assert page.locator(".more li").last.is_visible()
     for content in ("#found", "#advice-result", "#advice-front", "#quality-chart > svg", "#about"):

@@ -408,6 +408,47 @@ def test_a_measure_that_rounds_of_a_race_lack_is_reported(tmp_path, study):
         options_lib.of_records(some, "cost", "recall")
 
 
+def test_no_two_measures_have_one_short_name():
+    short = [m.short for m in labels.MEASURES.values()]
+    assert len({*short}) == len(short)
+
+
+@pytest.mark.parametrize("value, text", [
+    (0.0, "0"), (-0.0, "0"), (1234.4, "1234"), (99.96, "100"), (56.72, "56.7"), (3.214, "3.21"),
+    (0.00614, "0.00614"), (1.4e-4, "0.000140"), (-6.14e-5, "-0.0000614"), (4.1e-8, "4.10e-8"),
+    (2.5e12, "2.50e12"),
+])
+def test_numbers_keep_three_digits(value, text):
+    assert labels.number(value) == text
+
+
+def test_the_ends_of_an_interval_are_of_one_style():
+    assert labels.interval(8.5e-7, 2.2e-6) == "[0.000000850, 0.00000220]"
+    assert labels.interval(-4e-7, 3e-7) == "[-4.00e-7, 3.00e-7]"
+    assert labels.interval(-1e-12, 0.5) == "[0, 0.500]"
+    assert [*map(labels.brief, (242_134.0, 2.41e-5, 23.44))] == ["242k", "2.4e-5", "23.4"]
+
+
+def test_frechet_distances_are_explained_where_there_are_some(tmp_path, study):
+    for name, there in (("kid_clean", False), ("fid_clean", True)):
+        some = [dataclasses.replace(
+            r, metrics={name: r.metrics[FD]}, intervals={name: r.intervals.get(FD, (1.0, 2.0))},
+            replicates={name: r.replicates.get(FD, [])}) for r in study]
+        told = report.Context(metric=name)
+        text = report.write(tmp_path, some, tmp_path / "none", told).read_text("utf-8")
+        assert ("Fréchet" in text[text.index("<h3>Protocol"):]) == there
+
+
+def test_where_there_is_one_guidance_rate_none_is_chosen(tmp_path, study):
+    for rates, several in (((3.0,), False), ((3.0, 5.0), True)):
+        some = [r for r in study if r.identity.guidance in rates]
+        text = report.write(tmp_path, some, tmp_path / "none", report.Context()).read_text("utf-8")
+        for said in ("The best guidance rate of each size", "The rate was chosen on one set",
+                     "Along a line the guidance rate rises"):
+            assert (said in text) == several
+        assert ('class="none"><input type="checkbox" id="quality-all"' in text) != several
+
+
 def test_mistakes_are_named(tmp_path, study):
     with pytest.raises(UserError, match="no records.*run the sweep"):
         report.write(tmp_path, [], tmp_path, report.Context())

@@ -44,7 +44,9 @@ def table(source: Source) -> dict[str, Drawn]:
     shown = source.pair(list(place.values()))
     rows = [_row(place[m], shown) for m in mine]
     how = f"{labels.sampler(sampler)}, {labels.steps(steps)}"
-    title = f"The family: {how}, each at its best guidance"
+    rates = {r.identity.guidance for r in source.main}
+    at_rate = "each at its best" if len(rates) > 1 else "at one rate of"
+    title = f"The family: {how}, {at_rate} guidance"
     return {"": Drawn(_draw(rows, shown, title), rows)}
 
 

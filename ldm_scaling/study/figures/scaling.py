@@ -4,7 +4,6 @@ sizes foretell of the largest."""
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -15,8 +14,6 @@ from ldm_scaling.study.figures.source import Drawn, Source
 from ldm_scaling.study.statistics import fits, scaling, trends
 from ldm_scaling.study.statistics.laws import Law
 from ldm_scaling.study.statistics.scaling import By, Runs
-
-log = logging.getLogger(__name__)
 
 VALIDATION_LOSS = "validation_loss"
 _NOISE = {VALIDATION_LOSS: fits.DELTA}
@@ -64,7 +61,7 @@ def measured(source: Source) -> list[Measured]:
     """Validation losses along the training runs, and the main measure of the networks; of several
     families each by itself, for networks of different kinds follow no one law. A measure that may
     be 0 or below, as a kernel distance without bias is of good networks, follows no power law: with
-    such a value it is left out."""
+    such a value it is left out, see `left_out`."""
     records = [r for r in source.of_task("text_to_image") if r.identity.train_step > 0]
     size = {r.identity.model: (r.params, r.gflops) for r in records}
     losses = {
@@ -77,18 +74,34 @@ def measured(source: Source) -> list[Measured]:
             losses, {m: n for m, (n, _) in size.items()}, {m: g for m, (_, g) in size.items()},
             batch_size=1, settled=scaling.SETTLED)
         out += _by_family(VALIDATION_LOSS, _in_steps(runs))
-    if labels.measure(source.metric).better == "lower":
-        held = [r for r in records if source.metric in r.metrics]
-        blocks = source.blocks(held)
-        if trends.networks(held, source.metric, *blocks):
-            runs = scaling.of_records(held, source.metric, 1, *blocks)
-            least = int(np.argmin(runs.value_N))
-            if runs.value_N[least] > 0:
-                out += _by_family(source.metric, _in_steps(runs))
-            else:
-                log.warning("%s of %s is %.3g: no power law goes through it", source.metric,
-                            runs.models[least], runs.value_N[least])
+    runs = _quality(source)
+    if runs is not None and runs.value_N.min() > 0:
+        out += _by_family(source.metric, _in_steps(runs))
     return out
+
+
+def _quality(source: Source) -> Runs | None:
+    """The main measure of the networks, where it is a distance that they have."""
+    held = [r for r in source.of_task("text_to_image")
+            if r.identity.train_step > 0 and source.metric in r.metrics]
+    blocks = source.blocks(held)
+    if labels.measure(source.metric).better != "lower" or not trends.networks(
+            held, source.metric, *blocks):
+        return None
+    return scaling.of_records(held, source.metric, 1, *blocks)
+
+
+def left_out(source: Source) -> list[str]:
+    """A sentence where `measured` leaves the main measure out, of sizes enough for a law."""
+    runs = _quality(source)
+    if runs is None or runs.value_N.min() > 0 or len({*runs.models}) < scaling.LEAST:
+        return []
+    least = int(np.argmin(runs.value_N))
+    short = labels.measure(source.metric).short
+    return [
+        f"no scaling law of {short} is drawn: of {runs.models[least]} it is "
+        f"{labels.number(runs.value_N[least])}, and no power law goes through 0 or below"
+    ]
 
 
 def _by_family(name: str, runs: Runs) -> list[Measured]:

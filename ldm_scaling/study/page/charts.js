@@ -22,15 +22,32 @@ const label = (sampler) => (study.samplers.find((s) => s.name === sampler) || { 
 const inSteps = (n) => `${n} step${n === 1 ? "" : "s"}`;
 const measure = (name) => study.measures.find((m) => m.name === name);
 
-function number(v) {
+function number(v, beside = 0) {
   if (v === null || v === undefined) return "–";
+  const place = (u) => Number(u.toExponential(2).split("e")[1]);
+  const most = place(Math.max(Math.abs(v), Math.abs(beside)));
+  if (!v) return "0";
+  if (most < -6 || most >= 9) return v.toExponential(2).replace("+", "");
+  const text = v.toFixed(Math.max(0, 2 - Math.max(place(v), most - 4)));
+  return Number(text) ? text : "0";
+}
+/** The same in few letters: 242k, 2.4e-5. */
+function brief(v) {
   const a = Math.abs(v);
-  if (a < 0.00005) return String(Number(v.toPrecision(2)));
-  const digits = a >= 99.95 ? 0 : a >= 9.995 ? 1 : a >= 0.9995 ? 2 : a >= 0.09995 ? 3 : 4;
-  return v.toFixed(digits);
+  if (a && a < 0.001) return v.toExponential(1);
+  if (a < 9999.5) return number(v);
+  const [, scale, unit] = [[999.5e6, 1e9, "B"], [999.5e3, 1e6, "M"], [0, 1e3, "k"]]
+    .find(([least]) => a >= least);
+  return `${Number((v / scale).toPrecision(3))}${unit}`;
+}
+/** What stands at an axis's ticks: all with an exponent where the largest is tiny or huge. */
+function tickTexts(values) {
+  const most = Math.max(...values.map(Math.abs));
+  const tiny = most > 0 && (most < 1e-4 || most >= 1e7);
+  return values.map((v) => (tiny && v ? v.toExponential().replace("+", "") : String(v)));
 }
 const sure = (p) => (p > 0.99 ? "p above 0.99" : p < 0.01 ? "p below 0.01" : `p ${p.toFixed(2)}`);
-const range = (low, high) => (low === null ? "" : ` [${number(low)}, ${number(high)}]`);
+const range = (low, high) => (low === null ? "" : ` [${number(low, high)}, ${number(high, low)}]`);
 
 function add(parent, tag, attributes = {}, text = null) {
   const node = document.createElementNS(NAMESPACE, tag);
@@ -87,16 +104,19 @@ function axes(svg, box, x, y) {
   const sx = scale(x.low, x.high, box.left, box.right, x.log);
   const sy = scale(y.low, y.high, box.bottom, box.top, y.log);
   let last = -99;
-  for (const v of x.ticks || ticks(x.low, x.high, x.log, (box.right - box.left) / 80)) {
+  const across = x.ticks || ticks(x.low, x.high, x.log, (box.right - box.left) / 80);
+  const up = y.ticks || ticks(y.low, y.high, y.log, (box.bottom - box.top) / 50);
+  const acrossTexts = tickTexts(across), upTexts = tickTexts(up);
+  across.forEach((v, k) => {
     add(svg, "line", { class: "gridline", x1: sx(v), x2: sx(v), y1: box.top, y2: box.bottom });
-    if (sx(v) - last < 30) continue;
+    if (sx(v) - last < 30) return;
     last = sx(v);
-    add(svg, "text", { x: sx(v), y: box.bottom + 17, "text-anchor": "middle" }, String(v));
-  }
-  for (const v of y.ticks || ticks(y.low, y.high, y.log, (box.bottom - box.top) / 50)) {
+    add(svg, "text", { x: sx(v), y: box.bottom + 17, "text-anchor": "middle" }, acrossTexts[k]);
+  });
+  up.forEach((v, k) => {
     add(svg, "line", { class: "gridline", x1: box.left, x2: box.right, y1: sy(v), y2: sy(v) });
-    add(svg, "text", { x: box.left - 7, y: sy(v) + 4, "text-anchor": "end" }, String(v));
-  }
+    add(svg, "text", { x: box.left - 7, y: sy(v) + 4, "text-anchor": "end" }, upTexts[k]);
+  });
   const middle = (box.left + box.right) / 2;
   if (x.title) add(svg, "text", { x: middle, y: box.bottom + 38, "text-anchor": "middle" }, x.title);
   if (y.title) add(svg, "text", { x: 0, y: box.top - 12 }, y.title);

@@ -215,7 +215,7 @@ function drawHeat(svg, width) {
         const x = left + steps.indexOf(c.steps) * side, y = up + rates.indexOf(c.guidance) * tall;
         add(svg, "rect", { x: x + 0.75, y: y + 0.75, width: side - 1.5, height: tall - 1.5, rx: 3,
           fill: `rgb(${rgb})` });
-        const text = number(c.values[name]), font = Math.min(11, (1.5 * side) / text.length);
+        const text = brief(c.values[name]), font = Math.min(11, (1.5 * side) / text.length);
         add(svg, "text", { x: x + side / 2, y: y + tall / 2 + 4, "text-anchor": "middle",
           style: `font-size:${font}px;fill:${inkOn(rgb)};font-weight:${best ? 700 : 400}` }, text);
         const frame = { x: x + 1, y: y + 1, width: side - 2, height: tall - 2, rx: 3 };

@@ -271,6 +271,9 @@ def test_a_measure_at_or_below_0_has_no_law_and_the_losses_keep_theirs(tmp_path,
     records = _records(value=lambda n: -0.01 if n == max(SIZES.values()) else 1.0)
     source = Source(records, FD, loss_curves=_losses())
     assert {one.name for one in scaling.measured(source)} == {scaling.VALIDATION_LOSS}
+    assert scaling.left_out(Source(_records(), FD)) == []
+    (line,) = scaling.left_out(source)
+    assert line.startswith("no scaling law of FD is drawn: of s") and "it is -0.0100" in line
     assert catalogue.write(tmp_path, source, ["law_size"]).names == ("law_size",)
 
 
