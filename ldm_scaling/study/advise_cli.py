@@ -267,7 +267,8 @@ def text(found: Advice) -> str:
             f"  {_reached(found.runner_up, found)} at {spent(found.runner_up)}; {_sure(found)}")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for head in (options.unit, "size", "sampler", "steps", "guidance", options.measure, "95%"):
-        table.add_column(head, justify="left" if head in ("size", "sampler", "95%") else "right")
+        table.add_column(head, justify="left" if head in ("size", "sampler", "95%") else "right",
+                         overflow="fold")
     dearer = [p.cost for p in found.front[1:]] + [math.inf]
     for p, below in zip(found.front, dearer, strict=True):
         table.add_row(

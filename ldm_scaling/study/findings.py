@@ -49,16 +49,17 @@ def _budgets(curves: Curves, metric: str, sizes: Sequence[str], sampler: str) ->
             f"{name}: below a budget of {labels.number(met[0].budget)} (normalised cost × network "
             "calls) the largest sizes cannot take part at all; from there on every size competes."
         )
-    runs = winners.stretches(met)
+    runs, several = winners.stretches(met), len(met) > 1
     out.append(
-        f"With {name} the size that is best at each budget is "
+        f"With {name} the size that is best at {'each' if several else 'the one common'} budget is "
         f"{labels.listing([_run(run) for run in runs], 'then')}."
     )
     first = met[0]
     line = (
-        f"At the smallest of these budgets {first.best.model} takes {words.how(first.best)} and "
-        f"reaches {words.reached(metric, first.best)}; {first.runner_up.model} "
-        f"({words.how(first.runner_up)}) is next, {labels.number(first.advantage)} worse"
+        f"{'At the smallest of these budgets' if several else 'There'} {first.best.model} takes "
+        f"{words.how(first.best)} and reaches {words.reached(metric, first.best)}; "
+        f"{first.runner_up.model} ({words.how(first.runner_up)}) is next, "
+        f"{labels.number(first.advantage)} worse"
     )
     if first.advantage_interval:
         line += f" {labels.interval(*first.advantage_interval)}"
@@ -135,14 +136,18 @@ def _best_of_all(curves: Curves, metric: str) -> list[str]:
     points = [p for curve in curves.values() for p in curve]
     best = min(points, key=lambda p: (p.chosen_by, p.cost))
     least = min(points, key=lambda p: (p.cost, p.chosen_by))
+    which = "Whatever the cost, the best configuration on the choosing prompts" if points[1:] else (
+        "The one configuration that is reported")
+    cheapest = "" if not points[1:] else ", and is the cheapest" if least is best else (
+        f"; the cheapest is {least.model}, {labels.sampler(least.sampler)}, "
+        f"{labels.steps(least.steps)}: {words.reached(metric, winners.Contender(least, None))} at "
+        f"{labels.number(least.cost)}"
+    )
     return [
-        f"Whatever the cost, the best configuration on the choosing prompts is {best.model} with "
-        f"{labels.sampler(best.sampler)}, {labels.steps(best.steps)} and guidance "
-        f"{best.guidance:g}; on the reporting prompts it has "
+        f"{which} is {best.model} with {labels.sampler(best.sampler)}, {labels.steps(best.steps)} "
+        f"and guidance {best.guidance:g}; on the reporting prompts it has "
         f"{words.reached(metric, winners.Contender(best, None))} at a cost of "
-        f"{labels.number(best.cost)}; the cheapest is {least.model}, "
-        f"{labels.sampler(least.sampler)}, {labels.steps(least.steps)}: "
-        f"{words.reached(metric, winners.Contender(least, None))} at {labels.number(least.cost)}."
+        f"{labels.number(best.cost)}{cheapest}."
     ]
 
 

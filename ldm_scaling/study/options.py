@@ -379,7 +379,7 @@ def _require_points(
         )
         raise UserError(
             f"advice chooses between configurations on seed block {select_block}, of which there "
-            f"is no record, and reports them on others (the records are of blocks {there}): "
+            f"is no record, and reports them on others (the records are of {_named(there)}): "
             f"{remedy}"
         )
     if not part.points:
@@ -390,8 +390,13 @@ def _require_points(
         )
         raise UserError(
             f"no configuration has {metric} on seed block {select_block} and, at the guidance "
-            f"chosen there, on {list(report_blocks)}; the records are of blocks {there}: {remedy}"
+            f"chosen there, on {_named(report_blocks)}; the records are of {_named(there)}: "
+            f"{remedy}"
         )
+
+
+def _named(some: Sequence[int]) -> str:
+    return f"block{'s' * (len(some) > 1)} {labels.listing([str(block) for block in some])}"
 
 
 def _together(parts: Mapping[Kind, _Part], points: Sequence[Point], unit: Unit) -> list[str]:

@@ -355,7 +355,8 @@ def doubts(records: Sequence[Record]) -> list[str]:
     if not why:
         return []
     return [
-        f"In seconds that are measured anew sizes may change places: {why[0]}.",
+        ("In seconds that are measured anew sizes may change places" if len(family) > 1 else
+         "Seconds that are measured anew may differ") + f": {why[0]}.",
         *(f"By its records {other}." for other in why[1:]),
         "ldm-scaling cost  measures sizes one after the other, for --device=KIND.",
     ]

@@ -10,6 +10,7 @@ import numpy as np
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.models.cost import Cost
+from ldm_scaling.study import labels
 from ldm_scaling.study.statistics import scaling
 from ldm_scaling.study.statistics.laws import Law
 from ldm_scaling.study.statistics.scaling import BACKWARD, Runs
@@ -125,8 +126,9 @@ def advise(
         raise UserError(
             f"a budget of training needs losses of {scaling.LEAST_SIZES} sizes at {scaling.LEAST} "
             f"lengths of training each, beyond the first {scaling.SETTLED:.0%} of a run; there are "
-            f"{len(runs.models)} losses of {len(names)} sizes ({', '.join(names)}) at {lengths} "
-            "lengths: train more sizes, or set train.validate_every"
+            f"{len(runs.models)} losses of {labels.counted(len(names), 'size')} "
+            f"({', '.join(names)}) at {labels.counted(lengths, 'length')}: train more sizes, or "
+            "set train.validate_every"
         )
     least, most = float(runs.gflops_N.min()), float(runs.gflops_N.max())
     if not least / _BELOW <= gflops <= most * _BEYOND:

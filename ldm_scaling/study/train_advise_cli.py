@@ -291,7 +291,7 @@ def text(
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for head in ("size", "parameters", "GFLOPs a call", "pictures", "steps", "loss",
                  f"{paid} for the best's loss"):
-        table.add_column(head, justify="left" if head == "size" else "right")
+        table.add_column(head, justify="left" if head == "size" else "right", overflow="fold")
     for s in advice.sizes:
         table.add_row(
             s.name, labels.count(s.params), labels.number(s.gflops), *(

@@ -300,12 +300,25 @@ def test_a_contradicted_choice_is_graded(study):
     assert "within noise" not in " ".join(advice.advise(options, Budget(100.0, "cost")).notes)
 
 
+def test_long_names_that_begin_alike_are_told_apart(study):
+    name = "my_very_long_experimental_backbone_of_a_long_name_v"
+    some = [dataclasses.replace(r, identity=dataclasses.replace(
+        r.identity, sampler="dpmpp_2m:solver_type=heun,final=zero,eta=0.123456789",
+        model=f"{name}{r.identity.model[1:]}")) for r in study if r.identity.sampler == "ddim"]
+    found = within(some, 100.0)
+    table = advise_cli.text(found).split("up to this one:")[1]
+    lines = table.splitlines()
+    at = next(line for line in lines if "size" in line).index("size")
+    names = "".join(line[at:].split("  ")[0] for line in lines)
+    assert "…" not in table and all(p.model in names for p in found.front)
+
+
 def test_what_cannot_be_answered(study):
     with pytest.raises(UserError, match=r"0.1 cost is below the cheapest.*c8 with .* 4 steps"):
         within(study, 0.1)
     with pytest.raises(UserError, match="metric 'fid' is in no record; there are fd_effnetlite0"):
         within(study, 3.0, metric="fid")
-    with pytest.raises(UserError, match=r"records are of blocks \[0, 1\]: finish the sweep"):
+    with pytest.raises(UserError, match="on block 5; the records are of blocks 0 and 1: finish"):
         within(study, 3.0, report_blocks=(5,))
     with pytest.raises(UserError, match="chosen on seed block 1"):
         within(study, 3.0, select_block=1)

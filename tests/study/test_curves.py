@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ldm_scaling.errors import UserError
-from ldm_scaling.study import curves, findings, raced, reported, winners
+from ldm_scaling.study import curves, findings, pricing, raced, reported, winners
 from ldm_scaling.study.figures.source import Source
 from ldm_scaling.study.statistics import words
 from tests.study import fake_records as fake
@@ -256,6 +256,26 @@ def test_seconds_are_judged_where_they_compare_and_with_what_speaks_against_them
     assert "s. 5 of 25 configurations, of c16, have no measured seconds" in some
     none = " ".join(findings.findings(fake.untimed(study), FD))
     assert "The records hold no measured seconds: claim 3 is judged by cost alone." in none
+
+
+def test_one_cell_and_one_common_budget_are_said_as_such():
+    one = findings.findings(fake.make(models=("c8",), samplers=("ddim",), steps={"ddim": (4,)}), FD)
+    (best,) = [s for s in one if "on the reporting prompts" in s]
+    assert best.startswith("The one configuration that is reported is c8") and best.count("c8") == 1
+    cheap = fake.make(fake.Truth({"c8": 10.0, "c16": 90.0}, bend=0.0), models=("c8", "c16"),
+                      samplers=("ddim",), steps={"ddim": (4,)})
+    said = findings.findings(cheap, FD)
+    assert any(s.endswith(", and is the cheapest.") for s in said)
+    (winner,) = [s for s in said if "the size that is best" in s]
+    assert "best at the one common budget is c8" in winner and "each budget" not in winner
+    assert not any("smallest of these budgets" in s for s in said)
+
+
+def test_seconds_of_one_size_change_no_places():
+    uneven = [dataclasses.replace(r, seconds_per_image=r.seconds_per_image * (
+        3 if r.identity.steps > 6 else 1)) for r in fake.make(models=("c8",))]
+    (first, *_) = pricing.doubts(uneven)
+    assert first.startswith("Seconds that are measured anew may differ: those of c8")
 
 
 def test_a_workdirs_choice_leads_where_records_hold_it(study, monkeypatch, tmp_path):

@@ -146,6 +146,8 @@ def test_what_no_law_can_tell_is_refused():
     few = {m: COSTS[m] for m in ("s0", "s2", "s4")}
     with pytest.raises(UserError, match="needs losses of 4 sizes at 3 lengths .* 24 losses of 3"):
         train_advice.advise(_runs(few), 1e6, COSTS)
+    with pytest.raises(UserError, match=r"of 1 size \(s0\) at"):
+        train_advice.advise(_runs({"s0": COSTS["s0"]}), 1e6, COSTS)
     with pytest.raises(UserError, match="at 2 lengths: .*train.validate_every"):
         train_advice.advise(_runs(lengths=2), 1e6, COSTS)
     worse = Law(0.1, (0.05, 12.0), (-0.5, 0.45))  # Larger networks are worse.
