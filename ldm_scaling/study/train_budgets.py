@@ -74,8 +74,9 @@ def of_curves(
     curves: Mapping[str, Sequence[tuple[int, str, float]]], gflops: Mapping[str, float],
     batch_size: int,
 ) -> Rate | None:
-    """The rate that a study trained at, by the seconds in steps that its runs keep: the median of
-    its sizes. None where none does.
+    """The rate that a study trained at, by the seconds in steps that its runs keep, from the first
+    that is kept on (a run that goes on from another's step has none of the steps before): the
+    median of its sizes. None where none does.
 
     Args:
       curves: size -> the rows of its `curves.csv`.
@@ -84,10 +85,10 @@ def of_curves(
     """
     found = {}
     for m, rows in curves.items():
-        step, seconds = max(((step, value) for step, name, value in rows if name == PRODUCTIVE),
-                            default=(0, 0.0))
-        if step and seconds > 0:
-            found[m] = BACKWARD * gflops[m] * step * batch_size / seconds
+        kept = [(step, value) for step, name, value in rows if name == PRODUCTIVE]
+        (begun, before), (step, seconds) = min(kept, default=(0, 0.0)), max(kept, default=(0, 0.0))
+        if step > begun and seconds > before:
+            found[m] = BACKWARD * gflops[m] * (step - begun) * batch_size / (seconds - before)
     if not found:
         return None
     low, high = min(found.values()), max(found.values())

@@ -180,13 +180,15 @@ def test_what_is_no_budget_of_training(text):
 def test_a_rate_is_the_median_of_the_sizes():
     """3 x 2 GFLOPs a call x 100 steps of 10 pictures in 60 s are 100 GFLOP/s."""
     def rows(seconds):
-        return [(50, "time/productive_seconds", seconds / 3),
+        return [(50, "time/productive_seconds", seconds / 2),
                 (100, "time/productive_seconds", seconds), (100, "validation/loss", 1.0)]
 
     curves = {"a": rows(60), "b": rows(30), "c": rows(600), "d": []}
     rate = train_budgets.of_curves(curves, dict.fromkeys(curves, 2.0), 10)
     assert (rate.gflops, rate.low, rate.high) == pytest.approx((100, 10, 200))
     assert "3 sizes" in rate.words
+    later = {"a": [(1000 + step, name, value) for step, name, value in rows(60)]}
+    assert train_budgets.of_curves(later, {"a": 2.0}, 10).gflops == pytest.approx(100)
     assert train_budgets.of_curves({"d": []}, {"d": 2.0}, 10) is None
     h100 = train_budgets.of_chip("H100", 0.5)
     assert h100.gflops == chips.by_name("h100").bf16_flops / 2e9
