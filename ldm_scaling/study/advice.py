@@ -116,12 +116,29 @@ def _too_little(options: Options, budget: Budget) -> str:
     only = f" (Table 1 has {steps} steps alone: what fewer would do, it does not say)" if steps \
         else ""
     untimed = f". {options.untimed}" if options.untimed else ""
+    what = _training(options, budget, least) if options.pictures else f"{only}; {budgets.WHAT}"
     return (
         f"a budget of {budgets.amount(budget.value, budget.unit, 9)} is below the cheapest of what "
         f"there is, {labels.network(least.model, least.task)} with {labels.sampler(least.sampler)} "
         f"and {least.steps} step{'s' * (least.steps > 1)}: "
-        f"{budgets.amount(budgets.enough(least.cost), options.unit, 5)}{only}; {budgets.WHAT}"
-        f"{untimed}"
+        f"{budgets.amount(budgets.enough(least.cost), options.unit, 5)}{what}{untimed}"
+    )
+
+
+def _training(options: Options, budget: Budget, least: Point) -> str:
+    """How much of what costs too much is training, and over how many pictures it would not."""
+    n = options.pictures
+    enough = [
+        math.ceil(p.taught * n / left) for p in options.points
+        if (left := budget.value - (p.cost - p.taught)) > 0
+    ]
+    drawn = min(p.cost - p.taught for p in options.points)
+    return (
+        f", of which {budgets.amount(least.taught, options.unit, 5)} are its training, spread over "
+        f"{n:,} picture{'s' * (n > 1)}; " + (
+            f"it suffices for --pictures={int(budgets.enough(min(enough), 3))} and more" if enough
+            else "no number of pictures is enough, for drawing alone takes "
+            f"{budgets.amount(budgets.enough(drawn), options.unit, 5)}")
     )
 
 

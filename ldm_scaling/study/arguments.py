@@ -4,6 +4,7 @@ what is left for the config."""
 from __future__ import annotations
 
 import argparse
+import decimal
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -109,7 +110,12 @@ def guidance_rate(text: str) -> float:
 
 
 def above_0(text: str) -> int:
-    """A flag's whole number, 1 or more."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0: give 1 or more")
-    return int(text)
+    """A flag's whole number, 1 to 1e18; also as `1e6` or `1_000_000`."""
+    try:
+        value = decimal.Decimal(text)
+    except decimal.InvalidOperation:
+        value = decimal.Decimal("nan")
+    if not value.is_finite() or not 1 <= value <= 10**18 or value % 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a whole number above 0: give 1 or more, up to 1e18")
+    return int(value)

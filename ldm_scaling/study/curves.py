@@ -46,6 +46,7 @@ class Point:
       num_images: images behind `value`.
       task: what the network is for, as `Record.task`.
       choosing_images: images behind `chosen_by`, as many unless told: fewer after a race.
+      taught: of `cost`, the share of training where that is counted, see `pricing.Training`.
     """
 
     model: str
@@ -62,6 +63,7 @@ class Point:
     num_images: int
     task: str = TEXT_TO_IMAGE
     choosing_images: int | None = None
+    taught: float = 0.0
 
     def at(self, axis: str) -> float:
         """Its place on an axis of `labels.AXES`: "cost", "seconds" or "steps"."""

@@ -53,6 +53,7 @@ class Options:
       places: decimals of published values; None of records.
       blocks: seed blocks that report, whose mean the points' values are.
       doubt: of the notes what speaks against the seconds, in short; empty where nothing does.
+      pictures: that training is spread over; 0 where it is not counted.
     """
 
     points: tuple[Point, ...]
@@ -68,6 +69,7 @@ class Options:
     places: int | None = None
     blocks: int = 1
     doubt: str = ""
+    pictures: int = 0
 
     def value(self, value: float) -> str:
         """A value of the measure for readers."""
@@ -279,11 +281,15 @@ def of_records(
                      "and take no part.")
     if any(p.low is None for p in points):
         notes.append("Some points have no bootstrap replicates, so no interval.")
+    taught = {r.identity.model: training.share(r) for r in weighed} if training else {}
     return Options(
-        tuple(dataclasses.replace(p, cost=price[kind(p.task, p.sampler)](p)) for p in points), unit,
-        where, measure.short, measure.sign, metric, tuple(notes),
+        tuple(
+            dataclasses.replace(p, cost=price[kind(p.task, p.sampler)](p),
+                                taught=taught.get(p.model, 0.0)) for p in points
+        ),
+        unit, where, measure.short, measure.sign, metric, tuple(notes),
         ones[-1] if unit == "cost" else None, " ".join(untimed), blocks=len(report_blocks),
-        doubt=next(iter(doubts), ""),
+        doubt=next(iter(doubts), ""), pictures=training.pictures if training else 0,
     )
 
 

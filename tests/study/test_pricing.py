@@ -2,6 +2,7 @@
 are asked for."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -126,6 +127,18 @@ def test_training_is_spread_over_the_pictures(exact):
         advice.advise(options_lib.of_records(exact, "gflops", training=Training(64, n)),
                       Budget(210.0, "gflops")).best.model for n in (2_000, 10**9))
     assert few != "c48" == many
+    with pytest.raises(UserError) as said:
+        within(exact, 60.0, "gflops", training=Training(64, 500))
+    share = 3 * 2.1 * fake.norm_cost("c8") * 2000 * 64 / 500
+    assert f"of which {share:.5g} GFLOPs are its training, spread over 500 pictures; it" in str(
+        said.value)
+    assert "a budget is of drawing" not in str(said.value)
+    n = int(re.search(r"suffices for --pictures=(\d+) and more", str(said.value))[1])
+    assert within(exact, 60.0, "gflops", training=Training(64, n)).best.model == "c8"
+    with pytest.raises(UserError, match="below the cheapest"):
+        within(exact, 60.0, "gflops", training=Training(64, int(n / 1.01)))
+    with pytest.raises(UserError, match="no number of pictures is enough, for drawing alone takes"):
+        within(exact, 1e-3, "gflops", training=Training(64, 1))
     with pytest.raises(UserError, match="--pictures goes with a budget in FLOPs"):
         options_lib.of_records(exact, "cost", training=training)
     with pytest.raises(UserError, match="--task=text_to_image is advice on members alone"):

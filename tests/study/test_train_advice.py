@@ -276,6 +276,7 @@ def test_the_answer_for_programs(capsys, demo):
 def test_training_and_drawing_in_words(capsys, demo):
     flags = (f"--records={demo}", "--train-budget=2 h", "--calls=40")
     status, out, err = run(capsys, *flags, "--pictures=1000000")
+    assert all(run(capsys, *flags, f"--pictures={n}")[1] == out for n in ("1e6", "1_000_000"))
     said = " ".join(out.split())
     assert status == 0, err
     assert said.startswith("For 2 h of training and 1,000,000 pictures of 40 calls, ")
@@ -333,6 +334,8 @@ def test_what_is_said_of_the_reach(capsys, tmp_path):
     (["--budget=3 cost"], "--train-budget chooses what to train and --budget how to draw"),
     (["--pictures=5"], "--pictures=N and --calls=K go together"),
     (["--calls=5"], "--pictures=N and --calls=K go together"),
+    *((["--calls=5", f"--pictures={n}"], f"'{n}' is not a whole number above 0")
+      for n in ("1.5", "1e-3", "0", "-1e6", "1,000", "nan", "inf", "1e999999", "1e")),
     (["--pictures=1000000000000", "--calls=99"], "drawing takes all of the budget"),
     (["--sampler=ddim"], "--sampler is of drawing"),
     (["--max-steps=5"], "--max-steps is of drawing"), (["--metric=psnr"], "--metric is of drawing"),
