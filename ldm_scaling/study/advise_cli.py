@@ -207,11 +207,12 @@ def _of_task(records: list[Record], asked: str | None) -> list[Record]:
 
 
 def _row(p: Point, found: Advice) -> dict[str, Any]:
+    trained = {"train_steps": p.train_step, "training_gflops": p.taught}
     return {
         "model": p.model, "task": p.task, "sampler": p.sampler, "steps": p.steps,
         "guidance": p.guidance, found.options.unit: p.cost, "value": p.value, "low": p.low,
         "high": p.high, "num_images": p.num_images,
-    }
+    } | (trained if found.options.pictures else {})
 
 
 def plain(found: Advice) -> dict[str, Any]:
@@ -233,10 +234,11 @@ def plain(found: Advice) -> dict[str, Any]:
     }
 
 
-def _how(p: Point) -> str:
+def _how(p: Point, found: Advice) -> str:
     return (
         f"{labels.network(p.model, p.task)}, {labels.sampler(p.sampler)}, {p.steps} "
-        f"step{'s' * (p.steps > 1)}, guidance {p.guidance:g}"
+        f"step{'s' * (p.steps > 1)}, guidance {p.guidance:g}" + (
+            f", trained {p.train_step:,} steps" if found.options.pictures else "")
     )
 
 
@@ -257,12 +259,12 @@ def text(found: Advice) -> str:
     limit = "Whatever it costs" if math.isinf(budget) else (
         f"For {budgets.amount(budget, found.budget.unit)}"
     )
-    console.print(f"{limit}: {_how(found.best)}")
+    console.print(f"{limit}: {_how(found.best, found)}")
     console.print(f"  expect {_reached(found.best, found)} at {spent(found.best)}")
     if options.doubt:
         console.print(f"  {options.doubt}")
     if found.runner_up is not None:
-        console.print(f"Runner-up: {_how(found.runner_up)}")
+        console.print(f"Runner-up: {_how(found.runner_up, found)}")
         console.print(
             f"  {_reached(found.runner_up, found)} at {spent(found.runner_up)}; {_sure(found)}")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -270,11 +272,15 @@ def text(found: Advice) -> str:
         table.add_column(head, justify="left" if head in ("size", "sampler", "95%") else "right",
                          overflow="fold")
     dearer = [p.cost for p in found.front[1:]] + [math.inf]
+    trained = ("trained",) if options.pictures else ()
+    for head in trained:
+        table.add_column(head, justify="right")
     for p, below in zip(found.front, dearer, strict=True):
         table.add_row(
             budgets.rounded_up(p.cost, below), labels.network(p.model, p.task),
             labels.sampler(p.sampler), str(p.steps), f"{p.guidance:g}", options.value(p.value),
             "" if p.low is None else labels.interval(p.low, p.high),
+            *(labels.steps(p.train_step) for _ in trained),
         )
     console.print("\nThe best for every budget up to this one:")
     console.print(table)

@@ -46,6 +46,7 @@ class Point:
       num_images: images behind `value`.
       task: what the network is for, as `Record.task`.
       choosing_images: images behind `chosen_by`, as many unless told: fewer after a race.
+      train_step: training step of its checkpoint.
       taught: of `cost`, the share of training where that is counted, see `pricing.Training`.
     """
 
@@ -63,6 +64,7 @@ class Point:
     num_images: int
     task: str = TEXT_TO_IMAGE
     choosing_images: int | None = None
+    train_step: int = 0
     taught: float = 0.0
 
     def at(self, axis: str) -> float:
@@ -373,7 +375,7 @@ def quality_curves(
             Point(model, sampler, steps, guidance, record.cost, record.seconds_per_image,
                   record.metrics[metric], low, high, sign * chosen.metrics[choose_by],
                   replicates_R, record.identity.num_images, record.task,
-                  chosen.identity.num_images)
+                  chosen.identity.num_images, record.identity.train_step)
         )
     return {key: sorted(points, key=lambda p: p.cost) for key, points in sorted(curves.items())}
 

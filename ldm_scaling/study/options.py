@@ -21,12 +21,17 @@ from ldm_scaling.study.records import (
     DISTILLED,
     FROM_TEXT,
     TASKS,
+    TEXT_TO_IMAGE,
     Record,
 )
 from ldm_scaling.study.statistics import blocks
 
 Kind = tuple[str, str]
 """(task, method): what is weighed as one part, see `kind`."""
+
+
+_ALONG: Kind = (TEXT_TO_IMAGE, "along training")
+"""Of members the earlier checkpoints, where each is an option of its own."""
 
 
 def kind(task: str, sampler: str) -> Kind:
@@ -197,7 +202,8 @@ def of_records(
     then of that rate too, see `curves.chosen_curves`, and decides between cells alone.
 
     Args:
-      records: of one study; of each size those of its longest training are used.
+      records: of one study; of each size those of its longest training are used, and with
+        `training` each earlier checkpoint as a network of its own.
       unit: of the budget; see `pricing.COUNTED` for what it counts.
       metric: the measure; see `metric_of` if None.
       select_block: chooses guidance, and between cells.
@@ -225,6 +231,9 @@ def of_records(
             )
         del held[cascades]
         left_out.append(f"{why[0].upper()}{why[1:]}, so not weighed on another device.")
+    named: dict[str, str] = {}
+    if training is not None:
+        held, named = _along(held)
     longest = {name: curves_lib.longest(own, settings) for name, own in held.items()}
     found = {}
     for name, own in longest.items():
@@ -258,9 +267,13 @@ def of_records(
     doubts = pricing.doubts(weighed) if unit == "seconds" and prices is None else []
     notes += doubts
     if training is not None:
-        notes += training.notes(weighed)
+        notes += training.notes([r for r in weighed if r.identity.model not in named])
+
+    def part_of(p: Point) -> Kind:
+        return _ALONG if p.model in named else kind(p.task, p.sampler)
+
     if len(parts) > 1:
-        notes += _together(parts, points, unit)
+        notes += _together(parts, Counter(map(part_of, points)), unit)
     for chooser in sorted({part.chooser for part in parts.values()} - {metric}):
         notes.append(
             f"Guidance is the rate with the best {labels.measure(chooser).short} of each cell, "
@@ -284,7 +297,7 @@ def of_records(
     taught = {r.identity.model: training.share(r) for r in weighed} if training else {}
     return Options(
         tuple(
-            dataclasses.replace(p, cost=price[kind(p.task, p.sampler)](p),
+            dataclasses.replace(p, model=named.get(p.model, p.model), cost=price[part_of(p)](p),
                                 taught=taught.get(p.model, 0.0)) for p in points
         ),
         unit, where, measure.short, measure.sign, metric, tuple(notes),
@@ -316,14 +329,35 @@ def _by_kind(records: Sequence[Record], settings: Sequence[str]) -> dict[Kind, l
     return out
 
 
+def _along(held: Mapping[Kind, list[Record]]) -> tuple[dict[Kind, list[Record]], dict[str, str]]:
+    """Members' records in two kinds, of each size's longest training and of its earlier
+    checkpoints, these by names of their own; and the sizes that such names are of."""
+    ((members, own),) = held.items()
+    last = {r.identity.model: r.identity.train_step for r in curves_lib.longest(own)}
+    out: dict[Kind, list[Record]] = {members: []}
+    named = {}
+    for r in own:
+        i = r.identity
+        if i.train_step == last[i.model]:
+            out[members].append(r)
+            continue
+        name = f"{i.model} after {i.train_step:,} steps"
+        named[name] = i.model
+        out.setdefault(_ALONG, []).append(
+            dataclasses.replace(r, identity=dataclasses.replace(i, model=name)))
+    return out, named
+
+
 def _names(kinds: Collection[Kind]) -> dict[Kind, str]:
     """Each in words: the task, and the method where there are several of it."""
-    methods = Counter(task for task, _ in kinds)
-    return {
-        (task, method): labels.task(task) + (
-            f" by {labels.sampler(method)}" if methods[task] > 1 else "")
-        for task, method in kinds
-    }
+    methods = Counter(task for task, _ in {*kinds} - {_ALONG})
+
+    def which(task: str, method: str) -> str:
+        if (task, method) == _ALONG:
+            return f" {method}"
+        return f" by {labels.sampler(method)}" if methods[task] > 1 else ""
+
+    return {name: labels.task(name[0]) + which(*name) for name in kinds}
 
 
 def _comparable(
@@ -356,6 +390,7 @@ def _comparable(
         if how:
             one = names[name] == labels.task(name[0])
             alone = f"--task={name[0]} is advice on it alone" if one else (
+                "ldm-scaling sweep  measures it as the rest" if name == _ALONG else
                 f"copy its records, whose sampler is {name[1]}, to a folder of their own for "
                 "advice on it alone")
             notes.append(_no_part(
@@ -405,9 +440,8 @@ def _named(some: Sequence[int]) -> str:
     return f"block{'s' * (len(some) > 1)} {labels.listing([str(block) for block in some])}"
 
 
-def _together(parts: Mapping[Kind, _Part], points: Sequence[Point], unit: Unit) -> list[str]:
-    """What is said of several kinds."""
-    cells = Counter(kind(p.task, p.sampler) for p in points)
+def _together(parts: Mapping[Kind, _Part], cells: Mapping[Kind, int], unit: Unit) -> list[str]:
+    """What is said of several kinds, of which so many cells are weighed."""
     of = [f"{text} ({cells[name]:,} {'cell' if cells[name] == 1 else 'cells'})"
           for name, text in _names(parts).items() if cells[name]]
     out = [f"Weighed together: {labels.listing(of)}; what has more cells has more to choose from."]

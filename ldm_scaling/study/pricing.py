@@ -275,8 +275,9 @@ class Training:
         return [
             f"Counted are sampling and a share of training, spread over {self.pictures:,} "
             f"pictures, in GFLOPs a picture: {labels.listing(shares)}. That is 3 x the GFLOPs of a "
-            f"call x steps x {self.batch_size} examples, of the training that was measured; the "
-            "autoencoder's, captions' and the sweep's own work are not in it."
+            f"call x steps x {self.batch_size} examples, of the longest training that was measured "
+            "(of an earlier checkpoint less, by its steps); the autoencoder's, captions' and the "
+            "sweep's own work are not in it."
         ]
 
 

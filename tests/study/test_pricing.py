@@ -150,6 +150,63 @@ def test_training_is_spread_over_the_pictures(exact):
         options_lib.of_records(published, "gflops", training=training)
 
 
+def early(records, worse, steps=500, blocks=(0, 1)):
+    """The records' checkpoints after fewer steps: one cell of each size, its distance larger."""
+    return [
+        dataclasses.replace(
+            r, metrics={k: v + worse for k, v in r.metrics.items()},
+            replicates={k: [x + worse for x in v] for k, v in r.replicates.items()},
+            identity=dataclasses.replace(r.identity, train_step=steps))
+        for r in records if (r.identity.sampler, r.identity.steps) == ("ddim", 10)
+        and r.identity.seed_block in blocks
+    ]
+
+
+def test_with_pictures_each_checkpoint_is_an_option(exact):
+    """One that is a little worse pays where few pictures are drawn, and at its own share."""
+    both = [*early(exact, 2.0), *exact]
+    options = options_lib.of_records(both, "gflops", training=Training(64, 1000))
+    longest = options_lib.of_records(exact, "gflops", training=Training(64, 1000))
+    some = [p for p in options.points if p.train_step == 500]
+    assert {cell(p) for p in some} == {(m, "ddim", 10) for m in fake.CHANNELS}
+    assert len(options.points) == len(longest.points) + len(some)
+    for p in some:
+        (q,) = [q for q in longest.points if cell(q) == cell(p)]
+        assert p.value == pytest.approx(q.value + 2) and p.guidance == q.guidance
+        assert p.taught == pytest.approx(q.taught / 4)
+        assert p.cost - p.taught == pytest.approx(q.cost - q.taught)
+    assert any("and Text to image along training (5 cells)" in n for n in options.notes)
+    assert not any("no earlier checkpoint" in n for n in options.notes)
+    (share,) = [n for n in options.notes if n.startswith("Counted are")]
+    assert "after" not in share and share in longest.notes
+    few, many = (within(both, 90.0, "gflops", training=Training(64, n)) for n in (600, 10**9))
+    assert few.best.train_step == 500 and many.best.train_step == 2000
+    assert few.runner_up.model != few.best.model and few.duel is not None
+    assert f"{few.best.model}, DDIM, 10 steps, guidance 3, trained 500 steps" in advise_cli.text(
+        few)
+    row = advise_cli.plain(few)["best"]
+    assert row["train_steps"] == 500 and row["training_gflops"] == few.best.taught
+    only = options_lib.only(options, ("c8",)).points
+    assert {p.train_step for p in only} == {500, 2000}
+    # Training is not counted, so none other than the longest takes part.
+    assert {p.train_step for p in options_lib.of_records(both, "gflops").points} == {2000}
+    assert "trained" not in advise_cli.text(within(both, 60.0, "gflops"))
+
+
+@pytest.mark.parametrize("blocks, why", [
+    ((1,), "on seed block 0, of which there is no record"), ((0, 1), "on seed blocks [1] and not")])
+def test_checkpoints_that_lack_a_block_take_no_part(exact, blocks, why):
+    records = [*exact, *early(exact, -20.0, blocks=blocks)]
+    if blocks == (0, 1):  # Which a second one that reports lacks.
+        records += [dataclasses.replace(r, identity=dataclasses.replace(r.identity, seed_block=2))
+                    for r in exact if r.identity.seed_block == 1]
+    options = options_lib.of_records(
+        records, "gflops", training=Training(64, 1000), report_blocks=(1, 2))
+    assert {p.train_step for p in options.points} == {2000}
+    (note,) = [n for n in options.notes if "takes no part" in n]
+    assert note.startswith("Text to image along training takes no part: ") and why in note
+
+
 def test_only_what_was_asked_for_is_weighed(exact):
     options = options_lib.of_records(exact, "cost")
     some = options_lib.only(options, ("c8", "c48"), ("ddim",), 10)
