@@ -13,7 +13,7 @@ from ldm_scaling.sampling import solvers
 from ldm_scaling.study import curves as curves_lib
 from ldm_scaling.study import labels, pricing, reported
 from ldm_scaling.study.costing import Price, Unit
-from ldm_scaling.study.curves import Point
+from ldm_scaling.study.curves import Cell, Point
 from ldm_scaling.study.pricing import Reference, Training
 from ldm_scaling.study.records import (
     CASCADE,
@@ -232,6 +232,7 @@ def of_records(
         del held[cascades]
         left_out.append(f"{why[0].upper()}{why[1:]}, so not weighed on another device.")
     named: dict[str, str] = {}
+    every = held
     if training is not None:
         held, named = _along(held)
     longest = {name: curves_lib.longest(own, settings) for name, own in held.items()}
@@ -284,14 +285,15 @@ def of_records(
     for name in parts:
         notes += curves_lib.other_settings(held[name], settings)
     notes += [*left_out, *lacking]
-    gaps = [
-        g for part in parts.values()
-        for g in curves_lib.gaps(part.pooled, part.chooser, select_block, report_blocks[0])
-        if not g.reported
-    ]
-    if gaps:
-        notes.append(f"{len(gaps)} of {len(gaps) + len(cells)} cells of the grid are not measured "
-                     "and take no part.")
+    gaps = {
+        name: [g.cell for g in curves_lib.gaps(
+            part.pooled, part.chooser, select_block, report_blocks[0]) if not g.reported]
+        for name, part in parts.items() if name != _ALONG
+    }
+    if missing := sum(map(len, gaps.values())):
+        there = sum(len(parts[name].points) for name in gaps)
+        notes.append(f"{missing} of {missing + there} cells of the grid are not measured"
+                     f"{_shorter(gaps, every, longest, settings)} and take no part.")
     if any(p.low is None for p in points):
         notes.append("Some points have no bootstrap replicates, so no interval.")
     taught = {r.identity.model: training.share(r) for r in weighed} if training else {}
@@ -457,6 +459,28 @@ def _together(parts: Mapping[Kind, _Part], cells: Mapping[Kind, int], unit: Unit
             "student that is told its rate: a budget in flops counts two and one."
         )
     return out
+
+
+def _shorter(
+    gaps: Mapping[Kind, Sequence[Cell]], held: Mapping[Kind, Sequence[Record]],
+    longest: Mapping[Kind, Sequence[Record]], settings: Sequence[str],
+) -> str:
+    """Which of the cells that are not measured are so after a shorter training, in words."""
+    of: Counter[tuple[str, int, int]] = Counter()
+    for name, cells in gaps.items():
+        last = {r.identity.model: r.identity.train_step for r in longest[name]}
+        steps: dict[Cell, int] = {}
+        for r in curves_lib.one_setting(held[name], settings):
+            i = r.identity
+            if not r.student_steps and i.train_step < last[i.model]:
+                cell = (i.model, i.sampler, i.steps)
+                steps[cell] = max(steps.get(cell, 0), i.train_step)
+        for model, sampler, n in cells:
+            if before := steps.get((model, sampler.partition(", ")[0], n)):
+                of[model, last[model], before] += 1
+    some = [f"{m} after {labels.steps(last)} of training lacks {n} that it has after {before:,}"
+            for (m, last, before), n in of.items()]
+    return f" ({labels.listing(some)})" if some else ""
 
 
 def _lengths(

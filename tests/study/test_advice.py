@@ -20,6 +20,7 @@ from ldm_scaling.study import options as options_lib
 from ldm_scaling.study.budgets import Budget
 from ldm_scaling.study.cost_files import CostFile, MemberCost, Timing
 from ldm_scaling.study.costing import Price
+from ldm_scaling.study.pricing import Training
 from ldm_scaling.study.workdir import Workdir
 from tests.study import fake_records as fake
 from tests.study.fake_records import cell, within
@@ -624,6 +625,23 @@ def test_the_longest_training_counts(exact):
     one, both = within(exact, 9.0), within([*early, *exact], 9.0)
     assert cell(one.best) == cell(both.best) and one.best.value == both.best.value
     assert any("longest training is used (2,000 steps)" in note for note in both.notes)
+
+
+def test_cells_of_a_shorter_training_are_named(exact):
+    """A longer checkpoint with few cells lacks those that a shorter one has: the grid is whole."""
+    def longer(r):
+        return dataclasses.replace(r, identity=dataclasses.replace(r.identity, train_step=4000))
+
+    more = [longer(r) for r in exact if r.identity.model == "c8" and r.identity.steps == 4]
+    said = [n for n in within([*exact, *more], 9.0).notes if "of the grid" in n]
+    assert said == [
+        "11 of 70 cells of the grid are not measured (c8 after 4,000 steps of training lacks 11 "
+        "that it has after 2,000) and take no part."]
+    paid = within([*exact, *more], 900.0, "gflops", training=Training(64, 1000))
+    assert len(paid.options.points) == 73 and said[0] in paid.notes
+    lone = [r for r in exact if (r.identity.model, r.identity.steps) != ("c8", 4)]
+    assert any(n == "3 of 70 cells of the grid are not measured and take no part."
+               for n in within(lone, 9.0).notes)
 
 
 def test_advice_needs_the_block_that_chooses(study):
