@@ -57,7 +57,8 @@ class Options:
       steps_alone: the only number of steps that a published table has; 0 of records.
       places: decimals of published values; None of records.
       blocks: seed blocks that report, whose mean the points' values are.
-      doubt: of the notes what speaks against the seconds, in short; empty where nothing does.
+      doubt: of the notes what speaks against a choice by seconds, in short: how they were measured,
+        or that of some sizes they were not on the device; empty where nothing does.
       pictures: that training is spread over; 0 where it is not counted.
     """
 
@@ -304,7 +305,8 @@ def of_records(
         ),
         unit, where, measure.short, measure.sign, metric, tuple(notes),
         ones[-1] if unit == "cost" else None, " ".join(untimed), blocks=len(report_blocks),
-        doubt=next(iter(doubts), ""), pictures=training.pictures if training else 0,
+        doubt=next(iter(doubts if prices is None else untimed), ""),
+        pictures=training.pictures if training else 0,
     )
 
 

@@ -110,4 +110,5 @@ def options(
     return Options(
         tuple(map(point, members)), unit, costing.label(unit, counted, device), measure.short,
         measure.sign, None, tuple(notes), reference, untimed, STEPS, measure.places,
+        doubt=untimed,
     )

@@ -192,6 +192,9 @@ def test_sizes_that_the_device_could_not_hold_take_no_part(exact):
     found = within(exact, 100.0, "seconds", prices=chip)
     assert found.best.model == "c32"
     assert found.notes[0].startswith("c48: no measured seconds")
+    shown = advise_cli.text(found).splitlines()
+    assert shown[2].startswith("  c48: no measured seconds at batch size 1 on Chip")
+    assert len([line for line in shown if "c48: no measured" in line]) == 1
     with pytest.raises(UserError, match="below the cheapest.* c48: no measured seconds at batch"):
         within(exact, 0.1, "seconds", prices=chip)
     with pytest.raises(UserError, match="at batch size 3 on Chip: run  ldm-scaling cost "
