@@ -28,6 +28,7 @@ from ldm_scaling.study import (
     train_advise_cli,
     train_budgets,
 )
+from ldm_scaling.study import memory as memory_lib
 from ldm_scaling.study import options as options_lib
 from ldm_scaling.study.advice import Advice
 from ldm_scaling.study.arguments import Parser, above_0, add_blocks, pieces
@@ -79,6 +80,8 @@ def _parser() -> Parser:
         f"share of its peak that training comes to ({train_budgets.UTILISATION})")
     add("--costs", metavar="PLACE", help=f"where those lie, a folder or file ({cost_files.FOLDER})")
     add("--batch", type=above_0, metavar="N", help="pictures drawn at a time on the device (1)")
+    add("--memory", metavar="TEXT", help="of the device, such as '8 GB': sizes that need more, as "
+        "measured there, are left out")
     add("--metric", metavar="NAME", help="the measure; the one that chose the records' guidance")
     add("--task", metavar="NAME,NAME", help="of the records, where they are of several; those that "
         "draw from text are weighed together without it")
@@ -133,29 +136,37 @@ def _options(given: argparse.Namespace, budget: Budget) -> Options:
                 raise UserError(f'--{name} goes with a budget in seconds, such as --budget="400ms"')
     elif given.device is None and (given.costs is not None or given.batch is not None):
         raise UserError("--costs and --batch go with --device=KIND")
+    memory = None if given.memory is None else memory_lib.parse(given.memory)
+    if memory and given.device is None:
+        raise UserError('--memory goes with --device=KIND, and a budget in seconds ("400ms")')
     measured = None
     if given.device is not None:
         place = given.costs or cost_files.FOLDER
         measured = cost_files.of_device(epath.Path(place).expanduser(), given.device)
     batch = given.batch or 1
+
+    def fitting(options: Options) -> Options:
+        return options if memory is None else memory_lib.fitting(
+            options, prices, batch, memory, measured.platform == "cpu")
+
     if not given.records:
         for name in ("task", "pictures", "select_block", "report_blocks"):
             if getattr(given, name) is not None:
                 raise UserError(f"--{name.replace('_', '-')} goes with --records")
         names = {m.name for m in zoo.PAPER}
         prices = measured and measured.prices(names=names)
-        return table_1.options(budget.unit, given.metric, prices=prices, batch=batch)
+        return fitting(table_1.options(budget.unit, given.metric, prices=prices, batch=batch))
     found = places.read(given.records)
     found = dataclasses.replace(found, records=_of_task(found.records, given.task))
     names = {r.identity.model for r in found.records}
     prices = measured and measured.prices(_around(found, names), names)
     select_block, report_blocks = found.blocks(given.select_block, given.report_blocks)
     with found.telling():
-        return options_lib.of_records(
+        return fitting(options_lib.of_records(
             found.records, budget.unit, given.metric or found.metric, select_block=select_block,
             report_blocks=report_blocks, settings=found.settings, training=_training(given, found),
             prices=prices, batch=batch,
-        )
+        ))
 
 
 def _around(found: Places, names: set[str]) -> dict[str, set[cost_files.Around]] | None:

@@ -60,14 +60,19 @@ def parse(text: str) -> Budget:
 
 def read(text: str, spellings: Mapping[str, tuple[Unit, float]]) -> Budget | None:
     """A number and a unit of these; None where it is none, or not above 0."""
-    found = re.fullmatch(r"\s*([-+]?[\d.]+(?:e[-+]?\d+)?)\s*([a-z]+)\s*", text.lower())
-    try:
-        value = float(found[1]) if found else math.nan
-    except ValueError:
-        value = math.nan
-    unit, scale = spellings.get(found[2] if found else "", ("cost", math.nan))
+    value, name = parted(text)
+    unit, scale = spellings.get(name, ("cost", math.nan))
     # What overflows, or is too small to be told from 0, is none too.
     return Budget(value * scale, unit) if 0 < value * scale < math.inf else None
+
+
+def parted(text: str) -> tuple[float, str]:
+    """A number, NaN where it is none, and the word after it."""
+    found = re.fullmatch(r"\s*([-+]?[\d.]+(?:e[-+]?\d+)?)\s*([a-z]+)\s*", text.lower())
+    try:
+        return (float(found[1]), found[2]) if found else (math.nan, "")
+    except ValueError:
+        return math.nan, ""
 
 
 def enough(value: float, digits: int = 5) -> float:

@@ -190,13 +190,11 @@ class CostFile:
                     "into a file of its own (ldm-scaling cost --to=FILE) and give --costs=FILE"
                 )
             own = {"network": m.timed, "guided": m.timed, "decoder": m.decoder, "text": m.text}
-            seconds = {
-                (t.part, t.batch): t.seconds / t.batch for t in self.timings
-                if t.name == own[t.part]
-            }
+            timings = [t for t in self.timings if t.name == own[t.part]]
+            seconds = {(t.part, t.batch): t.seconds / t.batch for t in timings}
             out[m.name] = Price(
                 m.name, m.gflops, m.norm_cost, m.decoder_gflops, m.text_gflops, self.device_kind,
-                seconds,
+                seconds, {(t.part, t.batch): t.bytes for t in timings},
             )
         return out
 

@@ -31,6 +31,7 @@ class Price:
         None where not known.
       device: what `seconds` were measured on; empty where nothing was.
       seconds: (part, batch size) -> measured seconds for one picture of such a batch.
+      bytes: (part, batch size) -> memory that the program for such a batch needs.
     """
 
     member: str
@@ -40,6 +41,7 @@ class Price:
     text_gflops: float | None = None
     device: str = ""
     seconds: Mapping[tuple[Part, int], float] = dataclasses.field(default_factory=dict)
+    bytes: Mapping[tuple[Part, int], int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         for name in ("gflops", "norm_cost"):
@@ -50,6 +52,10 @@ class Price:
     def batches(self) -> list[int]:
         """Batch sizes that a network call was measured at, rising."""
         return sorted({batch for part, batch in self.seconds if part == "network"})
+
+    def needs(self, batch: int) -> int:
+        """Bytes of the largest of its programs at this batch size; 0 where none was measured."""
+        return max((n for (_, size), n in self.bytes.items() if size == batch), default=0)
 
 
 @dataclasses.dataclass(frozen=True)

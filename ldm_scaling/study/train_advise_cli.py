@@ -35,7 +35,7 @@ et al. 2023 (arXiv 2305.16264)."""
 _APART = 2.0
 _BEYOND = ("smaller than any here: the smallest", "larger than any here: the largest")
 # Flags of advice on drawing, which say nothing of training.
-_OTHERS = ("sampler", "max_steps", "costs", "batch", "metric", "task", "select_block",
+_OTHERS = ("sampler", "max_steps", "costs", "batch", "memory", "metric", "task", "select_block",
            "report_blocks")
 
 

@@ -415,6 +415,31 @@ def costs(tmp_path, folder):
     return place
 
 
+def test_sizes_that_need_more_memory_are_left_out(capsys, tmp_path, exact, costs):
+    (path,) = costs.iterdir()
+    found = cost_files.read(path)
+    large = [dataclasses.replace(t, bytes=int(9e9)) for t in found.timings
+             if (t.part, t.name) == ("guided", "c48")]
+    cost_files.write(path, found.plus(*large))
+    for r in exact:
+        if r.identity.model in ("c8", "c48"):
+            records.write(tmp_path / "records", r)
+    flags = (f"--records={tmp_path / 'records'}", "--budget=10 s", "--device=h100",
+             f"--costs={costs}")
+    assert run(capsys, *flags)[1].startswith("For 10.0 s: c48")
+    held = run(capsys, *flags, "--memory=9 GB")[1]
+    assert held.startswith("For 10.0 s: c48") and "Left out" not in held
+    out = run(capsys, *flags, "--memory=8 GiB")[1]
+    assert out.startswith("For 10.0 s: c8") and "lower bound" not in out
+    said = "Left out, for the largest of their programs needs more than 8.59 GB at batch size 1: "
+    assert said + "c48 (9 GB)." in " ".join(" ".join(out.split("\n")[2:4]).split())
+    cost_files.write(path, dataclasses.replace(cost_files.read(path), platform="cpu"))
+    out = run(capsys, *flags, "--memory=8 GB")[1]
+    assert "a CPU's is a lower bound" in " ".join(out.split())
+    small = run(capsys, *flags, "--memory=0.5e-6 MB")
+    assert small[0] == 2 and "the least that drawing takes is" in small[2]
+
+
 def run(capsys, *arguments):
     status = cli.main(["advise", *arguments])
     captured = capsys.readouterr()
@@ -573,6 +598,8 @@ def test_the_command_takes_seconds_of_the_workdirs_own_autoencoder(capsys, tmp_p
     (["--budget=3 s", "--batch=2"], ["go with --device"]),
     (["--published", "--records=EMPTY"], ["give one"]),
     (["--batch=0"], ["give 1 or more"]),
+    (["--budget=3 s", "--memory=8 GB"], ["--memory goes with --device"]),
+    (["--budget=3 s", "--memory=8"], ["--memory='8' is no memory", "8 GiB"]),
     (["--task=dreambooth"], ["--task goes with --records"]),
     (["--bugdet=3"], ["--bugdet=3", "advise --help"]),
 ])  # fmt: skip
