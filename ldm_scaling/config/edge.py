@@ -89,7 +89,7 @@ def parse(config: ml_collections.ConfigDict | dict[str, Any], source: str = "") 
         for a plugin that cannot be imported.
     """
     tree = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
-    if source:
+    if source and isinstance(tree.get("data", {}), dict):  # Else `_build` says what is wrong.
         tree = {**tree, "data": {**tree.get("data", {}), "source": source, "hash": ""}}
     if tree.get("plugins"):
         named = _coerce("plugins", tuple[str, ...], tree["plugins"])

@@ -221,7 +221,7 @@ def _of_transformers(path: Path) -> Vocabulary:
             f"of Stable Diffusion in the folder tokenizer), or OpenAI's {FILE}"
         ) from e
     config, stored = tokenizing.tables(folder, table)
-    config = _SPECIAL | config
+    config = _SPECIAL | {name: of for name, of in config.items() if of is not None}
     named = {name: tokenizing.added_token(config[name]) for name in _SPECIAL}
     others = map(tokenizing.added_token, config.get("additional_special_tokens") or ())
     # Where two names share a text the last counts, and what is stored counts more.

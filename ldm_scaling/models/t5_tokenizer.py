@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors
@@ -32,6 +33,7 @@ def load(folder: str | os.PathLike[str]) -> tokenizers.Tokenizer:
             tokenizer.no_truncation()
         except Exception as e:  # the library raises Exception itself
             raise UserError(f"{file} is not a whole tokenizer ({e}): fetch it again") from e
+        _add(tokenizer, folder, tokenizing.tables(folder, {})[1])
     elif (file := folder / "spiece.model").is_file():
         tokenizer = _of_sentencepiece(file)
     else:
@@ -78,16 +80,21 @@ def _of_sentencepiece(file: Path) -> tokenizers.Tokenizer:
     )
     special = ["<pad>", "</s>", "<unk>", *(f"<extra_id_{i}>" for i in range(extra))]
     tokenizer.add_special_tokens([tokenizers.AddedToken(t, normalized=False) for t in special])
-    known = {piece for piece, _ in pieces}
-    beyond = sorted((i, text) for text, (i, _) in stored.items() if text not in known)
-    tokenizer.add_tokens([stored[text][1] for _, text in beyond])
-    for i, text in beyond:
-        if tokenizer.token_to_id(text) != i:
-            raise UserError(
-                f"{file.parent}: the added token {text!r} has the id {i}, and what follows its "
-                f"vocabulary is {tokenizer.token_to_id(text)}: fetch it again"
-            )
+    _add(tokenizer, file.parent, stored)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=["$A", "</s>"], pair=["$A", "</s>", "$B", "</s>"], special_tokens=[("</s>", end)]
     )
     return tokenizer
+
+
+def _add(tokenizer: tokenizers.Tokenizer, folder: Path, stored: dict[str, Any]) -> None:
+    """Adds the tokens of a folder's `tokenizing.tables` that a tokenizer lacks."""
+    beyond = sorted(
+        (i, text) for text, (i, _) in stored.items() if tokenizer.token_to_id(text) is None)
+    tokenizer.add_tokens([stored[text][1] for _, text in beyond])
+    for i, text in beyond:
+        if tokenizer.token_to_id(text) != i:
+            raise UserError(
+                f"{folder}: the added token {text!r} has the id {i}, and what follows its "
+                f"vocabulary is {tokenizer.token_to_id(text)}: fetch it again"
+            )

@@ -125,11 +125,13 @@ def spread(
       gathers: whether the layers multiply through `gather`. Where they do not, shards are left to
         the compiler.
     """
-    # By hand over axes of one device beside `tensor`, XLA compiles no backward pass but for TPUs,
-    # where attention's kernel needs it.
-    alone = mesh_lib.shards(mesh) == 1 and mesh_lib.platform(mesh) != "tpu"
-    if mesh.size == 1 or alone:
+    platform = mesh_lib.platform(mesh)
+    if mesh.size == 1:
         return make(None, True)
+    if mesh_lib.shards(mesh) == 1 and platform != "tpu":
+        # By hand over axes of one device beside `tensor`, XLA compiles no backward pass but for
+        # TPUs, where attention's kernel needs it. The GPU's kernel is split by the compiler.
+        return make(None, platform == "gpu")
     whole = make(None, False)
     specs = _manual(rules.shardings(shapes, mesh))
     paths = {

@@ -15,7 +15,7 @@ from ldm_scaling.study.statistics import scaling
 from ldm_scaling.study.statistics.laws import Law
 from ldm_scaling.study.statistics.scaling import BACKWARD, Runs
 
-# How many times the least and the most that was measured the law is followed.
+# How many times the least and the most compute that was measured the law is followed.
 _BELOW, _BEYOND = 100.0, 1e10
 
 Estimate = tuple[float, float, float]
@@ -94,7 +94,10 @@ class TrainAdvice:
 
     @property
     def nearest(self) -> Size:
-        """Of `sizes` the one whose FLOPs are nearest to the best's."""
+        """Of `sizes` the one whose FLOPs are nearest to the best's; with drawing, which the next
+        larger may not leave anything of, the one with the least loss."""
+        if self.drawing:
+            return min(self.sizes, key=lambda s: s.loss)
         return min(self.sizes, key=lambda s: abs(np.log(s.gflops / self.size[0])))
 
     @property
@@ -161,17 +164,16 @@ def advise(
     columns = {"compute": runs.gflops_N, **dict(zip(
         ("size", "images"), forward.scales("call and images").T, strict=True))}
     measured = {name: (float(x_N.min()), float(x_N.max())) for name, x_N in columns.items()}
-    if best(fit.law) < measured["size"][0] / _BELOW:
-        name, cost = min(sizes.items(), key=lambda item: item[1].gflops)
-        raise UserError(
-            f"drawing takes all of the budget: {calls:,} calls of {name}, the smallest, are "
-            f"{calls * cost.gflops * 1e9:.3g} FLOPs, and the budget is {gflops * 1e9:.3g}: give a "
-            "larger one, or fewer pictures or calls")
     named = sorted(sizes.items(), key=lambda item: item[1].gflops)
     call_S = np.array([cost.gflops for _, cost in named])
     images_S = np.maximum(gflops / call_S - calls, 0) / BACKWARD
     loss_S = np.full(len(named), np.inf)
     trained_S = images_S > 0
+    if not trained_S.any():
+        raise UserError(
+            f"drawing takes all of the budget: {calls:,} calls of {named[0][0]}, the smallest, are "
+            f"{calls * call_S[0] * 1e9:.3g} FLOPs, and the budget is {gflops * 1e9:.3g}: give a "
+            "larger one, or fewer pictures or calls")
     loss_S[trained_S] = fit.law(np.stack([call_S, images_S], axis=1)[trained_S])
     times_S = fit.law.off_best(call_S, *spent)
     return TrainAdvice(

@@ -267,13 +267,15 @@ def text(
     drawing, of = advice.drawing, "training"
     paid = "budget" if drawing else "training"
     if drawing:
-        of += f" and {drawing.pictures:,} pictures of {drawing.calls} calls"
+        of += (f" and {drawing.pictures:,} picture{'s' * (drawing.pictures > 1)} of "
+               f"{drawing.calls:,} call{'s' * (drawing.calls > 1)}")
     console.print(f"For {budget.text} of {of}" + (
         f", {_flops(advice.gflops)}" if rate else "") + ": a network of "
         f"{_ends(advice.size, _number)} GFLOPs a call")
-    apart = advice.size[0] / near.gflops
+    apart, ends = advice.size[0] / near.gflops, [s.gflops for s in advice.sizes]
+    beyond = not 1 / _APART < apart < _APART and not min(ends) < advice.size[0] < max(ends)
     console.print(
-        f"  {'nearest' if 1 / _APART < apart < _APART else _BEYOND[apart > 1]} is {near.name}: "
+        f"  {_BEYOND[apart > 1] if beyond else 'nearest'} is {near.name}: "
         f"{labels.number(near.gflops)} GFLOPs, {labels.count(near.params)} parameters")
     passes = f", {_number(advice.images[0] / pictures)} passes" if pictures else ""
     console.print(f"  trained on {_ends(advice.images, labels.count)} pictures: "
@@ -342,6 +344,6 @@ def plain(
                 "B": law.factors[1], "beta": law.exponents[1], "points": advice.points,
                 "models": list(advice.models)},
         "replicates": advice.replicates, "replicates_with_best": advice.with_best,
-        "times_beyond_measured": advice.gflops / advice.measured["compute"][1],
+        "times_beyond_measured": advice.training / advice.measured["compute"][1],
         "train_pictures": pictures, "notes": list(notes),
     }

@@ -147,6 +147,19 @@ def test_added_tokens_equal_transformers(vocabulary, tmp_path, newer):
     assert {1100, 1101} <= {i for row in theirs for i in row}
 
 
+def test_tokens_added_beside_a_tokenizer_equal_transformers(vocabulary, tmp_path):
+    """Of a slow tokenizer, to which a tokenizer.json of the same vocabulary was put."""
+    shutil.copy(vocabulary / "spiece.model", tmp_path)
+    plain = t5_tokenizer.load(tmp_path)
+    (tmp_path / "spiece.model").unlink()
+    plain.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<cat-toy>": plain.get_vocab_size()}))
+    found = t5_tokenizer.load(tmp_path)
+    ids = found.encode("a <cat-toy> b").ids
+    assert ids == transformers.T5Tokenizer.from_pretrained(tmp_path)("a <cat-toy> b").input_ids
+    assert plain.get_vocab_size() in ids
+
+
 def test_added_tokens_follow_the_vocabulary(vocabulary, saved, tmp_path):
     """An id that a model of pieces cannot give, and one that has no embedding."""
     shutil.copy(vocabulary / "spiece.model", tmp_path)

@@ -84,7 +84,7 @@ def test_the_price_of_another_size(law):
         assert half == pytest.approx(0.5 * rest ** (-1 / b)) and double > 1
 
 
-@pytest.mark.parametrize("share", [1e-6, 0.3, 3.0, 1e3])
+@pytest.mark.parametrize("share", [1e-6, 0.3, 3.0, 10.0])
 def test_drawing_from_the_same_budget(share):
     """The least of the law on F x (3 D + calls), found by SciPy; smaller, and trained for longer
     for its size, than without drawing; with all but none of that the same."""
@@ -119,8 +119,22 @@ def test_drawing_from_the_same_budget(share):
             assert LAW(np.array([[s.gflops, pictures]]))[0] == pytest.approx(least.fun, rel=1e-3)
 
 
+def test_a_size_that_drawing_leaves_nothing_for_is_not_named():
+    """Where the next larger is nearer to the best, and has no pictures to train on."""
+    runs = _runs()
+    budget = runs.gflops_N.max()
+    for calls in np.geomspace(0.2, 0.9, 8) * budget / COSTS["s2"].gflops:
+        found = train_advice.advise(runs, budget, COSTS, train_advice.Drawing(1, int(calls)))
+        losses = [s.loss for s in found.sizes]
+        assert found.nearest.loss == min(losses) < np.inf and found.nearest.images > 0
+        assert not found.sizes[-1].images
+
+
 def test_where_drawing_leaves_nothing():
     runs = _runs()
+    small = Law(0.1, (0.05, 200.0), (0.2, 0.6))  # Whose best lie far below all sizes, undrawn.
+    alone = train_advice.advise(_runs(law=small), 1e-2 * runs.gflops_N.min(), COSTS)
+    assert alone.size[0] < 0.01 * COSTS["s0"].gflops
     with pytest.raises(UserError, match="drawing takes all.*100,000,000,000 calls of s0, the "):
         train_advice.advise(
             runs, runs.gflops_N.max(), COSTS, train_advice.Drawing(1_000_000_000, 100))
@@ -268,6 +282,8 @@ def test_the_answer_for_programs(capsys, demo):
     share, best = both["drawing"].pop("share"), both["best"]
     assert both["drawing"] == {"pictures": 10_000, "calls": 40}
     assert both["flops"] == pytest.approx(flops)
+    assert both["times_beyond_measured"] == pytest.approx(
+        (1 - share) * found["times_beyond_measured"])
     assert share * flops == pytest.approx(4e14 * best["gflops"]["value"])
     assert both["training_flops"] == pytest.approx((1 - share) * flops)
     assert best["gflops"]["value"] < found["best"]["gflops"]["value"]
@@ -278,10 +294,14 @@ def test_training_and_drawing_in_words(capsys, demo):
     status, out, err = run(capsys, *flags, "--pictures=1000000")
     assert all(run(capsys, *flags, f"--pictures={n}")[1] == out for n in ("1e6", "1_000_000"))
     said = " ".join(out.split())
+    assert status == 2 and "drawing takes all of the budget: 40,000,000 calls of c8" in err
+    status, out, err = run(capsys, *flags, "--pictures=200000")
+    said = " ".join(out.split())
     assert status == 0, err
-    assert said.startswith("For 2 h of training and 1,000,000 pictures of 40 calls, ")
-    assert "of the budget 9% trains and 91% draws" in said and "none none" in said
+    assert said.startswith("For 2 h of training and 200,000 pictures of 40 calls, ")
+    assert re.search(r"of the budget \d+% trains and \d+% draws", said) and "none none" in said
     assert "fewer FLOPs than the smallest network's" in said
+    assert "nearest is c8: " in said
     assert all(len(line) <= 100 for line in out.splitlines())
     status, _, err = run(capsys, f"--records={demo}", "--budget=3 cost", "--calls=40")
     assert status == 2 and "--calls goes with --train-budget" in err

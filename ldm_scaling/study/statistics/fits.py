@@ -164,14 +164,15 @@ class _Problem:
         logx_NK = np.log(x_NK)
         near_NK = np.round(logx_NK, 9)  # Equal up to rounding counts once.
         places, distinct = len(np.unique(near_NK, axis=0)), [len(set(one)) for one in near_NK.T]
-        # A constant may move from one scale's term to another's: each but one tells a value less.
-        told = min(places, sum(distinct) - len(distinct) + 1)
+        # What terms of the scales, each of any value at each of its own, can tell at these places.
+        told = np.linalg.matrix_rank(np.concatenate(
+            [one[:, None] == np.unique(one) for one in near_NK.T], axis=1).astype(float))
         if told < need or min(distinct) < 2 + offset:
             raise UserError(
                 f"{len(y_N)} points at {places} places, of {distinct} distinct values of their "
-                f"scales, do not tell a law of {need} parameters: it needs as many places, and "
-                "3 values of each scale with an offset, 2 without (of one of two scales 3): "
-                "measure at more, or fit fewer parameters"
+                f"scales, tell {told} of a law's {need} parameters: it needs as many places, "
+                "that share values of their scales, and 3 values of each scale with an offset, 2 "
+                "without (of one of two scales 3): measure at more, or fit fewer parameters"
             )
         if not delta > 0:
             raise UserError(f"delta is a size of log residuals, above 0; got {delta}")

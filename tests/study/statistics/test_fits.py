@@ -227,10 +227,13 @@ def test_mistakes_are_named():
         fits.fit(x_N, -y_N)
     with pytest.raises(UserError, match="above 0"):
         fits.fit(x_N - 1, y_N)
-    with pytest.raises(UserError, match="2 points.*law of 3 parameters"):
+    with pytest.raises(UserError, match="2 points.*law's 3 parameters"):
         fits.fit(x_N[:2], y_N[:2])
-    with pytest.raises(UserError, match="5 points at 2 places.*law of 3 parameters"):
+    with pytest.raises(UserError, match="5 points at 2 places.*tell 2 of a law's 3 parameters"):
         fits.fit(np.array([1.0, 1.0, 1.0, 2.0, 2.0]), y_N)
+    apart_N2 = np.array([[1, 1], [1, 3], [2, 1], [2, 3], [8, 10]], float)  # A place by itself.
+    with pytest.raises(UserError, match="5 points at 5 places.*tell 4 of a law's 5 parameters"):
+        fits.fit(apart_N2, 0.2 + 1 / apart_N2[:, 0] + 1 / apart_N2[:, 1])
     with pytest.raises(UserError, match="not 'jackknife'"):
         fits.bootstrap(fits.fit(x_N, 2 + 1 / x_N), x_N, 2 + 1 / x_N, method="jackknife")
     with pytest.raises(UserError, match="3 parameters goes through any 3 points.* to 4 or more"):
