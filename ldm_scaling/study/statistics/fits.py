@@ -407,32 +407,21 @@ class HeldOut:
     covered: float
 
 
-def held_out(
-    x: np.ndarray, y: np.ndarray, *, scale: int = 0, offset: bool = True, delta: float = DELTA,
-    replicates: int = 200, seed: int = 0, method: Literal["pairs", "residuals"] = "residuals",
-) -> HeldOut:
-    """Fits without the points that are largest on a scale, and predicts these.
-
-    Args:
-      x, y: the points, as for `fit`.
-      scale: which column of x decides what is largest; 0 is the size.
-      offset, delta, replicates, seed, method: see `fit` and `bootstrap`.
-
-    Raises:
-      UserError: when what is left cannot be fitted, or by residuals leaves none, see `bootstrap`.
-    """
-    x_NK = laws.scales(x)
-    last_N = x_NK[:, scale] == x_NK[:, scale].max()
-    return without(x_NK, y, last_N, offset=offset, delta=delta, replicates=replicates, seed=seed,
-                   method=method)
-
-
 def without(
     x: np.ndarray, y: np.ndarray, last_N: np.ndarray, *, offset: bool = True,
     delta: float = DELTA, replicates: int = 200, seed: int = 0,
     method: Literal["pairs", "residuals"] = "residuals", runs: Sequence[object] | None = None,
 ) -> HeldOut:
-    """As `held_out`, without the points that are marked; `runs` is that of `bootstrap`."""
+    """Fits without the points that are marked in last_N, and predicts these.
+
+    Args:
+      x, y: the points, as for `fit`.
+      last_N: which of them are held out.
+      offset, delta, replicates, seed, method, runs: see `fit` and `bootstrap`.
+
+    Raises:
+      UserError: when what is left cannot be fitted, or by residuals leaves none, see `bootstrap`.
+    """
     x_NK, y_N = laws.scales(x), np.asarray(y, np.float64)
     rest = (x_NK[~last_N], y_N[~last_N])
     fitted = bootstrap(fit(*rest, offset=offset, delta=delta), *rest, replicates=replicates,

@@ -84,7 +84,7 @@ class Runs:
     def held_out(
         self, by: By, *, offset: bool = True, delta: float = fits.DELTA, replicates: int = 200
     ) -> HeldOut:
-        """What the smaller sizes foretell of the largest's run, see `fits.held_out`.
+        """What the smaller sizes foretell of the largest's run, see `fits.without`.
 
         Raises:
           UserError: where a law passes through any luck of the smaller sizes, see `fitted`.
