@@ -148,7 +148,7 @@ def _cmmd(x, y, counts_RN, _):
 def _prdc(x, y, counts_RN, fields):
     """Each score with its authors' k."""
     k_of = {field: 3 if field in ("precision", "recall") else 5 for field in fields}
-    values = prdc.some_replicates(x, y, _with_whole(x, counts_RN), k_of)
+    values = prdc.replicates(x, y, _with_whole(x, counts_RN), k_of)
     whole, drawn = (
         prdc.Prdc(**{field: getattr(values, field)[part] for field in fields})
         for part in (0, slice(1, None))

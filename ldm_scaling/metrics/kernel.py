@@ -195,7 +195,20 @@ def kid_replicates(
 def cmmd_replicates(
     generated_NE: np.ndarray, real_ME: np.ndarray, counts_RN: np.ndarray
 ) -> np.ndarray:
-    """Replicates (R,) of `cmmd`: generated image i counted `counts_RN[r, i]` times."""
+    """Replicates (R,) of CMMD (Jayasumana et al. 2024): 1000 times the biased squared MMD of CLIP
+    embeddings, generated image i counted `counts_RN[r, i]` times.
+
+    Gaussian kernel of sigma 10 on embeddings scaled to length 1, as the authors' `distance.py`;
+    theirs are of CLIP ViT-L/14 at 336 pixels.
+
+    Args:
+      generated_NE: embeddings (N, E), of unit length or not.
+      real_ME: of the real images (M, E).
+      counts_RN: whole numbers; a row of ones gives the score itself.
+
+    Raises:
+      UserError: when widths differ, a value is not finite, a side is empty or a row is zero.
+    """
     x_NE, y_ME = _both(generated_NE, real_ME)
     x_NE = unit_rows(x_NE, "embeddings of the generated images")
     y_ME = unit_rows(y_ME, "embeddings of the real images")
@@ -205,19 +218,3 @@ def cmmd_replicates(
     own_x = _sums(gaussian, x_NE, a_RN, x_NE, a_RN)
     own_y = _sums(gaussian, y_ME, b_1M, y_ME, b_1M)
     return _SCALE * (own_x + own_y - 2.0 * _sums(gaussian, x_NE, a_RN, y_ME, b_1M))
-
-
-def cmmd(generated_NE: np.ndarray, real_ME: np.ndarray) -> float:
-    """CMMD (Jayasumana et al. 2024): 1000 times the biased squared MMD of CLIP embeddings.
-
-    Gaussian kernel of sigma 10 on embeddings scaled to length 1, as the authors' `distance.py`;
-    theirs are of CLIP ViT-L/14 at 336 pixels.
-
-    Args:
-      generated_NE: embeddings (N, E), of unit length or not.
-      real_ME: of the real images (M, E).
-
-    Raises:
-      UserError: when widths differ, a value is not finite, a side is empty or a row is zero.
-    """
-    return float(cmmd_replicates(generated_NE, real_ME, np.ones((1, len(generated_NE))))[0])

@@ -25,8 +25,7 @@ _SAME = 1e-12
 
 @dataclasses.dataclass(frozen=True)
 class Prdc:
-    """The four scores; arrays (R,) of replicates where they come from `prdc_replicates`, None
-    where they are not among those asked of `some_replicates`.
+    """The four scores: replicates (R,), or a number each; None where they were not asked for.
 
     Attributes:
       precision: share of generated images in a real image's ball (its edge included).
@@ -105,17 +104,26 @@ def _radii(
     return radii_RN
 
 
-def some_replicates(
+def replicates(
     generated_ND: np.ndarray, real_MD: np.ndarray, counts_RN: np.ndarray, k_of: Mapping[str, int]
 ) -> Prdc:
-    """`prdc_replicates` of some of the scores, each with a k of its own: of one round of distances.
+    """Replicates (R,) of improved precision and recall, density and coverage: generated image i
+    counted `counts_RN[r, i]` times, the real side whole, of one round of distances.
+
+    Precision and recall as Kynkäänniemi et al. 2019 (k = 3 there and in torch-fidelity), density
+    and coverage as Naeem et al. 2020 (k = 5; their `prdc` package also leaves the edge out of the
+    first two). All depend on both numbers of images: keep them equal between models.
+    `bootstrap.centre` replicates before storing.
 
     Args:
-      generated_ND, real_MD, counts_RN: as there.
-      k_of: names of scores, and which neighbour their balls reach to.
+      generated_ND: features (N, D) of the generated images.
+      real_MD: of the real ones (M, D).
+      counts_RN: whole numbers; a row of ones gives the scores themselves.
+      k_of: names of the scores that are wanted, and which neighbour their balls reach to.
 
     Raises:
-      UserError: as `prdc_replicates`, for the largest k.
+      UserError: when a side has k images or fewer, a replicate counts too few for k neighbours,
+        widths differ or a value is not finite.
     """
     x_ND = arrays.rows(generated_ND, "features of the generated images")
     y_MD = arrays.rows(real_MD, "features of the real images")
@@ -164,38 +172,3 @@ def some_replicates(
         "coverage": covered_RM.mean(axis=1),
     }
     return Prdc(**{name: scores[name] for name in k_of})
-
-
-def prdc_replicates(
-    generated_ND: np.ndarray, real_MD: np.ndarray, counts_RN: np.ndarray, *, k: int = 5
-) -> Prdc:
-    """Replicates of `prdc`: generated image i counted `counts_RN[r, i]` times.
-
-    The real side stays whole. Each replicate is what `prdc` gives for the images it counts; the
-    distances are worked out once for all. `bootstrap.centre` them before storing.
-
-    Raises:
-      UserError: as `prdc`, and when a replicate counts too few images for k neighbours.
-    """
-    k_of = dict.fromkeys((field.name for field in dataclasses.fields(Prdc)), k)
-    return some_replicates(generated_ND, real_MD, counts_RN, k_of)
-
-
-def prdc(generated_ND: np.ndarray, real_MD: np.ndarray, *, k: int = 5) -> Prdc:
-    """Improved precision and recall, density and coverage.
-
-    Precision and recall as Kynkäänniemi et al. 2019 (k = 3 there and in torch-fidelity), density
-    and coverage as Naeem et al. 2020 (k = 5; their `prdc` package also leaves the edge out of the
-    first two). All depend on both numbers of images: keep them equal between models.
-
-    Args:
-      generated_ND: features (N, D) of the generated images.
-      real_MD: of the real ones (M, D).
-      k: which neighbour a ball reaches to.
-
-    Raises:
-      UserError: when a side has k images or fewer, widths differ or a value is not finite.
-    """
-    ones_1N = np.ones((1, len(generated_ND)), np.int64)
-    drawn = prdc_replicates(generated_ND, real_MD, ones_1N, k=k)
-    return Prdc(**{name: float(value[0]) for name, value in vars(drawn).items()})

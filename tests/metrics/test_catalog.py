@@ -118,8 +118,9 @@ def test_what_metrics_share_is_worked_out_once(monkeypatch):
     count(kernel, "polynomial")
     counts_RN = bootstrap.resample_counts(N, 6, 0)
     alike = ["precision", "recall", "density", "coverage"]
+    ones_1N = np.ones((1, N), int)
     apart = {
-        name: [prdc.prdc(X, Y, k=k), prdc.prdc_replicates(X, Y, counts_RN, k=k)]
+        name: [prdc.replicates(X, Y, rows_RN, {name: k}) for rows_RN in (ones_1N, counts_RN)]
         for name, k in zip(alike, (3, 3, 5, 5))
     }
     calls.clear()

@@ -128,7 +128,7 @@ def test_features_of_some_real_pictures_are_kept(tmp_path, monkeypatch):
 def test_scores_of_one_pass_share_it(tmp_path):
     published = _load(tmp_path, _pictures(1, 40), FEATURES)
     x_NF, none_NE = published.features(_pictures(0)), np.zeros((COUNT, 0))
-    with mock.patch.object(prdc, "some_replicates", wraps=prdc.some_replicates) as calls:
+    with mock.patch.object(prdc, "replicates", wraps=prdc.replicates) as calls:
         published.score(x_NF, none_NE, bootstrap.resample_counts(COUNT, REPLICATES, SEED))
     assert calls.call_count == 1
 

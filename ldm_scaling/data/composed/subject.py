@@ -12,7 +12,6 @@ from ldm_scaling import files, pictures
 from ldm_scaling.data.composed import compose, openmoji
 from ldm_scaling.errors import UserError
 
-COUNT = 5
 _SPEC = re.compile(r"openmoji:([0-9A-F-]+)(?::(\d+))?")
 # Of each picture: its background, the pictogram's longest side, and where it lies in what is left.
 _VIEWS = (
