@@ -107,18 +107,15 @@ def _entry(path: epath.PathLike, wanted: str, held: dict[str, np.ndarray]) -> np
     return np.asarray(held[wanted], np.float64)
 
 
-def load_published(
-    path: epath.PathLike, *, extractor: str, count: int | None = None
-) -> ReferenceStats:
+def load_published(path: epath.PathLike, *, extractor: str) -> ReferenceStats:
     """Reads an .npz with `mu` and `sigma`, as pytorch-fid, clean-fid, ADM and EDM write it.
 
-    Such a file does not say which network, which resize and how many images it is of: the caller
-    does, and answers for it.
+    Such a file does not say how many images it is of, nor which network and which resize: the
+    caller does, and answers for it.
 
     Args:
       path: the file.
       extractor: hash of the network that made it.
-      count: how many images it is of; None where that is not known.
 
     Raises:
       UserError: when the file is missing, holds other arrays, or no mean and covariance.
@@ -135,9 +132,8 @@ def load_published(
         raise UserError(f"{path}: 'mu' or 'sigma' is not finite, or a variance is negative")
     if not np.allclose(sigma_DD, sigma_DD.T, rtol=1e-3, atol=1e-5 * np.abs(sigma_DD).max()):
         raise UserError(f"{path}: 'sigma' is not symmetric, so it is no covariance")
-    n = 2 if count is None else count
-    moments = Moments(n, mean_D, (sigma_DD + sigma_DD.T) * ((n - 1) / 2))
-    return ReferenceStats(moments, extractor, counted=count is not None)
+    return ReferenceStats(
+        Moments(2, mean_D, (sigma_DD + sigma_DD.T) / 2), extractor, counted=False)
 
 
 def load_features(path: epath.PathLike) -> np.ndarray:

@@ -18,7 +18,6 @@ from typing import Any
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import (
     autoencoder,
-    clip,
     clip_checkpoint,
     clip_text,
     clip_tokenizer,
@@ -53,7 +52,6 @@ class StableDiffusion:
       folder: where it lies.
       unet_spec: the U-Net.
       decoder_spec: what makes pictures of latents.
-      text_spec: the text tower.
       prediction: what the U-Net predicts: `epsilon`, `v` or `x0`.
       schedule: the noise's name: `sd` or `sd_zero_snr`.
     """
@@ -61,7 +59,6 @@ class StableDiffusion:
     folder: Path
     unet_spec: unet.UNetSpec
     decoder_spec: autoencoder.AutoencoderSpec | tiny_decoder.TinyDecoderSpec
-    text_spec: clip.TextSpec
     prediction: str
     schedule: str
 
@@ -173,7 +170,7 @@ def read(folder: str | os.PathLike[str]) -> StableDiffusion:
             "inpainting and the like are not supported"
         )
     network = dataclasses.replace(network, context_length=text.positions)
-    return StableDiffusion(folder, network, decoder, text, *_noise(folder / "scheduler"))
+    return StableDiffusion(folder, network, decoder, *_noise(folder / "scheduler"))
 
 
 def _spec(folder: Path, part: str) -> Any:

@@ -30,7 +30,6 @@ class Feed:
       loader: an iterator of host batches with `get_state()` and `close()`.
       make_batch: from a host batch to arrays of this process's share, numpy to numpy.
       sharding: of the arrays over all devices, of every process.
-      ahead: batches that are placed before they are asked for; each takes a batch's memory there.
 
     Attributes:
       sharding: as given.
@@ -38,15 +37,12 @@ class Feed:
     """
 
     def __init__(
-        self, loader: Any, make_batch: Callable[[Any], Any], sharding: NamedSharding,
-        ahead: int = _AHEAD,
+        self, loader: Any, make_batch: Callable[[Any], Any], sharding: NamedSharding
     ):
-        if ahead < 1:
-            raise ValueError(f"{ahead} batches ahead: at least 1")
         self._loader, self._make_batch, self.sharding = loader, make_batch, sharding
         self.state: dict[str, Any] = loader.get_state()
         self._items: queue.Queue[_Item | BaseException] = queue.Queue()
-        self._room = threading.Semaphore(ahead)
+        self._room = threading.Semaphore(_AHEAD)
         self._closing = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._fill, daemon=True, name="feed")

@@ -1,5 +1,6 @@
 """A Stable Diffusion folder and what `convert` makes of its parts; made and saved by diffusers."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -172,8 +173,7 @@ def test_converted_parts_stand_in_the_folder(whole, sd, tmp_path):
         shutil.rmtree(sd / part)
         assert converted.write(kind, whole / part, sd / part) == sd / part
     found = sd_folder.read(sd)
-    assert found == sd_folder.StableDiffusion(**vars(before) | {"folder": sd, "text_spec":
-                                                                found.text_spec})
+    assert found == dataclasses.replace(before, folder=sd)
     same(found.unet_params(), before.unet_params())
     same(found.decoder()[0], before.decoder()[0])
     assert found.decoder()[1] == before.decoder()[1] == 0.5

@@ -53,7 +53,7 @@ class Profile:
         """N at the parabola's least loss; None where it has none inside the sizes measured."""
         if self.parabola is None:
             return None
-        place, _ = _vertex(np.array(self.parabola))
+        place = _vertex(np.array(self.parabola))
         size = np.exp(place + self.centre)
         return float(size) if self.size_M.min() <= size <= self.size_M.max() else None
 
@@ -94,12 +94,12 @@ class Frontier:
         return self.factor * np.asarray(flops, np.float64) ** self.exponent
 
 
-def _vertex(coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(log size, loss) of parabolas c2 x^2 + c1 x + c0 (..., 3); nan where they open downwards."""
-    c2, c1, c0 = np.moveaxis(coefficients, -1, 0)
+def _vertex(coefficients: np.ndarray) -> np.ndarray:
+    """Log size of the least of parabolas c2 x^2 + c1 x + c0 (..., 3); nan where they open
+    downwards."""
+    c2, c1, _ = np.moveaxis(coefficients, -1, 0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        place = np.where(c2 > 0, -c1 / (2 * c2), np.nan)
-    return place, c0 + c1 * place / 2
+        return np.where(c2 > 0, -c1 / (2 * c2), np.nan)
 
 
 def profiles(
@@ -191,7 +191,7 @@ def _moved(profile: Profile, drawn_RM: np.ndarray) -> np.ndarray:
     """Log sizes of the least of replicates' log losses (R,)."""
     x_M = np.log(profile.size_M) - profile.centre
     bend_R, slope_R, _ = found = np.linalg.pinv(np.vander(x_M, 3)) @ drawn_RM.T
-    place_R, _ = _vertex(found.T)
+    place_R = _vertex(found.T)
     # One that bends down has no least inside: the lower of its ends is the lowest.
     first, last = x_M.min(), x_M.max()
     falls_R = bend_R * (last**2 - first**2) + slope_R * (last - first) < 0
