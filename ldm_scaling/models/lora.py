@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685): a frozen kernel W is used as W + (alpha / r) A B.
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): a frozen kernel W is used as W + A B; alpha is r.
 
 A and B of rank r are all that is trained. They form a tree of their own, laid out as the network's:
 beside `NAME/kernel` stand `NAME/down/kernel` (A) and `NAME/up/kernel` (B), so that rules for
@@ -8,8 +8,6 @@ this: any network, any layer.
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import re
 from collections.abc import Sequence
@@ -23,7 +21,6 @@ from flax import traverse_util
 
 from ldm_scaling import files
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import pretrained
 
 # Of the network that denoises, as peft and diffusers have it: all projections of its attention; of
 # MM-DiT's streams each has its own.
@@ -31,7 +28,6 @@ NETWORK_TARGETS = (r"(attn[12]|(image|text)_(in|out))/to_(q|k|v|out)$",)
 # Of a BERT or CLIP's text tower: the same.
 TEXT_TARGETS = (r"/(query|key|value|out)$",)
 _ENDS = {"down": "lora_A", "up": "lora_B"}
-_OTHER_NAMES = re.compile(r"[._]lora([._])(down|up)\.weight$")
 
 
 def layers(params: Any, targets: Sequence[str]) -> list[str]:
@@ -88,25 +84,22 @@ def init(
     return traverse_util.unflatten_dict(out, sep="/")
 
 
-def merge(params: Any, adapters: Any, alpha: float | None = None) -> Any:
-    """The network's parameters with adapters in their kernels: W + (alpha / r) A B.
+def merge(params: Any, adapters: Any) -> Any:
+    """The network's parameters with adapters in their kernels: W + A B.
 
     Args:
       params: of the network.
       adapters: of some of its layers, see `init`.
-      alpha: of the paper; None is r, a factor of 1.
     """
     flat = traverse_util.flatten_dict(params, sep="/")
     for name, down in traverse_util.flatten_dict(adapters, sep="/").items():
         if name.endswith("/down/kernel"):
             layer = name.removesuffix("/down/kernel")
             up = _at(adapters, f"{layer}/up/kernel")
-            rank = down.shape[-1]
             # Two layers one after the other, the second pointwise, are one of their product.
-            product = jnp.matmul(down, up.reshape(rank, -1), precision="highest")
-            scale = 1.0 if alpha is None else alpha / rank
+            product = jnp.matmul(down, up.reshape(down.shape[-1], -1), precision="highest")
             kernel = flat[f"{layer}/kernel"]
-            flat[f"{layer}/kernel"] = kernel + (scale * product).astype(kernel.dtype)
+            flat[f"{layer}/kernel"] = kernel + product.astype(kernel.dtype)
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -194,34 +187,15 @@ def _one_rank(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return out
 
 
-def _split_gates(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Adapters of diffusers' GEGLU layer as those of its two here, values first as in
-    `convert.split_gates`: both have its A, and each a half of its B."""
-    out = {}
-    for name, tensor in tensors.items():
-        stem, gated, end = name.partition("ff.net.0.proj.lora_")
-        if gated and end in ("A.weight", "B.weight"):
-            halves = [tensor] * 2 if end[0] == "A" else np.array_split(tensor, 2)
-            for half, part in zip(("in", "gate"), halves, strict=True):
-                out[f"{stem}ff.net.0.proj[{half}].lora_{end}"] = part
-        else:
-            out[name] = tensor
-    return out
-
-
-def tensors(
-    adapters: dict[str, Any], levels: int | None, alpha: float | None = None
-) -> dict[str, np.ndarray]:
+def tensors(adapters: dict[str, Any], levels: int | None) -> dict[str, np.ndarray]:
     """Adapters as peft and diffusers keep them: A (r, in) and B (out, r) of each layer, under its
-    name there, with `.lora_A.weight` and `.lora_B.weight`. B holds the factor alpha / r, and all
-    layers of a network have one rank (zeros fill the lower ones up), so that readers need not know
-    alpha.
+    name there, with `.lora_A.weight` and `.lora_B.weight`. All layers of a network have one rank
+    (zeros fill the lower ones up), so that readers need not know alpha.
 
     Args:
       adapters: "unet" and, where it is trained, "text", to the tree of `init`.
       levels: of the U-Net, which diffusers counts the other way on the way up; None of another
         network, whose layers keep our names, after `denoiser`.
-      alpha: see `merge`.
     """
     out = {}
     for network, tree in adapters.items():
@@ -229,8 +203,6 @@ def tensors(
             layer, end = name.removesuffix("/kernel").rsplit("/", 1)
             called = _unet_name(layer, levels) if network == "unet" else _text_name(layer)
             value = np.asarray(value, np.float32)
-            if end == "up" and alpha is not None:
-                value = value * np.float32(alpha / value.shape[-2])
             # Ours are (..., in, out), torch's (out, in, ...).
             value = np.moveaxis(value, (-1, -2), (0, 1))
             out[f"{called}.{_ENDS[end]}.weight"] = np.ascontiguousarray(value)
@@ -238,103 +210,9 @@ def tensors(
 
 
 def save(
-    path: str | os.PathLike[str], adapters: dict[str, Any], levels: int | None,
-    alpha: float | None = None,
+    path: str | os.PathLike[str], adapters: dict[str, Any], levels: int | None
 ) -> None:
     """Writes `tensors` as safetensors, by rename: of a U-Net a file for diffusers'
     `load_lora_weights`."""
-    data = safetensors.numpy.save(tensors(adapters, levels, alpha), {"format": "pt"})
+    data = safetensors.numpy.save(tensors(adapters, levels), {"format": "pt"})
     files.atomic_write_bytes(path, data)
-
-
-def _header(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """peft's configs of a file that diffusers wrote, such as {"unet.lora_alpha": 8}; empty where
-    there is none."""
-    with safetensors.safe_open(os.fspath(path), framework="numpy") as f:
-        text = (f.metadata() or {}).get("lora_adapter_metadata", "{}")
-    try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError) as e:
-        raise UserError(
-            f"{path} has a header of adapters that cannot be read ({e}): fetch it again"
-        ) from e
-
-
-def _factor(header: dict[str, Any], called: str, rank: int, path: str | os.PathLike[str]) -> float:
-    """What a layer's A B is multiplied by: alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv
-    2312.03732); 1 where the header does not tell alpha."""
-    network, _, layer = re.sub(r"\[(in|gate)\]$", "", called).partition(".")
-    if header.get(f"{network}.use_dora"):
-        raise UserError(
-            f"{path} holds DoRA adapters of {network}, which scale each kernel's columns too: give "
-            "a LoRA file"
-        )
-    alpha, patterns = (header.get(f"{network}.{k}") for k in ("lora_alpha", "alpha_pattern"))
-    for pattern, own in (patterns or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", layer):  # peft's way, the first that fits
-            alpha = own
-            break
-    if alpha is None:
-        return 1.0
-    return alpha / (math.sqrt(rank) if header.get(f"{network}.use_rslora") else rank)
-
-
-def load(
-    path: str | os.PathLike[str], params: dict[str, Any], levels: int | None
-) -> dict[str, Any]:
-    """Reads what `save` wrote, or another file of these names; merge it with alpha None. A factor
-    that peft's config in the file's header tells, as diffusers writes it, goes into B.
-
-    Args:
-      path: the file.
-      params: "unet" and "text" to the networks' parameters, or their shapes.
-      levels: as of `tensors`.
-    Raises:
-      UserError: for a file that cannot be read, a layer that the networks do not have, half a pair,
-        sizes that do not fit, adapters of another kind (DoRA), or the names of other programs.
-    """
-    found, out = _split_gates(pretrained.read_safetensors(path)), {}
-    header = _header(path)
-    for network, tree in params.items():
-        flat, own = traverse_util.flatten_dict(tree, sep="/"), {}
-        for name in layers(tree, (".",)):
-            called = _unet_name(name, levels) if network == "unet" else _text_name(name)
-            if f"{called}.{_ENDS['down']}.weight" not in found:
-                called = called.replace(".text_model.", ".")  # as since transformers 5
-            pair = {end: found.pop(f"{called}.{theirs}.weight", None)
-                    for end, theirs in _ENDS.items()}
-            have = {end: v for end, v in pair.items() if v is not None}
-            if not have:
-                continue
-            kernel = flat[f"{name}/kernel"].shape
-            value = {end: np.moveaxis(v, (0, 1), (-1, -2)) for end, v in have.items()}
-            fits = len(have) == 2 and (
-                value["down"].shape[:-1] == kernel[:-1]
-                and value["up"].shape[-1] == kernel[-1]
-                and value["down"].shape[-1] == value["up"].shape[-2]
-            )
-            if not fits:
-                shapes = {_ENDS[end]: v.shape for end, v in have.items()}
-                raise UserError(
-                    f"{path}: {called} has {shapes}, which does not fit a kernel of {kernel}: it "
-                    "is of another network"
-                )
-            factor = _factor(header, called, value["down"].shape[-1], path)
-            value["up"] = (value["up"] * factor).astype(value["up"].dtype)
-            own |= {f"{name}/{end}/kernel": jnp.asarray(v) for end, v in value.items()}
-        if own:
-            out[network] = traverse_util.unflatten_dict(own, sep="/")
-    if found:
-        other = next((m for m in map(_OTHER_NAMES.search, found) if m), None)
-        why = "it is of another network"
-        if other:
-            whose = "kohya's scripts" if other[1] == "_" else "older diffusers"
-            why = (
-                f"it has the names of {whose}, and those of peft are read (.lora_A.weight): load "
-                "it by diffusers, and save it again by save_lora_weights"
-            )
-        raise UserError(
-            f"{path} holds {len(found)} tensors of no layer here, such as {next(iter(found))}: "
-            f"{why}"
-        )
-    return out

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 from flax import traverse_util
 
 from ldm_scaling.errors import UserError
@@ -43,7 +42,7 @@ def moved(adapters, seed=1):
 @pytest.mark.parametrize("targets", [lora.NETWORK_TARGETS, EVERY])
 def test_nothing_is_changed_at_first(targets):
     params = params_of()
-    merged = lora.merge(params, lora.init(params, 2, KEY, targets), alpha=32.0)
+    merged = lora.merge(params, lora.init(params, 2, KEY, targets))
     assert jax.tree.structure(merged) == jax.tree.structure(params)
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(merged)):
         np.testing.assert_array_equal(a, b)
@@ -57,7 +56,7 @@ def test_published_number_of_parameters():
 
 
 def test_layers_are_torchs():
-    """W x + (alpha / r) B (A x), of linear layers and convolutions, with torch's gradients."""
+    """W x + B (A x), of linear layers and convolutions, with torch's gradients."""
     torch = pytest.importorskip("torch", reason=WHY)
     rng = np.random.default_rng(0)
     params = {"dense": {"kernel": rng.normal(size=(6, 5)).astype(np.float32)},
@@ -67,7 +66,7 @@ def test_layers_are_torchs():
     cotangent = rng.normal(size=(2, 4, 4, 5)).astype(np.float32)
 
     def ours(adapters):
-        kernels = lora.merge(params, adapters, alpha=3.0)
+        kernels = lora.merge(params, adapters)
         y = x @ kernels["dense"]["kernel"] + jax.lax.conv_general_dilated(
             x, kernels["conv"]["kernel"], (1, 1), "SAME",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -84,11 +83,10 @@ def test_layers_are_torchs():
     xt = torch.from_numpy(x)
     f, c = torch.nn.functional, torch.from_numpy(cotangent)
     w, k = there(params["dense"]["kernel"], True), there(params["conv"]["kernel"], False)
-    yt = f.linear(xt, w) + 1.5 * f.linear(f.linear(xt, t["dense"]["down"]), t["dense"]["up"])
+    yt = f.linear(xt, w) + f.linear(f.linear(xt, t["dense"]["down"]), t["dense"]["up"])
     xc = xt.permute(0, 3, 1, 2)
     low = f.conv2d(xc, t["conv"]["down"], padding=1)
-    yt = yt + (f.conv2d(xc, k, padding=1) + 1.5 * f.conv2d(low, t["conv"]["up"])).permute(
-        0, 2, 3, 1)
+    yt = yt + (f.conv2d(xc, k, padding=1) + f.conv2d(low, t["conv"]["up"])).permute(0, 2, 3, 1)
     (yt * c).sum().backward()
     np.testing.assert_allclose(y, yt.detach().numpy(), rtol=0, atol=1e-4)
     for layer, linear in (("dense", True), ("conv", False)):
@@ -170,7 +168,7 @@ def test_a_file_changes_diffusers_network_as_ours(tmp_path):
     assert spec == unet.UNetSpec(**{**SPEC.__dict__, "context_length": 77})
     adapters = {"unet": moved(lora.init(
         params, 2, KEY, (*lora.NETWORK_TARGETS, "conv[12]$", "/ff_(in|gate|out)$")))}
-    lora.save(tmp_path / "lora.safetensors", adapters, 2, alpha=5.0)
+    lora.save(tmp_path / "lora.safetensors", adapters, 2)
     from safetensors.torch import load_file
 
     tensors = load_file(tmp_path / "lora.safetensors")
@@ -192,7 +190,7 @@ def test_a_file_changes_diffusers_network_as_ours(tmp_path):
     denoise, t = unet.denoise_fn(spec), jnp.array([7.0])
 
     def ours(params, adapters):
-        merged = lora.merge(params, adapters, alpha=5.0)
+        merged = lora.merge(params, adapters)
         return [denoise(p, x, t, {"context": ctx}) for p in (params, merged)]
 
     before, got = run(ours, params, adapters["unet"])
@@ -219,116 +217,21 @@ def test_all_layers_of_a_file_have_one_rank(targets):
         own["down"]["kernel"] @ own["up"]["kernel"], rtol=1e-5, atol=1e-5)
 
 
-def test_a_file_comes_back(tmp_path):
-    params = params_of()
-    targets = (*lora.NETWORK_TARGETS, "conv1$", "/ff_in$")
-    adapters = {"unet": moved(lora.init(params, 3, KEY, targets))}
-    lora.save(tmp_path / "a.safetensors", adapters, 2, alpha=7.0)
-    found = lora.load(tmp_path / "a.safetensors", {"unet": unet.param_shapes(SPEC)}, 2)
-    assert jax.tree.structure(found) == jax.tree.structure(adapters)
-    for a, b in zip(jax.tree.leaves(lora.merge(params, adapters["unet"], alpha=7.0)),
-                    jax.tree.leaves(lora.merge(params, found["unet"]))):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-    other = unet.UNetSpec(**{**SPEC.__dict__, "base_channels": 16})
-    with pytest.raises(UserError, match="does not fit a kernel"):
-        lora.load(tmp_path / "a.safetensors", {"unet": unet.param_shapes(other)}, 2)
-    with pytest.raises(UserError, match="tensors of no layer here"):
-        lora.load(tmp_path / "a.safetensors", {"unet": {"x": params["conv_in"]}}, 2)
-
-
-def test_feed_forward_layers_as_diffusers_has_them(tmp_path):
-    """GEGLU's one layer there is two here: product and factor are the halves of its own, and what
-    is read is written again as it was."""
-    rng, shapes = np.random.default_rng(0), unet.param_shapes(SPEC)
-    file, block = tmp_path / "a.safetensors", "unet.down_blocks.0.attentions.0.transformer_blocks.0"
-    layer, wide = f"{block}.ff.net.0.proj", 64
-    tensors = {
-        f"{name}.lora_{end}.weight": rng.normal(size=size).astype(np.float32)
-        for name, high, low in ((layer, wide, 8), (f"{block}.ff.net.2", 8, wide // 2))
-        for end, size in (("A", (2, low)), ("B", (high, 2)))
-    }
-    header = '{"unet.lora_alpha": 2, "unet.alpha_pattern": {"ff.net.0.proj": 6}}'
-    for metadata, factor in ({}, 1), ({"lora_adapter_metadata": header}, 3):
-        safetensors.numpy.save_file(tensors, file, metadata)
-        found = lora.load(file, {"unet": shapes}, 2)
-        zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
-        merged = lora.merge(zeros, found["unet"])["down_0_attn_0"]["block"]
-        product = tensors[f"{layer}.lora_B.weight"] @ tensors[f"{layer}.lora_A.weight"]
-        halves = convert.split_gates({"ff.net.0.proj.weight": factor * product})
-        for half in ("in", "gate"):
-            np.testing.assert_allclose(
-                merged[f"ff_{half}"]["kernel"], halves[f"ff.net.0.proj[{half}].weight"].T,
-                rtol=1e-5, atol=1e-5,
-            )
-        if factor == 1:
-            jax.tree.map(np.testing.assert_array_equal, lora.tensors(found, 2), tensors)
-
-
-@pytest.mark.parametrize("config, factors", [
-    (None, (1, 1)), ({}, (1, 1)), ({"lora_alpha": 8}, (4, 4)), ({"lora_alpha": 2}, (1, 1)),
-    ({"lora_alpha": 8, "use_rslora": True, "use_dora": False}, (8 / 2**0.5, 8 / 2**0.5)),
-    ({"lora_alpha": 8, "alpha_pattern": {r"attn1.to_q": 3}}, (1.5, 4)),
-])
-def test_the_factor_that_diffusers_keeps_in_the_header(tmp_path, config, factors):
-    loaders = pytest.importorskip("diffusers", reason=WHY).loaders
-    shapes = unet.param_shapes(SPEC)
-    adapters = {"unet": moved(lora.init(shapes, 2, KEY))}
-    layers = lora.tensors(adapters, 2)
-    import torch
-
-    config = config and {"r": 2, "target_modules": ["to_q"]} | config
-    loaders.StableDiffusionLoraLoaderMixin.save_lora_weights(
-        tmp_path, {k.removeprefix("unet."): torch.tensor(t) for k, t in layers.items()},
-        unet_lora_adapter_metadata=config,
-    )
-    file = tmp_path / "pytorch_lora_weights.safetensors"
-    found = lora.load(file, {"unet": shapes}, 2)["unet"]["mid_attn"]["block"]
-    before = adapters["unet"]["mid_attn"]["block"]
-    for layer, factor in zip((("attn1", "to_q"), ("attn2", "to_k")), factors):
-        (a, b), (was_a, was_b) = (
-            [tree[layer[0]][layer[1]][end]["kernel"] for end in ("down", "up")]
-            for tree in (found, before)
-        )
-        np.testing.assert_array_equal(a, was_a)
-        np.testing.assert_allclose(b, factor * was_b, rtol=1e-6)
-
-
-def test_adapters_of_another_kind_are_refused(tmp_path):
-    shapes, file = unet.param_shapes(SPEC), tmp_path / "a.safetensors"
-    layers = lora.tensors({"unet": moved(lora.init(shapes, 2, KEY))}, 2)
-    for header, says in (('{"unet.use_dora": true}', "holds DoRA adapters of unet"),
-                         ("{", "header of adapters that cannot be read")):
-        safetensors.numpy.save_file(layers, file, {"lora_adapter_metadata": header})
-        with pytest.raises(UserError, match=says):
-            lora.load(file, {"unet": shapes}, 2)
-
-
-@pytest.mark.parametrize("sign, whose", [
-    (".lora.", "older diffusers"), ("_lora.", "older diffusers"), (".lora_", "kohya's scripts"),
-])  # fmt: skip
-def test_names_of_other_programs_are_called_so(tmp_path, sign, whose):
-    shapes, file = unet.param_shapes(SPEC), tmp_path / "a.safetensors"
-    named = {}
-    for name, t in lora.tensors({"unet": moved(lora.init(shapes, 2, KEY))}, 2).items():
-        layer, end = name.rsplit(".lora_", 1)
-        layer = layer if sign[-1] == "." else "lora_" + layer.replace(".", "_")
-        named[f"{layer}{sign}{'down' if end[0] == 'A' else 'up'}.weight"] = t
-    safetensors.numpy.save_file(named, file)
-    with pytest.raises(UserError, match=f"it has the names of {whose}"):
-        lora.load(file, {"unet": shapes}, 2)
-
-
-def test_text_towers_by_both_of_their_names(tmp_path):
-    """transformers 5 no longer puts `text_model.` in front."""
-    spec = clip.TextSpec(8, 2, 2, 16, "gelu", None, vocabulary=20, positions=6)
-    shapes = clip_text.abstract_params(spec)
-    adapters = {"text": moved(lora.init(shapes, 2, KEY, lora.TEXT_TARGETS))}
-    layers = lora.tensors(adapters, None)
-    for prefix in ("text_model.", ""):
-        named = {k.replace("text_model.", prefix): t for k, t in layers.items()}
-        safetensors.numpy.save_file(named, tmp_path / "a.safetensors")
-        found = lora.load(tmp_path / "a.safetensors", {"text": shapes}, None)
-        jax.tree.map(np.testing.assert_array_equal, found, adapters)
+def test_feed_forward_layers_of_one_a_are_one_of_diffusers():
+    """GEGLU's one layer there is two here, which are the halves of its product."""
+    adapters = moved(lora.init(params_of(), 2, KEY, ("/ff_(in|gate)$",)))
+    own = adapters["down_0_attn_0"]["block"]
+    own["ff_gate"]["down"] = own["ff_in"]["down"]
+    found = lora.tensors({"unet": {"down_0_attn_0": {"block": own}}}, 2)
+    layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.ff.net.0.proj"
+    a, b = (found.pop(f"{layer}.lora_{end}.weight") for end in "AB")
+    assert not found and a.shape == (2, 8)
+    halves = convert.split_gates({"ff.net.0.proj.weight": b @ a})
+    for half in ("in", "gate"):
+        ends = own[f"ff_{half}"]
+        np.testing.assert_allclose(
+            halves[f"ff.net.0.proj[{half}].weight"].T,
+            ends["down"]["kernel"] @ ends["up"]["kernel"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
