@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Collection
 
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 
 def console(width: int | None = 100) -> Console:
@@ -19,6 +22,22 @@ def console(width: int | None = 100) -> Console:
     )
 
 
+def table(*headings: str, left: Collection[str] = (), edge: bool = False) -> Table:
+    """A table without rows.
+
+    Args:
+      headings: of its columns, the first of which is flush left.
+      left: headings of others that are; the rest is flush right, as numbers are.
+      edge: whether a blank stands before the first column and behind the last.
+    """
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=edge)
+    for heading in headings:
+        flush = "left" if heading == headings[0] or heading in left else "right"
+        made.add_column(heading, justify=flush)
+    return made
+
+
 def text(printed: Console) -> str:
     """What was printed to a `console`, in lines without blanks at their ends."""
-    return "\n".join(line.rstrip() for line in printed.file.getvalue().splitlines()).strip()
+    lines = [line.rstrip() for line in printed.file.getvalue().splitlines()]
+    return "\n".join(lines).strip("\n")

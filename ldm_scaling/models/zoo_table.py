@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich import box
-from rich.table import Table
-
 from ldm_scaling import terminal
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import backbone_tables, cost, zoo
@@ -100,10 +97,8 @@ def _number(value: float | None, digits: int) -> str:
 
 def text(family: str = "unet") -> str:
     """The table for a terminal, with its notes; no line is longer than 100 characters."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("name", "c", "context", "params", "paper", "GFLOPs", "paper", "cost", "paper",
-                    "FID", "CLIP"):
-        table.add_column(heading, justify="left" if heading == "name" else "right", no_wrap=True)
+    table = terminal.table("name", "c", "context", "params", "paper", "GFLOPs", "paper", "cost",
+                           "paper", "FID", "CLIP")
     for row in rows(family):
         table.add_row(
             row["name"], str(row["base_channels"]), str(row["context_dim"]),

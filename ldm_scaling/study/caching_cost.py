@@ -15,8 +15,6 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from rich import box
-from rich.table import Table
 
 from ldm_scaling import terminal
 from ldm_scaling.diffusion import loss as loss_lib
@@ -264,10 +262,8 @@ def train_gflops(spec: backbone.Spec, tokens: int | None = None) -> float:
 
 def text(plan: Plan, found: Sequence[Row]) -> str:
     """The plan and its rows for a terminal; no line is longer than 100 characters."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    headings = ("name", "train GFLOPs", "encoders", "share", "speed-up", "one pass, epochs")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "name" else "right", no_wrap=True)
+    table = terminal.table("name", "train GFLOPs", "encoders", "share", "speed-up",
+                           "one pass, epochs")
     for row in found:
         table.add_row(
             row.name, _short(row.train_gflops), _short(row.image_gflops + row.text_gflops),

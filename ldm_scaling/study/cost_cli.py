@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich import box
-from rich.table import Table
 
 from ldm_scaling import config as config_lib
 from ldm_scaling import files, terminal
@@ -264,9 +262,8 @@ def _measure(
 def text(found: CostFile) -> str:
     """The file for a terminal; no line is longer than 100 characters."""
     batches = sorted({t.batch for t in (*found.timings, *found.skipped)})
-    counted, timed = (Table(box=box.SIMPLE_HEAD, pad_edge=False) for _ in range(2))
-    for head in ("name", "params", "GFLOPs", "by hand", "cost", "of", "decoder", "text"):
-        counted.add_column(head, justify="left" if head in ("name", "of") else "right")
+    counted = terminal.table("name", "params", "GFLOPs", "by hand", "cost", "of", "decoder", "text",
+                             left=("of",))
     for m in found.members:
         counted.add_row(
             m.name, labels.count(m.params), labels.number(m.gflops),
@@ -275,10 +272,7 @@ def text(found: CostFile) -> str:
             labels.number(m.decoder_gflops),
             "" if m.text_gflops is None else labels.number(m.text_gflops),
         )
-    timed.add_column("part")
-    timed.add_column("name")
-    for b in batches:
-        timed.add_column(f"batch {b}", justify="right")
+    timed = terminal.table("part", "name", *(f"batch {b}" for b in batches), left=("name",))
     rows = list(dict.fromkeys((t.name, t.part) for t in (*found.timings, *found.skipped)))
     for name, part in rows:
         cells = [found.timing(part, name, b) for b in batches]

@@ -7,11 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
-from ldm_scaling import __version__
+from ldm_scaling import __version__, terminal
 from ldm_scaling.metrics.compare import Comparison
 from ldm_scaling.parallel import hosts
 from ldm_scaling.study import scores
@@ -94,13 +90,11 @@ def show(
 ) -> None:
     """The table on stdout; what went with it on stderr."""
     warn(about)
-    table = Table(box=box.SIMPLE_HEAD)
     heads = ["score", "value", "95% interval", "n", "real n", "better"]
     if versus:
         heads[3:3] = ["versus", "difference", "its 95% interval", "p", "p (Holm)"]
     holm = _holm(differences)
-    for head in heads:
-        table.add_column(head, justify="left" if head in ("score", "better") else "right")
+    table = terminal.table(*heads, left=("better",))
     for i, one in enumerate(found):
         cells = [one.label, _digits(one.value), _span(one.interval)]
         if versus:
@@ -112,15 +106,15 @@ def show(
             cells += [_digits(versus[i].value), *more]
         real = "-" if one.reference_n is None else str(one.reference_n)
         table.add_row(*cells, str(one.n), real, one.better)
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = terminal.console(None if sys.stdout.isatty() else 160)
     console.print(table)
     for features in dict.fromkeys(f"{one.features} ({one.extractor})" for one in found):
-        console.print(f"features: {features}", soft_wrap=True, markup=False)
+        console.print(f"features: {features}", soft_wrap=True)
     for row, one in zip(rows, found):
         parts = [one.remark, one.against if row.captioned else ""]
         if any(parts):
             text = "; ".join(filter(None, parts))
-            console.print(f"{one.label}: {text}", soft_wrap=True, markup=False)
+            console.print(f"{one.label}: {text}", soft_wrap=True)
     real, made = task.real, task.generated
     if made.side and any(min(size) < made.side for size in made.folder.sizes):
         console.print(
@@ -136,3 +130,4 @@ def show(
                 f"The images are of different sizes, {sizes[0]} and {sizes[1]}; a distance sees "
                 f"that too.{remedy}", soft_wrap=True,
             )  # fmt: skip
+    print(terminal.text(console))

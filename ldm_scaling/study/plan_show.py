@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -89,11 +89,7 @@ def _things(one: Plan, number: int = 2) -> str:
     return ("GPU" if _on_gpu(one) else "chip") + "s" * (number != 1)
 
 
-def _table(*headings: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=True)
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
-    return table
+_table = functools.partial(terminal.table, edge=True)
 
 
 def _memory(one: Plan) -> Table:
