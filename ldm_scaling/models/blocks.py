@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.linear import default_kernel_init
 
+from ldm_scaling.errors import UserError
 from ldm_scaling.models import attention as attention_lib
 
 Dtype = Any
@@ -87,6 +88,36 @@ def dense(
     if gather is not None:
         kw |= {"dot_general": gather.at(name)(jax.lax.dot_general), "sharded": True}
     return Dense(features, dtype=dtype, name=name, **kw)
+
+
+def check_guidance(spec: Any, network: str) -> None:
+    """Raises `UserError` for a spec's `guidance_dim` that no embedding has."""
+    wide = spec.guidance_dim
+    if not isinstance(wide, int) or wide < 0 or wide % 2 or wide == 2:
+        raise UserError(f"{network} guidance_dim={wide!r}: give 0, or an even number from 4 on")
+
+
+def with_guidance(
+    emb_BD: jax.Array, w_B: jax.Array | None, spec: Any, network: str, gather: Callable | None,
+    **kw: Any,
+) -> jax.Array:
+    """An embedding, to which that of a guidance rate is added through the layer
+    `guidance_embedding` if the spec's network is told one; `kw` is of that layer.
+
+    Raises:
+      UserError: for a rate that is missing, or that the network is not told.
+    """
+    if (w_B is None) == bool(spec.guidance_dim):
+        needs = "needs each sample's" if w_B is None else "knows no"
+        raise UserError(f"{network} with guidance_dim={spec.guidance_dim} {needs} guidance rate")
+    if w_B is None:
+        return emb_BD
+    told = guidance_embedding(w_B, spec.guidance_dim).astype(emb_BD.dtype)
+    layer = dense(
+        emb_BD.shape[-1], emb_BD.dtype, "guidance_embedding", gather, use_bias=False, **kw
+    )
+    return emb_BD + layer(told)
+
 
 
 def conv(

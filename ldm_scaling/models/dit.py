@@ -107,22 +107,13 @@ class Block(nn.Module):
         return x + gate2[:, None] * tokens.mlp(y, dtype, self.gather)
 
 
-class DiT(nn.Module):
+class DiT(functional.Network):
     """`DiT(spec).apply({"params": p}, x_BHWC, t_B, ctx_BLD)` -> (B, H, W, out_channels) float32;
     with `spec.guidance_dim` the guidance rates w_B follow.
 
     Positions are sinusoids of places on the grid that the spec's latents make: latents of other
     sides are read as finer or coarser pictures of the same field.
-
-    Args:
-      spec, dtype, remat, attention, gather: see `UNet`.
     """
-
-    spec: DiTSpec
-    dtype: Any = jnp.float32
-    remat: str = "none"
-    attention: Callable = attention_lib.plain
-    gather: Callable | None = None
 
     @nn.compact
     def __call__(

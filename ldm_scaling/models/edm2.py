@@ -80,9 +80,7 @@ class EDM2Spec:
         for name, value in numbers:
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"EDM2 {name}={value!r}: give a whole number of at least 1")
-        wide = self.guidance_dim
-        if not isinstance(wide, int) or wide < 0 or wide % 2 or wide == 2:
-            raise UserError(f"EDM2 guidance_dim={wide!r}: give 0, or an even number from 4 on")
+        blocks.check_guidance(self, "EDM2")
         if self.in_channels < self.out_channels:
             raise UserError(
                 f"EDM2 in_channels={self.in_channels} must be at least out_channels="
@@ -227,32 +225,20 @@ class Block(nn.Module):
         return jnp.clip(x, -MOST, MOST)
 
 
-class EDM2(nn.Module):
+class EDM2(functional.Network):
     """`EDM2(spec).apply({"params": p}, x_BHWC, t_B, ctx_BLD)` -> (B, H, W, out_channels) float32;
     with `spec.guidance_dim` the guidance rates w_B follow.
 
     Two layers are not EDM2's, plain ones whose weights begin at zero, so that a network that is
     given them goes on from what it was: of a condition's channels, added to the first layer's, and
     of a guidance rate, added to the embedding.
-
-    Args:
-      spec, dtype, remat, attention, gather: see `UNet`.
     """
-
-    spec: EDM2Spec
-    dtype: Any = jnp.float32
-    remat: str = "none"
-    attention: Callable = attention_lib.plain
-    gather: Callable | None = None
 
     @nn.compact
     def __call__(
         self, x_BHWC: jax.Array, t_B: jax.Array, ctx_BLD: jax.Array, w_B: jax.Array | None = None
     ) -> jax.Array:
         spec, dtype, gather = self.spec, self.dtype, self.gather
-        if (w_B is None) == bool(spec.guidance_dim):
-            needs = "needs each sample's" if w_B is None else "knows no"
-            raise UserError(f"EDM2 with guidance_dim={spec.guidance_dim} {needs} guidance rate")
         height, length = x_BHWC.shape[1:3]
         if height % spec.downsampling or length % spec.downsampling:
             raise UserError(
@@ -277,11 +263,7 @@ class EDM2(nn.Module):
         text_BD = (mean_BD * jax.lax.rsqrt(jnp.maximum(square_B1, 1e-8))).astype(dtype)
         text = magnitude.dense(wide, dtype, "text_embedding", gather)(text_BD)
         emb = magnitude.mix(emb, text, EQUAL_WEIGHT)
-        if w_B is not None:
-            told = blocks.guidance_embedding(w_B, spec.guidance_dim).astype(dtype)
-            emb += blocks.dense(
-                wide, dtype, "guidance_embedding", gather, use_bias=False, kernel_init=zeros
-            )(told)
+        emb = blocks.with_guidance(emb, w_B, spec, "EDM2", gather, kernel_init=zeros)
         emb = magnitude.silu(emb)
 
         x, beside = jnp.split(x_BHWC.astype(dtype), [spec.out_channels], axis=-1)

@@ -1,6 +1,6 @@
 """What every network that denoises has beside its module: parameters, their shapes, and `denoise`.
 
-A module is made as `Network(spec, dtype, remat, attention, gather)` and called as `UNet` is.
+A module has the fields of `Network`, in that order, and is called as `UNet` is.
 """
 
 from __future__ import annotations
@@ -15,6 +15,25 @@ import jax.numpy as jnp
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import attention as attention_lib
+
+
+class Network(nn.Module):
+    """The fields of a network that denoises.
+
+    Attributes:
+      spec: which one.
+      dtype: compute type; parameters are float32.
+      remat: `"none"`, or `"block"` to recompute each block in the backward pass.
+      attention: what queries, keys and values go through, see `models.attention`.
+      gather: makes layers' weights whole where they are used, if they come in shards, see
+        `parallel.gathering`.
+    """
+
+    spec: Any
+    dtype: Any = jnp.float32
+    remat: str = "none"
+    attention: Callable = attention_lib.plain
+    gather: Callable | None = None
 
 
 def example_inputs(
@@ -50,8 +69,8 @@ def of(network: type[nn.Module]) -> tuple[Callable, Callable, Callable]:
         """The network as `denoise(params, x_BHWC, t_B, cond) -> F_BHWC`: cond["context"] (B, L, D)
         and, for a network that sees one, cond["condition"] (B, H, W, C'), which is laid behind x's
         channels; for one that is told its guidance rate, cond["guidance"] (B,). The arguments are
-        `UNet`'s. It raises `UserError` for channels, text or sides that the network does not take,
-        and for a guidance rate that is missing."""
+        `Network`'s. It raises `UserError` for channels, text or sides that the network does not
+        take, and for a guidance rate that is missing."""
         module = network(spec, dtype, remat, attention, gather)
 
         def denoise(params, x_BHWC, t_B, cond):

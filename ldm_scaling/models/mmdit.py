@@ -130,7 +130,7 @@ class Block(nn.Module):
         return image, text
 
 
-class MMDiT(nn.Module):
+class MMDiT(functional.Network):
     """`MMDiT(spec).apply({"params": p}, x_BHWC, t_B, ctx_BLD)` -> (B, H, W, out_channels) float32;
     with `spec.guidance_dim` the guidance rates w_B follow.
 
@@ -138,16 +138,7 @@ class MMDiT(nn.Module):
     states alone, and their mean over all tokens, padding too, takes the pooled states' place.
     Positions are sinusoids of places that lie about the middle of a grid three times as wide as the
     one that the spec's latents make, a third apart; latents of other sides take more or less of it.
-
-    Args:
-      spec, dtype, remat, attention, gather: see `UNet`.
     """
-
-    spec: MMDiTSpec
-    dtype: Any = jnp.float32
-    remat: str = "none"
-    attention: Callable = attention_lib.plain
-    gather: Callable | None = None
 
     @nn.compact
     def __call__(

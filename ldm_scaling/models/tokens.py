@@ -71,11 +71,7 @@ class TransformerSpec:
                 raise UserError(
                     f"{self.network} {name}={value!r}: give a whole number of at least 1"
                 )
-        wide = self.guidance_dim
-        if not isinstance(wide, int) or wide < 0 or wide % 2 or wide == 2:
-            raise UserError(
-                f"{self.network} guidance_dim={wide!r}: give 0, or an even number from 4 on"
-            )
+        blocks.check_guidance(self, self.network)
         if self.base_channels % 4 or self.base_channels % self.heads:
             raise UserError(
                 f"{self.network} width {self.base_channels} must be a multiple of 4 and of "
@@ -168,22 +164,9 @@ def sinusoids(
     spec: TransformerSpec, t_B: jax.Array, w_B: jax.Array | None, width: int, dtype: Dtype,
     gather: Callable | None,
 ) -> jax.Array:
-    """A timestep's sinusoids, to which a guidance rate's are added through a layer
-    `guidance_embedding`, as in the U-Net: (B, width).
-
-    Raises:
-      UserError: for a rate that is missing, or that the network is not told.
-    """
-    if (w_B is None) == bool(spec.guidance_dim):
-        needs = "needs each sample's" if w_B is None else "knows no"
-        raise UserError(
-            f"{spec.network} with guidance_dim={spec.guidance_dim} {needs} guidance rate"
-        )
+    """A timestep's sinusoids, `blocks.with_guidance`: (B, width)."""
     emb_BD = blocks.timestep_embedding(t_B, width).astype(dtype)
-    if w_B is not None:
-        told = blocks.guidance_embedding(w_B, spec.guidance_dim).astype(dtype)
-        emb_BD += blocks.dense(width, dtype, "guidance_embedding", gather, use_bias=False)(told)
-    return emb_BD
+    return blocks.with_guidance(emb_BD, w_B, spec, spec.network, gather)
 
 
 def grow_guidance(params: Any, dim: int) -> Any:
@@ -195,7 +178,8 @@ def grow_guidance(params: Any, dim: int) -> Any:
 
 
 def wrapper(remat: str) -> Callable:
-    """What a block's class goes through: under jit it is traced once for all places of its shape.
+    """What a block's class goes through: under jit it is traced once for all places of its shape,
+    a U-Net in half the time. Not where weights come in shards: each place has its own `gather`.
 
     Args:
       remat: `"none"`, or `"block"` to recompute each block in the backward pass.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +11,6 @@ import jax.numpy as jnp
 from flax.linen.linear import default_kernel_init
 
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import attention as attention_lib
 from ldm_scaling.models import blocks, functional, tokens
 
 
@@ -70,9 +68,7 @@ class UNetSpec:
         for name, value in numbers:
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"U-Net {name}={value!r}: give a whole number of at least 1")
-        wide = self.guidance_dim
-        if not isinstance(wide, int) or wide < 0 or wide % 2 or wide == 2:
-            raise UserError(f"U-Net guidance_dim={wide!r}: give 0, or an even number from 4 on")
+        blocks.check_guidance(self, "U-Net")
         if len(self.channel_mults) != len(self.attention_levels) or not self.channel_mults:
             raise UserError(
                 f"U-Net channel_mults={self.channel_mults} and attention_levels="
@@ -117,44 +113,22 @@ class UNetSpec:
         return dataclasses.replace(self, in_channels=self.in_channels + channels)
 
 
-class UNet(nn.Module):
+class UNet(functional.Network):
     """`UNet(spec).apply({"params": p}, x_BHWC, t_B, ctx_BLD)` -> (B, H, W, out_channels) float32;
-    with `spec.guidance_dim` the guidance rates w_B follow.
-
-    Args:
-      spec: the network.
-      dtype: compute type; parameters are float32.
-      remat: `"none"`, or `"block"` to recompute each block in the backward pass.
-      attention: what queries, keys and values go through, see `models.attention`.
-      gather: makes layers' weights whole where they are used, if they come in shards, see
-        `parallel.gathering`.
-    """
-
-    spec: UNetSpec
-    dtype: Any = jnp.float32
-    remat: str = "none"
-    attention: Callable = attention_lib.plain
-    gather: Callable | None = None
+    with `spec.guidance_dim` the guidance rates w_B follow."""
 
     @nn.compact
     def __call__(
         self, x_BHWC: jax.Array, t_B: jax.Array, ctx_BLD: jax.Array, w_B: jax.Array | None = None
     ) -> jax.Array:
         spec, dtype = self.spec, self.dtype
-        if (w_B is None) == bool(spec.guidance_dim):
-            needs = "needs each sample's" if w_B is None else "knows no"
-            raise UserError(f"U-Net with guidance_dim={spec.guidance_dim} {needs} guidance rate")
-        if self.remat not in ("none", "block"):
-            raise UserError(f"remat={self.remat!r} is not one of none, block")
         height, width = x_BHWC.shape[1:3]
         if height % spec.downsampling or width % spec.downsampling:
             raise UserError(
                 f"U-Net latents of {height} x {width}: give sides that are multiples of "
                 f"{spec.downsampling}"
             )
-        # Under jit a block is traced once for all places of its shape: a U-Net in half the time.
-        # Not where weights come in shards: each place has its own `gather`.
-        wrap = (lambda m: nn.jit(nn.remat(m))) if self.remat == "block" else nn.jit
+        wrap = tokens.wrapper(self.remat)
         res_block, transformer = wrap(blocks.ResBlock), wrap(blocks.SpatialTransformer)
 
         last_init = tokens.ZEROS if spec.zero_init else default_kernel_init
@@ -182,9 +156,7 @@ class UNet(nn.Module):
 
         c = spec.base_channels
         emb = blocks.timestep_embedding(t_B, c).astype(dtype)
-        if w_B is not None:
-            told = blocks.guidance_embedding(w_B, spec.guidance_dim).astype(dtype)
-            emb += blocks.dense(c, dtype, "guidance_embedding", self.gather, use_bias=False)(told)
+        emb = blocks.with_guidance(emb, w_B, spec, "U-Net", self.gather)
         emb = dense(4 * c, "time_embedding_1")(emb)
         emb = dense(4 * c, "time_embedding_2")(blocks.silu(emb))
         ctx = ctx_BLD.astype(dtype)

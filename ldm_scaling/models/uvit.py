@@ -78,24 +78,16 @@ class Block(nn.Module):
         return x + tokens.mlp(y, dtype, self.gather, tokens.SMALL, approximate=False)
 
 
-class UViT(nn.Module):
+class UViT(functional.Network):
     """`UViT(spec).apply({"params": p}, x_BHWC, t_B, ctx_BLD)` -> (B, H, W, out_channels) float32;
     with `spec.guidance_dim` the guidance rates w_B follow.
 
     Positions are learned, one for the time, for each text token and for each place on the grid of
     the spec's latents; for latents of other sides the grid's are resampled (bicubic).
 
-    Args:
-      spec, dtype, remat, attention, gather: see `UNet`.
     Raises:
       UserError: for more text tokens than there are positions for.
     """
-
-    spec: UViTSpec
-    dtype: Any = jnp.float32
-    remat: str = "none"
-    attention: Callable = attention_lib.plain
-    gather: Callable | None = None
 
     @nn.compact
     def __call__(
