@@ -25,8 +25,9 @@ COMMANDS = {
     "advise": "which size, sampler, steps and guidance for a budget, from records",
 }
 
-# Commands with flags of their own. `run(arguments, parse)` of the module does all; `parse` reads
-# the flags that are everyone's (--config, --workdir) from those that it hands over.
+# Commands with flags of their own. `run(arguments, parse)` of the module does all with what stands
+# after the command, and raises `UserError` for what the user can mend; `parse` reads the flags that
+# are everyone's (--config, its overrides, --workdir) from those that it hands over.
 OWN = {
     "evaluate": "ldm_scaling.study.evaluate_cli", "plan": "ldm_scaling.study.plan_cli",
     "cost": "ldm_scaling.study.cost_cli", "advise": "ldm_scaling.study.advise_cli",

@@ -66,11 +66,7 @@ def _parser() -> Parser:
 
 
 def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
-    """Runs the command; `plan_cli.run` has the arguments.
-
-    Raises:
-      UserError: for what the user can mend.
-    """
+    """Runs the command, see `commands.OWN`."""
     given, overrides = _parser().parse_with_config(arguments)
     if overrides and not given.config:
         raise UserError(f"{overrides[0]} changes a key of --config=FILE: give that too")

@@ -95,14 +95,7 @@ def _parser() -> Parser:
 
 
 def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
-    """Runs the command.
-
-    Args:
-      arguments: after `evaluate`.
-      parse: reads --config, its overrides and --workdir, which belong to every command.
-    Raises:
-      UserError: for what the user can mend.
-    """
+    """Runs the command, see `commands.OWN`."""
     given, common = _parser().parse_with_common(arguments, parse)
     if given.protocols:
         print(protocols.text())

@@ -60,14 +60,8 @@ def _parser() -> Parser:
 
 
 def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
-    """Runs the command; prints the files, then a line for each figure that lacks records.
-
-    Args:
-      arguments: after `figure`.
-      parse: reads the flags that are everyone's; those taken here are read here.
-    Raises:
-      UserError: for what the user can mend.
-    """
+    """Runs the command, see `commands.OWN`; prints the files, then a line for each figure that
+    lacks records."""
     given = _parser().parse_args(list(arguments))
     if given.list:
         print(listing())

@@ -35,14 +35,7 @@ def _parser() -> Parser:
 
 
 def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
-    """Runs the command.
-
-    Args:
-      arguments: after `pairs`.
-      parse: of flags that belong to every command, which this one does not have.
-    Raises:
-      UserError: for what the user can mend.
-    """
+    """Runs the command, see `commands.OWN`."""
     given, rest = _parser().parse_known_args(list(arguments))
     if rest:
         raise UserError(f"unknown argument {rest[0]!r}; see  ldm-scaling pairs --help")

@@ -62,14 +62,8 @@ def _parser() -> Parser:
 
 
 def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
-    """Runs the command.
-
-    Args:
-      arguments: after `plan`.
-      parse: reads --config and its overrides, which belong to every command.
-    Raises:
-      UserError: for what the user can mend; where something is worse than the baseline.
-    """
+    """Runs the command, see `commands.OWN`; where something is worse than the baseline, that is a
+    `UserError` too."""
     given, overrides = _parser().parse_with_config(arguments)
 
     def study_of(flag: str) -> Study:

@@ -50,14 +50,7 @@ def _parser() -> Parser:
 
 
 def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
-    """Runs the command; prints the verdict, then the picture's file.
-
-    Args:
-      arguments: after `rates`.
-      parse: reads --config, its overrides and --workdir, which belong to every command.
-    Raises:
-      UserError: for what the user can mend.
-    """
+    """Runs the command, see `commands.OWN`; prints the verdict, then the picture's file."""
     given, common = _parser().parse_with_common(arguments, parse)
     if not common.workdir:
         raise UserError("rates needs --workdir=DIR; see  ldm-scaling rates --help")

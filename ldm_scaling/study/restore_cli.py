@@ -39,11 +39,7 @@ def _parser() -> Parser:
 
 
 def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
-    """Runs the command; for the arguments see `upscale_cli.run`.
-
-    Raises:
-      UserError: for what the user can mend.
-    """
+    """Runs the command, see `commands.OWN`."""
     given, common = _parser().parse_with_common(arguments, parse)
     if not (given.given and given.to and common.workdir):
         raise UserError(

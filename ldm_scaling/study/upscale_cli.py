@@ -36,14 +36,7 @@ def _parser() -> Parser:
 
 
 def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
-    """Runs the command.
-
-    Args:
-      arguments: after `upscale`.
-      parse: reads --config, its overrides and --workdir, which belong to every command.
-    Raises:
-      UserError: for what the user can mend.
-    """
+    """Runs the command, see `commands.OWN`."""
     given, common = _parser().parse_with_common(arguments, parse)
     if not given.given or not given.to:
         raise UserError("upscale needs a picture and --to=DIR; see  ldm-scaling upscale --help")
