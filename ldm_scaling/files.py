@@ -98,6 +98,11 @@ def atomic_write_text(path: epath.PathLike, text: str) -> None:
     atomic_write_bytes(path, text.encode())
 
 
+def write_json(path: epath.PathLike, value: Any, **how: Any) -> None:
+    """Writes a value as JSON to `path` by rename; `how` is of `json.dumps`."""
+    atomic_write_text(path, json.dumps(value, indent=1, **how) + "\n")
+
+
 def bind(folder: epath.PathLike, name: str, about: dict[str, Any], other: str) -> None:
     """Ties a new folder to what decides its contents, or holds one that is there against it.
 
@@ -113,7 +118,7 @@ def bind(folder: epath.PathLike, name: str, about: dict[str, Any], other: str) -
     if not path.exists():
         if path.parent.exists() and any(path.parent.iterdir()):
             raise UserError(f"{folder} is not empty, and holds no {name}: name a new folder")
-        atomic_write_text(path, json.dumps(about, indent=1) + "\n")
+        write_json(path, about)
         return
     try:
         have = dict(json.loads(path.read_text()))

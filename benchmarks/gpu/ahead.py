@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -272,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
                 row = {"guided": guided, "plain": plain, "decode": decode,
                        "device": hosts.describe(list(rehearsal.mesh.devices.flat))}
                 found = alone(args.to) | {member: row}
-                files.atomic_write_text(args.to, json.dumps(found, indent=1) + "\n")
+                files.write_json(args.to, found)
         return 0
     except Interrupted as e:
         print(e, file=sys.stderr)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -162,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
             "topology": args.topology, "member": member, "batch": batch,
             "versions": plan.versions(plan.Target(args.topology)), "programs": found,
         }
-        files.atomic_write_text(args.to, json.dumps(body, indent=1) + "\n")
+        files.write_json(args.to, body)
     return 0
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -212,6 +211,6 @@ def _finish(folder: epath.Path, paths, spans, meta, hash) -> None:
         "statistics": functools.reduce(merge, statistics, {}),
         "shards": counts,
     }
-    files.atomic_write_text(folder / cache.MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    files.write_json(folder / cache.MANIFEST, manifest)
     # Another study may be writing the same shards.
     files.remove_leftovers(folder.glob(".tmp-*-shard-*"))

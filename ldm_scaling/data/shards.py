@@ -287,7 +287,7 @@ def finish(
         "splits": entries,
         **note,
     }
-    files.atomic_write_text(path / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    files.write_json(path / MANIFEST, manifest)
     return open(path)
 
 

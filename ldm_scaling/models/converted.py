@@ -223,7 +223,7 @@ def write(
                 for path, leaf in jax.tree_util.tree_leaves_with_path(params)
             },
         }
-        files.atomic_write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        files.write_json(folder / MANIFEST, manifest)
     return target
 
 

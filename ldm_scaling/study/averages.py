@@ -212,7 +212,7 @@ def measure(
                 body = dataclasses.asdict(_measured(materials, which, task[1], params()))
                 log.info("%s", body)
                 del body["distance"]  # It is among records of its own.
-                files.atomic_write_text(path, json.dumps(body, indent=1) + "\n")
+                files.write_json(path, body)
             one = read(path)
             if cell is not None:
                 timed = seconds.setdefault(which.member, {})

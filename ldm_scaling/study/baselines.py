@@ -68,7 +68,7 @@ def path_of(
 
 def write(path: epath.Path, baselines: Baselines) -> None:
     """Writes them, whole or not at all."""
-    files.atomic_write_text(path, json.dumps(dataclasses.asdict(baselines), indent=1) + "\n")
+    files.write_json(path, dataclasses.asdict(baselines))
 
 
 def _read(path: epath.Path) -> Baselines:

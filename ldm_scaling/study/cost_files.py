@@ -207,7 +207,7 @@ def file_name(device_kind: str) -> str:
 def write(path: epath.PathLike, found: CostFile) -> None:
     """Whole or not at all."""
     body: dict[str, Any] = {"format": FORMAT, **dataclasses.asdict(found)}
-    files.atomic_write_text(path, json.dumps(body, indent=1, allow_nan=False) + "\n")
+    files.write_json(path, body, allow_nan=False)
 
 
 def read(path: epath.PathLike) -> CostFile:

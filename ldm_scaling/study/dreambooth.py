@@ -428,7 +428,7 @@ class Taught:
             if hosts.is_lead():
                 about = {"hash": self._mark(subject), "kind": subject.kind,
                          "pictures": list(subject.images.names)}
-                files.atomic_write_text(folder / _MARKER, json.dumps(about, indent=1) + "\n")
+                files.write_json(folder / _MARKER, about)
             make_loader = functools.partial(
                 loader.train_loader, lesson, run.batch_size, seed=m.study.seed,
                 process_index=jax.process_index(), process_count=jax.process_count(),

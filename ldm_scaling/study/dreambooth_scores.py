@@ -203,7 +203,7 @@ class Scores:
             }
             for when, by in found.items()
         }
-        files.atomic_write_text(path, json.dumps(plain, indent=1) + "\n")
+        files.write_json(path, plain)
         records.write(self._records, self._record(member, means["after"]))
         return plain
 

@@ -265,7 +265,7 @@ class Materials:
         if scale is None:
             scale = self.caches.statistics.scale
             kept = {"encoder": encoder, "scale": scale}
-            files.atomic_write_text(path, json.dumps(kept, indent=1) + "\n")
+            files.write_json(path, kept)
         return scale
 
     @functools.cached_property

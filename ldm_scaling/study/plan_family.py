@@ -54,7 +54,7 @@ def read(path: Path) -> dict[str, Any] | None:
 
 def write(path: Path, plan: Mapping[str, Any]) -> None:
     """A plan, whole or not at all."""
-    files.atomic_write_text(path, json.dumps(plan, indent=1, allow_nan=False) + "\n")
+    files.write_json(path, plan, allow_nan=False)
 
 
 def made() -> dict[str, str]:

@@ -170,9 +170,7 @@ def train(materials: Materials, planned: Sequence[Run]) -> None:
             bar.set_postfix_str(f"{run.member} {run.transfer} {run.rate:.3g}")
             done = step.trained(run, bar.update)
             log.info("%s", done)
-            files.atomic_write_text(
-                path_of(materials, run), json.dumps(dataclasses.asdict(done), indent=1) + "\n"
-            )
+            files.write_json(path_of(materials, run), dataclasses.asdict(done))
 
 
 class _Stepper:

@@ -38,7 +38,7 @@ def kept(
         found = _read(path) or measured
         if found is measured:
             body = {"program": program, "seconds": dict(zip(_NAMES, measured, strict=True))}
-            files.atomic_write_text(path, json.dumps(body, indent=1, sort_keys=True) + "\n")
+            files.write_json(path, body, sort_keys=True)
     return found
 
 

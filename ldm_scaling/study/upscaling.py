@@ -337,7 +337,7 @@ def _numbered(
             )
     stems([*every])
     if kept and len(every) > len(kept):
-        files.atomic_write_text(to / MANIFEST, json.dumps(about(every), indent=1) + "\n")
+        files.write_json(to / MANIFEST, about(every))
     places = {name: number for number, name in enumerate(every)}
     return np.array([places[name] for name in given.names])
 

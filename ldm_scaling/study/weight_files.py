@@ -41,7 +41,7 @@ def hash_of(found: Iterable[Path], root: Path, workdir: Workdir) -> str:
     if any(known.get(file) != value for file, value in digests.items()) and (
         workdir / MARKER
     ).exists():
-        files.atomic_write_text(memo, json.dumps(known | digests, indent=1) + "\n")
+        files.write_json(memo, known | digests)
     return files.sha256_of(
         {os.path.relpath(file, root): digest for file, (*_, digest) in digests.items()}
     )

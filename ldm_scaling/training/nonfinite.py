@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from typing import Any
@@ -50,6 +49,6 @@ def write(
         "examples": examples,
     }
     try:
-        files.atomic_write_text(path, json.dumps(body, indent=1) + "\n")
+        files.write_json(path, body)
     except UserError as e:  # A full disk: the loss is what must be told.
         log.warning("%s", e)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,7 +77,7 @@ def write(job: Preparation, report: dict[str, Any]) -> None:
 
     `duplicates.png` shows near-duplicates that were dropped beside what they look like.
     """
-    files.atomic_write_text(job.path / "report.json", json.dumps(report, indent=1) + "\n")
+    files.write_json(job.path / "report.json", report)
     files.atomic_write_text(job.path / "report.md", text(report))
     title = f"{job.options.name}: {report['kept']['train']} pairs to train with"
     prepare_sheets.draw(job.path / "sample.png", title, [[p] for p in _sample(job)], columns=8)
