@@ -187,20 +187,9 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     for side in (a, b):
         _require(Moments, side, "moments.Moments.of(features)")
     check_widths(a.d, b.d)
-    # The side with fewer images first: its rank is the smaller one, and the product's.
+    # The side with fewer images is factorised: its rank is the smaller one, and the product's.
     few, many = sorted((a, b), key=lambda moments: moments.n)
-    cov_few, cov_many = few.covariance(), many.covariance()
-    factor = factorise(cov_few)
-    overlap = _overlap(factor, cov_many)
-    if overlap is None:
-        product = factor.plain_DR.T @ factorise(cov_many).plain_DR
-        overlap = _sum_of_singular_values(product)
-    return _distance(a.mean_D - b.mean_D, np.trace(cov_few), np.trace(cov_many), overlap)
-
-
-def _from_moments(moments: Moments, reference: ReferenceStats, overlap: float) -> float:
-    delta_D = moments.mean_D - reference.moments.mean_D
-    return _distance(delta_D, np.trace(moments.covariance()), reference.trace, overlap)
+    return frechet_from_moments(many, ReferenceStats(few, ""))
 
 
 def frechet_from_moments(moments: Moments, reference: ReferenceStats) -> float:
@@ -216,13 +205,14 @@ def frechet_from_moments(moments: Moments, reference: ReferenceStats) -> float:
     if overlap is None:
         product = factorise(covariance_DD).plain_DR.T @ reference.root_DR
         overlap = _sum_of_singular_values(product)
-    return _from_moments(moments, reference, overlap)
+    delta_D = moments.mean_D - reference.moments.mean_D
+    return _distance(delta_D, np.trace(covariance_DD), reference.trace, overlap)
 
 
 def frechet_from_features(features_ND: np.ndarray, reference: ReferenceStats) -> float:
     """`frechet_distance` of features (N, D) from a reference whose factor is worked out once.
 
-    With fewer images than dimensions no D x D problem is solved: X the centred features,
+    With no more images than dimensions no D x D problem is solved: X the centred features,
     R R^T = C2, the singular values are those of X R / sqrt(N - 1), of rank N - 1 at most.
 
     Raises:
@@ -236,10 +226,7 @@ def frechet_from_features(features_ND: np.ndarray, reference: ReferenceStats) ->
     if n < 2:
         raise UserError(f"a Fréchet distance needs at least 2 images, there is {n}: evaluate more")
     if n > d:
-        moments = Moments.of(features_ND)
-        overlap = _overlap(reference.factor, moments.covariance())
-        if overlap is not None:
-            return _from_moments(moments, reference, overlap)
+        return frechet_from_moments(Moments.of(features_ND), reference)
     mean_D = features_ND.mean(axis=0)
     scaled_ND = (features_ND - mean_D) / np.sqrt(n - 1)
     # Centred rows are one too many. Reflected so that the first becomes their sum, 0, they keep
