@@ -39,15 +39,6 @@ def import_without_init(package: str, file: str, stand_ins=()):
         sys.modules.update(before)
 
 
-@pytest.fixture(scope="module")
-def torch():
-    torch = pytest.importorskip("torch", reason=PARITY)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield torch
-    torch.set_num_threads(threads)
-
-
 def blank(module):
     """torch-fidelity's network as its class makes it, without the download."""
     network = module.FeatureExtractorInceptionV3

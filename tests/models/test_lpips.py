@@ -49,15 +49,6 @@ def import_with(name: str, stand_ins: dict, package=None):
 
 
 @pytest.fixture(scope="module")
-def torch():
-    torch = pytest.importorskip("torch", reason=PARITY)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield torch
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
 def torchvision(torch):
     """What the peers take from torchvision: the layers of its AlexNet and VGG16, random weights."""
     nn = torch.nn
