@@ -60,6 +60,8 @@ def _coerce(name: str, kind: Any, value: Any) -> Any:
 def _build(base: Any, tree: Any, where: str) -> Any:
     """What a tree says of a part, and of the rest what `base` does."""
     kinds = typing.get_type_hints(type(base))
+    if not isinstance(tree, dict):
+        raise UserError(f"config: {where[:-1]}={tree!r} should be keys with values")
     for key in tree:
         if key not in kinds:
             near = difflib.get_close_matches(key, kinds, n=1)
