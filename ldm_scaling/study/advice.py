@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from ldm_scaling.errors import UserError
 from ldm_scaling.study import budgets, labels, winners
 from ldm_scaling.study import options as options_lib
+from ldm_scaling.study.arguments import MOST
 from ldm_scaling.study.budgets import Budget
 from ldm_scaling.study.curves import Point
 from ldm_scaling.study.options import Options
@@ -116,11 +117,12 @@ def _too_little(options: Options, budget: Budget) -> str:
     only = f" (Table 1 has {steps} steps alone: what fewer would do, it does not say)" if steps \
         else ""
     untimed = f". {options.untimed}" if options.untimed else ""
+    trained = f", trained {least.train_step:,} steps" if options.pictures else ""
     what = _training(options, budget, least) if options.pictures else f"{only}; {budgets.WHAT}"
     return (
         f"a budget of {budgets.amount(budget.value, budget.unit, 9)} is below the cheapest of what "
         f"there is, {labels.network(least.model, least.task)} with {labels.sampler(least.sampler)} "
-        f"and {least.steps} step{'s' * (least.steps > 1)}: "
+        f"and {least.steps} step{'s' * (least.steps > 1)}{trained}: "
         f"{budgets.amount(budgets.enough(least.cost), options.unit, 5)}{what}{untimed}"
     )
 
@@ -130,7 +132,7 @@ def _training(options: Options, budget: Budget, least: Point) -> str:
     n = options.pictures
     enough = [
         math.ceil(p.taught * n / left) for p in options.points
-        if (left := budget.value - (p.cost - p.taught)) > 0
+        if (left := budget.value - (p.cost - p.taught)) > 0 and p.taught * n / left < MOST
     ]
     drawn = min(p.cost - p.taught for p in options.points)
     return (

@@ -109,13 +109,17 @@ def guidance_rate(text: str) -> float:
     return value
 
 
+MOST = 10**18
+"""The largest whole number of a flag."""
+
+
 def above_0(text: str) -> int:
     """A flag's whole number, 1 to 1e18; also as `1e6` or `1_000_000`."""
     try:
         value = decimal.Decimal(text)
     except decimal.InvalidOperation:
         value = decimal.Decimal("nan")
-    if not value.is_finite() or not 1 <= value <= 10**18 or value % 1:
+    if not value.is_finite() or not 1 <= value <= MOST or value % 1:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a whole number above 0: give 1 or more, up to 1e18")
+            f"{text!r} is not a whole number above 0, up to 1e18: give 1 or more")
     return int(value)

@@ -54,7 +54,7 @@ def fitting(
     return dataclasses.replace(
         options, points=tuple(p for p in options.points if p.model not in without),
         notes=(*notes, *options.notes, said), untimed=" ".join(filter(None, [
-            options.untimed, *notes])), doubt=notes[0] if notes else options.doubt)
+            options.untimed, *notes])), doubt=" ".join(filter(None, [*notes, options.doubt])))
 
 
 def _gb(count: float) -> str:

@@ -11,9 +11,10 @@ from typing import Any
 from ldm_scaling.errors import UserError
 from ldm_scaling.sampling import solvers
 from ldm_scaling.study import curves as curves_lib
-from ldm_scaling.study import labels, pricing, reported
+from ldm_scaling.study import labels, lengths, pricing, reported
 from ldm_scaling.study.costing import Price, Unit
-from ldm_scaling.study.curves import Cell, Point
+from ldm_scaling.study.curves import Point
+from ldm_scaling.study.lengths import Kind
 from ldm_scaling.study.pricing import Reference, Training
 from ldm_scaling.study.records import (
     CASCADE,
@@ -21,17 +22,9 @@ from ldm_scaling.study.records import (
     DISTILLED,
     FROM_TEXT,
     TASKS,
-    TEXT_TO_IMAGE,
     Record,
 )
 from ldm_scaling.study.statistics import blocks
-
-Kind = tuple[str, str]
-"""(task, method): what is weighed as one part, see `kind`."""
-
-
-_ALONG: Kind = (TEXT_TO_IMAGE, "along training")
-"""Of members the earlier checkpoints, where each is an option of its own."""
 
 
 def kind(task: str, sampler: str) -> Kind:
@@ -101,7 +94,8 @@ def only(
     def kept(points: Sequence[Point], flag: str, wanted: Collection[str], of: Any) -> list[Point]:
         there = sorted({of(p) for p in points})
         if lacking := [name for name in wanted if name not in there]:
-            raise UserError(f"--{flag}={lacking[0]}: there are {', '.join(there)}")
+            why = f". {options.untimed}" if options.untimed else ""
+            raise UserError(f"--{flag}={lacking[0]}: there are {', '.join(there)}{why}")
         asked.extend(wanted)
         return [p for p in points if of(p) in wanted] if wanted else list(points)
 
@@ -235,7 +229,7 @@ def of_records(
     named: dict[str, str] = {}
     every = held
     if training is not None:
-        held, named = _along(held)
+        held, named = lengths.along(held)
     longest = {name: curves_lib.longest(own, settings) for name, own in held.items()}
     found = {}
     for name, own in longest.items():
@@ -269,10 +263,10 @@ def of_records(
     doubts = pricing.doubts(weighed) if unit == "seconds" and prices is None else []
     notes += doubts
     if training is not None:
-        notes += training.notes([r for r in weighed if r.identity.model not in named])
+        notes += training.notes(lengths.last_of(weighed, named))
 
     def part_of(p: Point) -> Kind:
-        return _ALONG if p.model in named else kind(p.task, p.sampler)
+        return lengths.ALONG if p.model in named else kind(p.task, p.sampler)
 
     if len(parts) > 1:
         notes += _together(parts, Counter(map(part_of, points)), unit)
@@ -282,19 +276,11 @@ def of_records(
             f"the one that is reported; between cells {measure.short} decides."
         )
     notes += filter(None, [reported.left_out(asked, report_blocks)])
-    notes += _lengths({name: held[name] for name in parts}, longest, settings)
+    notes += lengths.notes({name: held[name] for name in parts}, longest, settings)
     for name in parts:
         notes += curves_lib.other_settings(held[name], settings)
     notes += [*left_out, *lacking]
-    gaps = {
-        name: [g.cell for g in curves_lib.gaps(
-            part.pooled, part.chooser, select_block, report_blocks[0]) if not g.reported]
-        for name, part in parts.items() if name != _ALONG
-    }
-    if missing := sum(map(len, gaps.values())):
-        there = sum(len(parts[name].points) for name in gaps)
-        notes.append(f"{missing} of {missing + there} cells of the grid are not measured"
-                     f"{_shorter(gaps, every, longest, settings)} and take no part.")
+    notes += _gaps(parts, every, longest, settings, select_block, report_blocks[0])
     if any(p.low is None for p in points):
         notes.append("Some points have no bootstrap replicates, so no interval.")
     taught = {r.identity.model: training.share(r) for r in weighed} if training else {}
@@ -304,7 +290,8 @@ def of_records(
                                 taught=taught.get(p.model, 0.0)) for p in points
         ),
         unit, where, measure.short, measure.sign, metric, tuple(notes),
-        ones[-1] if unit == "cost" else None, " ".join(untimed), blocks=len(report_blocks),
+        ones[-1] if unit == "cost" else None,
+        " ".join([*untimed, *(lacking if training else ())]), blocks=len(report_blocks),
         doubt=next(iter(doubts if prices is None else untimed), ""),
         pictures=training.pictures if training else 0,
     )
@@ -333,31 +320,12 @@ def _by_kind(records: Sequence[Record], settings: Sequence[str]) -> dict[Kind, l
     return out
 
 
-def _along(held: Mapping[Kind, list[Record]]) -> tuple[dict[Kind, list[Record]], dict[str, str]]:
-    """Members' records in two kinds, of each size's longest training and of its earlier
-    checkpoints, these by names of their own; and the sizes that such names are of."""
-    ((members, own),) = held.items()
-    last = {r.identity.model: r.identity.train_step for r in curves_lib.longest(own)}
-    out: dict[Kind, list[Record]] = {members: []}
-    named = {}
-    for r in own:
-        i = r.identity
-        if i.train_step == last[i.model]:
-            out[members].append(r)
-            continue
-        name = f"{i.model} after {i.train_step:,} steps"
-        named[name] = i.model
-        out.setdefault(_ALONG, []).append(
-            dataclasses.replace(r, identity=dataclasses.replace(i, model=name)))
-    return out, named
-
-
 def _names(kinds: Collection[Kind]) -> dict[Kind, str]:
     """Each in words: the task, and the method where there are several of it."""
-    methods = Counter(task for task, _ in {*kinds} - {_ALONG})
+    methods = Counter(task for task, _ in {*kinds} - {lengths.ALONG})
 
     def which(task: str, method: str) -> str:
-        if (task, method) == _ALONG:
+        if (task, method) == lengths.ALONG:
             return f" {method}"
         return f" by {labels.sampler(method)}" if methods[task] > 1 else ""
 
@@ -394,7 +362,7 @@ def _comparable(
         if how:
             one = names[name] == labels.task(name[0])
             alone = f"--task={name[0]} is advice on it alone" if one else (
-                "ldm-scaling sweep  measures it as the rest" if name == _ALONG else
+                "of each size its longest training is weighed alone" if name == lengths.ALONG else
                 f"copy its records, whose sampler is {name[1]}, to a folder of their own for "
                 "advice on it alone")
             notes.append(_no_part(
@@ -463,46 +431,32 @@ def _together(parts: Mapping[Kind, _Part], cells: Mapping[Kind, int], unit: Unit
     return out
 
 
-def _shorter(
-    gaps: Mapping[Kind, Sequence[Cell]], held: Mapping[Kind, Sequence[Record]],
-    longest: Mapping[Kind, Sequence[Record]], settings: Sequence[str],
-) -> str:
-    """Which of the cells that are not measured are so after a shorter training, in words."""
-    of: Counter[tuple[str, int, int]] = Counter()
-    for name, cells in gaps.items():
-        last = {r.identity.model: r.identity.train_step for r in longest[name]}
-        steps: dict[Cell, int] = {}
-        for r in curves_lib.one_setting(held[name], settings):
-            i = r.identity
-            if not r.student_steps and i.train_step < last[i.model]:
-                cell = (i.model, i.sampler, i.steps)
-                steps[cell] = max(steps.get(cell, 0), i.train_step)
-        for model, sampler, n in cells:
-            if before := steps.get((model, sampler.partition(", ")[0], n)):
-                of[model, last[model], before] += 1
-    some = [f"{m} after {labels.steps(last)} of training lacks {n} that it has after {before:,}"
-            for (m, last, before), n in of.items()]
-    return f" ({labels.listing(some)})" if some else ""
-
-
-def _lengths(
-    held: Mapping[Kind, Sequence[Record]], longest: Mapping[Kind, Sequence[Record]],
-    settings: Sequence[str],
+def _gaps(
+    parts: Mapping[Kind, _Part], held: Mapping[Kind, Sequence[Record]],
+    longest: Mapping[Kind, Sequence[Record]], settings: Sequence[str], select_block: int,
+    report_block: int,
 ) -> list[str]:
-    """What is said of lengths of training that were left out."""
-    out, of = [], []
-    for name, own in held.items():
-        if any(r.student_steps for r in longest[name]):
-            out.append(
-                "Of students by halving each number of steps has that which was made for it, or "
-                "for the nearest."
-            )
-        elif len(longest[name]) < len(curves_lib.one_setting(own, settings)):
-            of += longest[name]
-    if of:
-        steps = sorted({r.identity.train_step for r in of})
-        out.append(
-            "Of each size its longest training is used "
-            f"({labels.listing([f'{n:,}' for n in steps], 'or')} steps), no earlier checkpoint."
-        )
-    return list(dict.fromkeys(out))
+    """What is said of cells that take no part."""
+    out, lacks = [], {}
+    parts = dict(parts)
+    along = parts.pop(lengths.ALONG, None)
+    for name, part in parts.items():
+        lacks |= lengths.lacking(part.points, held.get(name, ()), longest[name], settings)
+    before = {cell for cells in lacks.values() for cell in cells}
+    gaps = [
+        g for part in parts.values()
+        for g in curves_lib.gaps(part.pooled, part.chooser, select_block, report_block)
+        if not g.reported and lengths.base(*g.cell) not in before
+    ]
+    if gaps:
+        there = sum(len(part.points) for part in parts.values())
+        out.append(f"{len(gaps)} of {len(gaps) + there} cells of the grid are not measured and "
+                   "take no part.")
+    if along is None:
+        return out + lengths.said_of_lacking(lacks)
+    have = {lengths.base(p.model, p.sampler, p.steps) for p in along.points}
+    if half := {lengths.cell(r) for r in along.found} - have:
+        some = labels.listing(sorted({model for model, _, _ in half}))
+        out.append(f"{labels.counted(len(half), 'cell')} of {some} take{'s' * (len(half) == 1)} no "
+                   "part: not measured on all seed blocks.")
+    return out

@@ -65,7 +65,7 @@ def run(given: argparse.Namespace) -> None:
     if given.device is not None:
         rate = train_budgets.of_chip(given.device, given.utilisation)
     elif budget.unit == "seconds":
-        rate = train_budgets.of_curves(curves, calls, batch)
+        rate = train_budgets.of_curves(curves, calls, batch, study.start.passed)
         if rate is None:
             raise UserError(f"--train-budget={budget.text!r}: the curves in {home / 'models'} keep "
                             "no seconds of training: give --device=h100, or a budget in flops")

@@ -72,7 +72,7 @@ class Rate:
 
 def of_curves(
     curves: Mapping[str, Sequence[tuple[int, str, float]]], gflops: Mapping[str, float],
-    batch_size: int,
+    batch_size: int, start: int = 0,
 ) -> Rate | None:
     """The rate that a study trained at, by the seconds in steps that its runs keep, from the first
     that is kept on (a run that goes on from another's step has none of the steps before): the
@@ -82,11 +82,14 @@ def of_curves(
       curves: size -> the rows of its `curves.csv`.
       gflops: of a call of each.
       batch_size: pictures of a step.
+      start: the step that runs began at, which counts where they keep seconds of one step alone.
     """
     found = {}
     for m, rows in curves.items():
         kept = [(step, value) for step, name, value in rows if name == PRODUCTIVE]
-        (begun, before), (step, seconds) = min(kept, default=(0, 0.0)), max(kept, default=(0, 0.0))
+        if len({step for step, _ in kept}) < 2:
+            kept.append((start, 0.0))
+        (begun, before), (step, seconds) = min(kept), max(kept)
         if step > begun and seconds > before:
             found[m] = BACKWARD * gflops[m] * (step - begun) * batch_size / (seconds - before)
     if not found:

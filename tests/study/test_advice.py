@@ -663,12 +663,34 @@ def test_cells_of_a_shorter_training_are_named(exact):
         return dataclasses.replace(r, identity=dataclasses.replace(r.identity, train_step=4000))
 
     more = [longer(r) for r in exact if r.identity.model == "c8" and r.identity.steps == 4]
-    said = [n for n in within([*exact, *more], 9.0).notes if "of the grid" in n]
-    assert said == [
-        "11 of 70 cells of the grid are not measured (c8 after 4,000 steps of training lacks 11 "
-        "that it has after 2,000) and take no part."]
+    notes = within([*exact, *more], 9.0).notes
+    assert not [n for n in notes if "of the grid" in n]
+    assert [n for n in notes if "shorter" in n] == [
+        "Cells that only a shorter training has take no part: 11 of c8 after 4,000 steps, measured "
+        "after 2,000."]
     paid = within([*exact, *more], 900.0, "gflops", training=Training(64, 1000))
-    assert len(paid.options.points) == 73 and said[0] in paid.notes
+    assert len(paid.options.points) == 73
+    assert not [n for n in paid.notes if "shorter" in n or "no part" in n]
+
+
+def test_a_longer_training_that_is_half_measured_leaves_the_shorter_one(exact):
+    """Its second block is not there yet: what is trained already answers, and its share is told."""
+    def longer(r):
+        return dataclasses.replace(r, identity=dataclasses.replace(r.identity, train_step=4000))
+
+    half = [longer(r) for r in exact if r.identity.seed_block == 0]
+    found = within([*exact, *half], 900.0, "gflops", training=Training(64, 1000))
+    alone = within(exact, 900.0, "gflops", training=Training(64, 1000))
+    assert cell(found.best) == cell(alone.best) and found.best.train_step == 2000
+    assert any("takes no part: no configuration" in n for n in found.notes)
+    some = [longer(r) for r in exact if r.identity.model == "c8" and (
+        r.identity.seed_block == 0 or r.identity.steps > 4)]
+    found = within([*exact, *some], 900.0, "gflops", training=Training(64, 1000))
+    assert not any("shorter" in n for n in found.notes)
+    assert {p.train_step for p in found.options.points if p.model == "c8"} == {2000, 4000}
+
+
+def test_cells_that_were_not_measured_are_counted(exact):
     lone = [r for r in exact if (r.identity.model, r.identity.steps) != ("c8", 4)]
     assert any(n == "3 of 70 cells of the grid are not measured and take no part."
                for n in within(lone, 9.0).notes)

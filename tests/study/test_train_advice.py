@@ -201,6 +201,9 @@ def test_a_rate_is_the_median_of_the_sizes():
     rate = train_budgets.of_curves(curves, dict.fromkeys(curves, 2.0), 10)
     assert (rate.gflops, rate.low, rate.high) == pytest.approx((100, 10, 200))
     assert "3 sizes" in rate.words
+    one = {"a": rows(60)[1:2]}  # Of the last step alone: from the first one on.
+    assert train_budgets.of_curves(one, {"a": 2.0}, 10).gflops == pytest.approx(100)
+    assert train_budgets.of_curves(one, {"a": 2.0}, 10, start=50).gflops == pytest.approx(50)
     later = {"a": [(1000 + step, name, value) for step, name, value in rows(60)]}
     assert train_budgets.of_curves(later, {"a": 2.0}, 10).gflops == pytest.approx(100)
     assert train_budgets.of_curves({"d": []}, {"d": 2.0}, 10) is None
