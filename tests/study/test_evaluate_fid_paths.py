@@ -13,7 +13,8 @@ from ldm_scaling import cli
 from ldm_scaling.study import weights as published
 from tests.metrics import peers
 from tests.models import test_inception as inception_tests
-from tests.models.test_inception import fidelity, pytorch_fid, torch, weights  # noqa: F401
+from tests.models.conftest import torch  # noqa: F401
+from tests.models.test_inception import fidelity, pytorch_fid, weights  # noqa: F401
 from tests.study.test_evaluate import write_images
 
 
