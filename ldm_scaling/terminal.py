@@ -33,7 +33,7 @@ def table(*headings: str, left: Collection[str] = (), edge: bool = False) -> Tab
     made = Table(box=box.SIMPLE_HEAD, pad_edge=edge)
     for heading in headings:
         flush = "left" if heading == headings[0] or heading in left else "right"
-        made.add_column(heading, justify=flush)
+        made.add_column(heading, justify=flush, overflow="fold")
     return made
 
 

@@ -119,7 +119,6 @@ def with_guidance(
     return emb_BD + layer(told)
 
 
-
 def conv(
     features: int, size: int, dtype: Dtype, name: str, *, stride: int = 1,
     gather: Callable | None = None, **kw,

@@ -117,7 +117,7 @@ def _too_little(options: Options, budget: Budget) -> str:
     only = f" (Table 1 has {steps} steps alone: what fewer would do, it does not say)" if steps \
         else ""
     untimed = f". {options.untimed}" if options.untimed else ""
-    trained = f", trained {least.train_step:,} steps" if options.pictures else ""
+    trained = f", trained {labels.steps(least.train_step)}" if options.pictures else ""
     what = _training(options, budget, least) if options.pictures else f"{only}; {budgets.WHAT}"
     return (
         f"a budget of {budgets.amount(budget.value, budget.unit, 9)} is below the cheapest of what "
@@ -137,7 +137,7 @@ def _training(options: Options, budget: Budget, least: Point) -> str:
     drawn = min(p.cost - p.taught for p in options.points)
     return (
         f", of which {budgets.amount(least.taught, options.unit, 5)} are its training, spread over "
-        f"{n:,} picture{'s' * (n > 1)}; " + (
+        f"{labels.counted(n, 'picture')}; " + (
             f"it suffices for --pictures={int(budgets.enough(min(enough), 3))} and more" if enough
             else "no number of pictures is enough, for drawing alone takes "
             f"{budgets.amount(budgets.enough(drawn), options.unit, 5)}")

@@ -249,7 +249,7 @@ def _how(p: Point, found: Advice) -> str:
     return (
         f"{labels.network(p.model, p.task)}, {labels.sampler(p.sampler)}, {p.steps} "
         f"step{'s' * (p.steps > 1)}, guidance {p.guidance:g}" + (
-            f", trained {p.train_step:,} steps" if found.options.pictures else "")
+            f", trained {labels.steps(p.train_step)}" if found.options.pictures else "")
     )
 
 

@@ -349,12 +349,12 @@ def count(value: float) -> str:
 
 def steps(count: int) -> str:
     """`1 step`, `4 steps`, `2,000 steps`."""
-    return f"{count:,} step{'s' * (count != 1)}"
+    return counted(count, "step")
 
 
 def counted(number: int, what: str) -> str:
-    """`1 cell`, `4 cells`."""
-    return f"{number} {what}{'s' * (number != 1)}"
+    """`1 cell`, `4,000 cells`."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def listing(items: Sequence[str], word: str = "and") -> str:

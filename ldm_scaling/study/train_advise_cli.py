@@ -10,8 +10,6 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from etils import epath
-from rich import box
-from rich.table import Table
 
 from ldm_scaling import terminal
 from ldm_scaling.config import Study
@@ -267,13 +265,13 @@ def text(
     drawing, of = advice.drawing, "training"
     paid = "budget" if drawing else "training"
     if drawing:
-        of += (f" and {drawing.pictures:,} picture{'s' * (drawing.pictures > 1)} of "
-               f"{drawing.calls:,} call{'s' * (drawing.calls > 1)}")
+        of += (f" and {labels.counted(drawing.pictures, 'picture')} of "
+               f"{labels.counted(drawing.calls, 'call')}")
     console.print(f"For {budget.text} of {of}" + (
         f", {_flops(advice.gflops)}" if rate else "") + ": a network of "
         f"{_ends(advice.size, _number)} GFLOPs a call")
-    apart, ends = advice.size[0] / near.gflops, [s.gflops for s in advice.sizes]
-    beyond = not 1 / _APART < apart < _APART and not min(ends) < advice.size[0] < max(ends)
+    apart, there = advice.size[0] / near.gflops, [s.gflops for s in advice.sizes]
+    beyond = not 1 / _APART < apart < _APART and not min(there) < advice.size[0] < max(there)
     console.print(
         f"  {_BEYOND[apart > 1] if beyond else 'nearest'} is {near.name}: "
         f"{labels.number(near.gflops)} GFLOPs, {labels.count(near.params)} parameters")
@@ -290,10 +288,8 @@ def text(
         f"A network of half the FLOPs comes to that loss by {_number(half)} "
         f"[{', '.join(_number(x) if math.isfinite(x) else 'never' for x in ends)}] times the "
         f"{paid}")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for head in ("size", "parameters", "GFLOPs a call", "pictures", "steps", "loss",
-                 f"{paid} for the best's loss"):
-        table.add_column(head, justify="left" if head == "size" else "right", overflow="fold")
+    table = terminal.table("size", "parameters", "GFLOPs a call", "pictures", "steps", "loss",
+                           f"{paid} for the best's loss")
     for s in advice.sizes:
         table.add_row(
             s.name, labels.count(s.params), labels.number(s.gflops), *(
