@@ -94,15 +94,21 @@ def test_statistics_stored_in_float32_still_have_a_root():
     assert frechet_distance(b, rough) == pytest.approx(value, rel=1e-4)
 
 
+def _by_nuclear_norm(x, y):
+    """The distance, and the trace of both covariances: ||C1^{1/2} C2^{1/2}||_* is
+    ||X1 X2^T||_* / sqrt((n1 - 1)(n2 - 1)), for which no root is taken at all."""
+    (xc, m), (yc, n) = ((of - of.mean(0), len(of) - 1) for of in (x, y))
+    nuclear = scipy.linalg.svdvals(xc @ yc.T).sum() / np.sqrt(m * n)
+    trace = (xc**2).sum() / m + (yc**2).sum() / n
+    return np.sum((x.mean(0) - y.mean(0)) ** 2) + trace - 2 * nuclear, trace
+
+
 def test_sets_of_few_directions_in_common():
     # Supports that hardly overlap: the product is singular in more directions than either side.
     rng = np.random.default_rng(23)
     x, y = np.zeros((400, 60)), np.zeros((500, 60))
     x[:, :35], y[:, 25:] = rng.normal(size=(400, 35)), rng.normal(size=(500, 35))
-    xc, yc = x - x.mean(0), y - y.mean(0)
-    nuclear = scipy.linalg.svdvals(xc @ yc.T).sum() / np.sqrt(399 * 499)
-    trace = (xc**2).sum() / 399 + (yc**2).sum() / 499
-    exact = np.sum((x.mean(0) - y.mean(0)) ** 2) + trace - 2 * nuclear
+    exact, _ = _by_nuclear_norm(x, y)
     m = Moments.of(y)
     assert frechet_distance(Moments.of(x), m) == pytest.approx(exact, rel=1e-11)
     reference = ReferenceStats(m, "net")
@@ -112,12 +118,8 @@ def test_sets_of_few_directions_in_common():
 
 @pytest.mark.parametrize("n1,n2,d", [(150, 150, 256), (40, 1000, 128), (3, 5, 64), (2, 2, 3)])
 def test_rank_deficient_sets_against_the_nuclear_norm_of_the_features(n1, n2, d):
-    # ||C1^{1/2} C2^{1/2}||_* = ||X1 X2^T||_* / sqrt((n1 - 1)(n2 - 1)): no root is taken at all.
     x, y = _features(5, n1, d), _features(6, n2, d, 0.3, 0.2)
-    xc, yc = x - x.mean(0), y - y.mean(0)
-    nuclear = scipy.linalg.svdvals(xc @ yc.T).sum() / np.sqrt((n1 - 1) * (n2 - 1))
-    trace = (xc**2).sum() / (n1 - 1) + (yc**2).sum() / (n2 - 1)
-    exact = np.sum((x.mean(0) - y.mean(0)) ** 2) + trace - 2 * nuclear
+    exact, trace = _by_nuclear_norm(x, y)
     reference = ReferenceStats(Moments.of(y), "net")
     assert frechet_distance(Moments.of(x), Moments.of(y)) == pytest.approx(exact, abs=1e-10 * trace)
     assert frechet_from_features(x, reference) == pytest.approx(exact, abs=1e-10 * trace)
@@ -127,19 +129,16 @@ def test_rank_deficient_sets_against_the_nuclear_norm_of_the_features(n1, n2, d)
 def test_the_fast_path_is_the_same_distance(n, d):
     x, y = _features(7, n, d), _features(8, 700, d, 0.4, 0.2)
     reference = ReferenceStats(Moments.of(y), "net")
-    direct = frechet_distance(Moments.of(x), reference.moments)
-    assert frechet_from_features(x, reference) == pytest.approx(direct, rel=1e-10)
-    assert frechet_from_moments(Moments.of(x), reference) == pytest.approx(direct, rel=1e-10)
+    exact, _ = _by_nuclear_norm(x, y)
+    assert frechet_from_features(x, reference) == pytest.approx(exact, rel=1e-10)
+    assert frechet_from_moments(Moments.of(x), reference) == pytest.approx(exact, rel=1e-10)
 
 
 @pytest.mark.parametrize("few", [2, 40, 150])
 def test_a_reference_of_few_images_against_many_features(few):
     # The product is the reference's rank wide, which is the smaller side of it here.
     x, y = _features(24, 180, 200), _features(25, few, 200, 0.4, 0.2)
-    xc, yc = x - x.mean(0), y - y.mean(0)
-    nuclear = scipy.linalg.svdvals(xc @ yc.T).sum() / np.sqrt(179 * (few - 1))
-    trace = (xc**2).sum() / 179 + (yc**2).sum() / (few - 1)
-    exact = np.sum((x.mean(0) - y.mean(0)) ** 2) + trace - 2 * nuclear
+    exact, trace = _by_nuclear_norm(x, y)
     reference = ReferenceStats(Moments.of(y), "net")
     assert frechet_from_features(x, reference) == pytest.approx(exact, abs=1e-10 * trace)
     assert frechet_from_moments(Moments.of(x), reference) == pytest.approx(exact, abs=1e-10 * trace)
