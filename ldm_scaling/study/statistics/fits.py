@@ -162,11 +162,9 @@ class _Problem:
                 "finite value above 0 per point"
             )
         logx_NK = np.log(x_NK)
-        near_NK = np.round(logx_NK, 9)  # Equal up to rounding counts once.
-        places, distinct = len(np.unique(near_NK, axis=0)), [len(set(one)) for one in near_NK.T]
-        # What terms of the scales, each of any value at each of its own, can tell at these places.
-        told = np.linalg.matrix_rank(np.concatenate(
-            [one[:, None] == np.unique(one) for one in near_NK.T], axis=1).astype(float))
+        near_NK = np.unique(np.round(logx_NK, 9), axis=0)  # Equal up to rounding counts once.
+        places, distinct = len(near_NK), [len(set(one)) for one in near_NK.T]
+        told = _told(near_NK)
         if told < need or min(distinct) < 2 + offset:
             raise UserError(
                 f"{len(y_N)} points at {places} places, of {distinct} distinct values of their "
@@ -235,6 +233,20 @@ def _huber(residual: np.ndarray, delta: float) -> np.ndarray:
 
 
 @arrays.one_blas_thread()
+def _told(places_PK: np.ndarray) -> int:
+    """How many numbers a sum of terms, one of each scale and of any value at each of its own, tells
+    at these places of one scale or two: with two as many as values, but for one in each set of
+    places that hang together, where a constant may move from one term to the other."""
+    if places_PK.shape[1] == 1:
+        return len(places_PK)
+    first_P, second_P = (np.unique(one, return_inverse=True)[1] for one in places_PK.T)
+    shape = (first_P.max() + 1, second_P.max() + 1)
+    met = scipy.sparse.coo_array((np.ones(len(places_PK)), (first_P, second_P)), shape)
+    graph = scipy.sparse.block_array([[None, met], [met.T, None]])
+    apart, _ = scipy.sparse.csgraph.connected_components(graph, directed=False)
+    return sum(shape) - apart
+
+
 def fit(
     x: np.ndarray, y: np.ndarray, *, offset: bool = True, delta: float = DELTA, tries: int = 24
 ) -> Fit:
