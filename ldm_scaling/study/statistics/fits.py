@@ -232,7 +232,6 @@ def _huber(residual: np.ndarray, delta: float) -> np.ndarray:
     return np.where(size <= delta, 0.5 * size**2, delta * (size - 0.5 * delta))
 
 
-@arrays.one_blas_thread()
 def _told(places_PK: np.ndarray) -> int:
     """How many numbers a sum of terms, one of each scale and of any value at each of its own, tells
     at these places of one scale or two: with two as many as values, but for one in each set of
@@ -247,6 +246,7 @@ def _told(places_PK: np.ndarray) -> int:
     return sum(shape) - apart
 
 
+@arrays.one_blas_thread()
 def fit(
     x: np.ndarray, y: np.ndarray, *, offset: bool = True, delta: float = DELTA, tries: int = 24
 ) -> Fit:
