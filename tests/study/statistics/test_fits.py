@@ -187,6 +187,15 @@ def test_the_largest_size_is_foretold():
     assert np.mean(error) < 0.02
 
 
+def test_what_places_tell_is_the_rank_of_their_values():
+    rng = np.random.default_rng(4)
+    for _ in range(200):
+        n, k = rng.integers(1, 25), rng.integers(1, 3)
+        places = np.unique(rng.integers(0, rng.integers(2, 8), (n, k)).astype(float), axis=0)
+        held = np.concatenate([one[:, None] == np.unique(one) for one in places.T], axis=1)
+        assert fits._told(places) == np.linalg.matrix_rank(held.astype(float))
+
+
 def test_the_papers_table():
     """FID falls as a power of the cost, by a straight line through the logarithms; where it would
     end the table does not say: one training of each size, which scatter by 1%."""
