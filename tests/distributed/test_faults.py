@@ -1,6 +1,5 @@
 """Four processes, killed and hindered again and again, end with an unbroken run's parameters."""
 
-import os
 import random
 import shutil
 import signal
@@ -17,12 +16,11 @@ TRAIN = {
     "compute_dtype": "float32", "log_every": 4, "validate_every": 0, "checkpoint_every": 4,
     "sample_every": 0, "keep": 3,
 }
-# Those of a kind that the run may survive come often; four times as many with LDM_SCALING_LONG=1.
+# Those of a kind that the run may survive come often.
 FAULTS = (
     ["one is killed"] * 2 + ["all are told to end"] * 2 + ["all are killed"]
     + ["the disk is full"] + ["the newest checkpoint is damaged"]
 )
-FAULTS *= 4 if os.environ.get("LDM_SCALING_LONG") else 1
 
 
 @pytest.fixture(scope="module")
@@ -127,18 +125,24 @@ class Driver:
         return driving.output(self.logs)
 
 
-def test_run_that_is_harmed_ends_as_an_unbroken_one(nursery, data, tmp_path):
-    whole = tmp_path / "whole"
-    nursery.finish(_job(whole, data), PROCESSES, whole / "logs")
-    assert "left out a corrupt example" in driving.output(whole / "logs")
+@pytest.fixture(scope="module")
+def whole(nursery, data, tmp_path_factory):
+    """Where the unbroken run ended."""
+    directory = tmp_path_factory.mktemp("whole")
+    nursery.finish(_job(directory, data), PROCESSES, directory / "logs")
+    assert "left out a corrupt example" in driving.output(directory / "logs")
+    return directory
 
+
+@pytest.mark.parametrize("count", [7, pytest.param(28, marks=pytest.mark.long)])
+def test_run_that_is_harmed_ends_as_an_unbroken_one(nursery, data, whole, tmp_path, count):
     driver = Driver(nursery, tmp_path / "harmed", data, seed=0)
-    faults = list(FAULTS)
+    faults = FAULTS * (count // len(FAULTS))
     driver.random.shuffle(faults)
     for kind in faults:
         driver.fault(kind)
     print(*driver.ends, sep="\n")
-    assert len(driver.ends) == len(FAULTS) and {kind for kind, *_ in driver.ends} == set(FAULTS)
+    assert len(driver.ends) == count and {kind for kind, *_ in driver.ends} == set(FAULTS)
     assert [75] * PROCESSES in [statuses for *_, statuses in driver.ends]
     assert 0 < _newest(driver.directory) < STEPS
     assert driver.start().wait() == [0] * PROCESSES, driver.told()

@@ -2,7 +2,6 @@
 reads by itself; SIGTERM to one ends all."""
 
 import functools
-import os
 import shutil
 import signal
 import time
@@ -66,9 +65,7 @@ def run(nursery, data, tmp_path_factory):
     "task, processes, fsdp, tensor",
     [
         # Weights are gathered from the other process too, with `tensor` within each besides.
-        pytest.param("unet", 2, 2, 2, marks=pytest.mark.skipif(
-            "LDM_SCALING_LONG" not in os.environ,
-            reason="takes two minutes: LDM_SCALING_LONG=1 pytest")),
+        pytest.param("unet", 2, 2, 2, marks=pytest.mark.long),
         ("linear", 2, 1, 1), ("linear", 4, 1, 1), ("linear", 4, 4, 1),
     ],
 )

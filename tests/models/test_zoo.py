@@ -1,7 +1,6 @@
 """The family table against the paper's printed figures."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -117,10 +116,11 @@ def test_costs_that_are_kept_are_of_these_networks():
 
 
 @pytest.mark.parametrize("name", [
-    name for name in counted.networks() if name in SOME or "LDM_SCALING_LONG" in os.environ
+    pytest.param(name, marks=() if name in SOME else pytest.mark.long)
+    for name in counted.networks()
 ])
 def test_costs_that_are_kept_are_what_is_counted(name):
-    """Of each kind of network a small one; with LDM_SCALING_LONG=1 of all, in some minutes."""
+    """Of each kind of network a small one; with what is long of all, in some minutes."""
     spec = counted.networks()[name]
     before = jax.live_arrays()  # held: none of another test's may go meanwhile
     now, kept = cost.count(spec), cost.of(spec)

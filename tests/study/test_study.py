@@ -163,15 +163,18 @@ def test_one_ddim_step_is_one_dpm_solver_step(unbroken):
                 assert twin[0].metrics[name] == pytest.approx(value, rel=0.02, abs=0.02)
 
 
-def test_killed_study_ends_with_the_records_of_an_unbroken_one(unbroken, tmp_path):
-    """Killed in its sweep; with LDM_SCALING_LONG=1 at every stage, all of which it goes through.
-    Without, it trains one of its sizes."""
+@pytest.mark.parametrize(
+    "everywhere", [False, pytest.param(True, marks=pytest.mark.long)], ids=["sweep", "everywhere"]
+)
+def test_killed_study_ends_with_the_records_of_an_unbroken_one(unbroken, tmp_path, everywhere):
+    """Killed in its sweep, before which it trains one of its sizes; or at every stage, all of
+    which it goes through."""
     workdir = tmp_path / "killed"
 
     def count(pattern):
         return len(list(workdir.glob(pattern)))
 
-    if os.environ.get("LDM_SCALING_LONG"):
+    if everywhere:
         _kill_when(workdir, lambda: count("autoencoder/checkpoints/4") == 1)
         _kill_when(workdir, lambda: count("models/c8/checkpoints/4") == 1)
     else:
@@ -180,7 +183,7 @@ def test_killed_study_ends_with_the_records_of_an_unbroken_one(unbroken, tmp_pat
         shutil.copy(unbroken[0] / "study.json", workdir)
     _kill_when(workdir, lambda: count("records/*.json") >= 5)
     measured = {p: p.stat().st_mtime_ns for p in workdir.glob("records/*.json")}
-    if os.environ.get("LDM_SCALING_LONG"):
+    if everywhere:
         _kill_when(workdir, lambda: count("figures/*.svg") >= 1)
     _finish(workdir)
     assert all(p.stat().st_mtime_ns == then for p, then in measured.items())

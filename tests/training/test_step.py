@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
@@ -66,11 +65,10 @@ def alone():
 
 @pytest.mark.parametrize(
     "data, fsdp, tensor, ring",
-    [pytest.param(1, 8, 1, 16, marks=pytest.mark.skipif(
-        "LDM_SCALING_LONG" not in os.environ, reason="the others shard by it too: "
-        "LDM_SCALING_LONG=1 pytest")),
+    [pytest.param(8, 1, 1, 16, marks=pytest.mark.long),  # The others spread
+     pytest.param(1, 8, 1, 16, marks=pytest.mark.long),  # by these too.
      (2, 4, 1, 2), (2, 2, 2, 16), (1, 1, 2, 16)],
-    ids=["fsdp", "data-fsdp-on-two-sides", "all-three", "tensor-alone"],
+    ids=["data", "fsdp", "data-fsdp-on-two-sides", "all-three", "tensor-alone"],
 )
 def test_every_mesh_trains_as_one_device(data, fsdp, tensor, ring, monkeypatch):
     monkeypatch.setattr(mesh_lib, "_RING", ring)
