@@ -30,11 +30,12 @@ jax.config.update("jax_num_cpu_devices", 8)
 _PASSED: list[str] = []
 _LONGEST = (
     "study/test_study.py", "study/test_finetuned.py", "distributed/test_study.py",
-    "benchmarks/test_gpu.py", "distributed/test_processes.py", "study/test_cascaded.py",
-    "test_configs.py", "distributed/test_faults.py", "study/test_distilled.py",
-    "study/test_rates.py", "study/test_averages.py", "colab/test_notebooks.py",
-    "training/test_step.py", "models/test_width.py", "study/test_collections.py", "test_cli.py",
-    "study/test_plots.py", "study/figures/test_catalogue.py",
+    "models/test_zoo.py", "benchmarks/test_gpu.py", "distributed/test_processes.py",
+    "study/test_cascaded.py", "test_configs.py", "distributed/test_faults.py",
+    "study/test_distilled.py", "study/test_rates.py", "study/test_averages.py",
+    "colab/test_notebooks.py", "training/test_step.py", "models/test_width.py",
+    "study/test_collections.py", "test_cli.py", "study/test_plots.py",
+    "study/figures/test_catalogue.py",
 )
 
 
