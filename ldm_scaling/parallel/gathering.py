@@ -27,15 +27,18 @@ class Gather:
 
     `gather.at("layer")(product)` is `product(x, shard, ...)`, for a product that is linear in both:
     the weights are gathered for it, and again for the backward pass rather than kept, in the type
-    that they come in. Their gradient is summed over the shards in that type on its way back.
+    that they come in. Their gradient is summed over the shards in that type on its way back, or in
+    float32 if `wide`.
 
     Attributes:
       specs: path of a kernel -> its `PartitionSpec`.
       prefix: of the paths below.
+      wide: whether gradients are summed in float32, whatever they come in.
     """
 
     specs: dict[str, PartitionSpec]
     prefix: str = ""
+    wide: bool = False
 
     def at(self, name: str) -> Gather:
         """The same, for what lies below a name."""
@@ -53,26 +56,29 @@ class Gather:
             def run(x, kernel):
                 return product(x, kernel, *args, **kwargs)
 
-            return _product(run, dims, x, shard) if dims else run(x, shard)
+            return _product(run, dims, self.wide, x, shard) if dims else run(x, shard)
 
         return whole
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(run: Callable, dims: tuple, x: jax.Array, shard: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _product(
+    run: Callable, dims: tuple, wide: bool, x: jax.Array, shard: jax.Array
+) -> jax.Array:
     return run(x, _whole(dims, shard))
 
 
-def _forward(run, dims, x, shard):
+def _forward(run, dims, wide, x, shard):
     return run(x, _whole(dims, shard)), (x, shard)
 
 
-def _backward(run, dims, kept, cotangent):
+def _backward(run, dims, wide, kept, cotangent):
     x, shard = kept
     # The barrier keeps the compiler from holding the first gather's result for this one.
     kernel = _whole(dims, lax.optimization_barrier(shard))
     d_x, d_kernel = jax.vjp(run, x, kernel)[1](cotangent)
-    return d_x, _part(dims, d_kernel)
+    sums = jnp.float32 if wide else shard.dtype
+    return d_x, _part(dims, d_kernel.astype(sums)).astype(shard.dtype)
 
 
 _product.defvjp(_forward, _backward)
@@ -141,7 +147,9 @@ def spread(
     sharded = any(any(spec) for spec in paths.values())
     if sharded and not gathers:
         return whole
-    local = make(Gather(paths) if sharded else None, True)
+    # A sum in bfloat16 beside axes that are the compiler's ends XLA:CPU, and with it the process.
+    wide = platform == "cpu" and mesh.shape["tensor"] > 1
+    local = make(Gather(paths, wide=wide) if sharded else None, True)
     batch = PartitionSpec(mesh_lib.BATCH_AXES)
     # With one tensor shard nothing is left to the compiler, which could not split a Pallas kernel.
     axes = mesh_lib.AXES if mesh.shape["tensor"] == 1 else mesh_lib.BATCH_AXES
