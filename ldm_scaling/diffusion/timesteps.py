@@ -20,7 +20,7 @@ def by_quantile(quantile: Callable[..., Array]) -> Draw:
     """The density of which `quantile(u_B, **options)` is the u-quantile of t / T, in (0, 1)."""
 
     def draw(key: Array, count: int, schedule: Schedule, **options: float) -> Array:
-        u_B = jax.random.uniform(key, (count,), minval=_TINY)
+        u_B = jax.random.uniform(key, (count,), jnp.float32, _TINY)
         t_B = jnp.floor(schedule.num_timesteps * quantile(u_B, **options)).astype(jnp.int32)
         return jnp.clip(t_B, 0, schedule.num_timesteps - 1)
 
@@ -43,11 +43,11 @@ def mode(u_B: Array, *, scale: float) -> Array:
 
 
 def _uniform(key: Array, count: int, schedule: Schedule) -> Array:
-    return jax.random.randint(key, (count,), 0, schedule.num_timesteps)
+    return jax.random.randint(key, (count,), 0, schedule.num_timesteps, jnp.int32)
 
 
 def _log_normal(key: Array, count: int, schedule: Schedule, *, mean: float, std: float) -> Array:
-    level_B = mean + std * jax.random.normal(key, (count,))
+    level_B = mean + std * jax.random.normal(key, (count,), jnp.float32)
     known_T = log_noise(schedule.noise)
     middle = jnp.asarray((known_T[1:] + known_T[:-1]) / 2, jnp.float32)
     return jnp.searchsorted(middle, level_B).astype(jnp.int32)
@@ -62,7 +62,7 @@ DENSITIES = named.filled(named.DENSITIES, {
 
 
 def draw(density: str, key: Array, count: int, schedule: Schedule) -> Array:
-    """Random timesteps, t_B int32 in [0, T).
+    """Random timesteps, t_B int32 in [0, T): the same whether JAX has 64 bits or not.
 
     Args:
         density: one of `DENSITIES`, with options. Under "log_normal" the logarithm of the noise

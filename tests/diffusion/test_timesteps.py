@@ -64,6 +64,16 @@ def test_draws_have_the_peers_distribution(scheme):
     assert ks_2samp(t_B, theirs).pvalue > 1e-3
 
 
+@pytest.mark.parametrize("density", timesteps.DENSITIES)
+def test_draws_are_the_same_in_64_bits(density):
+    key = jax.random.key(0)
+    wanted = timesteps.draw(density, key, 1000, FLOW)
+    with jax.enable_x64(True):
+        got = timesteps.draw(density, key, 1000, FLOW)
+    assert wanted.dtype == got.dtype == np.int32
+    np.testing.assert_array_equal(got, wanted)
+
+
 def test_shifted_training_is_training_on_the_shifted_schedule():
     shifted = FLOW.sigma[timesteps.draw("shifted:shift=3", jax.random.key(0), N, FLOW)]
     other = schedule.get("flow:shift=3")
