@@ -65,7 +65,7 @@ def fit(
     Args:
       task: what is trained.
       config: for how long and how.
-      make_loader: returns an iterator of host batches with `get_state()`,
+      make_loader: returns an endless iterator of host batches with `get_state()`,
         `set_state()` and `close()`; the state is the same in every process. With
         `examples(state)`, it can name the batch of a loss that is not finite.
       directory: holds `checkpoints/`, `averages/`, `events/`, `samples/`, `profile/` and
@@ -83,8 +83,9 @@ def fit(
       StoreError: checkpoints could not be written for `checkpoint_patience` steps.
       Interrupted: after SIGTERM or a preemption notice, when the step in hand is done and saved;
         where its averages cannot be written, without it.
-      UserError: for a batch that does not split over the mesh, a metric to keep the best by that
-        validation does not give, or a checkpoint that does not fit.
+      UserError: for a batch that does not split over the mesh, a first batch of another size than
+        `config.batch_size` (over all processes), a loader that ends before the run, a metric to
+        keep the best by that validation does not give, or a checkpoint that does not fit.
     Where no step finishes for `stall_seconds`, or another process is gone, the process ends with
     status 76, see `watchdog`.
     """
@@ -285,7 +286,7 @@ class _Run:
         self.profile.before(number)
         self.clock.lap(meter.OTHER)
         before, first = self.feed.state, number == self.record.start + 1
-        batch = next(self.feed)
+        batch = self._batch(number, first)
         self.clock.lap(meter.DATA)
         if first and self.clock.peak:
             self.clock.flops = meter.flops_of(
@@ -302,6 +303,24 @@ class _Run:
         if first and self.record.start:
             self._read()
             self.record.add_open(self.scalars)
+
+    def _batch(self, number: int, first: bool) -> Any:
+        """The batch of a step; of a run's first, the size is checked."""
+        name, size = self.task.name, self.config.batch_size
+        try:
+            batch = next(self.feed)
+        except StopIteration:
+            raise UserError(
+                f"{name}: the loader ends before step {number} of {self.last}, and {self._kept()}: "
+                "give one that goes round its data, or fewer steps"
+            ) from None
+        for path, leaf in jax.tree_util.tree_leaves_with_path(batch) if first else ():
+            if len(leaf) != size:
+                raise UserError(
+                    f"{name}: the first batch's {jax.tree_util.keystr(path)} has {len(leaf)} rows "
+                    f"over all processes, and batch_size is {size}: make them equal"
+                )
+        return batch
 
     def _read(self) -> None:
         number = self.scalars.read()

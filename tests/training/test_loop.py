@@ -215,6 +215,23 @@ def test_the_first_batch_of_another_bucket_may_compile(tmp_path, monkeypatch):
     assert traced == [(16,), (8,)] and compiled == [1, 4]
 
 
+def test_a_loader_that_ends_is_refused_and_what_was_trained_is_kept(tmp_path):
+    class Ends(Loader):
+        def __next__(self):
+            if self.count == 5:
+                raise StopIteration
+            return super().__next__()
+
+    with pytest.raises(UserError, match="the loader ends before step 6 of 6, .*step 4 is kept"):
+        loop.fit(_task(), CONFIG, Ends, tmp_path, one_device(), seed=0)
+    assert checkpoint.latest(tmp_path / "checkpoints") == 4
+
+
+def test_batches_of_another_size_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"batch's \['x'\] has 8 rows .* batch_size is 16"):
+        loop.fit(_task(), CONFIG, lambda: Loader(size=8), tmp_path, one_device(), seed=0)
+
+
 def test_batch_that_does_not_split_is_refused(tmp_path):
     config = dataclasses.replace(CONFIG, batch_size=12)
     with pytest.raises(UserError, match="batch_size=12 does not split over 8 devices"):
