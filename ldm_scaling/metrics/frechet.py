@@ -31,6 +31,9 @@ _EPS = np.finfo(np.float64).eps
 # rounding alone; one of a product of features, which is not, has lost digits that a root needs.
 _SINGULAR = 100 * _EPS
 _SINGULAR_UNGRADED = 1e-9
+# What makes a side.
+_MOMENTS = "moments.Moments.of(features)"
+_REFERENCE = "frechet.ReferenceStats(moments, extractor)"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -185,7 +188,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
       UserError: when a side has fewer than 2 images, is no `Moments`, or the widths differ.
     """
     for side in (a, b):
-        _require(Moments, side, "moments.Moments.of(features)")
+        _require(Moments, side, _MOMENTS)
     check_widths(a.d, b.d)
     # The side with fewer images is factorised: its rank is the smaller one, and the product's.
     few, many = sorted((a, b), key=lambda moments: moments.n)
@@ -196,8 +199,11 @@ def frechet_from_moments(moments: Moments, reference: ReferenceStats) -> float:
     """`frechet_distance` of moments from a reference whose factor is worked out once.
 
     Raises:
-      UserError: when there are fewer than 2 images or the widths differ.
+      UserError: when there are fewer than 2 images, the widths differ, or a side is of another
+        type.
     """
+    _require(Moments, moments, _MOMENTS)
+    _require(ReferenceStats, reference, _REFERENCE)
     check_widths(moments.d, reference.moments.d)
     covariance_DD = moments.covariance()
     # Of no more images than dimensions the product is singular, and their own factor is smaller.
@@ -219,7 +225,7 @@ def frechet_from_features(features_ND: np.ndarray, reference: ReferenceStats) ->
       UserError: when there are fewer than 2 images, the widths differ, a value is not finite or
         the reference is no `ReferenceStats`.
     """
-    _require(ReferenceStats, reference, "frechet.ReferenceStats(moments, extractor)")
+    _require(ReferenceStats, reference, _REFERENCE)
     features_ND = arrays.rows(features_ND, "features")
     n, d = features_ND.shape
     check_widths(d, reference.moments.d)

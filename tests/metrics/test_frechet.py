@@ -208,6 +208,10 @@ def test_mistakes_say_what_is_wrong():
     for sides in ((features_ND, reference.moments), (reference.moments, features_ND)):
         with pytest.raises(UserError, match=r"a Moments, not a ndarray: moments.Moments.of\("):
             frechet_distance(*sides)
+    with pytest.raises(UserError, match="a Moments, not a ndarray"):
+        frechet_from_moments(features_ND, reference)
+    with pytest.raises(UserError, match="a ReferenceStats, not a Moments"):
+        frechet_from_moments(reference.moments, reference.moments)
     for moments in (features_ND, reference.moments):
         with pytest.raises(UserError, match=r"a ReferenceStats, not .*ReferenceStats\(moments, "):
             frechet_from_features(features_ND, moments)
