@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jax import Array
 
-from ldm_scaling.diffusion.loss import Denoise
+from ldm_scaling.diffusion.loss import Denoise, checked
 from ldm_scaling.diffusion.nodes import Nodes, at
 
 _SIGMA_DATA = 0.5
@@ -51,5 +51,5 @@ def function(
 
     Source: Luo et al. 2023 (Latent Consistency Models), section 4.1.
     """
-    F_BHWC = denoise(params, z_BHWC, nodes.t(i_B), cond)
+    F_BHWC = checked(denoise(params, z_BHWC, nodes.t(i_B), cond), z_BHWC)
     return bounded(nodes, z_BHWC, nodes.x0(z_BHWC, F_BHWC, i_B), i_B)

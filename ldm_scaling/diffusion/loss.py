@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,21 @@ Denoise = Callable[[Any, Array, Array, Any], Array]
 
 # 2^32 / golden ratio: multiples of it modulo 2^32 fill the circle evenly (Weyl's sequence).
 _GOLDEN = 2654435769
+
+
+def checked(F_BHWC: Any, x_BHWC: Array) -> Array:
+    """A network's output.
+
+    Raises:
+        UserError: unless it is one array of its input's shape: another would be broadcast.
+    """
+    given = getattr(F_BHWC, "shape", type(F_BHWC).__name__)
+    if given != x_BHWC.shape:
+        raise UserError(
+            f"denoise gives {given} for x_BHWC of shape {x_BHWC.shape}: it must give one array of "
+            "that shape"
+        )
+    return F_BHWC
 
 
 def loss_at(
@@ -42,7 +58,8 @@ def loss_at(
         loss_B, float32, the mean over H, W and C.
 
     Raises:
-        UserError: for an unknown prediction, or epsilon with a zero-terminal-SNR schedule.
+        UserError: for an unknown prediction, epsilon with a zero-terminal-SNR schedule, or an
+            output of another shape than x0's.
     """
     parameterization.check(prediction, schedule)
     x0_BHWC, eps_BHWC = x0_BHWC.astype(jnp.float32), eps_BHWC.astype(jnp.float32)
@@ -51,7 +68,8 @@ def loss_at(
     sigma_B111 = jnp.asarray(schedule.sigma, jnp.float32)[t_B].reshape(per_sample)
     x_BHWC = alpha_B111 * x0_BHWC + sigma_B111 * eps_BHWC
     wanted_BHWC = parameterization.target(prediction, x0_BHWC, eps_BHWC, alpha_B111, sigma_B111)
-    F_BHWC = denoise(params, x_BHWC, t_B.astype(jnp.float32), cond).astype(jnp.float32)
+    F_BHWC = checked(denoise(params, x_BHWC, t_B.astype(jnp.float32), cond), x_BHWC)
+    F_BHWC = F_BHWC.astype(jnp.float32)
     return jnp.mean((F_BHWC - wanted_BHWC) ** 2, axis=tuple(range(1, x0_BHWC.ndim)))
 
 
@@ -143,15 +161,22 @@ def validation_loss(
         loss_B, float32, the mean over H, W, C and draws.
 
     Raises:
-        UserError: for an unknown prediction, epsilon with a zero-terminal-SNR schedule, or a
-            number of draws outside 1..T.
+        UserError: as `loss_at`, for a number of draws outside 1..T, or for indices or places that
+            are no array of B.
     """
-    if not 1 <= draws <= schedule.num_timesteps:
+    if not (isinstance(draws, numbers.Integral) and 1 <= draws <= schedule.num_timesteps):
         raise UserError(
             f"validation with {draws} draws per sample: give 1 to {schedule.num_timesteps}, the "
             "number of timesteps"
         )
     batch = x0_BHWC.shape[0]
+    place_B = index_B if place_B is None else place_B
+    for name, given_B in (("index_B", index_B), ("place_B", place_B)):
+        if (given := getattr(given_B, "shape", type(given_B).__name__)) != (batch,):
+            raise UserError(
+                f"validation: {name} is {given}, but x0_BHWC {x0_BHWC.shape}: give an array with "
+                "one number a sample"
+            )
     t_BK, eps_BKHWC = validation_points(
         index_B, x0_BHWC.shape[1:], schedule.num_timesteps, 0, draws, place_B
     )

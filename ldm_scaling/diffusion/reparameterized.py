@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from ldm_scaling.diffusion import parameterization
-from ldm_scaling.diffusion.loss import Denoise
+from ldm_scaling.diffusion.loss import Denoise, checked
 from ldm_scaling.diffusion.schedule import Schedule
 
 
@@ -44,7 +44,7 @@ def reparameterized(denoise: Denoise, schedule: Schedule, have: str, want: str) 
     known_T = np.arange(schedule.num_timesteps, dtype=np.float32)
 
     def changed(params: Any, x_BHWC: Array, t_B: Array, cond: Any) -> Array:
-        F_BHWC = denoise(params, x_BHWC, t_B, cond).astype(jnp.float32)
+        F_BHWC = checked(denoise(params, x_BHWC, t_B, cond), x_BHWC).astype(jnp.float32)
         p, q = (
             jnp.interp(t_B, known_T, values).reshape(-1, *(1,) * (x_BHWC.ndim - 1))
             for values in (p_T, q_T)

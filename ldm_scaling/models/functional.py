@@ -6,7 +6,7 @@ A module has the fields of `Network`, in that order, and is called as `UNet` is.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -70,10 +70,16 @@ def of(network: type[nn.Module]) -> tuple[Callable, Callable, Callable]:
         and, for a network that sees one, cond["condition"] (B, H, W, C'), which is laid behind x's
         channels; for one that is told its guidance rate, cond["guidance"] (B,). The arguments are
         `Network`'s. It raises `UserError` for channels, text or sides that the network does not
-        take, and for a guidance rate that is missing."""
+        take, for a text or guidance rate that is missing, and for an output that is not
+        (B, H, W, out_channels)."""
         module = network(spec, dtype, remat, attention, gather)
 
         def denoise(params, x_BHWC, t_B, cond):
+            if not isinstance(cond, Mapping) or "context" not in cond:
+                raise UserError(
+                    f"cond is {list(cond) if isinstance(cond, Mapping) else type(cond).__name__}: "
+                    "give a dict with the text's states, context (B, L, D)"
+                )
             if "condition" in cond:
                 beside_BHWC = cond["condition"].astype(x_BHWC.dtype)
                 x_BHWC = jnp.concatenate([x_BHWC, beside_BHWC], axis=-1)
@@ -86,7 +92,12 @@ def of(network: type[nn.Module]) -> tuple[Callable, Callable, Callable]:
                     raise UserError(f"{what} of width {given}: the network's {field} is {wanted}, "
                                     "so give as many")
             told = [cond.get("guidance")] if spec.guidance_dim else []
-            return module.apply({"params": params}, x_BHWC, t_B, ctx_BLD, *told)
+            F_BHWC = module.apply({"params": params}, x_BHWC, t_B, ctx_BLD, *told)
+            given = getattr(F_BHWC, "shape", type(F_BHWC).__name__)
+            if given != (wanted := (*x_BHWC.shape[:-1], spec.out_channels)):
+                raise UserError(f"{network.__name__} gives {given}, and by its spec's out_channels "
+                                f"should give {wanted}: mend the module, or the spec")
+            return F_BHWC
 
         return denoise
 

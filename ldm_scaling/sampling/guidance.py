@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from ldm_scaling.diffusion.loss import Denoise, checked
 from ldm_scaling.errors import UserError
-
-Denoise = Callable[[Any, Array, Array, Any], Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +98,10 @@ def with_unconditional(cond: Any, uncond: Any) -> Any:
         )
 
     def pair(path, leaf, empty):
-        if leaf.shape[1:] != empty.shape[1:] or empty.shape[0] not in (1, leaf.shape[0]):
+        if jnp.shape(empty) not in ((1, *leaf.shape[1:]), leaf.shape):
             raise UserError(
                 f"guidance: cond{jax.tree_util.keystr(path)} has shape {leaf.shape}, but uncond's "
-                f"has {empty.shape}: give (1, {', '.join(map(str, leaf.shape[1:]))})"
+                f"has {jnp.shape(empty)}: give (1, {', '.join(map(str, leaf.shape[1:]))})"
             )
         both = jnp.stack([leaf, jnp.broadcast_to(empty, leaf.shape).astype(leaf.dtype)], axis=1)
         return both.reshape(-1, *leaf.shape[1:])
@@ -138,14 +136,15 @@ def guided(
         return jax.tree.map(lambda leaf: leaf.reshape(batch, 2, *leaf.shape[1:])[:, i], both)
 
     def once(network: Denoise, params: Any, i: int) -> Array:
-        return in_floats(network(params, x_BHWC, t_B, half(i)))
+        return in_floats(checked(network(params, x_BHWC, t_B, half(i)), x_BHWC))
 
     def alone() -> Array:
         return once(denoise, params if weaker is None else params[0], 0)
 
     def twice() -> Array:
         if weaker is None:
-            F_NHWC = denoise(params, jnp.repeat(x_BHWC, 2, axis=0), jnp.repeat(t_B, 2), both)
+            x_NHWC = jnp.repeat(x_BHWC, 2, axis=0)
+            F_NHWC = checked(denoise(params, x_NHWC, jnp.repeat(t_B, 2), both), x_NHWC)
             F_B2HWC = in_floats(F_NHWC).reshape(batch, 2, *F_NHWC.shape[1:])
             conditional, unconditional = F_B2HWC[:, 0], F_B2HWC[:, 1]
         else:

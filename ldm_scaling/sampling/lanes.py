@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from ldm_scaling.diffusion.loss import checked
 from ldm_scaling.errors import UserError
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.parallel import placing
@@ -172,7 +173,8 @@ class Lanes:
                 )
             else:
                 cond = lane.cond | {"guidance": w_B} if self.told else lane.cond
-                F_BHWC = self.denoise(params, state.x, t_B, cond).astype(jnp.float32)
+                F_BHWC = checked(self.denoise(params, state.x, t_B, cond), state.x)
+                F_BHWC = F_BHWC.astype(jnp.float32)
             noise_BHWC = lax.cond(
                 chunk["noisy"][s],
                 lambda: sampler.row_noise(key, lane.index, chunk["stream"][:, s], shape),

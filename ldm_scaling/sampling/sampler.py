@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from ldm_scaling.diffusion.loss import checked
 from ldm_scaling.errors import UserError
 from ldm_scaling.sampling import guidance
 from ldm_scaling.sampling.guidance import Correction, Denoise
@@ -36,7 +37,7 @@ def columns(rows: Any, ndim: int = 0) -> dict[str, Any]:
     """The columns of rows (..., len(COLUMNS)) by name, each (..., 1, 1, ...) with `ndim` ones."""
     ones = (1,) * ndim
     return {
-        name: rows[..., i].reshape(*rows.shape[:-1], *ones) for i, name in enumerate(COLUMNS)
+        name: rows[..., i].reshape((*rows.shape[:-1], *ones)) for i, name in enumerate(COLUMNS)
     }
 
 
@@ -88,9 +89,15 @@ def row_noise(
     return normal(key, index_B, row + 1, latent_shape)
 
 
-def _check_batch(
-    index_B: Array, guidance_B: Array | None, cond: Any, uncond: Any, weaker: Denoise | None
-) -> None:
+def _check_table(table: Any, kind: type, remedy: str) -> None:
+    if not isinstance(table, kind):
+        raise UserError(f"table is a {type(table).__name__}, not a {kind.__name__}: {remedy}")
+
+
+def _checked_batch(
+    index_B: Any, guidance_B: Any, cond: Any, uncond: Any, weaker: Denoise | None
+) -> tuple[Array, Array | None]:
+    """The samples' numbers and guidance rates as arrays."""
     if (guidance_B is None) != (uncond is None):
         raise UserError("guidance needs both guidance_B and uncond: give both or neither")
     if uncond is not None and weaker is None and not jax.tree.leaves(uncond):
@@ -98,9 +105,11 @@ def _check_batch(
             "uncond is empty, so guidance would be away from the prompt itself and do nothing: "
             "give the empty prompt's conditioning, or a weaker network"
         )
-    shapes = {f"cond{jax.tree_util.keystr(path)}": leaf.shape
+    index_B = jnp.asarray(index_B)
+    shapes = {f"cond{jax.tree_util.keystr(path)}": jnp.shape(leaf)
               for path, leaf in jax.tree_util.tree_leaves_with_path(cond)}
     if guidance_B is not None:
+        guidance_B = jnp.asarray(guidance_B)
         shapes["guidance_B"] = guidance_B.shape
     for name, shape in shapes.items():
         if shape[:1] != index_B.shape:
@@ -108,6 +117,7 @@ def _check_batch(
                 f"sampling: index_B has shape {index_B.shape}, but {name} {shape}: their first "
                 "axes must be the batch"
             )
+    return index_B, guidance_B
 
 
 def _row_of(
@@ -122,7 +132,7 @@ def _row_of(
         t_B = jnp.broadcast_to(row["t"], index_B.shape)
         if both is None:
             alone = params if weaker is None else params[0]
-            F_BHWC = denoise(alone, x, t_B, cond)
+            F_BHWC = checked(denoise(alone, x, t_B, cond), x)
         else:
             w_B = 1 + row["g"] * (guidance_B.astype(x.dtype) - 1)
             F_BHWC = guidance.guided(
@@ -174,7 +184,8 @@ def make_sampler(
 
     Raises:
         UserError: (from `sample`) if only one of guidance_B and uncond is given, if uncond is
-            empty without a weaker network, or if index_B, guidance_B, cond and uncond do not fit.
+            empty without a weaker network, if index_B, guidance_B, cond and uncond do not fit, if
+            the network's output has another shape than x, or for a table that is not padded.
     """
 
     @jax.jit
@@ -182,7 +193,8 @@ def make_sampler(
         params: Any, table: Padded, guidance_B: Array | None, cond: Any, uncond: Any, key: Array,
         index_B: Array,
     ) -> Array:
-        _check_batch(index_B, guidance_B, cond, uncond, weaker)
+        _check_table(table, Padded, "give table.padded()")
+        index_B, guidance_B = _checked_batch(index_B, guidance_B, cond, uncond, weaker)
         step = _row_of(
             denoise, weaker, narrowed(params), table, guidance_B, cond, uncond, key, index_B
         )
@@ -200,7 +212,7 @@ KEPT = {"x": "x", "x0": "m1"}  # In `State` after a row.
 def trajectory(
     denoise: Denoise, params: Any, table: SamplerTable, x_BHWC: Array, cond: Any,
     guidance_B: Array | None = None, uncond: Any = None, *, key: Array | None = None,
-    index_B: Array | None = None, keep: Sequence[str] = (), remat: bool = False,
+    index_B: Array | None = None, keep: str | Sequence[str] = (), remat: bool = False,
     weaker: Denoise | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """The rows of one table as a `lax.scan`: what `make_sampler` draws, from an x of one's own, to
@@ -216,17 +228,19 @@ def trajectory(
         x_BHWC: where samples start; `make_sampler`'s do at `table.s[0] * initial_noise(...)`.
         key, index_B: as there; needed only by a table that adds noise. Numbers are 0 to B - 1
             unless given.
-        keep: of "x", what a row leaves, and "x0", the network's x0 in it.
+        keep: of "x", what a row leaves, and "x0", the network's x0 in it; a name or several.
         remat: recompute a row in the backward pass instead of keeping what is within it.
 
     Returns:
         the samples x_BHWC, and what is kept by name, (R, B, H, W, C).
 
     Raises:
-        UserError: as `make_sampler`, for another name to keep, for a table that adds noise
-            without a key, for an x in less than float32, or in float64 where JAX has none, or for
-            index_B of another length than x.
+        UserError: as `make_sampler`, for another name to keep, for a table that is padded, or
+            that adds noise without a key, for an x in less than float32, or in float64 where JAX
+            has none, or for index_B of another length than x.
     """
+    _check_table(table, SamplerTable, "give it without .padded()")
+    keep = (keep,) if isinstance(keep, str) else keep
     if unknown := set(keep) - set(KEPT):
         raise UserError(f"keep={sorted(unknown)[0]!r}: choose of {', '.join(KEPT)}")
     if jnp.promote_types(x_BHWC.dtype, jnp.float32) != x_BHWC.dtype:
@@ -238,13 +252,13 @@ def trajectory(
         )
     if key is None and table.c.any():
         raise UserError(f"table {table.name!r} adds noise: give a key")
-    index_B = jnp.arange(len(x_BHWC)) if index_B is None else index_B
+    index_B = jnp.arange(len(x_BHWC)) if index_B is None else jnp.asarray(index_B)
     if index_B.shape != x_BHWC.shape[:1]:
         raise UserError(
             f"index_B has shape {index_B.shape}, but x_BHWC {x_BHWC.shape}: give each sample a "
             "number"
         )
-    _check_batch(index_B, guidance_B, cond, uncond, weaker)
+    index_B, guidance_B = _checked_batch(index_B, guidance_B, cond, uncond, weaker)
     step = _row_of(
         denoise, weaker, params, table.padded(table.calls), guidance_B, cond, uncond, key, index_B
     )

@@ -43,6 +43,7 @@ class Padded:
     sparing: bool = False
 
 
+@jax.tree_util.register_static  # So that the jitted sampler can refuse one that is not padded.
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class SamplerTable:
     """A sampler: row r calls the network once and goes from node r to node r + 1.

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_scaling.diffusion import loss, parameterization, schedule
+from ldm_scaling.diffusion import consistency, loss, parameterization, schedule
+from ldm_scaling.diffusion.nodes import Nodes
+from ldm_scaling.diffusion.reparameterized import reparameterized
 from ldm_scaling.errors import UserError
 
 SD = schedule.get("sd")
@@ -161,9 +163,33 @@ def test_validation_is_the_training_loss_on_average():
     assert abs(float(train.mean() - fixed.mean())) < 4 * error
 
 
-def test_draws_out_of_range_are_refused():
-    x0 = jnp.zeros((1, *SHAPE))
-    with pytest.raises(UserError, match="0 draws.*1 to 1000"):
-        loss.validation_loss(
-            zero_network, 0.0, x0, {}, jnp.arange(1), SD, "epsilon", draws=0
-        )
+def test_validation_points_that_cannot_be_are_refused():
+    for index, more, told in (
+        (jnp.arange(1), {"draws": 0}, "0 draws.*1 to 1000"),
+        (jnp.arange(1), {"draws": 2.0}, "2.0 draws.*1 to 1000"),
+        (jnp.arange(2), {}, r"index_B is \(2,\), but x0_BHWC \(1, 4"),
+        ([0], {}, "index_B is list"), (jnp.arange(1), {"place_B": [0]}, "place_B is list"),
+    ):
+        with pytest.raises(UserError, match=told):
+            loss.validation_loss(
+                zero_network, 0.0, jnp.zeros((1, *SHAPE)), {}, index, SD, "epsilon", **more
+            )
+
+
+@pytest.mark.parametrize("output, given", [
+    (lambda x: x[..., :1], r"\(2, 4, 4, 1\)"), (lambda x: x[:, :1, :1, :1], r"\(2, 1, 1, 1\)"),
+    (lambda x: (x, x), "tuple"),
+])
+def test_an_output_that_would_be_broadcast_is_refused(output, given):
+    x0_BHWC, t_B = jnp.zeros((2, *SHAPE)), jnp.arange(2)
+
+    def denoise(params, x_BHWC, t_B, cond):
+        return output(x_BHWC)
+
+    told = rf"gives {given} for x_BHWC of shape \(2, 4, 4, 2\)"
+    with pytest.raises(UserError, match=told):
+        loss.diffusion_loss(denoise, None, x0_BHWC, {}, jax.random.key(0), SD, "v")
+    with pytest.raises(UserError, match=told):
+        reparameterized(denoise, SD, "v", "x0")(None, x0_BHWC, t_B, {})
+    with pytest.raises(UserError, match=told):
+        consistency.function(denoise, None, x0_BHWC, t_B, {}, Nodes.of(SD, "v"))

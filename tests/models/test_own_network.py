@@ -13,7 +13,7 @@ import pytest
 from ldm_scaling import recipes
 from ldm_scaling.config import Diffusion, Train
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import backbone, cost, zoo, zoo_table
+from ldm_scaling.models import backbone, cost, functional, zoo, zoo_table
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.parallel import rules
 from ldm_scaling.study import families
@@ -81,6 +81,24 @@ def test_it_trains_alike_on_every_mesh(mine):
     np.testing.assert_allclose(got, want, rtol=1e-4)
     assert not state.params["Conv_0"]["kernel"].sharding.is_fully_replicated
     assert state.params["gamma"].sharding.is_fully_replicated
+
+
+def test_an_output_or_a_condition_that_is_none_is_refused(mine):
+    class Other(mine.Mine):
+        def __call__(self, *inputs):
+            return super().__call__(*inputs)[..., :1]
+
+    spec = mine.MineSpec(8)
+    x_BHWC, t_B, ctx_BLD = backbone.example_inputs(spec)
+    init, _, denoise_fn = functional.of(Other)
+    params = jax.eval_shape(lambda: init(spec, jax.random.key(0)))
+    for cond, told in (
+        ({"context": ctx_BLD}, r"Other gives \(1, 8, 8, 1\), .* give \(1, 8, 8, 4\)"),
+        (ctx_BLD, r"cond is \w+: give a dict with .* context \(B, L, D\)"),
+        ({"text": ctx_BLD}, r"cond is \['text'\]"),
+    ):
+        with pytest.raises(UserError, match=told):
+            jax.eval_shape(denoise_fn(spec), params, x_BHWC, t_B, cond)
 
 
 def test_it_is_a_member_of_a_family(mine):

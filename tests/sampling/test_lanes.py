@@ -190,3 +190,7 @@ def test_errors():
     for uncond in (None, {}):
         with pytest.raises(UserError, match="give uncond"):
             next(make_lanes(2).run(MIX, guided, cond_of, uncond, KEY))
+    flat = Lanes(lambda p, x, t, c: x[..., :1], SHAPE, 2, mesh_lib.make(devices=jax.devices()[:1]))
+    plain = [Configuration(solvers.make("ddim", SD, 2), 1.0, np.arange(2))]
+    with pytest.raises(UserError, match=r"gives \(2, .*1\) for x_BHWC of shape"):
+        next(flat.run(None, plain, cond_of, None, KEY))

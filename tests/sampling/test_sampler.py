@@ -247,6 +247,10 @@ def test_update_is_the_row_equation_in_any_precision():
     assert [state.x for state in got] == [a * y_i + b for y_i, b in zip(y, plus, strict=True)]
     assert [(state.m2, state.m3) for state in got] == [(u[2], u[3]) for u in units]
     assert got[0].x.dtype == np.float64
+    rows = solvers.make("ddim", SD, 3).rows(np.float64)
+    of_numpy, of_jax = sampler.columns(rows[0]), sampler.columns(jnp.asarray(rows)[0])
+    assert of_numpy == {name: pytest.approx(value) for name, value in of_jax.items()}
+    assert sampler.columns(rows, ndim=3)["t"].shape == (3, 1, 1, 1)
 
 
 def test_the_loop_remembers_what_went_before():
@@ -375,6 +379,30 @@ def test_corrections_act_in_the_loop():
             solvers.make("ddim", SD, 3, "v", **option)
 
 
+def test_lists_of_numbers_and_rates_are_arrays():
+    table = solvers.make("ddim", SD, 3).padded()
+    args = {"context": CONTEXT[:2]}, EMPTY, KEY
+    wanted = SAMPLE(PARAMS, table, jnp.array([3.0, 2.0]), *args, jnp.array([4, 9]))
+    np.testing.assert_array_equal(SAMPLE(PARAMS, table, [3.0, 2.0], *args, [4, 9]), wanted)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_an_output_that_would_be_broadcast_is_refused(guided):
+    def denoise(params, x_BHWC, t_B, cond):
+        return x_BHWC[:, :1, :1, :1]
+
+    cond, table = {"context": CONTEXT[:2]}, solvers.make("ddim", SD, 3)
+    more = (jnp.ones(2), EMPTY) if guided else (None, None)
+    rows = 4 if guided else 2
+    told = rf"gives \({rows}, 1, 1, 1\) for x_BHWC of shape \({rows}, 8, 8, 4\)"
+    with pytest.raises(UserError, match=told):
+        sampler.make_sampler(denoise, SHAPE)(
+            None, table.padded(), more[0], cond, more[1], KEY, jnp.arange(2)
+        )
+    with pytest.raises(UserError, match=told):
+        sampler.trajectory(denoise, None, table, jnp.ones((2, *SHAPE)), cond, *more)
+
+
 def test_user_errors():
     arrays = solvers.make("ddim", SD, 3).padded()
     index, cond = jnp.arange(2), {"context": CONTEXT[:2]}
@@ -383,6 +411,9 @@ def test_user_errors():
         ((w_B, cond, None, KEY, index), "both guidance_B and uncond"),
         ((None, cond, EMPTY, KEY, index), "both guidance_B and uncond"),
         ((jnp.ones(3), cond, EMPTY, KEY, index), r"guidance_B \(3,\)"),
+        ((1.0, cond, EMPTY, KEY, index), r"guidance_B \(\)"),
+        ((w_B, {"context": 3.0}, EMPTY, KEY, index), r"cond\['context'\] \(\)"),
+        ((w_B, cond, {"context": 0.0}, KEY, index), r"uncond's has \(\): give \(1, 7, 5\)"),
         ((w_B, {"context": CONTEXT[:3]}, EMPTY, KEY, index), r"cond\['context'\] \(3, 7, 5\)"),
         ((w_B, cond, {"context": jnp.zeros((1, 6, 5))}, KEY, index), r"give \(1, 7, 5\)"),
         ((w_B, cond, {}, KEY, index), "uncond is empty, .* or a weaker network"),
@@ -391,3 +422,5 @@ def test_user_errors():
     ):
         with pytest.raises(UserError, match=message):
             SAMPLE(PARAMS, arrays, *args)
+    with pytest.raises(UserError, match=r"a SamplerTable, not a Padded: give table.padded\(\)"):
+        SAMPLE(PARAMS, solvers.make("ddim", SD, 3), w_B, cond, EMPTY, KEY, index)

@@ -136,11 +136,18 @@ def test_errors():
     for given, keep, more, message in (
         (table, ("v",), {}, "keep='v': choose of x, x0"),
         (solvers.make("ddpm", SD, 2, "v"), (), {}, "adds noise: give a key"),
+        (table, "v", {}, "keep='v': choose of x, x0"),
+        (table.padded(), (), {}, r"a Padded, not a SamplerTable: give it without .padded\(\)"),
         (table, (), {"guidance_B": np.ones(3)}, "both guidance_B and uncond"),
+        (table, (), {"guidance_B": 3.0, "uncond": EMPTY}, r"guidance_B \(\)"),
         (table, (), {"index_B": np.arange(2)}, r"index_B has shape \(2,\), but x_BHWC \(3, 3"),
     ):
         with pytest.raises(UserError, match=message):
             sampler.trajectory(network, PARAMS, given, start(table), COND, keep=keep, **more)
+    _, kept = sampler.trajectory(
+        network, PARAMS, table, start(table), COND, keep="x0", index_B=[0, 1, 2]
+    )
+    assert list(kept) == ["x0"]
     with pytest.raises(UserError, match="x_BHWC is bfloat16, which rounds timesteps"):
         sampler.trajectory(network, PARAMS, table, start(table).astype("bfloat16"), COND)
     with pytest.raises(UserError, match="x_BHWC is float64, .* enable jax_enable_x64"):
