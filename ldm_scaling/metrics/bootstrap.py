@@ -21,6 +21,10 @@ images that it counts (the inception score's are brought to the level of all ima
 with 60 images and 100 replicates, 95% intervals held the expected score in 89 to 96 of 100 trials,
 paired differences in 90 to 96. The narrowest, by a tenth to a fifth, are those of coverage:
 nearest neighbours are not smooth in the images.
+
+The spread of few images is itself known badly, however many replicates there are, and percentiles
+do not know of it: of means over 4 images they held it in 75 of 100 trials, over 12 in 90, over 30
+in 93. `interval` is Student's t there, which held it in 95 to 98 at every number.
 """
 
 from __future__ import annotations
@@ -33,6 +37,9 @@ import scipy
 from ldm_scaling.errors import UserError
 from ldm_scaling.metrics import arrays
 from ldm_scaling.metrics.frechet import ReferenceStats, check_widths
+
+FEW = 50
+"""Degrees of freedom of the images below which percentiles are too narrow, see `interval`."""
 
 
 def resample_counts(
@@ -154,8 +161,8 @@ def frechet_replicates(
 def centre(value: float, replicates_R: np.ndarray) -> np.ndarray:
     """Replicates as they are stored: value - (replicate - mean replicate), (R,).
 
-    This is the basic (reflected) bootstrap about the value itself. Percentiles of the result are
-    the score's interval, and the difference of two configurations' stored replicates is the
+    This is the basic (reflected) bootstrap about the value itself. `interval` of the result is the
+    score's, and the difference of two configurations' stored replicates is the
     stored replicate of their paired difference.
     """
     replicates_R = _finite(replicates_R)
@@ -169,23 +176,42 @@ def _finite(replicates_R: np.ndarray) -> np.ndarray:
     return replicates_R
 
 
-def percentile_interval(centred_R: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """(low, high) from stored, centred replicates or from differences of them.
+def interval(
+    centred_R: np.ndarray, freedom: float, level: float = 0.95
+) -> tuple[float, float]:
+    """(low, high) from stored, centred replicates or from differences of them: percentiles, and of
+    few images their mean -+ their standard deviation x Student's t.
+
+    Args:
+      centred_R: replicates.
+      freedom: degrees of freedom of the images, their number less that of strata.
+      level: how often it is to hold the expected score.
 
     Raises:
       UserError: without replicates, or where one is not finite.
     """
     if not 0.0 < level < 1.0:
         raise UserError(f"an interval's level is between 0 and 1, got {level}")
-    low, high = np.quantile(_finite(centred_R), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    centred_R = _finite(centred_R)
+    if freedom >= FEW or len(centred_R) < 2:
+        low, high = np.quantile(centred_R, [(1 - level) / 2, (1 + level) / 2])
+        return float(low), float(high)
+    t = scipy.stats.t.ppf((1 + level) / 2, least_freedom(centred_R, freedom))
+    middle, half = centred_R.mean(), t * centred_R.std(ddof=1)
+    return float(middle - half), float(middle + half)
+
+
+def least_freedom(replicates_R: np.ndarray, freedom: float) -> float:
+    """Degrees of freedom of the replicates' standard deviation: neither more than the images have
+    nor than there are replicates for."""
+    return min(freedom, len(replicates_R) - 1)
 
 
 def basic_interval(
-    value: float, replicates_R: np.ndarray, level: float = 0.95
+    value: float, replicates_R: np.ndarray, freedom: float, level: float = 0.95
 ) -> tuple[float, float]:
-    """(low, high) of the expected score at this number of images, from raw replicates."""
-    return percentile_interval(centre(value, replicates_R), level)
+    """`interval` of the expected score at this number of images, from raw replicates."""
+    return interval(centre(value, replicates_R), freedom, level)
 
 
 def block_interval(values_K: np.ndarray, level: float = 0.95) -> tuple[float, float]:

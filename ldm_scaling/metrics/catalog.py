@@ -249,6 +249,7 @@ def evaluate(
     against: Mapping[str, Any],
     counts_RN: np.ndarray | None = None,
     level: float = 0.95,
+    freedom: int | None = None,
 ) -> dict[str, Score]:
     """Metrics of a set of generated images, with intervals where counts are given.
 
@@ -259,6 +260,7 @@ def evaluate(
       against: metric's name to what it is held against; see `Metric.against`.
       counts_RN: from `bootstrap.resample_counts`, for intervals.
       level: of the intervals.
+      freedom: the images' degrees of freedom; one less than their number unless given.
 
     Raises:
       UserError: for an unknown name, or features or a reference that are missing.
@@ -284,6 +286,7 @@ def evaluate(
                 scores[one.name] = Score(value, remark=remark)
                 continue
             raw_R = np.asarray(_part(drawn, one.field))
-            ends = one.within(bootstrap.basic_interval(value, raw_R, level))
+            free = counts_RN.shape[1] - 1 if freedom is None else freedom
+            ends = one.within(bootstrap.basic_interval(value, raw_R, free, level))
             scores[one.name] = Score(value, ends, raw_R, remark)
     return {name: scores[name] for name in names}

@@ -42,17 +42,19 @@ def distributions(
     replicates_a_R: np.ndarray,
     replicates_b_R: np.ndarray,
     *,
+    freedom: float,
     level: float = 0.95,
 ) -> Comparison:
     """Compares metrics of whole sets, FID or KID say, by the paired bootstrap.
 
-    The interval is of percentiles of the replicates' differences, the p-value `p_of` them.
+    The interval is `bootstrap.interval` of the replicates' differences, the p-value `p_of` them.
 
     Args:
       a: model a's value.
       b: model b's.
       replicates_a_R: raw replicates of a, from the same counts as b's.
       replicates_b_R: raw replicates of b.
+      freedom: degrees of freedom of the images of each, their number less that of strata.
       level: of the interval.
 
     Raises:
@@ -70,14 +72,16 @@ def distributions(
             "models, at least 2, from the same counts"
         )
     centred_R = bootstrap.centre(a - b, a_R - b_R)
-    low, high = bootstrap.percentile_interval(centred_R, level)
-    return Comparison(a - b, low, high, p_of(a - b, centred_R), level, "paired bootstrap")
+    low, high = bootstrap.interval(centred_R, freedom, level)
+    p_value = p_of(a - b, centred_R, freedom)
+    return Comparison(a - b, low, high, p_value, level, "paired bootstrap")
 
 
-def p_of(difference: float, replicates_R: np.ndarray) -> float:
+def p_of(difference: float, replicates_R: np.ndarray, freedom: float) -> float:
     """Two-sided p-value of a difference against 0: it over its replicates' standard deviation, as
-    Student's t. A share of 100 replicates beyond 0 is never small enough to survive a correction
-    for several comparisons.
+    Student's t, of the images' degrees of freedom or the replicates' where these are fewer. A share
+    of 100 replicates beyond 0 is never small enough to survive a correction for several
+    comparisons.
 
     Raises:
       UserError: with fewer than 2 replicates, or one that is not finite.
@@ -90,4 +94,5 @@ def p_of(difference: float, replicates_R: np.ndarray) -> float:
     error = float(np.std(replicates_R, ddof=1))
     if error == 0:
         return 1.0 if difference == 0 else 0.0
-    return float(2 * scipy.stats.t.sf(abs(difference) / error, len(replicates_R) - 1))
+    freedom = bootstrap.least_freedom(replicates_R, freedom)
+    return float(2 * scipy.stats.t.sf(abs(difference) / error, freedom))

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from ldm_scaling.errors import UserError
+from ldm_scaling.metrics import bootstrap
 from ldm_scaling.study import labels
 from ldm_scaling.study.records import (
     CHOSEN,
@@ -70,6 +71,12 @@ class Point:
     def at(self, axis: str) -> float:
         """Its place on an axis of `labels.AXES`: "cost", "seconds" or "steps"."""
         return {"cost": self.cost, "seconds": self.seconds, "steps": float(self.steps)}[axis]
+
+    @property
+    def freedom(self) -> int:
+        """Degrees of freedom of its images, see `bootstrap.interval`; those of one block, if it is
+        a mean over several."""
+        return self.num_images - 1
 
 
 Curves = dict[tuple[str, str], list[Point]]
@@ -370,7 +377,9 @@ def quality_curves(
             continue
         chosen = place[model, sampler, steps, guidance, select_block]
         replicates_R = np.asarray(record.replicates.get(metric, ()), np.float64)
-        low, high = record.intervals.get(metric, _percentiles(replicates_R))
+        low, high = record.intervals.get(metric) or (
+            bootstrap.interval(replicates_R, record.identity.num_images - 1)
+            if replicates_R.size else (None, None))
         curves[model, sampler].append(
             Point(model, sampler, steps, guidance, record.cost, record.seconds_per_image,
                   record.metrics[metric], low, high, sign * chosen.metrics[choose_by],
@@ -409,13 +418,6 @@ def chosen_curves(
     choosers = dict.fromkeys([choose_by, *measures(records)])
     return max(((name, curves(name)) for name in choosers),
                key=lambda one: sum(map(len, one[1].values())))
-
-
-def _percentiles(replicates_R: np.ndarray) -> tuple[float | None, float | None]:
-    if not replicates_R.size:
-        return None, None
-    low, high = np.percentile(replicates_R, (2.5, 97.5))
-    return float(low), float(high)
 
 
 def own_blocks(

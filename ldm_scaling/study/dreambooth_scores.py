@@ -46,17 +46,20 @@ class Values:
       value: mean over them.
       replicates_R: of its bootstrap over the pictures of each prompt: for other noise. Empty of
         fewer than 4 pictures, or 1 of a prompt.
+      freedom: degrees of freedom of the pictures: their number less that of prompts.
     """
 
     value: float
     replicates_R: np.ndarray
+    freedom: int
 
     def plain(self) -> dict[str, Any]:
         """For JSON: the value and its 95% interval."""
         if not len(self.replicates_R):
             return {"value": self.value, "interval": None}
         return {"value": self.value,
-                "interval": bootstrap.basic_interval(self.value, self.replicates_R)}
+                "interval": bootstrap.basic_interval(
+                    self.value, self.replicates_R, self.freedom)}
 
 
 def pooled(found: Sequence[Values]) -> Values:
@@ -72,6 +75,7 @@ def pooled(found: Sequence[Values]) -> Values:
     return Values(
         float(np.mean([v.value for v in found])),
         np.mean(rows, axis=0) if several else np.empty(0),
+        sum(v.freedom for v in found),
     )
 
 
@@ -120,11 +124,12 @@ class Scores:
 
     def _replicates(self, values_N: np.ndarray, texts: Sequence[str]) -> Values:
         values_N, n = np.asarray(values_N, np.float64), len(values_N)
+        value, freedom = float(values_N.mean()), n - len(set(texts))
         if n < 4 or self.taught.config.images_per_prompt < 2:
-            return Values(float(values_N.mean()), np.empty(0))
+            return Values(value, np.empty(0), freedom)
         sweep = self.taught.materials.study.sweep
         counts_RN = bootstrap.resample_counts(n, sweep.replicates, sweep.report_block, texts)
-        return Values(float(values_N.mean()), bootstrap.mean_replicates(values_N, counts_RN))
+        return Values(value, bootstrap.mean_replicates(values_N, counts_RN), freedom)
 
     def of(self, subject: Subject, drawn: Sequence[epath.Path]) -> dict[str, Values]:
         """Metric to its values, of pictures drawn for a subject's prompts, in their order."""
@@ -158,7 +163,8 @@ class Scores:
         )
         return {
             score.name: Values(
-                score.value, np.empty(0) if score.replicates_R is None else score.replicates_R
+                score.value, np.empty(0) if score.replicates_R is None else score.replicates_R,
+                task.freedom,
             )
             for score in evaluate.score(scores.rows(PUBLISHED), task, self._options)
         }
@@ -272,7 +278,7 @@ class Scores:
             norm_cost=spent.gflops / reference.gflops,
             calls=table.calls,
             metrics={n: v.value for n, v in means.items()},
-            intervals={n: bootstrap.percentile_interval(c) for n, c in centred.items()},
+            intervals={n: bootstrap.interval(c, sure[n].freedom) for n, c in centred.items()},
             replicates={n: [float(f"{x:.7g}") for x in c] for n, c in centred.items()},
             seconds_per_image=table.calls * row + decode,
             device=hosts.describe(list(drawer.mesh.devices.flat)),

@@ -57,6 +57,11 @@ class Task:
         generated, _ = self.subjects
         return tuple(zip(generated, self.captions or ("",) * len(generated), strict=True))
 
+    @property
+    def freedom(self) -> int:
+        """Degrees of freedom of the generated images, see `bootstrap.interval`."""
+        return len(self.generated) - len(set(self.strata or ("",)))
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -158,8 +163,11 @@ def require(rows: Sequence[Row], options: Options) -> dict[str, Path]:
     return weights.require(options.weights, scores_lib.needed(rows), scores_lib.free())
 
 
-def compared(a: Sequence[Score], b: Sequence[Score], level: float) -> dict[str, Comparison]:
-    """Score name to a's less b's, paired over images; those without replicates are left out.
+def compared(
+    a: Sequence[Score], b: Sequence[Score], freedom: int, level: float
+) -> dict[str, Comparison]:
+    """Score name to a's less b's, paired over images, of which each has so many degrees of freedom;
+    those without replicates are left out.
 
     Raises `UserError` when the two are of different numbers of images.
     """
@@ -170,7 +178,8 @@ def compared(a: Sequence[Score], b: Sequence[Score], level: float) -> dict[str, 
         )
     return {
         one.name: compare.distributions(
-            one.value, other.value, one.replicates_R, other.replicates_R, level=level
+            one.value, other.value, one.replicates_R, other.replicates_R, freedom=freedom,
+            level=level,
         )
         for one, other in zip(a, b)
         if one.replicates_R is not None and other.replicates_R is not None
@@ -303,7 +312,7 @@ def _group(
             have = value.moments.d if isinstance(value, ReferenceStats) else value.shape[1]
             evaluate_checks.width(row, task.real, have, x[row.layer].shape[1])
     counts_RN, words = _counts(task, options)
-    values, notes = _evaluate(name, rows, x, against, counts_RN, options.level)
+    values, notes = _evaluate(name, rows, x, against, counts_RN, options.level, task.freedom)
     for row in rows:
         if words and row.metric not in notes:
             notes[row.metric] = [words]
@@ -359,14 +368,14 @@ def _other_side(
 
 def _evaluate(
     name: str, rows: Sequence[Row], x: Mapping[str, np.ndarray], against: Mapping[str, _Against],
-    counts_RN: np.ndarray | None, level: float,
+    counts_RN: np.ndarray | None, level: float, freedom: int,
 ) -> tuple[dict[str, catalog.Score], dict[str, list[str]]]:
     """Values with intervals, and remarks on those that can have none."""
     generated = {row.definition.needs: x[row.layer] for row in rows}
     others = {metric: side.value for metric, side in against.items() if side.value is not None}
 
     def run(metrics: list[str], counts_RN: np.ndarray | None) -> dict[str, catalog.Score]:
-        return catalog.evaluate(metrics, generated, others, counts_RN, level)
+        return catalog.evaluate(metrics, generated, others, counts_RN, level, freedom)
 
     metrics, notes = [row.metric for row in rows], {}
     with files.progress(len(rows), f"{name}, scores", "score") as bar:

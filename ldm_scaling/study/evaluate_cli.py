@@ -129,7 +129,7 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
     if other:
         versus = evaluate.score(rows, other, options)
         about["versus"] = evaluate_show.said(other.generated)
-    differences = evaluate.compared(found, versus, options.level) if versus else {}
+    differences = evaluate.compared(found, versus, task.freedom, options.level) if versus else {}
     evaluate_show.show(task, rows, found, versus, differences, about)
     if given.output:
         body = evaluate_show.record(task, options, about, found, versus, differences)

@@ -99,4 +99,4 @@ class PairedScorer:
                 logits_NC, counts_RN, splits=_SPLITS
             ),
         }
-        return with_intervals(metrics, drawn)
+        return with_intervals(metrics, drawn, len(x_NF))

@@ -141,7 +141,7 @@ class Published:
             elif definition.count == "inverse":
                 values[row.name] = foretold.inverse(*told)
             centred_R = bootstrap.centre(values[row.name], raw_R)
-            ends = bootstrap.percentile_interval(centred_R)
+            ends = bootstrap.interval(centred_R, len(x_NF) - 1)
             intervals[row.name] = definition.within(ends, foretold=images != len(x_NF))
             replicates[row.name] = rounded(centred_R)
         return values, intervals, replicates

@@ -63,14 +63,14 @@ class Scorer:
             metrics[FRECHET] = foretold.foretold(
                 metrics[FRECHET], halves, len(x_ND), images, self.reference
             )
-        return with_intervals(metrics, drawn)
+        return with_intervals(metrics, drawn, len(x_ND))
 
 
-def with_intervals(metrics: dict[str, float], drawn: dict[str, np.ndarray]):
-    """(metrics, intervals, replicates) of metrics and what bootstraps drew of them, which is moved
-    to lie about them."""
+def with_intervals(metrics: dict[str, float], drawn: dict[str, np.ndarray], images: int):
+    """(metrics, intervals, replicates) of metrics of so many images and what bootstraps drew of
+    them, which is moved to lie about them."""
     centred = {k: bootstrap.centre(metrics[k], v) for k, v in drawn.items()}
-    intervals = {k: bootstrap.percentile_interval(v) for k, v in centred.items()}
+    intervals = {k: bootstrap.interval(v, images - 1) for k, v in centred.items()}
     return metrics, intervals, {k: rounded(v) for k, v in centred.items()}
 
 

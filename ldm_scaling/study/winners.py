@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 import numpy as np
 
 from ldm_scaling.errors import UserError
+from ldm_scaling.metrics import bootstrap
 from ldm_scaling.study import labels
 from ldm_scaling.study.curves import Curves, Point
 
@@ -122,8 +123,8 @@ def _outcome(
     if len(order) > 1:
         advantage = sign * (points[order[1]].value - points[best].value)
         if losses_MR is not None:
-            low, high = np.percentile(losses_MR[order[1]] - losses_MR[best], (2.5, 97.5))
-            ends = (float(low), float(high))
+            ends = bootstrap.interval(
+                losses_MR[order[1]] - losses_MR[best], points[best].freedom)
     runner_up = contenders[order[1]] if len(order) > 1 else None
     return Winner(budget, contenders, contenders[best], runner_up, advantage, ends,
                   complete), shares_MR

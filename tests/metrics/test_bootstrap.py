@@ -99,10 +99,10 @@ def test_stored_replicates_are_centred_and_their_differences_are_the_difference(
         stored[0] - stored[1], bootstrap.centre(difference.mean(), raw_R), atol=1e-12
     )
     assert stored[0].mean() == pytest.approx(a_N.mean())
-    low, high = bootstrap.basic_interval(difference.mean(), raw_R)
-    assert (low, high) == pytest.approx(bootstrap.percentile_interval(stored[0] - stored[1]))
+    low, high = bootstrap.basic_interval(difference.mean(), raw_R, N - 1)
+    assert (low, high) == pytest.approx(bootstrap.interval(stored[0] - stored[1], N - 1))
     assert low < difference.mean() < high
-    wide = bootstrap.basic_interval(difference.mean(), raw_R, level=0.99)
+    wide = bootstrap.basic_interval(difference.mean(), raw_R, N - 1, level=0.99)
     assert wide[0] < low and high < wide[1]
 
 
@@ -151,7 +151,7 @@ def _coverage(values_T, replicates_TR):
     """Share of 95% intervals that hold the expected value."""
     expected = values_T.mean()
     pairs = zip(values_T, replicates_TR, strict=True)
-    intervals = [bootstrap.basic_interval(value, raw_R) for value, raw_R in pairs]
+    intervals = [bootstrap.basic_interval(value, raw_R, N - 1) for value, raw_R in pairs]
     return np.mean([low <= expected <= high for low, high in intervals])
 
 
@@ -200,7 +200,7 @@ def test_a_null_difference_is_no_difference():
             value.append(frechet_from_features(x_ND, reference))
             raw_R = bootstrap.frechet_replicates(x_ND, reference, counts_RN)
             stored.append(bootstrap.centre(value[-1], raw_R))
-        low, high = bootstrap.percentile_interval(stored[0] - stored[1])
+        low, high = bootstrap.interval(stored[0] - stored[1], N - 1)
         outside += not low <= 0 <= high
     assert outside <= scipy.stats.binom.ppf(1 - 1e-4, 200, 0.07)
     x_ND = prompt_ND * SCALE_D
@@ -228,4 +228,4 @@ def test_mistakes_say_what_is_wrong():
     with pytest.raises(UserError, match="not finite"):
         bootstrap.mean_replicates(np.full(N, np.nan), np.ones((3, N), int))
     with pytest.raises(UserError, match="between 0 and 1"):
-        bootstrap.basic_interval(0.0, np.zeros(3), level=95)
+        bootstrap.basic_interval(0.0, np.zeros(3), N - 1, level=95)

@@ -79,7 +79,7 @@ def test_intervals_end_where_the_metric_does():
         low, high = score.interval
         assert least - 1e-9 <= score.value <= most + 1e-9, name
         assert least <= low <= high <= most, name
-        free = bootstrap.basic_interval(score.value, score.replicates_R)
+        free = bootstrap.basic_interval(score.value, score.replicates_R, N - 1)
         assert (low, high) == pytest.approx(np.clip(free, least, most)), name
         beyond += free[0] < least or free[1] > most
     assert beyond >= 3

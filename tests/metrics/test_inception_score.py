@@ -76,7 +76,7 @@ def test_intervals_hold_where_there_are_many_classes_and_few_images_a_split(n, c
         logits_NC[np.arange(n), rng.integers(classes, size=n)] += rng.gamma(2.0, 6.0, n)
         values.append(inception_score(logits_NC, splits=splits).value)
         drawn_R = inception_score_replicates(logits_NC, counts_RN, splits=splits)
-        intervals.append(bootstrap.basic_interval(values[-1], drawn_R))
+        intervals.append(bootstrap.basic_interval(values[-1], drawn_R, n - 1))
     low_T, high_T = np.transpose(intervals)
     held = np.mean((low_T <= np.mean(values)) & (np.mean(values) <= high_T))
     assert held >= scipy.stats.binom.ppf(1e-2, trials, 0.92) / trials

@@ -77,7 +77,7 @@ def test_paired_intervals_cover_the_difference(trials, name):
     nominal = 0.90 if name in ("precision", "recall", "density", "coverage") else 0.93
     expected = np.mean([a.value - b.value for a, b in trials[name]])
     found = [
-        compare.distributions(a.value, b.value, a.replicates_R, b.replicates_R)
+        compare.distributions(a.value, b.value, a.replicates_R, b.replicates_R, freedom=N - 1)
         for a, b in trials[name]
     ]
     assert np.mean([c.low <= expected <= c.high for c in found]) >= _low(nominal)
@@ -102,21 +102,41 @@ def test_equal_models_are_seldom_called_different():
         wholes = [kernel.kid(x, real_MD) for x in (a, b)]
         drawn = [kernel.kid_replicates(x, real_MD, counts_RN, whole=k)
                  for x, k in zip((a, b), wholes)]
-        small += compare.distributions(*(k.value for k in wholes), *drawn).p_value < 0.05
+        found = compare.distributions(*(k.value for k in wholes), *drawn, freedom=N - 1)
+        small += found.p_value < 0.05
     assert small <= scipy.stats.binom.ppf(1 - 1e-4, trials, 0.07)
+
+
+@pytest.mark.parametrize("n, strata", [(4, 1), (8, 1), (12, 1), (20, 1), (40, 1), (16, 4)])
+def test_few_images_are_not_taken_for_many(n, strata):
+    """Replicates, however many, know the spread no better than the images do."""
+    rng, trials, covered, small_3 = np.random.default_rng(6), 2000, 0, np.zeros(3)
+    counts_RN = bootstrap.resample_counts(n, 200, 0, (np.arange(n) % strata).tolist())
+    kept_N = rng.normal(size=strata)[np.arange(n) % strata]
+    for values_N in rng.normal(size=(trials, n)):
+        drawn_R = bootstrap.mean_replicates(values_N + kept_N, counts_RN)
+        found = compare.distributions(
+            values_N.mean(), 0.0, drawn_R, np.zeros(200), freedom=n - strata)
+        covered += found.low <= 0 <= found.high
+        small_3 += found.p_value < np.array([0.05, 0.01, 0.001])
+        assert (found.p_value < 0.05) == (not found.low <= 0 <= found.high)
+    # 200 replicates' own error makes 0.05 up to 0.055.
+    assert covered >= scipy.stats.binom.ppf(1e-4, trials, 0.945)
+    assert (small_3 <= scipy.stats.binom.ppf(1 - 1e-4, trials, [0.055, 0.012, 0.0015])).all()
 
 
 def test_a_clear_difference_has_a_p_value_that_survives_corrections():
     rng = np.random.default_rng(4)
     raw_R = rng.normal(size=99)
-    found = compare.distributions(50.0, 10.0, raw_R, rng.normal(size=99))
+    found = compare.distributions(50.0, 10.0, raw_R, rng.normal(size=99), freedom=59)
     assert found.p_value < 1e-6
     assert found.low > 0
     # One as far as the interval's half width has 5% of Student's t.
     drawn_R = rng.normal(size=2000)
-    near = compare.distributions(1.96 * drawn_R.std(), 0.0, drawn_R, np.zeros(2000))
+    near = compare.distributions(
+        1.96 * drawn_R.std(), 0.0, drawn_R, np.zeros(2000), freedom=9999)
     assert near.p_value == pytest.approx(0.05, abs=0.001)
-    same = compare.distributions(1.0, 1.0, raw_R, raw_R)
+    same = compare.distributions(1.0, 1.0, raw_R, raw_R, freedom=59)
     assert (same.difference, same.low, same.high, same.p_value) == (0, 0, 0, 1)
 
 
@@ -134,17 +154,17 @@ def test_seed_blocks():
 
 def test_mistakes_say_what_is_wrong():
     with pytest.raises(UserError, match="3 and 4 replicates"):
-        compare.distributions(0.0, 0.0, np.zeros(3), np.zeros(4))
+        compare.distributions(0.0, 0.0, np.zeros(3), np.zeros(4), freedom=59)
     with pytest.raises(UserError, match="scores nan and 1.0"):
-        compare.distributions(np.nan, 1.0, np.arange(5.0), np.arange(5.0))
+        compare.distributions(np.nan, 1.0, np.arange(5.0), np.arange(5.0), freedom=59)
     with pytest.raises(UserError, match="at least 2 replicates, there are 1"):
-        compare.p_of(1.0, np.ones(1))
+        compare.p_of(1.0, np.ones(1), 59)
     for function in (compare.p_of, bootstrap.basic_interval):
         with pytest.raises(UserError, match="replicates are not finite in 1 of 2"):
-            function(1.0, np.array([1.0, np.nan]))
-    for interval in (bootstrap.percentile_interval, lambda R: bootstrap.basic_interval(1.0, R)):
+            function(1.0, np.array([1.0, np.nan]), 59)
+    for interval in (bootstrap.interval, lambda R, n: bootstrap.basic_interval(1.0, R, n)):
         with pytest.raises(UserError, match="there are no bootstrap replicates"):
-            interval(np.zeros(0))
+            interval(np.zeros(0), 59)
     with pytest.raises(UserError, match="at least 2 of them, there is 1"):
         bootstrap.block_interval(np.zeros(1))
     with pytest.raises(UserError, match="between 0 and 1"):

@@ -61,7 +61,7 @@ class _Scorer:
             return {FRECHET: frechet_from_features(x_ND, REAL)}, {}, {}
         found = racing.frechet_score(x_ND, REAL, images or len(x_ND), 30, seed)
         drawn_R = found.replicates_R
-        ends = bootstrap.percentile_interval(drawn_R)
+        ends = bootstrap.interval(drawn_R, len(x_ND) - 1)
         return {FRECHET: found.loss}, {FRECHET: ends}, {FRECHET: drawn_R.tolist()}
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+import scipy
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.metrics import bootstrap
@@ -37,17 +38,21 @@ class Band:
     level: float
 
 
-def band(value_P: np.ndarray, replicates_PR: np.ndarray, level: float = 0.95) -> Band:
+def band(
+    value_P: np.ndarray, replicates_PR: np.ndarray, level: float = 0.95, freedom: float = np.inf
+) -> Band:
     """Pointwise intervals and the simultaneous band, from paired, centred replicates.
 
     The band is value +- critical x standard error, the critical value a quantile of the
     replicates' largest studentised distance along the curve (the sup-t band, Montiel Olea and
-    Plagborg-Moller 2019): it uses how points move together and is as narrow as that allows.
+    Plagborg-Moller 2019): it uses how points move together and is as narrow as that allows. Of few
+    images it is the quantile of Student's t that is as rare as the normal's.
 
     Args:
       value_P: estimates.
       replicates_PR: stored replicates (P, R), paired along the curve.
       level: of intervals and band.
+      freedom: degrees of freedom of the images of a point, see `bootstrap.interval`.
 
     Raises:
       UserError: when the shapes do not fit or there are fewer than `LEAST` replicates.
@@ -65,7 +70,7 @@ def band(value_P: np.ndarray, replicates_PR: np.ndarray, level: float = 0.95) ->
             f"a band needs at least {LEAST} bootstrap replicates, there are {replicates}: raise "
             "sweep.replicates"
         )
-    ends = [bootstrap.percentile_interval(row_R, level) for row_R in replicates_PR]
+    ends = [bootstrap.interval(row_R, freedom, level) for row_R in replicates_PR]
     low_P, high_P = np.array(ends).reshape(-1, 2).T
     spread_PR = replicates_PR - value_P[:, None]
     error_P = spread_PR.std(axis=1, ddof=1)
@@ -76,6 +81,9 @@ def band(value_P: np.ndarray, replicates_PR: np.ndarray, level: float = 0.95) ->
         # The (R + 1) level-th smallest, so that few replicates make it wider and not narrower.
         rank = min(int(np.ceil((replicates + 1) * level)), replicates)
         critical = float(np.sort(largest_R)[rank - 1])
+        if freedom < bootstrap.FEW:
+            free = bootstrap.least_freedom(largest_R, freedom)
+            critical = float(scipy.stats.t.isf(scipy.stats.norm.sf(critical), free))
     half_P = critical * error_P
     return Band(value_P, low_P, high_P, value_P - half_P, value_P + half_P, critical, level)
 
@@ -93,7 +101,8 @@ def of_points(points: Sequence[Point], level: float = 0.95) -> Band | None:
     if not points or max(sizes) < LEAST:
         return None
     return band(
-        np.array([p.value for p in points]), np.stack([p.replicates_R for p in points]), level
+        np.array([p.value for p in points]), np.stack([p.replicates_R for p in points]), level,
+        min(p.freedom for p in points),
     )
 
 

@@ -100,7 +100,8 @@ def _mean(group: Sequence[Record], order: Sequence[int]) -> Record:
         if drawn[0]:
             mean_R = np.mean(drawn, axis=0)
             replicates[name] = mean_R.tolist()
-            intervals[name] = bootstrap.percentile_interval(mean_R)
+            freedom = len(group) * (group[0].identity.num_images - 1)
+            intervals[name] = bootstrap.interval(mean_R, freedom)
             if name in scores.SCORES:
                 intervals[name] = scores.SCORES[name].definition.within(
                     intervals[name], foretold=any(r.round for r in group))

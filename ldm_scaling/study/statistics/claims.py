@@ -286,8 +286,8 @@ def _lead(metric: str, cross: winners.Crossover) -> dict:
     if won.best is largest:
         return {"effect": f"none: {largest.model} wins the smallest budget too"}
     losses_2R = winners.paired([won.best.point, largest.point], sign)
-    ends = None if losses_2R is None else bootstrap.percentile_interval(
-        losses_2R[1] - losses_2R[0])
+    ends = None if losses_2R is None else bootstrap.interval(
+        losses_2R[1] - losses_2R[0], largest.point.freedom)
     return {
         "effect": f"{won.best.model} leads {largest.model} by {labels.number(lead)} "
                   f"{labels.measure(metric).short} at the smallest budget",

@@ -92,9 +92,9 @@ def between(a: Point, b: Point, metric: str, budget: float, axis: str) -> Duel:
         )
     advantage_R = losses_2R[1] - losses_2R[0]
     advantage = sign * (b.value - a.value)
-    low, high = bootstrap.percentile_interval(advantage_R)
+    low, high = bootstrap.interval(advantage_R, a.freedom)
     share = float((advantage_R > 0).mean() + 0.5 * (advantage_R == 0).mean())
-    p_value = compare.p_of(advantage, advantage_R)
+    p_value = compare.p_of(advantage, advantage_R, a.freedom)
     return Duel(a, b, budget, axis, advantage, low, high, share, p_value, p_value, p_value)
 
 
@@ -148,9 +148,11 @@ def difference_band(
         budgets.append(budget)
         values.append(sign * (points[1].value - points[0].value))
         replicates.append(losses_2R[1] - losses_2R[0])
+        freedom = points[0].freedom
     if not budgets:
         return None
-    return np.array(budgets), bands.band(np.array(values), np.stack(replicates), level)
+    return np.array(budgets), bands.band(
+        np.array(values), np.stack(replicates), level, freedom)
 
 
 def sentence(one: Duel, metric: str) -> str:

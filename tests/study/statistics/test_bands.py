@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from ldm_scaling.errors import UserError
+from ldm_scaling.metrics import bootstrap
 from ldm_scaling.study import curves
 from ldm_scaling.study.statistics import bands
 from tests.study import fake_records as fake
@@ -34,6 +35,21 @@ def test_points_and_curves_are_covered_at_the_stated_rate(correlated):
     assert np.mean(single) == pytest.approx(0.95, abs=0.015)
     assert np.mean(whole) == pytest.approx(0.95, abs=0.02)
     assert np.mean(naive) < 0.9  # Intervals of points are no band.
+
+
+@pytest.mark.parametrize("n", [8, 20])
+def test_bands_of_few_images_know_that_these_are_few(n):
+    rng, single, whole = np.random.default_rng(2), [], []
+    for trial in range(400):
+        values_PN = 0.8 * rng.normal(size=n) + 0.6 * rng.normal(size=(6, n))
+        counts_RN = bootstrap.resample_counts(n, 200, trial)
+        stored = [bootstrap.centre(v.mean(), bootstrap.mean_replicates(v, counts_RN))
+                  for v in values_PN]
+        found = bands.band(values_PN.mean(axis=1), np.stack(stored), freedom=n - 1)
+        single.append(((found.low_P <= 0) & (found.high_P >= 0)).mean())
+        whole.append(((found.all_low_P <= 0) & (found.all_high_P >= 0)).all())
+    assert np.mean(single) == pytest.approx(0.95, abs=0.02)
+    assert np.mean(whole) > 0.87  # Percentiles of 8: 0.79.
 
 
 def test_a_band_of_points_that_move_together_is_narrower():
