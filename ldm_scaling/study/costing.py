@@ -53,9 +53,13 @@ class Price:
         """Batch sizes that a network call was measured at, rising."""
         return sorted({batch for part, batch in self.seconds if part == "network"})
 
-    def needs(self, batch: int) -> int:
-        """Bytes of the largest of its programs at this batch size; 0 where none was measured."""
-        return max((n for (_, size), n in self.bytes.items() if size == batch), default=0)
+    def needs(self, batch: int) -> tuple[int, str]:
+        """Bytes of the largest of its programs at this batch size, and which that is, in words; 0
+        where none was measured."""
+        sizes = ((n, part) for (part, size), n in self.bytes.items() if size == batch)
+        count, part = max(sizes, default=(0, "network"))
+        return count, {"network": f"a call of {self.member}", "text": "the text encoder",
+                       "guided": f"a guided pair of {self.member}", "decoder": "the decoder"}[part]
 
 
 @dataclasses.dataclass(frozen=True)

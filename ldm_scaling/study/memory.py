@@ -38,21 +38,22 @@ def fitting(
     Raises:
       UserError: where it holds none.
     """
-    needs = {p.model: prices[p.model].needs(batch) for p in options.points}
-    over = sorted((n, model) for model, n in needs.items() if n > memory)
+    smaller_first = sorted({p.model for p in options.points}, key=lambda m: prices[m].gflops)
+    needs = {model: prices[model].needs(batch) for model in smaller_first}
+    over = {model: need for model, need in needs.items() if need[0] > memory}
     if len(over) == len(needs):
-        raise UserError(f"--memory: the least that drawing takes is {_gb(over[0][0])}, with "
-                        f"{over[0][1]} at batch size {batch}")
-    without = {model for _, model in over}
+        least, what = min(over.values(), key=lambda need: need[0])
+        raise UserError(f"--memory: the least that drawing takes is {_gb(least)}, of {what} at "
+                        f"batch size {batch}")
     notes = []
     if over:
-        each = labels.listing([f"{model} ({_gb(n)})" for n, model in over])
+        each = labels.listing([f"{model} ({_gb(n)}, {what})" for model, (n, what) in over.items()])
         notes.append(f"Left out, for the largest of their programs needs more than {_gb(memory)} "
                      f"at batch size {batch}: {each}.")
     said = "By the memory that was measured of each program at this batch size, what lies beside " \
         "it not counted" + ("; a CPU's is a lower bound." if least else ".")
     return dataclasses.replace(
-        options, points=tuple(p for p in options.points if p.model not in without),
+        options, points=tuple(p for p in options.points if p.model not in over),
         notes=(*notes, *options.notes, said), untimed=" ".join(filter(None, [
             options.untimed, *notes])), doubt=" ".join(filter(None, [*notes, options.doubt])))
 

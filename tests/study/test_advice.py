@@ -432,12 +432,20 @@ def test_sizes_that_need_more_memory_are_left_out(capsys, tmp_path, exact, costs
     out = run(capsys, *flags, "--memory=8 GiB")[1]
     assert out.startswith("For 10.0 s: c8") and "lower bound" not in out
     said = "Left out, for the largest of their programs needs more than 8.59 GB at batch size 1: "
-    assert said + "c48 (9 GB)." in " ".join(" ".join(out.split("\n")[2:4]).split())
+    assert said + "c48 (9 GB, a guided pair of c48)." in " ".join(" ".join(out.split("\n")[2:4]).split())
     cost_files.write(path, dataclasses.replace(cost_files.read(path), platform="cpu"))
     out = run(capsys, *flags, "--memory=8 GB")[1]
     assert "a CPU's is a lower bound" in " ".join(out.split())
     small = run(capsys, *flags, "--memory=0.5e-6 MB")
     assert small[0] == 2 and "the least that drawing takes is" in small[2]
+    text = [dataclasses.replace(t, bytes=int(1e10)) for t in found.timings if t.part == "text"]
+    cost_files.write(path, cost_files.read(path).plus(*text))
+    said = "the least that drawing takes is 10 GB, of the text encoder at batch size 1"
+    assert said in run(capsys, *flags, "--memory=9 GB")[2]
+    guided = [dataclasses.replace(t, bytes=int(2e10)) for t in found.timings if t.part == "guided"]
+    cost_files.write(path, cost_files.read(path).plus(*guided))
+    said = "the least that drawing takes is 20 GB, of a guided pair of c8 at batch size 1"
+    assert said in run(capsys, *flags, "--memory=9 GB")[2]
 
 
 def run(capsys, *arguments):
