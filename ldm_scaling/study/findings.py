@@ -112,23 +112,24 @@ def _run(run: Sequence[winners.Winner]) -> str:
 def _seconds(
     records: Sequence[Record], curves: Curves, metric: str, sizes: Sequence[str], sampler: str
 ) -> list[str]:
-    """Claim 3 in seconds, with what speaks against them; where they do not compare, only why."""
+    """Claim 3 in seconds; where they do not compare, or something speaks against them, only why."""
     if why := pricing.incomparable(records):
         return [f"{why}: claim 3 is judged by cost alone."]
     timed = pricing.with_seconds(curves)
     cross = winners.crossovers(timed, metric, sizes, [sampler], axis="seconds")[0].get(sampler)
     if cross is None:
         return []
+    if doubts := pricing.doubts(records):
+        return [" ".join([*doubts, "So claim 3 is judged by cost alone."])]
     low, high = cross.low, cross.high
     lacking = pricing.without_seconds(p for (_, s), curve in curves.items() if s == sampler
                                       for p in curve)
-    doubts = [*filter(None, [lacking]), *pricing.doubts(records)]
     outcome, sure = words.judge_alone(cross.probability, cross.alone)
     return [
         f"In measured seconds per image instead of normalised cost, claim 3 is {outcome} for "
         f"{labels.sampler(sampler)} ({words.sure(sure)}): {low.best.model} is best at "
         f"{labels.number(low.budget)} s, {high.best.model} at {labels.number(high.budget)} s."
-        + "".join(f" {doubt}" for doubt in doubts)
+        + (lacking and f" {lacking}")
     ]
 
 
