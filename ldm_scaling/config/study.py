@@ -116,11 +116,9 @@ class Study:
                  self.autoencoder.weights, "the members of finetune.pretrained bring their own "
                  "autoencoder: leave it out")
         same = ("select_block", "report_block", "more_blocks", "replicates")
-        parts = {"finetune": self.finetune.sweep} if self.finetune.task else {}
-        parts |= {d.NAME: d.sweep for d in self.distillations}
-        parts |= {"cascade": self.cascade.sweep} if self.cascade.base else {}
-        for name, sweep in parts.items():
-            theirs, ours = ([getattr(s, k) for k in same] for s in (sweep, self.sweep))
+        for name in (key.partition(".")[0] for key in self.further):
+            sweeps = getattr(self, name).sweep, self.sweep
+            theirs, ours = ([getattr(s, k) for k in same] for s in sweeps)
             require(theirs == ours, f"{name}.sweep", theirs,
                     f"its {', '.join(same)} must be those of sweep, {ours}: one page reports both")
         for distill in self.distillations:
@@ -149,10 +147,8 @@ class Study:
         named = averaging.parse(self.average, self.members)  # Raises for what is none.
         # One spelling of all that say the same.
         object.__setattr__(self, "average", averaging.spell(named))
-        others = {"weights": self.weights, "finetune.pretrained": self.finetune.pretrained,
-                  "finetune.task": self.finetune.task, "cascade.base": self.cascade.base}
-        others |= {f"{d.NAME}.method": d.method for d in self.distillations}
-        for name, value in others.items():
+        others = {"weights": self.weights, "finetune.pretrained": self.finetune.pretrained}
+        for name, value in (others | self.further).items():
             require(not value, "average", self.average, f"with {name}={value!r}: what is made of "
                     "members begins with their ema, and is compared with that: leave out one of "
                     "the two, a workdir may serve several configs")
@@ -174,6 +170,14 @@ class Study:
     def distillations(self) -> tuple[Distill, ...]:
         """Those that there are."""
         return tuple(d for d in (self.consistency, self.halving) if d.method)
+
+    @property
+    def further(self) -> dict[str, str]:
+        """What is made of members and has a sweep of its own: the key that says so, and its value;
+        those that there are."""
+        found = {"finetune.task": self.finetune.task, "cascade.base": self.cascade.base}
+        found |= {f"{d.NAME}.method": d.method for d in self.distillations}
+        return {key: value for key, value in found.items() if value}
 
     def _check(self, distill: Distill) -> None:
         name = distill.NAME
@@ -197,8 +201,7 @@ class Study:
 
     def _check_cascade(self) -> None:
         cascade, given = self.cascade, self.cascade.base
-        others = {"finetune.task": self.finetune.task, "weights": self.weights}
-        others |= {f"{d.NAME}.method": d.method for d in self.distillations}
+        others = self.further | {"weights": self.weights, "cascade.base": ""}
         for name, value in others.items():
             require(not value, "cascade.base", given, f"with {name}={value!r}: cascades are made "
                     "of members that a study trains, and of these alone; give one of the two in a "

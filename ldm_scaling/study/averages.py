@@ -119,10 +119,8 @@ def of(
         than a best one is told from.
     """
     study, out = materials.study, []
-    others = {"weights": study.weights, "finetune.pretrained": study.finetune.pretrained,
-              "finetune.task": study.finetune.task, "cascade.base": study.cascade.base}
-    others |= {f"{d.NAME}.method": d.method for d in study.distillations}
-    for key, value in others.items():
+    others = {"weights": study.weights, "finetune.pretrained": study.finetune.pretrained}
+    for key, value in (others | study.further).items():
         if value:
             raise UserError(f"averages measures members that a study trains: leave out "
                             f"config.{key}={value!r}")

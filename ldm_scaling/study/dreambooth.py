@@ -120,10 +120,7 @@ class Taught:
         """
         c, m = self.config, self.materials
         study, run = m.study, c.train
-        others = {"finetune.task": study.finetune.task}
-        others |= {f"{d.NAME}.method": d.method for d in study.distillations}
-        others |= {"cascade.base": study.cascade.base, "average": study.average}
-        for key, value in others.items():
+        for key, value in (study.further | {"average": study.average}).items():
             if value:
                 raise UserError(
                     f"config: {key}={value!r} and dreambooth.subjects={c.subjects!r}: leave out "

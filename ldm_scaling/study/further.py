@@ -21,9 +21,7 @@ Further = FineTuned | Distilled | Cascaded
 
 def of(materials: Materials) -> list[Further]:
     """What the config says; kept, for what draws with networks is compiled once for every stage."""
-    study = materials.study
-    asked = study.finetune.task or study.distillations or study.cascade.base
-    return _kept(materials) if asked else []
+    return _kept(materials) if materials.study.further else []
 
 
 @functools.lru_cache(maxsize=2)
