@@ -120,6 +120,7 @@ def test_intervals_are_for_the_same_prompts():
     spread = np.sqrt(noise[:4].var(ddof=1) / 12)
     one = found(prompts + noise)
     assert one.replicates_R.std() == pytest.approx(spread, rel=0.15)
+    assert (one.freedom, pooled([one, one]).freedom) == (9, 18)
     assert pooled([one, one]).replicates_R.std() == pytest.approx(spread / np.sqrt(2), rel=0.15)
     assert not found(prompts, 1).replicates_R.size  # One of each tells nothing of noise.
 

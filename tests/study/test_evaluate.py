@@ -12,6 +12,7 @@ import types
 import jax
 import numpy as np
 import pytest
+import scipy.stats
 from PIL import Image
 
 from ldm_scaling import __version__, cli, files
@@ -350,6 +351,10 @@ def test_versus_is_paired(evaluate, reds, tmp_path):
     assert 0 < small["p_value"] and small["p_holm"] == min(1, 2 * small["p_value"])
     assert large["p_holm"] == max(large["p_value"], small["p_holm"])
     assert "p (Holm)" in both["out"]
+    for one in both["differences"].values():  # Both are of Student's t, by six images.
+        error = (one["high"] - one["low"]) / 2 / scipy.stats.t.ppf(0.975, len(A) - 1)
+        p = 2 * scipy.stats.t.sf(abs(one["difference"]) / error, len(A) - 1)
+        assert one["p_value"] == pytest.approx(p)
 
 
 def test_versus_pairs_by_name(evaluate, reds, tmp_path):
@@ -748,6 +753,10 @@ def test_dreambench(evaluate, tmp_path, monkeypatch):
         # The images of one subject and prompt are nearly alike, those of others far from it.
         low, high = record["scores"][0]["interval"]
         assert 0 < high - low < 0.1 < np.std(wanted)
+        # Each such pair has one degree of freedom.
+        error = np.linalg.norm(np.diff(np.reshape(wanted, (-1, 2)))) / 2 / (2 * limit)
+        t = scipy.stats.t.ppf(0.975, 2 * limit)
+        assert high - low == pytest.approx(2 * t * error, rel=0.15)
         assert "interval: these subjects and prompts, other noise" in record["out"]
         assert "different sizes" not in record["out"]
     (tmp_path / "images" / "dog2" / "02_1.png").unlink()
