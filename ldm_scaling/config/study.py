@@ -8,6 +8,7 @@ from typing import Any
 
 from ldm_scaling import files
 from ldm_scaling.config import averaging
+from ldm_scaling.config import repeats as repeats_lib
 from ldm_scaling.config.cascade import Cascade
 from ldm_scaling.config.check import require
 from ldm_scaling.config.data import NEUTRAL_DATA, SHARDS, Data
@@ -43,6 +44,11 @@ class Study:
       name: of the study, in titles.
       seed: of every training run, from 0 to 2**32 - 1.
       members: names of the family's members, see `ldm-scaling zoo`.
+      repeats: how often each member is trained: 3 are three runs, with the seeds `seed`, `seed` + 1
+        and `seed` + 2 of beginning, noise and order of pictures, over one autoencoder. Those after
+        the first are drawn at the guidance that it chose, and quality is the mean over runs, with
+        intervals that cover the chance of another one, see `study.repeated`. A workdir is not bound
+        to it: runs can be added later.
       reference: the member whose cost is 1.
       weights: folder of a published Stable Diffusion, see `models.sd_folder`: it is the only
         member, under any name, and nothing is trained. Empty where members are trained.
@@ -63,6 +69,7 @@ class Study:
     name: str = "study"
     seed: int = 0
     members: tuple[str, ...] = ("866m",)
+    repeats: int = 1
     reference: str = "866m"
     weights: str = ""
     weights_hash: str = ""
@@ -101,6 +108,7 @@ class Study:
         require(self.autoencoder.train.attention in ("auto", "plain", "chunked"),
                 "autoencoder.train.attention", self.autoencoder.train.attention, "fused "
                 "kernels are not for its one wide head: auto, plain or chunked")
+        self._check_repeats()
         self._check_transfer()
         self._check_average()
         for name, value in (("weights", self.weights), ("finetune.pretrained",
@@ -127,6 +135,34 @@ class Study:
             self._check_cascade()
         if self.data.composed:
             self.check_counts(self.data.train_pictures, self.data.validation_pictures)
+
+    def _check_repeats(self) -> None:
+        require(self.repeats >= 1, "repeats", self.repeats, "each member is trained once at least")
+        if self.repeats == 1:
+            return
+        others = {"weights": self.weights, "finetune.pretrained": self.finetune.pretrained,
+                  "start.workdir": self.start.workdir}
+        for name, value in others.items():
+            require(not value, "repeats", self.repeats, f"with {name}={value!r} members do not "
+                    "begin with nothing here: 1")
+        for member in self.members:
+            require(repeats_lib.parse(member) == (member, 0), "members", self.members,
+                    f"{member} reads as a further run of another, see repeats: rename it")
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Names of the networks of all members' training runs, see `config.repeats`: the first run
+        of every member, the second of every one, and so on."""
+        return tuple(
+            repeats_lib.name(member, run) for run in range(self.repeats) for member in self.members)
+
+    def run_of(self, network: str) -> tuple[str, int]:
+        """The member and the number of its run, from 0, of a name of `trained`."""
+        return (network, 0) if network in self.members else repeats_lib.parse(network)
+
+    def seed_of(self, network: str) -> int:
+        """The seed of a network's training run."""
+        return (self.seed + self.run_of(network)[1]) % 2**32
 
     def _check_transfer(self) -> None:
         """Members alone are a family of widths: others' runs have rates of their own."""
@@ -164,7 +200,7 @@ class Study:
     def average_of(self, member: str) -> float | None:
         """The length of the average that a member is measured with; None is its `ema`."""
         named = averaging.parse(self.average, self.members)
-        return named.get(member, named.get(""))
+        return named.get(self.run_of(member)[0], named.get(""))
 
     @property
     def distillations(self) -> tuple[Distill, ...]:

@@ -75,7 +75,7 @@ def advise(options: Options, budget: Budget) -> Advice:
         notes.append("The budget allows all that was measured: more steps or a larger size than "
                      "these may do better still.")
     if duel is not None:
-        notes += _doubts(best, runner_up, duel, options.blocks)
+        notes += _doubts(best, runner_up, duel, options)
     return Advice(options, budget, best, runner_up, duel, front(options.points, limit),
                   tuple(notes))
 
@@ -84,9 +84,9 @@ def _network(p: Point) -> tuple[str, options_lib.Kind]:
     return p.model, options_lib.kind(p.task, p.sampler)
 
 
-def _doubts(best: Point, runner_up: Point, duel: Duel, blocks: int) -> list[str]:
+def _doubts(best: Point, runner_up: Point, duel: Duel, options: Options) -> list[str]:
     """What the reporting prompts say against the choice, and whether noise alone could have made
-    it. As many `blocks` report."""
+    it."""
     out, other = [], 1 - duel.probability
     if other > 0.5:
         shown = labels.probability(other)
@@ -99,14 +99,18 @@ def _doubts(best: Point, runner_up: Point, duel: Duel, blocks: int) -> list[str]
     # The spread is of the reporting blocks' mean: the choosing one has no replicates, is alone, and
     # after a race of fewer pictures.
     times = max(p.num_images / (p.choosing_images or p.num_images) for p in (best, runner_up))
+    # Luck, by far the larger part where it is told, is the same on all blocks.
+    blocks = 1 if options.lucky else options.blocks
     spread = (duel.high - duel.low) / 2 * math.sqrt(blocks * times)
+    more = "runs" if options.lucky else "blocks"
+    key = "repeats" if options.lucky else "sweep.more_blocks"
     gap = runner_up.chosen_by - best.chosen_by
     if gap < spread and other > 0.05:
         out.append(
             f"The choice is within noise: on the choosing prompts the first leads by "
-            f"{labels.number(gap)}, and prompts and noise alone move such a lead by "
-            f"{labels.number(spread)}. More blocks tell the two apart better: "
-            "--config.sweep.more_blocks, docs/statistics.md."
+            f"{labels.number(gap)}, and chance alone moves such a lead by "
+            f"{labels.number(spread)}. More {more} tell the two apart better: "
+            f"--config.{key}, docs/statistics.md."
         )
     return out
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from ldm_scaling.config.cascade import TASK
 from ldm_scaling.study import curves as curves_lib
-from ldm_scaling.study import families, labels, winners
+from ldm_scaling.study import families, labels, repeated, winners
 from ldm_scaling.study.curves import Cell, Curves, Point
 from ldm_scaling.study.families import Family
 from ldm_scaling.study.records import TEXT_TO_IMAGE, First, Record
@@ -104,7 +104,7 @@ def sentences(
       metric: what they are compared by.
       select_block, report_blocks: that choose, and are reported.
     """
-    pooled = blocks.pooled(records, select_block, report_blocks)
+    pooled = blocks.pooled(repeated.merged(records), select_block, report_blocks)
 
     def of(task: str) -> tuple[list[Record], Curves]:
         own = [r for r in pooled if r.task == task and metric in r.metrics]

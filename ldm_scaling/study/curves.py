@@ -10,7 +10,7 @@ import numpy as np
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.metrics import bootstrap
-from ldm_scaling.study import labels
+from ldm_scaling.study import labels, repeated
 from ldm_scaling.study.records import (
     CHOSEN,
     TEXT_TO_IMAGE,
@@ -246,12 +246,13 @@ def arms(records: Sequence[Record]) -> list[tuple[Record, Record]]:
     A sampler measured with several timestep spacings becomes several arms ("ddim, trailing"); so
     does one behind several first stages of a cascade ("ddim, after 4 of ddim"), whose spacing is
     named where there are several too ("ddim, after 4 of ddim, trailing").
-    Of a guidance rate's rounds in a race only the last is kept. Raises `UserError` when two records
+    Of a guidance rate's rounds in a race only the last is kept, and training runs of one size
+    become their mean, see `repeated.merged`. Raises `UserError` when two records
     still share model, sampler, steps, guidance and seed block (two checkpoints, two code versions):
     a curve through a mixture would mean nothing. So when rates of one cell that did not race have
     other numbers of images on a block: with fewer a distance is larger.
     """
-    records = last_rounds(records)
+    records = repeated.merged(last_rounds(records))
     spacings: dict[str, set[str]] = defaultdict(set)
     firsts: dict[str, set[str]] = defaultdict(set)
     for r in records:

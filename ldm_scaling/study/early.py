@@ -116,7 +116,7 @@ def params(materials: Materials, subject: Subject) -> Any:
     `config.Study.average`."""
     run, member = materials.study.train, subject.member
     if subject.train_step not in steps(materials.study):
-        return materials.member_params(member)
+        return materials.member_params(subject.network)
     return runs.average(
         materials.spec(member), materials.workdir.member(member), run, materials.mesh,
         subject.train_step, materials.study.average_of(member),

@@ -90,7 +90,8 @@ def _run(given: argparse.Namespace, there: Places) -> None:
         found, metric, select_block, report_blocks, settings=settings, spacing=there.spacing)
     strips, lost = [home / "strips" for home in there.homes] if given.workdir else [], []
     if given.workdir:
-        read = [beside.losses(Workdir(home), curves.models(found)) for home in there.homes]
+        read = [beside.losses(Workdir(home), reported.trained_in(home, curves.models(found)))
+                for home in there.homes]
         lost = [line for _, lines in read for line in lines]
         source = dataclasses.replace(
             source, images=beside.strips(strips, source),

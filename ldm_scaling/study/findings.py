@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from ldm_scaling.study import curves as curves_lib
-from ldm_scaling.study import families, labels, pricing, winners
+from ldm_scaling.study import families, labels, pricing, repeated, winners
 from ldm_scaling.study.curves import Curves
 from ldm_scaling.study.records import Record
 from ldm_scaling.study.statistics import bands, blocks, duels, words
@@ -231,6 +231,25 @@ def between_blocks(
         f"on average over {found.cells} cells; what choosing alone does lies in "
         f"{labels.interval(found.low, found.high)} by the spread between blocks (above 0 it "
         "flatters)."
+    ]
+
+
+def between_runs(records: Sequence[Record], metric: str) -> list[str]:
+    """How far training again moves the measure; nothing where no size was trained several times.
+
+    Args:
+      records: of all runs, not merged.
+      metric: the measure.
+    """
+    found = repeated.spread(records, metric)
+    if found is None:
+        return []
+    by = f"{100 * found.sd:.2g}%" if found.relative else labels.number(found.sd)
+    several = f"{found.sizes} sizes" if found.sizes > 1 else "one size"
+    return [
+        f"Trained again, with another seed, a size's {labels.measure(metric).short} differs by "
+        f"{by}: the standard deviation of one run about the mean of its size, by {found.freedom} "
+        f"further run{'s' * (found.freedom > 1)} of {several}, over all cells that are reported."
     ]
 
 

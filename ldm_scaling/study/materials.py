@@ -228,9 +228,9 @@ class Materials:
         return networks_lib.trained(self)
 
     def require_trained(self, members: Iterable[str] | None = None) -> None:
-        """Raises `UserError` naming the first network, of all members or of these, that is not
-        trained."""
-        self.networks.require(self.study.members if members is None else members)
+        """Raises `UserError` naming the first network, of all runs of all members or of these, that
+        is not trained."""
+        self.networks.require(self.study.trained if members is None else members)
 
     @functools.cached_property
     def pretrained(self) -> Materials:

@@ -64,9 +64,10 @@ _OWN = "an autoencoder trained in this study"
 
 
 def model_hash(study: Study, member: str) -> str:
-    """Hash of all that decides a member's parameters, and of its network."""
+    """Hash of all that decides a member's parameters, and of its network; of any of its runs, see
+    `config.Study.trained`."""
     # The sizes of published networks are among their files.
-    spec = None if study.weights else zoo.get(member).spec
+    spec = None if study.weights else zoo.get(study.run_of(member)[0]).spec
     recipe = () if spec is None else backbone.recipe(spec)
     length = study.average_of(member)
     average = () if length is None else (["average", length],)
@@ -114,11 +115,14 @@ def trained(materials: Materials) -> Networks:
             if (length := study.average_of(member)) is not None:
                 averages.recipe(folder, study.train.steps, length)  # Raises where it cannot be.
 
+    def spec_of(member: str) -> backbone.Spec:
+        return zoo.get(study.run_of(member)[0]).spec
+
     def params(member: str) -> Any:
         folder, run = workdir.member(member), study.train
         runs.require(folder, run, f"member {member}")
         return runs.average(
-            zoo.get(member).spec, folder, run, materials.mesh, run.steps, study.average_of(member)
+            spec_of(member), folder, run, materials.mesh, run.steps, study.average_of(member)
         )
 
     @functools.cache
@@ -144,7 +148,7 @@ def trained(materials: Materials) -> Networks:
         return materials.latent_scale
 
     return Networks(
-        spec=lambda member: zoo.get(member).spec,
+        spec=spec_of,
         tokens=study.data.text_length,
         params=params,
         autoencoder=latent_encoder,

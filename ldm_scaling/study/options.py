@@ -11,7 +11,7 @@ from typing import Any
 from ldm_scaling.errors import UserError
 from ldm_scaling.sampling import solvers
 from ldm_scaling.study import curves as curves_lib
-from ldm_scaling.study import labels, lengths, pricing, reported
+from ldm_scaling.study import labels, lengths, pricing, repeated, reported
 from ldm_scaling.study.costing import Price, Unit
 from ldm_scaling.study.curves import Point
 from ldm_scaling.study.lengths import Kind
@@ -53,6 +53,7 @@ class Options:
       doubt: of the notes what speaks against a choice by seconds, in short: how they were measured,
         or that of some sizes they were not on the device; empty where nothing does.
       pictures: that training is spread over; 0 where it is not counted.
+      lucky: whether replicates hold the luck of a training run, see `study.repeated`.
     """
 
     points: tuple[Point, ...]
@@ -69,6 +70,7 @@ class Options:
     blocks: int = 1
     doubt: str = ""
     pictures: int = 0
+    lucky: bool = False
 
     def value(self, value: float) -> str:
         """A value of the measure for readers."""
@@ -214,6 +216,7 @@ def of_records(
     """
     if training is not None:
         training.check(records, unit)
+    records = repeated.merged(curves_lib.last_rounds(records))
     held = _by_kind(records, settings)
     left_out: list[str] = []
     cascades = CASCADE, ""
@@ -256,7 +259,8 @@ def of_records(
         *untimed,
         f"Chosen on seed block {select_block}, reported on {where_reported} "
         f"({labels.listing([f'{n:,}' for n in images])} pictures each): other prompts and noise. "
-        "Intervals and probabilities do not cover the chance of another training run.",
+        + (repeated.words(weighed) or
+           "Intervals and probabilities do not cover the chance of another training run."),
     ]
     if unit == "cost":
         notes += [ones[-1].note, *pricing.mixed(ones)]
@@ -293,7 +297,7 @@ def of_records(
         ones[-1] if unit == "cost" else None,
         " ".join([*untimed, *(lacking if training else ())]), blocks=len(report_blocks),
         doubt=next(iter(doubts if prices is None else untimed), ""),
-        pictures=training.pictures if training else 0,
+        pictures=training.pictures if training else 0, lucky=bool(repeated.words(weighed)),
     )
 
 

@@ -260,7 +260,7 @@ def write(materials: Materials, found: list[Record], others: Sequence[Record] = 
     if here and materials.prepared:
         captions = materials.captions(report_blocks[0])[1][:STRIP]
     held = baselines.of_records(materials.workdir.path, every)
-    losses, lost = beside.losses(materials.workdir, materials.study.members)
+    losses, lost = beside.losses(materials.workdir, materials.study.trained)
     sanity, damaged = _sanity(materials)
     lost += damaged
     source = Source(

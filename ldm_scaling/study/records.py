@@ -148,6 +148,10 @@ class Record:
       first: the first stage of a cascade; None of one network.
       guided_calls: how many of the calls guidance makes pairs, where it is asked for: those within
         a guidance interval. None is all of them, as records paid for before this was told.
+      repeats: of a network that was trained again, of another seed, `Identity.model_hash` of the
+        first; empty of the first, and where there is no other. See `study.repeated`.
+      run: which of its training runs, from 0.
+      runs: of training, that it is the mean of. What is stored is of one.
     """
 
     identity: Identity
@@ -168,6 +172,9 @@ class Record:
     setting: str = ""
     first: First | None = None
     guided_calls: int | None = None
+    repeats: str = ""
+    run: int = 0
+    runs: int = 1
 
     def __post_init__(self) -> None:
         if self.identity.first != (self.first.spelling if self.first else ""):
@@ -196,7 +203,7 @@ class Record:
                       "student_steps": self.student_steps, "setting": self.setting,
                       "first_cost": self.first.cost if self.first else 0.0,
                       "guided_calls": self.calls if self.guided_calls is None else
-                      self.guided_calls}
+                      self.guided_calls, "runs": self.runs}
 
 
 def path_of(directory: epath.PathLike, key: str) -> epath.Path:
@@ -205,7 +212,10 @@ def path_of(directory: epath.PathLike, key: str) -> epath.Path:
 
 
 def write(directory: epath.PathLike, record: Record) -> None:
-    """Writes one record by atomic rename. Raises `UserError` on a value that is not finite."""
+    """Writes one record by atomic rename. Raises `UserError` on a value that is not finite, and
+    `ValueError` for the mean of several runs, which is no measurement."""
+    if record.runs != 1:
+        raise ValueError(f"a record is of one training run, this one is the mean of {record.runs}")
     for name, value in record.metrics.items():
         if not math.isfinite(value):
             raise UserError(
@@ -214,6 +224,9 @@ def write(directory: epath.PathLike, record: Record) -> None:
                 "the sampled images or features are not finite; check the checkpoint"
             )
     payload = {"format": FORMAT, "key": record.identity.key, **dataclasses.asdict(record)}
+    del payload["runs"]
+    if not record.repeats:  # As records were before networks were trained again.
+        del payload["repeats"], payload["run"]
     text = json.dumps(payload, indent=1, sort_keys=True, allow_nan=False)
     files.atomic_write_text(path_of(directory, record.identity.key), text + "\n")
 

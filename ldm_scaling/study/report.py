@@ -23,6 +23,7 @@ from ldm_scaling.study import (
     page_advice,
     page_data,
     plot_style,
+    repeated,
     thumbnails,
 )
 from ldm_scaling.study import reported as reported_lib
@@ -199,8 +200,8 @@ def _limits(records: Sequence[Record], untested: str, lost: Sequence[str]) -> li
         "Sampling cost counts the denoising network alone, one call per step; the text encoder, "
         "the image decoder and the second call that guidance makes are left out, as in the paper. "
         "Measured seconds include the second call and the decoder.",
-        *(f"Each size was trained once, for {s} steps: the intervals cover the choice of "
-          "prompts, not the chance of another training run." for s in steps),
+        *(repeated.words(records) or f"Each size was trained once, for {s} steps: the intervals "
+          "cover the choice of prompts, not the chance of another training run." for s in steps),
         f"{'A Fréchet distance depends on the number of images; compare' if frechet else 'Compare'}"
         " only values with the same number, network and reference pictures.",
         *([f"Not tested by these records: {untested} of the paper."] if untested else []),
@@ -281,6 +282,11 @@ def write(
         configuration.
     """
     records = curves_lib.last_rounds(records)
+    luck, every = findings.between_runs(records, told.metric), [*records, *others]
+    mine = {r.identity for r in records}
+    merged = repeated.merged(every)
+    records = [r for r in merged if r.identity in mine]
+    others = [r for r in merged if r.identity not in mine]
     records = sorted(records, key=lambda r: (r.params, dataclasses.astuple(r.identity)))
     if not records:
         raise UserError(f"no records to report for {workdir}: run the sweep first")
@@ -301,13 +307,13 @@ def write(
         arms, told.metric, told.select_block, told.report_blocks)
     if all(r.task == TEXT_TO_IMAGE for r in records):
         sentences += families.sentences(curves, told.metric)
-    sentences += [*further, *lacking]
+    sentences += [*luck, *further, *lacking]
     missing = findings.incomplete(pooled, told.metric, *blocks)
     said = [s for s in sentences if s not in missing]
     # Sizes of one family alone are a ladder, smaller to larger.
     name, ladder = families.ladder(sizes)
     evidence = claims.Evidence.of([
-        r for r in (*pooled, *blocks_lib.pooled(others, told.select_block, told.report_blocks))
+        r for r in blocks_lib.pooled(every, told.select_block, told.report_blocks)
         if r.identity.model in ladder
     ])
     if name:

@@ -217,7 +217,7 @@ def _of_one_average(
     counts: dict[str, collections.Counter[str]] = {}
     for r in records:
         if r.task == TEXT_TO_IMAGE:
-            counts.setdefault(r.identity.model, collections.Counter())[r.identity.model_hash] += 1
+            counts.setdefault(r.identity.model, collections.Counter())[_first_run(r)] += 1
     several = {model for model, own in counts.items() if len(own) > 1}
     if study.weights or not (several or study.train.averages):
         return list(records), []
@@ -243,7 +243,7 @@ def _of_one_average(
         if which != "last" or model in several:
             groups.setdefault(which, []).append(model)
     kept = [r for r in records if r.task != TEXT_TO_IMAGE or kept_of.get(
-        r.identity.model, r.identity.model_hash) == r.identity.model_hash]
+        r.identity.model, _first_run(r)) == _first_run(r)]
     used = f"average={study.average}" if study.average else "their ema"
     told = []
     for which, models in groups.items():
@@ -254,6 +254,11 @@ def _of_one_average(
             f"config's, {used}{out}" if which == "last" else
             f"no records of the last config's average, {used}; taken are those of {which}{out}"))
     return kept, told
+
+
+def _first_run(r: Record) -> str:
+    """Hash of the network, or of the first that was trained so."""
+    return r.repeats or r.identity.model_hash
 
 
 class _Way(NamedTuple):
@@ -360,6 +365,15 @@ def config_of(home: epath.PathLike) -> Study | None:
         return workdir.last_config()
     except UserError:
         return None
+
+
+def trained_in(home: epath.PathLike, models: Sequence[str]) -> list[str]:
+    """Names of the training runs of sizes in a workdir, by its last config; those of the first runs
+    where that says nothing."""
+    study = config_of(home)
+    further = () if study is None else [
+        name for name in study.trained if name not in models and study.run_of(name)[0] in models]
+    return [*models, *further]
 
 
 def leading(records: Sequence[Record]) -> str | None:

@@ -133,10 +133,10 @@ def of(
         "steps": _values("steps", default.steps if steps is None else steps, int),
         "guidance": _values("guidance", default.guidance if guidance is None else guidance, float),
     }
-    unknown = [m for m in values["member"] if m not in study.members]
+    unknown = [m for m in values["member"] if m not in study.trained]
     if unknown:
         raise UserError(f"member: {unknown[0]!r} is none of the config's: "
-                        f"choose from {', '.join(study.members)}")
+                        f"choose from {', '.join(study.trained)}")
     values["sampler"] = tuple(map(solvers.canonical, values["sampler"]))
     if seeds is None:
         others = math.prod(len(v) for name, v in values.items() if name != "member")

@@ -80,7 +80,7 @@ def train(materials: Materials) -> list[str]:
         prepare(materials)
         train_autoencoder(materials)
         cache_latents(materials)
-        for member in study.members:
+        for member in study.trained:
             train_member(materials, member)
     for further in several:
         further_lib.train(further)
@@ -104,16 +104,19 @@ def train_autoencoder(materials: Materials) -> None:
 
 
 def train_member(materials: Materials, member: str) -> None:
-    """A member, from the caches, unless it is trained."""
+    """A member, from the caches, unless it is trained; any of its runs, see `config.Study.trained`.
+    """
     study, folder, run = materials.study, materials.workdir.member(member), materials.study.train
+    study = dataclasses.replace(study, seed=study.seed_of(member))
     spec = materials.spec(member)
     if runs.done(folder, run, spec):
         return
-    early.require_ahead(materials, member)
+    if member in study.members:
+        early.require_ahead(materials, member)
     runs.tell_passes(member, study, run, [d.count("train") for d in materials.datasets])
     task = text_to_image.make(
         member, spec, run, study.diffusion, study.sample, materials.frozen,
-        materials.drawer(member), materials.validation,
+        materials.drawer(study.run_of(member)[0]), materials.validation,
     )
     start, after = starting.beginning(materials, member, spec)
     source = materials.caches.training()
@@ -171,7 +174,7 @@ def run_sweep(materials: Materials) -> None:
                 strips=own.workdir / "strips", seconds=seconds[m],
             )
 
-        subjects = [subject_lib.of_member(study, m) for m in study.members]
+        subjects = [subject_lib.of_member(study, n) for n in study.trained]
         _measure(
             own, [*subjects, *early.subjects(study)], own.scorer.hash, bench,
             lambda subject: own.spec(subject.member), reference_cost,
@@ -223,7 +226,7 @@ def _measure(
             subject = subjects[number]
             trained = f", {subject.train_step:,} steps of {subject.task}"
             end = subject.task == TEXT_TO_IMAGE and subject.train_step not in early.steps(own.study)
-            progress.show(subject.model + ("" if end else trained))
+            progress.show((subject.network if end else subject.model) + ("" if end else trained))
             sweep.run(subject, bench(subject), progress)
 
 
@@ -298,10 +301,12 @@ def _pretrained_records(own: Materials) -> tuple[list[Record], list[Record]]:
     if there is not own and not (there.workdir / "records").exists():
         return [], []
     members = own.study.members  # The last command there may have been of some of them.
-    ends = [subject_lib.of_member(there.study, m) for m in members]
-    along = early.subjects(dataclasses.replace(there.study, members=members))
+    study = dataclasses.replace(there.study, members=members)
+    ends = [subject_lib.of_member(study, n) for n in study.trained]
+    along = early.subjects(study)
     scored_by = _scored_by(there, [*ends, *along], there)
-    return tuple(_records(there, subjects, scored_by) for subjects in (ends, along))
+    found, others = (_records(there, subjects, scored_by) for subjects in (ends, along))
+    return found, others
 
 
 def _scored_by(own: Materials, subjects: Sequence[Subject], whose: Materials | Further) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ldm_scaling.study import curves as curves_lib
-from ldm_scaling.study import labels
+from ldm_scaling.study import labels, repeated
 from ldm_scaling.study.curves import Curves, Point
 from ldm_scaling.study.records import DISTILLED, TEXT_TO_IMAGE, Record
 from ldm_scaling.study.statistics import blocks, duels, words
@@ -47,7 +47,7 @@ def sentences(
       select_block, report_blocks: that choose the guidance, and are reported.
       spacing: see `teacher`.
     """
-    pooled = blocks.pooled(records, select_block, report_blocks)
+    pooled = blocks.pooled(repeated.first_runs(records), select_block, report_blocks)
     own = [r for r in pooled if r.task == TEXT_TO_IMAGE and metric in r.metrics]
     teachers = _curves(curves_lib.longest(own), metric, (select_block, report_blocks[0]))
     out = []

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 from etils import epath
 
-from ldm_scaling.config import Diffusion, Study, Sweep
+from ldm_scaling.config import Diffusion, Study, Sweep, repeats
 from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.models.cost import Cost
 from ldm_scaling.sampling import solvers
@@ -32,6 +32,8 @@ class Subject:
       seed: of the study: noise is drawn by it.
       task: see `records.TASKS`.
       told, student_steps, setting, first: see `records.Record`.
+      run: of the member's training runs, from 0.
+      first_run: of a further run the first, at whose chosen guidance it is measured.
     """
 
     member: str
@@ -45,6 +47,13 @@ class Subject:
     student_steps: int = 0
     setting: str = ""
     first: records.First | None = None
+    run: int = 0
+    first_run: Subject | None = None
+
+    @property
+    def network(self) -> str:
+        """Name of the training run that its parameters are of."""
+        return repeats.name(self.member, self.run)
 
     @property
     def model(self) -> str:
@@ -58,11 +67,13 @@ class Subject:
         return self.task in records.CHOSEN or len(self.sweep.guidance) > 1
 
 
-def of_member(study: Study, member: str) -> Subject:
-    """A text-to-image member of a study, at the end of its training."""
+def of_member(study: Study, network: str) -> Subject:
+    """A text-to-image member of a study, at the end of its training; any of its runs, see
+    `Study.trained`."""
+    member, run = study.run_of(network) if network in study.trained else (network, 0)
     return Subject(
-        member, model_hash(study, member), 0 if study.weights else study.train.steps, study.sweep,
-        study.diffusion, study.seed,
+        member, model_hash(study, network), 0 if study.weights else study.train.steps, study.sweep,
+        study.diffusion, study.seed, run=run, first_run=of_member(study, member) if run else None,
     )
 
 
@@ -110,8 +121,8 @@ def _identities(
 
 def selection(subject: Subject, reference_hash: str) -> list[Identity]:
     """The records that guidance is chosen on: the full grid on the selection block. None where
-    nothing is chosen."""
-    if not subject.selects:
+    nothing is chosen, and of a further training run."""
+    if not subject.selects or subject.first_run:
         return []
     sweep = subject.sweep
     return _identities(subject, sweep.select_block, reference_hash, lambda *_: sweep.guidance)
@@ -120,7 +131,10 @@ def selection(subject: Subject, reference_hash: str) -> list[Identity]:
 def reporting(
     subject: Subject, reference_hash: str, chosen: list[Record]
 ) -> list[Identity]:
-    """The records that are reported: the chosen guidance of each cell on every report block."""
+    """The records that are reported: the chosen guidance of each cell on every report block. Of a
+    further training run `chosen` are the first's, and their rates are measured on the block that
+    chose them too, unless they raced there: that block says which cells are best, and a race has
+    fewer pictures."""
     if not subject.selects:
         return _reported(subject, reference_hash, lambda *_: subject.sweep.guidance)
     best = curves.best_guidance(chosen, subject.sweep.choose_by, subject.sweep.select_block)
@@ -131,8 +145,10 @@ def reporting(
 
 
 def _reported(subject: Subject, reference_hash: str, guidance: Callable) -> list[Identity]:
+    again = subject.first_run is not None and not races(subject)
+    chose = (subject.sweep.select_block,) if again else ()
     return [
-        i for block in subject.sweep.report_blocks
+        i for block in (*chose, *subject.sweep.report_blocks)
         for i in _identities(subject, block, reference_hash, guidance)
     ]
 
@@ -179,32 +195,42 @@ def planned(subject: Subject) -> list[Identity]:
     guess."""
     guess = (max(subject.sweep.guidance),)
     first = selection(subject, "")
-    return (raced.planned(subject.sweep, first) if races(subject) else first) + _reported(
+    return (raced.planned(subject.sweep, first) if first and races(subject) else first) + _reported(
         subject, "", lambda *_: guess
     )
+
+
+def _there(
+    subject: Subject, identities: Iterable[Identity], directory: epath.Path
+) -> list[Record]:
+    paths = [records.path_of(directory, i.key) for i in identities]
+    found = [records.read(p) for p in paths if p.exists()]
+    # Of fine-tuning those of earlier versions do not tell theirs.
+    return [dataclasses.replace(r, setting=subject.setting) for r in found]
+
+
+def chosen(
+    subject: Subject, reference_hash: str, directory: epath.Path
+) -> tuple[list[Record], bool]:
+    """The records of this config that are there on the selection block, of a race each rate's last,
+    of a further training run the first's; and whether they are all."""
+    subject = subject.first_run or subject
+    first = selection(subject, reference_hash)
+    if races(subject):
+        return raced.last_rounds(subject.sweep, first, directory, subject.sweep.choose_by)
+    found = _there(subject, first, directory)
+    return found, len(found) == len(first)
 
 
 def existing(
     subject: Subject, reference_hash: str, directory: epath.Path
 ) -> list[Record]:
     """The records of this config that are there, of all blocks; of a race each rate's last."""
-
-    def there(identities: list[Identity]) -> list[Record]:
-        paths = [records.path_of(directory, i.key) for i in identities]
-        found = [records.read(p) for p in paths if p.exists()]
-        # Of fine-tuning those of earlier versions do not tell theirs.
-        return [dataclasses.replace(r, setting=subject.setting) for r in found]
-
-    first = selection(subject, reference_hash)
-    if races(subject):
-        chosen, whole = raced.last_rounds(
-            subject.sweep, first, directory, subject.sweep.choose_by)
-    else:
-        chosen = there(first)
-        whole = len(chosen) == len(first)
+    first, whole = chosen(subject, reference_hash, directory)
+    own = [] if subject.first_run else first
     if not whole:
-        return chosen
-    return chosen + there(reporting(subject, reference_hash, chosen))
+        return own
+    return own + _there(subject, reporting(subject, reference_hash, first), directory)
 
 
 def recount(

@@ -117,7 +117,8 @@ def run(subject: Subject, bench: Bench, progress: Progress) -> list[Record]:
     """Measures what is missing of a network, and returns all its records.
 
     The rates of the selection block run together in lanes, all at once or in the rounds of a race,
-    then the chosen ones on the report blocks. Pictures are decoded and scored behind the sampler; a
+    then the chosen ones on the report blocks; of a further training run the rates that the first
+    run chose, whose records must be there. Pictures are decoded and scored behind the sampler; a
     record is written when the last picture of its configuration is scored, so that a run that is
     killed loses what was under way.
 
@@ -125,17 +126,20 @@ def run(subject: Subject, bench: Bench, progress: Progress) -> list[Record]:
     are reported are chosen among the records of all.
     """
     first = subject_lib.selection(subject, bench.scorer.hash)
-    if subject_lib.races(subject):
+    if subject.first_run:
+        chosen, _ = subject_lib.chosen(subject, bench.scorer.hash, bench.directory)
+    elif subject_lib.races(subject):
         chosen = _race(subject, first, bench, progress)
     else:
         chosen = select(subject, bench, progress)
     if hosts.is_lead():
         raced.forget(bench.features, bench.directory, first)
     last = subject_lib.reporting(subject, bench.scorer.hash, chosen)
-    for block in subject.sweep.report_blocks:
+    for block in dict.fromkeys(i.seed_block for i in last):
         _complete(subject, [i for i in last if i.seed_block == block], bench, progress)
     processes.barrier("reported")
-    return chosen + [records.read(records.path_of(bench.directory, i.key)) for i in last]
+    own = [] if subject.first_run else chosen
+    return own + [records.read(records.path_of(bench.directory, i.key)) for i in last]
 
 
 def select(subject: Subject, bench: Bench, progress: Progress) -> list[Record]:
@@ -244,6 +248,8 @@ def _complete(
                 setting=subject.setting,
                 first=subject.first,
                 guided_calls=configuration.table.guided_calls,
+                repeats=subject.first_run.hash if subject.first_run else "",
+                run=subject.run,
             ),
         )
 

@@ -67,7 +67,8 @@ class TrainAdvice:
       gflops: the budget, in GFLOPs of training and of drawing.
       drawing: what else is paid from it; None where it is training's alone.
       law: of GFLOPs of a call and images.
-      points, models: what it is fitted to: so many losses of these sizes.
+      points, models, runs: what it is fitted to: so many losses of these sizes, in so many training
+        runs.
       measured: the least and the most compute, GFLOPs of a call and images among them.
       with_best, replicates: of so many replicates of the law so many have a best size; intervals
         are of these.
@@ -83,6 +84,7 @@ class TrainAdvice:
     law: Law
     points: int
     models: tuple[str, ...]
+    runs: int
     measured: Mapping[str, tuple[float, float]]
     with_best: int
     replicates: int
@@ -177,7 +179,7 @@ def advise(
     loss_S[trained_S] = fit.law(np.stack([call_S, images_S], axis=1)[trained_S])
     times_S = fit.law.off_best(call_S, *spent)
     return TrainAdvice(
-        gflops, drawing, fit.law, len(runs.models), names,
+        gflops, drawing, fit.law, len(runs.models), names, len({*runs.each}),
         measured, len(laws), len(fit.replicates), estimate(best),
         estimate(lambda law: law.best_split(*spent)[1]),
         estimate(lambda law: law.least(*spent)[0]),

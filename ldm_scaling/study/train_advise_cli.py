@@ -16,7 +16,7 @@ from ldm_scaling.config import Study
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import cost, zoo
 from ldm_scaling.models.cost import Cost
-from ldm_scaling.study import families, labels, places, train_advice, train_budgets
+from ldm_scaling.study import families, labels, places, reported, train_advice, train_budgets
 from ldm_scaling.study.arguments import pieces
 from ldm_scaling.study.places import Places
 from ldm_scaling.study.records import TEXT_TO_IMAGE
@@ -50,7 +50,9 @@ def run(given: argparse.Namespace) -> None:
     _check(given, budget)
     home, study, found = _place(given.records)
     costs = _costs(found, pieces("--member", given.member or ()))
-    curves = {m: read_curves(Workdir(home).member(m)) for m in costs}
+    every = {run: read_curves(Workdir(home).member(run))
+             for run in reported.trained_in(home, list(costs))}
+    curves = {m: every[m] for m in costs}
     if bare := [m for m, rows in curves.items() if not rows]:
         path = Workdir(home).member(bare[0]) / "curves.csv"
         raise UserError(
@@ -68,8 +70,8 @@ def run(given: argparse.Namespace) -> None:
             raise UserError(f"--train-budget={budget.text!r}: the curves in {home / 'models'} keep "
                             "no seconds of training: give --device=h100, or a budget in flops")
     losses = {
-        m: [(step, value) for step, name, value in rows
-            if name == VALIDATION and 0 < value < math.inf] for m, rows in curves.items()
+        run: [(step, value) for step, name, value in rows
+              if name == VALIDATION and 0 < value < math.inf] for run, rows in every.items()
     }
     runs = scaling.of_losses(losses, params, calls, batch, scaling.SETTLED)
     gflops = budget.value * (rate.gflops if rate else 1.0)
@@ -177,6 +179,7 @@ def _notes(advice: TrainAdvice, study: Study, pictures: int | None) -> list[str]
     """What it goes by, and what it cannot know."""
     law, share = advice.law, advice.with_best / advice.replicates
     (a, b), (alpha, beta) = law.factors, law.exponents
+    again = f" in {advice.runs} training runs" if advice.runs > len(advice.models) else ""
     out = [
         f"Training is counted as {scaling.BACKWARD:.0f} x the FLOPs of a call x pictures (forward, "
         "and backward twice that), as in law_isoflop" + (
@@ -184,7 +187,7 @@ def _notes(advice: TrainAdvice, study: Study, pictures: int | None) -> list[str]
             if advice.drawing else "") + "; work of the autoencoder, of captions and of validation "
         "is not in it.",
         f"By the law E + A / F^a + B / D^b of F GFLOPs a call and D pictures, through "
-        f"{advice.points} validation losses of {labels.listing(advice.models)}: E = "
+        f"{advice.points} validation losses of {labels.listing(advice.models)}{again}: E = "
         f"{law.offset if law.offset > 1e-6 else 0:.3g}, A = {a:.3g}, a = {alpha:.3g}, B = {b:.3g}, "
         f"b = {beta:.3g}. "
         f"{advice.with_best} of {advice.replicates} replicates of it have a best size; intervals "

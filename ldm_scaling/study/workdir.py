@@ -39,7 +39,8 @@ class Workdir:
         autoencoder/          checkpoints/, events/, samples/, curves.csv
         latents/, buckets/    the training and validation latents, square and of other aspects
         latent_scale.json     what latents are multiplied by: all that drawing needs of them
-        models/NAME/          as autoencoder/, one folder a member; averages/ where it tracks some
+        models/NAME/          as autoencoder/, one folder a member; averages/ where it tracks some;
+                              NAME_run1/ of the second time that it was trained, and so on
         finetuned/TASK_HASH/  members trained further: NAME/ as autoencoder/; DreamBooth's has more
         distilled/METHOD_HASH/ students: NAME/STAGE/ as autoencoder/
         cascades/             base_HASH/NAME/, upper_HASH/NAME/ as autoencoder/
@@ -72,7 +73,7 @@ class Workdir:
         return self.path / name
 
     def member(self, name: str) -> epath.Path:
-        """Folder of a member's training run."""
+        """Folder of a member's training run; of a further one by its name, see `config.repeats`."""
         return self.path / "models" / name
 
     def last_config(self, key: str = "") -> Study:

@@ -140,6 +140,50 @@ def make(
     return out
 
 
+def trained_again(
+    records: list[Record], runs: int, luck: float, *, seed: int = 0, select: bool = True,
+    models: tuple[str, ...] = tuple(CHANNELS),
+) -> list[Record]:
+    """The records, of whose sizes each run has luck of its own, and those of further runs of some
+    sizes, at the rates that are reported: on block 0 too if `select`.
+
+    A run's luck multiplies its distances, in all cells by one factor and in each by another whose
+    logarithm has half the deviation; caption agreement stays.
+    """
+    rng = np.random.default_rng([seed, 11])
+    factors: dict[tuple, float] = {}
+
+    def factor(run: int, *of: object) -> float:
+        model = of[0]
+        for key, sd in (((run, model), luck), ((run, *of), luck / 2)):
+            if key not in factors:
+                factors[key] = float(np.exp(rng.normal(0, sd))) if luck else 1.0
+        return factors[run, model] * factors[run, *of]
+
+    def lucky(r: Record, run: int) -> Record:
+        i, name = r.identity, "fd_effnetlite0"
+        by = factor(run, i.model, i.sampler, i.steps)
+        out = dataclasses.replace(
+            r, metrics=r.metrics | {name: by * r.metrics[name]},
+            replicates={n: [by * v for v in own] if n == name else own
+                        for n, own in r.replicates.items()},
+            intervals={n: (by * low, by * high) if n == name else (low, high)
+                       for n, (low, high) in r.intervals.items()})
+        if not run:
+            return out
+        return dataclasses.replace(
+            out, repeats=i.model_hash, run=run,
+            identity=dataclasses.replace(i, model_hash=f"{i.model_hash}-run{run}"))
+
+    told = {(i.model, i.sampler, i.steps, i.guidance) for i in (r.identity for r in records)
+            if i.seed_block}
+    return [lucky(r, 0) for r in records] + [
+        lucky(r, run) for run in range(1, runs) for r in records for i in [r.identity]
+        if i.model in models and (i.seed_block or select)
+        and (i.model, i.sampler, i.steps, i.guidance) in told
+    ]
+
+
 def students(
     records: list[Record], task: str = "consistency", better: float = 0.0, *,
     models: tuple[str, ...] = ("c8", "c16"), steps: tuple[int, ...] = (4, 6), told: bool = False,

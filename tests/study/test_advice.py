@@ -286,7 +286,7 @@ def test_a_contradicted_choice_is_graded(study):
         assert found.best.model == "c8" and found.other_is_better == pytest.approx(above / 200)
         said = " ".join(found.notes)
         assert (words in said) if words else ("On the reporting" not in said)
-        noise = "the first leads by 1.00, and prompts and noise alone move such a lead by 9.45"
+        noise = "the first leads by 1.00, and chance alone moves such a lead by 9.45"
         assert noise in said and "--config.sweep.more_blocks" in said
         ahead = found.duel.advantage >= 0
         shown = advise_cli.text(found)
@@ -298,7 +298,7 @@ def test_a_contradicted_choice_is_graded(study):
         base, dataclasses.replace(other, choosing_images=other.num_images // 4)))
     for some in (alone, raced):
         said = " ".join(advice.advise(some, Budget(100.0, "cost")).notes)
-        assert "move such a lead by 18.9" in said
+        assert "moves such a lead by 18.9" in said
     clear = dataclasses.replace(other, chosen_by=base.chosen_by + 50.0)
     options = dataclasses.replace(options, points=(base, clear))
     assert "within noise" not in " ".join(advice.advise(options, Budget(100.0, "cost")).notes)

@@ -237,6 +237,39 @@ def test_checkpoints_along_a_run_are_measured_and_drawn(unbroken):
     assert "Each size was trained once, for 8 steps" in (workdir / "report.html").read_text()
 
 
+def test_members_are_trained_again(unbroken, tmp_path):
+    """In a study that is done: with the next seed, from the autoencoder and latents that there are,
+    and drawn at the rates that were chosen. What was there stays as it is."""
+    workdir = tmp_path / "again"
+    shutil.copytree(unbroken[0], workdir)
+    before = {p: p.stat().st_mtime_ns for p in workdir.glob("records/*.json")}
+    networks = {p: p.stat().st_mtime_ns for p in workdir.rglob("checkpoints/*")}
+    words = ("study", "--config=configs/demo.py:tiny", f"--workdir={workdir}",
+             "--config.repeats=2")
+    status, said = commands.run(*words)
+    assert status == 0, said[-3000:]
+    for there in (before, networks):
+        assert there == {p: p.stat().st_mtime_ns for p in there}
+    found = records.read_all(workdir / "records")
+    further = [r for r in found if r.repeats]
+    assert len(found) == len(before) + 2 * (2 * 2) * 2 and len(further) == 16
+    first = {dataclasses.replace(r.identity, model_hash=""): r for r in found if not r.repeats}
+    for r in further:
+        own = first[dataclasses.replace(r.identity, model_hash="")]
+        assert (r.run, r.repeats) == (1, own.identity.model_hash)
+        assert r.metrics != own.metrics and bool(r.intervals) == bool(r.identity.seed_block)
+    curve, other = (curves.of(workdir / "models" / name) for name in ("c8", "c8_run1"))
+    assert [row[:2] for row in curve] == [row[:2] for row in other] and curve != other
+    page = (workdir / "report.html").read_text()
+    assert "c8 and c16 were trained 2 times" in page and "Trained again, with another" in page
+    assert (workdir / "figures" / "runs.svg").exists()
+    there = {p: p.stat().st_mtime_ns for p in workdir.glob("records/*.json")}
+    assert commands.run(*words)[0] == 0
+    assert there == {p: p.stat().st_mtime_ns for p in workdir.glob("records/*.json")}
+    drawn = gallery.sample(workdir, "a red apple", member=["c8", "c8_run1"], steps=2, seeds=[0])
+    assert np.abs(np.diff(drawn.images.astype(float), axis=0)).max() > 0
+
+
 def test_members_that_go_on_from_another_study_are_its_own(unbroken, tmp_path):
     """Its checkpoint halfway, gone on from in another workdir: the same end, to the rounding of
     another process, with the autoencoder that came along. Its weights alone may begin a run too."""

@@ -23,11 +23,11 @@ from ldm_scaling.training.events import TRAIN, VALIDATION, read_curves
 log = logging.getLogger(__name__)
 
 
-def losses(workdir: Workdir, members: Iterable[str]) -> tuple[dict[str, list], list[str]]:
-    """Rows [step, train loss, validation loss or None] of every member that was trained here, and a
-    sentence on each whose curves are damaged: it is left out, as in `strip`."""
+def losses(workdir: Workdir, networks: Iterable[str]) -> tuple[dict[str, list], list[str]]:
+    """Rows [step, train loss, validation loss or None] of every training run, see `Study.trained`,
+    that is here, and a sentence on each whose curves are damaged: it is left out, as in `strip`."""
     out, lost = {}, []
-    for member in members:
+    for member in networks:
         steps = defaultdict(dict)
         try:
             curve = read_curves(workdir.member(member))

@@ -26,6 +26,7 @@ from ldm_scaling.study.figures import (
     family,
     foretold,
     guidance,
+    repeats,
     scaling,
     text_to_image,
 )
@@ -89,6 +90,10 @@ FIGURES: list[Entry] = [
     Entry("fig3_compute", "Fig. 3", "Quality and training compute", compute.training,
           f"{_CURVE} of three networks that differ in size or training steps", "quality",
           "Quality against training compute, a line for each size through its checkpoints."),
+    Entry("runs", "", "Training again", repeats.runs,
+          f"{_CURVE} of sizes that were trained several times, config.repeats", "quality",
+          "Left: quality against sampling cost, the mean over training runs, a dot for each run. "
+          "Right: how far each run lies from the mean of its size, over all cells."),
     Entry("winners", "", "Winner by budget", text_to_image.winner, _CURVE, "winners",
           "The best size at each budget: the probability of each, stacked, where there are "
           "replicates."),

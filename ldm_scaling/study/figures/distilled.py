@@ -41,6 +41,7 @@ def speed_up(distilled: Point, others: Sequence[Point], sign: int) -> float | No
 def consistency(source: Source) -> dict[str, Drawn]:
     """Fig. 13: the consistency-distilled networks beside the undistilled. Left: by size, in 4 steps
     and in more; right: against sampling cost."""
+    source = source.first_runs
     records = source.distinct([r for r in source.of_task("consistency")
                                if source.metric in r.metrics])
     curves = source.curves_of(records, source.metric) if records else {}
@@ -136,7 +137,7 @@ _COLUMNS = 4
 def halving(source: Source) -> dict[str, Drawn]:
     """Fig. 19: guided distillation by stage, a panel for each size, undistilled dashed; and in a
     picture of its own progressive distillation."""
-    out = {}
+    out, source = {}, source.first_runs
     for task in DISTILLED[1:]:
         records = [r for r in source.of_task(task) if source.metric in r.metrics]
         records = curves_lib.one_setting(records, source.settings)

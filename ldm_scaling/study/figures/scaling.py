@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
+from ldm_scaling.config import repeats
 from ldm_scaling.study import families, labels, plot_style, plots
 from ldm_scaling.study.figures.source import Drawn, Source
 from ldm_scaling.study.statistics import fits, scaling, trends
@@ -66,7 +67,7 @@ def measured(source: Source) -> list[Measured]:
     size = {r.identity.model: (r.params, r.gflops) for r in records}
     losses = {
         m: [(int(step), loss) for step, _, loss in rows if loss is not None and 0 < loss < np.inf]
-        for m, rows in source.loss_curves.items() if m in size
+        for m, rows in source.loss_curves.items() if m in size or repeats.parse(m)[0] in size
     }
     out = []
     if any(losses.values()):
@@ -269,8 +270,9 @@ def _tinted(runs: Runs, colour: str) -> dict[str, dict[str, str]]:
 
 
 def draw_runs(ax: Axes, runs: Runs, by: By, marks: Mapping[str, Mapping[str, str]]) -> None:
-    """A thin line for each size through its points, which carry its marker."""
-    for m, own in _by_model(runs, by).items():
+    """A thin line for each run through its points, which carry its size's marker."""
+    for own in _by_run(runs, by):
+        m = own.models[0]
         x = own.scales(by)[:, 0]
         ax.plot(x, own.value_N, lw=1.0, alpha=0.75, markevery=max(len(x) // 8, 1), zorder=3,
                 **marks[m])
@@ -279,13 +281,13 @@ def draw_runs(ax: Axes, runs: Runs, by: By, marks: Mapping[str, Mapping[str, str
             ax.vlines(x, *ends_2N, color=marks[m]["color"], lw=1.3, alpha=0.55)
 
 
-def _by_model(runs: Runs, by: By = "compute") -> dict[str, Runs]:
-    """The rows of each size, rising on the scale."""
-    names, x_N = np.array(runs.models), runs.scales(by)[:, 0]
-    out = {}
-    for m in dict.fromkeys(runs.models):
-        own = np.flatnonzero(names == m)
-        out[m] = runs.some(own[np.argsort(x_N[own], kind="stable")])
+def _by_run(runs: Runs, by: By = "compute") -> list[Runs]:
+    """The rows of each training run, rising on the scale."""
+    names, x_N = np.array(runs.each), runs.scales(by)[:, 0]
+    out = []
+    for run in dict.fromkeys(runs.each):
+        own = np.flatnonzero(names == run)
+        out.append(runs.some(own[np.argsort(x_N[own], kind="stable")]))
     return out
 
 
@@ -338,15 +340,16 @@ def row_of(one: Measured, runs: Runs, k: int) -> dict[str, object]:
         "model": runs.models[k], "params": int(runs.params_N[k]),
         "train_step": int(round(runs.images_N[k])), "compute": float(runs.gflops_N[k]),
         "measure": one.name, "loss": float(runs.value_N[k]),
-    }
+    } | ({"run": repeats.parse(runs.runs[k])[1]} if len({*runs.runs}) > len({*runs.models}) else {})
 
 
 def curve_ends(
     runs: Runs, by: By, marks: Mapping[str, Mapping[str, str]]
 ) -> tuple[list[plot_style.End], list[plot_style.End]]:
-    """Where each size's curve begins, and where it ends."""
+    """Where each size's curve begins, and where it ends: its first run's."""
+    first = {own.models[0]: own for own in reversed(_by_run(runs, by))}
     starts, ends = ([
         (float(own.scales(by)[at, 0]), float(own.value_N[at]), m, marks[m]["color"])
-        for m, own in _by_model(runs, by).items()
+        for m, own in reversed(first.items())
     ] for at in (0, -1))
     return starts, ends

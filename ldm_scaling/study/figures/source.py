@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from ldm_scaling import files
 from ldm_scaling.study import curves as curves_lib
-from ldm_scaling.study import image_grids, labels, plot_style
+from ldm_scaling.study import image_grids, labels, plot_style, repeated
 from ldm_scaling.study.baselines import Baselines
 from ldm_scaling.study.curves import Curves
 from ldm_scaling.study.figures import rows
@@ -83,7 +83,13 @@ class Source:
 
     @functools.cached_property
     def _pooled(self) -> list[Record]:
-        return blocks.pooled(self.records, self.select_block, self.report_blocks)
+        merged = repeated.merged(curves_lib.last_rounds(self.records))
+        return blocks.pooled(merged, self.select_block, self.report_blocks)
+
+    @functools.cached_property
+    def first_runs(self) -> Source:
+        """The same of the first training runs alone, which students are made of."""
+        return dataclasses.replace(self, records=repeated.first_runs(self.records))
 
     def of_task(self, task: str) -> list[Record]:
         """Records of networks for a task, at any training step, those of the blocks that report as

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from ldm_scaling.config import repeats
 from ldm_scaling.errors import UserError
 from ldm_scaling.study.records import Record
 from ldm_scaling.study.statistics import fits, isoflop, laws, trends
@@ -39,6 +40,7 @@ class Runs:
       gflops_N: training compute: `BACKWARD` x GFLOPs of a call x images.
       value_N: the quality or loss, smaller is better, above 0.
       value_RN: its paired replicates, where records hold them; None otherwise.
+      runs: names of the training runs; those of `models` where each was trained once.
     """
 
     models: tuple[str, ...]
@@ -47,6 +49,12 @@ class Runs:
     gflops_N: np.ndarray
     value_N: np.ndarray
     value_RN: np.ndarray | None = None
+    runs: tuple[str, ...] = ()
+
+    @property
+    def each(self) -> tuple[str, ...]:
+        """The training run of each row."""
+        return self.runs or self.models
 
     def scales(self, by: By) -> np.ndarray:
         """The columns that a law is fitted over, (N, 1) or (N, 2).
@@ -79,7 +87,7 @@ class Runs:
         """
         x_NK = self.scales(by)
         fit = fits.fit(x_NK, self.value_N, offset=offset, delta=delta)
-        return fits.bootstrap(fit, x_NK, self.value_N, replicates=replicates, runs=self.models)
+        return fits.bootstrap(fit, x_NK, self.value_N, replicates=replicates, runs=self.each)
 
     def held_out(
         self, by: By, *, offset: bool = True, delta: float = fits.DELTA, replicates: int = 200
@@ -92,7 +100,7 @@ class Runs:
         largest_N = self.params_N == self.params_N.max()
         return fits.without(
             self.scales(by), self.value_N, largest_N, offset=offset, delta=delta,
-            replicates=replicates, runs=self.models,
+            replicates=replicates, runs=self.each,
         )
 
     def frontier(
@@ -112,7 +120,7 @@ class Runs:
         # Raises before what takes long.
         isoflop.frontier(*columns, replicates=1, tolerance=exact)
         fit = fits.fit(self.scales("call and images"), self.value_N, delta=delta)
-        noise_RN, _ = fit.scatter_by(self.models).draw(replicates, np.random.default_rng(seed))
+        noise_RN, _ = fit.scatter_by(self.each).draw(replicates, np.random.default_rng(seed))
         loss_RB = np.exp((np.log(self.value_N) + noise_RN) @ weight_BN.T)
         return isoflop.frontier(*columns, loss_RN=loss_RB, tolerance=exact)
 
@@ -123,13 +131,14 @@ class Runs:
             tuple(self.models[k] for k in number_N), self.params_N[number_N],
             self.images_N[number_N], self.gflops_N[number_N], self.value_N[number_N],
             None if self.value_RN is None else self.value_RN[:, number_N],
+            tuple(self.runs[k] for k in number_N) if self.runs else (),
         )
 
     def ends(self) -> Runs:
-        """The last row of each size's run."""
+        """The last row of each run."""
         return self.some(np.array([
-            max(np.flatnonzero(np.array(self.models) == m), key=lambda k: self.images_N[k])
-            for m in dict.fromkeys(self.models)
+            max(np.flatnonzero(np.array(self.each) == run), key=lambda k: self.images_N[k])
+            for run in dict.fromkeys(self.each)
         ]))
 
     def at_budgets(self, count: int = 5) -> Runs:
@@ -148,15 +157,17 @@ class Runs:
 
     def _interpolated(self, count: int) -> tuple[Runs, np.ndarray]:
         """`at_budgets`, and the weights of these rows' log values in its own (B, N)."""
-        names, logc_N = np.array(self.models), np.log(self.gflops_N)
+        names, logc_N = np.array(self.each), np.log(self.gflops_N)
         runs = []
-        for m in dict.fromkeys(self.models):
-            own = np.flatnonzero(names == m)
+        for name in dict.fromkeys(self.each):
+            own = np.flatnonzero(names == name)
             runs.append(own[np.argsort(logc_N[own], kind="stable")])
+        sizes_M = np.array([self.params_N[own[0]] for own in runs])
         ends_M2 = np.array([(logc_N[own[0]], logc_N[own[-1]]) for own in runs])
         there = [
             c for c in np.unique(ends_M2)
-            if ((ends_M2[:, 0] <= c) & (c <= ends_M2[:, 1])).sum() >= isoflop.LEAST_SIZES
+            if len(np.unique(sizes_M[(ends_M2[:, 0] <= c) & (c <= ends_M2[:, 1])]))
+            >= isoflop.LEAST_SIZES
         ]
         rows, weights = [], []
         for c in np.unique(np.linspace(min(there), max(there), count)) if there else ():
@@ -167,7 +178,7 @@ class Runs:
                     first, gflops = own[0], np.exp(c)
                     images = self.images_N[first] * gflops / self.gflops_N[first]
                     value = np.exp(weight_N @ np.log(self.value_N))
-                    rows.append((names[first], self.params_N[first], images, gflops, value))
+                    rows.append((self.models[first], self.params_N[first], images, gflops, value))
                     weights.append(weight_N)
         models, *columns = zip(*rows, strict=True) if rows else ((), (), (), (), ())
         met = Runs(tuple(map(str, models)), *(np.array(one, np.float64) for one in columns))
@@ -212,7 +223,8 @@ def of_losses(
     steps in the warm-up.
 
     Args:
-      losses: size -> (step, validation loss) along its run.
+      losses: training run, see `config.repeats`, by a size's name the first -> (step, validation
+        loss) along it. One that is shorter than another of its size is under way, and left out.
       params, gflops: of each size.
       batch_size: images per step.
       settled: share of each run that is left out at its beginning.
@@ -220,14 +232,18 @@ def of_losses(
     Raises:
       UserError: without a validation loss.
     """
-    first = {m: settled * max((step for step, _ in run), default=0) for m, run in losses.items()}
+    size_of = {m: m if m in params else repeats.parse(m)[0] for m in losses}
+    ends = {m: max((step for step, _ in run), default=0) for m, run in losses.items()}
+    longest = {size: max(end for m, end in ends.items() if size_of[m] == size)
+               for size in size_of.values()}
     rows = [(m, step, loss) for m, run in losses.items() for step, loss in run
-            if step > 0 and step >= first[m]]
+            if step > 0 and step >= settled * ends[m] and ends[m] == longest[size_of[m]]]
+    sizes = tuple(size_of[m] for m, _, _ in rows)
     if not rows:
         raise UserError("no training run has a validation loss: set train.validate_every")
     images_N = np.array([float(step) * batch_size for _, step, _ in rows])
     return Runs(
-        tuple(m for m, _, _ in rows), np.array([float(params[m]) for m, _, _ in rows]), images_N,
-        BACKWARD * np.array([gflops[m] for m, _, _ in rows]) * images_N,
-        np.array([loss for _, _, loss in rows]),
+        sizes, np.array([float(params[m]) for m in sizes]), images_N,
+        BACKWARD * np.array([gflops[m] for m in sizes]) * images_N,
+        np.array([loss for _, _, loss in rows]), runs=tuple(m for m, _, _ in rows),
     )

@@ -12,7 +12,7 @@ import numpy as np
 import scipy
 
 from ldm_scaling.study import curves as curves_lib
-from ldm_scaling.study import labels
+from ldm_scaling.study import labels, repeated
 from ldm_scaling.study.curves import Point
 from ldm_scaling.study.records import Record
 
@@ -80,11 +80,13 @@ class Network:
 
 def networks(
     records: Sequence[Record], metric: str, select_block: int = 0, report_block: int = 1,
-    choose_by: str | None = None,
+    choose_by: str | None = None, luck: bool = True,
 ) -> list[Network]:
     """Every trained network at the first sampler (DDIM) and the steps that the most of them were
     sampled with, each at its best guidance (by `metric`, or the measure that is named). Of several
-    such step counts it is `STEPS`, the paper's, or else the largest."""
+    such step counts it is `STEPS`, the paper's, or else the largest. With `luck` replicates hold
+    that of a training run, where sizes were trained several times."""
+    records = repeated.merged(curves_lib.last_rounds(records), luck)
     groups: dict[tuple[str, int], list[Record]] = defaultdict(list)
     for r in records:
         groups[r.identity.model, r.identity.train_step].append(r)
@@ -114,7 +116,8 @@ def training(
     its luck moves all of its points, at whatever length: the line is told from as many runs as
     there are sizes (t with sizes - 2 degrees).
     """
-    found = networks(records, metric, select_block, report_block)
+    # Of luck the scatter between sizes tells.
+    found = networks(records, metric, select_block, report_block, luck=False)
     points, compute = [n.point for n in found], [n.compute for n in found]
     models, size_P = np.unique([n.model for n in found], return_inverse=True)
     if min(len(models), len({round(c, 9) for c in compute})) < 3:
@@ -233,7 +236,8 @@ def fine_tuned(
     if not pretrained or not records:
         return []
     sign = labels.measure(metric).sign
-    before = {n.model: sign * n.point.value for n in networks(pretrained, metric, *blocks)}
+    own = repeated.first_runs(pretrained)
+    before = {n.model: sign * n.point.value for n in networks(own, metric, *blocks)}
     after = networks(records, metric, *curves_lib.own_blocks(records, *blocks))
     return [
         Tuned(n.model, before[n.model], n.train_step, sign * n.point.value)

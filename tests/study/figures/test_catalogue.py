@@ -25,8 +25,8 @@ from tests.study import paper_records as paper
 SIZES = ("39m", "223m", "866m")
 SMALL = {"sizes": SIZES, "samplers": ("ddim", "dpmpp_2m"), "steps": (4, 20, 50),
          "rates": (2.0, 4.0, 6.0)}
-# See test_scaling, test_families, test_cascaded.
-NEED_MORE = {"law_isoflop", "law_largest", "families", "cascade_cost", "cascade_split"}
+# See test_scaling, test_families, test_cascaded, test_repeated.
+NEED_MORE = {"law_isoflop", "law_largest", "families", "cascade_cost", "cascade_split", "runs"}
 NEED_OTHER_TASKS = {"fig4_super", "fig17_super", "fig12_super", "fig6_dreambooth",
                     "fig13_distilled", "fig19_guided"}
 
