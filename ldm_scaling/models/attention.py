@@ -164,7 +164,7 @@ class Attention:
       how: one of `FORMS`; `auto` chooses for each place by its shapes, see `choice`.
       platform: what the program is for: `cpu`, `gpu` or `tpu`.
       tensor: the mesh axis that heads are split over, if they are: the compiler cannot split the
-        TPU's kernel itself.
+        TPU's kernel itself, nor cuDNN's beside axes that are split by hand.
       cudnn_width: the widest head that the GPU's fused kernel takes.
     Raises:
       UserError: for a form that there is not, or that the platform does not have.
@@ -208,13 +208,16 @@ class Attention:
     def __call__(self, q_BNLW: jax.Array, k_BNMW: jax.Array, v_BNMW: jax.Array) -> jax.Array:
         """softmax(q k^T / sqrt(W)) v, in the operands' type."""
         form = self.choice(q_BNLW, k_BNMW)
-        if form == "splash":
-            run = functools.partial(splash, interpret=self.platform != "tpu")
-            if self.tensor:
-                heads = PartitionSpec(None, self.tensor)
-                run = jax.shard_map(
-                    run, in_specs=(heads, heads, heads), out_specs=heads,
-                    axis_names={self.tensor}, check_vma=False,
-                )
-            return run(q_BNLW, k_BNMW, v_BNMW)
-        return {"plain": plain, "chunked": chunked, "cudnn": cudnn}[form](q_BNLW, k_BNMW, v_BNMW)
+        run = {
+            "plain": plain, "chunked": chunked, "cudnn": cudnn,
+            "splash": functools.partial(splash, interpret=self.platform != "tpu"),
+        }[form]
+        # cuDNN's the compiler can split itself, but not where other axes are split by hand.
+        by_hand = form == "cudnn" and jax.sharding.get_abstract_mesh().manual_axes
+        if self.tensor and (form == "splash" or by_hand):
+            heads = PartitionSpec(None, self.tensor)
+            run = jax.shard_map(
+                run, in_specs=(heads, heads, heads), out_specs=heads,
+                axis_names={self.tensor}, check_vma=False,
+            )
+        return run(q_BNLW, k_BNMW, v_BNMW)

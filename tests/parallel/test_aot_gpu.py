@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import attention
 from ldm_scaling.parallel import aot, aot_gpu, chips, gpu_program, gpus, hlo
+from ldm_scaling.parallel import mesh as mesh_lib
 
 
 def test_every_gpu_has_its_peaks():
@@ -153,6 +154,27 @@ def test_a_product_a_convolution_and_attention_with_their_gradients():
     assert program.work.flops == sum(flops.values())
     held = sum(np.prod(shape.shape) * 2 for shape in shapes)
     assert program.memory.arguments == held and program.memory.outputs == pytest.approx(held, 0.01)
+
+
+def test_attention_beside_axes_that_are_split_by_hand():
+    """Heads over shards of a layer, examples over the others: cuDNN's kernel forward and backward,
+    a quarter of all that it computes on each."""
+    _gpus("h100:4")
+    mesh = mesh_lib.make(2, 1, 2, devices=aot.topology("h100:4"))
+    attend = attention.Attention("auto", "gpu", "tensor", cudnn_width=256)
+    batch = P(mesh_lib.BATCH_AXES)
+
+    def loss(q, k, v):
+        out = jax.shard_map(
+            attend, mesh=mesh, in_specs=(batch, batch, batch), out_specs=batch,
+            axis_names=set(mesh_lib.BATCH_AXES), check_vma=False,
+        )(q, k, v)
+        return out.astype(jnp.float32).sum()
+
+    x = _shape(mesh, (4, 2, 256, 64), mesh_lib.BATCH_AXES, "tensor")
+    program = aot.compile(jax.jit(jax.grad(loss, (0, 1, 2))), x, x, x, mesh=mesh)
+    assert program.sorts["attention"]["count"] == 2
+    assert program.work.flops == pytest.approx(7 * 2 * 4 * 2 * 256 * 256 * 64 / 4)
 
 
 def test_a_window_larger_than_its_map():
