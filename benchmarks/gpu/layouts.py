@@ -9,13 +9,15 @@ and values are the same, so checkpoints are.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.experimental.layout import Format, Layout
 
 from ldm_scaling.parallel import mesh as mesh_lib
-from ldm_scaling.study.plan_parts import Part
+
+if TYPE_CHECKING:
+    from ldm_scaling.study.plan_parts import Part
 
 _OUT_FIRST = Layout(major_to_minor=(3, 0, 1, 2))
 
