@@ -1,5 +1,5 @@
 """A small scaling study for one H200: seven widths from 0.4M to 17M parameters, of which 12 minutes
-are enough for five or six.
+are enough for four to six.
 
     python benchmarks/gpu/ladder.py run --workdir=runs/h200_ladder --to=runs/h200_ladder_out \
         --minutes=12
@@ -8,7 +8,7 @@ or, without stretches, `ldm-scaling study --config=configs/h200_ladder.py --work
 of 64 px, composed of OpenMoji's pictograms, in latents of 16x16x4: at 32 px a pictogram is a blur,
 and at 96 px or more (24x24 latents) the widest members alone would take the time that all have
 here. The widths span a factor of 40 in cost; the widest comes last, and is not begun where the time
-does not suffice: five or six are a study without it. Each sees a million examples, 26 times over
+does not suffice: four to six are a study without it. Each sees a million examples, 26 times over
 the 40,000 pictures, at a constant rate after the warmup: a rate that fell to the end would make the
 checkpoints of 250, 500 and 1,000 steps, which are kept for quality against training compute (the
 paper's Fig. 3), other than what a run of so many steps gives. 2,000 steps leave the narrow members
@@ -27,7 +27,7 @@ end:
 
 | | minutes: six, and the seventh | |
 |---|---|---|
-| start; composing 50,000 pictures | 1 | guessed |
+| start; composing 50,000 pictures | 1 to 2 | guessed; 2 seen with more threads |
 | autoencoder, latents, beside text states and programs | 1.5 | measured |
 | training, 2,000 steps of 512 | 2.6 to 3.5, 1.0 | measured of six, to a third |
 | sweep: 20 tables of 3 solvers, 8 rates raced, 6,700 samples a table | 3.1, 1.3 | reckoned |

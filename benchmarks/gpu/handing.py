@@ -4,7 +4,8 @@ One archive of two folders for PYTHONPATH. `packages` has three packages without
 not read: vocabulary rows of MiniLM that no caption uses (the others are in 16 bits, so that its
 hash, and the records', are of this file), drawings in other forms; drawings that no caption names
 are empty, for they are counted by name. `site` has the wheels that the machine lacks, unpacked, for
-its version of Python. Whoever reports needs neither.
+its version of Python, without the builders of other data sets. Beside it lies what an earlier
+stretch packed, if there was one. Whoever reports needs neither.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from packing import parts
 from reckoning import ROOT, study_of
 
 from ldm_scaling import files
@@ -34,6 +36,12 @@ WHEELS = (
     "termcolor", "toml", "wcwidth",
 )
 BUILT = ("promise",)
+# Most of what tensorflow_datasets weighs; it runs without them.
+LEFT_OUT = tuple(
+    f"tensorflow_datasets/{folder}/"
+    for folder in ("datasets", "image_classification", "text", "url_checksums")
+)
+ARCHIVE = "packages.tar.xz"
 PLATFORMS = ("manylinux2014_x86_64", "manylinux_2_27_x86_64", "manylinux_2_28_x86_64")
 
 
@@ -62,21 +70,35 @@ def fetch_wheels(python: str, to: Path) -> list[str]:
     return [f"{len(found)} wheels for Python {python}: {size / 1e6:.1f} MB"]
 
 
-def hand(config: str, to: Path, python: str = "", limit: float = 64.0) -> list[str]:
-    """Writes `packages.tar.xz`, with wheels for a version of Python if one is given; lines of
-    sizes.
+def hand(
+    config: str, to: Path, python: str = "", limit: float = 64.0, source: Path | None = None
+) -> list[str]:
+    """Writes `packages.tar.xz`, with wheels for a version of Python if one is given, and beside it
+    what an earlier stretch packed; lines of sizes.
 
     Args:
       config: FILE[:argument].
-      to: a new folder.
+      to: a new folder; with a source also one that has `packages.tar.xz`, which it keeps.
       python: e.g. 3.12.
-      limit: MiB that it may have together with this repository; 0 is none.
+      limit: MiB that all of it may have together with this repository; 0 is none.
+      source: what `run` packed.
     Raises:
-      UserError: where a package or a wheel is missing, the folder is there, or it is too much.
+      UserError: where a package, a wheel or a part is missing, the folder is there, or it is too
+        much.
     """
+    more, tree = [] if source is None else parts(source), tree_size(to)
+    if more and (to / ARCHIVE).exists():
+        total = _fits(tree, to / ARCHIVE, more, limit)
+        for path in to.glob("ladder.tar.xz.*"):
+            if path not in more:
+                path.unlink()
+        for path in more:
+            if path.parent != to:
+                shutil.copy(path, to)
+        return [total]
     if to.exists():
         raise UserError(f"{to} is there already: name a new folder")
-    study, tree = study_of(config), tree_size()
+    study = study_of(config)
     with files.atomic_folder(to) as temporary, tempfile.TemporaryDirectory() as scratch:
         packages, site = Path(scratch) / "packages", Path(scratch) / "site"
         packages.mkdir()
@@ -86,43 +108,56 @@ def hand(config: str, to: Path, python: str = "", limit: float = 64.0) -> list[s
         _pictograms(packages)
         _text_encoder(study, packages)
         _feature_network(packages)
-        archive = Path(os.fspath(temporary)) / "packages.tar.xz"
+        archive = Path(os.fspath(temporary)) / ARCHIVE
         with tarfile.open(archive, "w:xz", preset=9) as tar:
             tar.add(packages, "packages")
             tar.add(site, "site")
         sizes = {p.name: _size(p) for p in sorted(packages.iterdir())}
-        total = archive.stat().st_size
-        both = (tree + total) / 2**20
-        if limit and both > limit:
-            raise UserError(
-                f"packages.tar.xz has {total / 1e6:.1f} MB and this repository {tree / 1e6:.1f} "
-                f"MB, {both:.1f} MiB together, above the limit of {limit:g}: hand less, or raise "
-                "--limit"
-            )
-    return [f"{name}: {size / 1e6:.1f} MB" for name, size in sizes.items()] + wheels + [
-        f"{to / 'packages.tar.xz'}: {total / 1e6:.1f} MB packed",
-        f"with this repository ({tree / 1e6:.1f} MB): {both:.1f} MiB; what an earlier stretch "
-        "packed (ladder.tar.xz.*) comes on top",
-    ]
+        total = _fits(tree, archive, more, limit)
+        for path in more:
+            shutil.copy(path, archive.parent)
+    return [f"{name}: {size / 1e6:.1f} MB" for name, size in sizes.items()] + wheels + [total]
 
 
-def tree_size() -> int:
-    """Bytes of this repository's files, those that git ignores left out."""
+def _fits(tree: int, archive: Path, more: list[Path], limit: float) -> str:
+    """What travels, in words. Raises `UserError` where it is more than the limit."""
+    sizes = {
+        ARCHIVE: archive.stat().st_size, "ladder.tar.xz.*": sum(p.stat().st_size for p in more),
+        "this repository": tree,
+    }
+    total = sum(sizes.values()) / 2**20
+    told = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items())
+    if limit and total > limit:
+        raise UserError(
+            f"{told}: {total:.1f} MiB together, above the limit of {limit:g}: hand less, or raise "
+            "--limit"
+        )
+    return f"{told}: {total:.1f} MiB together"
+
+
+def tree_size(but: Path) -> int:
+    """Bytes of this repository's files, without those that git ignores and those below a folder."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
         capture_output=True, text=True,
     )
     if listed.returncode:  # It may be unpacked without its history.
-        return _size(ROOT)
-    paths = {ROOT / name for name in listed.stdout.split("\0") if name}
-    return sum(p.lstat().st_size for p in paths if p.is_file())
+        paths = set(ROOT.rglob("*"))
+    else:
+        paths = {ROOT / name for name in listed.stdout.split("\0") if name}
+    return sum(
+        p.lstat().st_size for p in paths if p.is_file() and not p.is_relative_to(but.resolve()))
 
 
 def _unpack(wheels: list[Path], site: Path) -> None:
     """As an installer lays them out, without scripts."""
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as body:
-            body.extractall(site, [n for n in body.namelist() if ".data/" not in n])
+            names = [n for n in body.namelist() if ".data/" not in n]
+            body.extractall(site, [n for n in names if not n.startswith(LEFT_OUT)])
+            for folder in LEFT_OUT:  # What it has is listed there.
+                if any(n.startswith(folder) for n in names):
+                    (site / folder).mkdir()
 
 
 def _size(folder: Path) -> int:

