@@ -22,8 +22,9 @@ from PIL import Image
 
 from ldm_scaling import files, machine, pictures
 from ldm_scaling.errors import UserError
+from ldm_scaling.parallel import compiled
 from ldm_scaling.parallel import mesh as mesh_lib
-from ldm_scaling.sampling import packing
+from ldm_scaling.sampling import packing, solvers
 from ldm_scaling.sampling.packing import Configuration
 from ldm_scaling.study import labels, sheet
 from ldm_scaling.study import request as request_lib
@@ -68,8 +69,9 @@ class Gallery:
         for axis, given in values.items():
             if axis not in AXES:
                 raise UserError(f"select: no axis is called {axis!r}; there are {', '.join(AXES)}")
-            several = isinstance(given, Iterable) and not isinstance(given, str)
-            wanted, there = list(given) if several else [given], self.axes[axis]
+            wanted, there = request_lib.listed(given), self.axes[axis]
+            if axis == "sampler":
+                wanted = [solvers.canonical(v) if isinstance(v, str) else v for v in wanted]
             missing = [value for value in wanted if value not in there]
             if missing:
                 raise UserError(f"select: no {axis} is {missing[0]!r}; there are "
@@ -181,10 +183,12 @@ def _label(axis: str, value: Any) -> str:
 def lanes(configurations: list[Configuration], devices: int, most: int) -> int:
     """How many lanes a request's samples fill while its longest is drawn: with one step count all
     of them run side by side, and a few long ones do not leave the lanes of the short ones idle.
+    They are a power of two on each device: another number is another program, whose compilation
+    takes longer than the lanes that it would save.
 
     Args:
       configurations: what is drawn.
-      devices: of the mesh; lanes are a multiple of it.
+      devices: of the mesh.
       most: lanes at most.
     """
     wanted = 1
@@ -192,7 +196,7 @@ def lanes(configurations: list[Configuration], devices: int, most: int) -> int:
         rows = sum(configurations[i].table.calls * len(configurations[i].index_N) for i in group)
         longest = max(configurations[i].table.calls for i in group)
         wanted = max(wanted, -(-rows // longest))
-    return min(-(-wanted // devices) * devices, most)
+    return min(devices * 2 ** (-(-wanted // devices) - 1).bit_length(), most)
 
 
 def require_trained(materials: Materials, members: Iterable[str]) -> None:
@@ -296,6 +300,7 @@ def sample(
         not trained.
     """
     machine.quiet_cuda()
+    compiled.keep()
     folder = Workdir(workdir)
     folder.last_config()  # Says what is wrong with it, if anything.
     materials = _open(str(folder.path), (folder / MARKER).read_text())

@@ -154,13 +154,23 @@ def of(
 def _values(name: str, given: Any, kind: type) -> tuple:
     """One value, or several, as a tuple of `kind`."""
     wanted = {str: str, int: numbers.Integral, float: numbers.Real}[kind]
-    several = isinstance(given, Iterable) and not isinstance(given, str)
-    values = list(given) if several else [given]
+    values = listed(given)
     for value in values:
         if not isinstance(value, wanted) or isinstance(value, bool):
             what = {str: "a text", int: "a whole number", float: "a number"}[kind]
             raise UserError(f"{name}: {value!r} should be {what}, or give a list of them")
     return tuple(map(kind, values))
+
+
+def listed(given: Any) -> list:
+    """One value, or several, as a list; of NumPy's and JAX's arrays as Python's numbers."""
+    given = _plain(given)
+    several = isinstance(given, Iterable) and not isinstance(given, str)
+    return list(map(_plain, given)) if several else [given]
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def span(seeds: Sequence[int]) -> str:

@@ -7,6 +7,7 @@ import itertools
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -230,6 +231,11 @@ def test_select_and_png():
     np.testing.assert_array_equal(part.images, drawn.images[:, :, :, 1:, :, [2, 0]])
     with Image.open(io.BytesIO(part._repr_png_())) as image:
         np.testing.assert_array_equal(np.asarray(image), np.asarray(part.picture()))
+    part = drawn.select(steps=np.int64(4), guidance=jnp.ones(1), seed=np.array(6))
+    assert part.axes == drawn.axes | {"steps": (4,), "guidance": (1.0,), "seed": (6,)}
+    assert drawn.select(sampler="ddim:eta=0.0").axes == drawn.axes
+    with pytest.raises(UserError, match="no sampler is 'ddpm'; there are ddim"):
+        drawn.select(sampler="ddpm:final=zero")
     with pytest.raises(UserError, match="no steps is 12; there are 4, 8"):
         drawn.select(steps=12)
     with pytest.raises(UserError, match="no axis is called 'step'; there are member"):
@@ -245,6 +251,9 @@ def test_what_is_not_given_comes_from_the_config():
     assert request_lib.of(STUDY, ["a", "b"], steps=[2, 3]).shape[-1] == 2
     assert request_lib.of(STUDY, "a", steps=range(1, 20)).shape[-1] == 1
     assert request_lib.of(STUDY, "a", seeds=4).seeds == ((4,),)
+    for seeds in (np.arange(2), jnp.arange(2), list(jnp.arange(2)), np.int32([0, 1])):
+        assert request_lib.of(STUDY, "a", seeds=seeds).seeds == ((0, 1),)
+    assert request_lib.of(STUDY, "a", steps=np.array(3), seeds=0).steps == (3,)
     assert request_lib.of(STUDY, "a", sampler="ddim:eta=0").sampler == ("ddim",)
 
 
@@ -301,10 +310,24 @@ def test_lanes_are_as_many_as_stay_busy(materials):
         return gallery.lanes(some, devices, most)
 
     assert lanes((10, 8)) == 8
-    assert lanes((10, 9)) == 10
+    assert lanes((10, 9)) == 16
+    assert lanes((10, 9), most=12) == 12
     assert lanes((10, 100)) == 64
-    assert lanes((4, 8), (50, 8)) == 10  # 8 of 50 rows, and 8 of 4 in less than one lane more
+    assert lanes((4, 8), (50, 7)) == 8  # 7 of 50 rows, and 8 of 4 in less than one lane more
     assert lanes((10, 3), devices=8) == 8
+    assert {lanes((10, n), devices=6) for n in range(7, 13)} == {12}
+
+
+def test_another_number_of_pictures_is_no_other_program(materials):
+    wanted = request_lib.of(STUDY, ["a red apple"], seeds=range(4), member="c8")
+    context_PLD = gallery.text_states(materials, wanted.prompt)
+    gallery._drawer.cache_clear()
+    four, three = (
+        gallery.draw(materials, dataclasses.replace(wanted, seeds=(seeds,)), context_PLD)
+        for seeds in ((0, 1, 2, 3), (2, 0, 3))
+    )
+    assert gallery._drawer.cache_info().misses == 1
+    np.testing.assert_array_equal(four.select(seed=[2, 0, 3]).images, three.images)
 
 
 def test_a_stage_draws_what_is_not_there_yet(materials, monkeypatch):
@@ -355,6 +378,19 @@ def test_without_prompts_validation_captions_are_drawn_with_their_own_noise(
     assert "validation" in path
     stages.sample(materials, steps=3, seeds=[1, 2])
     assert drawn[-1][0].seeds == ((1, 2),) * 8
+
+
+def test_a_notebook_keeps_compiled_programs(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        with pytest.raises(UserError, match="study.json is not there"):
+            gallery.sample(tmp_path / "none", "a")
+        kept = jax.config.jax_compilation_cache_dir
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert kept.startswith(str(tmp_path / "ldm_scaling/compiled"))
 
 
 def test_small_networks_stay_loaded_and_large_ones_do_not(monkeypatch):
