@@ -62,6 +62,22 @@ def of_students(samplers: Iterable[str]) -> list[str]:
     return [s for s in samplers if solvers.parse(s)[0] in Consistency.SAMPLERS.values()]
 
 
+def undistilled(study: Study, name: str, samplers: Iterable[str]) -> None:
+    """Raises `UserError` for samplers `of_students` that are asked for of a network that is none. A
+    published network may be one.
+
+    Args:
+      study: the config.
+      name: of the network.
+      samplers: that it would be drawn by.
+    """
+    if (few := of_students(samplers)) and not study.weights:
+        raise UserError(
+            f"--sampler={few[0]} draws with students of consistency distillation, and {name} is "
+            "none: choose another, such as ddim, or give --config of a study that distils"
+        )
+
+
 def samplers(study: Study) -> None:
     """Raises `UserError` where a config draws by samplers `of_students` with networks that are
     none. A published network may be one."""

@@ -26,7 +26,7 @@ from ldm_scaling.parallel import compiled
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling import packing, solvers
 from ldm_scaling.sampling.packing import Configuration
-from ldm_scaling.study import labels, sheet
+from ldm_scaling.study import fitting, labels, sheet
 from ldm_scaling.study import request as request_lib
 from ldm_scaling.study.materials import Materials
 from ldm_scaling.study.request import AXES, Request
@@ -308,6 +308,7 @@ def sample(
         materials.study, prompt, sampler=sampler, steps=steps, guidance=guidance, seeds=seeds,
         spacing=spacing, member=member,
     )
+    fitting.undistilled(materials.study, wanted.member[0], wanted.sampler)
     require_trained(materials, wanted.member)
     return draw(
         materials, wanted, text_states(materials, wanted.prompt),

@@ -13,7 +13,7 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.parallel import hosts, processes
 from ldm_scaling.sampling import solvers
 from ldm_scaling.study import further as further_lib
-from ldm_scaling.study import gallery
+from ldm_scaling.study import fitting, gallery
 from ldm_scaling.study import request as request_lib
 from ldm_scaling.study.cascaded import Cascaded
 from ldm_scaling.study.distilled import Distilled
@@ -124,6 +124,7 @@ def _cascades_grid(cascaded: Cascaded, prompts: Sequence[str], values: dict[str,
     theirs, steps = cascaded.as_study(), cascaded.config.first_steps[-1]
     materials = dataclasses.replace(cascaded.materials, study=theirs)
     wanted = request_lib.of(theirs, prompts or ("",), **values)
+    fitting.undistilled(theirs, wanted.member[0], wanted.sampler)
 
     def draw(wanted: Request, context_PLD: Any) -> gallery.Gallery:
         drawn = gallery.draw(

@@ -149,18 +149,8 @@ def network_of(
         subject_lib.of_member(study, member),
         dataclasses.replace(sample, spacing=study.sample.spacing),
         lambda: materials.drawer(member), params,
-        # A published network may be such a student.
-        check=lambda samplers, rates: None if study.weights else _refuse_few(member, samplers),
+        check=lambda samplers, rates: fitting.undistilled(study, member, samplers),
     )
-
-
-def _refuse_few(name: str, samplers: Sequence[str]) -> None:
-    """Raises `UserError` for samplers that draw with students alone."""
-    if few := fitting.of_students(samplers):
-        raise UserError(
-            f"--sampler={few[0]} draws with students of consistency distillation, and {name} is "
-            "none: give --config of a study that distils, and --stage where it has several"
-        )
 
 
 def _student(distilled: Distilled, stage: Stage, member: str) -> Network:
@@ -178,7 +168,8 @@ def _cascade(cascaded: Cascaded, name: str, sample: Sample) -> Network:
         cascaded.subject(*pair, steps),
         dataclasses.replace(sample, spacing=cascaded.config.sample.spacing),
         lambda: cascaded.drawer(*pair).after(steps), lambda: cascaded.params(*pair),
-        check=lambda samplers, rates: _refuse_few(name, samplers),
+        check=lambda samplers, rates: fitting.undistilled(
+            cascaded.materials.study, name, samplers),
     )
 
 

@@ -19,6 +19,7 @@ from ldm_scaling.study import (
     curves,
     dreambooth_scores,
     early,
+    fitting,
     gallery,
     grids,
     publish,
@@ -144,6 +145,7 @@ def sample(
     if several := further_lib.of(materials):
         return grids.of_all(several, prompts, values)
     wanted = request_lib.of(materials.study, prompts or ("",), **values)
+    fitting.undistilled(materials.study, wanted.member[0], wanted.sampler)
     gallery.require_trained(materials, wanted.member)
     lengths = [materials.study.average_of(member) for member in wanted.member]
     whose = f"averages-{files.sha256_of(lengths)[:8]}_" if any(lengths) else ""

@@ -169,6 +169,7 @@ def test_cascades_draw_a_protocols_images(workdir):
 def test_mistakes_are_one_line(workdir, tmp_path):
     for command, more, message in (
         ("sample", ("--prompt=a red apple", "--member=c8"), "choose from c8+c8_s16"),
+        ("sample", ("--prompt=a red apple", "--sampler=lcm"), "students of consistency"),
         # Another setting is another network, in another folder.
         ("sweep", ("--config.cascade.augment=0.4",), "second stage c8_s16 of the cascade is not"),
         ("train", ("--config.cascade.base=('c16',)",), "c16 takes latents of (8, 8, 4)"),

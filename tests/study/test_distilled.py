@@ -235,6 +235,7 @@ def test_networks_that_are_no_students_are_not_drawn_as_such():
     for more in ({"weights": "sd", "sample": few, "sweep": sweep}, {"cascade": Cascade(**base)},
                  {"consistency": Consistency(method="lcm", **LCM)}):
         fitting.samplers(Study(**more))
+    fitting.undistilled(Study(weights="sd"), "sd", ["lcm"])
 
 
 def test_mistakes_are_one_line(workdir, tmp_path):

@@ -293,11 +293,18 @@ def test_a_files_name_is_no_longer_than_file_systems_take():
     ({"seeds": []}, "seeds: give at least one"),
     ({"seeds": range(5000)}, "5000 pictures.*ldm-scaling sweep"),
     ({"member": "c9"}, "member: 'c9' .*choose from c8, c16"),
+    ({"sampler": "lcm", "steps": 4}, "--sampler=lcm draws with students .*, and c8 is none"),
 ])  # fmt: skip
 def test_what_cannot_be_is_said_before_anything_is_computed(values, message):
     nothing = types.SimpleNamespace(study=STUDY)  # What is computed would be asked of it.
     with pytest.raises(UserError, match=message):
         stages.sample(nothing, ["a red apple"], **values)
+
+
+def test_a_notebook_draws_by_no_sampler_of_students(tmp_path):
+    Workdir(tmp_path).bind(STUDY)
+    with pytest.raises(UserError, match="--sampler=codi:offset=2 draws with students"):
+        gallery.sample(tmp_path, "a", sampler=["ddim", "codi:offset=2"], spacing="leading")
 
 
 def test_lanes_are_as_many_as_stay_busy(materials):
