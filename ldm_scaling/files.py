@@ -231,3 +231,10 @@ def progress(total: int, desc: str, unit: str = "it", initial: int = 0) -> tqdm:
         mininterval=seconds, maxinterval=max(seconds, 10.0), unit_scale=False,
         disable=not _progress_shown,
     )
+
+
+def say(line: str) -> None:
+    """Tells who waits something beside the progress: a line on stderr, which the log has too."""
+    log.info("%s", line)
+    if _progress_shown:
+        tqdm.write(f"ldm-scaling: {line}", file=sys.stderr)

@@ -121,7 +121,9 @@ def test_nothing_beside_a_comma_is_refused(capsys, tmp_path, command, flag):
     [
         ("--config.train.stepz=3", ["stepz"]),
         ("--config.train.steps=0", ["train.steps=0", "above 0"]),
-        ("--config.train.steps=many", ["train.steps", "many"]),
+        ("--config.train.steps=many", ["train.steps", "'many' is not a whole number"]),
+        ("--config.train.learning_rate=1e", ["train.learning_rate", "'1e' is not a number"]),
+        ("--config.data.flip=maybe", ["data.flip", "'maybe' is neither true nor false"]),
         ("--config.diffusion.prediction=eps", ["diffusion.prediction='eps'", "v, x0 or flow"]),
         ("--config.members=('c8','c9')", ["c9", "c8"]),
         ("--config.sweep.samplers=('dimm',)", ["dimm", "ddim"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 
 from ldm_scaling.cli.commands import STAGES
@@ -158,6 +159,12 @@ def sample_values(values) -> dict[str, object]:
     return {"prompts": values.prompt, "spacing": values.spacing, **out}
 
 
+# What Python says of a value that does not fit, and what is said here.
+_UNFIT = {
+    r"invalid literal for int\(\) with base 10: (.*)": r"\1 is not a whole number",
+    r"could not convert string to float: (.*)": r"\1 is not a number",
+    r"\('Non-boolean argument to boolean flag', (.*)\)": r"\1 is neither true nor false",
+}
 _SHORT = {"--dry-run": "--dry_run", "--distributed": "--distributed=auto"}
 
 
@@ -201,6 +208,8 @@ def _parse(arguments: list[str]):
         if "Traceback (most recent call last)" in message:  # of the config file
             message = message.splitlines()[-1].split("Error: ", maxsplit=1)[-1]
         message = " ".join(message.split())
+        for theirs, ours in _UNFIT.items():
+            message = re.sub(theirs, ours, message)
         raise UserError(f"{message} (see ldm-scaling --help)") from e
     except Exception as e:  # Whatever the config file raises.
         raise UserError(f"the config file cannot be read: {with_type(e)}") from e

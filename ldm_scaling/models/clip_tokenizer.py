@@ -79,9 +79,9 @@ class ClipTokenizer:
             ids_BL[i, : len(row)], mask_BL[i, : len(row)] = row, True
         return ids_BL, mask_BL
 
-    def cut(self, texts: Sequence[str]) -> int:
-        """How many of the texts are too long."""
-        return sum(len(ids) > self.context - 2 for ids in self._encode(texts))
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text with its start and end, before any is lost."""
+        return [len(ids) + 2 for ids in self._encode(texts)]
 
 
 def load(path: str | os.PathLike[str], behaviour: str, context: int = 77) -> ClipTokenizer:

@@ -35,6 +35,14 @@ def rows(
     return ids_BL, mask_BL
 
 
+def lengths(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> list[int]:
+    """Tokens of each text, special ones among them, by a tokenizer that cuts and pads: before."""
+    return [
+        sum(e.attention_mask) + sum(more.special_tokens_mask.count(0) for more in e.overflowing)
+        for e in tokenizer.encode_batch(list(texts))
+    ]
+
+
 def tables(
     folder: Path, table: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, tuple[int, tokenizers.AddedToken]]]:

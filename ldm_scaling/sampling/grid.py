@@ -178,6 +178,11 @@ def from_sigmas(
     noise_N = np.asarray(sigmas, np.float64)
     low, high = schedule.noise[[0, -1]]
     wrong = noise_N[~((noise_N >= 0.99 * low) & (noise_N <= 1.01 * high) & (noise_N < np.inf))]
+    if wrong.size and wrong.flat[0] == 0:
+        raise UserError(
+            "sigma 0: leave it out: the list says where the network is called, and the end without "
+            "noise is the sampler's option final=zero"
+        )
     if wrong.size:
         raise UserError(
             f"sigma {wrong.flat[0]:g}: schedule {schedule.name!r} has noise levels sigma / alpha "
@@ -334,13 +339,13 @@ def build(
         raise UserError(f"offset={offset} does not belong to {spacing} spacing: leave it out, or "
                         "use spacing 'leading'")
     if kind in _LISTS:
-        values = _numbers(spacing, text)
-        if len(values) != steps:
+        listed = _LISTS[kind](schedule, _numbers(spacing, text), final, spacing)
+        if listed.steps != steps:
             raise UserError(
-                f"spacing {spacing!r} places {len(values)} steps, but steps={steps}: make them "
+                f"spacing {spacing!r} places {listed.steps} steps, but steps={steps}: make them "
                 "agree"
             )
-        return _LISTS[kind](schedule, values, final, spacing)
+        return listed
     options = _option(spacing) if colon else {}
     if kind in _SIGMAS:
         if schedule.zero_terminal_snr:

@@ -323,7 +323,8 @@ def cache_text(
                     f"caption {low + int(wrong[0])} has states that are not finite in {dtype}: "
                     "keep them in float32 (data.text_dtype)"
                 )
-            seen.update(cut=encoder.cut(texts), all=len(texts))
+            cut = sum(n > encoder.length for n in encoder.lengths(texts))
+            seen.update(cut=cut, all=len(texts))
             yield out if e_BE is None else {**out, "embedding": e_BE}
 
     per = shard_size(len(captions), encoder.length * encoder.width * np.dtype(dtype).itemsize)

@@ -31,6 +31,7 @@ from ldm_scaling.models import (
     t5,
     text_encoder,
     text_network,
+    tokenizing,
 )
 from ldm_scaling.parallel import hosts, placing
 from ldm_scaling.parallel import mesh as mesh_lib
@@ -213,11 +214,11 @@ class TextStates:
         ctx_BLD, _, e_BE = self._encoder.encode(texts)
         return ctx_BLD, e_BE
 
-    def cut(self, texts: Sequence[str]) -> int:
-        """How many of the texts have more tokens than `length`, and lose the last."""
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, special ones among them; those beyond `length` are cut off."""
         if isinstance(self._encoder, clip_text.ClipText):
-            return self._encoder.tokenizer.cut(texts)
-        return sum(bool(e.overflowing) for e in self._encoder._tokenizer.encode_batch(list(texts)))
+            return self._encoder.tokenizer.lengths(texts)
+        return tokenizing.lengths(self._encoder._tokenizer, texts)
 
     def on(self, mesh: jax.sharding.Mesh, batch: int = 64) -> TextStates:
         """The same with its passes split over a mesh's devices, parameters whole on each.

@@ -254,8 +254,15 @@ def _drawer(materials: Materials, count: int, member: str) -> Drawer:
 
 
 def text_states(materials: Materials, prompts: Iterable[str]) -> np.ndarray:
-    """Text states of captions, (P, L, D), in the precision that prepared ones are kept in."""
-    return materials.states(list(prompts))
+    """Text states of captions, (P, L, D), in the precision that prepared ones are kept in. Says
+    whose end is cut off."""
+    texts, networks = list(prompts), materials.networks
+    most = networks.tokens
+    for text, count in zip(texts, networks.lengths(texts)):
+        if count > most:
+            why = "its text encoder takes" if materials.study.weights else "data.text_length is"
+            files.say(f"prompt {text!r} has {count} tokens, and its end is not seen: {why} {most}")
+    return materials.states(texts)
 
 
 # A notebook asks again and again: what a workdir holds is loaded once, and the last networks stay,

@@ -12,8 +12,8 @@ from typing import Any
 from ldm_scaling.errors import UserError
 from ldm_scaling.parallel import hosts, processes
 from ldm_scaling.sampling import solvers
-from ldm_scaling.study import further as further_lib
 from ldm_scaling.study import fitting, gallery
+from ldm_scaling.study import further as further_lib
 from ldm_scaling.study import request as request_lib
 from ldm_scaling.study.cascaded import Cascaded
 from ldm_scaling.study.distilled import Distilled

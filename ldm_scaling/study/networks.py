@@ -38,6 +38,7 @@ class Networks:
       decoder: -> its parameters.
       latent_scale: -> what latents were multiplied by.
       states: captions -> text states (P, L, D), float32.
+      lengths: captions -> tokens of each, which may be more than `tokens`.
       states_dtype: in which text states are kept.
       text_hash: -> hash of what makes text states; None where that is the study's own encoder.
       require: members -> raises `UserError` naming the first that is not trained.
@@ -53,6 +54,7 @@ class Networks:
     decoder: Callable[[], Any]
     latent_scale: Callable[[], float]
     states: Callable[[Sequence[str]], np.ndarray]
+    lengths: Callable[[Sequence[str]], list[int]]
     states_dtype: type
     text_hash: Callable[[], str] | None
     require: Callable[[Iterable[str]], None]
@@ -156,6 +158,7 @@ def trained(materials: Materials) -> Networks:
         decoder=decoder,
         latent_scale=latent_scale,
         states=lambda texts: materials.text_states.states(list(texts)),
+        lengths=lambda texts: materials.text_states.lengths(texts),
         states_dtype=np.float16,
         text_hash=None,
         require=require,

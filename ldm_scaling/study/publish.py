@@ -7,10 +7,9 @@ import importlib.metadata
 import json
 import logging
 import os
-import sys
 from collections.abc import Mapping, Sequence
 
-from ldm_scaling import __version__
+from ldm_scaling import __version__, files
 from ldm_scaling.config import Cascade, Consistency, Distill, FineTune, Study, Sweep
 from ldm_scaling.data.composed import openmoji
 from ldm_scaling.errors import first_line
@@ -270,7 +269,7 @@ def write(materials: Materials, found: list[Record], others: Sequence[Record] = 
     )
     lost += scaling.left_out(source)
     for line in lost:
-        print(f"ldm-scaling: {line}", file=sys.stderr, flush=True)
+        files.say(line)
     images = beside.strips([strips], source) if here else {}
     written = catalogue.write(figures, dataclasses.replace(source, images=images))
     for line in written.skipped:

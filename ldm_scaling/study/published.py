@@ -111,6 +111,7 @@ def networks(study: Study, workdir: Workdir, mesh: Mesh) -> Networks:
         decoder=lambda: decoder()[0],
         latent_scale=lambda: decoder()[1],
         states=states,
+        lengths=lambda texts: encoder().tokenizer.lengths(texts),
         # As its own pipeline has them; there are as many as prompts, not as training captions.
         states_dtype=np.float32,
         text_hash=lambda: encoder().hash,

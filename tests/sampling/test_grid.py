@@ -150,7 +150,8 @@ def test_lists():
         # Both within the 1% above the highest, and so the same.
         ("sigmas:14.7,14.65,3", "within the 14.6146 down to .* 14.7 is followed by 14.65"),
         ("sigmas:20,6.5,1", "sigma 20: .*14.6146 down"),
-        ("sigmas:3,2,0", "sigma 0"), ("timesteps:1000,2,1", "timestep 1000"),
+        ("sigmas:3,2,0", "sigma 0: leave it out.*final=zero"),
+        ("sigmas:14.6,6.5,3.9,0", "sigma 0: leave it out"), ("timesteps:1000,2,1", "timestep 1000"),
         ("timesteps:3,two,1", "not a list of numbers"), ("timesteps:", "not a list of numbers"),
         ("timesteps", "not a list of numbers"), ("sigmas:nan,1,0.5", "sigma nan"),
     ):

@@ -256,6 +256,7 @@ def test_t5s_states_equal_transformers(t5_folder, tmp_path):
             theirs = model(torch.tensor([ids])).last_hidden_state[0].numpy()
         np.testing.assert_allclose(states[: len(ids)], theirs, rtol=1e-4, atol=1e-5)
         assert not states[len(ids) :].any()
+    assert encoder.lengths(texts) == [len(tokenizer.encode(text).ids) for text in texts]
     inside = shutil.copytree(folder / "text_encoder", tmp_path / "inside")
     shutil.copy(folder / "tokenizer" / "tokenizer.json", inside)
     assert encoders.text_encoder_from(inside, 9).hash == encoder.hash
@@ -272,6 +273,9 @@ def test_minilm_is_there_without_a_path():
     ctx_BLD, e_BE = encoder.states_and_embeddings(TEXTS[:2])
     np.testing.assert_array_equal(ctx_BLD, encoder.states(TEXTS[:2]))
     np.testing.assert_allclose(np.linalg.norm(e_BE, axis=1), 1, rtol=1e-5)
+    texts = ["", "a cat " * 4, "a cat " * 5, "a [SEP] " * 60]
+    whole = encoders.text_encoder_from("", 200)._encoder.tokenize(texts)[1].sum(1)
+    assert encoder.lengths(texts) == whole.tolist() == [2, 10, 12, 122]
 
 
 @pytest.mark.parametrize("tensor", [1, 2])

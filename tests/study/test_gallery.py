@@ -80,6 +80,7 @@ def materials(tmp_path_factory):
         study=STUDY, workdir=Workdir(tmp_path_factory.mktemp("gallery")), mesh=mesh,
         spec=lambda member: SPEC, frozen=frozen, decode=frozen.decoder(),
         states=lambda prompts: states(prompts).astype(np.float16),
+        networks=Stub(tokens=4, lengths=lambda texts: [len(text.split()) for text in texts]),
         member_params=member_params,
         drawer_of=lambda spec, run, count: Drawer(
             spec, frozen, STUDY.diffusion, count, frozen.decoder(), mesh, run.compute_dtype,
@@ -398,6 +399,16 @@ def test_a_notebook_keeps_compiled_programs(tmp_path, monkeypatch):
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
     assert kept.startswith(str(tmp_path / "ldm_scaling/compiled"))
+
+
+def test_a_prompt_that_is_cut_is_said(materials, capsys, caplog):
+    caplog.set_level("INFO")
+    gallery.text_states(materials, ["a red apple", "a very red apple", "a very red apple pie"])
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line == (
+        "ldm-scaling: prompt 'a very red apple pie' has 5 tokens, and its end is not seen: "
+        "data.text_length is 4")  # fmt: skip
+    assert line.endswith(caplog.messages[-1])  # The log has it too.
 
 
 def test_small_networks_stay_loaded_and_large_ones_do_not(monkeypatch):

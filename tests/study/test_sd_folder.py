@@ -78,6 +78,9 @@ def test_pictures_equal_the_pipelines(made, tmp_path, version):
         drawer.table("ddim", STEPS, "leading"), GUIDANCE, index_N, np.arange(len(PROMPTS))
     )
     ctx_PLD = materials.states(PROMPTS)
+    assert materials.networks.tokens == 12
+    theirs = [len(ids) for ids in pipeline.tokenizer(PROMPTS).input_ids]
+    assert materials.networks.lengths(PROMPTS) == theirs and max(theirs) > 12
     latents_NHWC = np.empty_like(noise_NHWC)
     for finished in drawer.draw(params, [wanted], ctx_PLD, key):
         latents_NHWC[finished.position] = finished.latents_JHWC
