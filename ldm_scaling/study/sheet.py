@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -52,11 +53,66 @@ class Sheet:
 
 
 @functools.cache
-def _font(size: int, bold: bool) -> ImageFont.FreeTypeFont:
-    # The plots' own font: it comes with matplotlib, and knows Greek and Cyrillic.
+def _own(bold: bool) -> str:
+    """File of the plots' own font: it comes with matplotlib, and knows Greek and Cyrillic."""
     weight = "bold" if bold else "normal"
-    wanted = font_manager.FontProperties(family=STYLE["font.family"], weight=weight)
-    return ImageFont.truetype(font_manager.findfont(wanted), size)
+    return font_manager.findfont(
+        font_manager.FontProperties(family=STYLE["font.family"], weight=weight))
+
+
+@functools.cache
+def _signs(path: str) -> frozenset[int]:
+    """What a font's file has; nothing of one that is not drawn at every size, as bitmaps are."""
+    try:
+        ImageFont.truetype(path, 20)
+        return frozenset(font_manager.get_font(path).get_charmap())
+    except (OSError, RuntimeError):
+        return frozenset()
+
+
+@functools.cache
+def _file(sign: str, bold: bool) -> str | None:
+    """File of a font that has a sign, the plots' own before others that are installed."""
+    # The last resort has a box for everything.
+    others = {f.fname for f in font_manager.fontManager.ttflist if "Last Resort" not in f.name}
+    files = (_own(bold), _own(False), *sorted(others))
+    return next((path for path in files if ord(sign) in _signs(path)), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Font:
+    """The plots' own font at a size, and others for signs that it lacks."""
+
+    size: int
+    bold: bool
+
+    def spelt(self, text: str) -> str:
+        """A text with the numbers of signs that no font has."""
+        return "".join(
+            sign if sign.isspace() or _file(sign, self.bold) else f"[U+{ord(sign):04X}]"
+            for sign in text
+        )
+
+    def _runs(self, text: str) -> list[tuple[ImageFont.FreeTypeFont, str]]:
+        """Parts of a text, each with its font."""
+        runs = itertools.groupby(text, lambda sign: _file(sign, self.bold) or _own(self.bold))
+        return [(_font(path, self.size), "".join(part)) for path, part in runs]
+
+    def getlength(self, text: str) -> float:
+        """Its width in pixels."""
+        return sum(font.getlength(part) for font, part in self._runs(text))
+
+    def draw(self, canvas: ImageDraw.ImageDraw, x: float, y: int, text: str, fill: str) -> None:
+        """Draws a line whose top is at y; all its fonts stand on one base."""
+        base = y + _font(_own(self.bold), self.size).getmetrics()[0]
+        for font, part in self._runs(text):
+            canvas.text((x, base), part, fill=fill, font=font, anchor="ls")
+            x += font.getlength(part)
+
+
+@functools.cache
+def _font(path: str, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(path, size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +129,8 @@ class _Text:
         cls, text: str, width: float, most: int, size: int, bold: bool = False, colour: str = INK
     ) -> _Text:
         """Breaks at spaces, or inside a word that is too long; what does not fit ends in …"""
-        font, lines = _font(size, bold), [""]
-        for word in text.split():
+        font, lines = _Font(size, bold), [""]
+        for word in font.spelt(text).split():
             whole = f"{lines[-1]} {word}".strip()
             if font.getlength(whole) <= width:
                 lines[-1] = whole
@@ -102,13 +158,13 @@ class _Text:
 
     @property
     def width(self) -> int:
-        font = _font(self.size, self.bold)
+        font = _Font(self.size, self.bold)
         return math.ceil(max((font.getlength(line) for line in self.lines), default=0))
 
     def draw(self, canvas: ImageDraw.ImageDraw, x: int, y: int) -> None:
         for i, line in enumerate(self.lines):
-            where = (x, y + i * self.line_height)
-            canvas.text(where, line, fill=self.colour, font=_font(self.size, self.bold))
+            top = y + i * self.line_height
+            _Font(self.size, self.bold).draw(canvas, x, top, line, self.colour)
 
 
 def side_by_side(samples: int, columns: int, side: int) -> int:
@@ -147,8 +203,9 @@ def draw(sheet: Sheet) -> Image.Image:
     margin, apart = size, gap if samples == 1 else max(2 * gap, size)
     labels_R = [_labels(row, size) for row in sheet.rows]
     labels_w = max((text.width for texts in labels_R for text in texts), default=0)
-    words = [word for row in sheet.rows for head in row.heads for word in head.split()]
-    longest = math.ceil(max(map(_font(size, False).getlength, words), default=0))
+    font = _Font(size, bold=False)
+    words = [word for row in sheet.rows for head in row.heads for word in font.spelt(head).split()]
+    longest = math.ceil(max(map(font.getlength, words), default=0))
     column_w = max(cell_w, min(longest, 10 * size))
     heads_R = [
         [_Text.of(head, column_w, _HEAD_LINES, size) for head in row.heads] for row in sheet.rows

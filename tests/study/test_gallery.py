@@ -10,7 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
+from PIL import Image, ImageDraw
 
 from ldm_scaling import config, pictures
 from ldm_scaling.errors import UserError
@@ -20,7 +23,7 @@ from ldm_scaling.sampling import solvers
 from ldm_scaling.sampling.packing import Configuration
 from ldm_scaling.sampling.sampler import make_sampler
 from ldm_scaling.sampling.solvers import SOLVERS
-from ldm_scaling.study import gallery, labels, stages
+from ldm_scaling.study import gallery, labels, sheet, stages
 from ldm_scaling.study import request as request_lib
 from ldm_scaling.study.gallery import Gallery
 from ldm_scaling.study.request import Request
@@ -223,6 +226,46 @@ def test_title_says_what_is_fixed_and_what_it_costs():
     page = solid(prompts=("a", "b"), sampler=("ddim:eta=0.5",), seeds=(3,))._sheet()
     assert page.title == "2 prompts" and "DDIM with eta 0.5 · 12 steps · guidance 5" in page.about
     assert set(labels.SAMPLERS) >= set(SOLVERS)
+
+
+def test_signs_are_drawn_by_a_font_that_has_them_or_by_number(tmp_path, monkeypatch):
+    own = (sheet._own(True), sheet._own(False))
+    sheet._file.cache_clear()
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [])
+    font, text = sheet._Font(40, True), "a \u732b and \U0001f34e, \u03b1"
+    assert font.spelt(text) == "a [U+732B] and [U+1F34E], \u03b1"
+
+    build, pen, path = FontBuilder(1000), TTGlyphPen(None), str(tmp_path / "square.ttf")
+    corners = ((0, 0), (0, 1000), (1000, 1000), (1000, 0))
+    pen.moveTo(corners[0])
+    for corner in corners[1:]:
+        pen.lineTo(corner)
+    pen.closePath()
+    build.setupGlyphOrder([".notdef", "square"])
+    build.setupCharacterMap({0x732B: "square"})
+    build.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "square": pen.glyph()})
+    build.setupHorizontalMetrics({".notdef": (1000, 0), "square": (1000, 0)})
+    build.setupHorizontalHeader(ascent=1000, descent=0)
+    build.setupNameTable({"familyName": "Square", "styleName": "Regular"})
+    build.setupOS2()
+    build.setupPost()
+    build.save(path)
+    broken = tmp_path / "broken.ttf"
+    broken.write_bytes(b"no font")
+    fonts = [types.SimpleNamespace(fname=str(f), name="Square") for f in (broken, path)]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", fonts)
+    sheet._file.cache_clear()
+    try:
+        assert font.spelt(text) == "a \u732b and [U+1F34E], \u03b1"
+        before, after = font.getlength("a "), font.getlength(" b")
+        assert font.getlength("a \u732b b") == before + 40 + after
+        canvas = Image.new("RGB", (200, 80), "white")
+        font.draw(ImageDraw.Draw(canvas), 10, 10, "a \u732b b", "black")
+        left = 10 + round(before)
+        assert not np.asarray(canvas)[16:46, left + 1 : left + 38].any()  # A black square.
+        assert {sheet._file(sign, True) for sign in "ab"} == {own[0]}
+    finally:
+        sheet._file.cache_clear()
 
 
 def test_select_and_png():
