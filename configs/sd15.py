@@ -5,7 +5,8 @@
 
 DIR is a Stable Diffusion 1 or 2 in diffusers' layout: unet, vae, text_encoder, tokenizer and
 scheduler of https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5, for example. For a
-model of 768 px add --config.data.side=768.
+model of 768 px add --config.data.side=768. Noise and prediction are as its scheduler says; of one
+with `rescale_betas_zero_snr` spacing is trailing where nothing else is asked for.
 
 Hardware: a GPU. Pictures of 512 px on a CPU take minutes each. Where its memory is short, lower
 `sweep.batch_size`, the number of pictures under way: plain attention at 64 x 64 latents needs about

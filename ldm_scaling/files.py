@@ -236,5 +236,4 @@ def progress(total: int, desc: str, unit: str = "it", initial: int = 0) -> tqdm:
 def say(line: str) -> None:
     """Tells who waits something beside the progress: a line on stderr, which the log has too."""
     log.info("%s", line)
-    if _progress_shown:
-        tqdm.write(f"ldm-scaling: {line}", file=sys.stderr)
+    tqdm.write(f"ldm-scaling: {line}", file=sys.stderr)

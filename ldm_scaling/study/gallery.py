@@ -22,7 +22,7 @@ from PIL import Image
 
 from ldm_scaling import files, machine, pictures
 from ldm_scaling.errors import UserError
-from ldm_scaling.parallel import compiled
+from ldm_scaling.parallel import compiled, hosts
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling import packing, solvers
 from ldm_scaling.sampling.packing import Configuration
@@ -259,7 +259,7 @@ def text_states(materials: Materials, prompts: Iterable[str]) -> np.ndarray:
     texts, networks = list(prompts), materials.networks
     most = networks.tokens
     for text, count in zip(texts, networks.lengths(texts)):
-        if count > most:
+        if count > most and hosts.is_lead():
             why = "its text encoder takes" if materials.study.weights else "data.text_length is"
             files.say(f"prompt {text!r} has {count} tokens, and its end is not seen: {why} {most}")
     return materials.states(texts)

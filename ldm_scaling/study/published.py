@@ -9,25 +9,28 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
-from ldm_scaling.config import AUTO, Study
+from ldm_scaling.config import AUTO, Diffusion, Study
+from ldm_scaling.diffusion import schedule as schedule_lib
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import clip_text, sd_folder, zoo
 from ldm_scaling.parallel import placing, rules
-from ldm_scaling.study import encoders, weight_files
+from ldm_scaling.sampling import solvers
+from ldm_scaling.study import encoders, subject, weight_files
 from ldm_scaling.study.networks import Networks
 from ldm_scaling.study.workdir import Workdir
 
 
 def resolved(study: Study, workdir: Workdir) -> Study:
-    """The study with what its weights decide: their hash, the noise, the prediction. One without
-    weights is returned as it is.
+    """The study with what its weights decide: their hash, the noise, the prediction; and where
+    their noise is `auto` and ends in pure noise, trailing spacing for what names none and cannot
+    be drawn by its samplers' own. One without weights is returned as it is.
 
     Raises:
       UserError: for a folder that is not whole or not supported, a config that contradicts it, or
@@ -54,9 +57,27 @@ def resolved(study: Study, workdir: Workdir) -> Study:
     diffusion = dataclasses.replace(
         study.diffusion, schedule=found.schedule, prediction=found.prediction
     )
+    spaced = {}
+    if study.diffusion.schedule == AUTO and schedule_lib.get(found.schedule).zero_terminal_snr:
+        tables = {"sample": [study.sample.table], "sweep": subject.tables(study.sweep)}
+        spaced = {
+            name: dataclasses.replace(getattr(study, name), spacing="trailing")
+            for name, some in tables.items() if not _fit(diffusion, some)
+        }
     return dataclasses.replace(
-        study, weights=os.fspath(folder), weights_hash=have, diffusion=diffusion
+        study, weights=os.fspath(folder), weights_hash=have, diffusion=diffusion, **spaced
     )
+
+
+def _fit(diffusion: Diffusion, tables: Iterable[tuple[str, int, str]]) -> bool:
+    """Whether (sampler, steps, spacing) all name one, or can be made without."""
+    schedule = schedule_lib.get(diffusion.schedule)
+    try:
+        for name, steps, spacing in tables:
+            spacing or solvers.make(name, schedule, steps, diffusion.prediction)
+    except UserError:
+        return False
+    return True
 
 
 def networks(study: Study, workdir: Workdir, mesh: Mesh) -> Networks:

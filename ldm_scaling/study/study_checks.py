@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ldm_scaling.config import Study
 from ldm_scaling.data.composed import openmoji
@@ -107,12 +107,12 @@ def _runs(materials: Materials) -> None:
         runs.check(name, run, materials.mesh, held_out.RANKS)
 
 
-def _drawn(materials: Materials) -> list[tuple[str, int, str]]:
-    """(sampler, steps, spacing) of all that is drawn."""
+def _drawn(materials: Materials) -> dict[str, list[tuple[str, int, str]]]:
+    """Key of the config -> (sampler, steps, spacing) of all that is drawn as it says."""
     study = materials.study
     own = [] if study.finetune.pretrained else subject_lib.tables(study.sweep)
-    further = [table for one in further_lib.of(materials) for table in one.tables]
-    return [study.sample.table, *own, *further]
+    further = {one.name: one.tables for one in further_lib.of(materials)}
+    return {"sample.spacing": [study.sample.table], "sweep.spacing": own, **further}
 
 
 def _grids(materials: Materials, measured: bool) -> None:
@@ -133,12 +133,17 @@ def _grids(materials: Materials, measured: bool) -> None:
             published_scorer.require(grid.metrics)
 
 
-def _solvers(study: Study, drawn: Sequence[tuple[str, int, str]]) -> None:
+def _solvers(study: Study, drawn: Mapping[str, Sequence[tuple[str, int, str]]]) -> None:
     """That samplers can be made, see `_drawn`; those that begin too late are told."""
     schedule = schedule_lib.get(study.diffusion.schedule)
-    for name, steps, spacing in drawn:
-        table = solvers.make(name, schedule, steps, study.diffusion.prediction, spacing)
-        solvers.warn(table)
+    for key, tables in drawn.items():
+        for name, steps, spacing in tables:
+            try:
+                table = solvers.make(name, schedule, steps, study.diffusion.prediction, spacing)
+            except UserError as e:
+                where = f"sampler {name}, {steps} steps, {spacing or 'its own'} spacing"
+                raise UserError(f"config: {key}: {where}: {e}") from e
+            solvers.warn(table)
 
 
 def _early(study: Study) -> None:

@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 
 from ldm_scaling import cli
-from ldm_scaling.config import Data, Diffusion, Study, Sweep
+from ldm_scaling.config import Data, Diffusion, Sample, Study, Sweep
 from ldm_scaling.data import coco
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import cost
 from ldm_scaling.sampling import sampler
 from ldm_scaling.sampling.packing import Configuration
-from ldm_scaling.study import published, records, weight_files
+from ldm_scaling.study import published, records, study_checks, weight_files
 from ldm_scaling.study.distilled import Distilled
 from ldm_scaling.study.materials import Materials
 from ldm_scaling.study.workdir import Workdir
@@ -266,6 +266,25 @@ def test_the_noise_is_the_folders(made, tmp_path, zero_snr):
     ):
         with pytest.raises(UserError, match=match):
             published.resolved(study_of(folder, diffusion=given), Workdir(tmp_path))
+
+
+def test_noise_that_ends_pure_is_drawn_from_its_last_timestep(made, tmp_path):
+    """Where nothing else is asked for, and no sampler begins there by itself."""
+    (_, pure), (_, not_pure) = made(2, zero_snr=True), made(2)
+    workdir, lcm = Workdir(tmp_path), {"sample": Sample(sampler="lcm", steps=4)}
+
+    def spacings(folder, **kw):
+        found = study_checks.check(study_of(folder, **kw), workdir, False, False).study
+        return found.sample.spacing, found.sweep.spacing
+
+    assert spacings(pure) == ("trailing", "trailing") and spacings(not_pure) == ("", "")
+    assert spacings(pure, **lcm) == ("", "trailing")
+    ours = Sample(sampler="dpmpp_2m", steps=3, spacing="timesteps:999,500,9")
+    assert spacings(pure, sample=ours) == (ours.spacing, "trailing")
+    told = {"diffusion": Diffusion("sd_zero_snr", "v")}
+    for more, key in (({}, "sample"), ({"sample": Sample(spacing="trailing")}, "sweep")):
+        with pytest.raises(UserError, match=f"config: {key}.spacing: sampler ddim.*'trailing'"):
+            spacings(pure, **told, **more)
 
 
 def test_contradictions_are_named(made, tmp_path):
