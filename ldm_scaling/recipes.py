@@ -8,7 +8,7 @@ import ml_collections
 
 from ldm_scaling import config as config_lib
 from ldm_scaling.errors import UserError
-from ldm_scaling.models import zoo
+from ldm_scaling.models import backbone_tables, zoo
 
 # What of a member is computed again in the backward pass, so that it fits all of launch/plans.
 _REMAT = {"2b": "block", "mmdit_30": "block", "mmdit_38": "block"}
@@ -108,6 +108,12 @@ def straight(config: ml_collections.ConfigDict) -> None:
     config.sweep.spacing = "trailing"
 
 
+def _from_noise(config: ml_collections.ConfigDict, part: ml_collections.ConfigDict) -> None:
+    """What goes on from a SiT is drawn from pure noise too."""
+    if config.diffusion.schedule == "flow":
+        part.sample.spacing = part.sweep.spacing = config.sample.spacing
+
+
 def kl_weight(side: int) -> float:
     """LDM's 1e-6 of loss terms that are summed over a picture of this side, for their means."""
     return 1e-6 / (3 * side**2)
@@ -205,8 +211,8 @@ def tiny(
 
 
 def conditioned(task: str, arg: str = "") -> ml_collections.ConfigDict:
-    """The fine-tuning of one member of Table 1 for an image-conditioned task, as section 3.2 of
-    arXiv 2404.01367 has it for super-resolution.
+    """The fine-tuning of one network of configs/t2i_*.py for an image-conditioned task, as section
+    3.2 of arXiv 2404.01367 has it for super-resolution.
 
     Theirs: the condition's latents beside the noise, 50-step DDIM without guidance, steps from 4 to
     250, quality over fine-tuning compute. Not stated there, so ours: batch 256, learning rate 5e-5
@@ -230,6 +236,7 @@ def conditioned(task: str, arg: str = "") -> ml_collections.ConfigDict:
     config.early.sampler = ""
     tune = config.finetune
     tune.task = task
+    _from_noise(config, tune)
     tune.budgets = (2_000, 5_000, 10_000, 20_000, 50_000)
     run = tune.train
     run.steps = 50_000
@@ -256,8 +263,8 @@ def conditioned(task: str, arg: str = "") -> ml_collections.ConfigDict:
 
 
 def distilled(method: str, arg: str = "") -> ml_collections.ConfigDict:
-    """The distillation of one member of Table 1, as section 3.4 of arXiv 2404.01367 has it for
-    `codi` (its Fig. 13) and `guided` (its Fig. 19).
+    """The distillation of one network of configs/t2i_*.py, as section 3.4 of arXiv 2404.01367 has
+    it for `codi` (its Fig. 13) and `guided` (its Fig. 19).
 
     Stated there: the method, 4 steps, the best guidance rate; for guided distillation students of
     16, 8 and 4 steps. Not stated there, so ours, after the methods' own papers and public code:
@@ -270,6 +277,7 @@ def distilled(method: str, arg: str = "") -> ml_collections.ConfigDict:
       guidance, then 50k for each halving, the rate falling to 0 (Salimans & Ho 2022's number).
     - progressive: v, learnt first; then as guided. Its students are guided by two evaluations.
 
+    A SiT's students say flow, as it does, where others' say v, and have nothing to learn first.
     Batches hold 256. The workdir is that of the study that trained the member; or give
     --config.weights=DIR, a published Stable Diffusion, which is its own teacher.
 
@@ -294,11 +302,12 @@ def distilled(method: str, arg: str = "") -> ml_collections.ConfigDict:
     rates = tuple(config.sweep.guidance)
     part.sweep.guidance = rates
     part.sample.guidance = 3.0
-    if method != "lcm":
+    if method != "lcm" and config.diffusion.prediction == "epsilon":
         part.prediction = "v"
     if halves:
         part.sample.spacing = "trailing"
     if method == "codi":
+        _from_noise(config, part)
         part.train.steps = 200_000
         part.imitation.steps = 10_000
     if method == "lcm":
@@ -331,9 +340,10 @@ def _member(arg: str) -> tuple[str, bool]:
     if member == "local" and not rest:
         member, rest = "", "local"
     member = member or "866m"
-    if member not in {m.name for m in zoo.PAPER} or rest not in ("", "local"):
-        names = ", ".join(m.name for m in zoo.PAPER)
-        raise UserError(f"config argument {arg!r}: choose one of {names}, or that and ,local")
+    names = [m.name for m in (*zoo.PAPER, *backbone_tables.LARGE)]
+    if member not in names or rest not in ("", "local"):
+        raise UserError(
+            f"config argument {arg!r}: choose one of {', '.join(names)}, or that and ,local")
     return member, bool(rest)
 
 

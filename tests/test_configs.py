@@ -211,6 +211,37 @@ def test_an_image_task_of_any_member(task):
         of_text.training_hash("39m")
 
 
+_GO_ON = [
+    "super_resolution", "inpainting", "distill_codi", "distill_lcm", "distill_guided",
+    "distill_progressive",
+]
+
+
+def test_every_task_goes_on_from_every_network():
+    """That its argument names; what decides the network is as its own config has it."""
+    for name in (*PAPER, *LARGE):
+        own = config_lib.parse(load(f"t2i_{name}").get_config())
+        for task in ("inpainting", "distill_guided"):  # One of each recipe.
+            study = config_lib.parse(load(task).get_config(name))
+            assert study.members == (name,)
+            assert study.training_hash(name) == own.training_hash(name)
+    for task in _GO_ON:
+        with pytest.raises(UserError, match="'dit_xl'.*866m.*dit_xl2"):
+            load(task).get_config("dit_xl")
+
+
+@pytest.mark.parametrize("name", ["dit_s2", "sit_b2", "uvit_s", "mmdit_15", "edm2_xs"])
+def test_what_goes_on_from_a_network_of_each_family_holds(name, tmp_path):
+    """At its size and as a small arm. SiT's students say flow, and are drawn from pure noise."""
+    for task in _GO_ON:
+        for arg in (name, f"{name},local"):
+            study = config_lib.parse(load(task).get_config(arg))
+            study_checks.check(study, workdir.Workdir(tmp_path), measured=False)
+            for part in study.distillations if zoo.family_of(name) == "sit" else ():
+                assert part.prediction == "" and "imitation" not in {
+                    stage.name for stage in part.stages("flow") if part.method != "guided"}
+
+
 @pytest.mark.parametrize("family", ["", "dit", "sit", "uvit", "mmdit", "families"])
 def test_the_demo_takes_a_family(family):
     """Of networks that take the demo's latents; all that decides them but their shape is one."""
