@@ -12,12 +12,14 @@ import dataclasses
 import math
 import re
 import time
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from ldm_scaling import files
 from ldm_scaling.errors import UserError
 from ldm_scaling.parallel import aot_gpu, aot_tpu, chips, gpu_program, gpus, hlo
 from ldm_scaling.parallel import collectives as collectives_lib
@@ -35,15 +37,19 @@ class DoesNotFit(Exception):
 
     Attributes:
       needed, available: bytes, as it says, or as given; None where it does not.
+      lowered: see `Program`.
     """
 
-    def __init__(self, message: str, needed: float | None = None, available: float | None = None):
+    def __init__(
+        self, message: str, needed: float | None = None, available: float | None = None,
+        lowered: str = "",
+    ):
         super().__init__(message)
         sizes = re.search(r"([\d.]+)([MG]) of ([\d.]+)([MG]) hbm", message) or re.search(
             r"\(([\d.]+)([MG])\) exceeds available HBM \(([\d.]+)([MG])\)", message
         )
         unit = {"M": 2**20, "G": 2**30}
-        self.needed, self.available = needed, available
+        self.needed, self.available, self.lowered = needed, available, lowered
         if sizes:
             a, b, c, d = sizes.groups()
             self.needed, self.available = float(a) * unit[b], float(c) * unit[d]
@@ -171,6 +177,8 @@ class Program:
       lower_seconds, compile_seconds: that it took.
       sorts: of a GPU's program, kind of kernel -> how many, FLOPs, bytes and seconds of all.
       options: of the compiler that it could not do without.
+      lowered: hash of what the compiler was given: the text without its places in the code, the
+        devices, the options; empty of a program that `read` was given.
     """
 
     memory: Memory
@@ -186,6 +194,7 @@ class Program:
     compile_seconds: float
     sorts: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    lowered: str = ""
 
     def by_kind(self) -> dict[str, dict[str, float]]:
         """Collectives by kind: how many run, bytes of the whole, bytes that a device sends."""
@@ -215,6 +224,7 @@ def _reduced_effort() -> Iterator[None]:
 def compile(
     jitted: Any, *args: Any, mesh: Mesh, cost_of: CostOf = lambda call: None,
     options: Mapping[str, Any] | None = None,
+    known: Mapping[str, Program | DoesNotFit] = types.MappingProxyType({}),
 ) -> Program:
     """Compiles a jitted function for a mesh of devices that are not here.
 
@@ -225,31 +235,57 @@ def compile(
       cost_of: (FLOPs, bytes) of one run of a custom call on one device, None for one that is not
         known.
       options: the compiler's, XLA's flags without dashes.
+      known: what came of programs by `Program.lowered`, of the same compiler, kernels' costs and
+        code of this room; these are lowered, but not compiled again.
 
     Raises:
       DoesNotFit: where it needs more memory than a device has.
     """
     start = time.perf_counter()
     devices = list(mesh.devices.flat)
+    options = dict(options or {})
     if on_gpu(devices):
         with aot_gpu.as_on(devices[0]):
             lowered = jitted.trace(*args).lower(lowering_platforms=("cuda",))
         middle = time.perf_counter()
-        compiled, own = _gpu_compiled(lowered, dict(options or {}))
+        name = _name(lowered, devices, options)
+        if name in known:
+            return _came(known[name])
+        compiled, own = _gpu_compiled(lowered, options)
         end = time.perf_counter()
         program = read(compiled, mesh, cost_of, middle - start, end - middle)
-        return _fitting(dataclasses.replace(program, options=own), devices)
+        return _fitting(dataclasses.replace(program, options=own, lowered=name), devices)
     lowered = jitted.lower(*args)
     middle = time.perf_counter()
+    name = _name(lowered, devices, options)
+    if name in known:
+        return _came(known[name])
     with _reduced_effort():
         try:
-            compiled = lowered.compile(compiler_options=dict(options or {}))
+            compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as e:
             if "RESOURCE_EXHAUSTED" in str(e) and re.search(r"\bhbm\b", str(e), re.IGNORECASE):
-                raise DoesNotFit(str(e)) from e
+                raise DoesNotFit(str(e), lowered=name) from e
             raise
     end = time.perf_counter()
-    return read(compiled, mesh, cost_of, middle - start, end - middle)
+    program = read(compiled, mesh, cost_of, middle - start, end - middle)
+    return dataclasses.replace(program, lowered=name)
+
+
+def _name(lowered: Any, devices: list[Any], options: dict[str, Any]) -> str:
+    """See `Program.lowered`. XLA for GPUs looks at the capacity, too."""
+    chip, _ = chip_of(devices)
+    places = [
+        (d.device_kind, getattr(d, "slice_index", 0), tuple(getattr(d, "coords", (d.id,))))
+        for d in devices
+    ]
+    return files.sha256_of([lowered.as_text(), places, options, _EFFORT, chips.capacity(chip)])
+
+
+def _came(known: Program | DoesNotFit) -> Program:
+    if isinstance(known, DoesNotFit):
+        raise known
+    return known
 
 
 def _gpu_compiled(lowered: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -270,7 +306,8 @@ def _fitting(program: Program, devices: list[Any]) -> Program:
     chip, _ = chip_of(devices)
     needed, available = program.memory.total, chips.capacity(chip)
     if needed > available:
-        raise DoesNotFit(f"{needed / 1e9:.2f} of {available / 1e9:.2f} GB", needed, available)
+        raise DoesNotFit(f"{needed / 1e9:.2f} of {available / 1e9:.2f} GB", needed, available,
+                         program.lowered)
     return program
 
 

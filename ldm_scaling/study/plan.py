@@ -9,7 +9,10 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
-from collections.abc import Callable
+import inspect
+import types
+from collections.abc import Callable, Mapping
+from fractions import Fraction
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from ldm_scaling import files
 from ldm_scaling.config import Study
 from ldm_scaling.config.training import BOOKKEEPING
 from ldm_scaling.models import cost, zoo
-from ldm_scaling.parallel import aot, aot_gpu, chips, hlo
+from ldm_scaling.parallel import aot, aot_gpu, chips, collectives, hlo
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.study import caching_cost, plan_parts, plan_remedies
 from ldm_scaling.study.plan_parts import Part
@@ -55,9 +58,12 @@ GPU_NOTES = (
     "memory or exponentials, whichever it needs longest, without launches; and the roofline of "
     "compute, memory, links (NVLink) or network (between hosts), whichever needs longest.",
 )
+_ROOT = Path(ldm_scaling.__file__).parent
 # What decides a program besides the config; whatever else changes, a plan stays.
 _ROOMS = ("config", "diffusion", "models", "parallel", "sampling", "tasks", "training")
 _FILES = ("caching", "plan", "plan_parts", "plan_remedies")  # of the study's room
+# What reads a compiled program.
+_READERS = ("aot", "chips", "collectives", "gpu_program", "gpus", "hlo")  # of the room parallel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +104,64 @@ def kernel_cost(call: hlo.CustomCall) -> tuple[float, float] | None:
     return flops, float(sum(hlo.size_of((one,)) for one in tensors))
 
 
-def compile_part(part: Part) -> aot.Program:
-    """Compiles a part for its mesh's devices."""
-    return aot.compile(part.program, *part.args, mesh=part.mesh, cost_of=kernel_cost)
+def compile_part(
+    part: Part, known: Mapping[str, aot.Program | aot.DoesNotFit] = types.MappingProxyType({}),
+) -> aot.Program:
+    """Compiles a part for its mesh's devices, unless its program is `known`."""
+    return aot.compile(part.program, *part.args, mesh=part.mesh, cost_of=kernel_cost, known=known)
+
+
+def known(
+    plan: Mapping[str, Any] | None, target: Target
+) -> dict[str, aot.Program | aot.DoesNotFit]:
+    """What a plan of before tells of the programs that were compiled for it, by
+    `aot.Program.lowered`: nothing where it does not name them, or another compiler made or other
+    code read them."""
+    if plan is None or plan.get("reader") != reader(target):
+        return {}
+    out: dict[str, aot.Program | aot.DoesNotFit] = {
+        row["program"]: aot.DoesNotFit(
+            "", row["hbm_gb"] and row["hbm_gb"] * GB, lowered=row["program"])
+        for row in plan["tried"] if not row["fits"]
+    }
+    return out | ({plan["program"]: _program(plan)} if plan["fits"] else {})
+
+
+def _program(plan: Mapping[str, Any]) -> aot.Program:
+    """Of a plan's figures what `_figures` makes them of, in fractions where these are sums."""
+    memory = {name: round(size * GB) for name, size in plan["hbm_by_kind_gb"].items()}
+    outputs, temporaries, code = (memory.pop(n) for n in ("outputs", "temporaries", "code"))
+    exchanges = tuple(
+        collectives.Collective(kind, row["count"], group=0, **{
+            name: Fraction(row[name]) / row["count"] for name in ("bytes", "sent", "slice_sent")})
+        for kind, row in plan["collectives"].items()
+    )
+    sent = sum(Fraction(row["sent"]) for row in plan["collectives"].values())
+    beyond = sum(Fraction(row["slice_sent"]) for row in plan["collectives"].values())
+    counts = plan["xla_counts"]
+    return aot.Program(
+        memory=aot.Memory(sum(memory.values()), outputs, temporaries, code),
+        work=aot.Work(
+            plan["flops"], plan["bytes"], plan["compiler_seconds"], float(sent - beyond),
+            float(beyond),
+        ),
+        counted=counts and (counts["flops"], counts["bytes"], counts["seconds"]),
+        unpriced=plan["operations_without_a_time"],
+        loop_factors=(plan["loop_factors"]["flops"], plan["loop_factors"]["bytes"]),
+        unknown_loops=plan["loops_counted_once"],
+        collectives=exchanges,
+        kernels=tuple(
+            (row["name"], row["calls"], Fraction(row["flops"]) / row["calls"],
+             Fraction(row["bytes"]) / row["calls"])
+            for row in plan["kernels"]
+        ),
+        uncounted=tuple(plan["kernels_not_counted"]),
+        lower_seconds=plan["lower_seconds"],
+        compile_seconds=plan["compile_seconds"],
+        sorts=plan["kernels_by_kind"],
+        options=plan["compiler_options"],
+        lowered=plan["program"],
+    )
 
 
 # --- a plan -----------------------------------------------------------------------------------
@@ -170,7 +231,8 @@ def make(
         "seconds_per_step_bound": None, "days_bound": None, "chip_hours_bound": None,
         "mesh": None, "compile_seconds": None,
         "remedies": [f"--config.{k}={v}" for k, v in changed.items() if found],
-        "tried": tried, "key": its_key, "versions": versions(target),
+        "tried": tried, "key": its_key, "program": None, "reader": reader(target),
+        "versions": versions(target),
         "notes": list(GPU_NOTES if aot.on_gpu(devices) else NOTES),
     }
     if found is None:
@@ -193,7 +255,7 @@ def _attempt(
         program = compile(part)
     except aot.DoesNotFit as e:
         needed = e.needed / GB if e.needed else None
-        return None, [row | {"fits": False, "hbm_gb": needed}]
+        return None, [row | {"fits": False, "hbm_gb": needed, "program": e.lowered}]
     if remedy is None:
         return (study, part, program), []
     times = _times(program, *aot.chip_of(devices))
@@ -238,6 +300,7 @@ def _figures(
     held = {**part.held, "other arguments and padding": rest}
     named = {"outputs": memory.outputs, "temporaries": memory.temporaries, "code": memory.code}
     out = {
+        "program": program.lowered,
         "hbm_gb": memory.total / GB,
         "hbm_gib": memory.total / 2**30,
         "hbm_by_kind_gb": {name: size / GB for name, size in (held | named).items()},
@@ -395,10 +458,22 @@ def key(study: Study, member: str, target: Target, kind: str) -> str:
 @functools.cache
 def code() -> str:
     """Hash of the modules that programs are built from, without comments and docstrings."""
-    root = Path(ldm_scaling.__file__).parent
-    paths = [p for room in _ROOMS for p in sorted((root / room).rglob("*.py"))]
-    paths += [root / "study" / f"{name}.py" for name in _FILES]
-    return files.sha256_of([[str(p.relative_to(root)), _bare(p.read_text())] for p in paths])
+    paths = [p for room in _ROOMS for p in sorted((_ROOT / room).rglob("*.py"))]
+    return _hash([*paths, *(_ROOT / "study" / f"{name}.py" for name in _FILES)])
+
+
+@functools.cache
+def reader(target: Target) -> str:
+    """Hash of what makes figures of a lowered program: the compiler, and the code that reads what
+    it compiled."""
+    its = {name: version for name, version in versions(target).items()
+           if name not in ("ldm_scaling", "jax", "flax", "optax")}
+    paths = [_ROOT / "parallel" / f"{name}.py" for name in _READERS]
+    return files.sha256_of([its, _bare(inspect.getsource(kernel_cost)), _hash(paths)])
+
+
+def _hash(paths: list[Path]) -> str:
+    return files.sha256_of([[str(p.relative_to(_ROOT)), _bare(p.read_text())] for p in paths])
 
 
 def _bare(source: str) -> str:

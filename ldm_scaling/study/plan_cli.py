@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -51,7 +53,8 @@ def _parser() -> Parser:
     add("--all", action="store_true", help="every network of the paper's family on "
         "v5e:16x16, v5p:4x8x8 and v6e:16x16, train and sample, and the largest of other families "
         "on v5e:16x16; plans that are there and still hold are kept")
-    add("--again", action="store_true", help="with --all: makes every plan anew")
+    add("--again", action="store_true", help="with --all or --to: compiles everything anew, also "
+        "programs that are those of the plans that are there")
     add("--table", action="store_true", help="with --all: makes no plan, only the README.md of "
         "those that are there, which says how many no longer hold")
     add("--jobs", type=above_0, default=1, metavar="N",
@@ -82,6 +85,7 @@ def run(arguments: Sequence[str], parse: Callable[[list[str]], Any]) -> None:
             print(line, file=sys.stderr)
         if lines:
             raise UserError(f"{len(lines)} figures are worse than {given.baseline}'s")
+        print(f"no worse than {given.baseline}", file=sys.stderr)
 
 
 def _folder(path: str) -> Path:
@@ -122,9 +126,10 @@ def _one(given: argparse.Namespace, study_of: Callable) -> list[dict]:
     for name in ("config", "topology"):
         if not getattr(given, name):
             raise UserError(f"ldm-scaling plan needs --{name}; see  ldm-scaling plan --help")
-    for name in ("again", "table"):
-        if getattr(given, name):
-            raise UserError(f"--{name} goes with --all")
+    if given.table:
+        raise UserError("--table goes with --all")
+    if given.again and not given.to:
+        raise UserError("--again goes with --all or --to")
     if given.jobs > 1:
         raise UserError("--jobs goes with --all")
     # Before anything is built: what is written is compared afterwards.
@@ -151,11 +156,17 @@ def _one(given: argparse.Namespace, study_of: Callable) -> list[dict]:
     if study.data.text_weights and "text" in kinds:
         kinds = tuple(kind for kind in kinds if kind != "text")
         print("the text encoder of data.text_weights is not read, and not planned", file=sys.stderr)
+    before = None
+    if given.to and not given.again:
+        with contextlib.suppress(UserError):  # Something else, which is written over.
+            before = plan_family.read(_folder(given.to))
+    make = functools.partial(
+        plan.make, compile=functools.partial(plan.compile_part, known=plan.known(before, target)))
     plans = {}
     for kind in kinds:
         own = kind == "train" or asked.startswith(("sample", "distill", "finetune"))
         batch = given.batch if own else None
-        plans[kind] = plan.make(plan.with_batch(study, kind, batch), member, target, kind) | {
+        plans[kind] = make(plan.with_batch(study, kind, batch), member, target, kind) | {
             "made": plan_family.made()}
     share = plan.frozen_share(plans) if len(plans) == len(plan_parts.KINDS) else None
     body: Any = plans[asked] if asked != _ALL else {

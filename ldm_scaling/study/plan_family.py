@@ -99,8 +99,8 @@ def run(
     """Makes what is missing of the family's plans, each in a process of its own, which gives its
     memory back; and the table `README.md` beside them.
 
-    A plan whose config, code and versions are as they were is kept; a run that is stopped goes on
-    from there.
+    A plan whose config, code and versions are as they were is kept; one whose programs are, lowered
+    anew, is renewed without compiling (`plan.known`). A run that is stopped goes on from there.
 
     Args:
       study_of: `--config=...` -> the config, with the overrides.
@@ -108,7 +108,7 @@ def run(
       folder: where plans are written.
       overrides: `--config.KEY=VALUE`, for every member.
       num_slices, batch: for every plan; the batch is that of training.
-      again: makes all anew.
+      again: compiles all anew.
       jobs: how many are made at a time; a compilation keeps one core busy.
       say: told what is done.
       command: what a plan is made by; this program if not given.
@@ -153,7 +153,7 @@ def run(
         if plan is not None and plan["key"] == job.key:
             return ""
         say(f"{job.path.name} ...")
-        why = _in_process([*command, *job.words])
+        why = _in_process([*command, *job.words, *(("--again",) if again else ())])
         if why:
             say(f"{job.path.name}: {why}")
         return why

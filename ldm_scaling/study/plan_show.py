@@ -267,7 +267,14 @@ def _age(plans: Sequence[Plan], stale: int) -> list[str]:
         which = "All" if stale == len(plans) else f"{stale} of them"
         out.append(
             f"**{which} are of an earlier version of the code, its config or its compiler**: "
-            "their keys no longer hold, and `ldm-scaling plan --all` makes them anew."
+            "their keys no longer hold, which says nothing of their figures. `ldm-scaling plan "
+            "--all` lowers those whose program is named, in a minute each, and keeps the figures "
+            "where it is the same."
+        )
+    if unnamed := sum(not one.get("program") for one in plans):
+        out.append(
+            f"{unnamed} name no program, as they came before plans did, or nothing fits: where "
+            "their key does not hold they are compiled anew."
         )
     return out
 

@@ -187,6 +187,25 @@ def test_iterations_and_kernels_are_counted():
     assert program.counted[0] < program.work.flops / 5
 
 
+def test_a_program_that_is_known_is_not_compiled_again(monkeypatch):
+    """Wherever it stands in the code; another one is, and the same for other chips."""
+    mesh = _slice("v5e:2x2")
+    x = _shape(mesh, (8, 128), "d")
+    program = aot.compile(jax.jit(lambda x: x + 1), x, mesh=mesh)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *unused, **more: 1 / 0)
+    known = {program.lowered: program}
+    assert aot.compile(jax.jit(lambda x: x + 1), x, mesh=mesh, known=known) is program
+    with pytest.raises(aot.DoesNotFit):
+        misfit = {program.lowered: aot.DoesNotFit("", 2.0)}
+        aot.compile(jax.jit(lambda x: x + 1), x, mesh=mesh, known=misfit)
+    other = _slice("v6e:2x2")
+    for run, x, where in (
+        (lambda x: x + 2, x, mesh), (lambda x: x + 1, _shape(other, (8, 128), "d"), other),
+    ):
+        with pytest.raises(ZeroDivisionError):
+            aot.compile(jax.jit(run), x, mesh=where, known=known)
+
+
 def test_two_slices_exchange_over_the_network():
     mesh = _slice("v5e:2x2", 2)
     total = jax.shard_map(

@@ -63,8 +63,8 @@ class FakeCompiler:
     def __call__(self, part):
         self.parts.append(part)
         if len(self.parts) < self.fits_at:
-            raise aot.DoesNotFit("Used 20.50G of 15.75G hbm")
-        return _program()
+            raise aot.DoesNotFit("Used 20.50G of 15.75G hbm", lowered=f"program {len(self.parts)}")
+        return dataclasses.replace(_program(), lowered="that fits")
 
 
 def _make(study, devices, fits_at, kind="train"):
@@ -99,6 +99,43 @@ def test_remedies_are_tried_in_order_and_the_one_that_helps_is_told(devices, mon
         assert body["tried"][-1]["fits"] and body["tried"][-1]["seconds_per_step_bound"] == 0.5
         text = plan_show.text([body])
         assert body["tried"][-1]["remedy"] in text and flags[-1] in text
+
+
+@pytest.mark.parametrize("kind", ["train", "sample"])
+def test_of_programs_that_a_plan_names_it_tells_what_was_compiled(kind, devices):
+    """The same plan comes of it without a compiler; but by the same reader alone."""
+    sizes = (("all-gather", 3, 1e9 / 7), ("all-gather", 7, 5.1), ("all-reduce", 1, 0.3))
+    program = dataclasses.replace(
+        _program(), lowered="that fits", memory=aot.Memory(123457, 10001, 7, 3**15),
+        work=aot.Work(1e9 / 3, 1e9 / 7, 0.3, *(
+            sum(part * times * size for _, times, size in sizes) for part in (0.6, 0.1))),
+        collectives=tuple(
+            collectives.Collective(name, times, size, 8, 0.7 * size, 0.1 * size)
+            for name, times, size in sizes),
+        kernels=(("splash_mha_fwd", 2, 1e6 / 3, 0.1), ("splash_mha_fwd", 1, 0.7, 1e5 / 3)),
+    )
+
+    def make(*came):
+        came = iter(came)
+
+        def compile(part):
+            if isinstance(found := next(came), Exception):
+                raise found
+            return found
+
+        body = plan.make(_study(), "c8", TARGET, kind, devices, compile)
+        return body, [*map(body["roofline_seconds"].pop, ("links", "network"))]
+
+    too_large = aot.DoesNotFit("Used 20.50G of 15.75G hbm", lowered="too large")
+    first, sent = make(too_large, program)
+    read = json.loads(json.dumps(first))
+    assert [*(known := plan.known(read, TARGET))] == ["too large", "that fits"]
+    again, sent_again = make(*known.values())
+    assert sent_again == pytest.approx(sent, rel=1e-14)  # Sums come in another order.
+    assert again == first and again["program"] == "that fits"
+    assert plan.known(read | {"reader": "another"}, TARGET) == {} == plan.known(None, TARGET)
+    del read["reader"]  # As plans of earlier versions.
+    assert plan.known(read, TARGET) == {}
 
 
 def test_what_is_done_already_is_no_remedy(devices):
@@ -475,7 +512,7 @@ def test_the_plan_of_a_distillation_is_compared_too(tmp_path, monkeypatch, capsy
         "key": "", "seconds_per_step_bound": 0.2, "hbm_gb": 3.0, "batch": 64,
     }  # fmt: skip
     monkeypatch.setattr(aot_tpu, "require", lambda: None)
-    monkeypatch.setattr(plan, "make", lambda *unused: made)
+    monkeypatch.setattr(plan, "make", lambda *unused, **more: made)
     monkeypatch.setattr(plan, "with_batch", lambda study, *unused: study)
     plan_family.write(
         tmp_path / "39m_v5e-16x16_distill.json", made | {"seconds_per_step_bound": 0.1})
@@ -485,13 +522,18 @@ def test_the_plan_of_a_distillation_is_compared_too(tmp_path, monkeypatch, capsy
     told, why = capsys.readouterr().err.splitlines()
     assert told.startswith("39m_v5e-16x16_distill.json: ") and "+100.0%" in told
     assert "1 figures are worse" in why
+    plan_family.write(tmp_path / "39m_v5e-16x16_distill.json", made)
+    assert cli.main(line) == 0
+    out, err = capsys.readouterr()
+    assert err == f"no worse than {tmp_path}\n" and json.loads(out) == made | {
+        "made": plan_family.made()}
 
 
 def test_what_is_trained_elsewhere_is_planned_as_its_fine_tuning(tmp_path, monkeypatch, devices):
     body, _ = _make(_study(), devices, fits_at=1)
     made = []
     monkeypatch.setattr(aot_tpu, "require", lambda: None)
-    monkeypatch.setattr(plan, "make", lambda study, member, target, kind: made.append(
+    monkeypatch.setattr(plan, "make", lambda study, member, target, kind, **more: made.append(
         (kind, study.finetune.train.batch_size)) or body)
     line = ["plan", "--config=configs/inpainting.py:39m,local", "--topology=v5e:2x4", "--batch=32"]
     elsewhere = "--config.finetune.pretrained=elsewhere"
@@ -549,7 +591,7 @@ def test_a_pods_processes_sample_on_their_own_chips():
     assert (part.examples, part.copies) == (study.sweep.batch_size, 4)
 
 
-def test_a_network_by_the_tpus_own_compiler(capsys, tmp_path):
+def test_a_network_by_the_tpus_own_compiler(capsys, tmp_path, monkeypatch):
     pytest.importorskip("libtpu", reason="no TPU compiler: pip install -e '.[parity]'")
     path = tmp_path / "plan.json"
     status = cli.main([
@@ -566,6 +608,23 @@ def test_a_network_by_the_tpus_own_compiler(capsys, tmp_path):
     assert 0.9 < body["flops_over_analytic"] < 1.2
     # Parameters lie in four parts and are gathered.
     assert body["collectives"]["all-gather"]["count"] > 0
+    # Of an earlier version, but the same program: its key is renewed, its figures stay.
+    plan_family.write(path, body | {"key": "old", "made": {}})
+
+    def compiles(*unused, **more):
+        raise UserError("compiles")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compiles)
+    line = ["plan", "--config=configs/t2i_39m.py:local", "--topology=v5e:16x16", "--kind=sample",
+            f"--to={path}"]
+    assert cli.main(line) == 0
+    renewed = json.loads(path.read_text())
+    assert renewed["key"] == body["key"] and renewed["program"] == body["program"]
+    assert renewed["compile_seconds"] == body["compile_seconds"]
+    for name in ("seconds_per_step_bound", "hbm_by_kind_gb", "collectives", "kernels"):
+        assert renewed[name] == body[name]
+    for other in ("--config.sweep.batch_size=32", "--again"):
+        assert cli.main([*line, other]) == 2
 
 
 def test_a_network_by_a_gpus_own_compiler(capsys, tmp_path, monkeypatch):
