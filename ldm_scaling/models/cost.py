@@ -51,7 +51,7 @@ def of(spec: backbone.Spec, tokens: int | None = None) -> Cost:
     """Both figures, see `gflops`: of the zoo's networks as `COUNTED` has them, of others, and at
     other numbers of text tokens, counted now, in a second or two, and kept for the life of the
     process. Raises as `count`."""
-    known = _counted().get(key(spec)) if tokens in (None, spec.context_length) else None
+    known = kept(COUNTED, spec, tokens)
     return count(spec, tokens) if known is None else Cost(known["params"], known["gflops"])
 
 
@@ -60,9 +60,17 @@ def key(spec: backbone.Spec) -> str:
     return hashlib.sha256(repr(spec).encode()).hexdigest()[:16]
 
 
+def kept(
+    path: pathlib.Path, spec: backbone.Spec, tokens: int | None = None
+) -> dict[str, Any] | None:
+    """What a file of `counted.write` has of a network; None where it is not in it, or at another
+    number of text tokens."""
+    return _read(path).get(key(spec)) if tokens in (None, spec.context_length) else None
+
+
 @functools.cache
-def _counted() -> dict[str, dict[str, Any]]:
-    return json.loads(COUNTED.read_text("utf-8")) if COUNTED.exists() else {}
+def _read(path: pathlib.Path) -> dict[str, dict[str, Any]]:
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
 def count(spec: backbone.Spec, tokens: int | None = None) -> Cost:

@@ -7,7 +7,11 @@ Some minutes, after a change to what networks compute or to the zoo; a test says
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from ldm_scaling import files
 from ldm_scaling.models import backbone, backbone_tables, cost, zoo
@@ -21,17 +25,25 @@ def networks() -> dict[str, backbone.Spec]:
     }
 
 
-def main() -> None:
-    """Counts all of them and writes the file."""
+def write(
+    path: pathlib.Path, named: Mapping[str, backbone.Spec],
+    count: Callable[[backbone.Spec], dict[str, Any]],
+) -> None:
+    """Counts networks and writes what `cost.kept` finds."""
     from tqdm import tqdm
 
-    rows, named = {}, networks()
+    rows: dict[str, dict[str, Any]] = {}
     for name in tqdm(named, desc="counting", unit="network"):
-        own = cost.count(named[name])
-        row = {"name": name, "params": own.params, "gflops": own.gflops}
-        rows.setdefault(cost.key(named[name]), row)  # Some have two names.
+        key = cost.key(named[name])
+        if key not in rows:  # Some have two names.
+            rows[key] = {"name": name, **count(named[name])}
     text = ",\n".join(f"{json.dumps(key)}: {json.dumps(row)}" for key, row in rows.items())
-    files.atomic_write_bytes(cost.COUNTED, f"{{\n{text}\n}}\n".encode())
+    files.atomic_write_bytes(path, f"{{\n{text}\n}}\n".encode())
+
+
+def main() -> None:
+    """Counts all of them and writes the file."""
+    write(cost.COUNTED, networks(), lambda spec: dataclasses.asdict(cost.count(spec)))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import pathlib
 from collections.abc import Callable, Sequence
 
 import jax
@@ -42,6 +43,8 @@ TEXTS: dict[str, TextSpec] = {
     "t5_xxl": t5.T5Spec(width=4096, layers=24, heads=64, head_width=64, hidden=10240),
 }
 _BYTES = {"float16": 2, "float32": 4}
+COUNTED = pathlib.Path(__file__).with_name("counted.json")
+"""FLOPs of training the zoo's networks, which take seconds each to count; see `counted`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +158,8 @@ class Row:
 
 
 def rows(plan: Plan, members: Sequence[str]) -> list[Row]:
-    """One a member, in about three seconds each; `dataclasses.asdict` makes JSON of it.
+    """One a member; `dataclasses.asdict` makes JSON of it. A member on latents or captions of
+    another size than the zoo's takes some seconds.
 
     Raises:
       UserError: for a member that is unknown or does not take such latents or states, or where JAX
@@ -240,7 +244,14 @@ def text_gflops(spec: TextSpec, length: int) -> float:
 @functools.cache
 def train_gflops(spec: backbone.Spec, tokens: int | None = None) -> float:
     """1e9 FLOPs of the loss and its gradient for one example, without the optimiser; of so many
-    text tokens, the spec's own if not given."""
+    text tokens, the spec's own if not given. Of the zoo's networks as `COUNTED` has them, of others
+    counted now and kept for the life of the process."""
+    known = cost.kept(COUNTED, spec, tokens)
+    return count_train(spec, tokens) if known is None else known["train_gflops"]
+
+
+def count_train(spec: backbone.Spec, tokens: int | None = None) -> float:
+    """The same, counted."""
     denoise = backbone.denoise_fn(spec, attention=attention.textbook)
     schedule = schedule_lib.get("sd")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 
 import jax
 import numpy as np
@@ -16,6 +17,8 @@ from ldm_scaling.models import autoencoder, clip, cost, t5, text_encoder, zoo
 from ldm_scaling.study import caching_cost
 
 SMALL = autoencoder.AutoencoderSpec(8, (1, 2, 2), 1, 4, 4, mid_attention=False)
+SOME = ("c8", "dit_w40", "uvit_w32", "mmdit_d5", "edm2_c14")
+RENEW = "networks, their loss or the zoo have changed: python -m ldm_scaling.study.counted"
 PLAN = caching_cost.Plan(
     images=1000, captions=1000, side=32, autoencoder=SMALL, text=text_encoder.BertSpec(layers=1),
     length=18, examples_per_second=100,
@@ -30,6 +33,24 @@ def changed(**kw):
 def row():
     (row,) = caching_cost.rows(PLAN, ["c8"])
     return row
+
+
+def test_training_costs_that_are_kept_are_of_the_zoos_networks():
+    kept = json.loads(caching_cost.COUNTED.read_text("utf-8"))
+    assert set(kept) == {cost.key(member.spec) for member in zoo.MEMBERS.values()}, RENEW
+
+
+@pytest.mark.parametrize("name", [
+    name for name in zoo.MEMBERS if name in SOME or "LDM_SCALING_LONG" in os.environ
+])
+def test_training_costs_that_are_kept_are_what_is_counted(name):
+    """And found at the spec's own number of tokens alone. With LDM_SCALING_LONG=1 of all."""
+    spec = zoo.get(name).spec
+    caching_cost.train_gflops.cache_clear()
+    kept = caching_cost.train_gflops(spec)
+    assert kept == cost.kept(caching_cost.COUNTED, spec)["train_gflops"]
+    assert caching_cost.count_train(spec) == pytest.approx(kept), RENEW
+    assert cost.kept(caching_cost.COUNTED, spec, spec.context_length + 1) is None
 
 
 def test_a_training_step_is_about_three_passes(row):
