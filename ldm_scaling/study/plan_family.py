@@ -138,6 +138,7 @@ def run(
         page = plan_show.markdown(
             [plan if "made" in plan else plan | {"made": _came(job.path)} for plan, job in there],
             stale=sum(plan["key"] != job.key for plan, job in there),
+            missing=[job.path.stem for job in wanted if not job.path.exists()],
         )
         files.atomic_write_text(folder / "README.md", page)
         return [plan for plan, job in there if job in wanted]

@@ -223,8 +223,9 @@ def _seconds(value: float) -> str:
 # --- the family -------------------------------------------------------------------------------
 
 
-def markdown(plans: Iterable[Plan], stale: int = 0) -> str:
-    """The family's plans as a page; of so many the key is another by now."""
+def markdown(plans: Iterable[Plan], stale: int = 0, missing: Sequence[str] = ()) -> str:
+    """The family's plans as a page; of so many the key is another by now, and of what is `missing`
+    no plan was made."""
     plans = list(plans)
     lines = [
         "# Plans of the family", "",
@@ -235,6 +236,7 @@ def markdown(plans: Iterable[Plan], stale: int = 0) -> str:
     for found in sorted(versions):
         lines.append("Compiled with " + ", ".join(f"{n} {v}" for n, v in found) + ".")
     lines += ["", *_age(plans, stale)]
+    lines += [f"Not made yet: {', '.join(missing)}."] if missing else []
     trained = [one for one in plans if one["kind"] == "train"]
     unets = [one for one in trained if zoo.family_of(one["member"]) == "unet"]
     others = [one for one in trained if one not in unets]

@@ -432,6 +432,7 @@ def test_the_family_goes_on_where_it_was(tmp_path, monkeypatch, devices):
     assert "| 39m | v6e:16x16 |" in table and "not measurements" in table
     assert "| dit_xl2 |" in table.split("## Other backbones")[1].split("##")[0]
     assert "earlier version" not in table and "of which no day is known" in table
+    assert "Not made yet: 145m_v6e-16x16_train.\n" in table
     # The table alone says what no longer holds.
     old = plan_family.read(folder / "39m_v5e-16x16_train.json") | {
         "key": "old", "made": {"date": "2026-01-02", "commit": "abc"}}
