@@ -11,7 +11,7 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.models import backbone_tables, zoo
 
 # What of a member is computed again in the backward pass, so that it fits all of launch/plans.
-_REMAT = {"2b": "block", "mmdit_30": "block", "mmdit_38": "block"}
+_REMAT = {"mmdit_30": "block", "mmdit_38": "block"}
 # What stands for each family on a CPU.
 _SMALLEST = {"unet": "c8", "dit": "dit_w40", "sit": "sit_w40", "uvit": "uvit_w32",
              "mmdit": "mmdit_d5", "edm2": "edm2_c14"}
