@@ -273,10 +273,10 @@ def _age(plans: Sequence[Plan], stale: int) -> list[str]:
             "--all` lowers those whose program is named, in a minute each, and keeps the figures "
             "where it is the same."
         )
-    if unnamed := sum(not one.get("program") for one in plans):
+    if unnamed := sum("reader" not in one for one in plans):
         out.append(
-            f"{unnamed} name no program, as they came before plans did, or nothing fits: where "
-            "their key does not hold they are compiled anew."
+            f"{unnamed} name no program, for they are from before plans did: where their key does "
+            "not hold they are compiled anew."
         )
     return out
 

@@ -893,7 +893,7 @@ def test_what_members_cost_is_reckoned_beside_them(scripts):
     seconds = [reckoning.seconds(study, name) for name in study.members]
     assert seconds == sorted(seconds) and 30 < seconds[0] and seconds[-1] < 300
     rows = {member: reckoning.reckon(study, member) for member in study.members}
-    assert all(cost.key(zoo.get(name).spec) in cost._counted() for name in rows)
+    assert all(cost.kept(cost.COUNTED, zoo.get(name).spec) for name in rows)
     lines = reckoning.budget("configs/h200_ladder.py")
     assert lines[0].endswith("training, sweep, early, decoding") and len(lines) == 9
 
