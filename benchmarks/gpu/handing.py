@@ -86,7 +86,8 @@ def hand(
       UserError: where a package, a wheel or a part is missing, the folder is there, or it is too
         much.
     """
-    more, tree = [] if source is None else parts(source), tree_size(to)
+    to = to.resolve()
+    more, tree = [] if source is None else parts(source.resolve()), tree_size(to)
     if more and (to / ARCHIVE).exists():
         total = _fits(tree, to / ARCHIVE, more, limit)
         for path in to.glob("ladder.tar.xz.*"):

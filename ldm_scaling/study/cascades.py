@@ -139,5 +139,5 @@ def sentences(
     return [
         f"Of single networks ({cells[SINGLE]} cells) and cascades ({cells[CASCADE]} cells), each "
         f"at its best networks and steps: {'; '.join(map(one, ends))}. What has more cells has "
-        "more to choose from; each network was trained once."
+        "more to choose from."
     ]

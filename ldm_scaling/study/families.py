@@ -101,8 +101,8 @@ def sentences(curves: Curves, metric: str) -> list[str]:
     ]
     return [
         f"Of the families {labels.listing(of)}, each at its best size, sampler and steps: "
-        f"{'; '.join(map(one, ends))}. A family with more cells has more to choose from; each size "
-        "was trained once, all by one recipe."
+        f"{'; '.join(map(one, ends))}. A family with more cells has more to choose from; all sizes "
+        "were trained by one recipe."
     ]
 
 

@@ -18,6 +18,7 @@ from ldm_scaling.study import (
     curves,
     labels,
     places,
+    repeated,
     report,
     reported,
     students,
@@ -90,8 +91,8 @@ def _run(given: argparse.Namespace, there: Places) -> None:
         found, metric, select_block, report_blocks, settings=settings, spacing=there.spacing)
     strips, lost = [home / "strips" for home in there.homes] if given.workdir else [], []
     if given.workdir:
-        read = [beside.losses(Workdir(home), reported.trained_in(home, curves.models(found)))
-                for home in there.homes]
+        networks = repeated.networks(found, curves.models(found))
+        read = [beside.losses(Workdir(home), networks) for home in there.homes]
         lost = [line for _, lines in read for line in lines]
         source = dataclasses.replace(
             source, images=beside.strips(strips, source),

@@ -297,7 +297,7 @@ def of_records(
         ones[-1] if unit == "cost" else None,
         " ".join([*untimed, *(lacking if training else ())]), blocks=len(report_blocks),
         doubt=next(iter(doubts if prices is None else untimed), ""),
-        pictures=training.pictures if training else 0, lucky=bool(repeated.words(weighed)),
+        pictures=training.pictures if training else 0, lucky=repeated.luck_of(weighed) > 0,
     )
 
 

@@ -166,8 +166,9 @@ def _one(given: argparse.Namespace, study_of: Callable) -> list[dict]:
     for kind in kinds:
         own = kind == "train" or asked.startswith(("sample", "distill", "finetune"))
         batch = given.batch if own else None
+        made = plan_family.made()  # Before it is compiled: by then the code may be another.
         plans[kind] = make(plan.with_batch(study, kind, batch), member, target, kind) | {
-            "made": plan_family.made()}
+            "made": made}
     share = plan.frozen_share(plans) if len(plans) == len(plan_parts.KINDS) else None
     body: Any = plans[asked] if asked != _ALL else {
         "member": member, "topology": target.topology, "num_slices": target.num_slices,

@@ -152,6 +152,8 @@ class Record:
         first; empty of the first, and where there is no other. See `study.repeated`.
       run: which of its training runs, from 0.
       runs: of training, that it is the mean of. What is stored is of one.
+      freedom: degrees of freedom of the luck of a training run that replicates hold; 0 where they
+        hold none, as all that is stored.
     """
 
     identity: Identity
@@ -175,6 +177,7 @@ class Record:
     repeats: str = ""
     run: int = 0
     runs: int = 1
+    freedom: int = 0
 
     def __post_init__(self) -> None:
         if self.identity.first != (self.first.spelling if self.first else ""):
@@ -214,7 +217,7 @@ def path_of(directory: epath.PathLike, key: str) -> epath.Path:
 def write(directory: epath.PathLike, record: Record) -> None:
     """Writes one record by atomic rename. Raises `UserError` on a value that is not finite, and
     `ValueError` for the mean of several runs, which is no measurement."""
-    if record.runs != 1:
+    if record.runs != 1 or record.freedom:
         raise ValueError(f"a record is of one training run, this one is the mean of {record.runs}")
     for name, value in record.metrics.items():
         if not math.isfinite(value):
@@ -224,7 +227,7 @@ def write(directory: epath.PathLike, record: Record) -> None:
                 "the sampled images or features are not finite; check the checkpoint"
             )
     payload = {"format": FORMAT, "key": record.identity.key, **dataclasses.asdict(record)}
-    del payload["runs"]
+    del payload["runs"], payload["freedom"]
     if not record.repeats:  # As records were before networks were trained again.
         del payload["repeats"], payload["run"]
     text = json.dumps(payload, indent=1, sort_keys=True, allow_nan=False)

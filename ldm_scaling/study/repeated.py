@@ -21,6 +21,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ldm_scaling.config import repeats
 from ldm_scaling.errors import UserError
 from ldm_scaling.metrics import bootstrap
 from ldm_scaling.study import labels, scores
@@ -118,11 +119,12 @@ def by_run(records: Sequence[Record], metric: str) -> dict[Identity, dict[int, f
 def words(records: Sequence[Record]) -> str:
     """How often the sizes of merged records were trained, and whether intervals cover the chance of
     another run, in a sentence or two; empty where none has several runs."""
-    reported = [r for r in records if r.replicates or r.runs > 1]
+    members = [r for r in records if r.task == TEXT_TO_IMAGE]
+    # Without replicates nothing tells blocks that report from others.
+    drawn = [r for r in members if r.replicates]
     trained: dict[str, list[int]] = {}
-    for r in sorted(reported, key=lambda r: (r.params, r.identity.model)):
-        if r.task == TEXT_TO_IMAGE:
-            trained.setdefault(r.identity.model, []).append(r.runs)
+    for r in sorted(drawn or members, key=lambda r: (r.params, r.identity.model)):
+        trained.setdefault(r.identity.model, []).append(r.runs)
     by: dict[int, list[str]] = defaultdict(list)
     for model, own in trained.items():
         by[max(own)].append(model)
@@ -131,14 +133,31 @@ def words(records: Sequence[Record]) -> str:
     told = "; ".join(
         f"{labels.listing(by[n])} {'was' if len(by[n]) == 1 else 'were'} trained "
         f"{'once' if n == 1 else f'{n} times'}" for n in sorted(by, reverse=True))
-    freedom = sum(max(own) - 1 for own in trained.values())
+    freedom = luck_of(records)
     few = sum(n < max(own) for own in trained.values() for n in own)
     less = f" {labels.counted(few, 'cell')} {'has' if few == 1 else 'have'} fewer runs." * (few > 0)
-    if freedom < LEAST_FREEDOM:
-        return (f"{told}: values are means over runs, but two runs of one size do not say how far "
-                f"another would be, and intervals do not cover it.{less}")
+    if not freedom:
+        why = "two runs of one size do not say how far another would be" if drawn else (
+            "there are no replicates")
+        return (f"{told}: values are means over runs, but {why}, and no interval covers that."
+                f"{less}")
     return (f"{told}: values are means over runs, and intervals and probabilities cover the chance "
             f"of another run ({freedom} degrees of freedom, all sizes together).{less}")
+
+
+def luck_of(records: Sequence[Record]) -> int:
+    """Degrees of freedom of the luck that replicates of merged records hold; 0 where they hold
+    none."""
+    return max((r.freedom for r in records), default=0)
+
+
+def networks(records: Sequence[Record], models: Sequence[str]) -> list[str]:
+    """Names of the training runs of sizes that have records, see `config.repeats`, the first ones
+    before others."""
+    further = {(r.run, r.identity.model) for r in records if r.repeats}
+    order = {model: k for k, model in enumerate(models)}
+    return [*models, *(repeats.name(model, run) for run, model in sorted(
+        (own for own in further if own[1] in order), key=lambda own: (own[0], order[own[1]])))]
 
 
 def _further(records: Sequence[Record]) -> dict[tuple[str, Identity], list[Record]]:
@@ -288,6 +307,9 @@ class _Luck:
             values_R = np.array(values)
             values_R = values_R * np.exp(luck_R) if name in self.relative else values_R + luck_R
             replicates[name] = values_R.tolist()
-            # Luck has Student's tails already.
-            intervals[name] = interval(name, values_R, math.inf, bool(record.round))
-        return dataclasses.replace(record, replicates=replicates, intervals=intervals)
+            # Luck has Student's tails already; few pictures alone may be wider.
+            both = [interval(name, values_R, math.inf, bool(record.round)),
+                    interval(name, np.array(values), record.identity.num_images - 1)]
+            intervals[name] = min(low for low, _ in both), max(high for _, high in both)
+        return dataclasses.replace(
+            record, replicates=replicates, intervals=intervals, freedom=self.freedom)

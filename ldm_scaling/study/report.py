@@ -313,7 +313,9 @@ def write(
     # Sizes of one family alone are a ladder, smaller to larger.
     name, ladder = families.ladder(sizes)
     evidence = claims.Evidence.of([
-        r for r in blocks_lib.pooled(every, told.select_block, told.report_blocks)
+        r for own in ([r for r in every if r.task == TEXT_TO_IMAGE],  # Of all runs, for claim 1.
+                      [r for r in merged if r.task != TEXT_TO_IMAGE])
+        for r in blocks_lib.pooled(own, told.select_block, told.report_blocks)
         if r.identity.model in ladder
     ])
     if name:

@@ -367,15 +367,6 @@ def config_of(home: epath.PathLike) -> Study | None:
         return None
 
 
-def trained_in(home: epath.PathLike, models: Sequence[str]) -> list[str]:
-    """Names of the training runs of sizes in a workdir, by its last config; those of the first runs
-    where that says nothing."""
-    study = config_of(home)
-    further = () if study is None else [
-        name for name in study.trained if name not in models and study.run_of(name)[0] in models]
-    return [*models, *further]
-
-
 def leading(records: Sequence[Record]) -> str | None:
     """The measure that chose the guidance of most cells: the one at whose best rates, on the block
     that holds most rates, the others report. The table's first where several do, or none was

@@ -114,6 +114,8 @@ def train_member(materials: Materials, member: str) -> None:
         return
     if member in study.members:
         early.require_ahead(materials, member)
+    else:  # Checkpoints along training are measured of first runs alone.
+        run = dataclasses.replace(run, keep_steps=())
     runs.tell_passes(member, study, run, [d.count("train") for d in materials.datasets])
     task = text_to_image.make(
         member, spec, run, study.diffusion, study.sample, materials.frozen,

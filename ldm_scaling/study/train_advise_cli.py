@@ -16,7 +16,7 @@ from ldm_scaling.config import Study
 from ldm_scaling.errors import UserError
 from ldm_scaling.models import cost, zoo
 from ldm_scaling.models.cost import Cost
-from ldm_scaling.study import families, labels, places, reported, train_advice, train_budgets
+from ldm_scaling.study import families, labels, places, repeated, train_advice, train_budgets
 from ldm_scaling.study.arguments import pieces
 from ldm_scaling.study.places import Places
 from ldm_scaling.study.records import TEXT_TO_IMAGE
@@ -51,7 +51,7 @@ def run(given: argparse.Namespace) -> None:
     home, study, found = _place(given.records)
     costs = _costs(found, pieces("--member", given.member or ()))
     every = {run: read_curves(Workdir(home).member(run))
-             for run in reported.trained_in(home, list(costs))}
+             for run in repeated.networks(found.records, list(costs))}
     curves = {m: every[m] for m in costs}
     if bare := [m for m, rows in curves.items() if not rows]:
         path = Workdir(home).member(bare[0]) / "curves.csv"

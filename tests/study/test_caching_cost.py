@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 
 import jax
 import numpy as np
@@ -41,7 +40,7 @@ def test_training_costs_that_are_kept_are_of_the_zoos_networks():
 
 
 @pytest.mark.parametrize("name", [
-    name for name in zoo.MEMBERS if name in SOME or "LDM_SCALING_LONG" in os.environ
+    pytest.param(name, marks=() if name in SOME else pytest.mark.long) for name in zoo.MEMBERS
 ])
 def test_training_costs_that_are_kept_are_what_is_counted(name):
     """And found at the spec's own number of tokens alone. With LDM_SCALING_LONG=1 of all."""

@@ -125,6 +125,12 @@ def test_one_size_trained_twice_says_nothing_of_another_run():
     assert "do not say how far another would be" in repeated.words(repeated.merged(every))
 
 
+def test_without_replicates_there_are_means_alone():
+    every = [dataclasses.replace(r, replicates={}, intervals={}) for r in made(2)]
+    assert "4 degrees" not in (said := repeated.words(repeated.merged(every)))
+    assert said.startswith("c8, c16, c24 and c32 were trained 2 times") and "no replicates" in said
+
+
 def test_measures_that_may_be_0_or_below_scatter_by_differences():
     every = [dataclasses.replace(
         r, metrics={"kd_effnetlite0": r.metrics[FD] - 60},

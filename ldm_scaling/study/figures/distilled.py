@@ -26,9 +26,11 @@ def _undistilled(source: Source, records: Sequence[Record]) -> dict[str, list[Po
     return {m: c for (m, s), c in source.curves.items() if s == name}
 
 
-def _of(plain: dict[str, list[Point]]) -> str:
-    """What the undistilled are drawn by, for titles; nothing without any."""
-    return next((f" ({labels.sampler(c[0].sampler)})" for c in plain.values()), "")
+def _of(plain: dict[str, list[Point]], source: Source) -> str:
+    """What the undistilled are drawn by, and which of several runs they are, for titles; nothing
+    without any."""
+    which = ", of the first training run" if source.first_of_several else ""
+    return next((f" ({labels.sampler(c[0].sampler)}{which})" for c in plain.values()), "")
 
 
 def speed_up(distilled: Point, others: Sequence[Point], sign: int) -> float | None:
@@ -56,7 +58,7 @@ def consistency(source: Source) -> dict[str, Drawn]:
     method = labels.sampler(records[0].setting.partition("_")[0])
     plot_style.title(
         fig, f"Distilled{f' ({method})' if method else ''} in few steps, "
-        f"undistilled{_of(plain)} in more\n"
+        f"undistilled{_of(plain, source)} in more\n"
         "Above: how many times more the cheapest as good undistilled setting costs (–: none is)",
         fontsize=10)
     plot_style.name_ends(left, ends)
@@ -199,7 +201,7 @@ def _stages(source: Source, task: str, records: Sequence[Record]) -> Drawn | Non
     fig.supxlabel("sampling steps", fontsize=10)
     plot_style.title(
         fig, f"{labels.task(task)}: sN are students of N steps, each of the one before\n"
-        f"dashed: undistilled{_of(plain)}", fontsize=10)
+        f"dashed: undistilled{_of(plain, source)}", fontsize=10)
     for ax, named in ends:
         plot_style.name_ends(ax, named)
     return Drawn(fig, out)

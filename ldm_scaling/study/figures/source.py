@@ -60,6 +60,7 @@ class Source:
       baselines: that restored pictures are held against, of any tasks.
       settings: to be preferred where there are several, see `curves.one_setting`.
       spacing: that students' teachers are to be drawn with, see `students.teacher`.
+      first_of_several: whether records are of first training runs alone, where there are others.
     """
 
     records: Sequence[Record]
@@ -72,6 +73,7 @@ class Source:
     baselines: Sequence[Baselines] = ()
     settings: Sequence[str] = ()
     spacing: str = ""
+    first_of_several: bool = False
 
     def __post_init__(self) -> None:
         labels.measure(self.metric)
@@ -89,7 +91,8 @@ class Source:
     @functools.cached_property
     def first_runs(self) -> Source:
         """The same of the first training runs alone, which students are made of."""
-        return dataclasses.replace(self, records=repeated.first_runs(self.records))
+        own = repeated.first_runs(self.records)
+        return dataclasses.replace(self, records=own, first_of_several=len(own) < len(self.records))
 
     def of_task(self, task: str) -> list[Record]:
         """Records of networks for a task, at any training step, those of the blocks that report as

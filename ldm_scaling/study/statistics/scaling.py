@@ -82,12 +82,13 @@ class Runs:
         `scatter.Scatter`; the luck only from 4 sizes on (with an offset; 3 without). Through fewer,
         or through 4 ends of runs by two scales, the law always passes: it has no intervals then.
 
-        Each network was trained once, so what paired replicates say of the choice of prompts is
-        the smaller part of the doubt; `fits.bootstrap(..., y_RN=runs.value_RN)` has that part.
+        Luck is of a size: several runs of one share how far their size lies from the law, and are
+        noise about it. What paired replicates say of the choice of prompts is the smaller part of
+        the doubt; `fits.bootstrap(..., y_RN=runs.value_RN)` has that part.
         """
         x_NK = self.scales(by)
         fit = fits.fit(x_NK, self.value_N, offset=offset, delta=delta)
-        return fits.bootstrap(fit, x_NK, self.value_N, replicates=replicates, runs=self.each)
+        return fits.bootstrap(fit, x_NK, self.value_N, replicates=replicates, runs=self.models)
 
     def held_out(
         self, by: By, *, offset: bool = True, delta: float = fits.DELTA, replicates: int = 200
@@ -100,7 +101,7 @@ class Runs:
         largest_N = self.params_N == self.params_N.max()
         return fits.without(
             self.scales(by), self.value_N, largest_N, offset=offset, delta=delta,
-            replicates=replicates, runs=self.each,
+            replicates=replicates, runs=self.models,
         )
 
     def frontier(
@@ -120,7 +121,7 @@ class Runs:
         # Raises before what takes long.
         isoflop.frontier(*columns, replicates=1, tolerance=exact)
         fit = fits.fit(self.scales("call and images"), self.value_N, delta=delta)
-        noise_RN, _ = fit.scatter_by(self.each).draw(replicates, np.random.default_rng(seed))
+        noise_RN, _ = fit.scatter_by(self.models).draw(replicates, np.random.default_rng(seed))
         loss_RB = np.exp((np.log(self.value_N) + noise_RN) @ weight_BN.T)
         return isoflop.frontier(*columns, loss_RN=loss_RB, tolerance=exact)
 
