@@ -201,9 +201,21 @@ def interval(
     return float(middle - half), float(middle + half)
 
 
+def widened(centred_R: np.ndarray, freedom: float) -> np.ndarray:
+    """Centred replicates whose percentiles are, of few images, about as wide as `interval`: for
+    what else is to be added to them."""
+    if freedom >= FEW or len(centred_R) < 2:
+        return centred_R
+    middle, free = centred_R.mean(), least_freedom(centred_R, freedom)
+    t, normal = scipy.stats.t.ppf(0.975, free), scipy.stats.norm.ppf(0.975)
+    return middle + (centred_R - middle) * t / normal
+
+
 def least_freedom(replicates_R: np.ndarray, freedom: float) -> float:
     """Degrees of freedom of the replicates' standard deviation: neither more than the images have
     nor than there are replicates for."""
+    if not freedom >= 1:
+        raise UserError(f"{freedom} degrees of freedom of the images: 1 at least, which is two")
     return min(freedom, len(replicates_R) - 1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -49,6 +50,7 @@ class Point:
       choosing_images: images behind `chosen_by`, as many unless told: fewer after a race.
       train_step: training step of its checkpoint.
       taught: of `cost`, the share of training where that is counted, see `pricing.Training`.
+      lucky: whether replicates hold the luck of a training run, see `study.repeated`.
     """
 
     model: str
@@ -67,16 +69,17 @@ class Point:
     choosing_images: int | None = None
     train_step: int = 0
     taught: float = 0.0
+    lucky: bool = False
 
     def at(self, axis: str) -> float:
         """Its place on an axis of `labels.AXES`: "cost", "seconds" or "steps"."""
         return {"cost": self.cost, "seconds": self.seconds, "steps": float(self.steps)}[axis]
 
     @property
-    def freedom(self) -> int:
+    def freedom(self) -> float:
         """Degrees of freedom of its images, see `bootstrap.interval`; those of one block, if it is
-        a mean over several."""
-        return self.num_images - 1
+        a mean over several. Replicates that hold luck are as wide as that already."""
+        return math.inf if self.lucky else self.num_images - 1
 
 
 Curves = dict[tuple[str, str], list[Point]]
@@ -378,16 +381,26 @@ def quality_curves(
             continue
         chosen = place[model, sampler, steps, guidance, select_block]
         replicates_R = np.asarray(record.replicates.get(metric, ()), np.float64)
-        low, high = record.intervals.get(metric) or (
-            bootstrap.interval(replicates_R, record.identity.num_images - 1)
-            if replicates_R.size else (None, None))
+        low, high = _ends(record, metric)
         curves[model, sampler].append(
             Point(model, sampler, steps, guidance, record.cost, record.seconds_per_image,
                   record.metrics[metric], low, high, sign * chosen.metrics[choose_by],
                   replicates_R, record.identity.num_images, record.task,
-                  chosen.identity.num_images, record.identity.train_step)
+                  chosen.identity.num_images, record.identity.train_step,
+                  lucky=record.freedom > 0)
         )
     return {key: sorted(points, key=lambda p: p.cost) for key, points in sorted(curves.items())}
+
+
+def _ends(record: Record, metric: str) -> tuple[float | None, float | None]:
+    """A record's interval. Those of few images that earlier versions kept are narrower than they
+    should be."""
+    kept, drawn = record.intervals.get(metric), record.replicates.get(metric)
+    freedom = record.identity.num_images - 1
+    if not drawn or record.freedom or (kept and freedom >= bootstrap.FEW):
+        return kept or (None, None)
+    found = repeated.interval(metric, np.asarray(drawn), freedom, bool(record.round))
+    return (min(found[0], kept[0]), max(found[1], kept[1])) if kept else found
 
 
 def chosen_curves(

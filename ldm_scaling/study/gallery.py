@@ -183,8 +183,8 @@ def _label(axis: str, value: Any) -> str:
 def lanes(configurations: list[Configuration], devices: int, most: int) -> int:
     """How many lanes a request's samples fill while its longest is drawn: with one step count all
     of them run side by side, and a few long ones do not leave the lanes of the short ones idle.
-    They are a power of two on each device: another number is another program, whose compilation
-    takes longer than the lanes that it would save.
+    On each device they are a power of two, or halfway to the next: each other number is another
+    program, and idle lanes, up to two fifths, take time and memory.
 
     Args:
       configurations: what is drawn.
@@ -196,7 +196,9 @@ def lanes(configurations: list[Configuration], devices: int, most: int) -> int:
         rows = sum(configurations[i].table.calls * len(configurations[i].index_N) for i in group)
         longest = max(configurations[i].table.calls for i in group)
         wanted = max(wanted, -(-rows // longest))
-    return min(devices * 2 ** (-(-wanted // devices) - 1).bit_length(), most)
+    each = -(-wanted // devices)
+    unit = max(1, 2 ** ((each - 1).bit_length() - 2))
+    return min(devices * unit * -(-each // unit), most)
 
 
 def require_trained(materials: Materials, members: Iterable[str]) -> None:

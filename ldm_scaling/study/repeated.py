@@ -304,12 +304,10 @@ class _Luck:
             weight_RJ = rng.normal(size=(len(values), self.runs))
             tail_R = np.sqrt(self.freedom / rng.chisquare(self.freedom, len(values)))
             luck_R = tail_R * (weight_RJ @ d_J) / np.sqrt(record.runs * freedom)
-            values_R = np.array(values)
+            values_R = bootstrap.widened(np.array(values), record.identity.num_images - 1)
             values_R = values_R * np.exp(luck_R) if name in self.relative else values_R + luck_R
             replicates[name] = values_R.tolist()
-            # Luck has Student's tails already; few pictures alone may be wider.
-            both = [interval(name, values_R, math.inf, bool(record.round)),
-                    interval(name, np.array(values), record.identity.num_images - 1)]
-            intervals[name] = min(low for low, _ in both), max(high for _, high in both)
+            # Both have Student's tails already.
+            intervals[name] = interval(name, values_R, math.inf, bool(record.round))
         return dataclasses.replace(
             record, replicates=replicates, intervals=intervals, freedom=self.freedom)

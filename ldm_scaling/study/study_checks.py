@@ -13,7 +13,7 @@ from ldm_scaling.errors import UserError
 from ldm_scaling.models import autoencoder, backbone, lpips
 from ldm_scaling.parallel import mesh as mesh_lib
 from ldm_scaling.sampling import solvers
-from ldm_scaling.study import early, fitting, published_scorer, resolve, runs, sweep_checks
+from ldm_scaling.study import early, fitting, labels, published_scorer, resolve, runs, sweep_checks
 from ldm_scaling.study import further as further_lib
 from ldm_scaling.study import subject as subject_lib
 from ldm_scaling.study.cascaded import Cascaded
@@ -141,7 +141,7 @@ def _solvers(study: Study, drawn: Mapping[str, Sequence[tuple[str, int, str]]]) 
             try:
                 table = solvers.make(name, schedule, steps, study.diffusion.prediction, spacing)
             except UserError as e:
-                where = f"sampler {name}, {steps} steps, {spacing or 'its own'} spacing"
+                where = f"sampler {name}, {labels.steps(steps)}, {spacing or 'its own'} spacing"
                 raise UserError(f"config: {key}: {where}: {e}") from e
             solvers.warn(table)
 

@@ -361,24 +361,28 @@ def test_lanes_are_as_many_as_stay_busy(materials):
         return gallery.lanes(some, devices, most)
 
     assert lanes((10, 8)) == 8
-    assert lanes((10, 9)) == 16
-    assert lanes((10, 9), most=12) == 12
+    assert lanes((10, 9)) == 12
+    assert lanes((10, 13)) == 16
+    assert lanes((10, 9), most=10) == 10
     assert lanes((10, 100)) == 64
     assert lanes((4, 8), (50, 7)) == 8  # 7 of 50 rows, and 8 of 4 in less than one lane more
     assert lanes((10, 3), devices=8) == 8
     assert {lanes((10, n), devices=6) for n in range(7, 13)} == {12}
+    each = [lanes((10, n), devices=1) for n in range(1, 26)]
+    assert sorted({*each}) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
+    assert all(n <= many < 1.42 * n for n, many in enumerate(each, 1))
 
 
 def test_another_number_of_pictures_is_no_other_program(materials):
-    wanted = request_lib.of(STUDY, ["a red apple"], seeds=range(4), member="c8")
+    wanted = request_lib.of(STUDY, ["a red apple"], seeds=range(6), member="c8")
     context_PLD = gallery.text_states(materials, wanted.prompt)
     gallery._drawer.cache_clear()
-    four, three = (
+    six, five = (
         gallery.draw(materials, dataclasses.replace(wanted, seeds=(seeds,)), context_PLD)
-        for seeds in ((0, 1, 2, 3), (2, 0, 3))
+        for seeds in (range(6), (2, 0, 3, 5, 4))
     )
     assert gallery._drawer.cache_info().misses == 1
-    np.testing.assert_array_equal(four.select(seed=[2, 0, 3]).images, three.images)
+    np.testing.assert_array_equal(six.select(seed=[2, 0, 3, 5, 4]).images, five.images)
 
 
 def test_a_stage_draws_what_is_not_there_yet(materials, monkeypatch):

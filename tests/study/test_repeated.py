@@ -131,6 +131,17 @@ def test_without_replicates_there_are_means_alone():
     assert said.startswith("c8, c16, c24 and c32 were trained 2 times") and "no replicates" in said
 
 
+def test_few_images_stay_few_where_there_is_luck():
+    """Intervals are never narrower for having been trained again, and nothing widens them twice."""
+    every = made(2, luck=1e-9, num_images=8)
+    lucky, plain = (curves.quality_curves(repeated.merged(every, luck), FD)
+                    for luck in (True, False))
+    for key, curve in lucky.items():
+        for a, b in zip(curve, plain[key], strict=True):
+            assert a.high - a.low > 0.9 * (b.high - b.low)
+            assert (a.freedom, b.freedom) == (np.inf, 7)
+
+
 def test_measures_that_may_be_0_or_below_scatter_by_differences():
     every = [dataclasses.replace(
         r, metrics={"kd_effnetlite0": r.metrics[FD] - 60},
