@@ -217,13 +217,23 @@ def _moved(name: str, one: float, mean: float, luck: _Luck) -> float:
 
 
 def _moved_by(record: Record, moves: Sequence[dict[str, float]], luck: _Luck) -> Record:
-    metrics = {}
-    for name, value in record.metrics.items():
+    """The record with its metrics, replicates and intervals moved by the mean of some moves."""
+    metrics, replicates, intervals = dict(record.metrics), {}, {}
+    for name in record.metrics:
         own = [move[name] for move in moves if name in move]
-        if own:
-            value = value * np.mean(own) if name in luck.relative else value + np.mean(own)
-        metrics[name] = float(value)
-    return dataclasses.replace(record, metrics=metrics)
+        by = float(np.mean(own)) if own else 1.0 if name in luck.relative else 0.0
+
+        def moved(value: float, name: str = name, by: float = by) -> float:
+            return value * by if name in luck.relative else value + by
+
+        metrics[name] = moved(record.metrics[name])
+        if name in record.replicates:
+            replicates[name] = [moved(value) for value in record.replicates[name]]
+        if name in record.intervals:
+            low, high = record.intervals[name]
+            intervals[name] = moved(low), moved(high)
+    return dataclasses.replace(
+        record, metrics=metrics, replicates=replicates, intervals=intervals)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
