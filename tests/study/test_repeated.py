@@ -270,6 +270,27 @@ def test_the_figure_has_every_run(tmp_path, monkeypatch):
     assert catalogue.write(tmp_path, Source(once, FD), ["runs"]).names == ()
 
 
+@pytest.mark.parametrize("sizes", [SIZES, tuple(fake.CHANNELS)])
+def test_laws_are_drawn_of_sizes_that_were_trained_several_times(tmp_path, monkeypatch, sizes):
+    """By as many parameters as of sizes that were trained once: runs tell no more of them."""
+    monkeypatch.setattr(plot_style, "DPI", 20)
+    base = fake.make(models=sizes, samplers=("ddim",))
+    every = fake.trained_again(base, 3, 0.02, models=sizes)
+    losses = fake.training(sizes)
+    further = {f"{m}_run{k}": [[step, a, b and b * (1 + 0.01 * k)] for step, a, b in losses[m]]
+               for m in sizes for k in (1, 2)}
+    names = ["law_compute", "law_size", "law_largest"]
+    drawn = {}
+    for folder, source in (("once", Source(base, FD, loss_curves=losses)),
+                           ("again", Source(every, FD, loss_curves=losses | further))):
+        assert set(catalogue.write(tmp_path / folder, source, names).names) == {*names}
+        with open(tmp_path / folder / "law_size.csv", newline="") as file:
+            drawn[folder] = list(csv.DictReader(file))
+    assert [("E" in rows[0]) for rows in drawn.values()] == [len(sizes) > 4] * 2
+    own = [row for row in drawn["again"] if row["measure"] == "validation_loss"]
+    assert sorted({row["run"] for row in own}) == ["0", "1", "2"]
+
+
 def test_records_say_which_network_they_repeat(tmp_path):
     (first, *_, last) = made(2)
     for r in (first, last):

@@ -51,7 +51,7 @@ def _foretold(one: scaling.Measured) -> tuple[scaling.Measured, By, HeldOut] | N
         if len(np.unique(rest(one.runs).gflops_N)) < LEAST:
             return None
     return one, by, one.runs.held_out(
-        by, offset=len(rest(one.runs).models) >= scaling.LEAST_WITH_OFFSET, delta=one.noise,
+        by, offset=rest(one.runs).networks >= scaling.LEAST_WITH_OFFSET, delta=one.noise,
         replicates=REPLICATES)
 
 

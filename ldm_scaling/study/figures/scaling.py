@@ -158,7 +158,7 @@ def _direct(one: Measured, by: By, about: str = "") -> _Line | None:
     runs = one.runs.ends()
     if len(np.unique(runs.scales(by))) < scaling.LEAST:
         return None
-    offset = len(runs.models) >= LEAST_WITH_OFFSET
+    offset = runs.networks >= LEAST_WITH_OFFSET
     fit = runs.fitted(by, offset=offset, delta=one.noise, replicates=scaling.REPLICATES)
     names = ("E", "A", "alpha") if offset else ("A", "alpha")
     return _Line(runs, by, {n: (fits.value(fit.law, n), *fit.interval(n)) for n in names},

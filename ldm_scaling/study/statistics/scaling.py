@@ -56,6 +56,11 @@ class Runs:
         """The training run of each row."""
         return self.runs or self.models
 
+    @property
+    def networks(self) -> int:
+        """How many there are of other sizes or lengths of training."""
+        return len({*zip(self.models, self.images_N.tolist(), strict=True)})
+
     def scales(self, by: By) -> np.ndarray:
         """The columns that a law is fitted over, (N, 1) or (N, 2).
 
