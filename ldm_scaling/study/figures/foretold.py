@@ -64,7 +64,7 @@ def _draw_held_out(
     x, predicted, low, high = (np.asarray(v)[order] for v in (
         last.gflops_N, held.predicted, held.low, held.high))
     scaling.draw_runs(ax, runs, "compute", marks)
-    if len(x) > 1:
+    if len(np.unique(x)) > 1:  # Several runs may end alike.
         plot_style.band(ax, x, low, high, plot_style.INK)
         ax.plot(x, predicted, color=plot_style.INK, lw=1.6, ls=(0, (4, 2)), zorder=5)
     else:
