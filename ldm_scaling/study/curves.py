@@ -11,7 +11,7 @@ import numpy as np
 
 from ldm_scaling.errors import UserError
 from ldm_scaling.metrics import bootstrap
-from ldm_scaling.study import labels, repeated
+from ldm_scaling.study import labels, repeated, scores
 from ldm_scaling.study.records import (
     CHOSEN,
     TEXT_TO_IMAGE,
@@ -399,7 +399,7 @@ def _ends(record: Record, metric: str) -> tuple[float | None, float | None]:
     freedom = record.identity.num_images - 1
     if not drawn or record.freedom or (kept and freedom >= bootstrap.FEW):
         return kept or (None, None)
-    found = repeated.interval(metric, np.asarray(drawn), freedom, bool(record.round))
+    found = scores.interval(metric, np.asarray(drawn), freedom, bool(record.round))
     return (min(found[0], kept[0]), max(found[1], kept[1])) if kept else found
 
 

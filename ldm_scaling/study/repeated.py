@@ -199,17 +199,9 @@ def _mean(runs: Sequence[Record]) -> Record:
         runs[0], runs=len(runs),
         metrics={name: float(np.mean([r.metrics[name] for r in runs])) for name in held},
         replicates={name: values_R.tolist() for name, values_R in replicates.items()},
-        intervals={name: interval(name, values_R, runs[0].identity.num_images - 1)
+        intervals={name: scores.interval(name, values_R, runs[0].identity.num_images - 1)
                    for name, values_R in replicates.items()},
     )
-
-
-def interval(
-    name: str, replicates_R: np.ndarray, freedom: float, foretold: bool = False
-) -> tuple[float, float]:
-    """95% of a metric's replicates, within its range; see `bootstrap.interval`."""
-    ends = bootstrap.interval(replicates_R, freedom)
-    return scores.SCORES[name].definition.within(ends, foretold) if name in scores.SCORES else ends
 
 
 def _moved(name: str, one: float, mean: float, luck: _Luck) -> float:
@@ -318,6 +310,6 @@ class _Luck:
             values_R = values_R * np.exp(luck_R) if name in self.relative else values_R + luck_R
             replicates[name] = values_R.tolist()
             # Both have Student's tails already.
-            intervals[name] = interval(name, values_R, math.inf, bool(record.round))
+            intervals[name] = scores.interval(name, values_R, math.inf, bool(record.round))
         return dataclasses.replace(
             record, replicates=replicates, intervals=intervals, freedom=self.freedom)

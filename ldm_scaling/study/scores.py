@@ -12,9 +12,11 @@ import difflib
 from collections.abc import Iterable
 from typing import get_args, get_type_hints
 
+import numpy as np
+
 from ldm_scaling.config.measuring import FRECHET
 from ldm_scaling.errors import UserError
-from ldm_scaling.metrics import catalog
+from ldm_scaling.metrics import bootstrap, catalog
 from ldm_scaling.metrics.catalog import Metric
 from ldm_scaling.metrics.inception_score import SHUFFLE_SEED
 from ldm_scaling.study import weights as weights_lib
@@ -231,6 +233,14 @@ def rows(names: Iterable[str]) -> list[Row]:
     for name in out:
         _check(name)
     return list(out.values())
+
+
+def interval(
+    name: str, replicates_R: np.ndarray, freedom: float, foretold: bool = False
+) -> tuple[float, float]:
+    """95% of a metric's replicates, within its range; see `bootstrap.interval`."""
+    ends = bootstrap.interval(replicates_R, freedom)
+    return SCORES[name].definition.within(ends, foretold) if name in SCORES else ends
 
 
 def needed(rows: Iterable[Row]) -> dict[str, list[str]]:

@@ -12,7 +12,7 @@ import scipy
 from ldm_scaling.errors import UserError
 from ldm_scaling.metrics import bootstrap
 from ldm_scaling.study import curves as curves_lib
-from ldm_scaling.study import labels, repeated
+from ldm_scaling.study import labels, scores
 from ldm_scaling.study.records import Record
 
 
@@ -101,7 +101,7 @@ def _mean(group: Sequence[Record], order: Sequence[int]) -> Record:
             mean_R = np.mean(drawn, axis=0)
             replicates[name] = mean_R.tolist()
             freedom = len(group) * (group[0].identity.num_images - 1)
-            intervals[name] = repeated.interval(
+            intervals[name] = scores.interval(
                 name, mean_R, freedom, any(r.round for r in group))
     timed = [r.seconds_per_image for r in group if r.seconds_per_image]
     return dataclasses.replace(
